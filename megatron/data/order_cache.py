@@ -1,0 +1,113 @@
+"""Keeps large sample indexes beside the data, under NeoX's names, with a sidecar that proves what they belong to.
+
+NeoX trusts a file by its name, which lacks the split and the corpus, and loads what an interrupted build left. Here a cache is
+used only if its sidecar names the same documents, sizes, seed, length and counts, and the digest of each array is right;
+anything else is built again. A folder that cannot be written costs time, never correctness.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron.data.order import SampleIndex, build_sample_index, count_tokens, epochs_for
+from megatron.files import atomic_open, sha256_of, write_json
+
+PARTS = ("doc_idx", "sample_idx", "shuffle_idx")
+SMALL = 4_000_000  # documents plus samples below which building takes about a second and no cache is kept
+_CHUNK = 1 << 22
+log = logging.getLogger(__name__)
+
+
+def cached_sample_index(
+    prefix: str | Path,
+    name: str,
+    documents: NDArray[Any],
+    sizes: NDArray[Any],
+    seq_length: int,
+    num_samples: int | None,
+    seed: int,
+    epochs: int | None = None,
+    small: int = SMALL,
+) -> SampleIndex:
+    """`build_sample_index`, read from `{prefix}_{name}_indexmap_...` when a proved cache is there.
+
+    Args:
+        prefix: path of the corpus without suffix.
+        name: `train`, `valid`, `test`, or `train_0` ... for lists.
+        small: documents (times epochs) plus samples up to which nothing is read or written.
+    """
+    arguments = (documents, sizes, seq_length, num_samples, seed, epochs)
+    if _entries(documents, sizes, seq_length, num_samples, epochs) <= small:
+        return build_sample_index(*arguments)
+    stem = f"{prefix}_{name}_indexmap_{num_samples if epochs is None else None}ns_{seq_length}sl_{seed}s_packedpi_ac"
+    key = {
+        "documents_sha256": _digest(documents, sizes),
+        "seq_length": seq_length,
+        "num_samples": num_samples,
+        "seed": seed,
+        "epochs": epochs,
+        "pack_impl": "packed",
+    }
+    index = _load(stem, key, seq_length)
+    if index is None:
+        index = build_sample_index(*arguments)
+        _save(stem, key, index)
+    return index
+
+
+def _entries(
+    documents: NDArray[Any], sizes: NDArray[Any], seq_length: int, num_samples: int | None, epochs: int | None
+) -> int:
+    tokens = count_tokens(documents, sizes)
+    passes = epochs or epochs_for(max(tokens, 1), seq_length, num_samples or 0)
+    return passes * (len(documents) + tokens // max(seq_length, 1))
+
+
+def _digest(documents: NDArray[Any], sizes: NDArray[Any]) -> str:
+    """Of the document ids and their sizes: changes with the split, the corpus and its order."""
+    digest = hashlib.sha256()
+    for at in range(0, len(documents), _CHUNK):
+        piece = documents[at : at + _CHUNK]
+        digest.update(np.asarray(piece, dtype="<i8").tobytes())
+        digest.update(np.asarray(sizes[piece], dtype="<i8").tobytes())
+    return digest.hexdigest()
+
+
+def _load(stem: str, key: dict[str, Any], seq_length: int) -> SampleIndex | None:
+    """The cached index, or None if it is absent, stale or damaged."""
+    try:
+        sidecar = json.loads(Path(f"{stem}.json").read_text("utf-8"))
+        if sidecar.get("key") != key:
+            log.warning("sample index cache %s belongs to other data or settings: building it again", stem)
+            return None
+        if any(sha256_of(f"{stem}_{part}.npy") != sidecar["sha256"][part] for part in PARTS):
+            log.warning("sample index cache %s is damaged: building it again", stem)
+            return None
+        arrays = [np.load(f"{stem}_{part}.npy", mmap_mode="r", allow_pickle=False) for part in PARTS]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        log.warning("sample index cache %s cannot be read (%s): building it again", stem, error)
+        return None
+    return SampleIndex(arrays[0], arrays[1], arrays[2], seq_length)
+
+
+def _save(stem: str, key: dict[str, Any], index: SampleIndex) -> None:
+    """Arrays first, sidecar last, so that a sidecar never speaks of arrays that are not there."""
+    try:
+        Path(f"{stem}.json").unlink(missing_ok=True)
+        digests = {}
+        for part in PARTS:
+            with atomic_open(f"{stem}_{part}.npy") as handle:
+                np.save(handle, getattr(index, part), allow_pickle=False)
+            digests[part] = sha256_of(f"{stem}_{part}.npy")
+        write_json(f"{stem}.json", {"key": key, "sha256": digests})
+    except OSError as error:
+        log.warning("sample index cache %s cannot be written (%s): it will be built at each start", stem, error)

@@ -1,0 +1,43 @@
+"""The layout of NeoX's token files, shared by the reader and the writer.
+
+`.bin` holds the tokens one after another. `.idx`, little-endian: 9 bytes magic, u64 version 1, u8 dtype code, u64 N, u64 D,
+i32 sizes[N] (tokens), i64 offsets[N] (bytes into `.bin`), i64 doc_idx[D] (sequences before each document border, from 0).
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+MAGIC = b"MMIDIDX\x00\x00"
+LEGACY_MAGIC = b"TNTIDX\x00\x00"
+VERSION = 1
+HEADER = struct.Struct("<9sQBQQ")
+DTYPES: dict[int, np.dtype[Any]] = {
+    code: np.dtype(name).newbyteorder("<")
+    for code, name in enumerate(("u1", "i1", "i2", "i4", "i8", "f4", "f8", "u2"), start=1)
+}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+BLOCK = 1 << 24  # elements looked at in one piece: bounds the memory of every scan
+
+Tokens = Sequence[int] | NDArray[Any]
+
+
+def dtype_for_vocab(vocab_size: int | None) -> np.dtype[Any]:
+    """The token type NeoX chooses: u16 below 65,500 entries, else (also if the size is not known) i32."""
+    return DTYPES[8] if vocab_size is not None and vocab_size < 65500 else DTYPES[4]
+
+
+def data_file(prefix: str | Path) -> Path:
+    """`PREFIX.bin`."""
+    return Path(f"{prefix}.bin")
+
+
+def index_file(prefix: str | Path) -> Path:
+    """`PREFIX.idx`."""
+    return Path(f"{prefix}.idx")
