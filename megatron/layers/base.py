@@ -1,0 +1,110 @@
+"""The contract of a token mixer, on one page.
+
+A mixer turns `x [b, s, d]` (already normed) into `y [b, s, d]`; norms, residuals and the MLP belong to the block around it.
+It is written for one device. Two things make it run on many without a line about ranks in it:
+
+* it never uses the global number of heads in `forward`: head counts come from the shapes of its own parameters, which
+  `parallel/tensor.py` cuts by the layer's `plan()`;
+* it calls `self.split(u)` once where work on separate heads begins and `self.join(y)` once where their partial sums meet.
+  Both are the identity on one device; under tensor parallelism they carry the two all-reduces of Megatron.
+
+Shapes, everywhere in this folder: b batch, s sequence, d hidden, h heads, k key width per head, v value width per head.
+Files of this folder import torch, this page and `megatron.ops` only: `export/` packs their text into the checkpoint folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """What every mixer is told. A mixer adds its own fields in its nested `Config`; each becomes the YAML key `<name>_<field>`."""
+
+    hidden_size: int
+    num_heads: int
+    layer_index: int = 0
+
+
+@dataclass(frozen=True)
+class Context:
+    """What travels beside the hidden states through all layers of one pass.
+
+    mask: [b, s], 1 for a token and 0 for padding; None when there is no padding.
+    segment_ids: [b, s] integers that grow by one at each document border; None when documents are not told apart.
+    backend: which path of `ops/` is asked for: auto | reference | torch | triton | fla.
+    """
+
+    mask: Tensor | None = None
+    segment_ids: Tensor | None = None
+    backend: str = "auto"
+
+
+class Layer(nn.Module):
+    """Base of all token mixers.
+
+    Class attributes: `names`, the words that select it in `attention_config` (the first is the prefix of its options).
+    """
+
+    names: ClassVar[tuple[str, ...]] = ()
+    Config: ClassVar[type[LayerConfig]] = LayerConfig
+
+    def __init__(self, config: LayerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.split: nn.Module = nn.Identity()
+        self.join: nn.Module = nn.Identity()
+
+    def forward(self, x: Tensor, ctx: Context, state: State | None = None) -> tuple[Tensor, State | None]:
+        """Mix `x [b, s, d]` -> `y [b, s, d]`.
+
+        With `state` (from `init_state` or an earlier call) the pass continues from it and the new state is returned; without,
+        the history is empty and None is returned. `s` may be any length: `step` is the fast case s = 1. States that come in are
+        never changed in place.
+        """
+        raise NotImplementedError
+
+    def step(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
+        """One decode step: `x [b, d]` -> `y [b, d]` and the new state; equal to `forward` on one token."""
+        raise NotImplementedError
+
+    def init_state(self, batch: int, dtype: torch.dtype, device: torch.device | str) -> State:
+        """The empty state: named tensors with the batch on dim 0, so that beam search can reorder them all alike."""
+        raise NotImplementedError
+
+    def plan(self) -> Mapping[str, str]:
+        """Parameter name (relative to this layer) -> how it is cut: column | row | heads | replicated."""
+        raise NotImplementedError
+
+    def init_rules(self) -> Mapping[str, str]:
+        """Parameter name -> initialiser role: input | output | zeros | ones | conv; see `model/init.py`."""
+        raise NotImplementedError
+
+    @staticmethod
+    def no_decay() -> tuple[str, ...]:
+        """Parameters that weight decay leaves alone besides biases and norms."""
+        return ()
+
+    def flops(self, seq_length: int) -> float:
+        """Forward floating point operations of this mixer per token (a multiply-add counts 2), parameters' products included."""
+        raise NotImplementedError
+
+    def state_size(self) -> Mapping[str, int]:
+        """Elements per sequence of each state tensor, so that the recall-memory dial can be read off a config."""
+        return {name: t.numel() for name, t in self.init_state(1, torch.float32, "meta").items()}
+
+    def param_count(self) -> int:
+        """Number of parameters of this mixer on one device."""
+        return sum(p.numel() for p in self.parameters())
+
+    @classmethod
+    def build(cls, common: Mapping[str, Any], options: Mapping[str, Any]) -> Layer:
+        """Make a mixer from the common fields and its own options; unknown options raise TypeError."""
+        return cls(cls.Config(**common, **options))

@@ -1,0 +1,88 @@
+"""From a ModelConfig to a model, and to the table of its parameters that every other part reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from megatron.errors import ConfigError
+from megatron.layers.base import Layer
+from megatron.model.config import ModelConfig
+from megatron.model.lm import LanguageModel
+from megatron.parallel.plan import Cut, ParamSpec
+from megatron.registry import layer_class
+
+
+def build_mixer(config: ModelConfig, index: int) -> Layer:
+    """The token mixer of block `index`; a shape that the mixer refuses is a ConfigError."""
+    cls = layer_class(config.layer_types[index])
+    common = {"hidden_size": config.hidden_size, "num_heads": config.num_heads, "layer_index": index}
+    try:
+        return cls.build(common, config.layer_options.get(cls.names[0], {}))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"layer {index} ({config.layer_types[index]}) cannot be built", why=str(error)) from None
+
+
+def build_model(config: ModelConfig) -> LanguageModel:
+    """The whole model on the current default device (use `torch.device("meta")` to allocate nothing); values are not set."""
+    if len(config.layer_types) != config.num_layers:
+        raise ConfigError(f"{len(config.layer_types)} layer types for {config.num_layers} layers", hint="see attention_config")
+    return LanguageModel(config, [build_mixer(config, i) for i in range(config.num_layers)])
+
+
+def _local_tables(module: Any) -> tuple[dict[str, str], dict[str, str], tuple[str, ...]]:
+    """(cuts, roles, no-decay names) of a module's own parameters."""
+    if isinstance(module, Layer):
+        return dict(module.plan()), dict(module.init_rules()), tuple(module.no_decay())
+    return module.plan(), module.init_rules(), ()
+
+
+def _block_specs(block: nn.Module, prefix: str, stage: int) -> dict[str, ParamSpec]:
+    specs: dict[str, ParamSpec] = {}
+    for half in ("token_mixer", "channel_mixer"):
+        module = getattr(block, half)
+        cuts, roles, keep = _local_tables(module)
+        for name, p in module.named_parameters():
+            if name not in cuts or name not in roles:
+                raise ValueError(f"{type(module).__name__} says nothing about its parameter {name} in plan() or init_rules()")
+            decay = not name.endswith("bias") and name not in keep
+            full = f"{prefix}.{half}.{name}"
+            specs[full] = ParamSpec(full, tuple(p.shape), _cut(cuts[name]), roles[name], decay, stage)
+    for half in ("token_norm", "channel_norm"):
+        specs |= _norm_specs(getattr(block, half), f"{prefix}.{half}", stage)
+    return specs
+
+
+def _norm_specs(norm: nn.Module, prefix: str, stage: int) -> dict[str, ParamSpec]:
+    found = {}
+    for name, p in norm.named_parameters():
+        role = "ones" if name == "weight" else "zeros"
+        found[f"{prefix}.{name}"] = ParamSpec(f"{prefix}.{name}", tuple(p.shape), "replicated", role, False, stage)
+    return found
+
+
+def _cut(value: str) -> Cut:
+    if value not in ("column", "row", "heads", "vocab", "replicated"):
+        raise ValueError(f"a plan says {value!r}; known: column, row, heads, vocab, replicated")
+    return value  # type: ignore[return-value]
+
+
+def param_specs(config: ModelConfig) -> dict[str, ParamSpec]:
+    """Logical name -> ParamSpec for every parameter, in the order of the stages; a tied output matrix has no entry.
+
+    Stage numbers are GPT-NeoX's: 0 embedding, 2 .. L+1 blocks, L+3 final norm, L+4 output.
+    """
+    with torch.device("meta"):
+        model = build_model(config)
+    n, d, layers = config.vocab_size, config.hidden_size, config.num_layers
+    specs = {"model.embed_tokens.weight": ParamSpec("model.embed_tokens.weight", (n, d), "vocab", "embedding", True, 0)}
+    for i, block in enumerate(model.model.layers):
+        specs |= _block_specs(block, f"model.layers.{i}", i + 2)
+    specs |= _norm_specs(model.model.final_norm, "model.final_norm", layers + 3)
+    if not config.tie_embeddings:
+        specs["lm_head.weight"] = ParamSpec("lm_head.weight", (n, d), "vocab", "input", True, layers + 4)
+    have = {name for name, _ in model.named_parameters()}
+    assert set(specs) == have, f"parameters without a spec: {sorted(have ^ set(specs))}"
+    return specs

@@ -1,0 +1,52 @@
+"""What defines a language model's mathematics, and nothing about how it is trained or cut up.
+
+The same record stands in a checkpoint's manifest and, under other names, in an exported folder's config.json.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape and form of a decoder-only language model.
+
+    vocab_size counts the rows of the embedding, padding included. norm is layernorm | rmsnorm | simplermsnorm (no gain) |
+    non_parametric_layernorm. mlp is gated (l3(act(l1 x) * l2 x)) or plain (l3 act(l1 x)). layer_options holds, per mixer name,
+    the options that differ from that mixer's defaults.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    mlp_width: int
+    layer_types: tuple[str, ...]
+    layer_options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    norm: str = "simplermsnorm"
+    norm_eps: float = 1e-6
+    mlp: str = "gated"
+    activation: str = "silu"
+    mlp_bias: bool = False
+    tie_embeddings: bool = True
+    embedding_scale: bool = False
+    hidden_dropout: float = 0.0
+    init_method: str = "normal"
+    output_init_method: str = "scaled_normal"
+    init_std: float = 0.02
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON types."""
+        return {**asdict(self), "layer_types": list(self.layer_types)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
+        """Inverse of `to_dict`; an unknown field raises ValueError, since ignoring it would change the model."""
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(f"unknown fields of a model: {', '.join(unknown)}")
+        return cls(**{**values, "layer_types": tuple(values["layer_types"])})

@@ -1,0 +1,35 @@
+"""Parameters and floating point operations from a config alone, each layer counting its own."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from megatron.model.build import build_mixer, param_specs
+from megatron.model.config import ModelConfig
+
+
+def count_parameters(config: ModelConfig) -> tuple[int, int]:
+    """(all, without embedding and output matrix)."""
+    sizes = {name: math.prod(spec.shape) for name, spec in param_specs(config).items()}
+    total = sum(sizes.values())
+    outer = sizes["model.embed_tokens.weight"] + sizes.get("lm_head.weight", 0)
+    return total, total - outer
+
+
+def forward_flops(config: ModelConfig, seq_length: int) -> float:
+    """Forward FLOPs per token at this sequence length; a multiply-add counts 2. Linear layers do not grow with it.
+
+    Norms, activations and lookups are left out, as is usual.
+    """
+    with torch.device("meta"):
+        mixers = [build_mixer(config, i) for i in range(config.num_layers)]
+    mlp = 2.0 * config.hidden_size * config.mlp_width * (3 if config.mlp == "gated" else 2)
+    head = 2.0 * config.hidden_size * config.vocab_size
+    return sum(m.flops(seq_length) for m in mixers) + config.num_layers * mlp + head
+
+
+def train_flops(config: ModelConfig, seq_length: int) -> float:
+    """FLOPs per token of one training step without recomputation: forward plus twice that for the backward."""
+    return 3.0 * forward_flops(config, seq_length)

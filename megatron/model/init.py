@@ -1,0 +1,108 @@
+"""Initial values by role, the same for every tensor and pipeline layout.
+
+Each parameter is drawn whole on the CPU from a generator seeded by (run seed, its logical name) and then cut, so that a model
+started on 1 or 64 processes starts from the same numbers (GPT-NeoX's GPU path depends on the layout).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from megatron.model.config import ModelConfig
+from megatron.parallel.plan import ParamSpec, Slice
+
+METHODS = (
+    "normal",
+    "scaled_normal",
+    "single_residual_scaled_normal",
+    "small_init",
+    "wang_init",
+    "xavier_uniform",
+    "xavier_normal",
+    "orthogonal",
+    "scaled_orthogonal",
+)
+
+
+def _sigma(method: str, config: ModelConfig) -> float:
+    """Standard deviation of the methods that draw from a normal distribution (spec of GPT-NeoX)."""
+    d, layers, std = config.hidden_size, config.num_layers, config.init_std
+    return {
+        "normal": std,
+        "scaled_normal": std / math.sqrt(2 * layers),
+        "single_residual_scaled_normal": std / math.sqrt(layers),
+        "small_init": math.sqrt(2 / (5 * d)),
+        "wang_init": 2 / layers / math.sqrt(d),
+    }[method]
+
+
+def _draw(method: str, value: Tensor, config: ModelConfig, generator: torch.Generator) -> None:
+    if method == "xavier_uniform":
+        nn.init.xavier_uniform_(value, generator=generator)
+    elif method == "xavier_normal":
+        nn.init.xavier_normal_(value, generator=generator)
+    elif method in ("orthogonal", "scaled_orthogonal"):
+        gain = 1.0 if method == "orthogonal" else math.sqrt(2 / config.num_layers)
+        nn.init.orthogonal_(value, gain=gain, generator=generator)
+    else:
+        value.normal_(0.0, _sigma(method, config), generator=generator)
+
+
+def initial_value(spec: ParamSpec, config: ModelConfig, seed: int) -> Tensor:
+    """The whole fp32 CPU tensor of one parameter; a pure function of (spec, config, seed)."""
+    digest = hashlib.sha256(f"{seed}:{spec.name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    value = torch.zeros(spec.shape, dtype=torch.float32, device="cpu")
+    if spec.role == "ones":
+        value.fill_(1.0)
+    elif spec.role == "conv":
+        bound = 1 / math.sqrt(spec.shape[-1])
+        value.uniform_(-bound, bound, generator=generator)
+    elif spec.role in ("input", "embedding"):
+        _draw(config.init_method, value, config, generator)
+    elif spec.role == "output":
+        _draw(config.output_init_method, value, config, generator)
+    elif spec.role != "zeros":
+        raise ValueError(f"unknown initialiser role {spec.role!r} of {spec.name}")
+    return value
+
+
+def cut(value: Tensor, part: Slice) -> Tensor:
+    """The local part of a whole tensor, as its own memory."""
+    if part.dim is None or part.local_shape == part.shape:
+        return value
+    return value.narrow(part.dim, part.start, part.stop - part.start).clone()
+
+
+def materialise(
+    module: nn.Module,
+    logical: Mapping[str, str],
+    specs: Mapping[str, ParamSpec],
+    config: ModelConfig,
+    seed: int,
+    *,
+    slices: Callable[[ParamSpec], Slice],
+    device: torch.device | str,
+    dtype: torch.dtype,
+) -> None:
+    """Give every meta parameter of `module` its initial local value, in place; modules that share a parameter keep sharing it.
+
+    Args:
+        module: any part of the model. logical: its parameter names -> logical names (`{n: n}` for the whole model).
+        slices: the part of a parameter that lives here, such as `lambda spec: slice_of(spec.shape, spec.cut, rank, size)`.
+    """
+    owners: dict[int, list[tuple[nn.Module, str]]] = {}
+    for owner in module.modules():
+        for name, p in owner.named_parameters(recurse=False):
+            owners.setdefault(id(p), []).append((owner, name))
+    for name, p in list(module.named_parameters()):
+        spec = specs[logical[name]]
+        value = cut(initial_value(spec, config, seed), slices(spec)).to(device=device, dtype=dtype)
+        fresh = nn.Parameter(value, requires_grad=p.requires_grad)
+        for owner, local in owners[id(p)]:
+            setattr(owner, local, fresh)

@@ -1,0 +1,67 @@
+"""The language model on one device: embedding, blocks, final norm, output matrix.
+
+Module names are those of the released MetaLA models, so that a parameter is called the same in training, in a checkpoint and
+in an exported folder. `model/stages.py` lists the same modules one after the other for pipelines.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from megatron.layers.base import Context, Layer, State
+from megatron.model.block import Block
+from megatron.model.config import ModelConfig
+from megatron.model.embed import Embedding, Head
+from megatron.model.norm import Norm
+
+
+class Backbone(nn.Module):
+    """Everything below the output matrix."""
+
+    def __init__(self, config: ModelConfig, mixers: list[Layer]) -> None:
+        super().__init__()
+        d = config.hidden_size
+        self.embed_tokens = Embedding(config.vocab_size, d, d**0.5 if config.embedding_scale else 1.0)
+        self.layers = nn.ModuleList(Block(config, mixer) for mixer in mixers)
+        self.final_norm = Norm(config.norm, d, config.norm_eps)
+
+
+class LanguageModel(nn.Module):
+    """`tokens [b, s]` -> `logits [b, s, n]`.
+
+    Args:
+        config: the shape.
+        mixers: one token mixer per block, made by `model/build.py` (training) or by the exported folder itself.
+    """
+
+    def __init__(self, config: ModelConfig, mixers: list[Layer]) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Backbone(config, mixers)
+        tied = self.model.embed_tokens if config.tie_embeddings else None
+        self.lm_head = Head(config.vocab_size, config.hidden_size, tied)
+
+    def forward(self, tokens: Tensor, ctx: Context | None = None, state: list[State] | None = None) -> tuple[Tensor, list[State] | None]:
+        """Logits of every position; with `state` the pass continues from it and the new one is returned."""
+        ctx = ctx or Context()
+        x, new = self.model.embed_tokens(tokens), []
+        for i, block in enumerate(self.model.layers):
+            x, s = block(x, ctx, None if state is None else state[i])
+            new.append(s)
+        return self.lm_head(self.model.final_norm(x)), None if state is None else new
+
+    def step(self, tokens: Tensor, state: list[State], ctx: Context | None = None) -> tuple[Tensor, list[State]]:
+        """One decode step: `tokens [b]` -> `logits [b, n]` and the new state."""
+        ctx = ctx or Context()
+        x, new = self.model.embed_tokens(tokens.unsqueeze(1)).squeeze(1), []
+        for block, s in zip(self.model.layers, state, strict=True):
+            x, s = block.step(x, s, ctx)
+            new.append(s)
+        return self.lm_head(self.model.final_norm(x)), new
+
+    def init_state(self, batch: int, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> list[State]:
+        """Empty states of all layers; dtype and device default to the embedding's."""
+        weight = self.model.embed_tokens.weight
+        dtype, device = dtype or weight.dtype, device or weight.device
+        return [block.token_mixer.init_state(batch, dtype, device) for block in self.model.layers]

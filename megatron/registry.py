@@ -1,0 +1,132 @@
+"""Names of token mixers, found by looking at the folder `megatron/layers/` and at the entry points `megatron.layers`.
+
+A mixer's file is read as text (its syntax tree), so that `deepy.py` can check a YAML in a fraction of a second without
+importing torch; the file is imported when a model is built. There is no list to edit: a new file is a new mixer.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron.errors import ConfigError
+
+_FOLDER = Path(__file__).parent / "layers"
+_COMMON = {"hidden_size", "num_heads", "layer_index"}
+
+
+@dataclass(frozen=True)
+class OptionInfo:
+    """One field of a mixer's `Config`, as written in its file."""
+
+    type: str
+    default: Any
+    doc: str
+
+
+@dataclass(frozen=True)
+class LayerInfo:
+    """Where a mixer lives: module, class, its names in `attention_config`, its options."""
+
+    module: str
+    class_name: str
+    names: tuple[str, ...]
+    options: dict[str, OptionInfo]
+
+
+def nearest(name: str, known: list[str], count: int = 3) -> str:
+    """A hint such as `did you mean 'metala'?`, or the known names when nothing is near."""
+    close = difflib.get_close_matches(name, known, n=count, cutoff=0.6)
+    if close:
+        return "did you mean " + " or ".join(f"'{c}'" for c in close) + "?"
+    return "known: " + ", ".join(sorted(known))
+
+
+def _class_attribute(node: ast.ClassDef, name: str) -> Any:
+    for item in node.body:
+        if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name) and item.target.id == name and item.value:
+            return ast.literal_eval(item.value)
+        if isinstance(item, ast.Assign) and any(isinstance(t, ast.Name) and t.id == name for t in item.targets):
+            return ast.literal_eval(item.value)
+    return None
+
+
+def _options(node: ast.ClassDef) -> dict[str, OptionInfo]:
+    """Annotated fields of a `Config` class; the string that follows a field is its documentation."""
+    options: dict[str, OptionInfo] = {}
+    for item, following in zip(node.body, [*node.body[1:], None], strict=True):
+        if not (isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)) or item.target.id in _COMMON:
+            continue
+        doc = ""
+        if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
+            doc = " ".join(str(following.value.value).split())
+        default = ast.literal_eval(item.value) if item.value is not None else None
+        options[item.target.id] = OptionInfo(ast.unparse(item.annotation), default, doc)
+    return options
+
+
+def _read(path: Path, module: str) -> list[LayerInfo]:
+    tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+    found = []
+    for node in tree.body:
+        names = _class_attribute(node, "names") if isinstance(node, ast.ClassDef) else None
+        if not names:
+            continue
+        assert isinstance(node, ast.ClassDef)
+        config = next((c for c in node.body if isinstance(c, ast.ClassDef) and c.name == "Config"), None)
+        found.append(LayerInfo(module, node.name, tuple(names), _options(config) if config else {}))
+    return found
+
+
+@functools.cache
+def _table() -> dict[str, LayerInfo]:
+    """name -> where. A name claimed twice is refused: which class would run must never depend on file order."""
+    infos: list[LayerInfo] = []
+    for path in sorted(_FOLDER.glob("*.py")):
+        if path.stem not in ("__init__", "base"):
+            infos += _read(path, f"megatron.layers.{path.stem}")
+    for entry in importlib.metadata.entry_points(group="megatron.layers"):
+        spec = importlib.util.find_spec(entry.module)
+        if spec and spec.origin:
+            infos += _read(Path(spec.origin), entry.module)
+    table: dict[str, LayerInfo] = {}
+    for info in infos:
+        for name in info.names:
+            if name in table:
+                raise ConfigError(
+                    f"two token mixers are called '{name}'",
+                    where=f"{table[name].module} and {info.module}",
+                    hint="rename one of them in its `names`",
+                )
+            table[name] = info
+    return table
+
+
+def layer_names() -> list[str]:
+    """Every name that may stand in `attention_config`, sorted."""
+    return sorted(_table())
+
+
+def layer_options() -> dict[str, dict[str, OptionInfo]]:
+    """Mixer name -> its options. The YAML key of an option is `<first name of the mixer>_<field>`."""
+    return {info.names[0]: info.options for info in _table().values()}
+
+
+def layer_info(name: str) -> LayerInfo:
+    """Where the mixer `name` lives; an unknown name raises ConfigError with the nearest known ones."""
+    if name not in _table():
+        raise ConfigError(f"unknown token mixer '{name}'", hint=nearest(name, layer_names()))
+    return _table()[name]
+
+
+def layer_class(name: str) -> Any:
+    """Import and return the mixer class registered under `name`."""
+    info = layer_info(name)
+    return getattr(importlib.import_module(info.module), info.class_name)
