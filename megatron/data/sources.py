@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,6 +13,8 @@ from megatron.data.indexed import IndexedDataset
 from megatron.data.order import SPLIT_NAMES, require_packed, split_documents
 from megatron.data.order_cache import cached_sample_index
 from megatron.errors import DataError
+
+log = logging.getLogger(__name__)
 
 
 def datasets_from_split(
@@ -28,11 +31,12 @@ def datasets_from_split(
     Args:
         data_path: prefix of the `.bin` / `.idx` pair.
         split: shares, such as `969, 30, 1`.
-        counts: samples needed per name (`order.sample_counts`); a name that is absent or 0 gives None.
+        counts: samples needed per name (`order.sample_counts`); a name that is absent or 0 gives None, as
+            does a valid or test split without documents (with a warning).
         vocab_size: entries of the embedding; a token beyond it is an error when it is met.
 
     Raises:
-        DataError: a file is missing or damaged, or a split that is needed has no tokens.
+        DataError: a file is missing or damaged, or the train split has no documents.
     """
     require_packed(pack_impl)
     indexed = IndexedDataset(data_path)
@@ -44,15 +48,20 @@ def datasets_from_split(
         if needed == 0:
             continue
         if len(documents[name]) == 0:
-            raise DataError(
-                f"the {name} split holds no document, and {needed} samples are needed",
-                where=data_path,
-                why=f"split {split!r} of {len(indexed)} documents leaves nothing for it",
-                hint=f"give {name} a larger share in split, or set eval_iters: 0",
-            )
+            _report_empty(name, needed, data_path, split, len(indexed))
+            continue
         order = cached_sample_index(data_path, name, documents[name], indexed.sizes, seq_length, needed, seed)
         built[name] = PackedDataset(indexed, order, vocab_size)
     return built
+
+
+def _report_empty(name: str, needed: int, data_path: str, split: str, documents: int) -> None:
+    """Training cannot do without data; validation and test are left out with a warning, as in NeoX."""
+    what = f"the {name} split holds no document, and {needed} samples are needed"
+    why = f"split {split!r} of {documents} documents leaves nothing for it"
+    if name == "train":
+        raise DataError(what, where=data_path, why=why, hint="give train a larger share in split")
+    log.warning("%s (%s: %s): there will be no %s loss", what, data_path, why, name)
 
 
 def dataset_from_list(

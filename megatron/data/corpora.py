@@ -1,0 +1,240 @@
+"""Built-in corpora: `prepare_data.py NAME` makes token files of one without a download.
+
+`pystdlib` is the source text of Python's own standard library: real text that lies on every machine, enough to see a small model
+learn. Its files are taken in sorted order, its tokenizer is trained on them, and a receipt says what was made, so that a
+second run can prove that nothing is left to do.
+"""
+
+from __future__ import annotations
+
+import difflib
+import io
+import json
+import os
+import platform
+import sysconfig
+import time
+import tokenize
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron.data.indexed import IndexedDataset
+from megatron.data.indexed_writer import IndexedWriter
+from megatron.data.token_format import dtype_for_vocab
+from megatron.data.tokenizers import EOD_TEXT, PAD_TEXT, HFTokenizer, Tokenizer, build_tokenizer
+from megatron.errors import DataError
+from megatron.files import sha256_of, write_json, write_text
+
+PYSTDLIB_VOCABULARY = 4096
+_SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
+_BATCH = 256
+# NeoX downloads these; the names deserve a better answer than "unknown".
+_DOWNLOADS = frozenset(
+    {
+        "arxiv",
+        "books1",
+        "books3",
+        "c4",
+        "c4_openwebtext",
+        "enron",
+        "enwik8",
+        "europarl",
+        "freelaw",
+        "github",
+        "hackernews",
+        "nih",
+        "openwebtext2",
+        "pile",
+        "pile_subset",
+        "pubmed",
+        "stackexchange",
+        "ubuntu_irc",
+        "youtube_subtitles",
+    }
+)
+
+
+@dataclass(frozen=True)
+class CorpusRequest:
+    """What the command line asks for.
+
+    Attributes:
+        data_dir: the corpus goes to `data_dir/NAME/`.
+        tokenizer_type: None: the corpus brings its own tokenizer.
+        vocab_file, merge_file: see `build_tokenizer`.
+        force: make it again even if it is there.
+    """
+
+    data_dir: Path
+    tokenizer_type: str | None = None
+    vocab_file: str | None = None
+    merge_file: str | None = None
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class PreparedCorpus:
+    """What is there now: the paths a configuration needs, the receipt, and whether it was made by this call."""
+
+    data_path: Path
+    tokenizer_type: str
+    vocab_file: Path | None
+    merge_file: Path | None
+    receipt: dict[str, Any]
+    made: bool
+
+    def yaml_lines(self) -> str:
+        """Lines for a configuration file."""
+        entries = {"data_path": self.data_path, "tokenizer_type": self.tokenizer_type}
+        entries |= {"vocab_file": self.vocab_file, "merge_file": self.merge_file}
+        return "\n".join(f'{key}: "{value}"' for key, value in entries.items() if value is not None)
+
+
+def prepare(name: str, request: CorpusRequest) -> PreparedCorpus:
+    """Make the corpus `name`, or find it whole.
+
+    Raises:
+        DataError: unknown name, a wrong tokenizer, or a folder that cannot be written.
+    """
+    if name in CORPORA:
+        try:
+            return CORPORA[name](request)
+        except OSError as error:
+            where = error.filename or str(request.data_dir)
+            raise DataError("the corpus cannot be written", where=where, why=error.strerror) from None
+    if name in _DOWNLOADS:
+        raise DataError(
+            f"data set {name!r} is not built in",
+            why="it would be a download; only corpora found on the machine are made here",
+            hint="turn your copy into token files with tools/datasets/preprocess_data.py --input FILE",
+        )
+    near = difflib.get_close_matches(name, [*CORPORA, *_DOWNLOADS], n=3)
+    raise DataError(
+        f"data set {name!r} is unknown",
+        why=f"nearest: {', '.join(near)}" if near else None,
+        hint=f"built in: {', '.join(CORPORA)}; for your own text use tools/datasets/preprocess_data.py",
+    )
+
+
+def prepare_pystdlib(request: CorpusRequest) -> PreparedCorpus:
+    """`DIR/pystdlib/pystdlib_text_document.{bin,idx}`, `tokenizer.json` (unless another is asked for) and `receipt.json`."""
+    folder = request.data_dir / "pystdlib"
+    prefix, receipt_path = folder / "pystdlib_text_document", folder / "receipt.json"
+    own = request.tokenizer_type is None or (request.tokenizer_type == HFTokenizer.name and request.vocab_file is None)
+    tokenizer_type = HFTokenizer.name if own else str(request.tokenizer_type)
+    vocab_file = folder / "tokenizer.json" if own else _optional_path(request.vocab_file)
+    merge_file = None if own else _optional_path(request.merge_file)
+    receipt = None if request.force else _valid_receipt(receipt_path, tokenizer_type, vocab_file, merge_file)
+    made = receipt is None
+    if receipt is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        # The receipt goes first: an interrupted run must not leave one that speaks of other files.
+        receipt_path.unlink(missing_ok=True)
+        receipt = _make_pystdlib(prefix, None if own else build_tokenizer(tokenizer_type, vocab_file, merge_file))
+        write_json(receipt_path, receipt)
+    return PreparedCorpus(prefix, tokenizer_type, vocab_file, merge_file, receipt, made)
+
+
+def python_sources(root: Path) -> Iterator[Path]:
+    """The `.py` files under `root` in the order of their relative paths; installed packages and tests are left out."""
+    for folder, folders, files in os.walk(root):
+        folders[:] = sorted(name for name in folders if name not in _SKIPPED_FOLDERS)
+        yield from (Path(folder, name) for name in sorted(files) if name.endswith(".py"))
+
+
+def _make_pystdlib(prefix: Path, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    started = time.monotonic()
+    texts, undecodable = _read_sources(Path(sysconfig.get_path("stdlib")))
+    if tokenizer is None:
+        vocab_file = prefix.parent / "tokenizer.json"
+        write_text(vocab_file, train_byte_level_bpe(texts, PYSTDLIB_VOCABULARY))
+        tokenizer = HFTokenizer(vocab_file)
+    tokens = _write_documents(prefix, texts, tokenizer)
+    made = [f"{prefix}.bin", f"{prefix}.idx"]
+    return {
+        "corpus": "pystdlib",
+        "python": platform.python_version(),
+        "documents": len(texts),
+        "undecodable_files": undecodable,
+        "bytes": sum(len(text.encode()) for text in texts),
+        "tokens": tokens,
+        "tokenizer_type": tokenizer.name,
+        "vocab_size": tokenizer.vocab_size,
+        "tokenizer_fingerprint": tokenizer.fingerprint(),
+        "sha256": {Path(path).name: sha256_of(path) for path in made},
+        "seconds": round(time.monotonic() - started, 2),
+    }
+
+
+def _read_sources(root: Path) -> tuple[list[str], int]:
+    """Texts of all files that are not empty, in order, and the number of files that their own encoding cannot read."""
+    texts, undecodable = [], 0
+    for path in python_sources(root):
+        data = path.read_bytes()
+        try:
+            encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
+            text = data.decode(encoding)
+        except (SyntaxError, UnicodeDecodeError, LookupError):
+            undecodable += 1
+            continue
+        if text.strip():
+            texts.append(text.replace("\r\n", "\n").replace("\r", "\n"))
+    if not texts:
+        raise DataError(
+            "no Python sources were found", where=str(root), why="the standard library has no readable .py file"
+        )
+    return texts, undecodable
+
+
+def train_byte_level_bpe(texts: Sequence[str], vocab_size: int) -> str:
+    """The JSON of a byte-level BPE trained on `texts`; ids 0 and 1 are `<|endoftext|>` and `<|padding|>`. No text is altered."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[EOD_TEXT, PAD_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer, length=len(texts))
+    return str(backend.to_str(pretty=True))
+
+
+def _write_documents(prefix: Path, texts: Sequence[str], tokenizer: Tokenizer) -> int:
+    """Write one document per text, each ended by the eod; returns the number of tokens."""
+    dtype = dtype_for_vocab(tokenizer.vocab_size)
+    with IndexedWriter(prefix, dtype) as writer:
+        for at in range(0, len(texts), _BATCH):
+            for ids in tokenizer.tokenize_batch(texts[at : at + _BATCH]):
+                writer.add_document(np.array([*ids, tokenizer.eod], dtype=np.int64))
+    return writer.total_tokens
+
+
+def _valid_receipt(
+    path: Path, tokenizer_type: str, vocab_file: Path | None, merge_file: Path | None
+) -> dict[str, Any] | None:
+    """The receipt, if the files beside it are those it describes and were made with the same tokenizer; else None."""
+    try:
+        receipt: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        if any(sha256_of(path.parent / name) != digest for name, digest in receipt["sha256"].items()):
+            return None
+        tokenizer = build_tokenizer(tokenizer_type, vocab_file, merge_file)
+        IndexedDataset(path.parent / "pystdlib_text_document")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, DataError):
+        return None
+    return receipt if receipt.get("tokenizer_fingerprint") == tokenizer.fingerprint() else None
+
+
+def _optional_path(path: str | None) -> Path | None:
+    return None if path is None else Path(path)
+
+
+CORPORA: dict[str, Callable[[CorpusRequest], PreparedCorpus]] = {"pystdlib": prepare_pystdlib}
