@@ -1,0 +1,93 @@
+"""One list of every key a YAML may hold: NeoX's, ours, and the options of every token mixer.
+
+The reader, `--explain`, the generated page and the editor schema all ask here, so they cannot disagree.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+from megatron import registry
+from megatron.config import kinds
+from megatron.config.neox_keys import NEOX_KEYS, NeoxKey, Status
+from megatron.config.own_keys import OLD_KEYS, OWN_KEYS
+from megatron.config.schema import key_fields
+
+
+@dataclass(frozen=True)
+class KeyInfo:
+    """What is known about one flat key.
+
+    Attributes:
+        name: the flat key.
+        section: section of `RunConfig`, `layers`, or empty for keys without one.
+        annotation: the type.
+        limits: pydantic's limits beside the type (`gt=0`, read-only dictionaries).
+        type_name: the type in words.
+        default: the default here.
+        status: implemented, ignored, refused or alias.
+        doc: one sentence.
+        reason: for ignored and refused keys; the target of an alias.
+        origin: `NeoX`, `ours`, `older NeoX` or `mixer NAME`.
+    """
+
+    name: str
+    section: str
+    annotation: Any
+    limits: tuple[Any, ...]
+    type_name: str
+    default: Any
+    status: Status
+    doc: str
+    reason: str
+    origin: str
+
+    @property
+    def layer_field(self) -> str:
+        """For a mixer's option the field of its `Config`: `metala_gate_round` -> `gate_round`."""
+        return self.name[len(self.section_layer) + 1 :]
+
+    @property
+    def section_layer(self) -> str:
+        """For a mixer's option the mixer's name."""
+        return self.origin.removeprefix("mixer ") if self.section == "layers" else ""
+
+
+@functools.cache
+def catalog() -> dict[str, KeyInfo]:
+    """Every known key, sections first in their order, then keys without a section, then mixers' options."""
+    found: dict[str, KeyInfo] = {}
+    for name, field in key_fields().items():
+        row = NEOX_KEYS.get(name) or NeoxKey(name, "", None, "implemented", OWN_KEYS[name])
+        origin = "NeoX" if name in NEOX_KEYS else "ours"
+        limits = tuple(field.info.metadata)
+        found[name] = _info(row, field.section, field.info.annotation, limits, field.default, origin)
+    for row in NEOX_KEYS.values():
+        if row.name not in found:
+            found[row.name] = _plain(row, "NeoX")
+    for name, (kind, reason) in OLD_KEYS.items():
+        found[name] = _plain(NeoxKey(name, kind, None, "refused", "A key of older NeoX files.", reason), "older NeoX")
+    _add_layer_options(found)
+    return found
+
+
+def _info(row: NeoxKey, section: str, annotation: Any, limits: tuple[Any, ...], default: Any, origin: str) -> KeyInfo:
+    words = kinds.type_name(annotation)
+    return KeyInfo(row.name, section, annotation, limits, words, default, row.status, row.doc, row.reason, origin)
+
+
+def _plain(row: NeoxKey, origin: str) -> KeyInfo:
+    return _info(row, "", kinds.parse_type(row.kind), (), row.default, origin)
+
+
+def _add_layer_options(found: dict[str, KeyInfo]) -> None:
+    """Mixers' options; they replace a NeoX key of the same name that has no section (`mamba_use_bias_in_conv`)."""
+    for layer, options in registry.layer_options().items():
+        for field, option in options.items():
+            name = f"{layer}_{field}"
+            if name in found and found[name].section:
+                continue
+            row = NeoxKey(name, option.type, option.default, "implemented", option.doc)
+            found[name] = _info(row, "layers", kinds.parse_type(option.type), (), option.default, f"mixer {layer}")

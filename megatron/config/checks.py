@@ -1,0 +1,101 @@
+"""What may stop a run before it starts: refused keys, values that are not built, unknown mixers, broken cross rules.
+
+Reading a file never comes here; only a run that is about to start does. Keys that are accepted without effect are
+listed here too, one line each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from megatron import registry
+from megatron.config import pattern
+from megatron.config.catalog import catalog
+from megatron.config.frozen import thaw
+from megatron.config.own_keys import REFUSED_VALUES
+from megatron.config.problems import Problems
+from megatron.config.rules import RULES
+from megatron.config.schema import RunConfig
+
+
+def check_run(run: RunConfig, problems: Problems, *, unknown_keys: bool = False) -> None:
+    """Add every refused key, refused value and broken rule to `problems`."""
+    refused = _refused(run, problems)
+    for rule in RULES:
+        if not (rule.needs and unknown_keys) and not refused & set(rule.keys) and rule.broken(run):
+            problems.add(rule.message(run), place_of(run, *rule.keys), rule.hint)
+    _check_mixers(run, problems)
+    _check_layer_options(run, problems)
+
+
+def ignored_keys(values: Mapping[str, Any], provenance: Mapping[str, str]) -> tuple[str, ...]:
+    """One line for every accepted key that has no effect and was set to something else than its default."""
+    lines = []
+    for key, value in values.items():
+        info = catalog().get(key)
+        if info is None or info.status != "ignored" or key == "world_size" or thaw(value) == thaw(info.default):
+            continue
+        lines.append(f"{key} is ignored ({provenance.get(key, 'default')}): {info.reason}")
+    return tuple(lines)
+
+
+def place_of(run: RunConfig, *keys: str) -> str:
+    """Where keys were written; derived and default values have no place."""
+    # `optimizer.params.lr` is nearer than `optimizer`: a dictionary is named only if no entry of it has a place.
+    near = [key for key in keys if not any(k.startswith(f"{key}.") and k in run.provenance for k in keys)]
+    places = [str(run.provenance.get(key, "default")) for key in near]
+    return ", ".join(dict.fromkeys(p for p in places if p != "default" and not p.startswith("derived")))
+
+
+def _refused(run: RunConfig, problems: Problems) -> set[str]:
+    """Report refused keys that are not at their default and refused values; return their names."""
+    found: set[str] = set()
+    for key, info in catalog().items():
+        if info.section == "layers" or info.status != "refused":
+            continue
+        value = run.unused.get(key) if not info.section else run.get(key)
+        if value is not None and thaw(value) != thaw(info.default):
+            problems.add(f"{key}: {thaw(value)!r} is not supported", place_of(run, key), info.reason)
+            found.add(key)
+    for key, reasons in REFUSED_VALUES.items():
+        value = run.get(key)
+        if value in reasons:
+            problems.add(f"{key}: {value} is not supported", place_of(run, key), reasons[value])
+            found.add(key)
+    return found
+
+
+def _check_mixers(run: RunConfig, problems: Problems) -> None:
+    """Every mixer of `attention_config` must exist; NeoX's own ones get their own sentence."""
+    known = registry.layer_names()
+    for name in dict.fromkeys(_layer_types(run)):
+        if name in known:
+            continue
+        if name == "global" and run.model.attention_config is None:
+            problems.add(
+                "attention_config is not given, and NeoX's default `global` is not built yet",
+                hint=f'for example attention_config: [[["metala"], {run.model.num_layers}]]',
+            )
+            continue
+        kind = (
+            f"the token mixer '{name}' is not built" if name in pattern.NEOX_TYPES else f"unknown token mixer '{name}'"
+        )
+        problems.add(kind, place_of(run, "attention_config"), registry.nearest(name, known))
+
+
+def _check_layer_options(run: RunConfig, problems: Problems) -> None:
+    """Options of a mixer that no layer uses are a mistake: the person thinks they have an effect."""
+    first_names = {n: registry.layer_info(n).names[0] for n in _layer_types(run) if n in registry.layer_names()}
+    for layer, options in run.layers.items():
+        if layer not in first_names.values():
+            keys = [f"{layer}_{field}" for field in options]
+            hint = f"put {layer} into attention_config, or remove the options"
+            problems.add(f"{', '.join(keys)}: no layer is {layer}", place_of(run, *keys), hint)
+
+
+def _layer_types(run: RunConfig) -> tuple[str, ...]:
+    try:
+        return run.model.layer_types
+    except pattern.PatternError:
+        return ()  # reported when it was derived

@@ -1,0 +1,121 @@
+"""The `model` section: sizes, mixers, norms, MLP and initialisation, and what follows from them.
+
+Only keys that a YAML can set are fields; everything that follows (layer types, MLP width) is a property, so there is
+one place that knows each rule.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, Literal
+
+from pydantic import Field
+
+from megatron.config import pattern
+from megatron.config.base import Section
+
+GATED = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu", "bilinear": "identity", "glu": "sigmoid"}
+_LLAMA_MULTIPLE = 256
+
+Norm = Literal[
+    "layernorm", "rmsnorm", "non_parametric_layernorm", "simplermsnorm", "scalenorm", "te_rmsnorm", "te_layernorm"
+]
+Activation = Literal["gelu", "geglu", "relu", "softsign", "swish", "mish", "silu", "reglu", "swiglu", "bilinear", "glu"]
+Init = Literal[
+    "normal",
+    "scaled_normal",
+    "orthogonal",
+    "scaled_orthogonal",
+    "xavier_uniform",
+    "xavier_normal",
+    "wang_init",
+    "small_init",
+    "single_residual_scaled_normal",
+]
+Positions = Literal["learned", "rotary", "sinusoidal", "rpe", "alibi", "none"]
+
+
+def round_up(value: int, multiple: int) -> int:
+    """The smallest multiple of `multiple` that is not below `value`."""
+    return multiple * math.ceil(value / multiple)
+
+
+class ModelSection(Section):
+    """Shape and mathematics of the model. A size of 0 means "not given" and is refused at the start of a run."""
+
+    num_layers: int = Field(0, ge=0)
+    hidden_size: int = Field(0, ge=0)
+    num_attention_heads: int = Field(0, ge=0)
+    num_kv_heads: int | None = Field(None, gt=0)
+    seq_length: int = Field(0, ge=0)
+    max_position_embeddings: int = Field(0, ge=0)
+    intermediate_size: int | None = Field(None, gt=0)
+    mlp_multiple_of: int = Field(1, gt=0)
+    mlp_branch_size: int | None = Field(None, gt=0)
+    expansion_factor: float | None = Field(None, gt=0)
+    mlp_type: Literal["regular", "llama"] = "regular"
+    activation: Activation = "gelu"
+    norm: Norm = "layernorm"
+    layernorm_epsilon: float = Field(1e-5, gt=0)
+    rms_norm_epsilon: float = Field(1e-8, gt=0)
+    use_bias_in_mlp: bool = True
+    use_bias_in_attn_linear: bool = True
+    use_bias_in_norms: bool = True
+    use_qk_layernorm: bool = False
+    pos_emb: Positions = "learned"
+    rotary_pct: float = Field(1.0, ge=0, le=1)
+    rotary_emb_base: int = Field(10000, gt=0)
+    sliding_window_width: int | None = Field(None, gt=0)
+    no_weight_tying: bool = False
+    attention_config: tuple[Any, ...] | None = None
+    init_method: Init = "normal"
+    output_layer_init_method: Init = "scaled_normal"
+    init_method_std: float = Field(0.02, ge=0)
+    embedding_scale: bool = False
+    hidden_dropout: float = Field(0.0, ge=0, lt=1)
+    attention_dropout: float = Field(0.0, ge=0, lt=1)
+    make_vocab_size_divisible_by: int = Field(128, gt=0)
+    gpt_j_residual: bool = False
+    gpt_j_tied: bool = False
+    use_cpu_initialization: bool = False
+
+    @functools.cached_property
+    def layer_types(self) -> tuple[str, ...]:
+        """The token mixer of every layer, `num_layers` names."""
+        return pattern.expand(self.attention_config, self.num_layers)
+
+    @property
+    def head_dim(self) -> int:
+        """`hidden_size / num_attention_heads` (the value width of a head)."""
+        return self.hidden_size // max(1, self.num_attention_heads)
+
+    @property
+    def mlp_gated(self) -> bool:
+        """Does the MLP multiply two branches (`act(x W1) * (x W3)`) instead of having one?"""
+        return self.mlp_type == "llama" or self.activation in GATED
+
+    @property
+    def mlp_activation(self) -> str:
+        """The pointwise function inside the MLP: `silu` for `swiglu`, `gelu` for `geglu`, ..."""
+        name = GATED.get(self.activation, self.activation)
+        return "silu" if name == "swish" else name
+
+    @property
+    def mlp_width(self) -> int:
+        """Width of one MLP branch.
+
+        `mlp_branch_size` says it directly. `mlp_type: llama` takes `intermediate_size` as it stands, else 8/3 of the
+        hidden size rounded up to 256 (or `mlp_multiple_of`). NeoX's gated activations take a third of
+        `intermediate_size` (so that 3 x the branch is the key), its plain ones the whole of it, default 4 x hidden.
+        """
+        if self.mlp_branch_size:
+            return self.mlp_branch_size
+        multiple = self.mlp_multiple_of
+        if self.mlp_type == "llama":
+            rounding = multiple if multiple > 1 else _LLAMA_MULTIPLE
+            return self.intermediate_size or round_up(8 * self.hidden_size // 3, rounding)
+        full = self.intermediate_size or int((self.expansion_factor or 4) * self.hidden_size)
+        if self.mlp_gated:
+            return round_up(int(2 * full / 3), 2 * multiple) // 2
+        return round_up(full, multiple)

@@ -1,0 +1,60 @@
+"""The keys that GPT-NeoX does not have: ours, and a few that only older NeoX files use.
+
+Kept apart from `neox_keys.py` so that the compatibility promise and our additions are never mixed up.
+"""
+
+from __future__ import annotations
+
+# key -> one sentence of documentation; type and default are those of its section.
+OWN_KEYS: dict[str, str] = {
+    "mlp_branch_size": "Width of one MLP branch, said directly; beats every other width rule.",
+    "mlp_type": (
+        "`regular`: NeoX's MLP, gated if the activation is; `llama`: act(x W1) * (x W3) W2 whose width is "
+        "intermediate_size, else 8/3 of hidden_size rounded up to 256. "
+        "Unset, metala layers with activation silu take llama."
+    ),
+    "embedding_scale": "Multiply embeddings by the square root of hidden_size.",
+    "engine": "`deepspeed`, `single` (plain PyTorch, one process), or `auto`.",
+    "reset_state_at_eod": "Start recurrent state and short convolutions anew after each end of document.",
+    "reset_attention_at_eod": "Attention does not look back over an end of document.",
+    "kernel_backend": "Which implementation of the mixers' kernels runs; `auto` picks the fastest that works here.",
+    "run_dir": "Folder of the run: config, metrics, logs, plots. Unset: the parent of save, or runs/<config name>.",
+}
+
+# key -> (type, why it is refused): keys of files in NeoX's repository that NeoX itself no longer knows.
+OLD_KEYS: dict[str, tuple[str, str]] = {
+    "attention_type": ("str", "NeoX does not know it any more; write num_kv_heads"),
+    "autotuning_config": ("dict", "NeoX does not know it any more, and the autotuner is not supported"),
+    "decay_lr_to": ("float", "NeoX does not know it; write min_lr = decay_lr_to x lr"),
+    "save_interval": ("int", "NeoX does not know it any more; write checkpoint_factor"),
+    "warmup_iters": ("int", "NeoX does not know it; write warmup = warmup_iters / lr_decay_iters"),
+}
+
+# Values of implemented keys that are not built: key -> value -> why and what to use.
+REFUSED_VALUES: dict[str, dict[str, str]] = {
+    "pos_emb": {
+        "learned": "learned positions are not built yet; write pos_emb: none (recurrent mixers need no positions)",
+        "rotary": "rotary attention is not built yet; recurrent mixers use pos_emb: none",
+        "sinusoidal": "sinusoidal positions are not built; recurrent mixers use pos_emb: none",
+        "rpe": "the T5 position bias is not built; recurrent mixers use pos_emb: none",
+        "alibi": "ALiBi attention is not built yet; recurrent mixers use pos_emb: none",
+    },
+    "norm": {
+        "scalenorm": "ScaleNorm is not built; use rmsnorm or simplermsnorm",
+        "te_rmsnorm": "Transformer Engine is not supported; use rmsnorm",
+        "te_layernorm": "Transformer Engine is not supported; use layernorm",
+    },
+    "init_method": {"orthogonal": "it always fails in NeoX; use scaled_orthogonal or normal"},
+    "output_layer_init_method": {"orthogonal": "it always fails in NeoX; use scaled_orthogonal or normal"},
+    "launcher": {"mvapich": "MVAPICH is not supported; use pdsh, openmpi or slurm"},
+    "data_impl": {"cached": "the old TNTIDX format is not built yet; make .bin/.idx files (data_impl: mmap)"},
+    "pack_impl": {
+        "pack_until_overflow": "not built yet; use packed",
+        "unpacked": "not built yet; use packed",
+    },
+    "dataset_impl": {
+        "pairwise": "preference and reward training is not built",
+        "online": "online training is not built",
+    },
+    "text_gen_type": {"precompute": "preference and reward training is not built"},
+}

@@ -1,0 +1,333 @@
+"""The cross rules: combinations of keys that cannot work, one row each.
+
+A row names the keys it is about, when it is broken, and the two sentences a person reads. Rules are tested on the
+finished `RunConfig`, so they see derived values too. It is a table, so it may be long; `checks.py` applies it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from megatron.config.frozen import thaw
+from megatron.config.schema import RunConfig
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One cross rule.
+
+    Attributes:
+        keys: the keys whose places are named.
+        broken: is the rule broken?
+        message: what is wrong, with the numbers.
+        hint: what to try.
+        needs: the rule asks for a key that is absent; such rules wait while there are unknown keys (typos).
+    """
+
+    keys: tuple[str, ...]
+    broken: Callable[[RunConfig], bool]
+    message: Callable[[RunConfig], str]
+    hint: str = ""
+    needs: bool = False
+
+
+def _optimizer_extra(run: RunConfig) -> set[str]:
+    known = _OPTIMIZER_PARAMS.get(run.optimizer.optimizer_type, set())
+    return set(run.optimizer.params) - known
+
+
+def _save_steps(run: RunConfig) -> bool:
+    return bool(run.checkpoint.checkpoint_factor or run.checkpoint.extra_save_iters)
+
+
+def _data_lists(run: RunConfig) -> list[bool]:
+    data = run.data
+    return [bool(paths) for paths in (data.train_data_paths, data.valid_data_paths, data.test_data_paths)]
+
+
+def _unequal_weights(run: RunConfig) -> list[str]:
+    found = []
+    for part in ("train", "valid", "test"):
+        paths, weights = getattr(run.data, f"{part}_data_paths"), getattr(run.data, f"{part}_data_weights")
+        if weights and len(weights) != len(paths or ()):
+            found.append(f"{part}_data_weights has {len(weights)} entries for {len(paths or ())} {part}_data_paths")
+    return found
+
+
+def _cells(run: RunConfig) -> int:
+    return run.parallel.pipe_stages * run.parallel.tensor_ranks
+
+
+_POINTWISE = {"gelu", "relu", "softsign", "swish", "mish", "silu"}
+_OPTIMIZER_PARAMS: dict[str, set[str]] = {
+    "adamw": {"lr", "betas", "eps"},
+    "lion": {"lr", "betas"},
+    "sgd": {"lr", "momentum", "nesterov", "dampening"},
+}
+
+RULES: tuple[Rule, ...] = (
+    Rule(
+        ("num_layers",),
+        lambda r: not r.model.num_layers,
+        lambda r: "num_layers is not given",
+        "write num_layers: the number of blocks",
+        needs=True,
+    ),
+    Rule(
+        ("hidden_size",),
+        lambda r: not r.model.hidden_size,
+        lambda r: "hidden_size is not given",
+        "write hidden_size: the width of the model",
+        needs=True,
+    ),
+    Rule(
+        ("num_attention_heads",),
+        lambda r: not r.model.num_attention_heads,
+        lambda r: "num_attention_heads is not given",
+        "MetaLA's released models have heads of width 128: hidden_size / 128",
+        needs=True,
+    ),
+    Rule(
+        ("seq_length",),
+        lambda r: not r.model.seq_length,
+        lambda r: "seq_length is not given",
+        "write seq_length: the tokens of a training sample",
+        needs=True,
+    ),
+    Rule(
+        ("train_iters", "train_epochs"),
+        lambda r: not r.training.train_iters and not r.training.train_epochs,
+        lambda r: "train_iters is not given",
+        "write train_iters: the number of optimizer steps",
+        needs=True,
+    ),
+    Rule(
+        ("train_micro_batch_size_per_gpu",),
+        lambda r: not r.batch.train_micro_batch_size_per_gpu and not r.batch.train_batch_size,
+        lambda r: "neither train_micro_batch_size_per_gpu nor train_batch_size is given",
+        "write train_micro_batch_size_per_gpu: the sequences that fit on one device",
+        needs=True,
+    ),
+    Rule(
+        ("hidden_size", "num_attention_heads"),
+        lambda r: bool(r.model.num_attention_heads) and r.model.hidden_size % r.model.num_attention_heads != 0,
+        lambda r: (
+            f"hidden_size {r.model.hidden_size} is not a multiple of num_attention_heads {r.model.num_attention_heads}"
+        ),
+        "every head needs the same whole width",
+    ),
+    Rule(
+        ("num_attention_heads", "model_parallel_size"),
+        lambda r: r.model.num_attention_heads % r.parallel.tensor_ranks != 0,
+        lambda r: (
+            f"num_attention_heads {r.model.num_attention_heads} is not a multiple of model_parallel_size"
+            f" {r.parallel.tensor_ranks}"
+        ),
+        "mixers are cut by head; choose a divisor of the head count",
+    ),
+    Rule(
+        ("intermediate_size", "mlp_branch_size", "hidden_size", "model_parallel_size"),
+        lambda r: r.model.mlp_width % r.parallel.tensor_ranks != 0,
+        lambda r: (
+            f"the MLP width {r.model.mlp_width} is not a multiple of model_parallel_size {r.parallel.tensor_ranks}"
+        ),
+        "set mlp_branch_size, or mlp_multiple_of to model_parallel_size",
+    ),
+    Rule(
+        ("num_layers", "pipe_parallel_size"),
+        lambda r: 0 < r.model.num_layers < r.parallel.pipe_stages,
+        lambda r: f"num_layers {r.model.num_layers} is less than pipe_parallel_size {r.parallel.pipe_stages}",
+        "every pipeline stage needs at least one block",
+    ),
+    Rule(
+        ("pipe_parallel_size", "model_parallel_size", "global_num_gpus"),
+        lambda r: r.world_size % _cells(r) != 0,
+        lambda r: (
+            f"{r.world_size} processes cannot be divided into pipe_parallel_size {r.parallel.pipe_stages}"
+            f" x model_parallel_size {r.parallel.tensor_ranks}"
+        ),
+        "the number of processes must be a multiple of their product",
+    ),
+    Rule(
+        ("engine", "pipe_parallel_size", "model_parallel_size"),
+        lambda r: r.parallel.engine == "single" and max(r.world_size, _cells(r)) > 1,
+        lambda r: f"engine: single runs one process, but {max(r.world_size, _cells(r))} are asked for",
+        "use engine: auto",
+    ),
+    Rule(
+        ("max_position_embeddings", "seq_length"),
+        lambda r: r.model.max_position_embeddings < r.model.seq_length,
+        lambda r: (
+            f"max_position_embeddings {r.model.max_position_embeddings} is less than seq_length {r.model.seq_length}"
+        ),
+        "leave max_position_embeddings unset: it follows seq_length",
+    ),
+    Rule(
+        ("intermediate_size", "expansion_factor"),
+        lambda r: bool(r.model.intermediate_size and r.model.expansion_factor),
+        lambda r: "intermediate_size and expansion_factor are both given",
+        "keep one of them",
+    ),
+    Rule(
+        ("mlp_branch_size", "intermediate_size", "expansion_factor"),
+        lambda r: bool(r.model.mlp_branch_size and (r.model.intermediate_size or r.model.expansion_factor)),
+        lambda r: "mlp_branch_size says the MLP width, and so does intermediate_size or expansion_factor",
+        "keep mlp_branch_size alone",
+    ),
+    Rule(
+        ("mlp_type", "activation"),
+        lambda r: r.model.mlp_type == "llama" and r.model.activation not in _POINTWISE,
+        lambda r: f"mlp_type: llama takes a pointwise activation, not {r.model.activation}",
+        "write activation: silu (mlp_type llama is gated already)",
+    ),
+    Rule(
+        ("padded_vocab_size", "model_parallel_size"),
+        lambda r: (r.tokenizer.padded_vocab_size or 0) % r.parallel.tensor_ranks != 0,
+        lambda r: (
+            f"padded_vocab_size {r.tokenizer.padded_vocab_size} is not a multiple of model_parallel_size"
+            f" {r.parallel.tensor_ranks}"
+        ),
+        "leave it unset: it follows the tokenizer",
+    ),
+    Rule(
+        ("zero_optimization.stage", "zero_optimization"),
+        lambda r: r.parallel.zero_optimization is not None and r.parallel.zero_optimization.get("stage") not in (0, 1),
+        lambda r: (
+            f"zero_optimization.stage is {thaw((r.parallel.zero_optimization or {}).get('stage'))!r};"
+            " stages 0 and 1 are built"
+        ),
+        "write zero_optimization: {stage: 1}",
+    ),
+    Rule(
+        ("zero_optimization",),
+        lambda r: any("offload" in key and value for key, value in (r.parallel.zero_optimization or {}).items()),
+        lambda r: "offloading optimizer state to the CPU or to disk is not built",
+        "remove the offload entries of zero_optimization",
+    ),
+    Rule(
+        ("optimizer.type", "optimizer"),
+        lambda r: r.optimizer.optimizer_type not in _OPTIMIZER_PARAMS,
+        lambda r: f"optimizer.type {r.optimizer.optimizer.get('type')!r} is not built",
+        "use Adam (which is AdamW), Lion or SGD",
+    ),
+    Rule(
+        ("optimizer",),
+        lambda r: "type" not in r.optimizer.optimizer,
+        lambda r: "optimizer has no type",
+        "write optimizer: {type: Adam, params: {lr: 3.0e-4, betas: [0.9, 0.95]}}",
+    ),
+    Rule(
+        ("optimizer",),
+        lambda r: r.optimizer.lr <= 0,
+        lambda r: "the learning rate is not given: optimizer.params.lr must be above 0",
+        "write optimizer: {type: Adam, params: {lr: 3.0e-4, betas: [0.9, 0.95]}}",
+    ),
+    Rule(
+        ("optimizer.params", "optimizer"),
+        lambda r: "weight_decay" in r.optimizer.params,
+        lambda r: "weight_decay inside optimizer.params is refused by NeoX",
+        "write weight_decay as a key of its own",
+    ),
+    Rule(
+        ("optimizer.params", "optimizer"),
+        lambda r: r.optimizer.optimizer_type in _OPTIMIZER_PARAMS and bool(_optimizer_extra(r) - {"weight_decay"}),
+        lambda r: f"unknown optimizer.params: {', '.join(sorted(_optimizer_extra(r) - {'weight_decay'}))}",
+        "known are lr, betas, eps (Adam); lr, betas (Lion); lr, momentum, nesterov, dampening (SGD)",
+    ),
+    Rule(
+        ("fp16",),
+        lambda r: r.precision.fp16 is not None and not isinstance(r.precision.fp16.get("enabled"), bool),
+        lambda r: "fp16 has no enabled: true or false",
+        "write fp16: {enabled: true, loss_scale: 0}",
+    ),
+    Rule(
+        ("bf16",),
+        lambda r: r.precision.bf16 is not None and not isinstance(r.precision.bf16.get("enabled"), bool),
+        lambda r: "bf16 has no enabled: true or false",
+        "write bf16: {enabled: true}",
+    ),
+    Rule(
+        ("data_types",),
+        lambda r: r.precision.grad_accum_dtype not in ("fp32", "bfloat16", "fp16"),
+        lambda r: f"data_types.grad_accum_dtype {r.precision.grad_accum_dtype!r} is not fp32, bf16 or fp16",
+        "write data_types: {grad_accum_dtype: fp32}",
+    ),
+    Rule(
+        ("min_lr", "optimizer.params.lr", "optimizer"),
+        lambda r: 0 < r.optimizer.lr < r.schedule.min_lr,
+        lambda r: f"min_lr {r.schedule.min_lr} is above the learning rate {r.optimizer.lr}",
+        "min_lr is the floor of the schedule, often a tenth of optimizer.params.lr",
+    ),
+    Rule(
+        ("warmup", "lr_decay_style"),
+        lambda r: r.schedule.warmup > 1 or (r.schedule.warmup == 1 and r.schedule.lr_decay_style != "constant"),
+        lambda r: f"warmup {r.schedule.warmup} leaves no steps for the {r.schedule.lr_decay_style} decay",
+        "warmup is a share of lr_decay_iters, such as 0.01",
+    ),
+    Rule(
+        ("override_lr_scheduler", "use_checkpoint_lr_scheduler"),
+        lambda r: r.schedule.override_lr_scheduler and r.schedule.use_checkpoint_lr_scheduler,
+        lambda r: "override_lr_scheduler and use_checkpoint_lr_scheduler contradict each other",
+        "keep one of them",
+    ),
+    Rule(
+        ("train_iters", "train_epochs"),
+        lambda r: bool(r.training.train_iters and r.training.train_epochs),
+        lambda r: "train_iters and train_epochs are both given",
+        "keep train_iters",
+    ),
+    Rule(
+        ("lr_decay_iters",),
+        lambda r: r.schedule.lr_decay_iters == 0,
+        lambda r: "lr_decay_iters is 0",
+        "leave it unset: it follows train_iters",
+    ),
+    Rule(
+        ("save", "checkpoint_factor"),
+        lambda r: bool(r.checkpoint.save) and not _save_steps(r),
+        lambda r: "save is given, but neither checkpoint_factor nor extra_save_iters says when",
+        "write checkpoint_factor: the steps between checkpoints",
+    ),
+    Rule(
+        ("checkpoint_scale", "checkpoint_factor"),
+        lambda r: r.checkpoint.checkpoint_scale == "log" and 0 < (r.checkpoint.checkpoint_factor or 0) <= 1,
+        lambda r: f"checkpoint_scale: log needs checkpoint_factor above 1, not {r.checkpoint.checkpoint_factor}",
+        "2 saves at steps 1, 2, 4, 8, ...",
+    ),
+    Rule(
+        ("checkpoint_scale", "checkpoint_factor"),
+        lambda r: r.checkpoint.checkpoint_scale == "linear" and (r.checkpoint.checkpoint_factor or 1) % 1 != 0,
+        lambda r: f"checkpoint_factor {r.checkpoint.checkpoint_factor} is not a whole number of steps",
+        "fractions are for checkpoint_scale: log",
+    ),
+    Rule(
+        ("iteration", "load"),
+        lambda r: r.checkpoint.iteration is not None and not (r.checkpoint.load or r.checkpoint.save),
+        lambda r: "iteration is given, but there is no load to take it from",
+        "write load: the folder of the checkpoints",
+    ),
+    Rule(
+        ("data_path", "train_data_paths", "valid_data_paths", "test_data_paths"),
+        lambda r: bool(r.data.data_path) and any(_data_lists(r)),
+        lambda r: "data_path and *_data_paths are both given",
+        "keep data_path with split, or the three lists",
+    ),
+    Rule(
+        ("train_data_paths", "valid_data_paths", "test_data_paths"),
+        lambda r: any(_data_lists(r)) and not all(_data_lists(r)),
+        lambda r: "train_data_paths, valid_data_paths and test_data_paths must be given together",
+        "the same prefix may stand in two of them",
+    ),
+    Rule(
+        ("train_data_weights", "valid_data_weights", "test_data_weights"),
+        lambda r: bool(_unequal_weights(r)),
+        lambda r: "; ".join(_unequal_weights(r)),
+        "one weight for each prefix",
+    ),
+    Rule(
+        ("profile_step_start", "profile_step_stop"),
+        lambda r: r.logging.profile and r.logging.profile_step_stop <= r.logging.profile_step_start,
+        lambda r: "profile_step_stop must be above profile_step_start",
+    ),
+)

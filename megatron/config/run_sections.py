@@ -1,0 +1,205 @@
+"""The sections that say how to run: mesh, optimizer, schedule, batch, precision, training length, data, checkpoints.
+
+Field names are NeoX's flat keys (ours are marked in `own_keys.py`). Values that follow from a dictionary key, such as
+the learning rate inside `optimizer`, are properties.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from megatron.config.base import Names, Options, Section
+
+_DTYPES = {
+    "fp32": "fp32",
+    "float32": "fp32",
+    "bf16": "bfloat16",
+    "bfloat16": "bfloat16",
+    "fp16": "fp16",
+    "float16": "fp16",
+}
+
+
+class ParallelSection(Section):
+    """The mesh: pipeline x tensor x data, and what ZeRO cuts. `world_size` 0 means not known yet."""
+
+    pipe_parallel_size: int = Field(0, ge=0)
+    model_parallel_size: int = Field(1, ge=0)
+    sequence_parallel: bool = False
+    zero_optimization: Options | None = None
+    pipe_partition_method: str = "type:transformer|mlp"
+    distributed_backend: Literal["nccl", "gloo"] = "nccl"
+    engine: Literal["auto", "deepspeed", "single"] = "auto"
+    world_size: int = Field(0, ge=0)
+
+    @property
+    def zero_stage(self) -> int:
+        """`zero_optimization.stage`; 0 when unset (or a list of stages for NeoX's autotuner, which is refused)."""
+        stage = (self.zero_optimization or {}).get("stage", 0)
+        return stage if isinstance(stage, int) else 0
+
+    @property
+    def pipe_stages(self) -> int:
+        """Pipeline stages: `pipe_parallel_size`, where NeoX's 0 means one."""
+        return max(1, self.pipe_parallel_size)
+
+    @property
+    def tensor_ranks(self) -> int:
+        """Tensor-parallel ranks: `model_parallel_size`, where 0 means one."""
+        return max(1, self.model_parallel_size)
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Data-parallel ranks; 0 while the world size is not known."""
+        return self.world_size // (self.pipe_stages * self.tensor_ranks)
+
+
+class OptimizerSection(Section):
+    """The optimizer. NeoX's `Adam` with the top-level `weight_decay` means AdamW."""
+
+    optimizer: Options = Field(default_factory=lambda: {"type": "Adam", "params": {"lr": 1e-3}})
+    weight_decay: float = Field(0.1, ge=0)
+    gradient_clipping: float = Field(1.0, ge=0)
+    fp32_allreduce: bool = False
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """`optimizer.params`, empty if absent."""
+        return self.optimizer.get("params") or {}
+
+    @property
+    def optimizer_type(self) -> str:
+        """`optimizer.type` in lower case; `adam` becomes `adamw`, which is what NeoX computes."""
+        name = str(self.optimizer.get("type", "adam")).lower()
+        return "adamw" if name == "adam" else name
+
+    @property
+    def lr(self) -> float:
+        """The peak learning rate."""
+        return float(self.params.get("lr", 0.0))
+
+    @property
+    def betas(self) -> tuple[float, float]:
+        """Adam's or Lion's two decay rates."""
+        first, second = self.params.get("betas", (0.9, 0.99) if self.optimizer_type == "lion" else (0.9, 0.999))
+        return float(first), float(second)
+
+    @property
+    def eps(self) -> float:
+        """Adam's epsilon."""
+        return float(self.params.get("eps", 1e-8))
+
+    @property
+    def momentum(self) -> float:
+        """SGD's momentum."""
+        return float(self.params.get("momentum", 0.0))
+
+
+class ScheduleSection(Section):
+    """The learning-rate curve; the formula lives in the engine."""
+
+    lr_decay_style: Literal["constant", "linear", "cosine", "exponential"] = "linear"
+    lr_decay_iters: int | None = Field(None, ge=0)
+    lr_decay_fraction: float | None = Field(None, ge=0)
+    min_lr: float = Field(0.0, ge=0)
+    warmup: float = Field(0.01, ge=0)
+    override_lr_scheduler: bool = False
+    use_checkpoint_lr_scheduler: bool = False
+
+
+class BatchSection(Section):
+    """Batch sizes in sequences. All three are filled in when the world size is known; 0 means not known yet."""
+
+    train_batch_size: int = Field(0, ge=0)
+    train_micro_batch_size_per_gpu: int = Field(0, ge=0)
+    gradient_accumulation_steps: int = Field(0, ge=0)
+
+
+class PrecisionSection(Section):
+    """The number format of the forward and backward pass, and of the gradient sum."""
+
+    fp16: Options | None = None
+    bf16: Options | None = None
+    precision: Literal["fp16", "fp32", "bfloat16"] = "fp32"
+    data_types: Options | None = None
+
+    @property
+    def dtype(self) -> str:
+        """`fp32`, `bfloat16` or `fp16`."""
+        return self.precision
+
+    @property
+    def grad_accum_dtype(self) -> str:
+        """The format in which gradients are summed: `data_types.grad_accum_dtype`, else fp32."""
+        name = str((self.data_types or {}).get("grad_accum_dtype") or "fp32").lower()
+        return _DTYPES.get(name, name)
+
+
+class TrainingSection(Section):
+    """How long to train, when to evaluate, and what happens between forward and backward."""
+
+    train_iters: int = Field(0, ge=0)
+    train_epochs: int | None = Field(None, gt=0)
+    eval_iters: int = Field(100, ge=0)
+    eval_interval: int = Field(1000, ge=0)
+    exit_interval: int | None = Field(None, gt=0)
+    seed: int = Field(1234, gt=0)
+    checkpoint_activations: bool = False
+    checkpoint_num_layers: int = Field(1, gt=0)
+    eod_mask_loss: bool = False
+    reset_state_at_eod: bool = False
+    reset_attention_at_eod: bool = False
+    kernel_backend: Literal["auto", "reference", "torch", "triton", "fla"] = "auto"
+
+
+class DataSection(Section):
+    """Which token files are read, how they are split and cut into samples."""
+
+    data_path: str | None = None
+    train_data_paths: Names | None = None
+    valid_data_paths: Names | None = None
+    test_data_paths: Names | None = None
+    train_label_data_paths: Names | None = None
+    valid_label_data_paths: Names | None = None
+    test_label_data_paths: Names | None = None
+    train_data_weights: tuple[float, ...] | None = None
+    valid_data_weights: tuple[float, ...] | None = None
+    test_data_weights: tuple[float, ...] | None = None
+    weight_by_num_documents: bool = False
+    weighted_sampler_alpha: float = 1.0
+    split: str = "969, 30, 1"
+    data_impl: Literal["infer", "mmap", "cached"] = "infer"
+    pack_impl: Literal["packed", "pack_until_overflow", "unpacked"] = "packed"
+    dataset_impl: Literal["gpt2", "pairwise", "online"] = "gpt2"
+    allow_chopped: bool = True
+    mmap_warmup: bool = False
+    num_workers: int = Field(2, ge=0)
+    use_shared_fs: bool = True
+
+
+class TokenizerSection(Section):
+    """The tokenizer that made the data, which is also the one used for generation and export."""
+
+    tokenizer_type: str = "GPT2BPETokenizer"
+    vocab_file: str | None = None
+    merge_file: str | None = None
+    padded_vocab_size: int | None = Field(None, gt=0)
+
+
+class CheckpointSection(Section):
+    """Where and when to save, and what to load."""
+
+    save: str | None = None
+    load: str | None = None
+    checkpoint_factor: int | float | None = Field(None, gt=0)
+    checkpoint_scale: Literal["linear", "log"] = "linear"
+    extra_save_iters: tuple[int, ...] | None = None
+    keep_last_n_checkpoints: int | None = Field(None, gt=0)
+    iteration: int | None = Field(None, ge=0)
+    finetune: bool = False
+    no_load_optim: bool = False
+    no_load_rng: bool = False
+    no_save_optim: bool = False
+    no_save_rng: bool = False

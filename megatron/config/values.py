@@ -1,0 +1,149 @@
+"""From what the files say to typed values: aliases, `--set`, unknown keys, types. Nothing here knows what keys mean."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from megatron.config import kinds
+from megatron.config.catalog import KeyInfo, catalog
+from megatron.config.frozen import thaw
+from megatron.config.problems import Problems
+from megatron.config.yaml_reader import Source, normalise_key, parse_scalar
+from megatron.registry import nearest
+
+
+def resolve_aliases(source: Source, problems: Problems) -> None:
+    """Move NeoX's derived copies (`lr`, `zero_stage`, ...) to the key they copy; two different values are an error."""
+    for key in [k for k in source.values if k in catalog() and catalog()[k].status == "alias"]:
+        value, place = source.values.pop(key), source.places[key]
+        if value is None:
+            continue
+        target = catalog()[key].reason
+        present = _lookup(source.values, target)
+        if present is not None and present != value:
+            where = source.places.get(target) or source.places.get(target.split(".")[0], "")
+            message = f"{key} is {value!r} but {target} is {present!r}, and they are the same setting"
+            problems.add(message, f"{place} and {where}", f"keep {target}")
+        elif present is None:
+            _assign(source, target, value, place)
+
+
+def apply_overrides(
+    source: Source, overrides: Mapping[str, Any], labels: Mapping[str, str], problems: Problems
+) -> None:
+    """Put command-line values over the files. Dotted keys reach into dictionaries, text is read as YAML."""
+    for raw_key, raw_value in overrides.items():
+        head, _, rest = str(raw_key).partition(".")
+        key, place = normalise_key(head), labels.get(raw_key, "--set")
+        info = catalog().get(key)
+        if info is not None and info.status == "alias" and not rest:
+            head, _, rest = info.reason.partition(".")
+            key = head
+        try:
+            value = _parse_override(raw_value, info if not rest else None)
+        except yaml.YAMLError as error:
+            problems.add(f"the value of {raw_key} is not valid YAML: {raw_value!r}", place, str(error).splitlines()[0])
+            continue
+        dotted = f"{key}.{rest}" if rest else key
+        if rest and not isinstance(source.values.get(key) or {}, dict):
+            problems.add(f"{raw_key}: {key} is not a dictionary", place)
+            continue
+        _forget(source, dotted)
+        _assign(source, dotted, value, place)
+
+
+def check_values(source: Source, problems: Problems) -> tuple[dict[str, Any], set[str]]:
+    """The values that are known and of the right type, and the names of the keys that are not."""
+    good: dict[str, Any] = {}
+    bad: set[str] = set()
+    for key, raw in source.values.items():
+        info = catalog().get(key)
+        if info is None:
+            hint = nearest(key, list(catalog())) if _has_near(key) else "see configs/arguments.md for every key"
+            problems.add(f"unknown key {key}", source.places.get(key, ""), hint)
+            bad.add(key)
+        elif raw is not None:
+            value = kinds.fit(raw, info.annotation)
+            try:
+                good[key] = _adapter(key).validate_python(value)
+            except ValidationError as error:
+                problems.add(*_type_problem(info, raw, error, source.places.get(key, "")))
+                bad.add(key)
+    return good, bad
+
+
+@functools.cache
+def _adapter(key: str) -> TypeAdapter[Any]:
+    info = catalog()[key]
+    annotation = Annotated[(info.annotation, *info.limits)] if info.limits else info.annotation
+    return TypeAdapter(annotation, config=ConfigDict(strict=True))
+
+
+def _has_near(key: str) -> bool:
+    return nearest(key, list(catalog())).startswith("did you mean")
+
+
+def _type_problem(info: KeyInfo, value: Any, error: ValidationError, place: str) -> tuple[str, str, str]:
+    first = error.errors(include_url=False)[0]
+    allowed = kinds.choices(info.annotation)
+    if first["type"] == "literal_error" or (allowed and isinstance(value, str)):
+        words = [str(choice) for choice in allowed]
+        return f"{info.name} is {value!r}, which is not one of {', '.join(words)}", place, nearest(str(value), words)
+    if first["type"].startswith(("greater", "less")):
+        return f"{info.name} is {value!r}: {first['msg'].removeprefix('Input ')}", place, ""
+    inside = "".join(f"[{part}]" for part in first["loc"] if isinstance(part, int))
+    hint = f"{info.name}: {info.doc}"
+    if isinstance(value, str):
+        hint = "write null to leave it unset" if value == "None" else "write it without quotes"
+    return f"{info.name}{inside} must be {info.type_name}, got {value!r}", place, hint
+
+
+def _parse_override(value: Any, info: KeyInfo | None) -> Any:
+    if not isinstance(value, str):
+        return thaw(value)
+    parsed = parse_scalar(value)
+    if info is not None and kinds.accepts(info.annotation, str) and not isinstance(parsed, (str, type(None))):
+        return value  # a name such as 12 or 2024-01-01 stays text where text is wanted
+    return parsed
+
+
+def _lookup(values: dict[str, Any], dotted: str) -> Any:
+    node: Any = values
+    for part in dotted.split("."):
+        if not isinstance(node, dict) or part not in node:
+            return None
+        node = node[part]
+    return node
+
+
+def _assign(source: Source, dotted: str, value: Any, place: str) -> None:
+    """Set a (dotted) key; a missing dictionary starts from the key's default, so one entry can be changed alone."""
+    head, *rest = dotted.split(".")
+    source.places[dotted] = place
+    if not rest:
+        source.values[head] = value
+        return
+    if not isinstance(source.values.get(head), dict):
+        info = catalog().get(head)
+        source.values[head] = thaw(info.default) if info is not None and info.default else {}
+        source.places[head] = place
+    else:
+        source.values[head] = copy.deepcopy(source.values[head])
+    node = source.values[head]
+    for part in rest[:-1]:
+        if not isinstance(node.get(part), dict):
+            node[part] = {}
+        node = node[part]
+    node[rest[-1]] = value
+
+
+def _forget(source: Source, dotted: str) -> None:
+    """Drop the places of what is about to be replaced, so that no message names a line that no longer counts."""
+    for key in [k for k in source.places if k == dotted or k.startswith(f"{dotted}.")]:
+        del source.places[key]

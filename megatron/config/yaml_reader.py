@@ -1,0 +1,137 @@
+"""Reads NeoX's YAML and JSON files into plain values, remembering the line of every key.
+
+Lines are what make a message useful (`configs/a.yml:12`), and PyYAML forgets them, so the node tree is walked once for
+places and for keys written twice, and then handed to the safe constructor. Differences from plain YAML 1.1: `1e-4` is a
+number (NeoX users lose runs to that string), and a key that appears twice is an error instead of silently winning.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron.config.problems import Problems
+
+_EXPONENT = re.compile(r"^[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+$")
+
+
+class ConfigLoader(yaml.SafeLoader):
+    """PyYAML's safe loader plus numbers such as `1e-4` and `1E5`."""
+
+
+ConfigLoader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789"))
+
+
+@dataclass
+class Source:
+    """What the files say: values by normalised key, the place of every (dotted) key, and the raw texts."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    places: dict[str, str] = field(default_factory=dict)
+    texts: dict[str, str] = field(default_factory=dict)
+
+
+def normalise_key(key: str) -> str:
+    """NeoX's rule: a hyphen in a key equals an underscore."""
+    return key.replace("-", "_")
+
+
+def parse_scalar(text: str) -> Any:
+    """The value of a `--set KEY=VALUE` text, by the rules of the files."""
+    loader = ConfigLoader(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
+
+
+def resolve_path(name: str | Path, conf_dir: str | Path | None) -> Path:
+    """NeoX's rules: `conf_dir` is joined in front, `.yml` is appended unless the name has a known ending."""
+    path = Path(conf_dir) / name if conf_dir else Path(name)
+    return path if path.suffix in (".yml", ".yaml", ".json") else path.with_name(path.name + ".yml")
+
+
+def read_files(files: Sequence[str | Path], conf_dir: str | Path | None, problems: Problems) -> Source:
+    """Read and merge all files; whatever is wrong is added to `problems`."""
+    source = Source()
+    for name in files:
+        path = resolve_path(name, conf_dir)
+        if path.name in source.texts:
+            problems.add(
+                f"two config files are called {path.name}",
+                str(path),
+                "rename one: the texts are kept beside each checkpoint under their base names",
+            )
+            continue
+        text = _read_text(path, problems)
+        if text is not None:
+            source.texts[path.name] = text
+            _merge(source, *parse_text(text, str(path), problems), problems)
+    return source
+
+
+def parse_text(text: str, label: str, problems: Problems) -> tuple[dict[str, Any], dict[str, str]]:
+    """Values and places of one file's text; `label` is the file name used in places."""
+    loader = ConfigLoader(text.replace("\t", "    ") if label.endswith(".json") else text)
+    try:
+        node = loader.get_single_node()
+        if not isinstance(node, yaml.MappingNode):
+            found = "is empty" if node is None else "is not a list of `key: value` lines"
+            problems.add(f"the config file {found}", label)
+            return {}, {}
+        places: dict[str, str] = {}
+        _walk(node, "", label, places, problems)
+        raw = loader.construct_document(node)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{label}:{mark.line + 1}" if mark else label
+        problems.add(f"not valid YAML: {getattr(error, 'problem', None) or error}", place)
+        return {}, {}
+    finally:
+        loader.dispose()
+    return {normalise_key(str(key)): value for key, value in raw.items()}, places
+
+
+def _read_text(path: Path, problems: Problems) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        folder = path.parent
+        names = sorted(p.name for p in folder.iterdir() if p.suffix in (".yml", ".json")) if folder.is_dir() else []
+        close = difflib.get_close_matches(path.name, names, n=3, cutoff=0.4)
+        here = "did you mean " + " or ".join(close) + "?" if close else "known: " + ", ".join(names[:12])
+        problems.add("config file not found", str(path), here if names else f"the folder {folder} has no config files")
+    except (OSError, UnicodeDecodeError) as error:
+        problems.add(f"config file cannot be read: {error}", str(path))
+    return None
+
+
+def _merge(source: Source, values: dict[str, Any], places: dict[str, str], problems: Problems) -> None:
+    for key in values:
+        if key in source.values:
+            problems.add(
+                f"the key {key} is given twice",
+                f"{source.places[key]} and {places[key]}",
+                "keep one of them (a hyphen equals an underscore), or use --set to override a file",
+            )
+    source.values.update(values)
+    source.places.update(places)
+
+
+def _walk(node: yaml.MappingNode, prefix: str, label: str, places: dict[str, str], problems: Problems) -> None:
+    """Note the place of each key, nested ones with dots, and report a key written twice in one mapping."""
+    for key_node, value_node in node.value:
+        key = str(key_node.value)
+        dotted = f"{prefix}{key}" if prefix else normalise_key(key)
+        place = f"{label}:{key_node.start_mark.line + 1}"
+        if dotted in places and key != "<<":
+            problems.add(f"the key {dotted} is given twice", f"{places[dotted]} and {place}", "keep one of them")
+        places[dotted] = place
+        if isinstance(value_node, yaml.MappingNode):
+            _walk(value_node, f"{dotted}.", label, places, problems)
