@@ -1,0 +1,227 @@
+"""What every engine answers: one optimizer step, an evaluation loss, and its state as plain tensors.
+
+The loop, the checkpoints and the export talk to `Engine` only. `single.py` is the plain PyTorch one and the referee;
+`deepspeed.py` runs pipelines, ZeRO and many processes. Both return the same numbers for the same settings.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from megatron.errors import CheckpointError, ConfigError, DataError
+from megatron.parallel.mesh import Mesh
+from megatron.parallel.plan import ParamSpec
+
+# `bfloat16` is how GPT-NeoX's `precision` key spells it.
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "fp16": torch.float16}
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class MicroBatch(Protocol):
+    """What an engine reads of a batch (`megatron.data.batches.Batch` has it): all tensors are [b, s]."""
+
+    tokens: Tensor
+    labels: Tensor
+    loss_mask: Tensor
+    segment_ids: Tensor | None
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """All that an engine is told besides the model and the mesh; sizes in samples, tokens and steps.
+
+    activation_checkpoint_interval: blocks per recomputed piece, 0 stores all activations.
+    fp16: `loss_scale` (0 = dynamic), `initial_scale_power`, `loss_scale_window`, `hysteresis`, `min_loss_scale`.
+    fp32_allreduce: tensor-parallel sums are formed in fp32 when the activations are narrower.
+    partition_method: how blocks go to pipeline stages, see `engine/stages.py`. timeout_s: of every collective.
+    """
+
+    seed: int = 1234
+    dtype: str = "fp32"
+    micro_batch: int = 1
+    gradient_accumulation: int = 1
+    seq_length: int = 128
+    optimizer_type: str = "adam"
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    gradient_clipping: float = 1.0
+    zero_stage: int = 0
+    activation_checkpoint_interval: int = 0
+    fp32_grad_accum: bool = True
+    fp32_allreduce: bool = False
+    fp16: Mapping[str, Any] = field(default_factory=dict)
+    kernel_backend: str = "auto"
+    timeout_s: float = 1800.0
+    partition_method: str = "type:transformer|mlp"
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"unknown precision '{self.dtype}'", hint="one of " + ", ".join(DTYPES))
+        if self.micro_batch < 1 or self.gradient_accumulation < 1:
+            raise ConfigError("micro batch and gradient_accumulation_steps must be at least 1")
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step, the same on every rank.
+
+    loss: mean over the global batch's micro batches. grad_norm: global L2 norm before clipping (inf if not finite).
+    skipped: the weights were left as they were, because the gradients were not finite.
+    """
+
+    loss: Tensor | float
+    grad_norm: Tensor | float
+    skipped: bool = False
+
+
+@dataclass(frozen=True)
+class OptimizerSlice:
+    """What one rank owns of one parameter's optimizer state: [start, stop) of its flattened local part.
+
+    master: fp32 [stop - start]. moments: name -> fp32 [stop - start]. step: optimizer steps taken.
+    """
+
+    start: int
+    stop: int
+    master: Tensor
+    moments: Mapping[str, Tensor]
+    step: int
+
+
+class Engine(ABC):
+    """See the module. Dictionaries are keyed by logical parameter names (`model.layers.0.token_mixer.q_proj.weight`)."""
+
+    kind: ClassVar[str]
+    mesh: Mesh
+    specs: Mapping[str, ParamSpec]
+    settings: EngineSettings
+    device: torch.device
+    dtype: torch.dtype
+    # Names this rank holds as a copy of a parameter that an earlier pipeline stage owns (the tied output matrix).
+    # `weights()` and `optimizer_slices()` contain them; who joins or exports takes the owner's.
+    replica_names: frozenset[str] = frozenset()
+
+    @property
+    def gradient_accumulation(self) -> int:
+        """Micro batches per optimizer step."""
+        return self.settings.gradient_accumulation
+
+    @property
+    def num_local_params(self) -> int:
+        """Parameters that this rank holds (its tensor and pipeline part)."""
+        return sum(p.numel() for p in self.parameters().values())
+
+    @abstractmethod
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        """Logical name -> this rank's live parameter in the compute dtype."""
+
+    @abstractmethod
+    def train_step(self, batches: Iterator[MicroBatch], lr: float) -> StepResult:
+        """Consume `gradient_accumulation` micro batches and take one optimizer step with the rate `lr`.
+
+        Raises:
+            DataError: the iterator ends too early.
+        """
+
+    @abstractmethod
+    def eval_loss(self, batches: Iterator[MicroBatch], count: int) -> float:
+        """Mean loss over `count` micro batches of every data-parallel rank; the same number on all ranks."""
+
+    @abstractmethod
+    def optimizer_slices(self) -> dict[str, OptimizerSlice]:
+        """Copies of what this data-parallel rank owns; zero moments and step 0 before the first step."""
+
+    @abstractmethod
+    def load_optimizer_slices(self, slices: Mapping[str, OptimizerSlice]) -> None:
+        """Put back what `optimizer_slices` gave, for the same ranges.
+
+        Raises:
+            CheckpointError: a name or a range differs from what this rank owns.
+        """
+
+    @abstractmethod
+    def refresh_master_from_weights(self) -> None:
+        """After `load_weights` without an optimizer state: fp32 masters become the weights, moments start at zero."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """One line: which engine runs and why."""
+
+    def extra_state(self) -> dict[str, Any]:
+        """Small JSON-able state besides tensors (loss scale)."""
+        return {}
+
+    def load_extra_state(self, state: Mapping[str, Any]) -> None:
+        """Put back `extra_state`; unknown keys are ignored, so that a run may go on in another precision."""
+
+    def weights(self) -> dict[str, Tensor]:
+        """Logical name -> this rank's local part, detached, in the compute dtype; only names of this rank's stage."""
+        return {name: param.detach() for name, param in self.parameters().items()}
+
+    @torch.no_grad()
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Overwrite this rank's parts; call `refresh_master_from_weights` or `load_optimizer_slices` after it.
+
+        Raises:
+            CheckpointError: a name is missing or unknown, or a shape differs; nothing is changed then.
+        """
+        own = self.parameters()
+        check_names(set(own), set(weights), "weights")
+        for name, param in own.items():
+            if tuple(weights[name].shape) != tuple(param.shape):
+                raise CheckpointError(
+                    f"'{name}' has shape {tuple(weights[name].shape)} in the checkpoint, this rank holds {tuple(param.shape)}",
+                    why="another model, or another tensor-parallel cut",
+                )
+        for name, param in own.items():
+            param.copy_(weights[name])
+
+    def close(self) -> None:
+        """Give back what the engine holds outside Python's memory; the engine is not used afterwards."""
+
+
+def check_names(own: set[str], given: set[str], what: str) -> None:
+    """Raise CheckpointError unless both sets are equal; names the first few on either side."""
+    if own == given:
+        return
+    missing, unknown = sorted(own - given), sorted(given - own)
+    parts = [f"missing {missing[:3]}" if missing else "", f"unknown {unknown[:3]}" if unknown else ""]
+    raise CheckpointError(
+        f"{what} do not fit this model: " + ", ".join(p for p in parts if p),
+        why=f"{len(missing)} missing and {len(unknown)} unknown names",
+        hint="compare the model section of the config with the one stored in the checkpoint",
+    )
+
+
+def check_slice(name: str, own: tuple[int, int], given: OptimizerSlice) -> None:
+    """Raise CheckpointError unless `given` covers exactly the range `own` with Adam's moments."""
+    length = own[1] - own[0]
+    fits = (given.start, given.stop) == own and given.master.numel() == length
+    if not fits or any(m not in given.moments or given.moments[m].numel() != length for m in MOMENTS):
+        raise CheckpointError(
+            f"optimizer state of '{name}' covers [{given.start}, {given.stop}), this rank owns [{own[0]}, {own[1]})",
+            why="it was saved on another mesh, or by another optimizer",
+        )
+
+
+def take_micro_batches(batches: Iterator[MicroBatch], count: int) -> Sequence[MicroBatch]:
+    """The next `count` micro batches.
+
+    Every rank takes them, also a middle pipeline stage that reads none: the data cursor is then the same everywhere.
+
+    Raises:
+        DataError: fewer are left.
+    """
+    taken = list(islice(batches, count))
+    if len(taken) < count:
+        raise DataError(f"the data ended: {len(taken)} of {count} micro batches were left")
+    return taken

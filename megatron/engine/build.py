@@ -1,0 +1,60 @@
+"""Chooses and builds the engine; DeepSpeed is imported only when it is the one."""
+
+from __future__ import annotations
+
+import torch
+
+from megatron.engine.base import Engine, EngineSettings
+from megatron.engine.single import SingleEngine
+from megatron.errors import ConfigError
+from megatron.model.config import ModelConfig
+from megatron.parallel.mesh import Mesh
+from megatron.parallel.random import seed_all
+
+KINDS = ("auto", "single", "deepspeed")
+
+
+def choose_kind(kind: str, mesh: Mesh) -> str:
+    """`auto` is plain PyTorch for one process and DeepSpeed for more.
+
+    Raises:
+        ConfigError: unknown name, or `single` for several processes.
+    """
+    if kind not in KINDS:
+        raise ConfigError(f"unknown engine '{kind}'", hint="one of " + ", ".join(KINDS))
+    if kind == "single" and mesh.world_size > 1:
+        raise ConfigError(f"engine 'single' runs one process, this job has {mesh.world_size}", hint="engine: deepspeed")
+    if kind == "auto":
+        return "single" if mesh.world_size == 1 else "deepspeed"
+    return kind
+
+
+def local_device(local_rank: int) -> torch.device:
+    """The accelerator of this process, or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def build_engine(kind: str, config: ModelConfig, mesh: Mesh, settings: EngineSettings, local_rank: int = 0) -> Engine:
+    """Build the engine of this rank: model, optimizer, seeds.
+
+    Args:
+        kind: auto | single | deepspeed. mesh: with process groups if it has more than one process.
+        local_rank: index of this process on its machine, which is also its accelerator's.
+
+    Raises:
+        ConfigError: the model, mesh and settings do not fit together.
+    """
+    kind = choose_kind(kind, mesh)
+    # Before any parallel region: OpenMP's threads inherit it. Denormals made a CPU run 8 times slower.
+    torch.set_flush_denormal(True)
+    device = local_device(local_rank)
+    seed_all(settings.seed, mesh)
+    if kind == "single":
+        return SingleEngine(config, settings, device)
+    from megatron.engine.deepspeed import DeepSpeedEngine
+
+    return DeepSpeedEngine(config, mesh, settings, device)

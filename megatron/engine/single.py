@@ -1,0 +1,180 @@
+"""One process, plain PyTorch: the default engine for one process, and the referee of every parallel result.
+
+fp32 trains as it stands. bf16 and fp16 keep fp32 master weights and sum micro-batch gradients in fp32; fp16 adds a loss scale that
+halves on overflow and doubles after a quiet window. A step whose gradients are not finite is skipped in every precision, as
+DeepSpeed does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from megatron.engine.base import (
+    MOMENTS,
+    Engine,
+    EngineSettings,
+    MicroBatch,
+    OptimizerSlice,
+    StepResult,
+    check_names,
+    check_slice,
+    take_micro_batches,
+)
+from megatron.engine.loss_scale import LossScale
+from megatron.engine.optim import build_optimizer, parameter_groups, set_learning_rate
+from megatron.engine.stages import build_local, run_stages
+from megatron.model.config import ModelConfig
+from megatron.parallel.loss import check_labels
+from megatron.model.loss import token_loss
+from megatron.parallel.mesh import Mesh
+
+# DeepSpeed adds this to the norm before it divides; the two engines must clip alike.
+CLIP_EPS = 1e-6
+
+
+class SingleEngine(Engine):
+    """See the module and `Engine`."""
+
+    kind: ClassVar[str] = "single"
+
+    def __init__(self, config: ModelConfig, settings: EngineSettings, device: torch.device) -> None:
+        self.mesh, self.settings, self.device = Mesh.single(), settings, device
+        self.local = build_local(config, self.mesh, settings, device)
+        self.specs = self.local.specs
+        self._parameters = self.local.parameters
+        self.dtype = next(iter(self._parameters.values())).dtype
+        self.stages = nn.ModuleList(self.local.stages)
+        self._low = self.dtype != torch.float32
+        self._masters: dict[str, Tensor] = dict(self._parameters)
+        if self._low:
+            self._masters = {name: p.detach().float() for name, p in self._parameters.items()}
+        groups = parameter_groups(self._masters, self.specs, settings.weight_decay)
+        self.optimizer = build_optimizer(groups, settings)
+        self.loss_scale = LossScale.from_settings(settings)
+
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        """Logical name -> parameter."""
+        return self._parameters
+
+    def _loss(self, batch: MicroBatch) -> Tensor:
+        """Mean loss of one micro batch."""
+        flow = [batch.tokens.to(self.device)]
+        if batch.segment_ids is not None:
+            flow.append(batch.segment_ids.to(self.device))
+        labels, mask = batch.labels.to(self.device), batch.loss_mask.to(self.device)
+        check_labels(labels, mask, self.local.config.vocab_size)
+        config, interval = self.local.config, self.settings.activation_checkpoint_interval
+        logits = run_stages(self.local.stages, tuple(flow), interval, keep_rng=config.hidden_dropout > 0)
+        assert isinstance(logits, Tensor)
+        return token_loss(logits, labels, mask)
+
+    def train_step(self, batches: Iterator[MicroBatch], lr: float) -> StepResult:
+        """One optimizer step; see `Engine.train_step`."""
+        count = self.gradient_accumulation
+        self.stages.train()
+        total = torch.zeros((), device=self.device)
+        for batch in take_micro_batches(batches, count):
+            loss = self._loss(batch)
+            (loss * (self.loss_scale.value / count)).backward()
+            total += loss.detach()
+            if self._low:
+                self._gather_gradients()
+        norm, skipped = self._clip()
+        if not skipped:
+            set_learning_rate(self.optimizer, lr)
+            self.optimizer.step()
+            self._copy_masters_down()
+        self.loss_scale.update(skipped)
+        for tensor in (*self._masters.values(), *self._parameters.values()):
+            tensor.grad = None
+        return StepResult(total / count, norm, skipped)
+
+    @torch.no_grad()
+    def _gather_gradients(self) -> None:
+        """Add the micro batch's low-precision gradients to the fp32 sums and drop them."""
+        for name, param in self._parameters.items():
+            master = self._masters[name]
+            if param.grad is None:
+                continue
+            if master.grad is None:
+                master.grad = param.grad.float()
+            else:
+                master.grad += param.grad
+            param.grad = None
+
+    @torch.no_grad()
+    def _clip(self) -> tuple[Tensor, bool]:
+        """Unscale and clip all gradients; (global norm before clipping, whether it is not finite)."""
+        grads = [m.grad for m in self._masters.values() if m.grad is not None]
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))) / self.loss_scale.value
+        if not bool(torch.isfinite(norm)):
+            return torch.full_like(norm, float("inf")), True
+        factor = 1.0 / self.loss_scale.value
+        limit = self.settings.gradient_clipping
+        if limit > 0:
+            factor = factor / max(1.0, (float(norm) + CLIP_EPS) / limit)
+        if factor != 1.0:
+            torch._foreach_mul_(grads, factor)
+        return norm, False
+
+    @torch.no_grad()
+    def _copy_masters_down(self) -> None:
+        if self._low:
+            for name, param in self._parameters.items():
+                param.copy_(self._masters[name])
+
+    @torch.no_grad()
+    def eval_loss(self, batches: Iterator[MicroBatch], count: int) -> float:
+        """Mean loss over `count` micro batches."""
+        self.stages.eval()
+        total = sum(float(self._loss(batch)) for batch in take_micro_batches(batches, count))
+        self.stages.train()
+        return total / count
+
+    def optimizer_slices(self) -> dict[str, OptimizerSlice]:
+        """Every parameter, whole."""
+        return {name: self._slice(master) for name, master in self._masters.items()}
+
+    def _slice(self, master: Tensor) -> OptimizerSlice:
+        state = self.optimizer.state.get(master, {})
+        flat = master.detach().reshape(-1).clone()
+        moments = {m: state[m].reshape(-1).clone() if m in state else torch.zeros_like(flat) for m in MOMENTS}
+        return OptimizerSlice(0, flat.numel(), flat, moments, int(state["step"]) if "step" in state else 0)
+
+    @torch.no_grad()
+    def load_optimizer_slices(self, slices: Mapping[str, OptimizerSlice]) -> None:
+        """Masters and moments; the compute weights follow from the masters."""
+        check_names(set(self._masters), set(slices), "optimizer states")
+        for name, master in self._masters.items():
+            check_slice(name, (0, master.numel()), slices[name])
+        for name, master in self._masters.items():
+            part = slices[name]
+            master.copy_(part.master.view_as(master))
+            state: dict[str, Any] = {"step": torch.tensor(float(part.step), device=self.device)}
+            for moment in MOMENTS:
+                state[moment] = part.moments[moment].to(self.device).view_as(master).clone()
+            self.optimizer.state[master] = state
+        self._copy_masters_down()
+
+    @torch.no_grad()
+    def refresh_master_from_weights(self) -> None:
+        """Masters become the weights; moments are forgotten."""
+        for name, param in self._parameters.items():
+            self._masters[name].copy_(param)
+        self.optimizer.state.clear()
+
+    def extra_state(self) -> dict[str, Any]:
+        """The loss scale of fp16."""
+        return self.loss_scale.state()
+
+    def load_extra_state(self, state: Mapping[str, Any]) -> None:
+        """See `extra_state`."""
+        self.loss_scale.load(state)
+
+    def describe(self) -> str:
+        """One line for the log."""
+        return f"engine: plain PyTorch, one process on {self.device.type}, {self.settings.dtype}, fused AdamW"

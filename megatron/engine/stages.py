@@ -1,0 +1,204 @@
+"""From a model's description to the stages that live on this rank: cut, partitioned over the pipeline, materialised.
+
+Both engines build their model here, so a parameter starts from the same number whatever runs it. The whole model is made on the
+meta device; only the parameters of this rank's stages and of its tensor-parallel part ever take memory.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from megatron.engine.base import DTYPES, EngineSettings
+from megatron.errors import ConfigError
+from megatron.model.build import build_model, param_specs
+from megatron.model.config import ModelConfig
+from megatron.model.init import materialise
+from megatron.model.stages import BlockStage, Flow, Stage, stages_of
+from megatron.parallel.mesh import Mesh
+from megatron.parallel.plan import ParamSpec
+from megatron.parallel.tensor import local_slice, shard_model
+
+EMBEDDING = "model.embed_tokens.weight"
+_DEFAULT_METHOD = "type:transformer|mlp"
+
+
+def balanced_bounds(costs: Sequence[float], parts: int) -> list[int]:
+    """Cut a list into `parts` contiguous, non-empty pieces: the smallest largest piece, then the smallest sum of squares.
+
+    Every piece must cost something, so entries of cost 0 (an embedding, a weight-less norm) join their neighbours.
+
+    Returns:
+        `parts + 1` bounds, from 0 to `len(costs)`.
+
+    Raises:
+        ConfigError: there are fewer costly entries than parts.
+    """
+    total = [0.0]
+    for cost in costs:
+        total.append(total[-1] + cost)
+    if sum(cost > 0 for cost in costs) < parts:
+        raise ConfigError(
+            f"{sum(cost > 0 for cost in costs)} layers cannot fill {parts} pipeline stages",
+            hint="lower pipe_parallel_size or add layers",
+        )
+    smallest_peak = _best(total, parts, limit=None)[0]
+    return _best(total, parts, limit=smallest_peak)[1]
+
+
+def _best(total: Sequence[float], parts: int, limit: float | None) -> tuple[float, list[int]]:
+    """Dynamic programme over (pieces so far, end): the least peak (limit None), or the least sum of squares under a peak."""
+    n = len(total) - 1
+    table: list[tuple[float, list[int]] | None] = [(0.0, [0])] + [None] * n
+    for _ in range(parts):
+        new: list[tuple[float, list[int]] | None] = [None] * (n + 1)
+        for start, before in enumerate(table):
+            for end in range(start + 1, n + 1) if before is not None else ():
+                cost = total[end] - total[start]
+                if before is None or cost <= 0 or (limit is not None and cost > limit):
+                    continue
+                value = max(before[0], cost) if limit is None else before[0] + cost * cost
+                known = new[end]
+                if known is None or value < known[0]:
+                    new[end] = (value, [*before[1], end])
+        table = new
+    best = table[n]
+    assert best is not None
+    return best
+
+
+def stage_costs(method: str, stages: Sequence[Stage], config: ModelConfig) -> list[float]:
+    """Weight of each stage in the partition, by NeoX's `pipe_partition_method`.
+
+    `type:REGEX` counts the blocks whose class or mixer name matches (NeoX's default, `type:transformer|mlp`, counts every
+    block); `parameters` counts parameters; `uniform` counts entries of the list, embedding, norm and output included.
+
+    Raises:
+        ConfigError: unknown method, or a pattern that matches nothing.
+    """
+    word = method.lower()
+    if word == "uniform":
+        return [1.0] * len(stages)
+    if word == "parameters":
+        return [float(sum(p.numel() for p in stage.module.parameters())) for stage in stages]
+    if not word.startswith("type:"):
+        raise ConfigError(f"unknown pipe_partition_method '{method}'", hint="type:REGEX, uniform or parameters")
+    pattern = re.compile(".*" if word == _DEFAULT_METHOD else method[5:], re.IGNORECASE)
+    costs = [0.0] * len(stages)
+    for i, stage in enumerate(stages):
+        if isinstance(stage.module, BlockStage):
+            mixer = config.layer_types[stage.index - 2]
+            names = (mixer, type(stage.module).__name__, type(stage.module.body.token_mixer).__name__)
+            costs[i] = float(any(pattern.search(name) for name in names))
+    if not any(costs):
+        raise ConfigError(
+            f"pipe_partition_method '{method}' matches no layer", hint="use type:transformer|mlp or parameters"
+        )
+    return costs
+
+
+def _run_chain(stages: Sequence[nn.Module], flow: Flow | Tensor) -> Flow | Tensor:
+    for stage in stages:
+        flow = stage(flow)
+    return flow
+
+
+def run_stages(stages: Sequence[nn.Module], flow: Flow, interval: int = 0, keep_rng: bool = False) -> Flow | Tensor:
+    """Pass `flow` through the stages; with `interval` n, runs of n blocks keep only their input and are recomputed backward.
+
+    The non-reentrant form is used: the reentrant one loses the gradient of a piece whose inputs need none (DeepSpeed's default).
+    """
+    if not interval or not torch.is_grad_enabled():
+        return _run_chain(stages, flow)
+    out: Flow | Tensor = flow
+    at = 0
+    while at < len(stages):
+        piece = [stages[at]]
+        while (
+            len(piece) < interval and at + len(piece) < len(stages) and isinstance(stages[at + len(piece)], BlockStage)
+        ):
+            piece.append(stages[at + len(piece)])
+        at += len(piece) if isinstance(piece[0], BlockStage) else 1
+        if isinstance(piece[0], BlockStage):
+            out = checkpoint(_run_chain, piece, out, use_reentrant=False, preserve_rng_state=keep_rng)
+        else:
+            out = piece[0](out)
+    return out
+
+
+@dataclass
+class LocalModel:
+    """This rank's part of the model.
+
+    bounds: pipeline cuts of the stage list. stages: this rank's stage modules, in order. parameters: logical name -> parameter.
+    tied_copy: the last stage holds a copy of the embedding that another rank owns.
+    """
+
+    config: ModelConfig
+    specs: Mapping[str, ParamSpec]
+    all_stages: list[Stage]
+    bounds: list[int]
+    stages: list[nn.Module]
+    parameters: dict[str, nn.Parameter]
+    tied_copy: bool
+
+
+def check_mesh(config: ModelConfig, mesh: Mesh) -> None:
+    """Raise ConfigError when the model cannot be cut as the mesh asks, before anything is built."""
+    if config.num_heads % mesh.tp:
+        raise ConfigError(
+            f"{config.num_heads} heads cannot be split over model_parallel_size {mesh.tp}",
+            why="tensor parallelism gives every rank whole heads",
+            hint="choose a model_parallel_size that divides num_attention_heads",
+        )
+    if config.num_layers < mesh.pp:
+        raise ConfigError(
+            f"{config.num_layers} layers cannot fill {mesh.pp} pipeline stages",
+            hint="lower pipe_parallel_size or raise num_layers",
+        )
+
+
+def build_local(config: ModelConfig, mesh: Mesh, settings: EngineSettings, device: torch.device) -> LocalModel:
+    """Build, cut and materialise this rank's stages.
+
+    Raises:
+        ConfigError: heads, widths or layers do not divide over the mesh.
+    """
+    check_mesh(config, mesh)
+    specs = param_specs(config)
+    with torch.device("meta"):
+        model = build_model(config)
+    all_stages = stages_of(model, settings.kernel_backend)
+    costs = stage_costs(settings.partition_method, all_stages, config)
+    bounds = balanced_bounds(costs, mesh.pp)
+    shard_model(model, specs, mesh, settings.fp32_allreduce)
+    start, stop = bounds[mesh.pp_rank], bounds[mesh.pp_rank + 1]
+    local = nn.ModuleList(stage.module for stage in all_stages[start:stop])
+    logical = _logical_names(local, specs)
+    materialise(
+        local,
+        logical,
+        specs,
+        config,
+        settings.seed,
+        slices=lambda spec: local_slice(spec, mesh),
+        device=device,
+        dtype=DTYPES[settings.dtype],
+    )
+    parameters = {logical[name]: p for name, p in local.named_parameters()}
+    tied_copy = EMBEDDING in parameters and start > 0
+    return LocalModel(config, specs, all_stages, bounds, list(local), parameters, tied_copy)
+
+
+def _logical_names(local: nn.ModuleList, specs: Mapping[str, ParamSpec]) -> dict[str, str]:
+    """`<position>.<name in the stage>` -> logical name; a tied output matrix goes by the embedding's name."""
+    names: dict[str, str] = {}
+    for i, stage in enumerate(local):
+        for inner, logical in stage.logical.items():
+            names[f"{i}.{inner}"] = logical if logical in specs else EMBEDDING
+    return names
