@@ -1,0 +1,93 @@
+"""Names inside a save folder, in one place, because saving, loading, retention and the tools must all agree on them.
+
+<save>/latest                                     text: the tag of the newest checkpoint, as in GPT-NeoX
+<save>/global_step<N>/                            one whole checkpoint
+    layer_<XX>-model_<YY>.safetensors             weights of stage XX held by tensor-parallel rank YY (NeoX's stem)
+    optim-dp<D>-pp<P>-tp<T>.safetensors           optimizer slices that this rank owns
+    rng-rank<R>.safetensors                       random number states of one rank
+    configs/  tokenizer/                          the texts the run was started with
+    manifest.json                                 written last; without it the folder is not a checkpoint
+<save>/global_step<N>.tmp-<id>                    being written
+<save>/global_step<N>.old-<id>                    set aside while the same step is written again
+<save>/global_step<N>.trash-<id>                  being deleted
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+LATEST = "latest"
+MANIFEST = "manifest.json"
+_STEP = re.compile(r"global_step(\d+)")
+_SIDE = re.compile(r"global_step(\d+)\.(tmp|old|trash)-[0-9a-z]+")
+
+
+def tag_of(iteration: int) -> str:
+    """`global_step<iteration>`, the name of a checkpoint's folder and the content of `latest`."""
+    return f"global_step{iteration}"
+
+
+def iteration_of(tag: str) -> int | None:
+    """The step of a tag, None when the text is not a tag."""
+    match = _STEP.fullmatch(tag)
+    return int(match[1]) if match else None
+
+
+def layer_file(stage: int, tp_rank: int) -> str:
+    """File of one stage's weights; two digits at least, as in NeoX."""
+    return f"layer_{stage:02d}-model_{tp_rank:02d}.safetensors"
+
+
+def optimizer_file(dp_rank: int, pp_rank: int, tp_rank: int) -> str:
+    """File of the optimizer slices that one rank owns."""
+    return f"optim-dp{dp_rank}-pp{pp_rank}-tp{tp_rank}.safetensors"
+
+
+def rng_file(rank: int) -> str:
+    """File of one rank's random number states."""
+    return f"rng-rank{rank}.safetensors"
+
+
+def receipt_file(rank: int) -> str:
+    """What one rank wrote, for rank 0 to put in the manifest; gone before the checkpoint takes its name."""
+    return f"receipt-rank{rank}.json"
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(os.listdir(folder)) if folder.is_dir() else []
+
+
+def step_folders(folder: Path) -> dict[int, Path]:
+    """step -> folder, ascending, of everything named like a checkpoint (not checked any further)."""
+    found = {}
+    for name in _names(folder):
+        step = iteration_of(name)
+        if step is not None and (folder / name).is_dir():
+            found[step] = folder / name
+    return dict(sorted(found.items()))
+
+
+def whole_steps(folder: Path) -> dict[int, Path]:
+    """Those of `step_folders` that have a manifest, which is written last."""
+    return {step: path for step, path in step_folders(folder).items() if (path / MANIFEST).is_file()}
+
+
+def side_folders(folder: Path, kind: str) -> list[tuple[int, Path]]:
+    """(step, folder) of leftovers of one kind: tmp | old | trash."""
+    matches = [(_SIDE.fullmatch(name), name) for name in _names(folder)]
+    return [(int(match[1]), folder / name) for match, name in matches if match and match[2] == kind]
+
+
+def contents(folder: Path, limit: int = 12) -> str:
+    """One line that says what lies in `folder`, for error messages."""
+    if not folder.exists():
+        near = [p.name for p in sorted(folder.parent.iterdir())] if folder.parent.is_dir() else []
+        return f"the folder does not exist; beside it: {', '.join(near[:limit]) or 'nothing'}"
+    if not folder.is_dir():
+        return "this is a file, not a folder"
+    steps = list(step_folders(folder).values())
+    names = [p.name for p in steps] or _names(folder)
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return f"it holds: {', '.join(names[-limit:]) or 'nothing'}{more}"

@@ -1,0 +1,99 @@
+"""Receipts: each rank leaves a small JSON of what it wrote in the temporary folder; rank 0 joins them into the
+manifest.
+
+Joining checks that the pieces cover every tensor exactly once, so that a checkpoint which could not be read back is
+refused while the old one is still there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron.checkpoint.boxes import box_of, copies, range_copies
+from megatron.checkpoint.layout import receipt_file
+from megatron.checkpoint.manifest import OptimizerPart, WeightEntry, weight_entry
+from megatron.checkpoint.shards import Holdings
+from megatron.checkpoint.tensors import FileEntry
+from megatron.errors import CheckpointError
+from megatron.files import write_json
+from megatron.parallel.plan import Slice
+
+
+@dataclass(frozen=True)
+class Joined:
+    """What all ranks together wrote."""
+
+    files: dict[str, FileEntry]
+    weights: dict[str, WeightEntry]
+    optimizer: dict[str, tuple[OptimizerPart, ...]]
+
+
+def write_receipt(folder: Path, rank: int, holdings: Holdings, files: Mapping[str, FileEntry]) -> None:
+    """Leave this rank's receipt in the temporary folder."""
+    body = {
+        "files": {name: asdict(entry) for name, entry in files.items()},
+        "weights": {name: asdict(entry) for name, entry in holdings.weights.items()},
+        "optimizer": {name: asdict(part) for name, part in holdings.optimizer.items()},
+    }
+    write_json(folder / receipt_file(rank), body)
+
+
+def _read(folder: Path, rank: int) -> dict[str, Any]:
+    path = folder / receipt_file(rank)
+    if not path.is_file():
+        raise CheckpointError(
+            f"the files of rank {rank} did not arrive",
+            where=str(folder),
+            why="rank 0 does not see them",
+            hint="`save` must lie on a file system that all nodes share",
+        )
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def take_receipts(folder: Path, world_size: int) -> Joined:
+    """Read, join and remove the receipts of all ranks.
+
+    Raises:
+        CheckpointError: a receipt is missing, or the ranks together did not write every tensor exactly once.
+    """
+    joined = Joined({}, {}, {})
+    for rank in range(world_size):
+        body = _read(folder, rank)
+        joined.files.update({name: FileEntry(**entry) for name, entry in body["files"].items()})
+        for name, value in body["weights"].items():
+            entry, known = weight_entry(value), joined.weights.get(name)
+            if known is not None:
+                entry = WeightEntry(known.shape, known.dtype, known.cut, known.stage, known.parts + entry.parts)
+            joined.weights[name] = entry
+        for name, value in body["optimizer"].items():
+            part = OptimizerPart(**{**value, "moments": tuple(value["moments"])})
+            joined.optimizer[name] = (*joined.optimizer.get(name, ()), part)
+    check_complete(joined)
+    for rank in range(world_size):
+        (folder / receipt_file(rank)).unlink()
+    return joined
+
+
+def check_complete(joined: Joined) -> None:
+    """Raise CheckpointError naming the tensor whose stored pieces leave a hole or overlap."""
+    for name, entry in joined.weights.items():
+        try:
+            copies(tuple((0, n) for n in entry.shape), [box_of(entry.slice_of(part)) for part in entry.parts])
+            _check_optimizer(entry, joined.optimizer.get(name, ()))
+        except ValueError as error:
+            raise CheckpointError(f"'{name}' was not written completely", why=str(error)) from error
+
+
+def _check_optimizer(entry: WeightEntry, parts: tuple[OptimizerPart, ...]) -> None:
+    tiles: dict[Any, list[tuple[int, int]]] = {}
+    for part in parts:
+        tiles.setdefault(part.holder, []).append((part.range_start, part.range_stop))
+    for (dim, start, stop, _, _), ranges in tiles.items():
+        length = 1
+        for size in Slice(entry.shape, dim, start, stop).local_shape:
+            length *= size
+        range_copies(0, length, ranges)
