@@ -13,7 +13,7 @@ class LoggingSection(Section):
     """What is written where while a run goes on."""
 
     run_dir: str = ""
-    log_interval: int = Field(100, gt=0)
+    log_interval: int = Field(default=100, gt=0)
     log_dir: str | None = None
     tensorboard_dir: str | None = None
     use_wandb: bool | None = None
@@ -23,17 +23,17 @@ class LoggingSection(Section):
     wandb_project: str = "neox"
     wandb_host: str = "https://api.wandb.ai"
     wandb_init_all_ranks: bool = False
-    peak_theoretical_tflops: float | None = Field(None, gt=0)
+    peak_theoretical_tflops: float | None = Field(default=None, gt=0)
     log_grad_norm: bool = False
     log_param_norm: bool = False
     log_grad_pct_zeros: bool = False
     log_optimizer_states: bool = False
     log_gradient_noise_scale: bool = False
-    gradient_noise_scale_n_batches: int = Field(5, gt=0)
+    gradient_noise_scale_n_batches: int = Field(default=5, gt=0)
     gradient_noise_scale_cpu_offload: bool = False
     profile: bool = False
-    profile_step_start: int = Field(10, ge=0)
-    profile_step_stop: int = Field(12, ge=0)
+    profile_step_start: int = Field(default=10, ge=0)
+    profile_step_stop: int = Field(default=12, ge=0)
     memory_profiling: bool = False
     memory_profiling_path: str | None = None
 
@@ -45,9 +45,9 @@ class LaunchSection(Section):
     include: str | None = None
     exclude: str | None = None
     num_nodes: int = -1
-    num_gpus: int | None = Field(None, gt=0)
+    num_gpus: int | None = Field(default=None, gt=0)
     master_addr: str | None = None
-    master_port: int = Field(29500, gt=0, lt=65536)
+    master_port: int = Field(default=29500, gt=0, lt=65536)
     launcher: Literal["pdsh", "openmpi", "mvapich", "slurm"] = "pdsh"
     deepspeed_mpi: bool = False
     deepspeed_slurm: bool = False
@@ -55,21 +55,21 @@ class LaunchSection(Section):
     no_ssh_check: bool = False
     comment: str | None = None
     account: str | None = None
-    global_num_gpus: int | None = Field(None, gt=0)
+    global_num_gpus: int | None = Field(default=None, gt=0)
 
 
 class GenerationSection(Section):
     """What `generate.py` does."""
 
     text_gen_type: Literal["unconditional", "input-file", "interactive", "precompute"] | None = None
-    temperature: float = Field(0.0, ge=0)
-    top_p: float = Field(0.0, ge=0, le=1)
-    top_k: int = Field(0, ge=0)
-    maximum_tokens: int = Field(64, gt=0)
+    temperature: float = Field(default=0.0, ge=0)
+    top_p: float = Field(default=0.0, ge=0, le=1)
+    top_k: int = Field(default=0, ge=0)
+    maximum_tokens: int = Field(default=64, gt=0)
     prompt_end: str = "\n"
     sample_input_file: str | None = None
     sample_output_file: str = "samples.txt"
-    num_samples: int = Field(1, gt=0)
+    num_samples: int = Field(default=1, gt=0)
     recompute: bool = False
     return_logits: bool = False
 

@@ -15,8 +15,8 @@ class FrozenDict(dict[str, Any]):
     def _closed(self, *_args: Any, **_kwargs: Any) -> NoReturn:
         raise TypeError("the configuration is frozen; use --set KEY=VALUE or a second YAML file to change it")
 
-    __setitem__ = __delitem__ = __ior__ = _closed  # type: ignore[assignment]
-    update = setdefault = pop = popitem = clear = _closed  # type: ignore[assignment]
+    __setitem__ = __delitem__ = __ior__ = _closed
+    update = setdefault = pop = popitem = clear = _closed
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The default way to unpickle or copy a dict subclass is item assignment, which is closed here.

@@ -44,38 +44,38 @@ def round_up(value: int, multiple: int) -> int:
 class ModelSection(Section):
     """Shape and mathematics of the model. A size of 0 means "not given" and is refused at the start of a run."""
 
-    num_layers: int = Field(0, ge=0)
-    hidden_size: int = Field(0, ge=0)
-    num_attention_heads: int = Field(0, ge=0)
-    num_kv_heads: int | None = Field(None, gt=0)
-    seq_length: int = Field(0, ge=0)
-    max_position_embeddings: int = Field(0, ge=0)
-    intermediate_size: int | None = Field(None, gt=0)
-    mlp_multiple_of: int = Field(1, gt=0)
-    mlp_branch_size: int | None = Field(None, gt=0)
-    expansion_factor: float | None = Field(None, gt=0)
+    num_layers: int = Field(default=0, ge=0)
+    hidden_size: int = Field(default=0, ge=0)
+    num_attention_heads: int = Field(default=0, ge=0)
+    num_kv_heads: int | None = Field(default=None, gt=0)
+    seq_length: int = Field(default=0, ge=0)
+    max_position_embeddings: int = Field(default=0, ge=0)
+    intermediate_size: int | None = Field(default=None, gt=0)
+    mlp_multiple_of: int = Field(default=1, gt=0)
+    mlp_branch_size: int | None = Field(default=None, gt=0)
+    expansion_factor: float | None = Field(default=None, gt=0)
     mlp_type: Literal["regular", "llama"] = "regular"
     activation: Activation = "gelu"
     norm: Norm = "layernorm"
-    layernorm_epsilon: float = Field(1e-5, gt=0)
-    rms_norm_epsilon: float = Field(1e-8, gt=0)
+    layernorm_epsilon: float = Field(default=1e-5, gt=0)
+    rms_norm_epsilon: float = Field(default=1e-8, gt=0)
     use_bias_in_mlp: bool = True
     use_bias_in_attn_linear: bool = True
     use_bias_in_norms: bool = True
     use_qk_layernorm: bool = False
     pos_emb: Positions = "learned"
-    rotary_pct: float = Field(1.0, ge=0, le=1)
-    rotary_emb_base: int = Field(10000, gt=0)
-    sliding_window_width: int | None = Field(None, gt=0)
+    rotary_pct: float = Field(default=1.0, ge=0, le=1)
+    rotary_emb_base: int = Field(default=10000, gt=0)
+    sliding_window_width: int | None = Field(default=None, gt=0)
     no_weight_tying: bool = False
     attention_config: tuple[Any, ...] | None = None
     init_method: Init = "normal"
     output_layer_init_method: Init = "scaled_normal"
-    init_method_std: float = Field(0.02, ge=0)
+    init_method_std: float = Field(default=0.02, ge=0)
     embedding_scale: bool = False
-    hidden_dropout: float = Field(0.0, ge=0, lt=1)
-    attention_dropout: float = Field(0.0, ge=0, lt=1)
-    make_vocab_size_divisible_by: int = Field(128, gt=0)
+    hidden_dropout: float = Field(default=0.0, ge=0, lt=1)
+    attention_dropout: float = Field(default=0.0, ge=0, lt=1)
+    make_vocab_size_divisible_by: int = Field(default=128, gt=0)
     gpt_j_residual: bool = False
     gpt_j_tied: bool = False
     use_cpu_initialization: bool = False
@@ -89,6 +89,13 @@ class ModelSection(Section):
     def head_dim(self) -> int:
         """`hidden_size / num_attention_heads` (the value width of a head)."""
         return self.hidden_size // max(1, self.num_attention_heads)
+
+    @property
+    def norm_eps(self) -> float:
+        """The epsilon that goes with `norm`; the weight-less RMSNorm has MetaLA's fixed 1e-6."""
+        if self.norm == "simplermsnorm":
+            return 1e-6
+        return self.rms_norm_epsilon if self.norm == "rmsnorm" else self.layernorm_epsilon
 
     @property
     def mlp_gated(self) -> bool:

@@ -44,8 +44,7 @@ REFUSED_VALUES: dict[str, dict[str, str]] = {
         "te_rmsnorm": "Transformer Engine is not supported; use rmsnorm",
         "te_layernorm": "Transformer Engine is not supported; use layernorm",
     },
-    "init_method": {"orthogonal": "it always fails in NeoX; use scaled_orthogonal or normal"},
-    "output_layer_init_method": {"orthogonal": "it always fails in NeoX; use scaled_orthogonal or normal"},
+    "tokenizer_type": {"TiktokenTokenizer": "not built; write the same vocabulary as a JSON for HFTokenizer"},
     "launcher": {"mvapich": "MVAPICH is not supported; use pdsh, openmpi or slurm"},
     "data_impl": {"cached": "the old TNTIDX format is not built yet; make .bin/.idx files (data_impl: mmap)"},
     "pack_impl": {

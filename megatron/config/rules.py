@@ -62,8 +62,6 @@ def _cells(run: RunConfig) -> int:
 _POINTWISE = {"gelu", "relu", "softsign", "swish", "mish", "silu"}
 _OPTIMIZER_PARAMS: dict[str, set[str]] = {
     "adamw": {"lr", "betas", "eps"},
-    "lion": {"lr", "betas"},
-    "sgd": {"lr", "momentum", "nesterov", "dampening"},
 }
 
 RULES: tuple[Rule, ...] = (
@@ -182,6 +180,12 @@ RULES: tuple[Rule, ...] = (
         "write activation: silu (mlp_type llama is gated already)",
     ),
     Rule(
+        ("use_bias_in_norms", "norm"),
+        lambda r: not r.model.use_bias_in_norms and r.model.norm == "layernorm",
+        lambda r: "LayerNorm without bias is not built",
+        "use rmsnorm or simplermsnorm, which have none (NeoX never reads this key)",
+    ),
+    Rule(
         ("padded_vocab_size", "model_parallel_size"),
         lambda r: (r.tokenizer.padded_vocab_size or 0) % r.parallel.tensor_ranks != 0,
         lambda r: (
@@ -209,7 +213,7 @@ RULES: tuple[Rule, ...] = (
         ("optimizer.type", "optimizer"),
         lambda r: r.optimizer.optimizer_type not in _OPTIMIZER_PARAMS,
         lambda r: f"optimizer.type {r.optimizer.optimizer.get('type')!r} is not built",
-        "use Adam (which is AdamW), Lion or SGD",
+        "use Adam (which is AdamW)",
     ),
     Rule(
         ("optimizer",),
@@ -233,7 +237,7 @@ RULES: tuple[Rule, ...] = (
         ("optimizer.params", "optimizer"),
         lambda r: r.optimizer.optimizer_type in _OPTIMIZER_PARAMS and bool(_optimizer_extra(r) - {"weight_decay"}),
         lambda r: f"unknown optimizer.params: {', '.join(sorted(_optimizer_extra(r) - {'weight_decay'}))}",
-        "known are lr, betas, eps (Adam); lr, betas (Lion); lr, momentum, nesterov, dampening (SGD)",
+        "known are lr, betas and eps",
     ),
     Rule(
         ("fp16",),

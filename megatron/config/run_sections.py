@@ -20,19 +20,21 @@ _DTYPES = {
     "fp16": "fp16",
     "float16": "fp16",
 }
+# Every one of these is decoupled AdamW in the end; the names differ in which library computes it.
+_ADAM = ("adam", "adamw", "fusedadam", "torch_adam")
 
 
 class ParallelSection(Section):
     """The mesh: pipeline x tensor x data, and what ZeRO cuts. `world_size` 0 means not known yet."""
 
-    pipe_parallel_size: int = Field(0, ge=0)
-    model_parallel_size: int = Field(1, ge=0)
+    pipe_parallel_size: int = Field(default=0, ge=0)
+    model_parallel_size: int = Field(default=1, ge=0)
     sequence_parallel: bool = False
     zero_optimization: Options | None = None
     pipe_partition_method: str = "type:transformer|mlp"
     distributed_backend: Literal["nccl", "gloo"] = "nccl"
     engine: Literal["auto", "deepspeed", "single"] = "auto"
-    world_size: int = Field(0, ge=0)
+    world_size: int = Field(default=0, ge=0)
 
     @property
     def zero_stage(self) -> int:
@@ -60,8 +62,8 @@ class OptimizerSection(Section):
     """The optimizer. NeoX's `Adam` with the top-level `weight_decay` means AdamW."""
 
     optimizer: Options = Field(default_factory=lambda: {"type": "Adam", "params": {"lr": 1e-3}})
-    weight_decay: float = Field(0.1, ge=0)
-    gradient_clipping: float = Field(1.0, ge=0)
+    weight_decay: float = Field(default=0.1, ge=0)
+    gradient_clipping: float = Field(default=1.0, ge=0)
     fp32_allreduce: bool = False
 
     @property
@@ -71,9 +73,9 @@ class OptimizerSection(Section):
 
     @property
     def optimizer_type(self) -> str:
-        """`optimizer.type` in lower case; `adam` becomes `adamw`, which is what NeoX computes."""
+        """`optimizer.type` in lower case; NeoX's `adam` is `adamw`."""
         name = str(self.optimizer.get("type", "adam")).lower()
-        return "adamw" if name == "adam" else name
+        return "adamw" if name in _ADAM else name
 
     @property
     def lr(self) -> float:
@@ -82,8 +84,8 @@ class OptimizerSection(Section):
 
     @property
     def betas(self) -> tuple[float, float]:
-        """Adam's or Lion's two decay rates."""
-        first, second = self.params.get("betas", (0.9, 0.99) if self.optimizer_type == "lion" else (0.9, 0.999))
+        """Adam's two decay rates."""
+        first, second = self.params.get("betas", (0.9, 0.999))
         return float(first), float(second)
 
     @property
@@ -91,20 +93,15 @@ class OptimizerSection(Section):
         """Adam's epsilon."""
         return float(self.params.get("eps", 1e-8))
 
-    @property
-    def momentum(self) -> float:
-        """SGD's momentum."""
-        return float(self.params.get("momentum", 0.0))
-
 
 class ScheduleSection(Section):
     """The learning-rate curve; the formula lives in the engine."""
 
     lr_decay_style: Literal["constant", "linear", "cosine", "exponential"] = "linear"
-    lr_decay_iters: int | None = Field(None, ge=0)
-    lr_decay_fraction: float | None = Field(None, ge=0)
-    min_lr: float = Field(0.0, ge=0)
-    warmup: float = Field(0.01, ge=0)
+    lr_decay_iters: int | None = Field(default=None, ge=0)
+    lr_decay_fraction: float | None = Field(default=None, ge=0)
+    min_lr: float = Field(default=0.0, ge=0)
+    warmup: float = Field(default=0.01, ge=0)
     override_lr_scheduler: bool = False
     use_checkpoint_lr_scheduler: bool = False
 
@@ -112,9 +109,9 @@ class ScheduleSection(Section):
 class BatchSection(Section):
     """Batch sizes in sequences. All three are filled in when the world size is known; 0 means not known yet."""
 
-    train_batch_size: int = Field(0, ge=0)
-    train_micro_batch_size_per_gpu: int = Field(0, ge=0)
-    gradient_accumulation_steps: int = Field(0, ge=0)
+    train_batch_size: int = Field(default=0, ge=0)
+    train_micro_batch_size_per_gpu: int = Field(default=0, ge=0)
+    gradient_accumulation_steps: int = Field(default=0, ge=0)
 
 
 class PrecisionSection(Section):
@@ -140,14 +137,14 @@ class PrecisionSection(Section):
 class TrainingSection(Section):
     """How long to train, when to evaluate, and what happens between forward and backward."""
 
-    train_iters: int = Field(0, ge=0)
-    train_epochs: int | None = Field(None, gt=0)
-    eval_iters: int = Field(100, ge=0)
-    eval_interval: int = Field(1000, ge=0)
-    exit_interval: int | None = Field(None, gt=0)
-    seed: int = Field(1234, gt=0)
+    train_iters: int = Field(default=0, ge=0)
+    train_epochs: int | None = Field(default=None, gt=0)
+    eval_iters: int = Field(default=100, ge=0)
+    eval_interval: int = Field(default=1000, ge=0)
+    exit_interval: int | None = Field(default=None, gt=0)
+    seed: int = Field(default=1234, gt=0)
     checkpoint_activations: bool = False
-    checkpoint_num_layers: int = Field(1, gt=0)
+    checkpoint_num_layers: int = Field(default=1, gt=0)
     eod_mask_loss: bool = False
     reset_state_at_eod: bool = False
     reset_attention_at_eod: bool = False
@@ -175,17 +172,24 @@ class DataSection(Section):
     dataset_impl: Literal["gpt2", "pairwise", "online"] = "gpt2"
     allow_chopped: bool = True
     mmap_warmup: bool = False
-    num_workers: int = Field(2, ge=0)
+    num_workers: int = Field(default=2, ge=0)
     use_shared_fs: bool = True
 
 
 class TokenizerSection(Section):
     """The tokenizer that made the data, which is also the one used for generation and export."""
 
-    tokenizer_type: str = "GPT2BPETokenizer"
+    tokenizer_type: Literal[
+        "GPT2BPETokenizer",
+        "HFTokenizer",
+        "HFGPT2Tokenizer",
+        "SPMTokenizer",
+        "CharLevelTokenizer",
+        "TiktokenTokenizer",
+    ] = "GPT2BPETokenizer"
     vocab_file: str | None = None
     merge_file: str | None = None
-    padded_vocab_size: int | None = Field(None, gt=0)
+    padded_vocab_size: int | None = Field(default=None, gt=0)
 
 
 class CheckpointSection(Section):
@@ -193,11 +197,11 @@ class CheckpointSection(Section):
 
     save: str | None = None
     load: str | None = None
-    checkpoint_factor: int | float | None = Field(None, gt=0)
+    checkpoint_factor: int | float | None = Field(default=None, gt=0)
     checkpoint_scale: Literal["linear", "log"] = "linear"
     extra_save_iters: tuple[int, ...] | None = None
-    keep_last_n_checkpoints: int | None = Field(None, gt=0)
-    iteration: int | None = Field(None, ge=0)
+    keep_last_n_checkpoints: int | None = Field(default=None, gt=0)
+    iteration: int | None = Field(default=None, ge=0)
     finetune: bool = False
     no_load_optim: bool = False
     no_load_rng: bool = False

@@ -35,7 +35,7 @@ LayerOptions = Annotated[dict[str, dict[str, Any]], AfterValidator(freeze)]
 class RunConfig(Section):
     """One run. Made by `load.load_config`, never changed afterwards."""
 
-    name: str = Field("run", description="the first config file's name without its ending")
+    name: str = Field(default="run", description="the first config file's name without its ending")
     model: ModelSection = ModelSection()
     parallel: ParallelSection = ParallelSection()
     optimizer: OptimizerSection = OptimizerSection()
@@ -50,10 +50,12 @@ class RunConfig(Section):
     launch: LaunchSection = LaunchSection()
     generation: GenerationSection = GenerationSection()
     evaluation: EvaluationSection = EvaluationSection()
-    layers: LayerOptions = Field({}, description="mixer name -> its options that were set")
-    unused: Options = Field({}, description="NeoX keys that were given and have no section (ignored or refused)")
-    provenance: Options = Field({}, description='key -> "file:line", "--set", "default" or "derived: why"')
-    config_texts: Options = Field({}, description="base name of each config file -> its text")
+    layers: LayerOptions = Field(default={}, description="mixer name -> its options that were set")
+    unused: Options = Field(
+        default={}, description="NeoX keys that were given and have no section (ignored or refused)"
+    )
+    provenance: Options = Field(default={}, description='key -> "file:line", "--set", "default" or "derived: why"')
+    config_texts: Options = Field(default={}, description="base name of each config file -> its text")
     warnings: tuple[str, ...] = ()
 
     @property

@@ -81,7 +81,7 @@ def check_values(source: Source, problems: Problems) -> tuple[dict[str, Any], se
 @functools.cache
 def _adapter(key: str) -> TypeAdapter[Any]:
     info = catalog()[key]
-    annotation = Annotated[(info.annotation, *info.limits)] if info.limits else info.annotation
+    annotation: Any = Annotated[(info.annotation, *info.limits)] if info.limits else info.annotation
     return TypeAdapter(annotation, config=ConfigDict(strict=True))
 
 
