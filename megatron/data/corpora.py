@@ -24,7 +24,7 @@ import numpy as np
 
 from megatron.data.indexed import IndexedDataset
 from megatron.data.indexed_writer import IndexedWriter
-from megatron.data.token_format import dtype_for_vocab
+from megatron.data.token_format import data_file, dtype_for_vocab, index_file
 from megatron.data.tokenizers import EOD_TEXT, PAD_TEXT, HFTokenizer, Tokenizer, build_tokenizer
 from megatron.errors import DataError
 from megatron.files import sha256_of, write_json, write_text
@@ -112,7 +112,7 @@ def prepare(name: str, request: CorpusRequest) -> PreparedCorpus:
             why="it would be a download; only corpora found on the machine are made here",
             hint="turn your copy into token files with tools/datasets/preprocess_data.py --input FILE",
         )
-    near = difflib.get_close_matches(name, [*CORPORA, *_DOWNLOADS], n=3)
+    near = difflib.get_close_matches(name, [*CORPORA, *sorted(_DOWNLOADS)], n=3)
     raise DataError(
         f"data set {name!r} is unknown",
         why=f"nearest: {', '.join(near)}" if near else None,
@@ -131,10 +131,11 @@ def prepare_pystdlib(request: CorpusRequest) -> PreparedCorpus:
     receipt = None if request.force else _valid_receipt(receipt_path, tokenizer_type, vocab_file, merge_file)
     made = receipt is None
     if receipt is None:
+        tokenizer = None if own else build_tokenizer(tokenizer_type, vocab_file, merge_file)
         folder.mkdir(parents=True, exist_ok=True)
         # The receipt goes first: an interrupted run must not leave one that speaks of other files.
         receipt_path.unlink(missing_ok=True)
-        receipt = _make_pystdlib(prefix, None if own else build_tokenizer(tokenizer_type, vocab_file, merge_file))
+        receipt = _make_pystdlib(prefix, tokenizer)
         write_json(receipt_path, receipt)
     return PreparedCorpus(prefix, tokenizer_type, vocab_file, merge_file, receipt, made)
 
@@ -154,7 +155,6 @@ def _make_pystdlib(prefix: Path, tokenizer: Tokenizer | None) -> dict[str, Any]:
         write_text(vocab_file, train_byte_level_bpe(texts, PYSTDLIB_VOCABULARY))
         tokenizer = HFTokenizer(vocab_file)
     tokens = _write_documents(prefix, texts, tokenizer)
-    made = [f"{prefix}.bin", f"{prefix}.idx"]
     return {
         "corpus": "pystdlib",
         "python": platform.python_version(),
@@ -165,7 +165,7 @@ def _make_pystdlib(prefix: Path, tokenizer: Tokenizer | None) -> dict[str, Any]:
         "tokenizer_type": tokenizer.name,
         "vocab_size": tokenizer.vocab_size,
         "tokenizer_fingerprint": tokenizer.fingerprint(),
-        "sha256": {Path(path).name: sha256_of(path) for path in made},
+        "sha256": {file.name: sha256_of(file) for file in (data_file(prefix), index_file(prefix))},
         "seconds": round(time.monotonic() - started, 2),
     }
 
@@ -224,10 +224,11 @@ def _valid_receipt(
     """The receipt, if the files beside it are those it describes and were made with the same tokenizer; else None."""
     try:
         receipt: dict[str, Any] = json.loads(path.read_text("utf-8"))
-        if any(sha256_of(path.parent / name) != digest for name, digest in receipt["sha256"].items()):
+        prefix = path.parent / "pystdlib_text_document"
+        if any(receipt["sha256"][file.name] != sha256_of(file) for file in (data_file(prefix), index_file(prefix))):
             return None
         tokenizer = build_tokenizer(tokenizer_type, vocab_file, merge_file)
-        IndexedDataset(path.parent / "pystdlib_text_document")
+        IndexedDataset(prefix)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, DataError):
         return None
     return receipt if receipt.get("tokenizer_fingerprint") == tokenizer.fingerprint() else None

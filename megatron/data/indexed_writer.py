@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from array import array
 from contextlib import ExitStack
 from pathlib import Path
@@ -69,17 +70,20 @@ class IndexedWriter:
         self.end_document()
 
     def finish(self) -> None:
-        """Make the pair durable under its names."""
-        self.idx_path.unlink(missing_ok=True)
-        fsync_folder(self.idx_path.parent)
-        self._stack.close()
+        """Make the pair durable under its names; a disk that is full is noticed while the old pair is still there."""
         sizes = np.frombuffer(self._sizes, np.int32) if self._sizes else np.zeros(0, np.int32)
         ends = np.cumsum(sizes, dtype=np.int64)
-        with atomic_open(self.idx_path) as handle:
+        # Left in reverse order: `.bin` takes its name first, `.idx` last.
+        with atomic_open(self.idx_path) as handle, self._stack:
             handle.write(HEADER.pack(MAGIC, VERSION, CODES[self.dtype], len(sizes), len(self._doc_idx)))
             handle.write(sizes.astype("<i4", copy=False).tobytes())
             handle.write(((ends - sizes) * self.dtype.itemsize).astype("<i8", copy=False).tobytes())
             handle.write(np.frombuffer(self._doc_idx, np.int64).astype("<i8", copy=False).tobytes())
+            for file in (handle, self._bin):
+                file.flush()
+                os.fsync(file.fileno())
+            self.idx_path.unlink(missing_ok=True)
+            fsync_folder(self.idx_path.parent)
 
     def __enter__(self) -> Self:
         return self
