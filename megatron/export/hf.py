@@ -1,0 +1,216 @@
+"""Any checkpoint -> a folder that `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` loads.
+
+The folder is written under a temporary name beside its place, compared with the trainer's model logit by logit
+(`export/verify.py`), and renamed only when they agree; otherwise it is removed and an ExportError says how far off it was.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron.checkpoint.load import read_full_weights
+from megatron.checkpoint.manifest import Manifest, read_manifest
+from megatron.checkpoint.tensors import nbytes, write_tensors
+from megatron.errors import ExportError
+from megatron.export.card import model_card
+from megatron.export.families import Family, family_of
+from megatron.export.pack import PackPlan, pack
+from megatron.export.tokenizer import export_tokenizer
+from megatron.export.verify import make_probe, verify_folder
+from megatron.files import fsync_folder, write_json, write_text
+from megatron.generation.load import filled_model, model_config_of
+from megatron.model.config import ModelConfig
+from megatron.registry import layer_info
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+_VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
+
+
+@dataclass(frozen=True)
+class Exported:
+    """Where the folder lies, as which family, what to know about it, and how far its logits are from the checkpoint's.
+
+    difference: the largest of all compared logits, relative to the largest logit (fp32).
+    """
+
+    folder: Path
+    family: str
+    parameters: int
+    difference: float
+    notes: tuple[str, ...]
+
+
+def export_checkpoint(
+    checkpoint: str | Path,
+    output: str | Path,
+    *,
+    dtype: str = "auto",
+    max_shard_bytes: int = 5_000_000_000,
+    keep_padding: bool = False,
+) -> Exported:
+    """Write the Hugging Face folder `output` from a `global_step<N>` folder of any mesh.
+
+    Args:
+        dtype: auto (as stored) | float32 | bfloat16 | float16 | float64. max_shard_bytes: weights per file.
+        keep_padding: keep the vocabulary rows that only pad the table; by default the rows beyond the tokenizer's size,
+            which no text can reach, are cut off and `vocab_size` is the true size.
+
+    Raises:
+        ExportError: `output` exists and is not empty, the dtype is unknown, or the folder's logits differ.
+        CheckpointError: the checkpoint is absent or damaged.
+    """
+    checkpoint, output = Path(checkpoint), Path(output)
+    _check_arguments(output, dtype)
+    manifest = read_manifest(checkpoint)
+    config = model_config_of(manifest, str(checkpoint))
+    weights = read_full_weights(checkpoint)
+    config, weights, notes = _trim(config, weights, manifest, keep_padding)
+    if dtype != "auto":
+        weights = {name: t.to(DTYPES[dtype]) for name, t in weights.items()}
+    family, why = family_of(config)
+    notes.insert(0, why)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = output.parent / f".{output.name}.{uuid.uuid4().hex[:8]}.tmp"
+    temporary.mkdir()
+    try:
+        difference = _write(temporary, checkpoint, manifest, config, weights, family, notes, output.name, max_shard_bytes)
+        if output.is_dir():
+            output.rmdir()
+        temporary.rename(output)
+        fsync_folder(output.parent)
+    except OSError as error:
+        raise ExportError("the folder cannot be written", where=str(output), why=error.strerror or str(error)) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return Exported(output, family.name, sum(t.numel() for t in weights.values()), difference, tuple(notes))
+
+
+def _check_arguments(output: Path, dtype: str) -> None:
+    if dtype != "auto" and dtype not in DTYPES:
+        raise ExportError(f"unknown dtype '{dtype}'", hint=f"auto, {', '.join(DTYPES)}")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ExportError("the output exists already", where=str(output), hint="name a new or an empty folder")
+
+
+def _trim(
+    config: ModelConfig, weights: dict[str, Tensor], manifest: Manifest, keep_padding: bool
+) -> tuple[ModelConfig, dict[str, Tensor], list[str]]:
+    """Cut the vocabulary to the tokenizer's size."""
+    size = (manifest.facts.get("tokenizer") or {}).get("vocab_size")
+    if size is None:
+        return config, weights, [f"vocabulary: {config.vocab_size} rows (the checkpoint names no smaller true size)"]
+    if keep_padding or size >= config.vocab_size:
+        return config, weights, [f"vocabulary: {config.vocab_size} rows, {max(0, config.vocab_size - size)} of them padding"]
+    cut = {name: t[:size] if name in _VOCABULARY else t for name, t in weights.items()}
+    note = f"vocabulary: {size} rows; {config.vocab_size - size} rows that padded the table in training were cut off"
+    return replace(config, vocab_size=size), cut, [note]
+
+
+def _write(
+    folder: Path,
+    checkpoint: Path,
+    manifest: Manifest,
+    config: ModelConfig,
+    weights: dict[str, Tensor],
+    family: Family,
+    notes: list[str],
+    title: str,
+    max_shard_bytes: int,
+) -> float:
+    """Fill `folder`; returns the largest difference found by the comparison."""
+    facts: Mapping[str, Any] = manifest.facts.get("tokenizer") or {}
+    dtypes = {t.dtype for t in weights.values()}
+    dtype = str(dtypes.pop()).removeprefix("torch.") if len(dtypes) == 1 else "float32"
+    _write_code(folder, config, family)
+    _write_weights(folder, weights, max_shard_bytes)
+    write_json(folder / "config.json", _config_json(config, family, facts, dtype))
+    write_json(folder / "generation_config.json", _generation_json(facts))
+    notes += export_tokenizer(checkpoint / "tokenizer", facts, folder, manifest.facts.get("seq_length"))
+    probe = make_probe(filled_model(config, weights, dtype=torch.float32, where=str(checkpoint)), config.vocab_size)
+    difference = verify_folder(folder, family.name, family.prefix, probe)
+    notes.append(f"logits compared with the checkpoint's in fp32: largest difference {difference:.1e} of the largest logit")
+    total = sum(t.numel() for t in weights.values())
+    has_tokenizer = (folder / "tokenizer.json").is_file() or (folder / "tokenizer_config.json").is_file()
+    write_text(folder / "README.md", model_card(title, config, total, manifest, dtype, notes, has_tokenizer))
+    return difference
+
+
+def _write_code(folder: Path, config: ModelConfig, family: Family) -> None:
+    """The two packed Python files."""
+    infos = {name: layer_info(name) for name in dict.fromkeys(config.layer_types)}
+    imports = "\n".join(sorted({f"from {info.module} import {info.class_name}" for info in infos.values()}))
+    table = "\n".join(f'    "{name}": {info.class_name},' for name, info in infos.items())
+    registry = f'''"""The token mixers of this model."""
+
+from megatron.layers.base import Layer
+{imports}
+
+_MIXERS: dict[str, type[Layer]] = {{
+{table}
+}}
+
+
+def layer_class(name: str) -> type[Layer]:
+    """The class of the token mixer called `name`."""
+    return _MIXERS[name]
+'''
+    plan = PackPlan(
+        entries=((family.shell, f"{family.prefix}Model"), (family.shell, f"{family.prefix}ForCausalLM")),
+        title=f"{family.prefix} for transformers: model, mixers and their plain torch operators.",
+        replaced={"megatron.registry": registry},
+        siblings={family.config: f"configuration_{family.name}"},
+    )
+    write_text(folder / f"modeling_{family.name}.py", pack(plan))
+    settings = PackPlan(entries=((family.config, f"{family.prefix}Config"),), title=f"{family.prefix} configuration.")
+    write_text(folder / f"configuration_{family.name}.py", pack(settings))
+
+
+def _write_weights(folder: Path, weights: Mapping[str, Tensor], max_shard_bytes: int) -> None:
+    """safetensors, in shards with an index when they are larger than `max_shard_bytes`."""
+    shards: list[dict[str, Tensor]] = [{}]
+    for name, tensor in weights.items():
+        if shards[-1] and nbytes(shards[-1]) + nbytes({name: tensor}) > max_shard_bytes:
+            shards.append({})
+        shards[-1][name] = tensor
+    if len(shards) == 1:
+        write_tensors(folder / "model.safetensors", shards[0], {"format": "pt"})
+        return
+    where: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_tensors(folder / file, shard, {"format": "pt"})
+        where |= dict.fromkeys(shard, file)
+    index = {"metadata": {"total_size": nbytes(weights)}, "weight_map": dict(sorted(where.items()))}
+    write_json(folder / "model.safetensors.index.json", index)
+
+
+def _token_ids(facts: Mapping[str, Any]) -> dict[str, int | None]:
+    """Special ids; without a tokenizer none is claimed."""
+    eod = facts.get("eod")
+    return {"bos_token_id": facts.get("bos", eod), "eos_token_id": eod, "pad_token_id": facts.get("pad", eod)}
+
+
+def _config_json(config: ModelConfig, family: Family, facts: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """config.json by the family's own class, so that its defaults and ours cannot drift apart."""
+    settings = family.config_class(
+        **family.fields(config),
+        **_token_ids(facts),
+        architectures=[f"{family.prefix}ForCausalLM"],
+        auto_map=family.auto_map,
+        dtype=dtype,
+    )
+    values = json.loads(settings.to_json_string(use_diff=True))
+    return {**values, "tie_word_embeddings": config.tie_embeddings}
+
+
+def _generation_json(facts: Mapping[str, Any]) -> dict[str, Any]:
+    return {**{name: number for name, number in _token_ids(facts).items() if number is not None}, "use_cache": True}

@@ -1,0 +1,202 @@
+"""Hugging Face folders -> checkpoints of ours: released MetaLA models, and everything that this project exported.
+
+Sizes are read from the tensors; config.json says what tensors cannot (heads, activation, embedding scale). Where the two
+disagree the tensors are right and a note says so. What was inferred is returned, printed and kept in the manifest.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron.checkpoint.save import save_weights
+from megatron.errors import ExportError, UserError
+from megatron.export.families import LINEAR, METALA, Family
+from megatron.export.foreign import read_json, read_weights
+from megatron.model.build import param_specs
+from megatron.model.config import ModelConfig
+
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+)
+_METALA_ACTS = ("gelu", "relu", "elu", "sigmoid", "leak", "1+elu", "2+elu", "silu", "swish", "sine", "identity")
+
+
+@dataclass(frozen=True)
+class Imported:
+    """The checkpoint that was written, the model in it, and what was inferred on the way."""
+
+    checkpoint: Path
+    config: ModelConfig
+    notes: tuple[str, ...]
+
+
+def import_folder(source: str | Path, output: str | Path) -> Imported:
+    """Write the save folder `output` (`global_step0`, `latest`; weights, no optimizer) from a Hugging Face folder.
+
+    Raises:
+        ExportError: not such a folder, a model type that is not known, weights that do not make up that model, or a pickle
+            that holds more than tensors.
+        CheckpointError: the checkpoint cannot be written.
+    """
+    source, output = Path(source), Path(output)
+    settings = _read_settings(source)
+    family = next((f for f in (METALA, LINEAR) if f.config_class.model_type == settings.get("model_type")), None)
+    if family is None:
+        raise ExportError(
+            f"model_type '{settings.get('model_type')}' cannot be imported",
+            where=str(source / "config.json"),
+            hint=f"known: {METALA.config_class.model_type}, {LINEAR.config_class.model_type}",
+        )
+    weights, notes = read_weights(source), list[str]()
+    weights, tied = _tie(weights, settings, notes)
+    config = _model_config(family, settings, weights, notes)
+    config = replace(config, tie_embeddings=tied)
+    _check(config, weights, source)
+    checkpoint = save_weights(
+        output,
+        {name: t.contiguous() for name, t in weights.items()},
+        param_specs(config),
+        model_config=config.to_dict(),
+        config_texts={name: (source / name).read_text("utf-8") for name in ("config.json",)},
+        tokenizer=_tokenizer_files(source),
+        facts=_facts(source, family, settings, config, notes),
+    )
+    return Imported(checkpoint, config, tuple(notes))
+
+
+def _read_settings(source: Path) -> dict[str, Any]:
+    if not source.is_dir():
+        raise ExportError("no such folder", where=str(source))
+    if (source / "manifest.json").is_file():
+        raise ExportError("this is a checkpoint of ours already", where=str(source), hint="use it as `load`")
+    if not (source / "config.json").is_file():
+        inside = ", ".join(sorted(p.name for p in source.iterdir())[:8]) or "nothing"
+        raise ExportError("not a Hugging Face folder: config.json is missing", where=str(source), why=f"it holds: {inside}")
+    return read_json(source / "config.json")
+
+
+def _tie(weights: dict[str, Tensor], settings: Mapping[str, Any], notes: list[str]) -> tuple[dict[str, Tensor], bool]:
+    """Whether the output matrix is the embedding; a stored copy of it is dropped."""
+    if _HEAD not in weights:
+        if settings.get("tie_word_embeddings") is False:
+            notes.append("tied output matrix: the file holds none, although config.json says untied")
+        else:
+            notes.append("tied output matrix: the file holds no lm_head.weight")
+        return weights, True
+    embedding, head = weights.get(_EMBEDDING), weights[_HEAD]
+    same = embedding is not None and embedding.shape == head.shape and torch.equal(embedding, head)
+    if settings.get("tie_word_embeddings", True) and same:
+        notes.append("tied output matrix: lm_head.weight is a copy of the embedding")
+        return {name: t for name, t in weights.items() if name != _HEAD}, True
+    if settings.get("tie_word_embeddings", True):
+        notes.append("untied output matrix: lm_head.weight differs from the embedding, although config.json says tied")
+    return weights, False
+
+
+def _model_config(
+    family: Family, settings: Mapping[str, Any], weights: Mapping[str, Tensor], notes: list[str]
+) -> ModelConfig:
+    try:
+        fields = family.config_class(**{k: v for k, v in settings.items() if k not in ("model_type", "auto_map")}).model_fields()
+        if family is METALA:
+            fields |= _metala_fields(settings, weights, notes)
+        return ModelConfig.from_dict(fields)
+    except (TypeError, ValueError, KeyError) as error:
+        raise ExportError("config.json does not describe a model", why=str(error)) from None
+
+
+def _metala_fields(settings: Mapping[str, Any], weights: Mapping[str, Tensor], notes: list[str]) -> dict[str, Any]:
+    """What the tensors say about a released MetaLA folder; differences from config.json become notes."""
+    rows, size = _shape(weights, _EMBEDDING)
+    layers = 1 + max((int(m[1]) for m in map(_LAYER.match, weights) if m), default=-1)
+    width = _shape(weights, "model.layers.0.channel_mixer.l1.weight")[0]
+    taps = _shape(weights, "model.layers.0.token_mixer.conv1d.weight")[-1]
+    said = {"vocab_size": rows, "decoder_embed_dim": size, "decoder_layers": layers, "glu_dim": width}
+    for name, found in said.items():
+        if name not in settings:
+            notes.append(f"{name} = {found}, read from the tensors (config.json does not say)")
+        elif settings[name] != found:
+            notes.append(f"{name} = {found}, read from the tensors (config.json says {settings[name]})")
+    if "decoder_attention_heads" not in settings:
+        raise ValueError("decoder_attention_heads is missing, and tensors do not show the number of heads")
+    layernorm = "model.layers.0.token_norm.weight" in weights
+    found: dict[str, Any] = {
+        "vocab_size": rows,
+        "hidden_size": size,
+        "num_layers": layers,
+        "layer_types": ["metala"] * layers,
+        "mlp_width": width,
+        "mlp_bias": "model.layers.0.channel_mixer.l1.bias" in weights,
+        "norm": "layernorm" if layernorm else "simplermsnorm",
+        "norm_eps": settings.get("norm_eps") or (1e-5 if layernorm else 1e-6),
+        "activation": _activation(str(settings.get("glu_act", "silu")), notes),
+    }
+    if taps != 4:
+        options = {"gate_round": settings.get("gate_round", "none"), "conv_width": taps}
+        found["layer_options"] = {"metala": options}
+        notes.append(f"convolution of {taps} taps, read from the tensors")
+    return found
+
+
+def _activation(name: str, notes: list[str]) -> str:
+    if name == "exp":
+        raise ValueError("glu_act 'exp' is normalised in a way the released description does not state")
+    if name not in _METALA_ACTS:
+        notes.append(f"glu_act '{name}' is the identity, as in the released code")
+        return "identity"
+    return name
+
+
+def _shape(weights: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
+    if name not in weights:
+        raise ExportError(f"the weights hold no {name}", why="they are not of a MetaLA model", hint="is the folder complete?")
+    return tuple(weights[name].shape)
+
+
+def _check(config: ModelConfig, weights: Mapping[str, Tensor], source: Path) -> None:
+    """Every parameter of the model is there, in its shape, and nothing else."""
+    try:
+        specs = param_specs(config)
+    except UserError as error:
+        raise ExportError("config.json and the weights do not make a model", where=str(source), why=str(error)) from None
+    missing, extra = sorted(set(specs) - set(weights)), sorted(set(weights) - set(specs))
+    odd = [f"{n} is {tuple(weights[n].shape)}" for n in specs if n in weights and tuple(weights[n].shape) != specs[n].shape]
+    problems = [f"missing: {', '.join(missing[:3])}"] * bool(missing)
+    problems += [f"unknown: {', '.join(extra[:3])}"] * bool(extra) + odd[:3]
+    if problems:
+        count = len(missing) + len(extra) + len(odd)
+        raise ExportError(f"{count} weights do not fit the model", where=str(source), why="; ".join(problems))
+
+
+def _tokenizer_files(source: Path) -> dict[str, Path]:
+    names = [*_TOKENIZER_FILES, *(p.name for p in sorted(source.glob("*.tiktoken")))]
+    return {name: source / name for name in names if (source / name).is_file()}
+
+
+def _facts(
+    source: Path, family: Family, settings: Mapping[str, Any], config: ModelConfig, notes: list[str]
+) -> dict[str, Any]:
+    """What an export needs again: ids of special tokens and where the model came from."""
+    tokenizer = {"vocab_size": config.vocab_size}
+    for key, field in (("eod", "eos_token_id"), ("pad", "pad_token_id"), ("bos", "bos_token_id")):
+        if isinstance(settings.get(field), int):
+            tokenizer[key] = settings[field]
+    facts = {"imported_from": source.resolve().name, "family": family.name, "tokenizer": tokenizer, "inferred": list(notes)}
+    if (source / "tokenizer.json").is_file():
+        facts["tokenizer"] = {**tokenizer, "type": "HFGPT2Tokenizer"}
+    return facts

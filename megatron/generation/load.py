@@ -1,0 +1,63 @@
+"""A model on one device, ready to run, from a checkpoint of any mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from megatron.checkpoint.load import read_full_weights
+from megatron.checkpoint.manifest import Manifest, read_manifest
+from megatron.errors import CheckpointError
+from megatron.model.build import build_model
+from megatron.model.config import ModelConfig
+from megatron.model.lm import LanguageModel
+
+
+def filled_model(
+    config: ModelConfig,
+    weights: Mapping[str, Tensor],
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    where: str | None = None,
+) -> LanguageModel:
+    """A `LanguageModel` in evaluation mode holding these full weights (logical name -> tensor; no entry for a tied head).
+
+    Args:
+        dtype: of the parameters, None keeps each as it is. where: named in errors.
+
+    Raises:
+        CheckpointError: a weight is missing, unknown, or of another shape than the configuration says.
+    """
+    with torch.device("meta"):
+        model = build_model(config)
+    state = {name: nn.Parameter(t.to(device=device, dtype=dtype or t.dtype)) for name, t in weights.items()}
+    if config.tie_embeddings and "model.embed_tokens.weight" in state:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]  # the same Parameter: assigning keeps the tie
+    try:
+        model.load_state_dict(state, strict=True, assign=True)
+    except RuntimeError as error:
+        why = "; ".join(line.strip() for line in str(error).splitlines()[1:4])
+        raise CheckpointError("the weights do not fit the model", where=where, why=why) from None
+    return model.eval()
+
+
+def model_config_of(manifest: Manifest, where: str) -> ModelConfig:
+    """The model that a manifest describes; a description of another release raises CheckpointError."""
+    try:
+        return ModelConfig.from_dict(manifest.model_config)
+    except (TypeError, ValueError, KeyError) as error:
+        raise CheckpointError("the checkpoint's model description cannot be read", where=where, why=str(error)) from None
+
+
+def load_model(
+    checkpoint: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> tuple[LanguageModel, Manifest]:
+    """The model of a `global_step<N>` folder and its manifest; damage raises CheckpointError."""
+    manifest = read_manifest(checkpoint)
+    config = model_config_of(manifest, str(checkpoint))
+    weights = read_full_weights(checkpoint)
+    return filled_model(config, weights, dtype=dtype, device=device, where=str(checkpoint)), manifest

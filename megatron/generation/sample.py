@@ -1,0 +1,190 @@
+"""From prompts to new tokens: one pass over the prompts, then one step per token with the recurrent state.
+
+The state of a linear-attention model has one size however long the text is, so a step costs the same at token 10 and at
+token 10,000. Prompts of different lengths share a batch by padding on the left, which the mixers treat as an empty history:
+a row of a batch says exactly what the same prompt says alone. Each row has its own random generator, so neither does a
+sampled text depend on its neighbours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from megatron.errors import ConfigError
+from megatron.layers.base import Context, State
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen; greedy when temperature, top_k and top_p are all 0 (as in GPT-NeoX).
+
+    temperature: divides the logits when > 0. top_k: only the k likeliest, 0 = off. top_p: the smallest set of tokens that
+    holds this probability, 0 = off. maximum_tokens: new tokens per prompt. max_length: prompt and new tokens together,
+    None = no bound. stop_tokens: end a text besides eod; neither they nor eod are part of it. seed: row i draws from seed + i.
+    recompute: run the whole text again for each token instead of a step (slow; a check on the state). return_logits: keep
+    the logits each token was chosen from.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 0.0
+    maximum_tokens: int = 64
+    max_length: int | None = None
+    stop_tokens: tuple[int, ...] = ()
+    seed: int = 1234
+    recompute: bool = False
+    return_logits: bool = False
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name, good, rule in (
+            ("temperature", self.temperature >= 0, "at least 0"),
+            ("top_k", self.top_k >= 0, "at least 0"),
+            ("top_p", 0 <= self.top_p <= 1, "between 0 and 1"),
+            ("maximum_tokens", self.maximum_tokens >= 1, "at least 1"),
+        ):
+            if not good:
+                raise ConfigError(f"{name} is {getattr(self, name)}", why=f"it must be {rule}")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is always taken."""
+        return not (self.temperature or self.top_k or self.top_p)
+
+
+@dataclass
+class Generated:
+    """What one prompt became: new tokens (no prompt, no eod), whether it ended by itself, and why it did not."""
+
+    tokens: list[int] = field(default_factory=list)
+    finished: bool = False
+    message: str | None = None
+    logits: list[Tensor] = field(default_factory=list)
+
+
+def filter_logits(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Logits [b, n] (fp32) after temperature, then top-k, then top-p; what is ruled out becomes -inf."""
+    if sampling.temperature:
+        logits = logits / sampling.temperature
+    if sampling.top_k:
+        least = logits.topk(min(sampling.top_k, logits.shape[-1]), dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    if sampling.top_p:
+        ordered, order = logits.sort(dim=-1, descending=True)
+        probabilities = ordered.softmax(-1)
+        # a token stays while the mass before it is below top_p, so the likeliest one always stays
+        beyond = probabilities.cumsum(-1) - probabilities >= sampling.top_p
+        logits = logits.masked_fill(beyond.scatter(-1, order, beyond), -torch.inf)
+    return logits
+
+
+def choose(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Generator]) -> Tensor:
+    """The next token of each row: logits [b, n] -> [b] int64, greedy or drawn with the row's own generator."""
+    logits = logits.float()
+    if sampling.greedy:
+        return logits.argmax(-1)
+    probabilities = filter_logits(logits, sampling).softmax(-1).cpu()
+    drawn = [torch.multinomial(row, 1, generator=g) for row, g in zip(probabilities, generators, strict=True)]
+    return torch.cat(drawn).to(logits.device)
+
+
+def left_pad(prompts: Sequence[Sequence[int]], pad: int, device: torch.device | str) -> tuple[Tensor, Tensor | None]:
+    """Prompts -> tokens [b, s] and mask [b, s] (1 = token); the mask is None when all prompts have one length."""
+    longest = max(len(p) for p in prompts)
+    rows = [[pad] * (longest - len(p)) + list(p) for p in prompts]
+    tokens = torch.tensor(rows, dtype=torch.long, device=device)
+    if all(len(p) == longest for p in prompts):
+        return tokens, None
+    mask = [[0] * (longest - len(p)) + [1] * len(p) for p in prompts]
+    return tokens, torch.tensor(mask, dtype=torch.long, device=device)
+
+
+class _Stepper:
+    """Gives the logits of the next token, by state or (recompute) by running everything again."""
+
+    def __init__(self, model: nn.Module, tokens: Tensor, mask: Tensor | None, sampling: Sampling) -> None:
+        self.model, self.tokens, self.mask, self.sampling = model, tokens, mask, sampling
+        self.state: list[State] | None = None
+        if not sampling.recompute:
+            self.state = model.init_state(tokens.shape[0])
+
+    def prompt(self) -> Tensor:
+        """Logits [b, n] after the prompts."""
+        logits, self.state = self.model(self.tokens, Context(self.mask, backend=self.sampling.backend), self.state)
+        return logits[:, -1]
+
+    def next(self, chosen: Tensor) -> Tensor:
+        """Logits [b, n] after one more token [b] per row."""
+        if self.state is not None:
+            logits, self.state = self.model.step(chosen, self.state, Context(backend=self.sampling.backend))
+            return logits
+        self.tokens = torch.cat([self.tokens, chosen[:, None]], dim=1)
+        if self.mask is not None:
+            self.mask = torch.cat([self.mask, self.mask.new_ones(len(chosen), 1)], dim=1)
+        return self.prompt()
+
+
+@torch.inference_mode()
+def generate(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    *,
+    eod: int,
+    vocab_size: int | None = None,
+    first_row: int = 0,
+) -> list[Generated]:
+    """Continue each prompt (token ids; an empty one starts from `eod`, the border between documents).
+
+    Args:
+        model: a `LanguageModel` (forward, step, init_state), on the device where it shall run.
+        vocab_size: true size of the vocabulary; rows beyond it (padding of the table) are never chosen.
+        first_row: number of the first prompt among all of the run, so that seeds do not depend on how prompts are batched.
+
+    Returns:
+        one `Generated` per prompt, in order.
+    """
+    if not prompts:
+        return []
+    starts = [list(p) or [eod] for p in prompts]
+    results = [Generated() for _ in starts]
+    budgets = [_budget(len(start), sampling, result) for start, result in zip(starts, results, strict=True)]
+    device = next(model.parameters()).device
+    generators = [torch.Generator().manual_seed(sampling.seed + first_row + i) for i in range(len(starts))]
+    stepper = _Stepper(model, *left_pad(starts, eod, device), sampling)
+    ends = {eod, *sampling.stop_tokens}
+    live = [budget > 0 for budget in budgets]
+    logits = stepper.prompt() if any(live) else None
+    while logits is not None:
+        logits = logits[:, :vocab_size]
+        chosen = choose(logits, sampling, generators)
+        for row, token in enumerate(chosen.tolist()):
+            if live[row]:
+                live[row] = _take(results[row], token, logits[row], ends, budgets[row], sampling)
+        logits = stepper.next(chosen) if any(live) else None
+    return results
+
+
+def _budget(prompt: int, sampling: Sampling, result: Generated) -> int:
+    """New tokens that a prompt of this length may have; writes why when that is less than was asked for."""
+    if sampling.max_length is None or prompt + sampling.maximum_tokens <= sampling.max_length:
+        return sampling.maximum_tokens
+    room = max(0, sampling.max_length - prompt)
+    result.message = f"the prompt has {prompt} tokens: room for {room} of {sampling.maximum_tokens} new ones"
+    result.message += f" within the length of {sampling.max_length}"
+    return room
+
+
+def _take(result: Generated, token: int, logits: Tensor, ends: set[int], budget: int, sampling: Sampling) -> bool:
+    """Give one chosen token to a row; False when the row has ended."""
+    if token in ends:
+        result.finished, result.message = True, None
+        return False
+    result.tokens.append(token)
+    if sampling.return_logits:
+        result.logits.append(logits.float().cpu())
+    return len(result.tokens) < budget

@@ -1,0 +1,35 @@
+"""Hugging Face folder -> checkpoint: the command around `megatron.export.importer`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron.errors import exit_on_error
+
+
+def main() -> None:
+    """Parse the command line, import, say what was inferred."""
+    parser = argparse.ArgumentParser(description="Import a MetaLA folder (released layout included) or an export of ours.")
+    parser.add_argument("--input", type=Path, required=True, help="folder with config.json and the weights")
+    parser.add_argument("--output", type=Path, required=True, help="checkpoint folder to write (`load` of a run)")
+    arguments = parser.parse_args()
+    with exit_on_error():
+        from megatron.export.importer import import_folder
+
+        made = import_folder(arguments.input, arguments.output)
+        for note in made.notes:
+            print(f"  {note}")
+        shape = made.config
+        print(
+            f"wrote {made.checkpoint}: {shape.num_layers} layers, hidden size {shape.hidden_size}, {shape.num_heads} heads,"
+            f" MLP {shape.mlp_width}, vocabulary {shape.vocab_size:,}"
+        )
+        print(f"use it: load: {arguments.output}, with finetune: true (it holds weights and no optimizer state)")
+
+
+if __name__ == "__main__":
+    main()
