@@ -162,7 +162,7 @@ def _check_request(tokens: int, seq_length: int, num_samples: int | None, seed: 
         raise DataError(f"seq_length {seq_length} is not possible", why="a sample predicts at least one token")
     if not 0 <= seed < 2**32:
         raise DataError(f"seed {seed} is not possible", why="the generator takes 0 .. 4294967295")
-    if (num_samples is None) == (epochs is None) and epochs is None:
+    if num_samples is None and epochs is None:
         raise DataError("neither a number of samples nor a number of epochs is given")
     if (num_samples is not None and num_samples < 0) or (epochs is not None and epochs < 1):
         raise DataError(f"cannot draw {num_samples} samples in {epochs} epochs", why="counts cannot be negative")
