@@ -28,8 +28,8 @@ from megatron.engine.loss_scale import LossScale
 from megatron.engine.optim import build_optimizer, parameter_groups, set_learning_rate
 from megatron.engine.stages import build_local, run_stages
 from megatron.model.config import ModelConfig
-from megatron.parallel.loss import check_labels
 from megatron.model.loss import token_loss
+from megatron.parallel.loss import check_labels
 from megatron.parallel.mesh import Mesh
 
 # DeepSpeed adds this to the norm before it divides; the two engines must clip alike.

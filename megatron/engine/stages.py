@@ -19,7 +19,7 @@ from megatron.errors import ConfigError
 from megatron.model.build import build_model, param_specs
 from megatron.model.config import ModelConfig
 from megatron.model.init import materialise
-from megatron.model.stages import BlockStage, Flow, Stage, stages_of
+from megatron.model.stages import BlockStage, Flow, Stage, StageModule, stages_of
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.plan import ParamSpec
 from megatron.parallel.tensor import local_slice, shard_model
@@ -199,6 +199,7 @@ def _logical_names(local: nn.ModuleList, specs: Mapping[str, ParamSpec]) -> dict
     """`<position>.<name in the stage>` -> logical name; a tied output matrix goes by the embedding's name."""
     names: dict[str, str] = {}
     for i, stage in enumerate(local):
+        assert isinstance(stage, StageModule)
         for inner, logical in stage.logical.items():
             names[f"{i}.{inner}"] = logical if logical in specs else EMBEDDING
     return names

@@ -131,3 +131,16 @@ def _own_group(rank_lists: list[list[int]], rank: int, timeout: timedelta | None
         if rank in ranks:
             own = group
     return own
+
+
+def set_default_timeout(seconds: float) -> None:
+    """Make `seconds` the time-out of every process group made from now on, whoever makes it.
+
+    DeepSpeed makes its groups without one and would get torch's 30 minutes, however short the default group's is: a cut
+    network cable then hangs the job in a sub-group long after the main group gave up.
+    """
+    import torch.distributed.distributed_c10d as c10d
+
+    c10d.default_pg_timeout = timedelta(seconds=seconds)
+    if isinstance(c10d.default_pg_nccl_timeout, timedelta):
+        c10d.default_pg_nccl_timeout = timedelta(seconds=seconds)

@@ -37,10 +37,10 @@ def capture_rng() -> dict[str, Tensor]:
     The two Mersenne twisters are stored as float64: 32-bit words and the cached Gaussian are both exact there.
     """
     version, words, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]
+    _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]
     state = {
         "python": torch.tensor([version, gauss is not None, gauss or 0.0, *words], dtype=torch.float64),
-        "numpy": torch.tensor([position, has_gauss, cached, *keys.tolist()], dtype=torch.float64),
+        "numpy": torch.tensor([position, has_gauss, cached, *np.asarray(keys).tolist()], dtype=torch.float64),
         "torch": torch.get_rng_state().clone(),
     }
     if torch.cuda.is_available():

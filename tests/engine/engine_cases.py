@@ -1,0 +1,113 @@
+"""A tiny MetaLA model, its batches, and a training job that the parity tests run on any mesh."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron.engine.base import Engine, EngineSettings
+from megatron.engine.build import build_engine
+from megatron.engine.schedule import ScheduleConfig, learning_rate
+from megatron.launch.environment import read_rank_environment
+from megatron.model.config import ModelConfig
+from megatron.parallel.mesh import Mesh
+
+VOCAB, SEQ, GLOBAL = 64, 24, 4
+CURVE = ScheduleConfig(lr=1e-2, horizon=20, style="cosine", warmup=0.1, min_lr=1e-3)
+
+
+@dataclass(frozen=True)
+class MicroBatchCase:
+    """What an engine reads of a batch."""
+
+    tokens: Tensor
+    labels: Tensor
+    loss_mask: Tensor
+    segment_ids: Tensor | None
+
+
+def model_config(tied: bool = True, **changes: Any) -> ModelConfig:
+    """4 blocks, 4 heads; a norm with a gain, so that there are replicated parameters besides the convolution."""
+    config = ModelConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        num_layers=4,
+        num_heads=4,
+        mlp_width=48,
+        layer_types=("metala",) * 4,
+        norm="rmsnorm",
+        tie_embeddings=tied,
+    )
+    return replace(config, **changes)
+
+
+def micro_batches(mesh: Mesh, segments: bool = False, start: int = 0) -> Iterator[MicroBatchCase]:
+    """Endless micro batches: GLOBAL samples each over all data ranks, learnable (every second token repeats), uneven masks."""
+    size = GLOBAL // mesh.dp
+    number = start
+    while True:
+        g = torch.Generator().manual_seed(number)
+        x = torch.randint(0, VOCAB, (GLOBAL, SEQ + 1), generator=g)
+        x[:, 1::2] = x[:, :-1:2]
+        # Equal counts per row: a mean of means must not depend on how rows are dealt out.
+        mask = torch.ones(GLOBAL, SEQ)
+        mask[:, number % SEQ] = 0.0
+        seg = (torch.arange(SEQ) >= SEQ // 2).int().expand(GLOBAL, SEQ) if segments else None
+        rows = slice(mesh.dp_rank * size, (mesh.dp_rank + 1) * size)
+        yield MicroBatchCase(x[rows, :-1], x[rows, 1:], mask[rows], None if seg is None else seg[rows])
+        number += 1
+
+
+def make_engine(pp: int, tp: int, kind: str, settings: EngineSettings, config: ModelConfig) -> Engine:
+    """The engine of this rank, for the world that the environment describes."""
+    env = read_rank_environment(os.environ)
+    mesh = Mesh.create(pp, tp, env.world_size, env.rank)
+    settings = replace(settings, micro_batch=GLOBAL // mesh.dp, seq_length=SEQ)
+    return build_engine(kind, config, mesh, settings, env.local_rank)
+
+
+def train(
+    pp: int, tp: int, kind: str, settings: EngineSettings, config: ModelConfig, steps: int = 20, segments: bool = False
+) -> dict[str, Any]:
+    """Train and report: losses, gradient norms, evaluation loss, local weights."""
+    engine = make_engine(pp, tp, kind, settings, config)
+    batches = micro_batches(engine.mesh, segments)
+    losses, norms = [], []
+    for step in range(steps):
+        result = engine.train_step(batches, learning_rate(step, CURVE))
+        assert not result.skipped
+        losses.append(float(result.loss))
+        norms.append(float(result.grad_norm))
+    return {
+        "losses": losses,
+        "norms": norms,
+        "eval": engine.eval_loss(micro_batches(engine.mesh, segments, start=1000), 3),
+        "weights": {name: w.float().clone() for name, w in engine.weights().items()},
+        "replicas": engine.replica_names,
+        "coordinates": (engine.mesh.pp_rank, engine.mesh.dp_rank, engine.mesh.tp_rank),
+        "cuts": {name: engine.specs[name].cut for name in engine.weights()},
+        "describe": engine.describe(),
+        "kept": sum(p.numel() for p in engine.parameters().values()),
+    }
+
+
+def join(results: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """Whole weights from the ranks' parts (data rank 0; the owner's copy of a tied matrix)."""
+    parts: dict[str, dict[int, Tensor]] = {}
+    cuts: dict[str, str] = {}
+    for result in results:
+        _, d, t = result["coordinates"]
+        for name, weight in result["weights"].items():
+            if d == 0 and name not in result["replicas"]:
+                parts.setdefault(name, {})[t] = weight
+                cuts[name] = result["cuts"][name]
+    dims = {"column": 0, "heads": 0, "vocab": 0, "row": 1}
+    return {
+        name: torch.cat([by[t] for t in sorted(by)], dims[cuts[name]]) if cuts[name] in dims else by[0]
+        for name, by in parts.items()
+    }
