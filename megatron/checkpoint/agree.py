@@ -8,6 +8,7 @@ thing that is full) and not as pickles.
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator
 
 import torch
@@ -42,10 +43,15 @@ def exchange(text: str) -> list[str]:
 
 
 class Verdict:
-    """Collects what went wrong on this rank until `settle` tells everybody."""
+    """Collects what went wrong on this rank until `settle` tells everybody.
+
+    Args:
+        what, where: the message for errors that are not a `UserError`, whose cause is then the `why`.
+    """
 
     def __init__(self, what: str, where: str) -> None:
-        self.what, self.where, self.error = what, where, ""
+        self.what, self.where = what, where
+        self.error: dict[str, str | None] = {}
 
     @contextlib.contextmanager
     def watch(self) -> Iterator[None]:
@@ -53,19 +59,24 @@ class Verdict:
         try:
             yield
         except UserError as error:
-            self.error = str(error)
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            self.error = f"{type(error).__name__}: {error}"
+            self.error = {"what": error.what, "where": error.where, "why": error.why, "hint": error.hint}
+        except (OSError, ValueError, LookupError, TypeError, RuntimeError) as error:
+            self.error = {
+                "what": self.what,
+                "where": self.where,
+                "why": f"{type(error).__name__}: {error}",
+                "hint": None,
+            }
 
     def settle(self) -> None:
         """Raise one CheckpointError on all ranks if any of them failed. A collective: every rank must call it."""
-        errors = exchange(self.error)
-        failed = [(rank, text) for rank, text in enumerate(errors) if text]
+        errors = exchange(json.dumps(self.error) if self.error else "")
+        failed = {rank: json.loads(text) for rank, text in enumerate(errors) if text}
         if not failed:
             return
-        if len(errors) == 1:
-            why = failed[0][1]
-        else:
-            why = "\n".join(f"rank {rank}: {text}" for rank, text in failed[:4])
-            why += f"\nand {len(failed) - 4} more ranks" if len(failed) > 4 else ""
-        raise CheckpointError(self.what, where=self.where, why=why)
+        first = next(iter(failed.values()))
+        why = first["why"]
+        if len(errors) > 1:
+            seen = ", ".join(str(rank) for rank in list(failed)[:8]) + (", ..." if len(failed) > 8 else "")
+            why = f"{why} (seen by rank {seen} of {len(errors)})"
+        raise CheckpointError(first["what"], where=first["where"], why=why, hint=first["hint"])

@@ -1,0 +1,103 @@
+"""Throughput, floating point rate, utilisation, memory and remaining time, from what the steps of an interval took.
+
+Floating point operations are those of the real model (`train_flops_per_token`, forward and backward), not the
+softmax-transformer formula of GPT-NeoX: a linear layer must not look faster by being counted as a quadratic one.
+"""
+
+from __future__ import annotations
+
+import resource
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """What one token costs and what the machine could do.
+
+    train_flops_per_token: forward plus backward of the whole model. world_size: processes (one GPU each).
+    peak_tflops: `peak_theoretical_tflops` of one GPU, None when unknown: no utilisation is reported then.
+    recompute: activations are recomputed, so that the hardware does one more forward than the model needs (factor 4/3).
+    """
+
+    train_flops_per_token: float
+    world_size: int = 1
+    peak_tflops: float | None = None
+    recompute: bool = False
+
+
+@dataclass
+class Interval:
+    """Sums over the steps since the last report."""
+
+    steps: int = 0
+    seconds: float = 0.0
+    wait_s: float = 0.0
+    tokens: int = 0
+    samples: int = 0
+    loss_sum: float = 0.0
+    counted: int = 0
+    skipped: int = 0
+
+    def add(self, *, seconds: float, wait_s: float, tokens: int, samples: int, loss: float, skipped: bool) -> None:
+        """Count one step; the loss of a skipped one does not enter the mean."""
+        self.steps += 1
+        self.seconds += seconds
+        self.wait_s += wait_s
+        self.tokens += tokens
+        self.samples += samples
+        self.skipped += int(skipped)
+        if not skipped:
+            self.loss_sum += loss
+            self.counted += 1
+
+    @property
+    def mean_loss(self) -> float | None:
+        """Mean loss of the steps that were not skipped, None when all were."""
+        return self.loss_sum / self.counted if self.counted else None
+
+    def metrics(self, cost: CostModel) -> dict[str, float]:
+        """Means over the interval under NeoX's `runtime/` names; times in seconds, FLOPs per second and GPU."""
+        seconds = max(self.seconds, 1e-9)
+        flops = self.tokens * cost.train_flops_per_token / seconds / cost.world_size
+        values = {
+            "runtime/samples_per_sec": self.samples / seconds,
+            "runtime/iteration_time": seconds / self.steps,
+            "runtime/steps_per_sec": self.steps / seconds,
+            "runtime/tokens_per_sec": self.tokens / seconds,
+            "runtime/flops_per_sec_per_gpu": flops,
+            "runtime/data_wait": self.wait_s / self.steps,
+            "runtime/max_memory_gib": max_memory_gib(),
+        }
+        if cost.peak_tflops:
+            values["runtime/model_flops_utilization"] = flops / (cost.peak_tflops * 1e12)
+            factor = 4 / 3 if cost.recompute else 1.0
+            values["runtime/hardware_flops_utilization"] = factor * flops / (cost.peak_tflops * 1e12)
+        return values
+
+
+def max_memory_gib() -> float:
+    """The most memory this process has held: of its GPU where it uses one, else resident host memory."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+class Remaining:
+    """Estimates the time to the end from step times; a running mean, so that a slow first step is soon forgotten."""
+
+    def __init__(self, weight: float = 0.3) -> None:
+        self._weight = weight
+        self._mean: float | None = None
+
+    def update(self, seconds_per_step: float) -> None:
+        """Take in the mean step time of an interval."""
+        if self._mean is None:
+            self._mean = seconds_per_step
+        else:
+            self._mean += self._weight * (seconds_per_step - self._mean)
+
+    def seconds(self, steps_left: int) -> float:
+        """Seconds that `steps_left` steps will take; 0 before the first interval."""
+        return (self._mean or 0.0) * steps_left

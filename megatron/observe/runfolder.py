@@ -1,0 +1,132 @@
+"""The one shape of a run folder, so that a person (and a script) finds everything of any run at the same place.
+
+<run>/config.yml      the merged configuration; an earlier, different one is kept as config.<n>.yml
+<run>/command.txt     every command that started or resumed the run, one per line with its time
+<run>/metrics.jsonl   (in log_dir when that is set)
+<run>/loss.png
+<run>/logs/           what the console showed
+<run>/checkpoints/
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+import socket
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from megatron.errors import ConfigError
+from megatron.files import write_text
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of a run. log_dir: where metrics and console copies go when that is not the run folder itself."""
+
+    root: Path
+    log_dir: Path | None = None
+
+    @property
+    def config(self) -> Path:
+        """The merged configuration."""
+        return self.root / "config.yml"
+
+    @property
+    def command(self) -> Path:
+        """The commands that started the run."""
+        return self.root / "command.txt"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object per logged step."""
+        return (self.log_dir or self.root) / "metrics.jsonl"
+
+    @property
+    def plot(self) -> Path:
+        """Curves of loss, learning rate and gradient norm."""
+        return self.root / "loss.png"
+
+    @property
+    def logs(self) -> Path:
+        """Copies of the console."""
+        return self.log_dir or self.root / "logs"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the run saves when `save` does not say otherwise."""
+        return self.root / "checkpoints"
+
+
+def create_run_folder(
+    root: str | Path, config_text: str, command: Sequence[str], log_dir: str | Path | None = None
+) -> RunFolder:
+    """Make the folder (rank 0 only) and note the configuration and the command; an existing one is continued.
+
+    Raises:
+        ConfigError: the folder cannot be made or written.
+    """
+    run = RunFolder(Path(root), Path(log_dir) if log_dir else None)
+    try:
+        run.root.mkdir(parents=True, exist_ok=True)
+        run.logs.mkdir(parents=True, exist_ok=True)
+        run.checkpoints.mkdir(exist_ok=True)
+        _keep_other_config(run, config_text)
+        write_text(run.config, config_text)
+        with open(run.command, "a", encoding="utf-8") as handle:
+            handle.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {shlex.join(command)}\n")
+    except OSError as error:
+        raise ConfigError("the run folder cannot be made", where=str(run.root), why=str(error)) from error
+    return run
+
+
+def _keep_other_config(run: RunFolder, config_text: str) -> None:
+    if not run.config.is_file() or run.config.read_text(encoding="utf-8") == config_text:
+        return
+    number = 1
+    while (kept := run.root / f"config.{number}.yml").exists():
+        number += 1
+    run.config.rename(kept)
+
+
+class _Tee:
+    """A text stream that writes to two; whatever else is asked of it is answered by the first."""
+
+    def __init__(self, first: TextIO, copy: TextIO) -> None:
+        self._first, self._copy = first, copy
+
+    def write(self, text: str) -> int:
+        """To both; a full disk under the copy does not silence the console."""
+        with contextlib.suppress(OSError, ValueError):
+            self._copy.write(text)
+        return self._first.write(text)
+
+    def flush(self) -> None:
+        """Both."""
+        with contextlib.suppress(OSError, ValueError):
+            self._copy.flush()
+        self._first.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._first, name)
+
+
+@contextlib.contextmanager
+def copy_console(folder: str | Path) -> Iterator[None]:
+    """Inside, stdout and stderr are copied to the end of `<folder>/<host>_stdout.txt` and `_stderr.txt`, as in NeoX."""
+    folder, host = Path(folder), socket.gethostname()
+    folder.mkdir(parents=True, exist_ok=True)
+    out, err = sys.stdout, sys.stderr
+    with (
+        open(folder / f"{host}_stdout.txt", "a", encoding="utf-8", buffering=1) as out_copy,
+        open(folder / f"{host}_stderr.txt", "a", encoding="utf-8", buffering=1) as err_copy,
+    ):
+        sys.stdout, sys.stderr = _Tee(out, out_copy), _Tee(err, err_copy)  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            sys.stdout, sys.stderr = out, err

@@ -1,0 +1,158 @@
+"""Where numbers go besides `metrics.jsonl`: TensorBoard and Weights & Biases, each only when asked for.
+
+A sink that fails is reported once and never stops training; its package is imported only when it is used.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+from megatron.observe.jsonl import JsonLines
+
+
+class Sink(Protocol):
+    """Takes the numbers of a step; steps never decrease."""
+
+    def write(self, iteration: int, values: Mapping[str, float]) -> None:
+        """Numbers of one step, under NeoX's metric names."""
+
+    def close(self) -> None:
+        """Nothing comes after this."""
+
+
+class TensorBoard:
+    """Event files in `folder`; events beyond the step that a run resumes from are hidden by TensorBoard itself."""
+
+    def __init__(self, folder: str | Path, resume_from: int = 0) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # needs the extra `tensorboard`
+
+        self._writer = SummaryWriter(log_dir=str(folder), purge_step=resume_from + 1 if resume_from else None)
+
+    def write(self, iteration: int, values: Mapping[str, float]) -> None:
+        """See `Sink`."""
+        for name, value in values.items():
+            if math.isfinite(value):
+                self._writer.add_scalar(name, value, iteration)
+
+    def close(self) -> None:
+        """See `Sink`."""
+        self._writer.close()
+
+
+@dataclass(frozen=True)
+class WandbOptions:
+    """NeoX's `wandb_*` keys. folder: where its files go. config: the run's configuration, shown beside the plots."""
+
+    folder: str | Path
+    project: str = "neox"
+    group: str | None = None
+    name: str | None = None
+    team: str | None = None
+    host: str | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Wandb:
+    """One Weights & Biases run. Its id is kept in the folder, so that a resumed training goes on in the same run."""
+
+    def __init__(self, options: WandbOptions) -> None:
+        import wandb  # needs the extra `wandb`
+
+        folder = Path(options.folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        id_file = folder / "wandb_run_id.txt"
+        known = id_file.read_text(encoding="utf-8").strip() if id_file.is_file() else None
+        settings = wandb.Settings(base_url=options.host) if options.host else None
+        self._run = wandb.init(
+            project=options.project,
+            group=options.group,
+            name=options.name,
+            entity=options.team,
+            dir=str(folder),
+            id=known,
+            resume="allow" if known else None,
+            config=dict(options.config),
+            settings=settings,
+        )
+        id_file.write_text(self._run.id, encoding="utf-8")
+
+    def write(self, iteration: int, values: Mapping[str, float]) -> None:
+        """See `Sink`."""
+        self._run.log(dict(values), step=iteration)
+
+    def close(self) -> None:
+        """See `Sink`."""
+        self._run.finish()
+
+
+@dataclass(frozen=True)
+class SinkOptions:
+    """Which sinks are wanted. metrics_file: path of `metrics.jsonl`. resume_from: the step the run starts from."""
+
+    metrics_file: str | Path
+    resume_from: int = 0
+    tensorboard_dir: str | Path | None = None
+    wandb: WandbOptions | None = None
+
+
+class Sinks:
+    """All sinks of a run behind one door; only rank 0 makes one.
+
+    Args:
+        sinks: name -> sink. report: takes the one line that says a sink has failed.
+    """
+
+    def __init__(self, sinks: Mapping[str, Sink], report: Callable[[str], None] = print) -> None:
+        self._sinks, self._report = dict(sinks), report
+        self._reported: set[str] = set()
+
+    @classmethod
+    def open(cls, options: SinkOptions, report: Callable[[str], None] = print) -> Sinks:
+        """Open those that are wanted; one that cannot be opened is reported and left out."""
+        makers: list[tuple[str, Callable[[], Sink]]] = [
+            ("metrics.jsonl", lambda: JsonLines(options.metrics_file, options.resume_from))
+        ]
+        if options.tensorboard_dir is not None:
+            folder = options.tensorboard_dir
+            makers.append(("TensorBoard", lambda: TensorBoard(folder, options.resume_from)))
+        if options.wandb is not None:
+            wandb_options = options.wandb
+            makers.append(("Weights & Biases", lambda: Wandb(wandb_options)))
+        self = cls({}, report)
+        for name, make in makers:
+            self._guard(name, partial(self._add, name, make))
+        return self
+
+    def _add(self, name: str, make: Callable[[], Sink]) -> None:
+        self._sinks[name] = make()
+
+    def names(self) -> Sequence[str]:
+        """The sinks that are open."""
+        return list(self._sinks)
+
+    def write(self, iteration: int, values: Mapping[str, float]) -> None:
+        """Give numbers of one step to every sink."""
+        for name, sink in self._sinks.items():
+            self._guard(name, partial(sink.write, iteration, values))
+
+    def close(self) -> None:
+        """Close every sink."""
+        for name, sink in self._sinks.items():
+            self._guard(name, sink.close)
+
+    def _guard(self, name: str, action: Callable[[], Any]) -> None:
+        """Run `action`; its failure is one line per sink, whatever a foreign package raises."""
+        try:
+            action()
+        except Exception as error:
+            if name not in self._reported:
+                self._reported.add(name)
+                hint = f"; pip install {error.name}" if isinstance(error, ModuleNotFoundError) else ""
+                self._report(
+                    f"warning: {name} does not take metrics ({type(error).__name__}: {error}){hint}; training goes on"
+                )

@@ -1,0 +1,70 @@
+"""Loss and perplexity on held-out data.
+
+The same batches every time, by default: two validations of one run differ by the model only. NeoX goes on where its
+last validation stopped; `fixed=False` does that.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from megatron.engine.base import Engine
+from megatron.training.feed import Batch
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One result. split: `validation` or `test`; loss: nats per token; batches: per rank; seconds: wall time."""
+
+    split: str
+    loss: float
+    batches: int
+    seconds: float
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss); infinite where that overflows."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+    def metrics(self) -> dict[str, float]:
+        """Under NeoX's names: `validation/lm_loss`, `validation/lm_loss_ppl`."""
+        return {f"{self.split}/lm_loss": self.loss, f"{self.split}/lm_loss_ppl": self.perplexity}
+
+
+class Evaluator:
+    """Evaluates an engine on one split.
+
+    Args:
+        open_batches: gives an iterator from the first batch of the split on, for this rank.
+        eval_iters: evaluation steps; each is `gradient_accumulation` micro batches, as in NeoX.
+        split: prefix of the metrics. fixed: the same batches each time.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        open_batches: Callable[[], Iterator[Batch]],
+        eval_iters: int,
+        split: str = "validation",
+        fixed: bool = True,
+    ) -> None:
+        self.engine, self.open_batches, self.split, self.fixed = engine, open_batches, split, fixed
+        self.count = eval_iters * engine.gradient_accumulation
+        self._running: Iterator[Batch] | None = None
+
+    def __call__(self) -> Evaluation:
+        """Evaluate now; every rank must call this.
+
+        Raises:
+            DataError: the split has fewer batches than asked for.
+        """
+        begin = time.perf_counter()
+        if self.fixed or self._running is None:
+            self._running = iter(self.open_batches())
+        loss = float(self.engine.eval_loss(self._running, self.count))
+        if self.fixed:
+            self._running = None
+        return Evaluation(self.split, loss, self.count, time.perf_counter() - begin)

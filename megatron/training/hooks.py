@@ -1,0 +1,116 @@
+"""The named moments of a run, on one page. A hook is any object with some of these methods; the loop calls them in
+this order.
+
+    on_start(run)                    once, before the first step; the state is loaded, nothing has run yet
+    on_step(run, step)               after every step that was taken, `step` is a `Step`; weights and counters are
+    updated on_save(run, path, seconds)      after a checkpoint was published
+    on_evaluation(run, evaluation)   after a validation or the final test
+    on_end(run, outcome)             once, also after an error: `finished`, `stopped: <why>` or `failed: <error>`
+
+Per iteration: step, then save if due, then validation if due, then leave if due (GPT-NeoX's order). Hooks hear a
+moment in the order of the list, and `on_end` in the reverse, so that the first to open is the last to close. A hook
+may call `run.request_stop(why)`: the loop saves and leaves after the present iteration. All ranks must ask for it at
+the same step. Hooks run on every rank that has them; what must happen once belongs in a hook that only rank 0 is
+given. An exception in a hook ends the run, except in `on_end`, where the others are still told.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron.engine.base import Engine
+from megatron.training.evaluate import Evaluation
+from megatron.training.options import FitOptions
+from megatron.training.state import TrainState
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One finished step.
+
+    loss: nats per token over the global batch. grad_norm: before clipping. learning_rate: the one that was used.
+    skipped: the weights were left as they were. seconds: wall time, `data_wait_s` of it waiting for batches on this
+        rank.
+    sample_ids: the samples that this rank saw.
+    """
+
+    iteration: int
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    skipped: bool
+    seconds: float
+    data_wait_s: float
+    sample_ids: Sequence[int]
+
+
+@dataclass
+class Run:
+    """What hooks see of a run. last_save: the step of the newest checkpoint known, None before the first."""
+
+    engine: Engine
+    state: TrainState
+    options: FitOptions
+    last_save: int | None = None
+    stop: str | None = None
+    evaluations: dict[str, Evaluation] = field(default_factory=dict)
+
+    def request_stop(self, why: str) -> None:
+        """Save and leave after the present iteration; the first reason stays."""
+        self.stop = self.stop or why
+
+
+class Hook:
+    """A base with every moment empty, so that a hook writes only those it wants."""
+
+    def on_start(self, run: Run) -> None:
+        """See the module."""
+
+    def on_step(self, run: Run, step: Step) -> None:
+        """See the module."""
+
+    def on_save(self, run: Run, path: Path, seconds: float) -> None:
+        """See the module."""
+
+    def on_evaluation(self, run: Run, evaluation: Evaluation) -> None:
+        """See the module."""
+
+    def on_end(self, run: Run, outcome: str) -> None:
+        """See the module."""
+
+
+class Hooks:
+    """All hooks of a run, told in order."""
+
+    def __init__(self, hooks: Sequence[Hook]) -> None:
+        self._hooks = list(hooks)
+
+    def tell(self, moment: str, *arguments: Any) -> None:
+        """Call `moment` of every hook."""
+        for hook in self._hooks:
+            getattr(hook, moment)(*arguments)
+
+    @contextmanager
+    def session(self, run: Run) -> Iterator[None]:
+        """`on_start` before the body and `on_end` after it, whatever happens inside."""
+        outcome = "failed: on_start"
+        try:
+            self.tell("on_start", run)
+            yield
+            outcome = f"stopped: {run.stop}" if run.stop else "finished"
+        except BaseException as error:
+            outcome = f"failed: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+            raise
+        finally:
+            for hook in reversed(self._hooks):
+                try:
+                    hook.on_end(run, outcome)
+                except Exception:
+                    _log.exception("a hook failed at the end of the run: %s", type(hook).__name__)

@@ -1,0 +1,97 @@
+"""The hook that turns steps into metrics and lines. Rank 0 has one; the other ranks have none.
+
+`train/lm_loss` in the metrics is the loss of the logged step itself, unrounded, so that two runs can be compared to
+the bit; the console shows the mean over the interval, as GPT-NeoX does.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from megatron.observe.console import Console, progress_line
+from megatron.observe.metrics import CostModel, Interval, Remaining
+from megatron.observe.sinks import Sinks
+from megatron.training.cadence import every
+from megatron.training.evaluate import Evaluation
+from megatron.training.hooks import Hook, Run, Step
+
+
+class Reporting(Hook):
+    """Logs every `log_interval` steps to the sinks and the console; they are closed at the end of the run."""
+
+    def __init__(self, sinks: Sinks, console: Console, cost: CostModel, log_interval: int = 100) -> None:
+        self.sinks, self.console, self.cost, self.log_interval = sinks, console, cost, log_interval
+        self._interval, self._remaining = Interval(), Remaining()
+        self._last_step: Step | None = None
+        self._save_s = 0.0
+
+    def on_step(self, run: Run, step: Step) -> None:
+        """Count the step, and report when the interval is full or training ends."""
+        samples, self._last_step = run.options.samples_per_step, step
+        self._interval.add(
+            seconds=step.seconds,
+            wait_s=step.data_wait_s,
+            tokens=samples * run.options.seq_length,
+            samples=samples,
+            loss=step.loss,
+            skipped=step.skipped,
+        )
+        if every(self.log_interval, step.iteration) or step.iteration == run.options.train_iters:
+            self._report(run, step)
+
+    def _report(self, run: Run, step: Step) -> None:
+        values = self._step_metrics(run, step) | self._interval.metrics(self.cost)
+        if self._interval.mean_loss is not None:
+            values["train/lm_loss_mean"] = self._interval.mean_loss
+        if self._save_s:
+            values["runtime/save_time"] = self._save_s
+        self.sinks.write(step.iteration, values)
+        self._remaining.update(values["runtime/iteration_time"])
+        line = progress_line(
+            step.iteration,
+            run.options.train_iters,
+            values,
+            mean_loss=self._interval.mean_loss,
+            skipped=self._interval.skipped,
+            eta_s=self._remaining.seconds(run.options.train_iters - step.iteration),
+        )
+        self.console.say(line)
+        self._interval, self._save_s = Interval(), 0.0
+
+    @staticmethod
+    def _step_metrics(run: Run, step: Step) -> dict[str, float]:
+        values = {
+            "train/lm_loss": step.loss,
+            "train/learning_rate": step.learning_rate,
+            "train/grad_norm": step.grad_norm,
+            "train/tokens": run.state.consumed_tokens,
+            "train/samples": run.state.consumed_samples,
+            "train/skipped_iterations": run.state.skipped_iterations,
+            "wall_time": time.time(),
+        }
+        scale = run.engine.extra_state().get("loss_scale")
+        if isinstance(scale, dict) and "value" in scale:
+            values["train/loss_scale"] = float(scale["value"])
+        return values
+
+    def on_save(self, run: Run, path: Path, seconds: float) -> None:
+        """Say where the checkpoint lies; the time goes into the next logged step."""
+        self._save_s += seconds
+        self.console.say(f"saved {path} in {seconds:.1f} s")
+
+    def on_evaluation(self, run: Run, evaluation: Evaluation) -> None:
+        """Log a validation or test result."""
+        step = self._last_step
+        of_step = self._step_metrics(run, step) if step is not None and step.iteration == run.state.iteration else {}
+        self.sinks.write(run.state.iteration, of_step | evaluation.metrics())
+        best = " (best so far)" if run.state.best_iteration == run.state.iteration else ""
+        self.console.say(
+            f"{evaluation.split} at iteration {run.state.iteration} | lm_loss: {evaluation.loss:.6E} | "
+            f"lm_loss_ppl: {evaluation.perplexity:.6E} | {evaluation.seconds:.1f} s{best}"
+        )
+
+    def on_end(self, run: Run, outcome: str) -> None:
+        """Close the sinks and say how it ended."""
+        self.sinks.close()
+        self.console.say(f"{outcome} at iteration {run.state.iteration} of {run.options.train_iters}")

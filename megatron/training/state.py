@@ -1,0 +1,40 @@
+"""What a run must remember to go on where it stopped: a few numbers, stored as JSON in every checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+
+@dataclass
+class TrainState:
+    """Counters of one run.
+
+    iteration: optimizer steps tried, skipped ones included; the number in `global_step<N>`.
+    skipped_iterations: those that changed nothing; the learning rate schedule advances with the others only.
+    consumed_samples: the data cursor, the global number of the next sample. consumed_tokens: tokens seen.
+    best_validation_loss, best_iteration: the lowest validation loss so far and its step; None before the first.
+    """
+
+    iteration: int = 0
+    skipped_iterations: int = 0
+    consumed_samples: int = 0
+    consumed_tokens: int = 0
+    best_validation_loss: float | None = None
+    best_iteration: int | None = None
+
+    @property
+    def applied_iterations(self) -> int:
+        """Steps that changed the weights: the argument of the learning rate schedule."""
+        return self.iteration - self.skipped_iterations
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON types."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainState:
+        """Inverse of `to_dict`; unknown keys (of a later release) are ignored, missing ones take their default."""
+        known = {f.name for f in fields(cls)}
+        return cls(**{name: value for name, value in values.items() if name in known})
