@@ -35,7 +35,7 @@ entry.
 | implemented | has the described effect |
 | alias | another spelling of the key it names |
 | ignored | accepted without effect on the result; one warning when set |
-| refused | would change the result and is not built: set to another value than its default, it stops a run at the start |
+| refused | would change the result and is not built: a value other than its default stops a run at the start |
 """
 
 

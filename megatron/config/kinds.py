@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import functools
 import types
-from typing import Any, Literal, Optional, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Optional, Union, get_args, get_origin
 
 _NAMES: dict[str, Any] = {
     "int": int, "float": float, "str": str, "bool": bool, "dict": dict[str, Any], "list": list[Any],
@@ -62,8 +62,9 @@ def _subscript(head: str, inner: list[ast.expr]) -> Any:
 
 
 def members(annotation: Any) -> tuple[Any, ...]:
-    """The alternatives of a union (None included), or the annotation alone."""
-    return get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+    """The alternatives of a union (None included), or the annotation alone; limits (`Annotated`) are taken off."""
+    parts = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+    return tuple(get_args(part)[0] if get_origin(part) is Annotated else part for part in parts)
 
 
 def choices(annotation: Any) -> tuple[Any, ...]:

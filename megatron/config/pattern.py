@@ -27,10 +27,8 @@ def expand(config: Any, num_layers: int) -> tuple[str, ...]:
         return ("global",) * num_layers
     if not isinstance(config, (list, tuple)):
         raise PatternError(f'attention_config must be a list, got {config!r}; write [[[{config!r}], "all"]]')
-    if all(isinstance(item, str) for item in config):
-        names = tuple(config)
-    else:
-        names = _expand_groups(config, num_layers)
+    flat = all(isinstance(item, str) for item in config)
+    names = tuple(config) if flat else _expand_groups(config, num_layers)
     if len(names) != num_layers:
         raise PatternError(f"attention_config describes {len(names)} layers, but num_layers is {num_layers}")
     return names

@@ -76,15 +76,14 @@ class RunConfig(Section):
         raise KeyError(key)
 
     def flat(self) -> dict[str, Any]:
-        """All keys that differ from their default or were derived, under NeoX's flat names, ready for JSON or YAML.
+        """All keys that differ from their default, given or derived, under NeoX's flat names, ready for JSON or YAML.
 
         Reading the result back as a config file gives an equal configuration.
         """
         result: dict[str, Any] = {}
         for key, info in key_fields().items():
             value = thaw(getattr(getattr(self, info.section), key))
-            derived = str(self.provenance.get(key, "")).startswith("derived") and value is not None
-            if (derived or value != thaw(info.default)) and key != "world_size":
+            if value != thaw(info.default) and key != "world_size":
                 result[key] = value
         for layer, options in self.layers.items():
             result.update({f"{layer}_{field}": thaw(value) for field, value in options.items()})

@@ -1,0 +1,156 @@
+"""The YAML reader against the original: the same values from the same text, plus places and stricter duplicates."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron.config.problems import Problems
+from megatron.config.yaml_reader import normalise_key, parse_scalar, parse_text, read_files, resolve_path
+from megatron.errors import ConfigError
+
+# Where we differ from the original reader on purpose: test name -> (what we do, why).
+NUMBER = "1e-8 without a dot is a number here; in the original it is text and breaks the run later"
+DUPLICATE = "a key given twice is always an error; the original lets the later one win"
+DIFFERENCES: dict[str, tuple[str, str]] = {
+    "two files": ("values", NUMBER),
+    "float spellings": ("values", NUMBER),
+    "json file": ("values", NUMBER),
+    "hyphen in both files": ("error", DUPLICATE),
+    "underscore first, hyphen second": ("error", DUPLICATE),
+    "key twice in one file": ("error", DUPLICATE),
+}
+
+
+def _numbers(value: Any) -> Any:
+    """The original's `1e-8` texts as the numbers we read."""
+    if isinstance(value, dict):
+        return {k: _numbers(v) for k, v in value.items()}
+    if isinstance(value, str) and value[:1].isdigit() and "e" in value.lower():
+        return float(value)
+    return value
+
+
+def _read(text: str, label: str = "a.yml") -> dict[str, Any]:
+    problems = Problems()
+    values, _ = parse_text(text, label, problems)
+    problems.raise_if_any()
+    return values
+
+
+@pytest.mark.parametrize("style", ["block", "flow", "json"])
+def test_every_shipped_neox_file_reads_equal(golden: Callable[[str], Any], style: str) -> None:
+    files = golden("configs_parsed/parsed.json")
+    assert len(files) == 64
+    for entry in files:
+        expected = entry["parsed"]
+        if style == "json":
+            text, label = json.dumps(expected, indent="\t"), "a.json"
+        else:
+            text, label = yaml.safe_dump(expected, default_flow_style=style == "flow"), "a.yml"
+        assert _read(text, label) == expected, entry["file"]
+
+
+def test_merge_rules(golden: Callable[[str], Any], tmp_path: Path) -> None:
+    compared = 0
+    for case in golden("configs_parsed/merge_rules.json"):
+        if "files" not in case:
+            continue
+        for file in case["files"]:
+            (tmp_path / file["name"]).write_text(file["text"])
+        problems = Problems()
+        source = read_files([f["name"] for f in case["files"]], tmp_path, problems)
+        kind = DIFFERENCES.get(case["test"], ("error" if "error" in case else "same", ""))[0]
+        if kind == "error":
+            assert problems.items, case["test"]
+        else:
+            expected = _numbers(case["merged"]) if kind == "values" else case["merged"]
+            assert source.values == expected, case["test"]
+            assert {k: type(v) for k, v in source.values.items()} == {k: type(v) for k, v in expected.items()}
+            assert not problems.items
+        compared += 1
+    assert compared == 12
+
+
+def test_same_base_name_twice_is_refused(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "run.yml").write_text(f"key_{folder}: 1\n")
+    problems = Problems()
+    read_files([tmp_path / "a" / "run", tmp_path / "b" / "run"], None, problems)
+    assert "two config files are called run.yml" in problems.items[0].message
+
+
+def test_duplicate_names_both_places(tmp_path: Path) -> None:
+    (tmp_path / "a.yml").write_text("x: 1\nseq-length: 2\n")
+    (tmp_path / "b.yml").write_text("# c\n\nseq_length: 2\n")
+    problems = Problems()
+    read_files(["a", "b"], tmp_path, problems)
+    (only,) = problems.items
+    assert f"{tmp_path}/a.yml:2" in only.place and f"{tmp_path}/b.yml:3" in only.place
+
+
+def test_duplicate_inside_a_dictionary() -> None:
+    with pytest.raises(ConfigError, match=r"optimizer\.params\.lr is given twice"):
+        _read("optimizer:\n  params:\n    lr: 1\n    lr: 2\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "line"),
+    [
+        ("", "is empty", ""),
+        ("- 1\n", "not a list of `key: value`", ""),
+        ("a: 1\nb: [1, 2\nc: 3\n", "not valid YAML", ":3"),
+        ("a: !!python/object/apply:os.system ['true']\n", "not valid YAML", ":1"),
+    ],
+)
+def test_bad_files_say_where(text: str, words: str, line: str) -> None:
+    with pytest.raises(ConfigError, match=words) as caught:
+        _read(text)
+    assert str(caught.value.where).startswith(f"a.yml{line}")
+
+
+def test_missing_file_names_near_ones(tmp_path: Path) -> None:
+    (tmp_path / "metala.yml").write_text("a: 1\n")
+    problems = Problems()
+    read_files(["metla"], tmp_path, problems)
+    assert "metala.yml" in problems.items[0].hint
+
+
+def test_places_follow_nested_keys() -> None:
+    _, places = parse_text("a-b: 1\noptimizer:\n  type: Adam\n  params: {lr: 1,\n    eps: 2}\n", "f.yml", Problems())
+    assert places["a_b"] == "f.yml:1"
+    assert places["optimizer.params.lr"] == "f.yml:4"
+    assert places["optimizer.params.eps"] == "f.yml:5"
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("a", "d/a.yml"), ("a.yml", "d/a.yml"), ("a.json", "d/a.json"), ("1-3B", "d/1-3B.yml"), ("a.b", "d/a.b.yml")],
+)
+def test_suffix_and_folder(name: str, expected: str) -> None:
+    assert resolve_path(name, "d") == Path(expected)
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False))
+def test_every_float_spelling_is_a_number(value: float) -> None:
+    for text in (repr(value), f"{value:e}", f"{value:E}", f"{value:.3g}"):
+        assert parse_scalar(text) == float(text)
+
+
+@given(st.integers())
+def test_integers_stay_integers(value: int) -> None:
+    assert parse_scalar(str(value)) == value
+    assert isinstance(parse_scalar(str(value)), int)
+
+
+@given(st.text(alphabet="ab-_", min_size=1))
+def test_normalising_twice_changes_nothing(key: str) -> None:
+    assert normalise_key(normalise_key(key)) == normalise_key(key)
