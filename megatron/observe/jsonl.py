@@ -56,8 +56,8 @@ class JsonLines:
 
     Args:
         path: the file; made when absent.
-        resume_from: the step that the run starts from. Rows beyond it, repeated rows and torn lines are dropped; 0 starts
-            a new file and keeps an older one under another name.
+        resume_from: the step that the run starts from. Rows beyond it, repeated rows and torn lines are dropped;
+            0 starts a new file and keeps an older one under another name.
     """
 
     def __init__(self, path: str | Path, resume_from: int = 0) -> None:

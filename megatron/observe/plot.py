@@ -1,4 +1,4 @@
-"""loss.png from metrics.jsonl: training and validation loss over steps and tokens, learning rate and gradient norm below."""
+"""loss.png from metrics.jsonl: training and validation loss, and below them learning rate and gradient norm."""
 
 from __future__ import annotations
 

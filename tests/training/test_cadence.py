@@ -1,0 +1,42 @@
+"""When to save: GPT-NeoX's rules."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron.errors import ConfigError
+from megatron.training.cadence import SaveRule, every
+
+
+def due(rule: SaveRule, last: int) -> list[int]:
+    """Steps from 0 to `last` at which the rule saves."""
+    return [i for i in range(last + 1) if rule.due(i)]
+
+
+def test_linear() -> None:
+    assert due(SaveRule(factor=4, train_iters=10), 10) == [4, 8]
+
+
+def test_extra_steps_and_zero() -> None:
+    assert due(SaveRule(factor=5, extra=(0, 1, 7), train_iters=10), 10) == [0, 1, 5, 7, 10]
+    assert due(SaveRule(extra=(3,), train_iters=10), 10) == [3]
+
+
+def test_log() -> None:
+    assert due(SaveRule(factor=2, scale="log", train_iters=20), 20) == [1, 2, 4, 8, 16]
+    assert due(SaveRule(factor=1.5, scale="log", train_iters=12), 12) == [1, 2, 3, 5, 7, 11]
+
+
+def test_never() -> None:
+    assert due(SaveRule(factor=1, extra=(0,), train_iters=5, enabled=False), 5) == []
+
+
+@pytest.mark.parametrize("keys", [{"factor": 1, "scale": "log"}, {"factor": 0}, {"factor": 1.5}, {"scale": "cubic"}])
+def test_bad_rules(keys: dict[str, object]) -> None:
+    with pytest.raises(ConfigError):
+        SaveRule(train_iters=10, **keys)  # type: ignore[arg-type]
+
+
+def test_every() -> None:
+    assert [i for i in range(10) if every(3, i)] == [3, 6, 9]
+    assert not any(every(value, i) for i in range(10) for value in (None, 0))
