@@ -61,7 +61,11 @@ def _refused(run: RunConfig, problems: Problems) -> set[str]:
     for key, reasons in REFUSED_VALUES.items():
         value = run.get(key)
         if value in reasons:
-            problems.add(f"{key}: {value} is not supported", place_of(run, key), reasons[value])
+            problems.add(
+                f"{key}: {str(value).lower() if value is True else value} is not supported",
+                place_of(run, key),
+                reasons[value],
+            )
             found.add(key)
     return found
 

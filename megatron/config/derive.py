@@ -80,7 +80,8 @@ def _precision(draft: Draft) -> None:
     elif "precision" not in draft.values:
         draft.derive("precision", switched[0], f"{'fp16' if switched[0] == 'fp16' else 'bf16'}.enabled is true")
     elif draft.values["precision"] != switched[0]:
-        message = f"precision is {draft.values['precision']}, but the {switched[0][:4]} section is enabled"
+        section = "fp16" if switched[0] == "fp16" else "bf16"
+        message = f"precision is {draft.values['precision']}, but the section {section} is enabled"
         draft.reject(message, "precision", "fp16", "bf16", hint="remove one of them")
 
 

@@ -156,7 +156,7 @@ def _flow(value: Any) -> str:
 def _row(info: KeyInfo) -> str:
     cells = [f"`{info.name}`", info.type_name, f"`{json.dumps(thaw(info.default))}`", _status(info), info.doc]
     if info.name in REFUSED_VALUES:
-        cells[3] += "; not built: " + ", ".join(REFUSED_VALUES[info.name])
+        cells[3] += "; not built: " + ", ".join(str(value) for value in REFUSED_VALUES[info.name])
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
 
 

@@ -31,7 +31,8 @@ OLD_KEYS: dict[str, tuple[str, str]] = {
 }
 
 # Values of implemented keys that are not built: key -> value -> why and what to use.
-REFUSED_VALUES: dict[str, dict[str, str]] = {
+REFUSED_VALUES: dict[str, dict[str | bool, str]] = {
+    "reset_attention_at_eod": {True: "no softmax attention layer is built yet; recurrent mixers: reset_state_at_eod"},
     "pos_emb": {
         "learned": "learned positions are not built yet; write pos_emb: none (recurrent mixers need no positions)",
         "rotary": "rotary attention is not built yet; recurrent mixers use pos_emb: none",

@@ -7,14 +7,13 @@ import functools
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from megatron.config import kinds
 from megatron.config.catalog import KeyInfo, catalog
 from megatron.config.frozen import thaw
 from megatron.config.problems import Problems
-from megatron.config.yaml_reader import Source, normalise_key, parse_scalar
+from megatron.config.yaml_reader import BAD_YAML, Source, normalise_key, parse_scalar
 from megatron.registry import nearest
 
 
@@ -47,7 +46,7 @@ def apply_overrides(
             key = head
         try:
             value = _parse_override(raw_value, info if not rest else None)
-        except yaml.YAMLError as error:
+        except BAD_YAML as error:
             problems.add(f"the value of {raw_key} is not valid YAML: {raw_value!r}", place, str(error).splitlines()[0])
             continue
         dotted = f"{key}.{rest}" if rest else key

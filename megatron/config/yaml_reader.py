@@ -18,6 +18,10 @@ import yaml
 
 from megatron.config.problems import Problems
 
+# What PyYAML raises on bad text: its own errors, and ValueError for dates and numbers that are none (2024-99-99).
+BAD_YAML = (yaml.YAMLError, ValueError, RecursionError)
+_DEEPEST = 8  # levels whose lines are noted; an anchor that contains itself would go on for ever
+
 _EXPONENT = re.compile(r"^[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+$")
 
 
@@ -44,11 +48,7 @@ def normalise_key(key: str) -> str:
 
 def parse_scalar(text: str) -> Any:
     """The value of a `--set KEY=VALUE` text, by the rules of the files."""
-    loader = ConfigLoader(text)
-    try:
-        return loader.get_single_data()
-    finally:
-        loader.dispose()
+    return ConfigLoader(text).get_single_data()
 
 
 def resolve_path(name: str | Path, conf_dir: str | Path | None) -> Path:
@@ -78,8 +78,10 @@ def read_files(files: Sequence[str | Path], conf_dir: str | Path | None, problem
 
 def parse_text(text: str, label: str, problems: Problems) -> tuple[dict[str, Any], dict[str, str]]:
     """Values and places of one file's text; `label` is the file name used in places."""
-    loader = ConfigLoader(text.replace("\t", "    ") if label.endswith(".json") else text)
+    # JSON files may be indented with tabs, which YAML does not allow.
+    text = text.replace("\t", "    ") if label.endswith(".json") else text
     try:
+        loader = ConfigLoader(text)
         node = loader.get_single_node()
         if not isinstance(node, yaml.MappingNode):
             found = "is empty" if node is None else "is not a list of `key: value` lines"
@@ -88,13 +90,11 @@ def parse_text(text: str, label: str, problems: Problems) -> tuple[dict[str, Any
         places: dict[str, str] = {}
         _walk(node, "", label, places, problems)
         raw = loader.construct_document(node)
-    except yaml.YAMLError as error:
+    except BAD_YAML as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{label}:{mark.line + 1}" if mark else label
         problems.add(f"not valid YAML: {getattr(error, 'problem', None) or error}", place)
         return {}, {}
-    finally:
-        loader.dispose()
     return {normalise_key(str(key)): value for key, value in raw.items()}, places
 
 
@@ -133,5 +133,5 @@ def _walk(node: yaml.MappingNode, prefix: str, label: str, places: dict[str, str
         if dotted in places and key != "<<":
             problems.add(f"the key {dotted} is given twice", f"{places[dotted]} and {place}", "keep one of them")
         places[dotted] = place
-        if isinstance(value_node, yaml.MappingNode):
+        if isinstance(value_node, yaml.MappingNode) and dotted.count(".") < _DEEPEST:
             _walk(value_node, f"{dotted}.", label, places, problems)

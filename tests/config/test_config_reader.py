@@ -151,6 +151,18 @@ def test_integers_stay_integers(value: int) -> None:
     assert isinstance(parse_scalar(str(value)), int)
 
 
+@given(st.text(max_size=40) | st.text(alphabet="a1:-{}[],&*\n '\"#!|>?.e0x_", max_size=40))
+def test_any_text_gives_values_or_a_problem(text: str) -> None:
+    problems = Problems()
+    values, _ = parse_text(text, "a.yml", problems)
+    assert values or problems.items or text.strip()
+
+
+@pytest.mark.parametrize("text", ["a: 2024-99-99", "a: &x {b: *x}", "a: \x00", "a: 0b_", "[1]: 2", "a: " + "9" * 5000])
+def test_odd_texts_do_not_escape(text: str) -> None:
+    parse_text(text, "a.yml", Problems())
+
+
 @given(st.text(alphabet="ab-_", min_size=1))
 def test_normalising_twice_changes_nothing(key: str) -> None:
     assert normalise_key(normalise_key(key)) == normalise_key(key)

@@ -69,7 +69,7 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ),
     ({"profile": True, "profile_step_start": 5, "profile_step_stop": 5}, "profile_step_stop must be above"),
     ({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, "fp16 and bf16 are both enabled"),
-    ({"bf16": {"enabled": True}, "precision": "fp32"}, "precision is fp32, but the bflo"),
+    ({"bf16": {"enabled": True}, "precision": "fp32"}, "precision is fp32, but the section bf16"),
     ({"train_batch_size": 7, "world": 2}, "train_batch_size 7 is not a multiple of 2"),
     ({"attention_config": [[["metala"], 3]]}, "describes 3 layers, but num_layers is 4"),
     ({"attention_config": [[["metala"], 3], [["rwkv"], 1]]}, "token mixer 'rwkv' is not built"),
