@@ -15,16 +15,16 @@ from typing import Any, cast
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
-from megatron.data.tokenizers import EOD_TEXT, PAD_TEXT, Tokenizer, build_tokenizer
+from megatron.data.tokenizers import EOD_TEXT, PAD_TEXT, Tokenizer
 from megatron.errors import ExportError, UserError
 from megatron.files import write_json
+from megatron.generation.load import stored_tokenizer
 
 SAMPLES = (
     "The quick brown fox jumps over the lazy dog, twice.\n\n\tdef f(x):\n        return x ** 2  # spaces\n",
     "na\u00efve caf\u00e9 \u4f60\u597d \u041f\u0440\u0438\u0432\u0435\u0442 \U0001f600 1234567890 !?@#%^&*()",
     "  leading and trailing  ",
 )
-_HF_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt", "tokenizer.model")
 
 
 def export_tokenizer(source: Path, facts: Mapping[str, Any], output: Path, seq_length: int | None) -> list[str]:
@@ -39,14 +39,13 @@ def export_tokenizer(source: Path, facts: Mapping[str, Any], output: Path, seq_l
         for path in files:
             shutil.copyfile(path, output / path.name)
         return [f"tokenizer: {len(files)} files handed on unchanged"]
-    kind = str(facts.get("type") or "") or _guess(files)
-    if kind is None:
-        return ["tokenizer: none in the checkpoint; the folder holds the model alone"]
     try:
-        tokenizer = _build(kind, files)
-        backend = _backend(tokenizer, files)
+        tokenizer = stored_tokenizer(source, facts.get("type"))
+        if tokenizer is None:
+            return ["tokenizer: none in the checkpoint; the folder holds the model alone"]
+        kind, backend = tokenizer.name, _backend(tokenizer, files)
     except UserError as error:
-        return [_copied(files, output, f"{kind} cannot be written as tokenizer.json ({error.what}: {error.why})")]
+        return [_copied(files, output, f"it cannot be written as tokenizer.json ({error.what}: {error.why})")]
     wrong = next((text for text in SAMPLES if backend.encode(text).ids != tokenizer.tokenize(text)), None)
     if wrong is not None:
         return [_copied(files, output, f"{kind} has no exact form as tokenizer.json (differs on {wrong[:24]!r})")]
@@ -59,25 +58,6 @@ def _copied(files: list[Path], output: Path, why: str) -> str:
     for path in files:
         shutil.copyfile(path, output / path.name)
     return f"tokenizer: {why}; its files lie in the folder, AutoTokenizer will not find one"
-
-
-def _guess(files: list[Path]) -> str | None:
-    """The kind of tokenizer that these files belong to."""
-    suffixes = {path.suffix for path in files}
-    if ".model" in suffixes:
-        return "SPMTokenizer"
-    if {".json", ".txt"} <= suffixes:
-        return "GPT2BPETokenizer"
-    return "HFTokenizer" if ".json" in suffixes else None
-
-
-def _build(kind: str, files: list[Path]) -> Tokenizer:
-    """The tokenizer of training from the files that the checkpoint kept."""
-    merges = next((p for p in files if p.suffix == ".txt"), None)
-    vocabulary: Path | None = next((p for p in files if p.suffix in (".json", ".model")), None)
-    if kind == "HFGPT2Tokenizer" and files:
-        vocabulary = files[0].parent
-    return build_tokenizer(kind, vocabulary, merges)
 
 
 def _backend(tokenizer: Tokenizer, files: list[Path]) -> Backend:

@@ -1,4 +1,4 @@
-"""A model on one device, ready to run, from a checkpoint of any mesh."""
+"""What a checkpoint of any mesh holds, ready to run on one device: its model and the tokenizer that made its data."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from megatron.checkpoint.load import read_full_weights
 from megatron.checkpoint.manifest import Manifest, read_manifest
+from megatron.data.tokenizers import Tokenizer, build_tokenizer
 from megatron.errors import CheckpointError
 from megatron.model.build import build_model
 from megatron.model.config import ModelConfig
@@ -61,3 +62,23 @@ def load_model(
     config = model_config_of(manifest, str(checkpoint))
     weights = read_full_weights(checkpoint)
     return filled_model(config, weights, dtype=dtype, device=device, where=str(checkpoint)), manifest
+
+
+def stored_tokenizer(folder: Path, kind: str | None = None) -> Tokenizer | None:
+    """The tokenizer kept in a checkpoint's `tokenizer/` folder, None when there is none.
+
+    Args:
+        folder: that folder, which may be absent. kind: NeoX's `tokenizer_type`; guessed from the files when not known.
+
+    Raises:
+        DataError: the files are damaged or of another kind.
+    """
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    suffixes = {path.suffix for path in files}
+    if kind is None and files:
+        kind = "SPMTokenizer" if ".model" in suffixes else "GPT2BPETokenizer" if ".txt" in suffixes else "HFTokenizer"
+    if kind is None or not (files or kind == "CharLevelTokenizer"):
+        return None
+    vocabulary = next((path for path in files if path.suffix in (".json", ".model")), None)
+    merges = next((path for path in files if path.suffix == ".txt"), None)
+    return build_tokenizer(kind, folder if kind == "HFGPT2Tokenizer" else vocabulary, merges)
