@@ -71,18 +71,18 @@ class _ShortConv(torch.autograd.Function):
         dt = torch.ops.aten.silu_backward(dy.contiguous(), total) if ctx.silu else dy
         dx = dt * taps[-1]
         dw = torch.zeros_like(taps)
-        dw[-1] = torch.einsum("bsd,bsd->d", dt, x)
+        dw[-1] = (dt * x).sum((0, 1))
         for shift in range(1, min(width, s)):
             tap = width - 1 - shift
             dx[:, :-shift].addcmul_(dt[:, shift:], taps[tap])
-            dw[tap] = torch.einsum("bsd,bsd->d", dt[:, shift:], x[:, :-shift])
+            dw[tap] = (dt[:, shift:] * x[:, :-shift]).sum((0, 1))
         dh = None
         if history is not None:
             dh = torch.zeros_like(history)
             for shift in range(1, width):
                 n, tap = min(shift, s), width - 1 - shift
                 dh[:, tap : tap + n].addcmul_(dt[:, :n], taps[tap])
-                dw[tap] += torch.einsum("bsd,bsd->d", dt[:, :n], history[:, tap : tap + n])
+                dw[tap] += (dt[:, :n] * history[:, tap : tap + n]).sum((0, 1))
         return dx, dw.t().unsqueeze(1), dh, None
 
 

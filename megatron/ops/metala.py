@@ -15,19 +15,20 @@ Shapes: q, z [b, s, h, k]; v, g, y [b, s, h, v]; w [h, k]; state [b, h, k, v] in
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron.ops.chunk import CHUNK, backward_chunks, forward_chunks, from_chunks, prepare, scan_chunked, to_chunks
+from megatron.ops.chunk import backward_chunks, chunk_for, forward_chunks, from_chunks, prepare, scan_chunked, to_chunks
 from megatron.ops.dispatch import choose, path
 from megatron.ops.scan import scan_recurrent
 
 TAU = 16.0
 EPS = 1e-5
+_CPU_TOKENS = 1024  # a dozen fp32 intermediates of this many tokens at width 256 fit the last-level cache
 _ROUND = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -68,52 +69,131 @@ def metala_reference(
     return _finish(o, qw, key, vw, g, ww).to(v.dtype), final
 
 
+class _Block(NamedTuple):
+    """A run of tokens of a few batch rows, small enough that its intermediates stay in the CPU's cache."""
+
+    rows: slice
+    tokens: slice
+
+    def of(self, x: Tensor) -> Tensor:
+        return x[self.rows, self.tokens]
+
+    def previous(self, segment_ids: Tensor | None) -> Tensor | None:
+        """[b, 1] document of the token before this block, None at the start."""
+        at = self.tokens.start
+        return None if segment_ids is None or at == 0 else segment_ids[self.rows, at - 1 : at]
+
+
+class _Saved(NamedTuple):
+    """What one block keeps for its backward, in the layout of chunks."""
+
+    q: Tensor
+    log_decay: Tensor
+    v: Tensor
+    g: Tensor
+    amount: Tensor
+    normed: Tensor
+    rstd: Tensor
+    starts: Tensor
+    final: Tensor
+
+
+def _blocks(b: int, s: int, device: torch.device) -> list[list[_Block]]:
+    """Row groups, each a list of token runs in order. A GPU takes everything at once; a CPU about 1,024 tokens at a time."""
+    if device.type != "cpu":
+        return [[_Block(slice(0, b), slice(0, s))]]
+    rows = max(1, _CPU_TOKENS // s)
+    runs = [slice(t, min(t + _CPU_TOKENS, s)) for t in range(0, s, _CPU_TOKENS)]
+    return [[_Block(slice(r, min(r + rows, b)), run) for run in runs] for r in range(0, b, rows)]
+
+
+def _block_forward(
+    q: Tensor, z: Tensor, v: Tensor, g: Tensor, w: Tensor, state: Tensor | None, ids: Tensor | None, previous: Tensor | None, c: int
+) -> tuple[Tensor, _Saved]:
+    s, dk = q.shape[1], q.shape[-1]
+    qc, vc, gc = (to_chunks(wide(x), c).contiguous() for x in (q, v, g))
+    # padding of the last chunk has log decay 0: decay 1, key 0, so it leaves the state alone
+    log_decay = to_chunks(F.logsigmoid(wide(z)).div_(TAU), c).contiguous()
+    key = torch.expm1(log_decay).neg_()
+    o, starts, final = forward_chunks(qc, key, vc, prepare(log_decay, ids, c, previous), dk**-0.5, state)
+    amount = (qc * key).mul_(wide(w)[:, None, None, :]).sum(-1, keepdim=True)
+    r = torch.sigmoid_(amount * vc).add_(o)
+    normed, _, rstd = torch.native_layer_norm(r, r.shape[-1:], None, None, EPS)
+    y = from_chunks(F.silu(gc).mul_(normed), s)
+    return y, _Saved(qc, log_decay, vc, gc, amount, normed, rstd, starts, final)
+
+
+def _block_backward(
+    saved: _Saved, w: Tensor, dy: Tensor, dfinal: Tensor | None, ids: Tensor | None, previous: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, of the log decay, of v and g as [b, s, h, .], of w, and of the incoming state."""
+    q, log_decay, v, g, amount, normed, rstd, starts, final = saved
+    s, c = dy.shape[1], q.shape[3]
+    key = torch.expm1(log_decay).neg_()
+    dyc = to_chunks(wide(dy), c)
+    dg = torch.ops.aten.silu_backward(dyc * normed, g)
+    # an already normed row has mean 0 and rstd 1, so its norm's backward needs no more than a final factor of the true rstd
+    plain = torch.zeros_like(rstd), torch.ones_like(rstd), None, None, [True, False, False]
+    dnormed = F.silu(g).mul_(dyc)
+    dr = torch.ops.aten.native_layer_norm_backward(dnormed, normed, normed.shape[-1:], *plain)[0].mul_(rstd)
+    dinner = torch.ops.aten.sigmoid_backward(dr, torch.sigmoid_(amount * v))
+    damount = (dinner * v).sum(-1, keepdim=True)
+    scale = q.shape[-1] ** -0.5
+    dq, dkey, dv, dl, dstate = backward_chunks(q, key, v, prepare(log_decay, ids, c, previous), scale, starts, final, dr, dfinal)
+    dv.addcmul_(amount, dinner)
+    weighted = damount * wide(w)[:, None, None, :]
+    dw = (damount * q).mul_(key).sum((0, 2, 3))
+    dq.addcmul_(weighted, key)
+    dkey.addcmul_(weighted, q)
+    dl.addcmul_(dkey, key - 1)  # d(1 - exp(l)) / dl = -exp(l) = key - 1
+    return from_chunks(dq, s), from_chunks(dl, s), from_chunks(dv, s), from_chunks(dg, s), dw, dstate
+
+
 class _MetaLA(torch.autograd.Function):
-    """The chunked form with one hand-written backward over all stages. Everything inside is fp32 (or fp64)."""
+    """The chunked form, block by block, with one hand-written backward over all stages; fp32 (or fp64) inside."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, z: Tensor, v: Tensor, g: Tensor, w: Tensor, state: Tensor | None, segment_ids: Tensor | None) -> Any:
         b, s, h, dk = q.shape
-        c = min(CHUNK, s)
-        qc, vc, gc = (to_chunks(wide(x), c).contiguous() for x in (q, v, g))
-        log_decay = F.logsigmoid(wide(z)).div_(TAU)
-        log_decay = to_chunks(log_decay, c).contiguous()  # zero padding: decay 1, key 0
-        key = torch.expm1(log_decay).neg_()
-        scan = prepare(log_decay, segment_ids, c)
-        o, starts, final = forward_chunks(qc, key, vc, scan, dk**-0.5, state)
-        amount = torch.einsum("bhnck,bhnck,hk->bhnc", qc, key, wide(w)).unsqueeze(-1)
-        r = torch.sigmoid(amount * vc).add_(o)
-        normed, _, rstd = torch.native_layer_norm(r, r.shape[-1:], None, None, EPS)
-        ctx.save_for_backward(qc, log_decay, vc, gc, w, amount, normed, rstd, starts, final, segment_ids)
-        ctx.dtypes, ctx.z, ctx.shape, ctx.has_state = (q.dtype, z.dtype, v.dtype, g.dtype), z, (s, c, dk), state is not None
-        return from_chunks(F.silu(gc).mul_(normed), s).to(v.dtype), final
+        c = chunk_for(float(F.logsigmoid(wide(z.amin()))) / TAU, s)
+        y, finals, kept = torch.empty_like(v), [], []
+        for runs in _blocks(b, s, q.device):
+            current = None if state is None else state[runs[0].rows]
+            for block in runs:
+                ids = None if segment_ids is None else block.of(segment_ids)
+                parts = (block.of(x) for x in (q, z, v, g))
+                out, saved = _block_forward(*parts, w, current, ids, block.previous(segment_ids), c)
+                y[block.rows, block.tokens] = out
+                current = saved.final
+                kept.append((block, saved) if any(ctx.needs_input_grad) else None)
+            finals.append(current)
+        ctx.save_for_backward(z, w, segment_ids)
+        ctx.kept, ctx.has_state, ctx.like = kept, state is not None, (q.dtype, v.dtype, g.dtype, q.shape, v.shape)
+        return y, torch.cat(finals) if len(finals) > 1 else finals[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, dfinal: Tensor | None) -> Any:
-        q, log_decay, v, g, w, amount, normed, rstd, starts, final, segment_ids = ctx.saved_tensors
-        s, c, dk = ctx.shape
-        dyc = to_chunks(wide(dy), c)
-        key = torch.expm1(log_decay).neg_()
-        dnormed = F.silu(g).mul_(dyc)
-        dg = torch.ops.aten.silu_backward((dyc * normed), g)
-        dr = torch.addcmul(dnormed - dnormed.mean(-1, keepdim=True), normed, (dnormed * normed).mean(-1, keepdim=True), value=-1)
-        dr.mul_(rstd)
-        gate = torch.sigmoid(amount * v)
-        dinner = torch.ops.aten.sigmoid_backward(dr, gate)
-        damount = (dinner * v).sum(-1, keepdim=True)
-        ww = wide(w)[None, :, None, None, :]
-        scan = prepare(log_decay, segment_ids, c)
-        dq, dkey, dv, dl, dstate = backward_chunks(q, key, v, scan, dk**-0.5, starts, final, dr, dfinal)
-        dv.addcmul_(amount, dinner)
-        dw = torch.einsum("bhnc,bhnck,bhnck->hk", damount.squeeze(-1), q, key)
-        weighted = damount * ww
-        dq.addcmul_(weighted, key)
-        dkey.addcmul_(weighted, q)
-        dl.addcmul_(dkey, key - 1)  # d(1 - exp(l)) / dl = -exp(l) = key - 1
-        dz = from_chunks(dl, s) * torch.sigmoid(-wide(ctx.z)).div_(TAU)
-        grads = [from_chunks(x, s).to(t) for x, t in zip((dq, dv, dg), (ctx.dtypes[0], *ctx.dtypes[2:]), strict=True)]
-        return grads[0], dz.to(ctx.dtypes[1]), grads[1], grads[2], dw.to(w.dtype), dstate if ctx.has_state else None, None
+        z, w, segment_ids = ctx.saved_tensors
+        q_type, v_type, g_type, q_shape, v_shape = ctx.like
+        dq, dz = (torch.empty(q_shape, dtype=t, device=z.device) for t in (q_type, z.dtype))
+        dv, dg = (torch.empty(v_shape, dtype=t, device=z.device) for t in (v_type, g_type))
+        dw, dstates = torch.zeros_like(w, dtype=wide(w).dtype), []
+        current: Tensor | None = None
+        for block, saved in reversed(ctx.kept):
+            if block.tokens.stop == z.shape[1]:
+                current = None if dfinal is None else dfinal[block.rows]
+            ids = None if segment_ids is None else block.of(segment_ids)
+            at = (block.rows, block.tokens)
+            dq[at], dl, dv[at], dg[at], dw_part, current = _block_backward(
+                saved, w, block.of(dy), current, ids, block.previous(segment_ids)
+            )
+            dz[at] = dl * torch.sigmoid(-wide(block.of(z))).div_(TAU)
+            dw += dw_part
+            if block.tokens.start == 0:
+                dstates.append(current)
+        dstate = torch.cat(dstates[::-1]) if ctx.has_state else None
+        return dq, dz, dv, dg, dw.to(w.dtype), dstate, None
 
 
 @path("metala", "torch")
