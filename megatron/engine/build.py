@@ -6,6 +6,7 @@ import torch
 
 from megatron.engine.base import Engine, EngineSettings
 from megatron.engine.single import SingleEngine
+from megatron.engine.startup import prepare_process
 from megatron.errors import ConfigError
 from megatron.model.config import ModelConfig
 from megatron.parallel.mesh import Mesh
@@ -49,8 +50,7 @@ def build_engine(kind: str, config: ModelConfig, mesh: Mesh, settings: EngineSet
         ConfigError: the model, mesh and settings do not fit together.
     """
     kind = choose_kind(kind, mesh)
-    # Before any parallel region: OpenMP's threads inherit it. Denormals made a CPU run 8 times slower.
-    torch.set_flush_denormal(True)
+    prepare_process()
     device = local_device(local_rank)
     seed_all(settings.seed, mesh)
     if kind == "single":

@@ -4,7 +4,7 @@ It is the pipeline engine for any number of stages, one included, so that there 
 slowly (spec/environment.md 2) is held here and in `deepspeed_config.py`; each point has a test:
 
 * a shared-memory op that compiles C++ at start and is never used in training is switched off;
-* the Muon module, which every ZeRO optimizer imports to ask "is it Muon?", is replaced by an answer: it costs torch._dynamo;
+* the Muon modules, which every ZeRO optimizer imports to ask "is it Muon?", are replaced by an answer: they cost torch._dynamo;
 * groups that DeepSpeed makes without a time-out get ours, not torch's 30 minutes;
 * stage 0 is run as ZeRO-1 (wrong clipping with pipelines); the optimizer is a torch object (no C++ build);
 * tied weights, partition and recomputation are ours (`engine/stages.py`), and tensor-parallel parameters are flagged, so that the
@@ -47,17 +47,18 @@ from megatron.model.stages import Flow
 from megatron.parallel.loss import check_labels, vocab_parallel_token_loss
 from megatron.parallel.mesh import Mesh, rank_of, set_default_timeout
 
-_MUON = "deepspeed.runtime.zero.muon.muon_optimizer"
+_MUON = "deepspeed.runtime.zero.muon"
 
 
 def _prepare_import() -> None:
     """What must be true before `import deepspeed`: the accelerator is known, the Muon module is answered."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    if _MUON not in sys.modules:
-        answer = types.ModuleType(_MUON)
-        answer.MuonWithAuxAdam = type("MuonWithAuxAdam", (), {})  # type: ignore[attr-defined]
-        sys.modules[_MUON] = answer
+    for module, name in (("muon_optimizer", "MuonWithAuxAdam"), ("original_muon", "muon_update")):
+        if f"{_MUON}.{module}" not in sys.modules:
+            answer = types.ModuleType(f"{_MUON}.{module}")
+            setattr(answer, name, type(name, (), {}))  # nothing is an instance of it, and nobody calls it
+            sys.modules[f"{_MUON}.{module}"] = answer
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*an autograd kernel was not registered.*")
     warnings.filterwarnings("ignore", category=FutureWarning, module="deepspeed")

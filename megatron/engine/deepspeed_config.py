@@ -54,7 +54,13 @@ def deepspeed_config(settings: EngineSettings, data_parallel: int, on_accelerato
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {"stage": 1, "reduce_bucket_size": min(max(local_params, 1), _LARGEST_BUCKET)},
         # Recomputation is done in `engine/stages.py`, non-reentrant; DeepSpeed's own stays off.
-        "pipeline": {"use_reentrant": False, "activation_checkpoint_interval": 0},
+        # Whole activations go to the next stage: the partitioned form adds collectives and unwraps one-tensor tuples.
+        "pipeline": {
+            "use_reentrant": False,
+            "activation_checkpoint_interval": 0,
+            "pipe_partitioned": False,
+            "grad_partitioned": False,
+        },
     }
     if settings.dtype == "fp16":
         config["fp16"] = {"enabled": True, **{k: settings.fp16[k] for k in _FP16_KEYS if k in settings.fp16}}

@@ -1,0 +1,95 @@
+"""Starts a job and stays with it: signals go through, the exit code comes back. Imports neither torch nor deepspeed."""
+
+from __future__ import annotations
+
+import glob
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from types import FrameType
+
+from megatron.errors import LaunchError
+from megatron.launch.environment import DEFAULT_PORT
+from megatron.launch.job import SYSTEM_HOSTFILE, Job, Machine
+
+
+def count_accelerators(environ: Mapping[str, str] | None = None) -> int:
+    """GPUs that a process started here would see: device files (or `nvidia-smi`), cut down by CUDA_VISIBLE_DEVICES."""
+    env = os.environ if environ is None else environ
+    present = len(glob.glob("/dev/nvidia[0-9]*"))
+    if not present and shutil.which("nvidia-smi"):
+        listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
+        present = sum(line.startswith("GPU ") for line in listing.stdout.splitlines())
+    visible = env.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return present
+    chosen = [item for item in visible.split(",") if item.strip() and not item.strip().startswith("-")]
+    return min(present, len(chosen))
+
+
+def this_machine() -> Machine:
+    """The machine that this process runs on."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return Machine(count_accelerators(), cores, sys.executable, os.path.isfile(SYSTEM_HOSTFILE))
+
+
+def usable_port(wanted: int) -> int:
+    """`wanted`, or a free port when it is the default and another job on this machine has taken it."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", wanted))
+        except OSError:
+            if wanted != DEFAULT_PORT:
+                return wanted  # asked for by name: the error of the connecting ranks says what is wrong
+        else:
+            return wanted
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
+
+
+def run_job(job: Job) -> int:
+    """Run to the end and return the exit code; a job of one plain process replaces this one and does not return.
+
+    Raises:
+        LaunchError: the program cannot be started.
+    """
+    environment = {**os.environ, **{k: v for k, v in job.environment.items() if k not in os.environ}}
+    sys.stdout.flush()
+    sys.stderr.flush()
+    try:
+        if job.route == "python":
+            os.execve(job.command[0], list(job.command), environment)
+        child = subprocess.Popen(job.command, env=environment)
+    except OSError as error:
+        raise LaunchError(f"cannot start {job.command[0]}", why=str(error)) from error
+    return _wait(child)
+
+
+def _wait(child: subprocess.Popen[bytes]) -> int:
+    """Wait for the launcher, passing SIGTERM and SIGINT on to it; its exit code, 128 + n for a signal n."""
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        child.send_signal(number)
+
+    previous = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        code = child.wait()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    return code if code >= 0 else 128 - code
+
+
+def explain_failure(job: Job, code: int) -> LaunchError:
+    """The error to show when a job ended with `code`; the ranks have printed their own before."""
+    return LaunchError(
+        f"the job ended with exit code {code}",
+        where=job.describe(),
+        why="the first process that failed says so above; the others were stopped",
+    )
