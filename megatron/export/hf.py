@@ -32,6 +32,21 @@ from megatron.model.config import ModelConfig
 from megatron.registry import layer_info
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+_REGISTRY = '''"""The token mixers of this model."""
+
+from megatron.layers.base import Layer
+{imports}
+
+_MIXERS: dict[str, type[Layer]] = {{
+{table}
+}}
+
+
+def layer_class(name: str) -> type[Layer]:
+    """The class of the token mixer called `name`."""
+    return _MIXERS[name]
+'''
+"""Stands in for `megatron/registry.py` in a packed file."""
 _VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
 
 
@@ -130,7 +145,8 @@ def _write(
     facts: Mapping[str, Any] = manifest.facts.get("tokenizer") or {}
     dtypes = {t.dtype for t in weights.values()}
     dtype = str(dtypes.pop()).removeprefix("torch.") if len(dtypes) == 1 else "float32"
-    _write_code(folder, config, family)
+    for name, text in packed_sources(config, family).items():
+        write_text(folder / name, text)
     _write_weights(folder, weights, max_shard_bytes)
     write_json(folder / "config.json", _config_json(config, family, facts, dtype))
     write_json(folder / "generation_config.json", _generation_json(facts))
@@ -144,34 +160,19 @@ def _write(
     return difference
 
 
-def _write_code(folder: Path, config: ModelConfig, family: Family) -> None:
-    """The two packed Python files."""
+def packed_sources(config: ModelConfig, family: Family) -> dict[str, str]:
+    """File name -> text of the Python files of an exported folder; see `export/pack.py` for what is refused."""
     infos = {name: layer_info(name) for name in dict.fromkeys(config.layer_types)}
     imports = "\n".join(sorted({f"from {info.module} import {info.class_name}" for info in infos.values()}))
     table = "\n".join(f'    "{name}": {info.class_name},' for name, info in infos.items())
-    registry = f'''"""The token mixers of this model."""
-
-from megatron.layers.base import Layer
-{imports}
-
-_MIXERS: dict[str, type[Layer]] = {{
-{table}
-}}
-
-
-def layer_class(name: str) -> type[Layer]:
-    """The class of the token mixer called `name`."""
-    return _MIXERS[name]
-'''
     plan = PackPlan(
         entries=((family.shell, f"{family.prefix}Model"), (family.shell, f"{family.prefix}ForCausalLM")),
         title=f"{family.prefix} for transformers: model, mixers and their plain torch operators.",
-        replaced={"megatron.registry": registry},
+        replaced={"megatron.registry": _REGISTRY.format(imports=imports, table=table)},
         siblings={family.config: f"configuration_{family.name}"},
     )
-    write_text(folder / f"modeling_{family.name}.py", pack(plan))
     settings = PackPlan(entries=((family.config, f"{family.prefix}Config"),), title=f"{family.prefix} configuration.")
-    write_text(folder / f"configuration_{family.name}.py", pack(settings))
+    return {f"modeling_{family.name}.py": pack(plan), f"configuration_{family.name}.py": pack(settings)}
 
 
 def _write_weights(folder: Path, weights: Mapping[str, Tensor], max_shard_bytes: int) -> None:

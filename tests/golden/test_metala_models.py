@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, dynamic_module_utils
+from transformers import AutoModelForCausalLM
 
 from megatron.checkpoint.find import find_checkpoint
 from megatron.export.hf import export_checkpoint
@@ -24,6 +24,7 @@ from megatron.export.importer import import_folder
 from megatron.generation.load import load_model
 from megatron.generation.sample import Sampling, generate
 from megatron.model.loss import token_loss
+from tests.export.modules_cache import use_private_modules_cache
 
 GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden" / "models"
 NAMES = ("metala_a", "metala_b", "metala_c")
@@ -53,15 +54,14 @@ class Fixture:
 
 
 @pytest.fixture(scope="module", params=NAMES)
-def golden(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fixture]:
+def golden(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Fixture:
+    use_private_modules_cache()
     source, place = GOLDEN / request.param, tmp_path_factory.mktemp(request.param)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(place / "modules"))
-        checkpoint = import_folder(source, place / "checkpoints").checkpoint
-        assert find_checkpoint(place / "checkpoints") == checkpoint
-        export_checkpoint(checkpoint, place / "hf")
-        files = [load_file(source / f"{part}.safetensors") for part in ("inputs", "outputs", "grads")]
-        yield Fixture(request.param, checkpoint, place / "hf", *files)
+    checkpoint = import_folder(source, place / "checkpoints").checkpoint
+    assert find_checkpoint(place / "checkpoints") == checkpoint
+    export_checkpoint(checkpoint, place / "hf")
+    files = [load_file(source / f"{part}.safetensors") for part in ("inputs", "outputs", "grads")]
+    return Fixture(request.param, checkpoint, place / "hf", *files)
 
 
 @pytest.fixture(params=[torch.float64, torch.float32], ids=["fp64", "fp32"])
