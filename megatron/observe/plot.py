@@ -18,13 +18,11 @@ def series(rows: list[dict[str, Any]], name: str) -> tuple[list[int], list[float
     return [x for x, _ in points], [y for _, y in points]
 
 
-def smooth(values: list[float], weight: float = 0.9) -> list[float]:
-    """Exponential running mean without the pull towards the first value (bias corrected)."""
-    mean, total, result = 0.0, 0.0, []
-    for value in values:
-        mean, total = weight * mean + (1 - weight) * value, weight * total + (1 - weight)
-        result.append(mean / total)
-    return result
+def smooth(values: list[float], window: int) -> list[float]:
+    """Centred running mean over `window` points (fewer at the ends): it does not lag behind a falling loss."""
+    half = window // 2
+    parts = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
+    return [sum(part) / len(part) for part in parts]
 
 
 def plot_metrics(metrics_file: str | Path, image: str | Path, title: str = "") -> Path:
@@ -74,8 +72,8 @@ def _draw_line(axes: Any, steps: list[int], values: list[float], color: str, lab
 def _draw_loss(axes: Any, rows: list[dict[str, Any]]) -> None:
     steps, losses = series(rows, "train/lm_loss")
     axes.plot(steps, losses, color=_TRAIN, linewidth=1, label="training")
-    if len(losses) >= 10:
-        axes.plot(steps, smooth(losses), color=_SMOOTH, linewidth=1.8, label="training, running mean")
+    if len(losses) >= 20:
+        axes.plot(steps, smooth(losses, max(5, len(losses) // 15)), color=_SMOOTH, linewidth=1.8, label="training, running mean")
     valid_steps, valid = series(rows, "validation/lm_loss")
     if valid:
         axes.plot(valid_steps, valid, color=_VALID, linewidth=1.6, marker="o", markersize=4, label="validation")
