@@ -8,13 +8,15 @@ from typing import Any
 import torch
 import torch.utils.checkpoint as recompute
 
+from megatron.engine.cpu import tune_cpu
+
 
 def prepare_process() -> None:
-    """Flush denormals to zero and leave torch._dynamo out; call before any parallel torch operation.
+    """Set the CPU up (`engine/cpu.py`) and leave torch._dynamo out; call before any parallel torch operation.
 
-    OpenMP's threads inherit the floating-point mode. Denormals made a small model on a CPU 8 times slower.
+    OpenMP's threads inherit the floating-point mode.
     """
-    torch.set_flush_denormal(True)
+    tune_cpu()
     skip_dynamo_import()
 
 

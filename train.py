@@ -1,0 +1,34 @@
+"""Train: `python train.py configs/x.yml` for one process; `deepy.py` or `torchrun` start this file on many.
+
+`--dry-run` says what the run needs and starts nothing.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from megatron.config.cli import config_from_args, make_parser
+from megatron.errors import exit_on_error
+from megatron.launch.environment import read_rank_environment
+
+
+def main(argv: list[str]) -> None:
+    """Read the config on this rank, then train."""
+    parser = make_parser("Train a language model from YAML files.")
+    parser.add_argument("--dry-run", action="store_true", help="print parameters, FLOPs and memory, start nothing")
+    arguments = parser.parse_intermixed_args(argv)
+    env = read_rank_environment()
+    if arguments.dry_run:
+        from megatron.launch.preflight import dry_run
+
+        print(dry_run(config_from_args(arguments)))
+        return
+    run = config_from_args(arguments, world_size=env.world_size)
+    from megatron.assemble import train
+
+    train(run, env, ["python", *sys.argv])
+
+
+if __name__ == "__main__":
+    with exit_on_error():
+        main(sys.argv[1:])
