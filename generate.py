@@ -82,13 +82,13 @@ def generate(run: RunConfig) -> None:
     print(f"wrote {count} texts to {output}", file=sys.stderr)
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
     """The command; only the first process works when a launcher started several."""
-    arguments = make_parser("Write text with a trained model.").parse_args()
+    arguments = make_parser("Write text with a trained model.").parse_intermixed_args(argv)
     if os.environ.get("RANK", "0") == "0":
-        with exit_on_error():
-            generate(config_from_args(arguments, check=False))
+        generate(config_from_args(arguments, check=False))
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_error():
+        main(sys.argv[1:])

@@ -17,6 +17,10 @@ def _number(value: Any) -> Any:
     return f"{value:,}" if isinstance(value, int) else value
 
 
+def _listed(value: Any) -> Any:
+    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+
+
 def _shape(config: ModelConfig, parameters: int, dtype: str) -> dict[str, Any]:
     kinds = {kind: config.layer_types.count(kind) for kind in dict.fromkeys(config.layer_types)}
     return {
@@ -39,7 +43,7 @@ def _training(manifest: Manifest) -> dict[str, Any]:
         "tokens": _number(state.get("consumed_tokens")),
         "samples": _number(state.get("consumed_samples")),
         "sequence length": _number(facts.get("seq_length")),
-        "data": facts.get("data"),
+        "data": _listed(facts.get("data")),
         "imported from": facts.get("imported_from"),
     }
     return rows | dict(facts.get("run") or {})
