@@ -18,15 +18,15 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--dry-run", action="store_true", help="print parameters, FLOPs and memory, start nothing")
     arguments = parser.parse_intermixed_args(argv)
     env = read_rank_environment()
+    run = config_from_args(arguments, world_size=None if arguments.dry_run else env.world_size)
+    if not run.world_size:  # a plan without global_num_gpus: as many processes as one copy of the model needs
+        run = config_from_args(arguments, world_size=run.parallel.pipe_stages * run.parallel.tensor_ranks)
+    from megatron.assemble import dry_run, train
+
     if arguments.dry_run:
-        from megatron.launch.preflight import dry_run
-
-        print(dry_run(config_from_args(arguments)))
-        return
-    run = config_from_args(arguments, world_size=env.world_size)
-    from megatron.assemble import train
-
-    train(run, env, ["python", *sys.argv])
+        print(dry_run(run))
+    else:
+        train(run, env, ["python", *sys.argv])
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ State = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class LayerConfig:
-    """What every mixer is told. A mixer adds its own fields in its nested `Config`; each becomes the YAML key `<name>_<field>`."""
+    """What every mixer is told; the fields that a mixer adds in its nested `Config` become the YAML keys `<name>_<field>`."""
 
     hidden_size: int
     num_heads: int
@@ -93,7 +93,7 @@ class Layer(nn.Module):
         return ()
 
     def flops(self, seq_length: int) -> float:
-        """Forward floating point operations of this mixer per token (a multiply-add counts 2), parameters' products included."""
+        """Forward floating point operations per token, projections included; a multiply-add counts 2."""
         raise NotImplementedError
 
     def state_size(self) -> Mapping[str, int]:

@@ -30,6 +30,8 @@ class MetaLA(Layer):
 
     @dataclass(frozen=True)
     class Config(LayerConfig):
+        """Options of a MetaLA layer."""
+
         conv_width: int = 4
         """Taps of the short causal convolution in front of the projections."""
         gate_round: str = "none"

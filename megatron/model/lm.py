@@ -42,7 +42,9 @@ class LanguageModel(nn.Module):
         tied = self.model.embed_tokens if config.tie_embeddings else None
         self.lm_head = Head(config.vocab_size, config.hidden_size, tied)
 
-    def forward(self, tokens: Tensor, ctx: Context | None = None, state: list[State] | None = None) -> tuple[Tensor, list[State] | None]:
+    def forward(
+        self, tokens: Tensor, ctx: Context | None = None, state: list[State] | None = None
+    ) -> tuple[Tensor, list[State] | None]:
         """Logits of every position; with `state` the pass continues from it and the new one is returned."""
         ctx = ctx or Context()
         x, new = self.model.embed_tokens(tokens), []

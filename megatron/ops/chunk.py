@@ -71,7 +71,7 @@ def from_chunks(x: Tensor, s: int) -> Tensor:
 
 
 def borders_of(segment_ids: Tensor | None, c: int, like: Tensor, previous: Tensor | None = None) -> Borders:
-    """Border factors for `like [b, h, n, c, k]`; `previous [b, 1]` is the document of the incoming state (default: the first)."""
+    """Border factors for `like [b, h, n, c, k]`; `previous [b, 1]`: document of the incoming state (default: the first)."""
     lower = torch.ones(c, c, dtype=torch.bool, device=like.device).tril()
     if segment_ids is None:
         return Borders(lower.to(like.dtype), None, None, None)
@@ -83,7 +83,9 @@ def borders_of(segment_ids: Tensor | None, c: int, like: Tensor, previous: Tenso
     first = ids[:, :, :1, :1] if previous is None else previous[:, None, None, :, None]
     before = torch.cat([first, last[:, :, :-1]], dim=2)
     pair = (ids == ids.transpose(-1, -2)) & lower
-    return Borders(pair.to(like.dtype), (ids == before).to(like.dtype), (ids == last).to(like.dtype), (last == before).to(like.dtype))
+    return Borders(
+        pair.to(like.dtype), (ids == before).to(like.dtype), (ids == last).to(like.dtype), (last == before).to(like.dtype)
+    )
 
 
 def prepare(log_decay: Tensor, segment_ids: Tensor | None, c: int, previous: Tensor | None = None) -> Scan:
@@ -106,7 +108,9 @@ def _times(x: Tensor, factor: Tensor | None) -> Tensor:
     return x if factor is None else x * factor
 
 
-def forward_chunks(q: Tensor, k: Tensor, v: Tensor, scan: Scan, scale: float, state: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def forward_chunks(
+    q: Tensor, k: Tensor, v: Tensor, scan: Scan, scale: float, state: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Chunked forward on `[b, h, n, c, .]`. Returns o, the state before each chunk `[b, h, n, k, v]`, and the last state."""
     borders = scan.borders
     added = (_times(k * scan.decay_out, borders.leave)).transpose(-1, -2) @ v
@@ -157,7 +161,16 @@ def backward_chunks(
 
 class _ChunkedScan(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None, segment_ids: Tensor | None, scale: float) -> Any:
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor,
+        state: Tensor | None,
+        segment_ids: Tensor | None,
+        scale: float,
+    ) -> Any:
         s = q.shape[1]
         ctx.c, ctx.scale, ctx.has_state = chunk_for(float(log_decay.amin()), s), scale, state is not None
         qc, kc, vc, lc = (to_chunks(x, ctx.c) for x in (q, k, v, log_decay))
@@ -178,7 +191,14 @@ class _ChunkedScan(torch.autograd.Function):
 
 
 def scan_chunked(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *, scale: float, state: Tensor | None = None, segment_ids: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    *,
+    scale: float,
+    state: Tensor | None = None,
+    segment_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`scan_recurrent` in O(s) with matrix products; any length, gradients to every input and to the initial state.
 

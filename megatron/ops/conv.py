@@ -48,7 +48,7 @@ class _ShortConv(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, history: Tensor | None, silu: bool) -> Tensor:
-        b, s, d = x.shape
+        s = x.shape[1]
         width = weight.shape[-1]
         taps = weight[:, 0].t().contiguous()
         total = x * taps[-1]

@@ -57,7 +57,15 @@ def _finish(o: Tensor, q: Tensor, key: Tensor, v: Tensor, g: Tensor, w: Tensor) 
 
 @path("metala", "reference")
 def metala_reference(
-    q: Tensor, z: Tensor, v: Tensor, g: Tensor, w: Tensor, state: Tensor | None, mask: Tensor | None, segment_ids: Tensor | None, gate_round: str
+    q: Tensor,
+    z: Tensor,
+    v: Tensor,
+    g: Tensor,
+    w: Tensor,
+    state: Tensor | None,
+    mask: Tensor | None,
+    segment_ids: Tensor | None,
+    gate_round: str,
 ) -> tuple[Tensor, Tensor]:
     """The formulas above, token by token."""
     log_decay, key = decay_and_key(z, gate_round)
@@ -108,7 +116,15 @@ def _blocks(b: int, s: int, device: torch.device) -> list[list[_Block]]:
 
 
 def _block_forward(
-    q: Tensor, z: Tensor, v: Tensor, g: Tensor, w: Tensor, state: Tensor | None, ids: Tensor | None, previous: Tensor | None, c: int
+    q: Tensor,
+    z: Tensor,
+    v: Tensor,
+    g: Tensor,
+    w: Tensor,
+    state: Tensor | None,
+    ids: Tensor | None,
+    previous: Tensor | None,
+    c: int,
 ) -> tuple[Tensor, _Saved]:
     s, dk = q.shape[1], q.shape[-1]
     qc, vc, gc = (to_chunks(wide(x), c).contiguous() for x in (q, v, g))
@@ -139,7 +155,9 @@ def _block_backward(
     dinner = torch.ops.aten.sigmoid_backward(dr, torch.sigmoid_(amount * v))
     damount = (dinner * v).sum(-1, keepdim=True)
     scale = q.shape[-1] ** -0.5
-    dq, dkey, dv, dl, dstate = backward_chunks(q, key, v, prepare(log_decay, ids, c, previous), scale, starts, final, dr, dfinal)
+    dq, dkey, dv, dl, dstate = backward_chunks(
+        q, key, v, prepare(log_decay, ids, c, previous), scale, starts, final, dr, dfinal
+    )
     dv.addcmul_(amount, dinner)
     weighted = damount * wide(w)[:, None, None, :]
     dw = (damount * q).mul_(key).sum((0, 2, 3))
@@ -153,8 +171,10 @@ class _MetaLA(torch.autograd.Function):
     """The chunked form, block by block, with one hand-written backward over all stages; fp32 (or fp64) inside."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, z: Tensor, v: Tensor, g: Tensor, w: Tensor, state: Tensor | None, segment_ids: Tensor | None) -> Any:
-        b, s, h, dk = q.shape
+    def forward(
+        ctx: Any, q: Tensor, z: Tensor, v: Tensor, g: Tensor, w: Tensor, state: Tensor | None, segment_ids: Tensor | None
+    ) -> Any:
+        b, s = q.shape[:2]
         c = chunk_for(float(F.logsigmoid(wide(z.amin()))) / TAU, s)
         y, finals, kept = torch.empty_like(v), [], []
         for runs in _blocks(b, s, q.device):
@@ -198,7 +218,15 @@ class _MetaLA(torch.autograd.Function):
 
 @path("metala", "torch")
 def metala_torch(
-    q: Tensor, z: Tensor, v: Tensor, g: Tensor, w: Tensor, state: Tensor | None, mask: Tensor | None, segment_ids: Tensor | None, gate_round: str
+    q: Tensor,
+    z: Tensor,
+    v: Tensor,
+    g: Tensor,
+    w: Tensor,
+    state: Tensor | None,
+    mask: Tensor | None,
+    segment_ids: Tensor | None,
+    gate_round: str,
 ) -> tuple[Tensor, Tensor]:
     """Chunked torch path. Masks and rounding, used in scoring, go through the pieces under autograd."""
     if mask is None and gate_round == "none":
@@ -232,7 +260,9 @@ def metala(
     return choose("metala", backend, q.device)(q, z, v, g, w, state, mask, segment_ids, gate_round)
 
 
-def metala_step(q: Tensor, z: Tensor, v: Tensor, g: Tensor, w: Tensor, state: Tensor, gate_round: str = "none") -> tuple[Tensor, Tensor]:
+def metala_step(
+    q: Tensor, z: Tensor, v: Tensor, g: Tensor, w: Tensor, state: Tensor, gate_round: str = "none"
+) -> tuple[Tensor, Tensor]:
     """One token: q, z [b, h, k]; v, g [b, h, v]; state [b, h, k, v]. Returns y [b, h, v] and the new state."""
     log_decay, key = decay_and_key(z, gate_round)
     qw, vw = wide(q), wide(v)

@@ -17,7 +17,14 @@ from torch import Tensor
 
 
 def scan_recurrent(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *, scale: float, state: Tensor | None = None, segment_ids: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    *,
+    scale: float,
+    state: Tensor | None = None,
+    segment_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Token by token. Returns `o [b, s, h, v]` and the state after the last token `[b, h, k, v]`."""
     b, s, h, dk = q.shape
@@ -33,7 +40,14 @@ def scan_recurrent(
 
 
 def scan_quadratic(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *, scale: float, state: Tensor | None = None, segment_ids: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    *,
+    scale: float,
+    state: Tensor | None = None,
+    segment_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """All pairs at once: o_t = scale * sum_{j<=t} (q_t . exp(L_t - L_j) k_j) v_j with L the running sum of log decays.
 
@@ -50,7 +64,9 @@ def scan_quadratic(
     o = scale * torch.einsum("bhtj,bjhv->bthv", scores, v)
     last = torch.einsum("bjhk,bjhk,bjhv->bhkv", decay[:, -1], k, v)
     if state is not None:
-        first = torch.ones_like(running[..., :1]) if segment_ids is None else (segment_ids == segment_ids[:, :1])[..., None, None]
+        first = (
+            torch.ones_like(running[..., :1]) if segment_ids is None else (segment_ids == segment_ids[:, :1])[..., None, None]
+        )
         reach = running.exp() * first
         o = o + scale * torch.einsum("bthk,bhkv->bthv", q * reach, state)
         last = last + reach[:, -1].unsqueeze(-1) * state

@@ -19,7 +19,14 @@ from megatron.parallel.plan import slice_of
 
 
 def config(**changes: object) -> ModelConfig:
-    base = dict(vocab_size=96, hidden_size=32, num_layers=2, num_heads=2, mlp_width=48, layer_types=("metala",) * 2)
+    base = {
+        "vocab_size": 96,
+        "hidden_size": 32,
+        "num_layers": 2,
+        "num_heads": 2,
+        "mlp_width": 48,
+        "layer_types": ("metala",) * 2,
+    }
     return ModelConfig(**{**base, **changes})  # type: ignore[arg-type]
 
 
@@ -60,7 +67,9 @@ def test_flops_of_linear_layers_do_not_grow_with_length() -> None:
     assert forward_flops(c, 512) == forward_flops(c, 8192)
     total, inner = count_parameters(c)
     assert total - inner == 1024 * 50432
-    products = 2 * (inner - 24 * 2.5 * 1024 + 1024 * 50432)  # biases and gains (1 + 0.5 d, and conv's d counted apart) are no products
+    products = 2 * (
+        inner - 24 * 2.5 * 1024 + 1024 * 50432
+    )  # biases and gains (1 + 0.5 d, and conv's d counted apart) are no products
     assert abs(forward_flops(c, 2048) / products - 1) < 0.03  # what is left is the scan itself
 
 
@@ -93,7 +102,14 @@ def test_initial_values_do_not_depend_on_the_cut() -> None:
             with torch.device("meta"):
                 model = build_model(c)
             materialise(
-                model, {n: n for n in specs}, specs, c, 7, slices=lambda s, r=rank: slice_of(s.shape, s.cut, r, 2), device="cpu", dtype=torch.float32
+                model,
+                {n: n for n in specs},
+                specs,
+                c,
+                7,
+                slices=lambda s, r=rank: slice_of(s.shape, s.cut, r, 2),
+                device="cpu",
+                dtype=torch.float32,
             )
             parts.append(dict(model.named_parameters())[name].data)
         dim = slice_of(spec.shape, spec.cut, 0, 2).dim
@@ -109,7 +125,16 @@ def test_stages_are_the_model(tied: bool) -> None:
     specs = param_specs(c)
     with torch.device("meta"):
         model = build_model(c)
-    materialise(model, {n: n for n in specs}, specs, c, 1, slices=lambda s: slice_of(s.shape, s.cut, 0, 1), device="cpu", dtype=torch.float32)
+    materialise(
+        model,
+        {n: n for n in specs},
+        specs,
+        c,
+        1,
+        slices=lambda s: slice_of(s.shape, s.cut, 0, 1),
+        device="cpu",
+        dtype=torch.float32,
+    )
     tokens = torch.randint(0, 96, (2, 9), generator=torch.Generator().manual_seed(0))
     stages = stages_of(model)
     assert [s.index for s in stages] == [0, 2, 3, 5, 6]
@@ -131,7 +156,16 @@ def test_steps_equal_pass_for_the_whole_model() -> None:
     specs = param_specs(c)
     with torch.device("meta"):
         model = build_model(c)
-    materialise(model, {n: n for n in specs}, specs, c, 1, slices=lambda s: slice_of(s.shape, s.cut, 0, 1), device="cpu", dtype=torch.float64)
+    materialise(
+        model,
+        {n: n for n in specs},
+        specs,
+        c,
+        1,
+        slices=lambda s: slice_of(s.shape, s.cut, 0, 1),
+        device="cpu",
+        dtype=torch.float64,
+    )
     tokens = torch.randint(0, 96, (2, 9), generator=torch.Generator().manual_seed(0))
     whole, _ = model(tokens)
     logits, state = model(tokens[:, :5], state=model.init_state(2))

@@ -30,7 +30,9 @@ def run(leaves: list[Tensor], backend: str, with_state: bool, **extra: Tensor | 
 def test_chunked_equals_reference(s: int, documents: bool, with_state: bool) -> None:
     leaves = draw(3, s)
     ids = (torch.rand(3, s, generator=torch.Generator().manual_seed(4)) < 0.06).cumsum(1) if documents else None
-    for a, b in zip(run(leaves, "reference", with_state, segment_ids=ids), run(leaves, "torch", with_state, segment_ids=ids), strict=True):
+    for a, b in zip(
+        run(leaves, "reference", with_state, segment_ids=ids), run(leaves, "torch", with_state, segment_ids=ids), strict=True
+    ):
         assert (a - b).abs().max() <= 1e-10  # fp64, sums of a few hundred terms of size O(10)
 
 

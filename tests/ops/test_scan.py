@@ -27,7 +27,9 @@ def draw(s: int, k: int = 8, v: int = 16, gate_mean: float = 0.0, seed: int = 0)
     return {n: t.requires_grad_() for n, t in leaves.items()}
 
 
-def run(form: Callable[..., tuple[Tensor, Tensor]], leaves: dict[str, Tensor], ids: Tensor | None, with_state: bool) -> list[Tensor]:
+def run(
+    form: Callable[..., tuple[Tensor, Tensor]], leaves: dict[str, Tensor], ids: Tensor | None, with_state: bool
+) -> list[Tensor]:
     """Outputs and all gradients under fixed random output gradients."""
     o, final = form(
         leaves["q"], leaves["k"], leaves["v"], F.logsigmoid(leaves["z"]) / 16, scale=0.3,

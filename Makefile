@@ -1,0 +1,52 @@
+# Two commands set everything up on a fresh machine: `make train` and `make test`. Both make their own .venv.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+CONFIG ?= configs/metala-quickstart.yml
+RUN ?= runs/metala-quickstart
+
+.PHONY: train test test-fast lint format docs install install-dev clean
+
+$(VENV)/.installed: requirements/requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements/requirements.txt
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed requirements/requirements-dev.txt requirements/requirements-data.txt
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements/requirements-dev.txt
+	touch $@
+
+install: $(VENV)/.installed
+install-dev: $(VENV)/.installed-dev
+
+# The main job from nothing: corpus, training, export, a sample, a plot. No download beyond pip packages.
+train: $(VENV)/.installed
+	$(PY) prepare_data.py pystdlib
+	$(PY) deepy.py train.py $(CONFIG)
+	rm -rf $(RUN)/hf
+	$(PY) tools/convert_to_hf.py --checkpoint $(RUN)/checkpoints/$$(cat $(RUN)/checkpoints/latest) --output $(RUN)/hf
+	printf 'def main(\nimport os\nclass Reader:\n' > $(RUN)/prompts.txt
+	$(PY) generate.py $(CONFIG) -i $(RUN)/prompts.txt -o $(RUN)/samples.jsonl --set maximum_tokens=48 --set temperature=0.7 --set top_k=40
+	@$(PY) tools/summary.py $(RUN)
+
+test: $(VENV)/.installed-dev
+	$(PY) -m pytest
+
+test-fast: $(VENV)/.installed-dev
+	$(PY) -m pytest -m "not slow"
+
+lint: $(VENV)/.installed-dev
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+
+format: $(VENV)/.installed-dev
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/ruff check --fix .
+
+# configs/arguments.md and configs/schema.json from the fields; a test fails when they are stale
+docs: $(VENV)/.installed
+	$(PY) -m megatron.config.explain
+
+clean:
+	rm -rf .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info

@@ -1,0 +1,180 @@
+"""From the sections of a RunConfig to the plain settings that each part takes: parts know nothing of the configuration.
+
+Used by `assemble.py` alone; one function per part, no behaviour.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from megatron.config.schema import RunConfig
+from megatron.data.tokenizers import Tokenizer, build_tokenizer, padded_vocab_size
+from megatron.engine.base import EngineSettings
+from megatron.engine.schedule import ScheduleConfig, decay_horizon, learning_rate
+from megatron.errors import ConfigError, DataError
+from megatron.launch.preflight import RunShape
+from megatron.model.config import ModelConfig
+from megatron.observe.runfolder import RunFolder
+from megatron.observe.sinks import SinkOptions, WandbOptions
+from megatron.training.cadence import SaveRule
+from megatron.training.options import FitOptions
+
+
+def tokenizer_of(run: RunConfig) -> Tokenizer:
+    """The tokenizer that the config names."""
+    return build_tokenizer(run.tokenizer.tokenizer_type, run.tokenizer.vocab_file, run.tokenizer.merge_file)
+
+
+def vocabulary_rows(run: RunConfig, tokenizer: Tokenizer) -> int:
+    """Rows of the embedding: `padded_vocab_size` where it is set, else the tokenizer's size, padded."""
+    asked = run.tokenizer.padded_vocab_size
+    if asked is None:
+        return padded_vocab_size(tokenizer.vocab_size, run.model.make_vocab_size_divisible_by, run.parallel.tensor_ranks)
+    if asked < tokenizer.vocab_size:
+        raise ConfigError(
+            f"padded_vocab_size {asked} is smaller than the tokenizer's {tokenizer.vocab_size} entries",
+            where=run.provenance.get("padded_vocab_size"),
+            hint="leave it out and it follows the tokenizer",
+        )
+    return asked
+
+
+def model_config(run: RunConfig, rows: int) -> ModelConfig:
+    """The model's mathematics out of the run's sections. rows: of the embedding, padding included."""
+    m = run.model
+    return ModelConfig(
+        vocab_size=rows,
+        hidden_size=m.hidden_size,
+        num_layers=m.num_layers,
+        num_heads=m.num_attention_heads,
+        mlp_width=m.mlp_width,
+        layer_types=tuple(m.layer_types),
+        layer_options=json.loads(json.dumps(run.layers)),
+        norm=m.norm,
+        norm_eps=m.norm_eps,
+        mlp="gated" if m.mlp_gated else "plain",
+        activation=m.mlp_activation,
+        mlp_bias=m.use_bias_in_mlp,
+        tie_embeddings=not m.no_weight_tying,
+        embedding_scale=m.embedding_scale,
+        hidden_dropout=m.hidden_dropout,
+        init_method=m.init_method,
+        output_init_method=m.output_layer_init_method,
+        init_std=m.init_method_std,
+    )
+
+
+def engine_settings(run: RunConfig) -> EngineSettings:
+    """What the engine is told."""
+    training, optimizer, batch = run.training, run.optimizer, run.batch
+    return EngineSettings(
+        seed=training.seed,
+        dtype=run.precision.dtype,
+        micro_batch=batch.train_micro_batch_size_per_gpu,
+        gradient_accumulation=batch.gradient_accumulation_steps,
+        seq_length=run.model.seq_length,
+        optimizer_type=optimizer.optimizer_type,
+        lr=optimizer.lr,
+        betas=optimizer.betas,
+        eps=optimizer.eps,
+        weight_decay=optimizer.weight_decay,
+        gradient_clipping=optimizer.gradient_clipping,
+        zero_stage=run.parallel.zero_stage,
+        activation_checkpoint_interval=training.checkpoint_num_layers if training.checkpoint_activations else 0,
+        fp32_grad_accum=run.precision.grad_accum_dtype == "fp32",
+        fp32_allreduce=optimizer.fp32_allreduce,
+        fp16=dict(run.precision.fp16 or {}),
+        kernel_backend=training.kernel_backend,
+        partition_method=run.parallel.pipe_partition_method,
+    )
+
+
+def run_shape(run: RunConfig, vocabulary: str) -> RunShape:
+    """What the dry run is told. vocabulary: a word on where the number of rows comes from."""
+    settings, parallel = engine_settings(run), run.parallel
+    return RunShape(
+        pp=parallel.pipe_stages,
+        tp=parallel.tensor_ranks,
+        dp=max(1, parallel.data_parallel_size),
+        zero_stage=settings.zero_stage,
+        dtype=settings.dtype,
+        fp32_gradients=settings.fp32_grad_accum,
+        micro_batch=settings.micro_batch,
+        global_batch=run.batch.train_batch_size,
+        seq_length=settings.seq_length,
+        train_iters=run.training.train_iters,
+        checkpoint_interval=settings.activation_checkpoint_interval,
+        vocabulary=vocabulary,
+    )
+
+
+def fit_options(run: RunConfig) -> FitOptions:
+    """What the loop is told."""
+    t, c = run.training, run.checkpoint
+    rule = SaveRule(
+        c.checkpoint_factor, c.checkpoint_scale, frozenset(c.extra_save_iters or ()), t.train_iters, c.save is not None
+    )
+    return FitOptions(
+        train_iters=t.train_iters,
+        samples_per_step=run.batch.train_batch_size,
+        seq_length=run.model.seq_length,
+        save_rule=rule,
+        eval_interval=t.eval_interval or None,
+        eval_at_start=True,
+        exit_interval=t.exit_interval,
+    )
+
+
+def schedule_of(run: RunConfig) -> Callable[[int], float]:
+    """Steps applied so far -> learning rate of the next."""
+    s = run.schedule
+    horizon = decay_horizon(run.training.train_iters, s.lr_decay_iters, s.lr_decay_fraction)
+    curve = ScheduleConfig(run.optimizer.lr, horizon, s.lr_decay_style, s.warmup, s.min_lr)
+    return lambda step: learning_rate(step, curve)
+
+
+def checkpoint_facts(run: RunConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What an export and a later resume want to know of a run besides its tensors."""
+    try:
+        eod: int | None = tokenizer.eod
+    except DataError:  # a vocabulary without an end of document can train, it cannot stop a generation
+        eod = None
+    return {
+        "tokenizer": {
+            "type": tokenizer.name,
+            "vocab_size": tokenizer.vocab_size,
+            "eod": eod,
+            "pad": tokenizer.pad,
+            "fingerprint": tokenizer.fingerprint(),
+        },
+        "seq_length": run.model.seq_length,
+        "data": run.data.data_path or list(run.data.train_data_paths or ()),
+        "run": {
+            "name": run.name,
+            "global batch": run.batch.train_batch_size,
+            "learning rate": run.optimizer.lr,
+            "schedule": run.schedule.lr_decay_style,
+            "weight decay": run.optimizer.weight_decay,
+            "precision": run.precision.dtype,
+            "seed": run.training.seed,
+        },
+    }
+
+
+def sink_options(run: RunConfig, folder: RunFolder, resume_from: int) -> SinkOptions:
+    """Where metrics go."""
+    log = run.logging
+    wandb = None
+    if log.use_wandb:
+        wandb = WandbOptions(
+            folder=folder.root / "wandb",
+            project=log.wandb_project,
+            group=log.wandb_group,
+            name=log.wandb_run_name,
+            team=log.wandb_team,
+            host=log.wandb_host,
+            config=run.flat(),
+        )
+    return SinkOptions(folder.metrics, resume_from, log.tensorboard_dir, wandb)
