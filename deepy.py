@@ -1,7 +1,7 @@
 """Start a script on the processes that a configuration asks for: `python deepy.py train.py configs/metala.yml`.
 
-The habits are GPT-NeoX's. This command imports neither torch nor deepspeed: a mistake in the YAML shows in a fraction of a second,
-and one process needs no launcher at all. `--print-command` says what would be run.
+The habits are GPT-NeoX's. This command imports neither torch nor deepspeed: a mistake in the YAML shows in a fraction
+of a second, and one process needs no launcher at all. `--print-command` says what would be run.
 """
 
 from __future__ import annotations
@@ -26,9 +26,7 @@ def main(argv: list[str]) -> int:
         raise LaunchError(f"no such script: {script or '(none given)'}", hint="python deepy.py train.py configs/metala.yml")
     run = config_from_args(arguments)
     options = LaunchOptions.from_sections(run.launch, run.parallel)
-    job = plan_job(
-        options, this_machine(), script, rest, port=usable_port(options.master_port), alone="--dry-run" in rest
-    )
+    job = plan_job(options, this_machine(), script, rest, port=usable_port(options.master_port), alone="--dry-run" in rest)
     if arguments.print_command:
         print(job.describe())
         return 0

@@ -1,14 +1,14 @@
 """DeepSpeed's pipeline engine behind `Engine`: pipeline, tensor, data parallelism with ZeRO-1. The only importer of deepspeed.
 
-It is the pipeline engine for any number of stages, one included, so that there is one path. What DeepSpeed would get wrong or do
-slowly (spec/environment.md 2) is held here and in `deepspeed_config.py`; each point has a test:
+It is the pipeline engine for any number of stages, one included, so that there is one path. What DeepSpeed would get
+wrong or do slowly (spec/environment.md 2) is held here and in `deepspeed_config.py`; each point has a test:
 
 * a shared-memory op that compiles C++ at start and is never used in training is switched off;
 * the Muon modules, which every ZeRO optimizer imports to ask "is it Muon?", are replaced by an answer: they cost torch._dynamo;
 * groups that DeepSpeed makes without a time-out get ours, not torch's 30 minutes;
 * stage 0 is run as ZeRO-1 (wrong clipping with pipelines); the optimizer is a torch object (no C++ build);
-* tied weights, partition and recomputation are ours (`engine/stages.py`), and tensor-parallel parameters are flagged, so that the
-  gradient norm counts every number once.
+* tied weights, partition and recomputation are ours (`engine/stages.py`), and tensor-parallel parameters are flagged,
+  so that the gradient norm counts every number once.
 """
 
 from __future__ import annotations
@@ -92,7 +92,8 @@ def _join_world(mesh: Mesh, timeout_s: float) -> None:
     os.environ.setdefault("LOCAL_RANK", "0")  # PipelineModule reads it and nothing else
     if not dist.is_initialized():
         backend = "nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=mesh.rank, world_size=mesh.world_size)
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=mesh.rank, world_size=mesh.world_size)
     deepspeed.init_distributed(dist_backend=dist.get_backend(), dist_init_required=False, verbose=False)
 
 

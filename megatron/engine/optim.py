@@ -1,8 +1,8 @@
 """Parameter groups and the optimizer.
 
 `Adam` means decoupled weight decay (AdamW), as it does in GPT-NeoX. Decay applies to every parameter whose `ParamSpec.decay` is
-true. The optimizer is torch's fused AdamW (3 times faster than the loop and 16 times faster than foreach on a CPU, for 5 M fp32
-values); DeepSpeed gets the same object, because its own Adam compiles C++ for minutes at the first start.
+true. The arithmetic is torch's fused AdamW (3 times faster than the loop and 16 times faster than foreach on a CPU,
+for 5 M fp32 values); DeepSpeed gets the same object, because its own Adam compiles C++ for minutes at the first start.
 """
 
 from __future__ import annotations
@@ -50,14 +50,56 @@ def parameter_groups(
     return groups
 
 
-def build_optimizer(groups: list[dict[str, Any]], settings: EngineSettings) -> torch.optim.AdamW:
+class FusedAdamW(torch.optim.AdamW):
+    """torch's AdamW with its fused kernel called directly.
+
+    The state is torch's (`step`, `exp_avg`, `exp_avg_sq` per tensor) and so are the numbers, bit for bit. Torch's own `step`
+    imports its compiler first, a second of every process's start.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One update of every tensor that has a gradient; closures are not used here."""
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            states = [self._state_of(p) for p in params]
+            steps = [state["step"] for state in states]
+            torch._foreach_add_(steps, 1)
+            torch._fused_adamw_(
+                params,
+                [p.grad for p in params],
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
+                [],
+                steps,
+                amsgrad=False,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )
+
+    def _state_of(self, param: Tensor) -> dict[str, Tensor]:
+        state = self.state[param]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
+            state["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+            state["exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+        return state
+
+
+def build_optimizer(groups: list[dict[str, Any]], settings: EngineSettings) -> FusedAdamW:
     """Fused AdamW over `groups`.
 
     Raises:
         ConfigError: another optimizer is asked for.
     """
     check_optimizer_type(settings.optimizer_type)
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
+    return FusedAdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

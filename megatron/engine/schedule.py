@@ -1,6 +1,7 @@
 """Learning rate as a pure function of the number of optimizer steps taken: GPT-NeoX's four curves.
 
-With n steps taken, base rate lr, warm-up w = warmup * T and horizon T: for n <= w the rate is lr * max(1, n) / w; after it one of
+With n steps taken, base rate lr, warm-up w = warmup * T and horizon T: for n <= w the rate is lr * max(1, n) / w;
+after it one of
 
     linear       lr * (D - m) / D                              m = n - w,  D = T - w
     cosine       min + (lr - min) / 2 * (1 + cos(pi * m / D))

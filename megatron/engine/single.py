@@ -1,8 +1,8 @@
 """One process, plain PyTorch: the default engine for one process, and the referee of every parallel result.
 
-fp32 trains as it stands. bf16 and fp16 keep fp32 master weights and sum micro-batch gradients in fp32; fp16 adds a loss scale that
-halves on overflow and doubles after a quiet window. A step whose gradients are not finite is skipped in every precision, as
-DeepSpeed does.
+fp32 trains as it stands. bf16 and fp16 keep fp32 master weights and sum micro-batch gradients in fp32; fp16 adds a
+loss scale that halves on overflow and doubles after a quiet window. A step whose gradients are not finite is skipped
+in every precision, as DeepSpeed does.
 """
 
 from __future__ import annotations

@@ -96,9 +96,7 @@ def stage_costs(method: str, stages: Sequence[Stage], config: ModelConfig) -> li
             names = (mixer, type(stage.module).__name__, type(stage.module.body.token_mixer).__name__)
             costs[i] = float(any(pattern.search(name) for name in names))
     if not any(costs):
-        raise ConfigError(
-            f"pipe_partition_method '{method}' matches no layer", hint="use type:transformer|mlp or parameters"
-        )
+        raise ConfigError(f"pipe_partition_method '{method}' matches no layer", hint="use type:transformer|mlp or parameters")
     return costs
 
 
@@ -111,7 +109,8 @@ def _run_chain(stages: Sequence[nn.Module], flow: Flow | Tensor) -> Flow | Tenso
 def run_stages(stages: Sequence[nn.Module], flow: Flow, interval: int = 0, keep_rng: bool = False) -> Flow | Tensor:
     """Pass `flow` through the stages; with `interval` n, runs of n blocks keep only their input and are recomputed backward.
 
-    The non-reentrant form is used: the reentrant one loses the gradient of a piece whose inputs need none (DeepSpeed's default).
+    The non-reentrant form is used: the reentrant one loses the gradient of a piece whose inputs need none (DeepSpeed's
+    default).
     """
     if not interval or not torch.is_grad_enabled():
         return _run_chain(stages, flow)
@@ -119,9 +118,7 @@ def run_stages(stages: Sequence[nn.Module], flow: Flow, interval: int = 0, keep_
     at = 0
     while at < len(stages):
         piece = [stages[at]]
-        while (
-            len(piece) < interval and at + len(piece) < len(stages) and isinstance(stages[at + len(piece)], BlockStage)
-        ):
+        while len(piece) < interval and at + len(piece) < len(stages) and isinstance(stages[at + len(piece)], BlockStage):
             piece.append(stages[at + len(piece)])
         at += len(piece) if isinstance(piece[0], BlockStage) else 1
         if isinstance(piece[0], BlockStage):

@@ -6,7 +6,6 @@ import sys
 from typing import Any
 
 import torch
-import torch.utils.checkpoint as recompute
 
 from megatron.engine.cpu import tune_cpu
 
@@ -21,7 +20,7 @@ def prepare_process() -> None:
 
 
 def skip_dynamo_import() -> None:
-    """Keep the optimizer and recomputation from importing torch._dynamo (1.2 to 3 s per process).
+    """Keep the optimizer from importing torch._dynamo (1.2 to 3 s per process); recomputation imports it all the same.
 
     Torch marks a few eager functions as "not to be compiled" and imports its compiler at their first call in order to say so;
     the mark is then cached in the attribute written here. Nothing of an engine is compiled. If torch renames the attribute,
@@ -34,8 +33,6 @@ def skip_dynamo_import() -> None:
         torch.optim.Optimizer.zero_grad,
         torch.optim.Optimizer.state_dict,
         torch.optim.Optimizer.load_state_dict,
-        recompute.checkpoint,
-        getattr(recompute, "_run_fn_with_dynamo_disabled", None),
     )
     for function in marked:
         inner = getattr(function, "__wrapped__", None)

@@ -147,9 +147,7 @@ def init_process_group(env: RankEnvironment, backend: str | None = None, timeout
     if torch.cuda.is_available():
         torch.cuda.set_device(env.local_rank)
     try:
-        dist.init_process_group(
-            choose_backend(backend, torch.cuda.is_available()), timeout=timedelta(seconds=timeout_s)
-        )
+        dist.init_process_group(choose_backend(backend, torch.cuda.is_available()), timeout=timedelta(seconds=timeout_s))
     except (RuntimeError, ValueError) as error:
         raise LaunchError(
             f"{env.world_size} processes did not connect",

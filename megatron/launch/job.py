@@ -1,8 +1,8 @@
 """From launch options and a machine to one job: processes, environment, command line. Pure; starts nothing.
 
-Three routes. `python`: one process, no launcher. `local`: several processes on this machine through DeepSpeed's per-node launcher.
-`hosts`: a host file, a filter or a cluster launcher, through DeepSpeed's runner (pdsh, openmpi, mvapich, slurm).
-The script gets the same config arguments that `deepy.py` was given; nothing is encoded.
+Three routes. `python`: one process, no launcher. `local`: several processes on this machine through DeepSpeed's
+per-node launcher. `hosts`: a host file, a filter or a cluster launcher, through DeepSpeed's runner (pdsh, openmpi,
+mvapich, slurm). The script gets the same config arguments that `deepy.py` was given; nothing is encoded.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Cross entropy over logits whose vocabulary is split over tensor-parallel ranks, in fp32, without gathering the logits.
 
-Each rank holds the columns of its own vocabulary rows. Two all-reduces of `[b, s]` numbers (the maximum; then the target's logit
-and the sum of exponentials together) are enough forward, and none is needed backward. Without a group it is the ordinary loss.
+Each rank holds the columns of its own vocabulary rows. Two all-reduces of `[b, s]` numbers (the maximum; then the
+target's logit and the sum of exponentials together) are enough forward, and none is needed backward. Without a group
+it is the ordinary loss.
 """
 
 from __future__ import annotations
@@ -63,9 +64,7 @@ def check_labels(labels: Tensor, loss_mask: Tensor, vocab_size: int) -> None:
         )
 
 
-def vocab_parallel_token_loss(
-    logits_local: Tensor, labels: Tensor, loss_mask: Tensor, group: ProcessGroup | None
-) -> Tensor:
+def vocab_parallel_token_loss(logits_local: Tensor, labels: Tensor, loss_mask: Tensor, group: ProcessGroup | None) -> Tensor:
     """Mean cross entropy over the counted tokens: `sum(mask * ce) / sum(mask)`, the same scalar on every rank of the group.
 
     Args:

@@ -141,6 +141,6 @@ def set_default_timeout(seconds: float) -> None:
     """
     import torch.distributed.distributed_c10d as c10d
 
-    c10d.default_pg_timeout = timedelta(seconds=seconds)
-    if isinstance(c10d.default_pg_nccl_timeout, timedelta):
-        c10d.default_pg_nccl_timeout = timedelta(seconds=seconds)
+    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
+        if isinstance(getattr(c10d, name, None), timedelta):  # the second is None in a torch without NCCL
+            setattr(c10d, name, timedelta(seconds=seconds))

@@ -25,6 +25,11 @@ with exit_on_error():
     if "FAIL_RANK" in os.environ:
         time.sleep(60)
     if env.is_main:
-        report = {"sum": total.item(), "world": env.world_size, "args": sys.argv[1:], "threads": torch.get_num_threads()}
+        report = {
+            "sum": total.item(),
+            "world": env.world_size,
+            "args": sys.argv[1:],
+            "threads": torch.get_num_threads(),
+        }
         print(json.dumps(report), flush=True)
     close_process_group()

@@ -66,9 +66,7 @@ def test_command(machine: Machine, options: dict[str, Any], command: str) -> Non
 
 
 def test_dry_run_is_one_process_whatever_the_mesh() -> None:
-    planned = plan_job(
-        LaunchOptions(pipe_parallel_size=4, hostfile="h"), GPU, "train.py", ["--dry-run"], port=1, alone=True
-    )
+    planned = plan_job(LaunchOptions(pipe_parallel_size=4, hostfile="h"), GPU, "train.py", ["--dry-run"], port=1, alone=True)
     assert (planned.route, planned.processes) == ("python", 1)
 
 

@@ -46,7 +46,8 @@ def deepy(*more: str, **environment: str) -> subprocess.CompletedProcess[str]:
 def test_one_process_needs_no_launcher() -> None:
     done = deepy("--set", "num_gpus=1")
     got = report(done)
-    assert got["world"] == 1 and got["args"][:3] == CONFIG
+    assert got["world"] == 1
+    assert got["args"][:3] == CONFIG
     assert not done.stderr
 
 
@@ -64,7 +65,8 @@ def test_deepy_imports_neither_torch_nor_deepspeed() -> None:
 def test_a_bad_config_starts_nothing() -> None:
     done = deepy("--set", "num_gpuss=2")
     assert done.returncode == 2
-    assert "num_gpus" in done.stderr and "Traceback" not in done.stderr
+    assert "num_gpus" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.slow

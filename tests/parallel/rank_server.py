@@ -61,7 +61,8 @@ def load_function(file: str, name: str) -> Any:
     """The function `name` of the Python file `file`, imported under a name of its own."""
     sys.path.insert(0, str(Path(file).parent))
     spec = importlib.util.spec_from_file_location(f"rank_job_{Path(file).stem}", file)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
@@ -144,6 +145,7 @@ def main() -> None:
     os.environ.update(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu")
     sys.path.insert(0, str(Path(__file__).parents[2]))
     import torch
+    import torch._dynamo  # what activation recomputation imports at its first call, a second for every rank
 
     torch.set_num_threads(1)
     import megatron.engine.build

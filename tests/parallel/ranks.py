@@ -7,8 +7,9 @@
     def test_it():
         results = run_ranks(job, 2, 16)    # one result per rank
 
-Ranks are forked from one server process per test session (`rank_server.py`), which this process starts on first use; pytest itself
-never forks and never opens a process group. A rank that fails or hangs fails the test with every rank's log.
+Ranks are forked from one server process per test session (`rank_server.py`), which this process starts on first use;
+pytest itself never forks and never opens a process group. A rank that fails or hangs fails the test with every rank's
+log.
 """
 
 from __future__ import annotations

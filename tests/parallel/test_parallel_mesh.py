@@ -35,7 +35,8 @@ def test_sizes_that_do_not_divide_are_refused() -> None:
 
 def test_one_process_needs_no_group() -> None:
     mesh = Mesh.create(1, 1, 1, 0)
-    assert mesh == Mesh.single() and mesh.tp_group is None
+    assert mesh == Mesh.single()
+    assert mesh.tp_group is None
 
 
 def _sums() -> list[float]:
