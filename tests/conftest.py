@@ -1,0 +1,9 @@
+"""What all tests share: paths, golden data, a tiny corpus, and few threads so that parallel ranks do not fight."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
