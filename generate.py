@@ -35,9 +35,7 @@ def _writer(run: RunConfig) -> Writer:
     assert checkpoint is not None  # None is the fresh start of a training run, which needs a save folder
     on_gpu = torch.cuda.is_available()
     # half precision is slower than fp32 on CPUs and changes the text
-    model, manifest = load_model(
-        checkpoint, dtype=None if on_gpu else torch.float32, device="cuda" if on_gpu else "cpu"
-    )
+    model, manifest = load_model(checkpoint, dtype=None if on_gpu else torch.float32, device="cuda" if on_gpu else "cpu")
     kept = (manifest.facts.get("tokenizer") or {}).get("type")
     tokenizer = stored_tokenizer(checkpoint / "tokenizer", kept)
     if tokenizer is None:

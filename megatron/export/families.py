@@ -14,7 +14,7 @@ from megatron.export.metala_config import MetaLAConfig
 from megatron.model.config import ModelConfig
 
 # activations that the released MetaLA code knows; its "exp" is left out, whose normalisation is not documented
-_METALA_ACTIVATIONS = frozenset({"silu", "swish", "gelu", "relu", "elu", "sigmoid", "leak", "1+elu", "2+elu", "sine", "identity"})
+METALA_ACTIVATIONS = ("silu", "swish", "gelu", "relu", "elu", "sigmoid", "leak", "1+elu", "2+elu", "sine", "identity")
 _METALA_EPS = {"simplermsnorm": 1e-6, "layernorm": 1e-5}
 
 
@@ -53,7 +53,7 @@ def metala_obstacle(config: ModelConfig) -> str | None:
         return f"its norm is {config.norm}"
     if config.mlp != "gated":
         return f"its MLP is {config.mlp}"
-    if config.activation not in _METALA_ACTIVATIONS:
+    if config.activation not in METALA_ACTIVATIONS:
         return f"its activation is {config.activation}"
     changed = sorted(k for k, v in options.items() if k != "gate_round" and v != {"conv_width": 4}.get(k))
     return f"its mixer sets {', '.join(changed)}" if changed else None
@@ -81,9 +81,7 @@ def _linear_fields(config: ModelConfig) -> dict[str, Any]:
     return {"architecture": {**config.to_dict(), "hidden_dropout": 0.0}}
 
 
-METALA = Family(
-    "metala", "MetaLA", "megatron.export.hf_metala", "megatron.export.metala_config", MetaLAConfig, _metala_fields
-)
+METALA = Family("metala", "MetaLA", "megatron.export.hf_metala", "megatron.export.metala_config", MetaLAConfig, _metala_fields)
 LINEAR = Family(
     "linear_lm", "LinearLM", "megatron.export.hf_linear", "megatron.export.linear_config", LinearLMConfig, _linear_fields
 )

@@ -6,19 +6,21 @@ in the same file. Nothing of the mathematics is in it. Written for transformers 
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from megatron.layers.base import Context, State
+from megatron.layers.base import Context, Layer, State
+from megatron.model.block import Block
 from megatron.model.build import build_mixer
 from megatron.model.config import ModelConfig
 from megatron.model.embed import Head
 from megatron.model.lm import Backbone
 from megatron.model.loss import token_loss
+from megatron.model.mlp import MLP
 
 
 class RecurrentCache:
@@ -62,8 +64,8 @@ class DecoderPreTrainedModel(PreTrainedModel):
     """What all classes of the shell share; a family sets `config_class`."""
 
     base_model_prefix = "model"
-    _no_split_modules: ClassVar[list[str]] = ["Block"]
-    _skip_keys_device_placement = "past_key_values"
+    _no_split_modules = ["Block"]  # noqa: RUF012 - transformers reads a plain list
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _is_stateful = True  # the state cannot be rolled back by cutting it: assisted decoding refuses such models
 
     @classmethod
@@ -73,7 +75,7 @@ class DecoderPreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         """Values for parameters that a folder lacks, or all of them under `from_config`: see the mixers' `init_rules`."""
-        rules = module.init_rules() if hasattr(module, "init_rules") else {}
+        rules = module.init_rules() if isinstance(module, (Layer, MLP)) else {}
         fields = self.config.model_fields()
         std = fields.get("init_std", 0.02)
         roles = {name.removesuffix(".weight"): role for name, role in rules.items()}
@@ -106,9 +108,13 @@ class DecoderModel(DecoderPreTrainedModel):
         """The token embedding."""
         return self.embed_tokens
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: Any) -> None:
         """Replace the token embedding."""
         self.embed_tokens = value
+
+    def blocks(self) -> list[Block]:
+        """The residual blocks, in order."""
+        return [cast(Block, block) for block in self.layers]
 
     def forward(
         self,
@@ -134,7 +140,7 @@ class DecoderModel(DecoderPreTrainedModel):
             use_cache = self.config.use_cache and not self.training
         cache = _own_cache(past_key_values)
         if cache is None and use_cache:
-            cache = RecurrentCache([layer.token_mixer.init_state(len(x), x.dtype, x.device) for layer in self.layers])
+            cache = RecurrentCache([b.token_mixer.init_state(len(x), x.dtype, x.device) for b in self.blocks()])
         if cache is not None and len(next(iter(cache.states[0].values()))) != len(x):
             raise ValueError(f"the cache is of another batch size than the {len(x)} rows given")
         ctx = Context(mask=_padding_mask(attention_mask, x))
@@ -145,7 +151,8 @@ class DecoderModel(DecoderPreTrainedModel):
             seen.append(x)
         if cache is not None and states is not None:
             cache.states, cache.seen = states, cache.seen + x.shape[1]
-        output = BaseModelOutputWithPast(x, cache if use_cache else None, tuple(seen) if seen is not None else None)
+        kept: Any = cache if use_cache else None
+        output = BaseModelOutputWithPast(x, kept, tuple(seen) if seen is not None else None)
         return output if return_dict is not False else output.to_tuple()
 
     def _run(
@@ -154,7 +161,7 @@ class DecoderModel(DecoderPreTrainedModel):
         """All blocks on x [b, s, d]; one token without padding takes the blocks' decode step."""
         single = states is not None and x.shape[1] == 1 and ctx.mask is None and not torch.is_grad_enabled()
         new = []
-        for i, block in enumerate(self.layers):
+        for i, block in enumerate(self.blocks()):
             if seen is not None:
                 seen.append(x)
             if single and states is not None:
@@ -171,20 +178,21 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
 
     backbone_class: ClassVar[type[DecoderModel]] = DecoderModel
     # a dictionary since transformers 5: tied name -> its source; in force when config.tie_word_embeddings is
-    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
     def __init__(self, config: PretrainedConfig) -> None:
         super().__init__(config)
         self.model = self.backbone_class(config)
         embedding = self.model.embed_tokens
-        self.lm_head = Head(*embedding.weight.shape, embedding if config.tie_word_embeddings else None)
+        rows, size = embedding.weight.shape
+        self.lm_head = Head(rows, size, embedding if config.tie_word_embeddings else None)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
         """The token embedding."""
         return self.model.embed_tokens
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: Any) -> None:
         """Replace the token embedding."""
         self.model.embed_tokens = value
 
@@ -192,7 +200,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
         """The output matrix."""
         return self.lm_head
 
-    def set_output_embeddings(self, value: nn.Module) -> None:
+    def set_output_embeddings(self, value: Any) -> None:
         """Replace the output matrix."""
         self.lm_head = value
 

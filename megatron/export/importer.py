@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron.checkpoint.save import save_weights
 from megatron.errors import ExportError, UserError
-from megatron.export.families import LINEAR, METALA, Family
+from megatron.export.families import LINEAR, METALA, METALA_ACTIVATIONS, Family
 from megatron.export.foreign import read_json, read_weights
 from megatron.model.build import param_specs
 from megatron.model.config import ModelConfig
@@ -33,7 +33,6 @@ _TOKENIZER_FILES = (
     "merges.txt",
     "tokenizer.model",
 )
-_METALA_ACTS = ("gelu", "relu", "elu", "sigmoid", "leak", "1+elu", "2+elu", "silu", "swish", "sine", "identity")
 
 
 @dataclass(frozen=True)
@@ -108,11 +107,10 @@ def _tie(weights: dict[str, Tensor], settings: Mapping[str, Any], notes: list[st
     return weights, False
 
 
-def _model_config(
-    family: Family, settings: Mapping[str, Any], weights: Mapping[str, Tensor], notes: list[str]
-) -> ModelConfig:
+def _model_config(family: Family, settings: Mapping[str, Any], weights: Mapping[str, Tensor], notes: list[str]) -> ModelConfig:
     try:
-        fields = family.config_class(**{k: v for k, v in settings.items() if k not in ("model_type", "auto_map")}).model_fields()
+        said = {name: value for name, value in settings.items() if name not in ("model_type", "auto_map")}
+        fields = family.config_class(**said).model_fields()
         if family is METALA:
             fields |= _metala_fields(settings, weights, notes)
         return ModelConfig.from_dict(fields)
@@ -127,11 +125,11 @@ def _metala_fields(settings: Mapping[str, Any], weights: Mapping[str, Tensor], n
     width = _shape(weights, "model.layers.0.channel_mixer.l1.weight")[0]
     taps = _shape(weights, "model.layers.0.token_mixer.conv1d.weight")[-1]
     said = {"vocab_size": rows, "decoder_embed_dim": size, "decoder_layers": layers, "glu_dim": width}
-    for name, found in said.items():
+    for name, number in said.items():
         if name not in settings:
-            notes.append(f"{name} = {found}, read from the tensors (config.json does not say)")
-        elif settings[name] != found:
-            notes.append(f"{name} = {found}, read from the tensors (config.json says {settings[name]})")
+            notes.append(f"{name} = {number}, read from the tensors (config.json does not say)")
+        elif settings[name] != number:
+            notes.append(f"{name} = {number}, read from the tensors (config.json says {settings[name]})")
     if "decoder_attention_heads" not in settings:
         raise ValueError("decoder_attention_heads is missing, and tensors do not show the number of heads")
     layernorm = "model.layers.0.token_norm.weight" in weights
@@ -156,7 +154,7 @@ def _metala_fields(settings: Mapping[str, Any], weights: Mapping[str, Tensor], n
 def _activation(name: str, notes: list[str]) -> str:
     if name == "exp":
         raise ValueError("glu_act 'exp' is normalised in a way the released description does not state")
-    if name not in _METALA_ACTS:
+    if name not in METALA_ACTIVATIONS:
         notes.append(f"glu_act '{name}' is the identity, as in the released code")
         return "identity"
     return name
@@ -188,9 +186,7 @@ def _tokenizer_files(source: Path) -> dict[str, Path]:
     return {name: source / name for name in names if (source / name).is_file()}
 
 
-def _facts(
-    source: Path, family: Family, settings: Mapping[str, Any], config: ModelConfig, notes: list[str]
-) -> dict[str, Any]:
+def _facts(source: Path, family: Family, settings: Mapping[str, Any], config: ModelConfig, notes: list[str]) -> dict[str, Any]:
     """What an export needs again: ids of special tokens and where the model came from."""
     tokenizer = {"vocab_size": config.vocab_size}
     for key, field in (("eod", "eos_token_id"), ("pad", "pad_token_id"), ("bos", "bos_token_id")):

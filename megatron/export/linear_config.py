@@ -37,7 +37,8 @@ class LinearLMConfig(PretrainedConfig):
         self.use_cache = use_cache
         for name in ("hidden_size", "num_hidden_layers", "num_attention_heads"):
             kwargs.pop(name, None)
-        super().__init__(tie_word_embeddings=fields.get("tie_embeddings", True), **kwargs)
+        kwargs["tie_word_embeddings"] = fields.get("tie_embeddings", True)
+        super().__init__(**kwargs)
 
     def model_fields(self) -> dict[str, Any]:
         """The fields of our `ModelConfig`."""

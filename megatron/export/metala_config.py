@@ -66,13 +66,9 @@ class MetaLAConfig(PretrainedConfig):
         self.add_bos_token = add_bos_token
         self.norm_eps = norm_eps
         self.gate_round = gate_round
-        super().__init__(
-            pad_token_id=pad_token_id,
-            bos_token_id=bos_token_id,
-            eos_token_id=eos_token_id,
-            tie_word_embeddings=tie_word_embeddings,
-            **kwargs,
-        )
+        kwargs |= {"pad_token_id": pad_token_id, "bos_token_id": bos_token_id, "eos_token_id": eos_token_id}
+        kwargs["tie_word_embeddings"] = tie_word_embeddings
+        super().__init__(**kwargs)
 
     def model_fields(self) -> dict[str, Any]:
         """The fields of our `ModelConfig` that say the same."""

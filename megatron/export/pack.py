@@ -92,9 +92,7 @@ class _Packer:
     def _need_import(self, source: Source, bound: str) -> None:
         module, name = source.inside[bound]
         if bound != name:
-            raise ExportError(
-                f"'{name}' is imported under another name ('{bound}') and cannot be packed", where=source.module
-            )
+            raise ExportError(f"'{name}' is imported under another name ('{bound}') and cannot be packed", where=source.module)
         self.need(module, name)
 
     def _own(self, name: str, module: str) -> None:
@@ -166,7 +164,8 @@ def _head(plan: PackPlan, modules: Iterable[str]) -> str:
 
 
 def _imports(packer: _Packer) -> str:
-    own, others = set(), set()
+    own: set[str] = set()
+    others: set[str] = set()
     for path, statement in packer.outside.values():
         (own if path.split(".")[0] in sys.stdlib_module_names else others).add(statement)
     near = {f"from .{file} import {name}" for file, names in packer.sibling_names.items() for name in names}

@@ -169,7 +169,8 @@ def _piece(module: str, node: ast.stmt, lines: list[str]) -> Piece:
     uses = {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Store)}
     text = "\n".join(lines).strip("\n").rstrip()
     gap = min(2, next((i for i, line in enumerate(lines) if line.strip()), 0))
-    called = [d.func.id for d in getattr(node, "decorator_list", []) if isinstance(d, ast.Call) and isinstance(d.func, ast.Name)]
+    calls = [d.func for d in getattr(node, "decorator_list", []) if isinstance(d, ast.Call)]
+    called = [f.id for f in calls if isinstance(f, ast.Name)]
     names = frozenset(_bound_names(node))
     return Piece(module, node.lineno, names, frozenset(uses), text, tuple(_lazy_imports(node)), gap, tuple(called))
 

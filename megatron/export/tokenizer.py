@@ -6,17 +6,18 @@ against the tokenizer of training. What that library cannot express exactly is n
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
 from megatron.data.tokenizers import EOD_TEXT, PAD_TEXT, Tokenizer
-from megatron.errors import ExportError, UserError
+from megatron.errors import DataError, ExportError, UserError
 from megatron.files import write_json
 from megatron.generation.load import stored_tokenizer
 
@@ -100,7 +101,7 @@ def _sentencepiece_backend(path: Path) -> Backend:
     try:
         converter = SpmConverter(SimpleNamespace(vocab_file=str(path)))
         converter.handle_byte_fallback = bool(converter.proto.trainer_spec.byte_fallback)
-        return cast(Backend, converter.converted())
+        return converter.converted()
     except Exception as error:  # the converter raises bare Exception, ImportError without protobuf, ValueError
         raise ExportError("transformers cannot convert this SentencePiece model", why=str(error).splitlines()[0]) from None
 
@@ -108,10 +109,10 @@ def _sentencepiece_backend(path: Path) -> Backend:
 def _settings(tokenizer: Tokenizer, backend: Backend, seq_length: int | None) -> dict[str, Any]:
     """tokenizer_config.json: class, special tokens by their text, length."""
     settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    for key, number in (("eos_token", tokenizer.eod), ("pad_token", tokenizer.pad)):
-        text = backend.id_to_token(number)
-        if text is not None:
-            settings[key] = text
+    with contextlib.suppress(DataError):  # a vocabulary without an end of document has no id to name
+        for key, number in (("eos_token", tokenizer.eod), ("pad_token", tokenizer.pad)):
+            if (text := backend.id_to_token(number)) is not None:
+                settings[key] = text
     if seq_length:
         settings["model_max_length"] = seq_length
     settings["padding_side"] = "left"

@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron.errors import ConfigError
 from megatron.layers.base import Context, State
+from megatron.model.lm import LanguageModel
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def left_pad(prompts: Sequence[Sequence[int]], pad: int, device: torch.device | 
 class _Stepper:
     """Gives the logits of the next token, by state or (recompute) by running everything again."""
 
-    def __init__(self, model: nn.Module, tokens: Tensor, mask: Tensor | None, sampling: Sampling) -> None:
+    def __init__(self, model: LanguageModel, tokens: Tensor, mask: Tensor | None, sampling: Sampling) -> None:
         self.model, self.tokens, self.mask, self.sampling = model, tokens, mask, sampling
         self.state: list[State] | None = None
         if not sampling.recompute:
@@ -130,7 +131,7 @@ class _Stepper:
 
 @torch.inference_mode()
 def generate(
-    model: nn.Module,
+    model: LanguageModel,
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
     *,
@@ -141,7 +142,7 @@ def generate(
     """Continue each prompt (token ids; an empty one starts from `eod`, the border between documents).
 
     Args:
-        model: a `LanguageModel` (forward, step, init_state), on the device where it shall run.
+        model: on the device where it shall run.
         vocab_size: true size of the vocabulary; rows beyond it (padding of the table) are never chosen.
         first_row: number of the first prompt among all of the run, so that seeds do not depend on how prompts are batched.
 

@@ -12,10 +12,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-from torch import nn
-
 from megatron.errors import DataError
 from megatron.generation.sample import Sampling, generate
+from megatron.model.lm import LanguageModel
 
 
 class TextTokenizer(Protocol):
@@ -42,7 +41,7 @@ class Writer:
     batch_size: prompts that run together (padded on the left; results do not depend on it).
     """
 
-    def __init__(self, model: nn.Module, tokenizer: TextTokenizer, sampling: Sampling, batch_size: int = 8) -> None:
+    def __init__(self, model: LanguageModel, tokenizer: TextTokenizer, sampling: Sampling, batch_size: int = 8) -> None:
         self.model, self.tokenizer, self.sampling, self.batch_size = model.eval(), tokenizer, sampling, batch_size
 
     def continue_texts(self, contexts: Sequence[str]) -> Iterator[dict[str, Any]]:

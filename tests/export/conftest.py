@@ -16,9 +16,7 @@ from megatron.model.build import param_specs
 from megatron.model.config import ModelConfig
 from tests.export.modules_cache import use_private_modules_cache
 
-TINY = ModelConfig(
-    vocab_size=64, hidden_size=32, num_layers=2, num_heads=2, mlp_width=48, layer_types=("metala", "metala")
-)
+TINY = ModelConfig(vocab_size=64, hidden_size=32, num_layers=2, num_heads=2, mlp_width=48, layer_types=("metala", "metala"))
 
 
 @pytest.fixture(autouse=True)

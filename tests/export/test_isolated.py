@@ -59,4 +59,3 @@ def test_without_the_project(make_checkpoint: Callable[..., Path], tmp_path: Pat
     made = generate(model, prompts, Sampling(maximum_tokens=10), eod=0, vocab_size=512)
     rows = [row[: row.index(0)] if 0 in row else row for row in json.loads(said.removeprefix("IDS "))]
     assert rows == [result.tokens for result in made]
-

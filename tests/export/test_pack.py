@@ -34,8 +34,13 @@ def test_needed_definitions_with_comments_in_order(tmp_path: Path) -> None:
     text = pack(
         plan(
             "top",
-            one='"""About one."""\nimport math\nfrom megatron.two import helper\n\n# why top\ndef top():\n    return helper() + math.pi\n\ndef unused():\n    return os\n',
-            two='"""About two."""\nLIMIT = 3\n"""what limits"""\n\ndef helper():\n    return LIMIT\n\ndef other():\n    pass\n',
+            one=(
+                '"""About one."""\nimport math\nfrom megatron.two import helper\n\n# why top\n'
+                "def top():\n    return helper() + math.pi\n\ndef unused():\n    return os\n"
+            ),
+            two=(
+                '"""About two."""\nLIMIT = 3\n"""what limits"""\n\ndef helper():\n    return LIMIT\n\ndef other():\n    pass\n'
+            ),
         )
     )
     assert text.index("def helper") < text.index("# why top") < text.index("def top")
@@ -48,8 +53,13 @@ def test_registered_definitions_come_along(tmp_path: Path) -> None:
     text = pack(
         plan(
             "run",
-            one='from megatron.two import add, table\n\n@add("fast")\ndef fast():\n    return 1\n\ndef run():\n    return table["fast"]()\n',
-            two='table = {}\n\ndef add(name):\n    def keep(f):\n        table[name] = f\n        return f\n    return keep\n',
+            one=(
+                'from megatron.two import add, table\n\n@add("fast")\ndef fast():\n    return 1\n\n'
+                'def run():\n    return table["fast"]()\n'
+            ),
+            two=(
+                "table = {}\n\ndef add(name):\n    def keep(f):\n        table[name] = f\n        return f\n    return keep\n"
+            ),
         )
     )
     assert run(text, tmp_path)["run"]() == 1
@@ -58,7 +68,11 @@ def test_registered_definitions_come_along(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("one", "two", "word"),
     [
-        ("from megatron.two import a\ndef b(): return 1\ndef top(): return a(), b()", "def b(): return 2\ndef a(): return b()", "meet"),
+        (
+            "from megatron.two import a\ndef b(): return 1\ndef top(): return a(), b()",
+            "def b(): return 2\ndef a(): return b()",
+            "meet",
+        ),
         ("from megatron.two import a\ndef top(): return a()", "import math as F\ndef a(): return F", ""),
         ("import numpy\ndef top(): return numpy", "", "numpy"),
         ("def top():\n    from megatron.two import a\n    return a()", "def a(): return 1", "inside a definition"),

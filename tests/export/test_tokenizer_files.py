@@ -121,3 +121,13 @@ def test_no_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     note = export_tokenizer(tmp_path / "tokenizer", {}, tmp_path / "out", None)[0]
     assert "cannot be written" in note and (tmp_path / "out" / "broken.json").is_file()
+
+
+def test_a_vocabulary_without_an_end_of_document(tmp_path: Path) -> None:
+    source, output = folders(tmp_path)
+    Backend(models.BPE({chr(c): c - 32 for c in range(32, 127)}, [])).save(str(source / "v.json"))
+    json_text = json.loads((source / "v.json").read_text())
+    json_text["model"]["unk_token"] = "?"
+    (source / "v.json").write_text(json.dumps(json_text))
+    assert "equal to training" in export_tokenizer(source, {"type": "HFTokenizer"}, output, None)[0]
+    assert AutoTokenizer.from_pretrained(output).eos_token is None

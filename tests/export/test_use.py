@@ -167,3 +167,14 @@ def test_a_fresh_model_from_the_config(folder: Path) -> None:
     assert 0.015 < float(mixer.q_proj.weight.std()) < 0.025 and 0.015 < float(model.lm_head.weight.std()) < 0.025
     assert float(mixer.conv1d.weight.abs().max()) <= 0.5 and float(mixer.conv1d.weight.std()) > 0.2
     assert bool(torch.isfinite(model(torch.tensor([[1, 2, 3]])).logits).all())
+
+
+def test_a_conversation_goes_on_from_its_cache(model: Any) -> None:
+    first = model.generate(
+        torch.tensor([[5, 6, 7]]), max_new_tokens=5, do_sample=False, return_dict_in_generate=True, use_cache=True
+    )
+    longer = torch.cat([first.sequences, torch.tensor([[8, 9, 10]])], 1)
+    want = model.generate(longer, max_new_tokens=5, do_sample=False)
+    assert first.past_key_values.get_seq_length() == 7
+    got = model.generate(longer, past_key_values=first.past_key_values, max_new_tokens=5, do_sample=False)
+    assert torch.equal(got, want)

@@ -15,9 +15,7 @@ from megatron.model.build import param_specs
 from megatron.model.config import ModelConfig
 from megatron.model.lm import LanguageModel
 
-CONFIG = ModelConfig(
-    vocab_size=64, hidden_size=32, num_layers=2, num_heads=2, mlp_width=48, layer_types=("metala", "metala")
-)
+CONFIG = ModelConfig(vocab_size=64, hidden_size=32, num_layers=2, num_heads=2, mlp_width=48, layer_types=("metala", "metala"))
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [], [3, 1, 4, 1, 5], [2, 7]]
 EOD = 63
 

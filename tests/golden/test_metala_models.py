@@ -116,9 +116,7 @@ def test_plain(golden: Fixture, dtype: torch.dtype) -> None:
 def test_left_padding(golden: Fixture, dtype: torch.dtype) -> None:
     model, want = golden.model(dtype), golden.outputs
     with recorded(model) as seen:
-        out = model(
-            golden.inputs["leftpad.input_ids"], attention_mask=golden.inputs["leftpad.attention_mask"], use_cache=True
-        )
+        out = model(golden.inputs["leftpad.input_ids"], attention_mask=golden.inputs["leftpad.attention_mask"], use_cache=True)
     near(out.logits, want["leftpad.logits_fp64"], golden.limit(dtype))
     for part, value in seen.items():
         near(value, want[f"leftpad.{part}"], HIDDEN)
