@@ -53,9 +53,7 @@ def _latest(folder: Path) -> int | None:
     return step
 
 
-def find_checkpoint(
-    load_dir: str | Path, iteration: int | None = None, save_dir: str | Path | None = None
-) -> Path | None:
+def find_checkpoint(load_dir: str | Path, iteration: int | None = None, save_dir: str | Path | None = None) -> Path | None:
     """The checkpoint folder to load.
 
     Args:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,7 @@ from megatron.parallel.mesh import Mesh
 from megatron.parallel.random import restore_rng
 
 _log = logging.getLogger(__name__)
-_FREE_FIELDS = frozenset(
-    {"hidden_dropout", "init_method", "output_init_method", "init_std"}
-)  # not the maths of the weights
+_FREE_FIELDS = frozenset({"hidden_dropout", "init_method", "output_init_method", "init_std"})  # not the maths of the weights
 
 
 def load_checkpoint(
@@ -56,28 +55,52 @@ def load_checkpoint(
     Raises:
         CheckpointError: on all ranks: a missing or damaged file, another model, another mesh for optimizer state.
     """
-    path, mesh = Path(path), engine.mesh
-    load_optimizer, load_rng = load_optimizer and not finetune, load_rng and not finetune
+    path = Path(path)
+    wanted = _Wanted(load_optimizer and not finetune, load_rng and not finetune)
     verdict = Verdict("the checkpoint could not be loaded", str(path))
     with verdict.watch():
         manifest = read_manifest(path)
-        if model_config is not None:
-            check_model(path, manifest, model_config)
-        check_names(path, manifest, set(engine.specs))
-        if load_optimizer:
-            _check_optimizer(path, manifest, mesh)
-        load_rng = load_rng and _rng_fits(path, manifest, mesh)
-        with Source(path, manifest) as source:
-            weights = _read_weights(source, engine)
-            slices = _read_optimizer(source, engine) if load_optimizer else {}
-            states = source.whole_file(rng_file(mesh.rank)) if load_rng else {}
+        _check(path, manifest, engine, model_config, wanted.optimizer)
+        found = _read(path, manifest, engine, wanted)
     verdict.settle()
     with verdict.watch():
-        _hand_over(engine, manifest, weights, slices, load_optimizer)
-        if load_rng:
-            restore_rng(states)
+        _hand_over(engine, manifest, found)
     verdict.settle()
     return {} if finetune else dict(manifest.state)
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    optimizer: bool
+    rng: bool
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What was read for one rank; None where it was not wanted or is not there."""
+
+    weights: dict[str, Tensor]
+    optimizer: dict[str, OptimizerSlice] | None
+    rng: dict[str, Tensor] | None
+
+
+def _check(path: Path, manifest: Manifest, engine: Engine, model_config: Mapping[str, Any] | None, optimizer: bool) -> None:
+    if model_config is not None:
+        allowed = check_model(path, manifest, model_config)
+        if engine.mesh.rank == 0 and allowed:
+            _log.warning("differs from the checkpoint: %s", "; ".join(allowed))
+    check_names(path, manifest, set(engine.specs))
+    if optimizer:
+        _check_optimizer(path, manifest, engine.mesh)
+
+
+def _read(path: Path, manifest: Manifest, engine: Engine, wanted: _Wanted) -> _Found:
+    """Read this rank's tensors; nothing of the engine is touched yet."""
+    with Source(path, manifest) as source:
+        weights = _read_weights(source, engine)
+        optimizer = _read_optimizer(source, engine) if wanted.optimizer else None
+        rng = source.whole_file(rng_file(engine.mesh.rank)) if wanted.rng and _rng_fits(path, manifest, engine.mesh) else None
+    return _Found(weights, optimizer, rng)
 
 
 def _read_weights(source: Source, engine: Engine) -> dict[str, Tensor]:
@@ -97,19 +120,15 @@ def _read_optimizer(source: Source, engine: Engine) -> dict[str, OptimizerSlice]
     return result
 
 
-def _hand_over(
-    engine: Engine,
-    manifest: Manifest,
-    weights: Mapping[str, Tensor],
-    slices: Mapping[str, OptimizerSlice],
-    optimizer: bool,
-) -> None:
-    engine.load_weights(weights)
-    if optimizer:
-        engine.load_optimizer_slices(slices)
-        engine.load_extra_state(manifest.engine)
-    else:
+def _hand_over(engine: Engine, manifest: Manifest, found: _Found) -> None:
+    engine.load_weights(found.weights)
+    if found.optimizer is None:
         engine.refresh_master_from_weights()
+    else:
+        engine.load_optimizer_slices(found.optimizer)
+        engine.load_extra_state(manifest.engine)
+    if found.rng is not None:
+        restore_rng(found.rng)
 
 
 def read_full_weights(path: str | Path, names: Iterable[str] | None = None) -> dict[str, Tensor]:
@@ -153,8 +172,15 @@ def _few(names: list[str]) -> str:
     return f" ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" if names else ""
 
 
-def check_model(path: Path, manifest: Manifest, model_config: Mapping[str, Any]) -> None:
-    """Raise CheckpointError naming the fields in which this run's model differs; dropout and init may."""
+def check_model(path: Path, manifest: Manifest, model_config: Mapping[str, Any]) -> list[str]:
+    """Compare this run's model with the saved one.
+
+    Returns:
+        The differences that are allowed (dropout, initialisation), for the log.
+
+    Raises:
+        CheckpointError: the models differ in anything else; the message names the fields.
+    """
     differing = _differences(dict(manifest.model_config), json.loads(json.dumps(dict(model_config))))
     hard = [text for name, text in differing.items() if name not in _FREE_FIELDS]
     if hard:
@@ -164,8 +190,7 @@ def check_model(path: Path, manifest: Manifest, model_config: Mapping[str, Any])
             why="; ".join(hard[:6]) + (f"; and {len(hard) - 6} more" if len(hard) > 6 else ""),
             hint="take the model section of the config that the checkpoint was trained with (it lies in configs/)",
         )
-    for text in differing.values():
-        _log.warning("differs from the checkpoint: %s", text)
+    return list(differing.values())
 
 
 def _differences(saved: Any, own: Any, name: str = "") -> dict[str, str]:

@@ -114,9 +114,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def _damaged(path: Path, why: str) -> CheckpointError:
-    return CheckpointError(
-        "the checkpoint's manifest is damaged", where=str(path), why=why, hint="use an older checkpoint"
-    )
+    return CheckpointError("the checkpoint's manifest is damaged", where=str(path), why=why, hint="use an older checkpoint")
 
 
 def _plain_name(name: str) -> bool:

@@ -117,9 +117,7 @@ def save_weights(
 
 
 def _verdict(folder: Path, iteration: int) -> Verdict:
-    return Verdict(
-        f"the checkpoint of step {iteration} could not be saved; the earlier ones are untouched", str(folder)
-    )
+    return Verdict(f"the checkpoint of step {iteration} could not be saved; the earlier ones are untouched", str(folder))
 
 
 def _write(

@@ -53,15 +53,11 @@ def add_weights(holdings: Holdings, weights: Mapping[str, Tensor], specs: Mappin
         file = layer_file(spec.stage, mesh.tp_rank)
         files[file][name] = tensor
         entry = WeightPart(file, part.dim, part.start, part.stop)
-        holdings.weights[name] = WeightEntry(
-            tuple(spec.shape), dtype_name(tensor.dtype), spec.cut, spec.stage, (entry,)
-        )
+        holdings.weights[name] = WeightEntry(tuple(spec.shape), dtype_name(tensor.dtype), spec.cut, spec.stage, (entry,))
     holdings.files.update(files)
 
 
-def add_optimizer(
-    holdings: Holdings, slices: Mapping[str, OptimizerSlice], specs: Mapping[str, ParamSpec], mesh: Mesh
-) -> None:
+def add_optimizer(holdings: Holdings, slices: Mapping[str, OptimizerSlice], specs: Mapping[str, ParamSpec], mesh: Mesh) -> None:
     """Put the optimizer slices that this rank owns into its optimizer file."""
     file = optimizer_file(mesh.dp_rank, mesh.pp_rank, mesh.tp_rank)
     tensors: dict[str, Tensor] = {}
@@ -87,9 +83,7 @@ def add_optimizer(
 
 def _is_replica(slices: Mapping[str, OptimizerSlice], weights: Mapping[str, Tensor], mesh: Mesh) -> bool:
     """Without ZeRO every data-parallel rank owns everything; then only the first of them writes it."""
-    whole = all(
-        name in slices and (slices[name].start, slices[name].stop) == (0, t.numel()) for name, t in weights.items()
-    )
+    whole = all(name in slices and (slices[name].start, slices[name].stop) == (0, t.numel()) for name, t in weights.items())
     return mesh.dp_rank > 0 and whole
 
 

@@ -34,9 +34,7 @@ class Source:
     def __enter__(self) -> Source:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._readers.clear()
         self._stack.close()
 
@@ -85,14 +83,10 @@ class Source:
     def optimizer_parts(self, name: str, want: Slice, pp_rank: int, tp_rank: int) -> Sequence[OptimizerPart]:
         """The parts that tile the slice `want` of a parameter; of several holders the nearest to these ranks."""
         parts = [
-            p
-            for p in self.manifest.optimizer.get(name, ())
-            if (p.dim, p.start, p.stop) == (want.dim, want.start, want.stop)
+            p for p in self.manifest.optimizer.get(name, ()) if (p.dim, p.start, p.stop) == (want.dim, want.start, want.stop)
         ]
         if not parts:
-            raise CheckpointError(
-                f"the checkpoint has no optimizer state of '{name}' for this slice", where=str(self.path)
-            )
+            raise CheckpointError(f"the checkpoint has no optimizer state of '{name}' for this slice", where=str(self.path))
         holder = min({p.holder for p in parts}, key=lambda h: (h[3] != pp_rank, h[4] != tp_rank, h[3], h[4]))
         return [p for p in parts if p.holder == holder]
 
@@ -107,6 +101,4 @@ class Source:
         return result
 
     def _misfit(self, name: str, error: Exception) -> CheckpointError:
-        return CheckpointError(
-            f"the stored parts of '{name}' do not fit together", where=str(self.path), why=str(error)
-        )
+        return CheckpointError(f"the stored parts of '{name}' do not fit together", where=str(self.path), why=str(error))

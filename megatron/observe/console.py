@@ -36,7 +36,7 @@ def human_flops(flops_per_s: float) -> str:
 
 def human_time(seconds: float) -> str:
     """`1:02:03`, with days in front when there are any: `2d 1:02:03`."""
-    days, rest = divmod(int(round(seconds)), 86400)
+    days, rest = divmod(round(seconds), 86400)
     clock = f"{rest // 3600}:{rest // 60 % 60:02d}:{rest % 60:02d}"
     return f"{days}d {clock}" if days else clock
 

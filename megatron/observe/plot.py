@@ -38,9 +38,7 @@ def plot_metrics(metrics_file: str | Path, image: str | Path, title: str = "") -
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise DataError(
-            "no plot: matplotlib is not installed", why=str(error), hint="pip install matplotlib"
-        ) from error
+        raise DataError("no plot: matplotlib is not installed", why=str(error), hint="pip install matplotlib") from error
     figure = Figure(figsize=(9, 7.5), layout="constrained")
     FigureCanvasAgg(figure)
     loss, rate, norm = figure.subplots(3, 1, sharex=True, height_ratios=(3, 1, 1))
@@ -73,7 +71,13 @@ def _draw_loss(axes: Any, rows: list[dict[str, Any]]) -> None:
     steps, losses = series(rows, "train/lm_loss")
     axes.plot(steps, losses, color=_TRAIN, linewidth=1, label="training")
     if len(losses) >= 20:
-        axes.plot(steps, smooth(losses, max(5, len(losses) // 15)), color=_SMOOTH, linewidth=1.8, label="training, running mean")
+        axes.plot(
+            steps,
+            smooth(losses, max(5, len(losses) // 15)),
+            color=_SMOOTH,
+            linewidth=1.8,
+            label="training, running mean",
+        )
     valid_steps, valid = series(rows, "validation/lm_loss")
     if valid:
         axes.plot(valid_steps, valid, color=_VALID, linewidth=1.6, marker="o", markersize=4, label="validation")
@@ -91,9 +95,7 @@ def _token_axis(axes: Any, rows: list[dict[str, Any]]) -> None:
     if not steps or not steps[-1]:
         return
     per_step = tokens[-1] / steps[-1]
-    unit, name = next(
-        ((u, n) for u, n in ((1e9, "billion"), (1e6, "million"), (1e3, "thousand")) if tokens[-1] >= u), (1, "")
-    )
+    unit, name = next(((u, n) for u, n in ((1e9, "billion"), (1e6, "million"), (1e3, "thousand")) if tokens[-1] >= u), (1, ""))
     scale = per_step / unit
     top = axes.secondary_xaxis("top", functions=(lambda x: x * scale, lambda x: x / scale))
     top.set_xlabel(f"tokens ({name})" if name else "tokens")

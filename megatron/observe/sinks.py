@@ -153,6 +153,4 @@ class Sinks:
             if name not in self._reported:
                 self._reported.add(name)
                 hint = f"; pip install {error.name}" if isinstance(error, ModuleNotFoundError) else ""
-                self._report(
-                    f"warning: {name} does not take metrics ({type(error).__name__}: {error}){hint}; training goes on"
-                )
+                self._report(f"warning: {name} does not take metrics ({type(error).__name__}: {error}){hint}; training goes on")

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from megatron.engine.base import Engine
 from megatron.training.feed import Batch
@@ -53,7 +54,7 @@ class Evaluator:
     ) -> None:
         self.engine, self.open_batches, self.split, self.fixed = engine, open_batches, split, fixed
         self.count = eval_iters * engine.gradient_accumulation
-        self._running: Iterator[Batch] | None = None
+        self._running: Iterator[Any] | None = None
 
     def __call__(self) -> Evaluation:
         """Evaluate now; every rank must call this.
@@ -62,9 +63,7 @@ class Evaluator:
             DataError: the split has fewer batches than asked for.
         """
         begin = time.perf_counter()
-        if self.fixed or self._running is None:
-            self._running = iter(self.open_batches())
-        loss = float(self.engine.eval_loss(self._running, self.count))
-        if self.fixed:
-            self._running = None
+        batches: Iterator[Any] = self._running or iter(self.open_batches())
+        loss = float(self.engine.eval_loss(batches, self.count))
+        self._running = None if self.fixed else batches
         return Evaluation(self.split, loss, self.count, time.perf_counter() - begin)

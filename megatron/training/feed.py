@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -12,11 +12,25 @@ from torch import Tensor
 class Batch(Protocol):
     """What a step is fed with (`megatron.data.batches.Batch`): an engine's micro batch that knows its samples."""
 
-    tokens: Tensor
-    labels: Tensor
-    loss_mask: Tensor
-    segment_ids: Tensor | None
-    sample_ids: list[int]
+    @property
+    def tokens(self) -> Tensor:
+        """[b, s]."""
+
+    @property
+    def labels(self) -> Tensor:
+        """[b, s]."""
+
+    @property
+    def loss_mask(self) -> Tensor:
+        """[b, s]."""
+
+    @property
+    def segment_ids(self) -> Tensor | None:
+        """[b, s], or None where documents are not told apart."""
+
+    @property
+    def sample_ids(self) -> list[int]:
+        """Global numbers of the b samples."""
 
 
 class Feed:
@@ -30,7 +44,7 @@ class Feed:
     def __iter__(self) -> Feed:
         return self
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> Any:  # a Batch, in whatever form the engine wants to read it
         begin = self._clock()
         try:
             batch = next(self._batches)

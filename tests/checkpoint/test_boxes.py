@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -59,7 +61,7 @@ def test_holes_and_overlaps_are_refused() -> None:
 @given(st.lists(st.integers(0, 50), min_size=2, max_size=6), st.integers(0, 50), st.integers(0, 50))
 def test_ranges(cuts: list[int], a: int, b: int) -> None:
     edges = sorted({0, 50, *cuts})
-    pieces = list(zip(edges, edges[1:], strict=False))
+    pieces = list(itertools.pairwise(edges))
     start, stop = min(a, b), max(a, b)
     found = [-1] * (stop - start)
     for step in range_copies(start, stop, pieces):

@@ -124,7 +124,14 @@ def test_names_that_leave_the_folder(path: Path, name: str) -> None:
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("weights", None), ("weights", {"a": {}}), ("files", [1]), ("version", 99), ("format", "x"), ("optimizer", {"a": [{}]})],
+    [
+        ("weights", None),
+        ("weights", {"a": {}}),
+        ("files", [1]),
+        ("version", 99),
+        ("format", "x"),
+        ("optimizer", {"a": [{}]}),
+    ],
 )
 def test_malformed_manifest(path: Path, key: str, value: object) -> None:
     body = json.loads((path / MANIFEST).read_text())
@@ -181,12 +188,12 @@ def test_random_damage_is_always_named(path: Path) -> None:
             (path / name).write_bytes(data)
         else:
             continue
+        said = ""
         try:
             verify_checkpoint(path)
         except CheckpointError as error:
-            assert Path(name).name in str(error)
-        else:
-            # A changed blank in the manifest changes nothing that is read.
-            assert name == MANIFEST and json.loads(data) == json.loads(good[name])
+            said = str(error)
+        harmless = not said and name == MANIFEST  # a changed blank in the manifest changes nothing that is read
+        assert Path(name).name in said or (harmless and json.loads(data) == json.loads(good[name]))
         (path / name).write_bytes(good[name])
     verify_checkpoint(path)

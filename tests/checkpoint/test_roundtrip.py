@@ -186,7 +186,8 @@ def test_load_equal_to_save_starts_at_zero(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "says"), [("global_step99", "step 99"), ("hello", "'hello'"), ("", "''"), ("global_step7/../x", "expected")]
+    ("content", "says"),
+    [("global_step99", "step 99"), ("hello", "'hello'"), ("", "''"), ("global_step7/../x", "expected")],
 )
 def test_latest_with_a_wrong_step(tmp_path: Path, content: str, says: str) -> None:
     save(tmp_path)

@@ -1,4 +1,4 @@
-"""A tiny MetaLA run on one process or many, put together from the same parts as `assemble.py`: for tests of the loop and of resuming."""
+"""A tiny MetaLA run on one process or many, put together from the same parts as `assemble.py`."""
 
 from __future__ import annotations
 

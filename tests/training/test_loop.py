@@ -120,7 +120,7 @@ def test_resume_is_bit_equal_in_half_precision(tmp_path: Path, dtype: str) -> No
 def test_a_finished_run_is_not_saved_again(tmp_path: Path) -> None:
     train(make_engine(), tmp_path, options(3))
     stamp = (tmp_path / "global_step3" / "manifest.json").stat().st_mtime_ns
-    run, recorder = train(make_engine(), tmp_path, options(3), resume=True)
+    _run, recorder = train(make_engine(), tmp_path, options(3), resume=True)
     assert recorder.steps == []
     assert (tmp_path / "global_step3" / "manifest.json").stat().st_mtime_ns == stamp
 

@@ -1,0 +1,107 @@
+"""TensorBoard and Weights & Biases with the real packages, and sinks that fail."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from megatron.observe.jsonl import read_rows
+from megatron.observe.sinks import SinkOptions, Sinks
+
+
+class Broken:
+    """A sink whose disk is gone."""
+
+    def write(self, iteration: int, values: Mapping[str, float]) -> None:
+        raise OSError("no space left")
+
+    def close(self) -> None:
+        raise OSError("no space left")
+
+
+class Kept:
+    """A sink that remembers."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[int, dict[str, float]]] = []
+        self.closed = False
+
+    def write(self, iteration: int, values: Mapping[str, float]) -> None:
+        self.rows.append((iteration, dict(values)))
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_a_broken_sink_is_reported_once_and_the_others_go_on() -> None:
+    said: list[str] = []
+    kept = Kept()
+    sinks = Sinks({"broken": Broken(), "kept": kept}, said.append)
+    for i in range(3):
+        sinks.write(i, {"a": 1.0})
+    sinks.close()
+    assert len(kept.rows) == 3 and kept.closed
+    assert len(said) == 1 and "broken" in said[0] and "no space left" in said[0] and "training goes on" in said[0]
+
+
+def test_a_missing_package_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    said: list[str] = []
+    sinks = Sinks.open(SinkOptions(tmp_path / "m.jsonl", tensorboard_dir=tmp_path / "tb"), said.append)
+    assert list(sinks.names()) == ["metrics.jsonl"]
+    assert len(said) == 1 and "TensorBoard" in said[0]
+    sinks.write(1, {"a": 2.0})
+    sinks.close()
+    assert read_rows(tmp_path / "m.jsonl") == [{"iteration": 1, "a": 2.0}]
+
+
+def test_tensorboard_events_are_readable(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for resume_from, steps in ((0, range(1, 6)), (3, range(4, 8))):
+        sinks = Sinks.open(SinkOptions(tmp_path / "m.jsonl", resume_from, tensorboard_dir=tmp_path / "tb"))
+        for step in steps:
+            sinks.write(step, {"train/lm_loss": step + resume_from / 100, "bad": float("nan")})
+        sinks.close()
+    events = accumulator.EventAccumulator(str(tmp_path / "tb"))
+    events.Reload()
+    assert "bad" not in events.Tags()["scalars"]
+    points = [(e.step, round(e.value, 2)) for e in events.Scalars("train/lm_loss")]
+    assert points == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.03), (5, 5.03), (6, 6.03), (7, 7.03)]
+
+
+_WANDB = """
+import sys
+from megatron.observe.sinks import SinkOptions, Sinks, WandbOptions
+folder, resume = sys.argv[1], int(sys.argv[2])
+options = WandbOptions(folder + "/wandb_logs", project="test", group="g", name="n", config={"lr": 0.5})
+sinks = Sinks.open(SinkOptions(folder + "/m.jsonl", resume, wandb=options))
+assert "Weights & Biases" in sinks.names()
+for step in range(resume + 1, resume + 4):
+    sinks.write(step, {"train/lm_loss": 2.0 / step})
+sinks.close()
+"""
+
+
+def test_wandb_offline(tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
+    for resume in (0, 3):
+        done = subprocess.run(
+            [sys.executable, "-c", _WANDB, str(tmp_path), str(resume)],
+            env={**os.environ, "WANDB_MODE": "offline", "PYTHONPATH": str(Path(__file__).parents[2])},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert "warning" not in done.stdout
+    files = sorted((tmp_path / "wandb_logs" / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert len(files) == 2
+    run_id = (tmp_path / "wandb_logs" / "wandb_run_id.txt").read_text()
+    assert all(run_id in file.name for file in files)
+    assert b"train/lm_loss" in files[0].read_bytes()
