@@ -64,12 +64,17 @@ class LaunchOptions:
 
 @dataclass(frozen=True)
 class Machine:
-    """What the launching machine has: accelerators, CPU cores, python, and whether the system host file exists."""
+    """What the launching machine has: ids of visible accelerators, CPU cores, python, whether the system host file exists."""
 
-    accelerators: int
+    devices: tuple[str, ...]
     cores: int
     python: str
     system_hostfile: bool = False
+
+    @property
+    def accelerators(self) -> int:
+        """How many accelerators."""
+        return len(self.devices)
 
 
 @dataclass(frozen=True)
@@ -137,10 +142,12 @@ def plan_job(
         return Job("python", (machine.python, "-u", script, *script_args), {}, 1)
     # Each process would otherwise start one thread per core.
     environment["OMP_NUM_THREADS"] = str(max(1, machine.cores // count))
-    world = base64.urlsafe_b64encode(json.dumps({"localhost": list(range(count))}).encode()).decode()
+    # The launcher writes these ids into CUDA_VISIBLE_DEVICES, over what the user had put there.
+    slots: list[int | str] = [int(d) if d.isdecimal() else d for d in machine.devices[:count]] or list(range(count))
+    world = base64.urlsafe_b64encode(json.dumps({"localhost": slots}).encode()).decode()
     command = (machine.python, "-u", "-m", "deepspeed.launcher.launch", f"--world_info={world}")
     command += (f"--master_addr={options.master_addr or '127.0.0.1'}", f"--master_port={port}")
-    return Job("local", (*command, "--no_local_rank", "--log_level=error", script, *script_args), environment, count)
+    return Job("local", (*command, "--no_local_rank", "--log_level=critical", script, *script_args), environment, count)
 
 
 def _runner_arguments(options: LaunchOptions, port: int) -> list[str]:

@@ -17,24 +17,37 @@ from megatron.launch.environment import DEFAULT_PORT
 from megatron.launch.job import SYSTEM_HOSTFILE, Job, Machine
 
 
-def count_accelerators(environ: Mapping[str, str] | None = None) -> int:
-    """GPUs that a process started here would see: device files (or `nvidia-smi`), cut down by CUDA_VISIBLE_DEVICES."""
+def visible_devices(environ: Mapping[str, str] | None = None) -> tuple[str, ...]:
+    """Ids of the GPUs that a process started here would see.
+
+    They come from the device files (or `nvidia-smi` where there are none), cut down by CUDA_VISIBLE_DEVICES as CUDA does it:
+    the list ends at the first entry that does not exist; entries may also be UUIDs.
+    """
     env = os.environ if environ is None else environ
     present = len(glob.glob("/dev/nvidia[0-9]*"))
     if not present and shutil.which("nvidia-smi"):
         listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
         present = sum(line.startswith("GPU ") for line in listing.stdout.splitlines())
-    visible = env.get("CUDA_VISIBLE_DEVICES")
+    return chosen_devices(present, env.get("CUDA_VISIBLE_DEVICES"))
+
+
+def chosen_devices(present: int, visible: str | None) -> tuple[str, ...]:
+    """The ids that `visible` (a value of CUDA_VISIBLE_DEVICES, None if unset) leaves of `present` GPUs."""
     if visible is None:
-        return present
-    chosen = [item for item in visible.split(",") if item.strip() and not item.strip().startswith("-")]
-    return min(present, len(chosen))
+        return tuple(str(i) for i in range(present))
+    chosen: list[str] = []
+    for item in (part.strip() for part in visible.split(",")):
+        exists = int(item) < present if item.isdecimal() else present and item.startswith(("GPU-", "MIG-"))
+        if not exists:
+            break
+        chosen.append(item)
+    return tuple(chosen)
 
 
 def this_machine() -> Machine:
     """The machine that this process runs on."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return Machine(count_accelerators(), cores, sys.executable, os.path.isfile(SYSTEM_HOSTFILE))
+    return Machine(visible_devices(), cores, sys.executable, os.path.isfile(SYSTEM_HOSTFILE))
 
 
 def usable_port(wanted: int) -> int:

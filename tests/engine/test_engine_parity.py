@@ -14,6 +14,7 @@ from tests.parallel.ranks import run_ranks
 
 # pp, tp, world
 MESHES = {"tp2": (1, 2, 2), "pp2": (2, 1, 2), "dp2": (1, 1, 2), "tp2pp2": (2, 2, 4)}
+WIDER = {"pp4": (4, 1, 4), "tp4": (1, 4, 4), "pp2dp2": (2, 1, 4), "tp2dp2": (1, 2, 4), "all2": (2, 2, 8)}
 CLIPPED = EngineSettings(gradient_accumulation=2, gradient_clipping=0.5, zero_stage=1)
 
 
@@ -48,6 +49,14 @@ def test_fp32_equals_one_process(mesh: str, tied: bool) -> None:
     # Adam divides by the root of tiny second moments: rounding of 1e-7 in a gradient may move a weight by 1e-4 of a step.
     assert worst <= 2e-4, worst
     print(f"{mesh} {tied}: loss {relative(results[0]['losses'], want['losses']):.1e} weights {worst:.1e}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", WIDER)
+def test_more_meshes_equal_one_process(mesh: str) -> None:
+    pp, tp, world = WIDER[mesh]
+    got = run_ranks(train, world, pp, tp, "deepspeed", CLIPPED, model_config(), timeout=150)[0]
+    assert relative(got["losses"], oracle(True)["losses"]) <= 1e-5
 
 
 @pytest.mark.parametrize("mesh", ["tp2pp2", "dp2"])

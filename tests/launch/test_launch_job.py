@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import socket
 from types import SimpleNamespace
 from typing import Any
@@ -10,10 +12,10 @@ import pytest
 
 from megatron.errors import ConfigError
 from megatron.launch.job import Job, LaunchOptions, Machine, plan_job
-from megatron.launch.runners import count_accelerators, usable_port
+from megatron.launch.runners import chosen_devices, usable_port
 
-CPU = Machine(accelerators=0, cores=8, python="/py")
-GPU = Machine(accelerators=4, cores=64, python="/py")
+CPU = Machine(devices=(), cores=8, python="/py")
+GPU = Machine(devices=("0", "1", "2", "3"), cores=64, python="/py")
 ARGS = ["-d", "configs", "a.yml", "--set", "train_iters=5"]
 
 
@@ -23,7 +25,7 @@ def job(machine: Machine = CPU, **options: Any) -> Job:
 
 LOCAL = (
     "/py -u -m deepspeed.launcher.launch --world_info={world} --master_addr=127.0.0.1 --master_port=29500 "
-    "--no_local_rank --log_level=error train.py -d configs a.yml --set train_iters=5"
+    "--no_local_rank --log_level=critical train.py -d configs a.yml --set train_iters=5"
 )
 HOSTS = "/py -m deepspeed.launcher.runner {options} --no_local_rank train.py -d configs a.yml --set train_iters=5"
 TWO, FOUR = "eyJsb2NhbGhvc3QiOiBbMCwgMV19", "eyJsb2NhbGhvc3QiOiBbMCwgMSwgMiwgM119"
@@ -100,7 +102,23 @@ def test_a_taken_default_port_is_replaced_and_a_wanted_one_kept() -> None:
     assert usable_port(29500) > 0
 
 
-def test_visible_devices_cannot_add_accelerators() -> None:
-    assert count_accelerators({"CUDA_VISIBLE_DEVICES": ""}) == 0
-    assert count_accelerators({"CUDA_VISIBLE_DEVICES": "-1"}) == 0
-    assert count_accelerators({"CUDA_VISIBLE_DEVICES": "0,1"}) <= 2
+@pytest.mark.parametrize(
+    ("visible", "ids"),
+    [
+        (None, ("0", "1", "2", "3")),
+        ("", ()),
+        ("-1", ()),
+        ("2,3", ("2", "3")),
+        ("1,9,0", ("1",)),
+        ("GPU-ab,GPU-cd", ("GPU-ab", "GPU-cd")),
+    ],
+)
+def test_visible_devices_are_read_as_cuda_reads_them(visible: str | None, ids: tuple[str, ...]) -> None:
+    assert chosen_devices(4, visible) == ids
+    assert chosen_devices(0, visible) == ()
+
+
+def test_the_devices_that_the_user_made_visible_are_the_ones_used() -> None:
+    planned = job(Machine(devices=("2", "3"), cores=4, python="/py"))
+    info = next(word for word in planned.command if word.startswith("--world_info="))
+    assert json.loads(base64.urlsafe_b64decode(info.removeprefix("--world_info="))) == {"localhost": [2, 3]}
