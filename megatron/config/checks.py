@@ -82,10 +82,9 @@ def _check_mixers(run: RunConfig, problems: Problems) -> None:
                 hint=f'for example attention_config: [[["metala"], {run.model.num_layers}]]',
             )
             continue
-        kind = (
-            f"the token mixer '{name}' is not built" if name in pattern.NEOX_TYPES else f"unknown token mixer '{name}'"
-        )
-        problems.add(kind, place_of(run, "attention_config"), registry.nearest(name, known))
+        known_elsewhere = name in pattern.NEOX_TYPES
+        what = f"the token mixer '{name}' is not built" if known_elsewhere else f"unknown token mixer '{name}'"
+        problems.add(f"attention_config: {what}", place_of(run, "attention_config"), registry.nearest(name, known))
 
 
 def _check_layer_options(run: RunConfig, problems: Problems) -> None:

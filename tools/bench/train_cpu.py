@@ -40,7 +40,9 @@ def our_model(args: argparse.Namespace) -> nn.Module:
         model = build_model(config)
     specs = param_specs(config)
     names = {name: name for name in specs}
-    materialise(model, names, specs, config, 1, slices=lambda s: slice_of(s.shape, s.cut, 0, 1), device="cpu", dtype=torch.float32)
+    materialise(
+        model, names, specs, config, 1, slices=lambda s: slice_of(s.shape, s.cut, 0, 1), device="cpu", dtype=torch.float32
+    )
     return model
 
 
@@ -102,7 +104,9 @@ def compare(args: argparse.Namespace) -> list[dict[str, float]]:
 
 def main() -> None:
     """Parse, run, print, store."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 2048, 8192])
     parser.add_argument("--tokens", type=int, default=8192, help="tokens per step")
     parser.add_argument("--repeats", type=int, default=5)
