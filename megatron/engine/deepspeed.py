@@ -71,7 +71,8 @@ with contextlib.redirect_stdout(io.StringIO()):
     from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+# Set, not looked up: the first look-up probes every op of DeepSpeed with a C compiler.
+vars(deepspeed.ops)["__compatible_ops__"] = {"deepspeed_shm_comm": False}
 
 
 @contextlib.contextmanager

@@ -103,6 +103,6 @@ def explain_failure(job: Job, code: int) -> LaunchError:
     """The error to show when a job ended with `code`; the ranks have printed their own before."""
     return LaunchError(
         f"the job ended with exit code {code}",
-        where=job.describe(),
+        where=f"{job.processes or 'all'} processes, started through DeepSpeed's launcher",
         why="the first process that failed says so above; the others were stopped",
     )

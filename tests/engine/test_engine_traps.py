@@ -104,8 +104,11 @@ def test_a_run_prints_nothing_of_its_own(tmp_path: Path) -> None:
 
 
 def test_no_compiler_is_imported_and_start_is_quick() -> None:
-    """torch._dynamo costs seconds per process; the Muon modules and the optimizer would import it."""
+    """torch._dynamo costs seconds per process, and DeepSpeed's look at its ops starts a C compiler."""
     code = (
+        "import subprocess\n"
+        "def no_child(*a, **k): raise AssertionError(f'a program is started: {a}')\n"
+        "subprocess.Popen.__init__ = no_child\n"
         "import sys, os; from tests.engine.engine_cases import *; from megatron.engine.base import EngineSettings\n"
         "for kind in ('single', 'deepspeed'):\n"
         "    e = make_engine(1, 1, kind, EngineSettings(gradient_accumulation=2, dtype='bf16'), model_config())\n"
