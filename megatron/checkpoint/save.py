@@ -22,6 +22,7 @@ from torch import Tensor
 
 from megatron.checkpoint import commit
 from megatron.checkpoint.agree import Verdict, exchange
+from megatron.checkpoint.layout import tag_of
 from megatron.checkpoint.manifest import Manifest, write_manifest
 from megatron.checkpoint.receipts import take_receipts, write_receipt
 from megatron.checkpoint.retention import retain
@@ -132,7 +133,6 @@ def _write(
     offers = [json.loads(text) for text in exchange(json.dumps([commit.new_save_id(), holdings.size]))]
     save_id, verdict = offers[0][0], _verdict(folder, iteration)
     temporary = commit.temporary_folder(folder, iteration, save_id)
-    final = folder
     try:
         with verdict.watch():
             if main:
@@ -145,13 +145,13 @@ def _write(
         with verdict.watch():
             if main:
                 _describe(temporary, mesh, save_id, state, companions, engine_state)
-                final = commit.publish(temporary, iteration)
+                commit.publish(temporary, iteration)
         verdict.settle()
     except BaseException:
         if main:
             commit.discard(temporary)
         raise
-    return folder / temporary.name.split(".")[0] if not main else final
+    return folder / tag_of(iteration)
 
 
 def _prepare(folder: Path, temporary: Path, needed: int) -> None:

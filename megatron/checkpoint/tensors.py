@@ -11,8 +11,10 @@ import hashlib
 import json
 import struct
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -84,10 +86,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     """
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # wide types first: aligned
     digest, size = hashlib.sha256(), 0
-    with atomic_open(path) as handle:
-        for chunk in (_header(tensors, order, metadata), *(_raw(tensors[name]) for name in order)):
+    with ThreadPoolExecutor(1) as hasher, atomic_open(path) as handle:
+        for chunk in chain([_header(tensors, order, metadata)], (_raw(tensors[name]) for name in order)):
+            hashed = hasher.submit(digest.update, chunk)  # beside the writing: neither holds the interpreter's lock
             handle.write(chunk)
-            digest.update(chunk)
+            hashed.result()
             size += len(chunk)
     return FileEntry(size, digest.hexdigest())
 
