@@ -51,7 +51,7 @@ def _writer(run: RunConfig) -> Writer:
         seed=run.training.seed,
         recompute=asked.recompute,
         return_logits=asked.return_logits,
-        backend=run.training.kernel_backend,
+        backend=run.training.kernel_backend if on_gpu else "auto",
     )
     print(f"checkpoint {checkpoint}, {sum(p.numel() for p in model.parameters()):,} parameters", file=sys.stderr)
     return Writer(model, tokenizer, sampling)

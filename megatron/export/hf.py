@@ -97,13 +97,15 @@ def export_checkpoint(
     temporary = output.parent / f".{output.name}.{uuid.uuid4().hex[:8]}.tmp"
     temporary.mkdir()
     try:
-        difference = _write(temporary, checkpoint, manifest, config, weights, family, notes, output.name, max_shard_bytes)
+        title = str((manifest.facts.get("run") or {}).get("name") or output.name)
+        content = _Content(checkpoint, manifest, config, weights, family, title, notes)
+        difference = _write(temporary, content, max_shard_bytes)
         if output.is_dir():
             output.rmdir()
         temporary.rename(output)
         fsync_folder(output.parent)
     except OSError as error:
-        raise ExportError("the folder cannot be written", where=str(output), why=error.strerror or str(error)) from None
+        raise ExportError("the folder cannot be made", where=str(output), why=error.strerror or str(error)) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return Exported(output, family.name, sum(t.numel() for t in weights.values()), difference, tuple(notes))
@@ -130,33 +132,49 @@ def _trim(
     return replace(config, vocab_size=size), cut, [note]
 
 
-def _write(
-    folder: Path,
-    checkpoint: Path,
-    manifest: Manifest,
-    config: ModelConfig,
-    weights: dict[str, Tensor],
-    family: Family,
-    notes: list[str],
-    title: str,
-    max_shard_bytes: int,
-) -> float:
+@dataclass(frozen=True)
+class _Content:
+    """What goes into a folder."""
+
+    checkpoint: Path
+    manifest: Manifest
+    config: ModelConfig
+    weights: dict[str, Tensor]
+    family: Family
+    title: str
+    notes: list[str]
+
+    @property
+    def tokenizer_facts(self) -> Mapping[str, Any]:
+        """What the manifest says of the tokenizer."""
+        return self.manifest.facts.get("tokenizer") or {}
+
+    @property
+    def dtype(self) -> str:
+        """Of the weights; float32 when they are mixed."""
+        dtypes = {t.dtype for t in self.weights.values()}
+        return str(dtypes.pop()).removeprefix("torch.") if len(dtypes) == 1 else "float32"
+
+
+def _write(folder: Path, content: _Content, max_shard_bytes: int) -> float:
     """Fill `folder`; returns the largest difference found by the comparison."""
-    facts: Mapping[str, Any] = manifest.facts.get("tokenizer") or {}
-    dtypes = {t.dtype for t in weights.values()}
-    dtype = str(dtypes.pop()).removeprefix("torch.") if len(dtypes) == 1 else "float32"
+    config, family, weights, notes = content.config, content.family, content.weights, content.notes
     for name, text in packed_sources(config, family).items():
         write_text(folder / name, text)
     _write_weights(folder, weights, max_shard_bytes)
-    write_json(folder / "config.json", _config_json(config, family, facts, dtype))
+    facts, length = content.tokenizer_facts, content.manifest.facts.get("seq_length")
+    write_json(folder / "config.json", _config_json(config, family, facts, content.dtype))
     write_json(folder / "generation_config.json", _generation_json(facts))
-    notes += export_tokenizer(checkpoint / "tokenizer", facts, folder, manifest.facts.get("seq_length"))
-    probe = make_probe(filled_model(config, weights, dtype=torch.float32, where=str(checkpoint)), config.vocab_size)
+    notes += export_tokenizer(content.checkpoint / "tokenizer", facts, folder, length)
+    model = filled_model(config, weights, dtype=torch.float32, where=str(content.checkpoint))
+    probe = make_probe(model, config.vocab_size)
+    del model  # the folder's own copy comes next
     difference = verify_folder(folder, family.name, family.prefix, probe)
     notes.append(f"logits compared with the checkpoint's in fp32: largest difference {difference:.1e} of the largest logit")
     total = sum(t.numel() for t in weights.values())
     has_tokenizer = (folder / "tokenizer.json").is_file() or (folder / "tokenizer_config.json").is_file()
-    write_text(folder / "README.md", model_card(title, config, total, manifest, dtype, notes, has_tokenizer))
+    card = model_card(content.title, config, total, content.manifest, content.dtype, notes, has_tokenizer)
+    write_text(folder / "README.md", card)
     return difference
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.utils import logging as hf_logging
 
 from megatron.errors import ExportError
 from megatron.layers.base import Context
@@ -45,7 +46,7 @@ def _mask(tokens: Tensor, padding: int) -> Tensor:
 
 
 @torch.inference_mode()
-def make_probe(model: LanguageModel, vocab_size: int, length: int = 40, padding: int = 7) -> Probe:
+def make_probe(model: LanguageModel, vocab_size: int, length: int = 100, padding: int = 7) -> Probe:
     """Run the trainer's model (fp32) on fixed random tokens; logits are cut to the true vocabulary."""
     generator = torch.Generator().manual_seed(20)
     tokens = torch.randint(0, vocab_size, (2, length), generator=generator)
@@ -71,13 +72,25 @@ def packed_classes(folder: Path, family: str) -> Iterator[types.ModuleType]:
             del sys.modules[module]
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars of transformers meanwhile."""
+    shown = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            hf_logging.enable_progress_bar()
+
+
 def verify_folder(folder: Path, family: str, prefix: str, probe: Probe) -> float:
     """Largest logit difference, relative to the largest logit, between the probe and the folder's model.
 
     Raises:
         ExportError: it exceeds `TOLERANCE`; the message says in which of the three passes.
     """
-    with packed_classes(folder, family) as module:
+    with packed_classes(folder, family) as module, _quiet():
         model = getattr(module, f"{prefix}ForCausalLM").from_pretrained(folder, dtype=torch.float32).eval()
         with torch.inference_mode():
             passes = _passes(model, probe)
