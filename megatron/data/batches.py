@@ -14,11 +14,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from megatron.data.datasets import BlendedDataset, Dataset, PackedDataset
+from megatron.data.datasets import BlendedDataset, Dataset, PackedDataset, Sample
 from megatron.errors import DataError
 
-__all__ = ["Batch", "Batches", "BlendedDataset", "Dataset", "PackedDataset"]
+__all__ = ["Batch", "Batches", "BlendedDataset", "Dataset", "PackedDataset", "cu_seqlens"]
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Batch:
     Attributes:
         tokens: i64 [b, s], what the model reads.
         labels: i64 [b, s], the token after each of them.
-        loss_mask: f32 [b, s], 0 where the loss is not counted.
+        loss_mask: f32 [b, s], 0 where the loss is not counted (the label there is 0 if the target was negative).
         segment_ids: i32 [b, s], number of end-of-document tokens before the position (such a token belongs to the document it
             ends), or None where borders are ignored.
         sample_ids: the global sample numbers, b of them.
@@ -54,6 +55,8 @@ class Batches:
         eod_mask_loss: no loss where the token read is `eod_token`.
         reset_state_at_eod: make `segment_ids`.
         num_workers: threads that read ahead (0 reads when asked). They change nothing but the time.
+        reset_attention_at_eod: make `segment_ids` too; which layers look at them is theirs to know.
+        start_tokens: tokens consumed before `start_sample`; None: `start_sample * seq_length`.
 
     Attributes:
         next_sample: global number of the first sample not yet handed out (to all ranks together). Save it, pass it as
@@ -75,6 +78,8 @@ class Batches:
         eod_mask_loss: bool = False,
         reset_state_at_eod: bool = False,
         num_workers: int = 0,
+        reset_attention_at_eod: bool = False,
+        start_tokens: int | None = None,
     ) -> None:
         if min(micro_batch, data_size, gradient_accumulation) < 1 or not 0 <= data_rank < data_size:
             raise DataError(
@@ -86,13 +91,15 @@ class Batches:
                 f"the data cursor stands at sample {start_sample} and there are {len(dataset)}",
                 why="the checkpoint was made with more data, or train_iters was lowered",
             )
-        if eod_token is None and (eod_mask_loss or reset_state_at_eod):
-            raise DataError("eod_mask_loss and reset_state_at_eod need an end-of-document token", why="none is known")
+        borders = reset_state_at_eod or reset_attention_at_eod
+        if eod_token is None and (eod_mask_loss or borders):
+            raise DataError("eod_mask_loss and reset_*_at_eod need an end-of-document token", why="none is known")
         self.dataset = dataset
         self.micro_batch, self.data_rank, self.data_size = micro_batch, data_rank, data_size
         self.gradient_accumulation, self.num_workers = gradient_accumulation, num_workers
-        self.eod_token, self.eod_mask_loss, self.reset_state_at_eod = eod_token, eod_mask_loss, reset_state_at_eod
-        self.next_sample = start_sample
+        self.eod_token, self.eod_mask_loss, self.with_borders = eod_token, eod_mask_loss, borders
+        self.next_sample = self._start_sample = start_sample
+        self._start_tokens = start_sample * dataset.seq_length if start_tokens is None else start_tokens
 
     @property
     def samples_per_micro_batch(self) -> int:
@@ -108,6 +115,15 @@ class Batches:
     def steps_left(self) -> int:
         """Whole steps between the cursor and the end of the data."""
         return (len(self.dataset) - self.next_sample) // self.samples_per_step
+
+    @property
+    def consumed_tokens(self) -> int:
+        """Tokens handed out since the run began, on all ranks, earlier parts of the run included."""
+        return self._start_tokens + (self.next_sample - self._start_sample) * self.dataset.seq_length
+
+    def state(self) -> dict[str, int]:
+        """The cursor, for a checkpoint: pass the values as `start_sample` and `start_tokens`, whatever the batch size is then."""
+        return {"next_sample": self.next_sample, "consumed_tokens": self.consumed_tokens}
 
     def __iter__(self) -> Iterator[Batch]:
         """Micro-batches from the cursor on; the cursor moves as each is handed out."""
@@ -139,13 +155,39 @@ class Batches:
         """This rank's part of the global micro-batch whose first sample is `start`."""
         first = start + self.data_rank * self.micro_batch
         ids = list(range(first, first + self.micro_batch))
-        text = torch.from_numpy(np.stack([self.dataset[i] for i in ids]))
+        samples = [self.dataset.sample(i) for i in ids]
+        text = torch.from_numpy(np.stack([sample.tokens for sample in samples]))
         tokens, labels = text[:, :-1].contiguous(), text[:, 1:].contiguous()
         loss_mask = torch.ones(tokens.shape, dtype=torch.float32)
+        if any(sample.targets is not None for sample in samples):
+            labels = torch.from_numpy(np.stack([_targets(sample) for sample in samples]))[:, 1:].contiguous()
+            loss_mask[labels < 0] = 0.0
+            labels.clamp_(min=0)
         ends = tokens == self.eod_token if self.eod_token is not None else None
         if ends is not None and self.eod_mask_loss:
             loss_mask[ends] = 0.0
         segments = None
-        if ends is not None and self.reset_state_at_eod:
+        if ends is not None and self.with_borders:
             segments = (ends.cumsum(dim=1) - ends.long()).to(torch.int32)
         return Batch(tokens, labels, loss_mask, segments, ids)
+
+
+def _targets(sample: Sample) -> NDArray[np.int64]:
+    return sample.tokens if sample.targets is None else sample.targets
+
+
+def cu_seqlens(segment_ids: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """Document borders in the form variable-length kernels want.
+
+    Args:
+        segment_ids: [b, s], constant inside a document and different in the next.
+
+    Returns:
+        i32 [pieces + 1], where each piece begins in the flattened [b * s] tokens (a row always begins one), from 0 to b * s; and the
+        length of the longest piece.
+    """
+    changes = torch.ones_like(segment_ids, dtype=torch.bool)
+    changes[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
+    starts = changes.flatten().nonzero().flatten()
+    borders = torch.cat([starts, starts.new_tensor([segment_ids.numel()])]).to(torch.int32)
+    return borders, int(borders.diff().max()) if segment_ids.numel() else 0

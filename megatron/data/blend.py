@@ -42,6 +42,23 @@ def samples_per_dataset(weights: Sequence[float], num_samples: int) -> list[int]
     return [math.ceil(num_samples * float(weight) * _MARGIN) for weight in normalise(weights)]
 
 
+def weights_by_documents(documents: Sequence[int], alpha: float) -> list[float]:
+    """NeoX's `weight_by_num_documents`: `p_i ~ (n_i / n) ** alpha`, then `w_i ~ p_i * (1 - n_i / n)`, adding up to 1.
+
+    Raises:
+        DataError: a corpus without documents.
+    """
+    counts = np.asarray(documents, dtype=np.float64)
+    if len(counts) == 0 or (counts < 1).any():
+        raise DataError(f"corpora of {list(documents)} documents cannot be weighted", why="each needs one at least")
+    if len(counts) == 1:
+        return [1.0]
+    share = counts / counts.sum()
+    scaled = share**alpha
+    unbiased = scaled / scaled.sum() * (1 - share)
+    return [float(weight) for weight in unbiased / unbiased.sum()]
+
+
 def blend(weights: Sequence[float], size: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """NeoX's `dataset_index` (u8 [size]) and `dataset_sample_index` (i64 [size]).
 

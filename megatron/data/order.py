@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 from megatron.errors import DataError
 
 SPLIT_NAMES = ("train", "valid", "test")
-_CHUNK = 1 << 22  # documents or samples handled in one piece, to bound temporary memory
+CHUNK = 1 << 22  # documents handled in one piece, to bound temporary memory
+
+Documents = NDArray[Any] | range  # ids of documents; a range costs no memory, which counts at 300 million of them
 
 
 def split_borders(split: str, size: int) -> list[int]:
@@ -50,10 +52,10 @@ def split_borders(split: str, size: int) -> list[int]:
     return [0, *(border - surplus for border in borders[1:])]
 
 
-def split_documents(split: str, size: int) -> dict[str, NDArray[np.int32]]:
-    """The documents of `train`, `valid` and `test` (each i32, ascending; empty where the split leaves nothing)."""
+def split_documents(split: str, size: int) -> dict[str, range]:
+    """The documents of `train`, `valid` and `test`: contiguous ranges, empty where the split leaves nothing."""
     borders = split_borders(split, size)
-    return {name: np.arange(borders[i], borders[i + 1], dtype=np.int32) for i, name in enumerate(SPLIT_NAMES)}
+    return {name: range(borders[i], borders[i + 1]) for i, name in enumerate(SPLIT_NAMES)}
 
 
 def sample_counts(train_iters: int, eval_interval: int, eval_iters: int, global_batch: int) -> dict[str, int]:
@@ -66,28 +68,18 @@ def sample_counts(train_iters: int, eval_interval: int, eval_iters: int, global_
     }
 
 
-def require_packed(pack_impl: str) -> None:
-    """Raise a DataError unless `pack_impl` is `packed`."""
-    if pack_impl != "packed":
-        raise DataError(
-            f"pack_impl: {pack_impl} is not supported",
-            why="samples are built by cutting the stream of documents into windows (packed) only",
-            hint="set pack_impl: packed",
-        )
-
-
 @dataclass(frozen=True)
 class SampleIndex:
     """What sample i is: row `shuffle_idx[i]` of `sample_idx`, up to the start of the next row and one token more.
 
     Attributes:
-        doc_idx: i32 [epochs * documents], the documents in the order they are read.
+        doc_idx: i32 [epochs * documents], the documents in the order they are read (i64 where `packing.py` made it).
         sample_idx: i32 or i64 [n + 1, 2], (place in doc_idx, token inside that document) where each sample starts.
         shuffle_idx: u32 or i64 [n], the order in which samples are served.
         seq_length: tokens a sample predicts; it holds one more.
     """
 
-    doc_idx: NDArray[np.int32]
+    doc_idx: NDArray[Any]
     sample_idx: NDArray[Any]
     shuffle_idx: NDArray[Any]
     seq_length: int
@@ -108,7 +100,7 @@ def epochs_for(tokens: int, seq_length: int, num_samples: int) -> int:
 
 
 def build_sample_index(
-    documents: NDArray[Any],
+    documents: Documents,
     sizes: NDArray[Any],
     seq_length: int,
     num_samples: int | None,
@@ -141,18 +133,57 @@ def build_sample_index(
         )
     # One generator for both shuffles, in this order: the state after the first is the seed of the second.
     rng = np.random.RandomState(seed)
-    doc_idx = np.tile(np.asarray(documents, dtype=np.int32), epochs)
-    rng.shuffle(doc_idx)
-    sample_idx = _sample_borders(doc_idx, sizes, seq_length, samples)
-    narrow = samples < np.iinfo(np.uint32).max - 1
-    shuffle_idx = np.arange(samples, dtype=np.uint32 if narrow else np.int64)
+    stream = _stream(documents, sizes, epochs)
+    rng.shuffle(stream)
+    sample_idx = _sample_borders(stream, seq_length, samples)
+    doc_idx = _narrowed(stream, np.dtype(np.int32))
+    shuffle_idx = np.arange(samples, dtype=np.int64)
     rng.shuffle(shuffle_idx)
+    if samples < np.iinfo(np.uint32).max - 1:
+        shuffle_idx = _narrowed(shuffle_idx, np.dtype(np.uint32))
     return SampleIndex(doc_idx, sample_idx, shuffle_idx, seq_length)
 
 
-def count_tokens(documents: NDArray[Any], sizes: NDArray[Any]) -> int:
+def sizes_of(documents: Documents, sizes: NDArray[Any], at: int, length: int = CHUNK) -> NDArray[Any]:
+    """Sizes of `documents[at : at + length]`; a view where the documents are a range."""
+    part = documents[at : at + length]
+    return sizes[part.start : part.stop] if isinstance(part, range) else sizes[part]
+
+
+def count_tokens(documents: Documents, sizes: NDArray[Any]) -> int:
     """Tokens in `documents`, summed in pieces."""
-    return sum(int(sizes[documents[at : at + _CHUNK]].sum(dtype=np.int64)) for at in range(0, len(documents), _CHUNK))
+    return sum(int(sizes_of(documents, sizes, at).sum(dtype=np.int64)) for at in range(0, len(documents), CHUNK))
+
+
+def _stream(documents: Documents, sizes: NDArray[Any], epochs: int) -> NDArray[np.int64]:
+    """Per place one number, `size << 32 | document`: the shuffle then carries the sizes along.
+
+    Looking sizes up after the shuffle is as slow as the shuffle itself (both jump through memory), and 8-byte items are the case
+    numpy shuffles fastest; the permutation does not depend on the items.
+    """
+    count = len(documents)
+    stream = np.empty(epochs * count, dtype=np.int64)
+    for at in range(0, count, CHUNK):
+        piece = stream[at : min(at + CHUNK, count)]
+        piece[:] = sizes_of(documents, sizes, at)
+        piece <<= 32
+        part = documents[at : at + CHUNK]
+        piece |= np.arange(part.start, part.stop) if isinstance(part, range) else part
+    for epoch in range(1, epochs):
+        stream[epoch * count : (epoch + 1) * count] = stream[:count]
+    return stream
+
+
+def _narrowed(values: NDArray[np.int64], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """The low halves of `values` as a 4-byte type, in the memory of `values`, whose other half is given back."""
+    count = len(values)
+    narrow = values.view(dtype)
+    for at in range(0, count, CHUNK):
+        low = values[at : at + CHUNK] & 0xFFFFFFFF
+        narrow[at : at + len(low)] = low
+    del narrow  # no view may be left when the memory moves
+    values.resize((count + 1) // 2, refcheck=False)
+    return values.view(dtype)[:count]
 
 
 def _check_request(tokens: int, seq_length: int, num_samples: int | None, seed: int, epochs: int | None) -> None:
@@ -168,24 +199,25 @@ def _check_request(tokens: int, seq_length: int, num_samples: int | None, seed: 
         raise DataError(f"cannot draw {num_samples} samples in {epochs} epochs", why="counts cannot be negative")
 
 
-def _sample_borders(doc_idx: NDArray[np.int32], sizes: NDArray[Any], seq_length: int, samples: int) -> NDArray[Any]:
-    """Where sample j starts: token `j * seq_length` of the stream, as (place in doc_idx, token in that document)."""
-    ends = np.empty(len(doc_idx), dtype=np.int64)
-    total = 0
-    for at in range(0, len(doc_idx), _CHUNK):
-        piece = ends[at : at + _CHUNK]
-        np.cumsum(sizes[doc_idx[at : at + _CHUNK]], dtype=np.int64, out=piece)
-        piece += total
-        total = int(piece[-1])
+def _sample_borders(stream: NDArray[np.int64], seq_length: int, samples: int) -> NDArray[Any]:
+    """Where sample j starts: token `j * seq_length` of the stream, as (place in the stream, token in that document).
+
+    The stream passes by in pieces, each with the samples that start in it: the running sum is never held as a whole.
+    """
     limit = np.iinfo(np.int32).max
-    narrow = 2 * (samples + 1) < limit and len(doc_idx) <= limit
+    narrow = 2 * (samples + 1) < limit and len(stream) <= limit
     borders = np.empty((samples + 1, 2), dtype=np.int32 if narrow else np.int64)
-    for at in range(0, samples + 1, _CHUNK):
-        starts = np.arange(at, min(at + _CHUNK, samples + 1), dtype=np.int64) * seq_length
+    before = done = 0
+    for at in range(0, len(stream), CHUNK):
+        ends = np.cumsum(stream[at : at + CHUNK] >> 32)
+        after = before + int(ends[-1])
+        until = min(samples + 1, -(-after // seq_length))
+        starts = np.arange(done, until, dtype=np.int64) * seq_length - before
         # The first document that ends behind the token; documents without tokens are passed over.
         places = np.searchsorted(ends, starts, side="right")
-        before = np.where(places > 0, ends[places - 1], 0)
-        borders[at : at + len(starts), 0] = places
-        borders[at : at + len(starts), 1] = starts - before
+        starts -= np.where(places > 0, ends[places - 1], 0)
+        places += at
+        borders[done:until, 0], borders[done:until, 1] = places, starts
+        before, done = after, until
     borders[0] = 0  # NeoX starts at the first document even if it is empty
     return borders

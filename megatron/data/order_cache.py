@@ -3,80 +3,114 @@
 NeoX trusts a file by its name, which lacks the split and the corpus, and loads what an interrupted build left. Here a cache is
 used only if its sidecar names the same documents, sizes, seed, length and counts, and the digest of each array is right;
 anything else is built again. A folder that cannot be written costs time, never correctness.
+
+The ranks of a host share it: one builds while the others wait for their turn, and all of them map the same files, so that the
+index is in memory once.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron.data.order import SampleIndex, build_sample_index, count_tokens, epochs_for
+from megatron.data.order import CHUNK, Documents, SampleIndex, build_sample_index, count_tokens, epochs_for, sizes_of
+from megatron.data.packing import PACKED, build_padded_index
+from megatron.data.token_format import index_file
 from megatron.files import atomic_open, sha256_of, write_json
 
 PARTS = ("doc_idx", "sample_idx", "shuffle_idx")
 SMALL = 4_000_000  # documents plus samples below which building takes about a second and no cache is kept
-_CHUNK = 1 << 22
 log = logging.getLogger(__name__)
 
 
 def cached_sample_index(
     prefix: str | Path,
     name: str,
-    documents: NDArray[Any],
+    documents: Documents,
     sizes: NDArray[Any],
     seq_length: int,
     num_samples: int | None,
     seed: int,
     epochs: int | None = None,
     small: int = SMALL,
+    pack_impl: str = PACKED,
+    allow_chopped: bool = True,
+    ignored: NDArray[np.bool_] | None = None,
 ) -> SampleIndex:
-    """`build_sample_index`, read from `{prefix}_{name}_indexmap_...` when a proved cache is there.
+    """`build_sample_index` or `build_padded_index`, read from `{prefix}_{name}_indexmap_...` when a proved cache is there.
 
     Args:
         prefix: path of the corpus without suffix.
         name: `train`, `valid`, `test`, or `train_0` ... for lists.
+        epochs: for `packed` only.
         small: documents (times epochs) plus samples up to which nothing is read or written.
+        ignored: for the other two, see `build_padded_index`.
     """
-    arguments = (documents, sizes, seq_length, num_samples, seed, epochs)
+
+    def build() -> SampleIndex:
+        if pack_impl == PACKED:
+            return build_sample_index(documents, sizes, seq_length, num_samples, seed, epochs)
+        count = max(1, num_samples or 0)
+        return build_padded_index(pack_impl, documents, sizes, seq_length, count, seed, allow_chopped, ignored)
+
     if _entries(documents, sizes, seq_length, num_samples, epochs) <= small:
-        return build_sample_index(*arguments)
-    stem = f"{prefix}_{name}_indexmap_{num_samples if epochs is None else None}ns_{seq_length}sl_{seed}s_packedpi_ac"
+        return build()
+    chopped = "_ac" if allow_chopped else ""
+    count = num_samples if epochs is None else None
+    stem = f"{prefix}_{name}_indexmap_{count}ns_{seq_length}sl_{seed}s_{pack_impl}pi{chopped}"
     key = {
         "documents_sha256": _digest(documents, sizes),
         "seq_length": seq_length,
         "num_samples": num_samples,
         "seed": seed,
         "epochs": epochs,
-        "pack_impl": "packed",
+        "pack_impl": pack_impl,
+        "allow_chopped": allow_chopped,
+        "ignored_sha256": None if ignored is None else hashlib.sha256(np.packbits(ignored).tobytes()).hexdigest(),
     }
-    index = _load(stem, key, seq_length)
-    if index is None:
-        index = build_sample_index(*arguments)
-        _save(stem, key, index)
+    with _turn(prefix):
+        index = _load(stem, key, seq_length)
+        if index is None:
+            index = build()
+            _save(stem, key, index)
+            # What was built is private memory; the files just written are shared with the other ranks.
+            index = _load(stem, key, seq_length) or index
     return index
 
 
+@contextlib.contextmanager
+def _turn(prefix: str | Path) -> Iterator[None]:
+    """One process at a time per corpus, where the file system can lock; elsewhere all build the same, and writing is atomic."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            fcntl.flock(stack.enter_context(open(index_file(prefix), "rb")), fcntl.LOCK_EX)
+        yield
+
+
 def _entries(
-    documents: NDArray[Any], sizes: NDArray[Any], seq_length: int, num_samples: int | None, epochs: int | None
+    documents: Documents, sizes: NDArray[Any], seq_length: int, num_samples: int | None, epochs: int | None
 ) -> int:
     tokens = count_tokens(documents, sizes)
     passes = epochs or epochs_for(max(tokens, 1), seq_length, num_samples or 0)
     return passes * (len(documents) + tokens // max(seq_length, 1))
 
 
-def _digest(documents: NDArray[Any], sizes: NDArray[Any]) -> str:
+def _digest(documents: Documents, sizes: NDArray[Any]) -> str:
     """Of the document ids and their sizes: changes with the split, the corpus and its order."""
-    digest = hashlib.sha256()
-    for at in range(0, len(documents), _CHUNK):
-        piece = documents[at : at + _CHUNK]
-        digest.update(np.asarray(piece, dtype="<i8").tobytes())
-        digest.update(np.asarray(sizes[piece], dtype="<i8").tobytes())
+    digest = hashlib.sha256(repr(documents).encode() if isinstance(documents, range) else b"")
+    for at in range(0, len(documents), CHUNK):
+        if not isinstance(documents, range):
+            digest.update(np.asarray(documents[at : at + CHUNK], dtype="<i8").tobytes())
+        digest.update(np.asarray(sizes_of(documents, sizes, at), dtype="<i8").tobytes())
     return digest.hexdigest()
 
 

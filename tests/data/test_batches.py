@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from megatron.data.batches import Batch, Batches, BlendedDataset, Dataset, PackedDataset
+from megatron.data.datasets import Sample, TokenDataset
 from megatron.data.indexed import IndexedDataset
 from megatron.data.order import build_sample_index, sample_counts
 from megatron.data.sources import dataset_from_list, datasets_from_split
@@ -64,7 +65,7 @@ def test_resume_in_the_middle_on_another_world_and_batch(packed: PackedDataset) 
 
 
 def test_neox_sampler(golden_json: Callable[[str], Any]) -> None:
-    class Counting:
+    class Counting(TokenDataset):
         seq_length = 1
 
         def __init__(self, length: int) -> None:
@@ -73,8 +74,8 @@ def test_neox_sampler(golden_json: Callable[[str], Any]) -> None:
         def __len__(self) -> int:
             return self.length
 
-        def __getitem__(self, index: int) -> Any:
-            return np.array([index, index])
+        def sample(self, index: int) -> Sample:
+            return Sample(np.array([index, index]))
 
     cases = golden_json("blend/distributed_batch_sampler.json")
     fitting = [case for case in cases if case["global_micro_batch"] % case["world_size"] == 0]
@@ -128,10 +129,10 @@ def test_reading_ahead_can_stop_early_and_raises_in_its_turn(packed: PackedDatas
     assert reader.next_sample == 2
 
     class Failing(PackedDataset):
-        def __getitem__(self, index: int) -> Any:
+        def sample(self, index: int) -> Sample:
             if index == 9:
                 raise DataError("sample 9 is damaged")
-            return super().__getitem__(index)
+            return super().sample(index)
 
     seen: list[int] = []
     with pytest.raises(DataError, match="sample 9"):
