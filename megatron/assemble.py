@@ -25,7 +25,7 @@ from megatron.data.sources import dataset_from_list, datasets_from_split
 from megatron.data.tokenizers import Tokenizer
 from megatron.engine.base import Engine
 from megatron.engine.build import build_engine
-from megatron.errors import ConfigError, DataError
+from megatron.errors import DataError, UserError
 from megatron.launch.environment import RankEnvironment, close_process_group, init_process_group
 from megatron.launch.preflight import report
 from megatron.model.config import ModelConfig
@@ -131,7 +131,7 @@ class _Plot(Hook):
             return
         try:
             self.console.say(f"plot {plot_metrics(self.folder.metrics, self.folder.plot, self.title)}")
-        except ConfigError as error:
+        except UserError as error:
             self.console.say(f"no plot: {error.what}")
 
 
@@ -215,14 +215,14 @@ def train(run: RunConfig, env: RankEnvironment, command: Sequence[str]) -> Run:
     Raises:
         UserError: any mistake in config, data or checkpoint, with one message.
     """
-    console = Console(sys.stdout if env.is_main else open(os.devnull, "w"))  # noqa: SIM115  # for the life of the process
-    level = os.environ.get("LOGLEVEL", "INFO") if env.is_main else "ERROR"
-    logging.basicConfig(level=level, format="[%(asctime)s] %(message)s", datefmt="%Y-%m-%d %H:%M:%S", stream=sys.stdout)
     folder = RunFolder(Path(run.logging.run_dir), Path(run.logging.log_dir) if run.logging.log_dir else None)
     with ExitStack() as stack:
         if env.is_main:
             create_run_folder(folder.root, print_config(run), command, run.logging.log_dir)
             stack.enter_context(copy_console(folder.logs))
+        console = Console(None if env.is_main else stack.enter_context(open(os.devnull, "w")))
+        level = os.environ.get("LOGLEVEL", "INFO") if env.is_main else "ERROR"
+        logging.basicConfig(level=level, format="[%(asctime)s] %(message)s", datefmt="%Y-%m-%d %H:%M:%S", stream=sys.stdout)
         for line in run.warnings:
             console.say(f"warning: {line}")
         parts = _build(run, env)

@@ -6,6 +6,8 @@ in an exported folder. `model/stages.py` lists the same modules one after the ot
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -14,6 +16,27 @@ from megatron.model.block import Block
 from megatron.model.config import ModelConfig
 from megatron.model.embed import Embedding, Head
 from megatron.model.norm import Norm
+
+
+def run_blocks(
+    blocks: Iterable[nn.Module], x: Tensor, ctx: Context, state: list[State] | None
+) -> tuple[Tensor, list[State] | None]:
+    """All residual blocks over `x [b, s, d]`; with `state`, one per block, the pass continues from it and returns the new one."""
+    new: list[State] = []
+    for i, block in enumerate(blocks):
+        x, after = block(x, ctx, None if state is None else state[i])
+        if after is not None:
+            new.append(after)
+    return x, None if state is None else new
+
+
+def step_blocks(blocks: Iterable[Block], x: Tensor, state: list[State], ctx: Context) -> tuple[Tensor, list[State]]:
+    """One decode step through all blocks: `x [b, d]` -> `[b, d]` and the new state."""
+    new = []
+    for block, before in zip(blocks, state, strict=True):
+        x, after = block.step(x, before, ctx)
+        new.append(after)
+    return x, new
 
 
 class Backbone(nn.Module):
@@ -25,6 +48,10 @@ class Backbone(nn.Module):
         self.embed_tokens = Embedding(config.vocab_size, d, d**0.5 if config.embedding_scale else 1.0)
         self.layers = nn.ModuleList(Block(config, mixer) for mixer in mixers)
         self.final_norm = Norm(config.norm, d, config.norm_eps)
+
+    def blocks(self) -> list[Block]:
+        """The residual blocks, as what they are."""
+        return [block for block in self.layers if isinstance(block, Block)]
 
 
 class LanguageModel(nn.Module):
@@ -46,24 +73,17 @@ class LanguageModel(nn.Module):
         self, tokens: Tensor, ctx: Context | None = None, state: list[State] | None = None
     ) -> tuple[Tensor, list[State] | None]:
         """Logits of every position; with `state` the pass continues from it and the new one is returned."""
-        ctx = ctx or Context()
-        x, new = self.model.embed_tokens(tokens), []
-        for i, block in enumerate(self.model.layers):
-            x, s = block(x, ctx, None if state is None else state[i])
-            new.append(s)
-        return self.lm_head(self.model.final_norm(x)), None if state is None else new
+        x, state = run_blocks(self.model.layers, self.model.embed_tokens(tokens), ctx or Context(), state)
+        return self.lm_head(self.model.final_norm(x)), state
 
     def step(self, tokens: Tensor, state: list[State], ctx: Context | None = None) -> tuple[Tensor, list[State]]:
         """One decode step: `tokens [b]` -> `logits [b, n]` and the new state."""
-        ctx = ctx or Context()
-        x, new = self.model.embed_tokens(tokens.unsqueeze(1)).squeeze(1), []
-        for block, s in zip(self.model.layers, state, strict=True):
-            x, s = block.step(x, s, ctx)
-            new.append(s)
-        return self.lm_head(self.model.final_norm(x)), new
+        x = self.model.embed_tokens(tokens.unsqueeze(1)).squeeze(1)
+        x, state = step_blocks(self.model.blocks(), x, state, ctx or Context())
+        return self.lm_head(self.model.final_norm(x)), state
 
     def init_state(self, batch: int, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> list[State]:
         """Empty states of all layers; dtype and device default to the embedding's."""
         weight = self.model.embed_tokens.weight
         dtype, device = dtype or weight.dtype, device or weight.device
-        return [block.token_mixer.init_state(batch, dtype, device) for block in self.model.layers]
+        return [block.token_mixer.init_state(batch, dtype, device) for block in self.model.blocks()]

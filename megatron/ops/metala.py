@@ -176,16 +176,18 @@ class _MetaLA(torch.autograd.Function):
     ) -> Any:
         b, s = q.shape[:2]
         c = chunk_for(float(F.logsigmoid(wide(z.amin()))) / TAU, s)
-        y, finals, kept = torch.empty_like(v), [], []
+        y, kept = torch.empty_like(v), []
+        finals: list[Tensor] = []
         for runs in _blocks(b, s, q.device):
             current = None if state is None else state[runs[0].rows]
             for block in runs:
                 ids = None if segment_ids is None else block.of(segment_ids)
-                parts = (block.of(x) for x in (q, z, v, g))
-                out, saved = _block_forward(*parts, w, current, ids, block.previous(segment_ids), c)
+                q_part, z_part, v_part, g_part = (block.of(x) for x in (q, z, v, g))
+                out, saved = _block_forward(q_part, z_part, v_part, g_part, w, current, ids, block.previous(segment_ids), c)
                 y[block.rows, block.tokens] = out
                 current = saved.final
                 kept.append((block, saved) if any(ctx.needs_input_grad) else None)
+            assert current is not None  # every row group has at least one run
             finals.append(current)
         ctx.save_for_backward(z, w, segment_ids)
         ctx.kept, ctx.has_state, ctx.like = kept, state is not None, (q.dtype, v.dtype, g.dtype, q.shape, v.shape)

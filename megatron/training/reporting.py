@@ -85,7 +85,8 @@ class Reporting(Hook):
         step = self._last_step
         of_step = self._step_metrics(run, step) if step is not None and step.iteration == run.state.iteration else {}
         self.sinks.write(run.state.iteration, of_step | evaluation.metrics())
-        best = " (best so far)" if run.state.best_iteration == run.state.iteration else ""
+        is_best = evaluation.split == "validation" and run.state.best_iteration == run.state.iteration
+        best = " (best so far)" if is_best else ""
         self.console.say(
             f"{evaluation.split} at iteration {run.state.iteration} | lm_loss: {evaluation.loss:.6E} | "
             f"lm_loss_ppl: {evaluation.perplexity:.6E} | {evaluation.seconds:.1f} s{best}"
