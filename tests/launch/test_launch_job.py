@@ -30,12 +30,12 @@ LOCAL = (
 HOSTS = "/py -m deepspeed.launcher.runner {options} --no_local_rank train.py -d configs a.yml --set train_iters=5"
 TWO, FOUR = "eyJsb2NhbGhvc3QiOiBbMCwgMV19", "eyJsb2NhbGhvc3QiOiBbMCwgMSwgMiwgM119"
 GOLDEN = [
-    (CPU, {}, "/py -u train.py -d configs a.yml --set train_iters=5"),
-    (CPU, {"num_gpus": 2}, "DS_ACCELERATOR=cpu OMP_NUM_THREADS=4 " + LOCAL.format(world=TWO)),
+    (CPU, {}, "DS_ACCELERATOR=cpu GOMP_SPINCOUNT=1000 /py -u train.py -d configs a.yml --set train_iters=5"),
+    (CPU, {"num_gpus": 2}, "DS_ACCELERATOR=cpu GOMP_SPINCOUNT=1000 OMP_NUM_THREADS=4 " + LOCAL.format(world=TWO)),
     (
         CPU,
         {"pipe_parallel_size": 2, "model_parallel_size": 2},
-        "DS_ACCELERATOR=cpu OMP_NUM_THREADS=2 " + LOCAL.format(world=FOUR),
+        "DS_ACCELERATOR=cpu GOMP_SPINCOUNT=1000 OMP_NUM_THREADS=2 " + LOCAL.format(world=FOUR),
     ),
     (GPU, {}, "OMP_NUM_THREADS=16 " + LOCAL.format(world=FOUR)),
     (GPU, {"num_gpus": 1}, "/py -u train.py -d configs a.yml --set train_iters=5"),
@@ -56,7 +56,7 @@ GOLDEN = [
     (
         CPU,
         {"launcher": "openmpi", "deepspeed_mpi": True, "hostfile": "h", "no_ssh_check": True},
-        "DS_ACCELERATOR=cpu "
+        "DS_ACCELERATOR=cpu GOMP_SPINCOUNT=1000 "
         + HOSTS.format(options="--hostfile=h --master_port=29500 --launcher=openmpi --force_multi --no_ssh_check"),
     ),
 ]
