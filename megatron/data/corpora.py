@@ -2,12 +2,13 @@
 
 `pystdlib` is the source text of Python's own standard library: real text that lies on every machine, enough to see a small model
 learn. Its files are taken in sorted order, its tokenizer is trained on them, and a receipt says what was made, so that a
-second run can prove that nothing is left to do.
+second run can prove that nothing is left to do. A run that was killed is gone on with.
 """
 
 from __future__ import annotations
 
 import difflib
+import hashlib
 import io
 import json
 import os
@@ -20,18 +21,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from megatron.data.encode import EncodeJob, EncodeOptions, encode_rows
 from megatron.data.indexed import IndexedDataset
-from megatron.data.indexed_writer import IndexedWriter
-from megatron.data.token_format import data_file, dtype_for_vocab, index_file
-from megatron.data.tokenizers import EOD_TEXT, PAD_TEXT, HFTokenizer, Tokenizer, build_tokenizer
+from megatron.data.rows import Place, Row
+from megatron.data.token_format import data_file, index_file
+from megatron.data.tokenizers import HFTokenizer, build_tokenizer
+from megatron.data.train_tokenizer import train_byte_level_bpe
 from megatron.errors import DataError
 from megatron.files import sha256_of, write_json, write_text
 
 PYSTDLIB_VOCABULARY = 4096
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
-_BATCH = 256
 # NeoX downloads these; the names deserve a better answer than "unknown".
 _DOWNLOADS = frozenset(
     {
@@ -131,12 +131,16 @@ def prepare_pystdlib(request: CorpusRequest) -> PreparedCorpus:
     receipt = None if request.force else _valid_receipt(receipt_path, tokenizer_type, vocab_file, merge_file)
     made = receipt is None
     if receipt is None:
-        tokenizer = None if own else build_tokenizer(tokenizer_type, vocab_file, merge_file)
+        if not own:
+            build_tokenizer(tokenizer_type, vocab_file, merge_file)  # a mistake is told before a folder is made
         folder.mkdir(parents=True, exist_ok=True)
         # The receipt goes first: an interrupted run must not leave one that speaks of other files.
         receipt_path.unlink(missing_ok=True)
-        receipt = _make_pystdlib(prefix, tokenizer)
+        receipt = _make_pystdlib(prefix, tokenizer_type, vocab_file, merge_file, own)
         write_json(receipt_path, receipt)
+        (folder / "tokenizer.progress.json").unlink(missing_ok=True)
+        for left in folder.glob(".*.tmp"):  # of killed runs
+            left.unlink(missing_ok=True)
     return PreparedCorpus(prefix, tokenizer_type, vocab_file, merge_file, receipt, made)
 
 
@@ -147,27 +151,71 @@ def python_sources(root: Path) -> Iterator[Path]:
         yield from (Path(folder, name) for name in sorted(files) if name.endswith(".py"))
 
 
-def _make_pystdlib(prefix: Path, tokenizer: Tokenizer | None) -> dict[str, Any]:
+def _make_pystdlib(prefix: Path, tokenizer_type: str, vocab_file: Path | None, merge_file: Path | None, own: bool) -> dict[str, Any]:
     started = time.monotonic()
-    texts, undecodable = _read_sources(Path(sysconfig.get_path("stdlib")))
-    if tokenizer is None:
-        vocab_file = prefix.parent / "tokenizer.json"
-        write_text(vocab_file, train_byte_level_bpe(texts, PYSTDLIB_VOCABULARY))
-        tokenizer = HFTokenizer(vocab_file)
-    tokens = _write_documents(prefix, texts, tokenizer)
+    root = Path(sysconfig.get_path("stdlib"))
+    texts, undecodable = _read_sources(root)
+    source = _Texts(texts)
+    if own and vocab_file is not None:
+        _own_tokenizer(vocab_file, texts, source.identity())
+    files = (None if file is None else str(file) for file in (vocab_file, merge_file))
+    job = EncodeJob(tokenizer_type, *files, append_eod=True)
+    # One point to go on from every second: the whole takes some ten.
+    options = EncodeOptions(log_interval=1000, commit_seconds=1.0)
+    done = encode_rows(job, source.behind, str(prefix).removesuffix("_text_document"), options)
+    tokenizer = build_tokenizer(tokenizer_type, vocab_file, merge_file)
     return {
         "corpus": "pystdlib",
         "python": platform.python_version(),
         "documents": len(texts),
         "undecodable_files": undecodable,
-        "bytes": sum(len(text.encode()) for text in texts),
-        "tokens": tokens,
+        "bytes": source.total_bytes,
+        "tokens": done.tokens["text_document"],
         "tokenizer_type": tokenizer.name,
         "vocab_size": tokenizer.vocab_size,
         "tokenizer_fingerprint": tokenizer.fingerprint(),
         "sha256": {file.name: sha256_of(file) for file in (data_file(prefix), index_file(prefix))},
         "seconds": round(time.monotonic() - started, 2),
     }
+
+
+class _Texts:
+    """Texts in memory as rows that can be read from any place on."""
+
+    def __init__(self, texts: Sequence[str], start: int = 0) -> None:
+        self.texts, self.start, self.done_bytes = texts, start, 0
+        self.total_bytes = sum(len(text.encode()) for text in texts)
+
+    def behind(self, place: Place) -> _Texts:
+        """The texts behind a place."""
+        return _Texts(self.texts, place.rows)
+
+    def identity(self) -> str:
+        """Of all texts."""
+        digest = hashlib.sha256()
+        for text in self.texts:
+            digest.update(hashlib.sha256(text.encode()).digest())
+        return digest.hexdigest()
+
+    def __iter__(self) -> Iterator[Row]:
+        self.done_bytes = sum(len(text.encode()) for text in self.texts[: self.start])
+        for number in range(self.start, len(self.texts)):
+            data = self.texts[number].encode()
+            self.done_bytes += len(data)
+            yield Row(f"text {number}", data, is_json=False, place=Place(0, number + 1))
+
+
+def _own_tokenizer(vocab_file: Path, texts: Sequence[str], identity: str) -> None:
+    """Train it, unless an interrupted run did so from the same texts."""
+    note = vocab_file.with_name("tokenizer.progress.json")
+    try:
+        made = json.loads(note.read_text("utf-8"))
+        if made == {"texts": identity, "sha256": sha256_of(vocab_file), "vocab_size": PYSTDLIB_VOCABULARY}:
+            return
+    except (OSError, ValueError):
+        pass
+    write_text(vocab_file, train_byte_level_bpe(texts, PYSTDLIB_VOCABULARY))
+    write_json(note, {"texts": identity, "sha256": sha256_of(vocab_file), "vocab_size": PYSTDLIB_VOCABULARY})
 
 
 def _read_sources(root: Path) -> tuple[list[str], int]:
@@ -188,34 +236,6 @@ def _read_sources(root: Path) -> tuple[list[str], int]:
             "no Python sources were found", where=str(root), why="the standard library has no readable .py file"
         )
     return texts, undecodable
-
-
-def train_byte_level_bpe(texts: Sequence[str], vocab_size: int) -> str:
-    """The JSON of a byte-level BPE trained on `texts`; ids 0 and 1 are `<|endoftext|>` and `<|padding|>`. No text is altered."""
-    from tokenizers import Tokenizer as Backend
-    from tokenizers import decoders, models, pre_tokenizers, trainers
-
-    backend = Backend(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[EOD_TEXT, PAD_TEXT],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    backend.train_from_iterator(texts, trainer, length=len(texts))
-    return str(backend.to_str(pretty=True))
-
-
-def _write_documents(prefix: Path, texts: Sequence[str], tokenizer: Tokenizer) -> int:
-    """Write one document per text, each ended by the eod; returns the number of tokens."""
-    dtype = dtype_for_vocab(tokenizer.vocab_size)
-    with IndexedWriter(prefix, dtype) as writer:
-        for at in range(0, len(texts), _BATCH):
-            for ids in tokenizer.tokenize_batch(texts[at : at + _BATCH]):
-                writer.add_document(np.array([*ids, tokenizer.eod], dtype=np.int64))
-    return writer.total_tokens
 
 
 def _valid_receipt(

@@ -1,211 +1,263 @@
-"""Turns text into token files: rows go to workers in batches, tokens come back in order, one writer per key.
+"""Turns text into token files: rows go to workers in batches, tokens come back in order, one writer per output.
 
-Whatever the number of workers, the files are the same bytes. An error anywhere removes what was written so far.
+Whatever the number of workers and however often the process was killed, the files are the same bytes: `parts.py` holds what is
+done, the journal `PREFIX.progress.json` says up to which row. An error leaves what a later
+run can go on from (for example with a limit for bad rows), or nothing.
 """
 
 from __future__ import annotations
 
-import importlib
+import contextlib
+import json
 import logging
-import multiprocessing
-import os
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
-from megatron.data.indexed_writer import IndexedWriter
-from megatron.data.readers import Row, expand_inputs, read_rows, row_texts
-from megatron.data.token_format import dtype_for_vocab
-from megatron.data.tokenizers import build_tokenizer
+from megatron.data.checksums import write_checksums
+from megatron.data.encoder import BadRow, Encoded, EncodeJob, Encoder, encode_here, encode_in_pool, in_batches
+from megatron.data.fingerprint import describe, write_meta
+from megatron.data.parts import PairParts, Part, publish_pair, remove_parts
+from megatron.data.progress import Progress
+from megatron.data.readers import RowReader, expand_inputs
+from megatron.data.rows import Place, Row
 from megatron.errors import DataError
+from megatron.files import write_json
 
-_BATCH_ROWS, _BATCH_BYTES = 256, 1 << 20
+__all__ = ["EncodeJob", "EncodeOptions", "EncodeSummary", "encode_corpus", "encode_rows"]
 log = logging.getLogger(__name__)
 
-Encoded = list[list[NDArray[Any] | None]]  # per row, per key: tokens, or None where the text is empty
+
+class RowSource(Protocol):
+    """Rows that can be read from any place on, and what they are: see `readers.RowReader`."""
+
+    total_bytes: int
+
+    @property
+    def done_bytes(self) -> int:
+        """Bytes of the input read so far."""
+        ...
+
+    def identity(self) -> Any:
+        """JSON that changes when the input does."""
+        ...
+
+    def __iter__(self) -> Iterator[Row]: ...
 
 
 @dataclass(frozen=True)
-class EncodeJob:
-    """All a worker must know.
+class EncodeOptions:
+    """How it is done; none of it shows in the files.
 
     Attributes:
-        tokenizer_type, vocab_file, merge_file: see `build_tokenizer`.
-        keys: fields of a JSON record, one output each.
-        append_eod: end each document by the tokenizer's eod.
-        ftfy: repair mojibake with the package ftfy.
+        workers: processes that tokenise; with 1 it happens here.
+        log_interval: documents between two lines of progress.
+        bad_row_limit: so many bad rows are set aside in `PREFIX_bad_rows.jsonl`; the next one is an error.
+        checksums: make `.sums.json` beside each pair.
+        commit_seconds: time between two points a killed run can go on from.
     """
 
-    tokenizer_type: str
-    vocab_file: str | None = None
-    merge_file: str | None = None
-    keys: tuple[str, ...] = ("text",)
-    append_eod: bool = False
-    ftfy: bool = False
+    workers: int = 1
+    log_interval: int = 100
+    bad_row_limit: int = 0
+    checksums: bool = True
+    commit_seconds: float = 5.0
 
 
 @dataclass
 class EncodeSummary:
-    """What was written: documents read, documents without text, bytes of input, tokens per key, seconds."""
+    """What was written: documents read, those without text, bad rows, bytes of input, tokens per output, seconds of this process."""
 
-    documents: int
-    empty: int
-    bytes: int
-    tokens: dict[str, int]
-    seconds: float
-
-
-class Encoder:
-    """Rows to tokens, in this process."""
-
-    def __init__(self, job: EncodeJob) -> None:
-        self.job = job
-        self.tokenizer = build_tokenizer(job.tokenizer_type, job.vocab_file, job.merge_file)
-        self.dtype = dtype_for_vocab(self.tokenizer.vocab_size)
-        self._end = [self.tokenizer.eod] if job.append_eod else []
-        self._fix = _fix_text() if job.ftfy else None
-
-    def encode(self, rows: Sequence[Row]) -> Encoded:
-        """Tokens per row and key.
-
-        Raises:
-            DataError: a row cannot be read, see `row_texts`.
-        """
-        texts = [text for row in rows for text in row_texts(row, self.job.keys)]
-        if self._fix is not None:
-            texts = [self._fix(text) for text in texts]
-        ids = iter(self.tokenizer.tokenize_batch([text for text in texts if text]))
-        flat = [self._finish(next(ids)) if text else None for text in texts]
-        width = len(self.job.keys)
-        return [flat[at : at + width] for at in range(0, len(flat), width)]
-
-    def _finish(self, ids: list[int]) -> NDArray[Any]:
-        return np.array(ids + self._end if ids else [], dtype=self.dtype)
+    documents: int = 0
+    empty: int = 0
+    bad: int = 0
+    bytes: int = 0
+    tokens: dict[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
+    resumed_at: int = 0
 
 
 def encode_corpus(
-    job: EncodeJob, inputs: Sequence[str], output_prefix: str, workers: int = 1, log_interval: int = 100
+    job: EncodeJob, inputs: Sequence[str], output_prefix: str, options: EncodeOptions | None = None
 ) -> EncodeSummary:
     """Write `{output_prefix}_{key}_document.bin/.idx` for each key.
 
     Args:
-        inputs: files or folders, see `expand_inputs`.
-        workers: processes that tokenise; with 1 it happens here.
-        log_interval: documents between two lines of progress.
+        inputs: files, folders or `hf:` data sets, see `expand_inputs`.
+        options: see there; None: the defaults.
 
     Raises:
-        DataError: no text at all, a row that cannot be read, a wrong tokenizer, or a disk that cannot be written.
+        DataError: no text at all, more bad rows than allowed, a wrong tokenizer, or a disk that cannot be written.
     """
-    encoder = Encoder(job)
-    batches = _in_batches(read_rows(expand_inputs(inputs)))
-    results = _encode_here(encoder, batches) if workers <= 1 else _encode_in_pool(job, batches, workers)
+    sources = expand_inputs(inputs)
+    return encode_rows(job, lambda start: RowReader(sources, job.keys, start), output_prefix, options)
+
+
+def encode_rows(
+    job: EncodeJob,
+    open_source: Callable[[Place], RowSource],
+    output_prefix: str,
+    options: EncodeOptions | None = None,
+) -> EncodeSummary:
+    """`encode_corpus` for rows from anywhere; `open_source` is given the place to go on behind."""
     try:
-        return _write(encoder, results, output_prefix, log_interval)
+        return _Run(job, open_source, output_prefix, options or EncodeOptions()).run()
     except OSError as error:
         raise DataError(
             "the corpus cannot be written", where=error.filename or output_prefix, why=error.strerror
         ) from None
 
 
-def _write(
-    encoder: Encoder, results: Iterable[tuple[list[Row], Encoded]], output_prefix: str, log_interval: int
-) -> EncodeSummary:
-    started, keys = time.monotonic(), encoder.job.keys
-    summary = EncodeSummary(0, 0, 0, {}, 0.0)
-    with ExitStack() as stack:
-        writers = [stack.enter_context(IndexedWriter(f"{output_prefix}_{key}_document", encoder.dtype)) for key in keys]
-        for rows, encoded in results:
-            for row, documents in zip(rows, encoded, strict=True):
-                summary.documents += 1
-                summary.bytes += len(row.data)
-                summary.empty += all(tokens is None or len(tokens) == 0 for tokens in documents)
-                for writer, tokens in zip(writers, documents, strict=True):
-                    _add(writer, tokens)
-                if summary.documents % log_interval == 0:
-                    _report(summary, time.monotonic() - started)
-        summary.tokens = {key: writer.total_tokens for key, writer in zip(keys, writers, strict=True)}
-        for key, total in summary.tokens.items():
-            if total == 0:
-                why = f"{summary.documents} documents were read, none has text under {key!r}"
-                raise DataError("the corpus is empty", where=output_prefix, why=why)
-    summary.seconds = time.monotonic() - started
-    return summary
+class _Run:
+    """One run of `encode_rows`, from the journal it finds to the published pairs."""
 
+    def __init__(
+        self, job: EncodeJob, open_source: Callable[[Place], RowSource], output_prefix: str, options: EncodeOptions
+    ) -> None:
+        self.job, self.options, self.prefix = job, options, output_prefix
+        self.encoder = Encoder(job)
+        self.journal_path = Path(f"{output_prefix}.progress.json")
+        self.bad_path = Path(f"{output_prefix}_bad_rows.jsonl")
+        self.outputs = [(f"{output_prefix}_{name}", dtype) for name, dtype in self.encoder.outputs()]
+        identity = open_source(Place()).identity()
+        self.key = {"job": job.key(), "tokenizer": self.encoder.tokenizer.fingerprint(), "input": identity}
+        # Through JSON once, so that it compares equal with what a journal holds.
+        self.key = json.loads(json.dumps(self.key))
+        self.journal = self._read_journal()
+        self.summary = EncodeSummary(**(self.journal or {}).get("summary", {}))
+        self.summary.resumed_at, self.summary.seconds = self.summary.documents, 0.0
+        self.source = open_source(Place(*(self.journal or {}).get("place", ())))
 
-def _add(writer: IndexedWriter, tokens: NDArray[Any] | None) -> None:
-    """As NeoX: no text leaves no trace; text without a token (a blank for some tokenizers) leaves a border only."""
-    if tokens is None:
-        return
-    if len(tokens):
-        writer.add_sequence(tokens)
-    writer.end_document()
+    def _read_journal(self) -> dict[str, Any] | None:
+        """The journal of an interrupted run of the same job on the same input; any other is put aside."""
+        try:
+            journal = json.loads(self.journal_path.read_text("utf-8"))
+            if journal["key"] == self.key and len(journal["writers"]) == len(self.outputs):
+                return dict(journal)
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError):
+            pass
+        log.warning("%s is of another job or input: starting from the beginning", self.journal_path)
+        self.journal_path.unlink(missing_ok=True)
+        return None
 
+    def run(self) -> EncodeSummary:
+        """Read, encode, write, publish."""
+        started = time.monotonic()
+        if self.journal is None or not self.journal["complete"]:
+            if self.journal is not None:
+                log.info("going on behind document %d of an interrupted run", self.summary.documents)
+            self._write_parts()
+        self._publish()
+        self.summary.seconds = time.monotonic() - started
+        return self.summary
 
-def _report(summary: EncodeSummary, seconds: float) -> None:
-    rate = summary.documents / max(seconds, 1e-9)
-    log.info("%d documents, %.1f MB, %.0f documents/s", summary.documents, summary.bytes / 1e6, rate)
+    def _write_parts(self) -> None:
+        states = self.journal["writers"] if self.journal else [None] * len(self.outputs)
+        bad_length = self.journal["bad_bytes"] if self.journal else 0
+        with contextlib.ExitStack() as stack:
+            self.writers = []
+            for (prefix, dtype), state in zip(self.outputs, states, strict=True):
+                self.writers.append(PairParts(prefix, dtype, state, self.job.cached))
+                stack.callback(self.writers[-1].close)
+            self.bad = Part(Path(f"{self.bad_path}.part"), bad_length)
+            self.bad_bytes = bad_length
+            stack.callback(self.bad.close)
+            try:
+                self._encode_all()
+            except BaseException:
+                if not self.journal_path.exists():  # nothing a later run could go on from
+                    self._discard()
+                raise
 
+    def _encode_all(self) -> None:
+        place = Place()
+        committed = time.monotonic()
+        batches = in_batches(self.source)
+        workers = self.options.workers
+        results = encode_here(self.encoder, batches) if workers <= 1 else encode_in_pool(self.job, batches, workers)
+        progress = Progress(self.source.total_bytes, self.options.log_interval)
+        with contextlib.closing(progress), contextlib.closing(results):  # type: ignore[type-var]  # generators can be closed
+            for rows, encoded in results:
+                self._add(rows, encoded)
+                place = rows[-1].place
+                made = self.summary.documents - self.summary.resumed_at
+                progress.update(made, self.summary.bytes, self.writers[0].tokens, self.source.done_bytes)
+                if time.monotonic() - committed >= self.options.commit_seconds:
+                    self._commit(place, complete=False)
+                    committed = time.monotonic()
+        names = [name for name, _ in self.encoder.outputs()]
+        self.summary.tokens = {name: writer.tokens for name, writer in zip(names, self.writers, strict=True)}
+        for name, tokens in self.summary.tokens.items():
+            if tokens == 0:
+                why = f"{self.summary.documents} documents were read, none has text for {name}"
+                raise DataError("the corpus is empty", where=self.prefix, why=why)
+        self._commit(place, complete=True)
 
-def _in_batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
-    batch: list[Row] = []
-    size = 0
-    for row in rows:
-        batch.append(row)
-        size += len(row.data)
-        if len(batch) >= _BATCH_ROWS or size >= _BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+    def _add(self, rows: Sequence[Row], encoded: Encoded) -> None:
+        for row, documents in zip(rows, encoded, strict=True):
+            self.summary.documents += 1
+            self.summary.bytes += len(row)
+            if isinstance(documents, BadRow):
+                self._set_aside(row, documents)
+                continue
+            self.summary.empty += all(tokens is None or len(tokens) == 0 for tokens in documents)
+            for writer, tokens in zip(self.writers, documents, strict=True):
+                writer.add(tokens)
 
+    def _set_aside(self, row: Row, bad: BadRow) -> None:
+        self.summary.bad += 1
+        limit = self.options.bad_row_limit
+        if self.summary.bad > limit:
+            error = bad.error()
+            counted = f" (bad row {self.summary.bad}, {limit} are allowed)" if limit else ""
+            hint = f"{error.hint}; or set bad rows aside: --bad-row-limit N" if error.hint else "--bad-row-limit N"
+            raise DataError(error.what + counted, where=error.where, why=error.why, hint=hint)
+        data = row.data if row.fields is None else b"\n".join(row.fields)
+        text = data.decode("utf-8", errors="backslashreplace")
+        line = json.dumps({"where": bad.where, "what": bad.what, "why": bad.why, "data": text}).encode() + b"\n"
+        self.bad.write(line)
+        self.bad_bytes += len(line)
 
-def _encode_here(encoder: Encoder, batches: Iterable[list[Row]]) -> Iterator[tuple[list[Row], Encoded]]:
-    for batch in batches:
-        yield batch, encoder.encode(batch)
+    def _commit(self, place: Place, complete: bool) -> None:
+        """Parts first, then the journal that believes in them."""
+        self.bad.commit()
+        journal = {
+            "key": self.key,
+            "place": list(place),
+            "writers": [writer.commit() for writer in self.writers],
+            "bad_bytes": self.bad_bytes,
+            "summary": asdict(self.summary),
+            "complete": complete,
+        }
+        write_json(self.journal_path, journal)
 
+    def _discard(self) -> None:
+        for writer in self.writers:
+            writer.discard()
+        self.bad.path.unlink(missing_ok=True)
+        self.journal_path.unlink(missing_ok=True)
 
-def _encode_in_pool(job: EncodeJob, batches: Iterable[list[Row]], workers: int) -> Iterator[tuple[list[Row], Encoded]]:
-    """The same pairs in the same order; at most four batches per worker are in memory."""
-    # Fresh processes: a fork would copy the locks of the tokenizer library's threads.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(job,))
-    waiting: deque[tuple[list[Row], Future[Encoded]]] = deque()
-    try:
-        for batch in batches:
-            waiting.append((batch, pool.submit(_encode_in_worker, batch)))
-            if len(waiting) >= 4 * workers:
-                done, future = waiting.popleft()
-                yield done, future.result()
-        while waiting:
-            done, future = waiting.popleft()
-            yield done, future.result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-_worker_encoder: Encoder | None = None
-
-
-def _start_worker(job: EncodeJob) -> None:
-    global _worker_encoder
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    _worker_encoder = Encoder(job)
-
-
-def _encode_in_worker(rows: list[Row]) -> Encoded:
-    assert _worker_encoder is not None
-    return _worker_encoder.encode(rows)
-
-
-def _fix_text() -> Callable[[str], str]:
-    try:
-        return importlib.import_module("ftfy").fix_text  # type: ignore[no-any-return]
-    except ImportError:
-        raise DataError("--ftfy needs the package ftfy", why="it is not installed", hint="pip install ftfy") from None
+    def _publish(self) -> None:
+        """Every step may have been done before a kill; the journal goes when all of them are."""
+        for prefix, dtype in self.outputs:
+            publish_pair(prefix, dtype, self.job.cached)
+            name = prefix.removeprefix(f"{self.prefix}_")
+            facts = {"documents": self.summary.documents, "empty": self.summary.empty, "bad_rows": self.summary.bad}
+            facts |= {"tokens": self.summary.tokens[name], "append_eod": self.job.append_eod}
+            write_meta(prefix, describe(self.encoder.tokenizer), **facts)
+            if self.options.checksums:
+                write_checksums(prefix)
+        part = Path(f"{self.bad_path}.part")
+        if part.exists():
+            if self.summary.bad:
+                part.replace(self.bad_path)
+            else:
+                self.bad_path.unlink(missing_ok=True)
+                part.unlink()
+        self.journal_path.unlink(missing_ok=True)
+        for prefix in (self.prefix, *(prefix for prefix, _ in self.outputs)):
+            remove_parts(prefix)

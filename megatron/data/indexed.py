@@ -1,29 +1,21 @@
-"""Reads NeoX's token files (`token_format.py`), so that old corpora keep their worth.
+"""Reads NeoX's token files (`token_format.py`), the legacy format too, so that old corpora keep their worth.
 
-Nothing in a file is believed before it is proved: every number of the table is compared with the other numbers and with the
-lengths of the two files, and no array is larger than the file it came from.
+Opening proves the table (`index_table.py`), the length of the tokens, and what the checksums, if there are any, can tell quickly.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron.data.checksums import check_ends
+from megatron.data.index_table import damaged, read_table
 from megatron.data.indexed_writer import IndexedWriter
-from megatron.data.token_format import (
-    BLOCK,
-    DTYPES,
-    HEADER,
-    LEGACY_MAGIC,
-    MAGIC,
-    VERSION,
-    data_file,
-    dtype_for_vocab,
-    index_file,
-)
+from megatron.data.token_format import BLOCK, data_file, dtype_for_vocab, index_file
 from megatron.errors import DataError
 
 __all__ = ["IndexedDataset", "IndexedWriter", "dtype_for_vocab"]
@@ -49,6 +41,7 @@ class IndexedDataset:
         offsets: i64 [N], first byte of each sequence in `.bin`.
         doc_idx: i64 [D], sequences before each document border.
         dtype: type of a token on disk.
+        total_tokens: tokens of all sequences.
 
     Raises:
         DataError: a file is missing, cut, too long, of another format, or its numbers contradict each other.
@@ -59,15 +52,11 @@ class IndexedDataset:
         self.bin_path, self.idx_path = data_file(prefix), index_file(prefix)
         _require(self.idx_path, prefix)
         _require(self.bin_path, prefix)
-        self.dtype, count, documents = self._read_header()
-        table = np.memmap(self.idx_path, dtype=np.uint8, mode="r")
-        start = HEADER.size
-        self.sizes: NDArray[np.int32] = np.frombuffer(table, "<i4", count, start)
-        self.offsets: NDArray[np.int64] = np.frombuffer(table, "<i8", count, start + 4 * count)
-        self.doc_idx: NDArray[np.int64] = np.frombuffer(table, "<i8", documents, start + 12 * count)
-        self.total_tokens = self._prove_offsets()
-        self._prove_documents()
+        table = read_table(self.idx_path)
+        self.dtype, self.total_tokens, self.legacy = table.dtype, table.total_tokens, table.legacy
+        self.sizes, self.offsets, self.doc_idx = table.sizes, table.offsets, table.doc_idx
         self._prove_data_length()
+        check_ends(prefix)
         self._tokens: NDArray[Any] = np.memmap(self.bin_path, dtype=self.dtype, mode="r")
 
     def __len__(self) -> int:
@@ -94,9 +83,18 @@ class IndexedDataset:
         first = int(self.offsets[index]) // self.dtype.itemsize + offset
         return self._tokens[first : first + length]
 
+    def blocks(self) -> Iterator[NDArray[Any]]:
+        """All tokens in order, as views of `BLOCK` tokens; reading them once also warms the page cache (`mmap_warmup`)."""
+        for at in range(0, len(self._tokens), BLOCK):
+            yield self._tokens[at : at + BLOCK]
+
+    def document_borders(self) -> NDArray[np.int64]:
+        """i64 [documents + 1]: `doc_idx`, or one document per sequence where NeoX's merge lost it."""
+        return self.doc_idx if len(self.doc_idx) > 1 else np.arange(len(self) + 1, dtype=np.int64)
+
     def max_token(self) -> int:
         """The largest token id; reads the whole `.bin` in blocks."""
-        return max(int(self._tokens[at : at + BLOCK].max()) for at in range(0, len(self._tokens), BLOCK))
+        return max(int(block.max()) for block in self.blocks())
 
     def require_integers(self) -> None:
         """Raise a DataError unless the entries are integers, which is what a token is."""
@@ -133,88 +131,11 @@ class IndexedDataset:
             hint="use the tokenizer the corpus was made with (tokenizer_type, vocab_file), or prepare the corpus again",
         )
 
-    def _damaged(self, what: str, why: str, path: Path | None = None) -> DataError:
-        return DataError(
-            what,
-            where=str(path or self.idx_path),
-            why=why,
-            hint="the file is damaged or only partly copied: copy or prepare it again",
-        )
-
-    def _read_header(self) -> tuple[np.dtype[Any], int, int]:
-        """Token type, N and D, after comparing them with the length of the file, in Python integers that cannot overflow."""
-        length = self.idx_path.stat().st_size
-        with open(self.idx_path, "rb") as handle:
-            head = handle.read(HEADER.size)
-        if head.startswith(LEGACY_MAGIC):
-            raise DataError(
-                "the index has the legacy format (data_impl: cached)",
-                where=str(self.idx_path),
-                why="only the mmap format is read",
-                hint="write the corpus again with tools/datasets/preprocess_data.py --dataset-impl mmap",
-            )
-        if head[: len(MAGIC)] != MAGIC:
-            raise self._damaged("not a token index", f"it starts with {head[: len(MAGIC)]!r}, not {MAGIC!r}")
-        if len(head) < HEADER.size:
-            raise self._damaged("the index is cut", f"{length} bytes, the header alone has {HEADER.size}")
-        _, version, code, count, documents = HEADER.unpack(head)
-        if version != VERSION:
-            raise self._damaged(f"index version {version} is not known", f"only version {VERSION} exists (bytes 9..16)")
-        if code not in DTYPES:
-            raise self._damaged(f"dtype code {code} is not known", f"byte 17 must be one of {sorted(DTYPES)}")
-        expected = HEADER.size + 12 * count + 8 * documents
-        if length != expected:
-            state = "cut" if length < expected else "too long"
-            raise self._damaged(
-                f"the index is {state}: {length} bytes instead of {expected}",
-                f"the header promises {count} sequences and {documents} document borders",
-            )
-        if count == 0:
-            raise DataError("the corpus is empty", where=str(self.idx_path), why="the index lists no sequence")
-        return DTYPES[code], count, documents
-
-    def _prove_offsets(self) -> int:
-        """Total tokens, after proving that the offsets are the running sum of the sizes."""
-        total, item = 0, self.dtype.itemsize
-        for at in range(0, len(self.sizes), BLOCK):
-            sizes = self.sizes[at : at + BLOCK].astype(np.int64)
-            if sizes.min() < 0:
-                wrong = at + int(np.argmax(sizes < 0))
-                raise self._damaged(f"sequence {wrong} has {self.sizes[wrong]} tokens", "a size cannot be negative")
-            ends = np.cumsum(sizes) + total
-            expected = (ends - sizes) * item
-            if not np.array_equal(self.offsets[at : at + BLOCK], expected):
-                wrong = int(np.argmax(self.offsets[at : at + BLOCK] != expected))
-                raise self._damaged(
-                    f"the offset of sequence {at + wrong} is {self.offsets[at + wrong]}",
-                    f"the sizes before it add up to byte {expected[wrong]}",
-                )
-            total = int(ends[-1])
-        return total
-
-    def _prove_documents(self) -> None:
-        """doc_idx starts at 0, never falls, and ends at N (NeoX's own merge leaves it as [0], which is let through)."""
-        borders = self.doc_idx
-        if len(borders) == 0 or borders[0] != 0:
-            raise self._damaged("the document index does not start with 0", f"it has {len(borders)} entries")
-        for at in range(0, len(borders) - 1, BLOCK):
-            piece = borders[at : at + BLOCK + 1]
-            falls = piece[1:] < piece[:-1]
-            if falls.any():
-                raise self._damaged(
-                    f"document border {at + int(np.argmax(falls)) + 1} is lower than the one before", ""
-                )
-        if len(borders) > 1 and borders[-1] != len(self):
-            raise self._damaged(
-                f"the last document border is {borders[-1]}",
-                f"the index lists {len(self)} sequences, they must be equal",
-            )
-
     def _prove_data_length(self) -> None:
         expected, length = self.total_tokens * self.dtype.itemsize, self.bin_path.stat().st_size
         if length != expected:
             state = "cut" if length < expected else "too long"
-            raise self._damaged(
+            raise damaged(
                 f"the token file is {state}: {length} bytes instead of {expected}",
                 f"{self.idx_path.name} promises {self.total_tokens} tokens of {self.dtype.itemsize} bytes",
                 self.bin_path,

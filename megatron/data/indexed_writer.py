@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 from array import array
+from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
 import numpy as np
-from numpy.typing import DTypeLike
+from numpy.typing import DTypeLike, NDArray
 
-from megatron.data.token_format import CODES, HEADER, MAGIC, VERSION, Tokens, data_file, index_file
+from megatron.data.index_table import write_table
+from megatron.data.token_format import CODES, Tokens, data_file, drop_sidecars, index_file
 from megatron.errors import DataError
 from megatron.files import atomic_open, fsync_folder
 
@@ -29,7 +31,7 @@ class IndexedWriter:
     """
 
     def __init__(self, prefix: str | Path, dtype: DTypeLike) -> None:
-        self.bin_path, self.idx_path = data_file(prefix), index_file(prefix)
+        self.prefix, self.bin_path, self.idx_path = str(prefix), data_file(prefix), index_file(prefix)
         self.dtype = np.dtype(dtype).newbyteorder("<")
         if self.dtype not in CODES:
             raise DataError(
@@ -69,20 +71,26 @@ class IndexedWriter:
         self.add_sequence(tokens)
         self.end_document()
 
+    def add_corpus(self, sizes: NDArray[np.int32], borders: NDArray[np.int64], blocks: Iterable[NDArray[Any]]) -> None:
+        """Append another corpus: its sequences, its document borders (from 0) and its tokens, which must fit the type on disk."""
+        base = len(self._sizes)
+        for block in blocks:
+            self._bin.write(block.astype(self.dtype, copy=False).tobytes())
+            self.total_tokens += len(block)
+        self._sizes.frombytes(np.asarray(sizes, dtype=np.int32).tobytes())
+        self._doc_idx.frombytes((np.asarray(borders[1:], dtype=np.int64) + base).tobytes())
+
     def finish(self) -> None:
         """Make the pair durable under its names; a disk that is full is noticed while the old pair is still there."""
         sizes = np.frombuffer(self._sizes, np.int32) if self._sizes else np.zeros(0, np.int32)
-        ends = np.cumsum(sizes, dtype=np.int64)
         # Left in reverse order: `.bin` takes its name first, `.idx` last.
         with atomic_open(self.idx_path) as handle, self._stack:
-            handle.write(HEADER.pack(MAGIC, VERSION, CODES[self.dtype], len(sizes), len(self._doc_idx)))
-            handle.write(sizes.astype("<i4", copy=False).tobytes())
-            handle.write(((ends - sizes) * self.dtype.itemsize).astype("<i8", copy=False).tobytes())
-            handle.write(np.frombuffer(self._doc_idx, np.int64).astype("<i8", copy=False).tobytes())
+            write_table(handle, self.dtype, sizes, np.frombuffer(self._doc_idx, np.int64))
             for file in (handle, self._bin):
                 file.flush()
                 os.fsync(file.fileno())
             self.idx_path.unlink(missing_ok=True)
+            drop_sidecars(self.prefix)
             fsync_folder(self.idx_path.parent)
 
     def __enter__(self) -> Self:

@@ -1,133 +1,154 @@
-"""Finds the text in a user's files: JSON lines, plain text, folders of both. Reading is cheap, so that decoding and parsing can
-happen in the workers; each row carries its file and line, so that an error can name them."""
+"""Finds the text in a user's inputs: JSON lines, plain text, parquet, compressed or not, folders of them, Hugging Face data sets."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from megatron.data.hub import PREFIX, parse, read_hub
+from megatron.data.parquet import read_parquet
+from megatron.data.rows import Place, Row
+from megatron.data.streams import COMPRESSED, open_stream, skip_bytes
 from megatron.errors import DataError
+from megatron.files import sha256_of
 
-SUFFIXES = (".jsonl", ".txt")
 _BOM = b"\xef\xbb\xbf"
+_LINES, _TEXT, _PARQUET = "lines", "text", "parquet"
+_KINDS = {".jsonl": _LINES, ".json": _LINES, ".ndjson": _LINES, ".txt": _TEXT, ".parquet": _PARQUET}
+_LONGEST_ROW = 1 << 30
+READABLE = "jsonl, json, ndjson, txt (each also .gz, .zst), gz and zst (JSON lines), parquet"
 
 
-@dataclass(frozen=True)
-class Row:
-    """One undecoded document.
-
-    Attributes:
-        where: `file` or `file:line`.
-        data: its bytes.
-        is_json: a JSON record, else the text itself.
-    """
-
-    where: str
-    data: bytes
-    is_json: bool
+def kind_of(path: Path) -> str | None:
+    """How a file is read, by its name: lines, text, parquet; None if it is not."""
+    packed = path.suffix in COMPRESSED
+    inner = Path(path.stem).suffix if packed else path.suffix
+    kind = _KINDS.get(inner, _LINES if packed and not inner else None)
+    return None if packed and kind == _PARQUET else kind
 
 
-def expand_inputs(inputs: Sequence[str]) -> list[Path]:
-    """The files behind `inputs`: each a file or a folder, of which all readable files are taken, sorted, recursively.
+def expand_inputs(inputs: Sequence[str]) -> list[str]:
+    """The sources behind `inputs`: files, folders (all readable files in them, sorted, recursively), `hf:` data sets.
 
     Raises:
         DataError: no such path, a folder without readable files, or a kind of file that is not read.
     """
-    files: list[Path] = []
+    sources: list[str] = []
     for name in inputs:
         path = Path(name)
-        if path.is_dir():
-            found = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file())
+        if name.startswith(PREFIX):
+            parse(name)
+            sources.append(name)
+        elif path.is_dir():
+            found = sorted(str(file) for file in path.rglob("*") if kind_of(file) and file.is_file())
             if not found:
-                raise DataError("the folder holds no text", where=name, why=f"no file ends in {' or '.join(SUFFIXES)}")
-            files += found
+                raise DataError("the folder holds no text", where=name, why=f"what is read: {READABLE}")
+            sources += found
         elif not path.is_file():
             raise DataError("the input does not exist", where=name, why="neither a file nor a folder of that name")
-        elif path.suffix not in SUFFIXES:
+        elif kind_of(path) is None:
             raise DataError(
                 f"files of the kind {path.suffix or path.name!r} are not read",
                 where=name,
-                why=f"only {' and '.join(SUFFIXES)} are",
+                why=f"what is read: {READABLE}",
                 hint="unpack or convert the file to JSON lines first",
             )
         else:
-            files.append(path)
-    return files
+            sources.append(name)
+    return sources
 
 
-def read_rows(files: Sequence[Path]) -> Iterator[Row]:
-    """The documents of `files` in order: each line of a `.jsonl` (blank lines passed over), each `.txt` as a whole."""
-    for path in files:
-        try:
-            if path.suffix == ".jsonl":
-                yield from _read_lines(path)
-            else:
-                yield Row(str(path), path.read_bytes(), is_json=False)
-        except OSError as error:
-            raise DataError("the input cannot be read", where=str(path), why=error.strerror) from None
+class RowReader:
+    """The rows of all sources, in order; can start behind any row.
+
+    Args:
+        sources: from `expand_inputs`.
+        keys: the fields wanted, for sources that have columns.
+        start: the place of the last row that is done.
+
+    Attributes:
+        total_bytes: length of all files (data sets count 0).
+    """
+
+    def __init__(self, sources: Sequence[str], keys: Sequence[str] = ("text",), start: Place | None = None) -> None:
+        self.sources, self.keys, self.start = list(sources), list(keys), start or Place()
+        self._lengths = [0 if source.startswith(PREFIX) else Path(source).stat().st_size for source in sources]
+        self.total_bytes = sum(self._lengths)
+        self._done, self._raw = 0, None
+
+    _raw: IO[bytes] | None
+
+    @property
+    def done_bytes(self) -> int:
+        """Bytes of the files read so far, compressed as they are."""
+        raw = self._raw
+        return self._done + (raw.tell() if raw is not None and not raw.closed else 0)
+
+    def identity(self) -> list[list[Any]]:
+        """Name, length and time of change of every source: as long as it is the same, reading can go on at a place."""
+        found: list[list[Any]] = []
+        for source, length in zip(self.sources, self._lengths, strict=True):
+            time = 0 if source.startswith(PREFIX) else Path(source).stat().st_mtime_ns
+            found.append([source, length, time])
+        return found
+
+    def __iter__(self) -> Iterator[Row]:
+        """Each row with the place behind it; a DataError where a file cannot be read."""
+        for number, source in enumerate(self.sources):
+            self._done = sum(self._lengths[:number])
+            start = self.start if self.start.file == number else Place(number)
+            if number >= self.start.file:
+                yield from self._source(source, start)
+        self._done, self._raw = self.total_bytes, None
+
+    def _source(self, source: str, start: Place) -> Iterator[Row]:
+        path = Path(source)
+        if source.startswith(PREFIX):
+            yield from self._columns(read_hub(source, self.keys, start.rows), start)
+        elif kind_of(path) == _PARQUET:
+            yield from self._columns(read_parquet(path, self.keys, start.rows), start)
+        elif kind_of(path) == _LINES:
+            yield from self._lines(path, start)
+        elif start.rows == 0:
+            with open_stream(path) as (stream, self._raw):
+                yield Row(source, stream.read(), False, Place(start.file, 1))
+
+    def _columns(self, rows: Iterator[tuple[str, tuple[bytes, ...]]], start: Place) -> Iterator[Row]:
+        for number, (where, fields) in enumerate(rows, start=start.rows + 1):
+            yield Row(where, b"", False, Place(start.file, number), fields)
+
+    def _lines(self, path: Path, start: Place) -> Iterator[Row]:
+        """Blank lines are passed over; the offset counts every byte."""
+        number, offset = start.rows, start.offset
+        with open_stream(path) as (stream, self._raw):
+            skip_bytes(stream, offset)
+            while line := stream.readline(_LONGEST_ROW):
+                number, offset = number + 1, offset + len(line)
+                if len(line) == _LONGEST_ROW:
+                    raise DataError("the line is too long", where=f"{path}:{number}", why="it has 1 GiB or more")
+                if number == 1:
+                    line = line.removeprefix(_BOM)
+                if line.strip():
+                    yield Row(f"{path}:{number}", line, True, Place(start.file, number, offset))
 
 
-def _read_lines(path: Path) -> Iterator[Row]:
-    with open(path, "rb") as handle:
-        for number, line in enumerate(handle, start=1):
-            if number == 1:
-                line = line.removeprefix(_BOM)
-            if line.strip():
-                yield Row(f"{path}:{number}", line, is_json=True)
-
-
-def row_texts(row: Row, keys: Sequence[str]) -> list[str]:
-    """The text under each key; `""` where it is empty. A list of strings is joined by blank lines.
-
-    A record that is a bare string, and a `.txt` file, are the text of the key `text`.
+def check_sums(sources: Sequence[str], sums: Path) -> None:
+    """Compare the files with a list made by `sha256sum`.
 
     Raises:
-        DataError: not UTF-8, not JSON, a key is missing, or its value is not text; names file and line.
+        DataError: a file is not in the list or differs from it; the list cannot be read.
     """
     try:
-        text = row.data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            "the text is not UTF-8",
-            where=row.where,
-            why=f"byte {error.start} is 0x{row.data[error.start]:02x}",
-            hint="convert it first, for example: iconv -f LATIN1 -t UTF-8",
-        ) from None
-    record = _parse(text, row.where) if row.is_json else text
-    if isinstance(record, str):
-        record = {"text": record}
-    if not isinstance(record, dict):
-        raise DataError("the row is not a record", where=row.where, why=f"it is a JSON {type(record).__name__}")
-    return [_text_of(record, key, row.where) for key in keys]
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise DataError("the row is not JSON", where=where, why=str(error), hint="one JSON record per line") from None
-
-
-def _text_of(record: dict[str, Any], key: str, where: str) -> str:
-    if key not in record:
-        raise DataError(
-            f"the row has no field {key!r}",
-            where=where,
-            why=f"it has {', '.join(sorted(record)) or 'no field'}",
-            hint="name the field with --jsonl-keys",
-        )
-    value = record[key]
-    parts = value if isinstance(value, list) else [value]
-    if not all(isinstance(part, str) for part in parts):
-        raise DataError(f"field {key!r} is not text", where=where, why="it must be a string or a list of strings")
-    text = "\n\n".join(parts)
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"field {key!r} holds half a surrogate pair", where=where, why=f"character {error.start} cannot be UTF-8"
-        ) from None
-    return text
+        pairs = [line.split(maxsplit=1) for line in sums.read_text("utf-8").splitlines() if line.strip()]
+        known = {(sums.parent / name.lstrip("*")).resolve(): digest for digest, name in pairs}
+    except (OSError, ValueError) as error:
+        raise DataError("the list of checksums cannot be read", where=str(sums), why=str(error)) from None
+    for source in sources:
+        if source.startswith(PREFIX):
+            continue
+        digest = known.get(Path(source).resolve())
+        if digest is None:
+            raise DataError("the file is not in the list of checksums", where=source, why=f"the list is {sums}")
+        if digest != sha256_of(source):
+            raise DataError("the file is not the one in the list of checksums", where=source, why=f"the list is {sums}")

@@ -2,6 +2,11 @@
 
 `.bin` holds the tokens one after another. `.idx`, little-endian: 9 bytes magic, u64 version 1, u8 dtype code, u64 N, u64 D,
 i32 sizes[N] (tokens), i64 offsets[N] (bytes into `.bin`), i64 doc_idx[D] (sequences before each document border, from 0).
+
+The legacy format (`data_impl: cached`): 8 bytes magic, u64 version 1, dtype code, bytes per token, N, S, D, then all i64:
+dim_offsets[N + 1], data_offsets[N + 1] (tokens), sizes[S], doc_idx[D].
+
+Beside a pair may lie what NeoX does not know and does not mind: `.meta.json` (which tokenizer made it) and `.sums.json` (checksums).
 """
 
 from __future__ import annotations
@@ -18,6 +23,7 @@ MAGIC = b"MMIDIDX\x00\x00"
 LEGACY_MAGIC = b"TNTIDX\x00\x00"
 VERSION = 1
 HEADER = struct.Struct("<9sQBQQ")
+LEGACY_HEADER = struct.Struct("<8s6Q")
 DTYPES: dict[int, np.dtype[Any]] = {
     code: np.dtype(name).newbyteorder("<")
     for code, name in enumerate(("u1", "i1", "i2", "i4", "i8", "f4", "f8", "u2"), start=1)
@@ -41,3 +47,19 @@ def data_file(prefix: str | Path) -> Path:
 def index_file(prefix: str | Path) -> Path:
     """`PREFIX.idx`."""
     return Path(f"{prefix}.idx")
+
+
+def meta_file(prefix: str | Path) -> Path:
+    """`PREFIX.meta.json`, see `fingerprint.py`."""
+    return Path(f"{prefix}.meta.json")
+
+
+def sums_file(prefix: str | Path) -> Path:
+    """`PREFIX.sums.json`, see `checksums.py`."""
+    return Path(f"{prefix}.sums.json")
+
+
+def drop_sidecars(prefix: str | Path) -> None:
+    """Remove what is said about a pair that is about to be replaced."""
+    for path in (meta_file(prefix), sums_file(prefix)):
+        path.unlink(missing_ok=True)

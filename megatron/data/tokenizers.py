@@ -1,72 +1,33 @@
-"""One face for all tokenizers, so that data, generation and export never ask which kind they hold.
+"""The tokenizers a configuration can name; the names are NeoX's `tokenizer_type` values.
 
-The names are NeoX's `tokenizer_type` values. Libraries are imported by the class that needs them. A tokenizer knows its files
-and their fingerprint, because tokens mean nothing without the exact tokenizer that made them.
+Libraries are imported by the class that needs them.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron.data.tiktoken_file import TiktokenTokenizer
+from megatron.data.tokenizer_base import EOD_TEXT, PAD_TEXT, Tokenizer, unreadable
 from megatron.errors import DataError
-from megatron.files import sha256_of
 
-EOD_TEXT = "<|endoftext|>"
-PAD_TEXT = "<|padding|>"
-
-
-class Tokenizer(ABC):
-    """Text to token ids and back.
-
-    Attributes:
-        name: NeoX's `tokenizer_type`.
-    """
-
-    name: str
-
-    def __init__(self, files: Sequence[Path] = ()) -> None:
-        self._files = list(files)
-
-    @property
-    @abstractmethod
-    def vocab_size(self) -> int:
-        """Number of ids, added special tokens included, padding for the hardware not."""
-
-    @property
-    @abstractmethod
-    def eod(self) -> int:
-        """Id that ends a document; a DataError if the tokenizer has none."""
-
-    @property
-    @abstractmethod
-    def pad(self) -> int:
-        """Id to fill short rows with; `eod` where there is no id of its own."""
-
-    @abstractmethod
-    def tokenize(self, text: str) -> list[int]:
-        """Ids of `text`; no end-of-document is added."""
-
-    @abstractmethod
-    def detokenize(self, ids: Sequence[int]) -> str:
-        """Text of `ids`, special tokens spelled out where the library can."""
-
-    def tokenize_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`tokenize` for several texts, in order; faster where the library has threads."""
-        return [self.tokenize(text) for text in texts]
-
-    def files(self) -> list[Path]:
-        """The files it was read from, which an export must carry along."""
-        return list(self._files)
-
-    def fingerprint(self) -> str:
-        """SHA-256 (hex) over the kind, the vocabulary size and the content of the files, independent of where they lie."""
-        parts = [self.name, str(self.vocab_size), *(f"{path.name}:{sha256_of(path)}" for path in self._files)]
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+__all__ = [
+    "EOD_TEXT",
+    "NAMES",
+    "PAD_TEXT",
+    "CharLevelTokenizer",
+    "GPT2BPETokenizer",
+    "HFGPT2Tokenizer",
+    "HFTokenizer",
+    "SPMTokenizer",
+    "TiktokenTokenizer",
+    "Tokenizer",
+    "build_tokenizer",
+    "padded_vocab_size",
+]
 
 
 class HFTokenizer(Tokenizer):
@@ -80,16 +41,18 @@ class HFTokenizer(Tokenizer):
 
         try:
             self._backend = Backend.from_file(str(vocab_file))
-        except Exception as error:  # noqa: BLE001  the library raises bare Exception
-            raise _unreadable(vocab_file, "a tokenizers JSON", error) from None
+        except Exception as error:  # the library raises bare Exception
+            raise unreadable(vocab_file, "a tokenizers JSON", error) from None
         self._eod_text, self._pad_text = EOD_TEXT, PAD_TEXT
 
     @property
     def vocab_size(self) -> int:
+        """Ids, added special tokens included."""
         return int(self._backend.get_vocab_size(with_added_tokens=True))
 
     @property
     def eod(self) -> int:
+        """Id that ends a document."""
         token = self._backend.token_to_id(self._eod_text)
         if token is None:
             raise DataError(
@@ -102,16 +65,20 @@ class HFTokenizer(Tokenizer):
 
     @property
     def pad(self) -> int:
+        """Id to fill short rows with."""
         token = self._backend.token_to_id(self._pad_text)
         return self.eod if token is None else int(token)
 
     def tokenize(self, text: str) -> list[int]:
+        """Ids of `text`."""
         return list(self._backend.encode(text).ids)
 
     def tokenize_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of several texts, in order, on the threads of the library."""
         return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts))]
 
     def detokenize(self, ids: Sequence[int]) -> str:
+        """Text of `ids`."""
         return str(self._backend.decode(list(ids), skip_special_tokens=False))
 
 
@@ -170,25 +137,30 @@ class SPMTokenizer(Tokenizer):
         try:
             self._backend = SentencePieceProcessor(model_file=str(vocab_file))
         except (OSError, RuntimeError) as error:
-            raise _unreadable(vocab_file, "a SentencePiece model", error) from None
+            raise unreadable(vocab_file, "a SentencePiece model", error) from None
 
     @property
     def vocab_size(self) -> int:
+        """Ids, added special tokens included."""
         return int(self._backend.get_piece_size())
 
     @property
     def eod(self) -> int:
+        """Id that ends a document."""
         return int(self._backend.piece_to_id(EOD_TEXT))
 
     @property
     def pad(self) -> int:
+        """Id to fill short rows with."""
         own = int(self._backend.pad_id())
         return own if own >= 0 else self.eod
 
     def tokenize(self, text: str) -> list[int]:
+        """Ids of `text`."""
         return list(self._backend.encode(text))
 
     def detokenize(self, ids: Sequence[int]) -> str:
+        """Text of `ids`."""
         return str(self._backend.decode([int(i) for i in ids]))
 
 
@@ -201,6 +173,7 @@ class CharLevelTokenizer(Tokenizer):
     pad = 1
 
     def tokenize(self, text: str) -> list[int]:
+        """Ids of `text`."""
         return list(text.encode("utf-8"))
 
     def detokenize(self, ids: Sequence[int]) -> str:
@@ -239,9 +212,7 @@ def build_tokenizer(
     if kind == "hfgpt2tokenizer":
         return HFGPT2Tokenizer(_folder(vocab_file))
     if kind == "tiktokentokenizer":
-        raise DataError(
-            "tokenizer_type: TiktokenTokenizer cannot be read yet", hint="use the same vocabulary as HFTokenizer JSON"
-        )
+        return TiktokenTokenizer(_file(vocab_file, "vocab_file", tokenizer_type))
     raise DataError(f"tokenizer_type {tokenizer_type!r} is unknown", hint=f"one of {', '.join(NAMES)}")
 
 
@@ -271,15 +242,6 @@ def _folder(path: str | Path | None) -> Path:
     return Path(path)
 
 
-def _unreadable(path: Path, kind: str, error: Exception) -> DataError:
-    return DataError(
-        f"the file is not {kind}",
-        where=str(path),
-        why=str(error),
-        hint="vocab_file and tokenizer_type must fit together",
-    )
-
-
 def _gpt2_backend(vocab_file: Path, merge_file: Path) -> Any:
     """Byte-level BPE from GPT-2's files; only `<|endoftext|>` is special, all else in the text is plain text."""
     from tokenizers import AddedToken, decoders, models, pre_tokenizers
@@ -287,8 +249,8 @@ def _gpt2_backend(vocab_file: Path, merge_file: Path) -> Any:
 
     try:
         backend = Backend(models.BPE.from_file(str(vocab_file), str(merge_file)))
-    except Exception as error:  # noqa: BLE001  the library raises bare Exception
-        raise _unreadable(vocab_file, f"a GPT-2 vocabulary that fits {merge_file}", error) from None
+    except Exception as error:  # the library raises bare Exception
+        raise unreadable(vocab_file, f"a GPT-2 vocabulary that fits {merge_file}", error) from None
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     if backend.token_to_id(EOD_TEXT) is not None:
@@ -302,7 +264,7 @@ def _special(settings: Sequence[Path], key: str) -> str | None:
         try:
             value = json.loads(path.read_text("utf-8")).get(key)
         except (ValueError, AttributeError) as error:
-            raise _unreadable(path, "HF tokenizer settings", error) from None
+            raise unreadable(path, "HF tokenizer settings", error) from None
         value = value.get("content") if isinstance(value, dict) else value
         if isinstance(value, str):
             return value

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from megatron.data import corpora
-from megatron.data.corpora import CorpusRequest, prepare, python_sources, train_byte_level_bpe
+from megatron.data.corpora import CorpusRequest, prepare, python_sources
 from megatron.data.indexed import IndexedDataset
 from megatron.data.tokenizers import build_tokenizer
+from megatron.data.train_tokenizer import train_byte_level_bpe
 from megatron.errors import DataError
 
 REPOSITORY = Path(__file__).resolve().parents[2]

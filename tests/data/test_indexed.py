@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import struct
@@ -14,6 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from megatron.data.index_table import write_table
 from megatron.data.indexed import IndexedDataset, IndexedWriter, dtype_for_vocab
 from megatron.errors import DataError
 
@@ -55,9 +57,15 @@ def test_every_preprocessed_golden_file_opens(golden: Path) -> None:
         assert dataset.total_tokens == dataset.bin_path.stat().st_size // dataset.dtype.itemsize
 
 
-def test_legacy_format_is_refused_by_name(golden: Path) -> None:
-    with pytest.raises(DataError, match="legacy"):
-        IndexedDataset(golden / "preprocess/hf_eod_cached_text_document")
+def test_legacy_format_is_read(golden: Path) -> None:
+    legacy = IndexedDataset(golden / "preprocess/hf_eod_cached_text_document")
+    plain = IndexedDataset(golden / "preprocess/hf_eod_i32_text_document")
+    assert legacy.legacy and not plain.legacy and legacy.dtype == plain.dtype
+    assert np.array_equal(legacy.doc_idx, plain.doc_idx) and np.array_equal(legacy.offsets, plain.offsets)
+    assert [legacy.get(i).tolist() for i in range(len(legacy))] == [plain.get(i).tolist() for i in range(len(plain))]
+    written = io.BytesIO()
+    write_table(written, plain.dtype, plain.sizes, plain.doc_idx, legacy=True)
+    assert written.getvalue() == legacy.idx_path.read_bytes()
 
 
 def test_dtype_boundary_is_that_of_neox() -> None:

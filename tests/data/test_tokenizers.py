@@ -102,7 +102,8 @@ def test_mistakes_are_named(golden: Path, tmp_path: Path) -> None:
     folder = golden / "tokenizers"
     for arguments, message in (
         (("NoSuchTokenizer",), "unknown"),
-        (("TiktokenTokenizer", "cl100k_base"), "cannot be read yet"),
+        (("TiktokenTokenizer", "cl100k_base"), "cannot be read"),
+        (("TiktokenTokenizer", wrong), "not a token and its rank"),
         (("HFTokenizer",), "vocab_file"),
         (("HFTokenizer", tmp_path / "absent"), "cannot be read"),
         (("HFTokenizer", tmp_path), "cannot be read"),

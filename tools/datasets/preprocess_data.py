@@ -13,47 +13,69 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from megatron.data.encode import EncodeJob, encode_corpus
+from megatron.data.encode import EncodeJob, EncodeOptions, EncodeSummary, encode_corpus
+from megatron.data.readers import READABLE, check_sums, expand_inputs
 from megatron.data.tokenizers import NAMES
 from megatron.errors import DataError, exit_on_error
 
 
-def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line, NeoX's names and defaults."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", required=True, help="files (.jsonl, .txt) or folders, separated by commas")
-    parser.add_argument("--jsonl-keys", nargs="+", default=["text"], help="fields to read, one output each")
-    parser.add_argument("--num-docs", type=int, help="number of documents if known; shown, nothing else")
-    parser.add_argument("--tokenizer-type", required=True, help=", ".join(NAMES))
-    parser.add_argument("--vocab-file", help="the tokenizer's file, or its folder")
-    parser.add_argument("--merge-file", help="merges of a GPT-2 BPE")
-    parser.add_argument("--append-eod", action="store_true", help="end each document by the end-of-document token")
-    parser.add_argument("--ftfy", action="store_true", help="repair mojibake with ftfy")
-    parser.add_argument("--output-prefix", required=True, help="path of the output without _{key}_document.bin")
-    parser.add_argument("--dataset-impl", default="mmap", help="only mmap is written")
-    parser.add_argument("--workers", type=int, default=1, help="processes that tokenise")
-    parser.add_argument("--log-interval", type=int, default=100, help="documents between lines of progress")
-    return parser.parse_args(arguments)
+def parser() -> argparse.ArgumentParser:
+    """NeoX's flags and defaults, and our own after them."""
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument(
+        "--input", required=True, help=f"files ({READABLE}), folders, hf:NAME?split=train data sets, separated by commas"
+    )
+    made.add_argument("--jsonl-keys", nargs="+", default=["text"], help="fields (or columns) to read, one output each")
+    made.add_argument("--num-docs", type=int, help="number of documents if known; shown, nothing else")
+    made.add_argument("--tokenizer-type", required=True, help=", ".join(NAMES))
+    made.add_argument("--vocab-file", help="the tokenizer's file, or its folder")
+    made.add_argument("--merge-file", help="merges of a GPT-2 BPE")
+    made.add_argument("--append-eod", action="store_true", help="end each document by the end-of-document token")
+    made.add_argument("--ftfy", action="store_true", help="repair mojibake with ftfy")
+    made.add_argument("--output-prefix", required=True, help="path of the output without _{key}_document.bin")
+    made.add_argument("--dataset-impl", default="mmap", choices=["mmap", "cached"], help="cached: NeoX's legacy format")
+    made.add_argument("--workers", type=int, default=1, help="processes that tokenise")
+    made.add_argument("--log-interval", type=int, default=100, help="documents between lines of progress")
+    made.add_argument(
+        "--bad-row-limit", type=int, default=0, help="bad rows to set aside in PREFIX_bad_rows.jsonl before it is an error"
+    )
+    made.add_argument("--input-sums", help="a list made by sha256sum: every input file must be in it and equal")
+    made.add_argument("--no-checksums", action="store_true", help="do not make .sums.json beside the token files")
+    return made
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace, mask_before: tuple[int, ...] = ()) -> EncodeSummary:
     """Encode as asked and say what was written."""
-    if args.dataset_impl != "mmap":
-        raise DataError(f"--dataset-impl {args.dataset_impl} is not written", hint="use --dataset-impl mmap")
-    if args.workers < 1 or args.log_interval < 1:
-        raise DataError("--workers and --log-interval must be at least 1")
+    if args.workers < 1 or args.log_interval < 1 or args.bad_row_limit < 0:
+        raise DataError("--workers and --log-interval must be at least 1, --bad-row-limit at least 0")
     if args.num_docs is not None:
         logging.getLogger(__name__).info("%d documents announced", args.num_docs)
+    inputs = args.input.split(",")
+    if args.input_sums:
+        check_sums(expand_inputs(inputs), Path(args.input_sums))
     job = EncodeJob(
-        args.tokenizer_type, args.vocab_file, args.merge_file, tuple(args.jsonl_keys), args.append_eod, args.ftfy
+        args.tokenizer_type,
+        args.vocab_file,
+        args.merge_file,
+        tuple(args.jsonl_keys),
+        args.append_eod,
+        args.ftfy,
+        mask_before,
+        args.dataset_impl == "cached",
     )
-    done = encode_corpus(job, args.input.split(","), args.output_prefix, args.workers, args.log_interval)
+    options = EncodeOptions(args.workers, args.log_interval, args.bad_row_limit, not args.no_checksums)
+    done = encode_corpus(job, inputs, args.output_prefix, options)
     print(f"{done.documents} documents ({done.empty} without text), {done.bytes} bytes, {done.seconds:.1f} s")
-    for key, tokens in done.tokens.items():
-        print(f"{args.output_prefix}_{key}_document: {tokens} tokens")
+    if done.resumed_at:
+        print(f"the first {done.resumed_at} documents are from an interrupted run")
+    if done.bad:
+        print(f"{done.bad} bad rows were left out: {args.output_prefix}_bad_rows.jsonl")
+    for name, tokens in done.tokens.items():
+        print(f"{args.output_prefix}_{name}: {tokens} tokens")
+    return done
 
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     with exit_on_error():
-        run(parse_args())
+        run(parser().parse_args())

@@ -1,0 +1,132 @@
+"""Which tokenizer made a corpus, stored beside it, because tokens mean nothing without it; and what a run was trained on.
+
+`PREFIX.meta.json` is written with the pair. Training and resuming compare it with the tokenizer of the configuration.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron.data.indexed import IndexedDataset
+from megatron.data.order import CHUNK
+from megatron.data.token_format import data_file, index_file, meta_file
+from megatron.data.tokenizers import Tokenizer
+from megatron.errors import DataError
+from megatron.files import write_json
+
+log = logging.getLogger(__name__)
+
+
+def describe(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What is stored of a tokenizer."""
+    return {
+        "type": tokenizer.name,
+        "vocab_size": tokenizer.vocab_size,
+        "fingerprint": tokenizer.fingerprint(),
+        "files": [path.name for path in tokenizer.files()],
+    }
+
+
+def write_meta(prefix: str | Path, tokenizer: Mapping[str, Any], **more: Any) -> None:
+    """Make `PREFIX.meta.json` for the pair as it is now.
+
+    Args:
+        tokenizer: `describe(tokenizer)`.
+        more: anything else worth keeping, such as the number of documents.
+    """
+    lengths = {path.suffix[1:] + "_bytes": path.stat().st_size for path in (data_file(prefix), index_file(prefix))}
+    write_json(meta_file(prefix), {"format": 1, "tokenizer": dict(tokenizer), **lengths, **more})
+
+
+def read_meta(prefix: str | Path) -> dict[str, Any] | None:
+    """The record beside a pair; None if there is none, or (with a warning) if it speaks of files of other lengths.
+
+    Raises:
+        DataError: the record is damaged.
+    """
+    path = meta_file(prefix)
+    try:
+        meta: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        lengths = [meta["bin_bytes"], meta["idx_bytes"]]
+        str(meta["tokenizer"]["fingerprint"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        hint = "delete it to go without the check, or prepare the corpus again"
+        raise DataError("the record of a corpus is damaged", where=str(path), why=repr(error), hint=hint) from None
+    if lengths != [data_file(prefix).stat().st_size, index_file(prefix).stat().st_size]:
+        log.warning("%s speaks of token files of other lengths and is not used", path)
+        return None
+    return meta
+
+
+def check_fingerprint(data_prefix: str | Path, tokenizer: Tokenizer) -> bool:
+    """Prove that a corpus was made with `tokenizer`; False (and a warning) if nothing is recorded about it.
+
+    Raises:
+        DataError: it was made with another one.
+    """
+    meta = read_meta(data_prefix)
+    if meta is None:
+        log.warning("%s: no record of the tokenizer that made it; it is taken to be the configured one", data_prefix)
+        return False
+    made, mine = meta["tokenizer"], describe(tokenizer)
+    if made["fingerprint"] != mine["fingerprint"]:
+        raise DataError(
+            "the corpus was made with another tokenizer",
+            where=str(data_prefix),
+            why=f"{_name(made)} made it, {_name(mine)} is configured",
+            hint="correct tokenizer_type, vocab_file and merge_file, or prepare the corpus again",
+        )
+    return True
+
+
+def _name(record: Mapping[str, Any]) -> str:
+    files = " + ".join(record.get("files") or ["no file"])
+    return f"{record.get('type')} ({files}, {record.get('vocab_size')} entries, {str(record['fingerprint'])[:12]})"
+
+
+def data_identity(prefixes: Sequence[str | Path], tokenizer: Tokenizer) -> dict[str, Any]:
+    """What a run is trained on, for its checkpoint: the tokenizer and, per corpus, numbers and a digest of the sizes; no paths."""
+    corpora = []
+    for prefix in prefixes:
+        indexed, digest = IndexedDataset(prefix), hashlib.sha256()
+        for at in range(0, len(indexed), CHUNK):
+            digest.update(np.asarray(indexed.sizes[at : at + CHUNK], dtype="<i4").tobytes())
+        corpora.append({"sequences": len(indexed), "tokens": indexed.total_tokens, "sizes_sha256": digest.hexdigest()})
+    return {"tokenizer": describe(tokenizer), "corpora": corpora}
+
+
+def check_identity(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Prove at resume that tokenizer and corpora are those of the checkpoint (they may lie elsewhere).
+
+    Raises:
+        DataError: names what changed.
+    """
+    if saved["tokenizer"]["fingerprint"] != now["tokenizer"]["fingerprint"]:
+        raise DataError(
+            "the checkpoint was trained with another tokenizer",
+            why=f"then {_name(saved['tokenizer'])}, now {_name(now['tokenizer'])}",
+            hint="configure the same tokenizer; to train on with another one start a new run from the weights (finetune: true)",
+        )
+    if saved["corpora"] != now["corpora"]:
+        before, after = saved["corpora"], now["corpora"]
+        wrong = next((i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), min(len(before), len(after)))
+        raise DataError(
+            f"training corpus {wrong} is not the one of the checkpoint",
+            why=f"then {_numbers(before, wrong)}, now {_numbers(after, wrong)}",
+            hint="give the same data, or start a new run from the weights (finetune: true): the cursor means nothing in other data",
+        )
+
+
+def _numbers(corpora: Sequence[Mapping[str, Any]], number: int) -> str:
+    if number >= len(corpora):
+        return "no such corpus"
+    return f"{corpora[number]['sequences']} sequences, {corpora[number]['tokens']} tokens"
