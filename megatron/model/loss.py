@@ -1,20 +1,64 @@
-"""Next-token loss on one device; the vocabulary-parallel form is `parallel/loss.py`."""
+"""Next-token loss on one device; the vocabulary-parallel form is `parallel/loss.py`.
+
+Written out instead of `F.cross_entropy`, which holds three tensors of the size of the logits: this one holds none in the forward
+pass and only the gradient in the backward, and works on a block of rows at a time so that a CPU stays in its cache.
+"""
 
 from __future__ import annotations
 
-import torch.nn.functional as F
+from typing import Any
+
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+_CPU_ROWS = 256
+
+
+def _rows(logits: Tensor) -> int:
+    """Rows per block: a few hundred on a CPU, everything at once on a GPU."""
+    return _CPU_ROWS if logits.device.type == "cpu" else max(1, logits.shape[0])
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+class _WeightedCrossEntropy(torch.autograd.Function):
+    """sum(w * (logsumexp(x) - x[label])) over rows: logits [t, n], labels [t] (in range), weights [t] in fp32 or fp64."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+        sums = torch.cat([_wide(block).logsumexp(-1) for block in logits.split(_rows(logits))])
+        picked = _wide(logits.gather(1, labels.unsqueeze(1)).squeeze(1))
+        ctx.save_for_backward(logits, labels, weights, sums)
+        return ((sums - picked) * weights).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        logits, labels, weights, sums = ctx.saved_tensors
+        scale = weights * upstream
+        gradient = torch.empty_like(logits)
+        size = _rows(logits)
+        for start in range(0, logits.shape[0], size):
+            at = slice(start, start + size)
+            share = (_wide(logits[at]) - sums[at].unsqueeze(1)).exp_()
+            share.scatter_add_(1, labels[at].unsqueeze(1), torch.full_like(share[:, :1], -1.0))
+            gradient[at] = share.mul_(scale[at].unsqueeze(1))
+        return gradient, None, None
 
 
 def token_loss(logits: Tensor, labels: Tensor, loss_mask: Tensor | None = None) -> Tensor:
     """Mean cross entropy over the tokens that count, in fp32 (fp64 for fp64 logits).
 
-    logits [b, s, n], labels [b, s] (-100 = ignored), loss_mask [b, s] of weights or None for all ones.
+    logits [b, s, n], labels [b, s] (-100 = ignored), loss_mask [b, s] of weights or None for all ones. The mean is over the
+    weights; where none counts the loss is 0.
     """
-    n = logits.shape[-1]
-    wide = logits if logits.element_size() == 8 else logits.float()
-    each = F.cross_entropy(wide.reshape(-1, n), labels.reshape(-1), reduction="none", ignore_index=-100)
-    if loss_mask is None:
-        return each.sum() / (labels != -100).sum()
-    weights = loss_mask.reshape(-1).to(each.dtype)
-    return (each * weights).sum() / weights.sum().clamp_min(1e-9)
+    flat = labels.reshape(-1)
+    counts = flat != -100
+    weights = counts.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
+    if loss_mask is not None:
+        weights = weights * loss_mask.reshape(-1).to(weights.dtype)
+    total = _WeightedCrossEntropy.apply(logits.reshape(-1, logits.shape[-1]), flat.masked_fill(~counts, 0), weights)
+    return total / weights.sum().clamp_min(1e-9)
