@@ -11,12 +11,14 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from megatron.data.datasets import BlendedDataset, Dataset, PackedDataset, Sample
+from megatron.data.streaming import StreamDataset
 from megatron.errors import DataError
 
 __all__ = ["Batch", "Batches", "BlendedDataset", "Dataset", "PackedDataset", "cu_seqlens"]
@@ -121,9 +123,15 @@ class Batches:
         """Tokens handed out since the run began, on all ranks, earlier parts of the run included."""
         return self._start_tokens + (self.next_sample - self._start_sample) * self.dataset.seq_length
 
-    def state(self) -> dict[str, int]:
-        """The cursor, for a checkpoint: pass the values as `start_sample` and `start_tokens`, whatever the batch size is then."""
-        return {"next_sample": self.next_sample, "consumed_tokens": self.consumed_tokens}
+    def state(self) -> dict[str, Any]:
+        """The cursor, for a checkpoint: pass the values as `start_sample` and `start_tokens`, whatever the batch size is then.
+
+        Data that are read as a stream add `stream`, which their `open_stream_dataset` takes as `saved`.
+        """
+        state: dict[str, Any] = {"next_sample": self.next_sample, "consumed_tokens": self.consumed_tokens}
+        if isinstance(self.dataset, StreamDataset):
+            state["stream"] = self.dataset.cursor(self.next_sample)
+        return state
 
     def __iter__(self) -> Iterator[Batch]:
         """Micro-batches from the cursor on; the cursor moves as each is handed out."""

@@ -46,17 +46,17 @@ def weights_by_documents(documents: Sequence[int], alpha: float) -> list[float]:
     """NeoX's `weight_by_num_documents`: `p_i ~ (n_i / n) ** alpha`, then `w_i ~ p_i * (1 - n_i / n)`, adding up to 1.
 
     Raises:
-        DataError: a corpus without documents.
+        DataError: there are no documents, or alpha is negative and a corpus has none.
     """
     counts = np.asarray(documents, dtype=np.float64)
-    if len(counts) == 0 or (counts < 1).any():
-        raise DataError(f"corpora of {list(documents)} documents cannot be weighted", why="each needs one at least")
-    if len(counts) == 1:
-        return [1.0]
-    share = counts / counts.sum()
-    scaled = share**alpha
-    unbiased = scaled / scaled.sum() * (1 - share)
-    return [float(weight) for weight in unbiased / unbiased.sum()]
+    with np.errstate(all="ignore"):
+        share = counts / counts.sum()
+        scaled = share**alpha
+        unbiased = scaled / scaled.sum() * (1 - share)
+        weights = [1.0] if len(counts) == 1 else (unbiased / unbiased.sum()).tolist()
+    if len(counts) == 0 or (counts < 0).any() or counts.sum() == 0 or not all(map(math.isfinite, weights)):
+        raise DataError(f"corpora of {list(documents)} documents cannot be weighted by documents (alpha {alpha})")
+    return weights
 
 
 def blend(weights: Sequence[float], size: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:

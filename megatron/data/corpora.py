@@ -151,15 +151,17 @@ def python_sources(root: Path) -> Iterator[Path]:
         yield from (Path(folder, name) for name in sorted(files) if name.endswith(".py"))
 
 
-def _make_pystdlib(prefix: Path, tokenizer_type: str, vocab_file: Path | None, merge_file: Path | None, own: bool) -> dict[str, Any]:
+def _make_pystdlib(
+    prefix: Path, tokenizer_type: str, vocab_file: Path | None, merge_file: Path | None, own: bool
+) -> dict[str, Any]:
     started = time.monotonic()
     root = Path(sysconfig.get_path("stdlib"))
     texts, undecodable = _read_sources(root)
     source = _Texts(texts)
     if own and vocab_file is not None:
         _own_tokenizer(vocab_file, texts, source.identity())
-    files = (None if file is None else str(file) for file in (vocab_file, merge_file))
-    job = EncodeJob(tokenizer_type, *files, append_eod=True)
+    vocabulary, merges = (None if file is None else str(file) for file in (vocab_file, merge_file))
+    job = EncodeJob(tokenizer_type, vocabulary, merges, append_eod=True)
     # One point to go on from every second: the whole takes some ten.
     options = EncodeOptions(log_interval=1000, commit_seconds=1.0)
     done = encode_rows(job, source.behind, str(prefix).removesuffix("_text_document"), options)
