@@ -33,12 +33,13 @@ class OptionInfo:
 
 @dataclass(frozen=True)
 class LayerInfo:
-    """Where a mixer lives: module, class, its names in `attention_config`, its options."""
+    """Where a mixer lives: module, class, its names in `attention_config`, its options, and which of them NeoX's keys set."""
 
     module: str
     class_name: str
     names: tuple[str, ...]
     options: dict[str, OptionInfo]
+    neox_keys: dict[str, str]
 
 
 def nearest(name: str, known: list[str], count: int = 3) -> str:
@@ -64,6 +65,8 @@ def _options(node: ast.ClassDef) -> dict[str, OptionInfo]:
     for item, following in zip(node.body, [*node.body[1:], None], strict=True):
         if not (isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)) or item.target.id in _COMMON:
             continue
+        if ast.unparse(item.annotation).startswith("ClassVar"):
+            continue
         doc = ""
         if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
             doc = " ".join(str(following.value.value).split())
@@ -81,7 +84,8 @@ def _read(path: Path, module: str) -> list[LayerInfo]:
             continue
         assert isinstance(node, ast.ClassDef)
         config = next((c for c in node.body if isinstance(c, ast.ClassDef) and c.name == "Config"), None)
-        found.append(LayerInfo(module, node.name, tuple(names), _options(config) if config else {}))
+        neox_keys = _class_attribute(config, "neox_keys") if config else None
+        found.append(LayerInfo(module, node.name, tuple(names), _options(config) if config else {}, neox_keys or {}))
     return found
 
 

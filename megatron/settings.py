@@ -5,10 +5,10 @@ Used by `assemble.py` alone; one function per part, no behaviour.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from typing import Any
 
+from megatron.config.frozen import thaw
 from megatron.config.schema import RunConfig
 from megatron.data.tokenizers import Tokenizer, build_tokenizer, padded_vocab_size
 from megatron.engine.base import EngineSettings
@@ -18,6 +18,7 @@ from megatron.launch.preflight import RunShape
 from megatron.model.config import ModelConfig
 from megatron.observe.runfolder import RunFolder
 from megatron.observe.sinks import SinkOptions, WandbOptions
+from megatron.registry import layer_info
 from megatron.training.cadence import SaveRule
 from megatron.training.options import FitOptions
 
@@ -41,6 +42,18 @@ def vocabulary_rows(run: RunConfig, tokenizer: Tokenizer) -> int:
     return asked
 
 
+def layer_options(run: RunConfig) -> dict[str, dict[str, Any]]:
+    """Mixer -> its options that differ from its defaults: its own keys, else the NeoX keys that its `Config` names."""
+    found: dict[str, dict[str, Any]] = {}
+    for info in {name: layer_info(name) for name in run.model.layer_types}.values():
+        said = {field: run.get(key) for field, key in info.neox_keys.items() if run.get(key) is not None}
+        said |= thaw(run.layers.get(info.names[0], {}))
+        changed = {field: value for field, value in said.items() if value != info.options[field].default}
+        if changed:
+            found[info.names[0]] = changed
+    return found
+
+
 def model_config(run: RunConfig, rows: int) -> ModelConfig:
     """The model's mathematics out of the run's sections. rows: of the embedding, padding included."""
     m = run.model
@@ -51,7 +64,7 @@ def model_config(run: RunConfig, rows: int) -> ModelConfig:
         num_heads=m.num_attention_heads,
         mlp_width=m.mlp_width,
         layer_types=tuple(m.layer_types),
-        layer_options=json.loads(json.dumps(run.layers)),
+        layer_options=layer_options(run),
         norm=m.norm,
         norm_eps=m.norm_eps,
         mlp="gated" if m.mlp_gated else "plain",

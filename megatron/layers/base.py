@@ -26,7 +26,12 @@ State = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class LayerConfig:
-    """What every mixer is told; the fields that a mixer adds in its nested `Config` become the YAML keys `<name>_<field>`."""
+    """What every mixer is told; the fields that a mixer adds in its nested `Config` become the YAML keys `<name>_<field>`.
+
+    neox_keys: field -> GPT-NeoX key that gives the value where the field's own key is not set (an unset NeoX key gives none).
+    """
+
+    neox_keys: ClassVar[Mapping[str, str]] = {}
 
     hidden_size: int
     num_heads: int
@@ -40,17 +45,24 @@ class Context:
     mask: [b, s], 1 for a token and 0 for padding; None when there is no padding.
     segment_ids: [b, s] integers that grow by one at each document border; None when documents are not told apart.
     backend: which path of `ops/` is asked for: auto | reference | torch | triton | fla.
+    prefix_length: tokens at the start of a sequence that prefix layers (`jrt`) read in both directions; None: as they are set.
+    prefix_mask: [b, s], 0 for filler in front of a prompt as JRT decodes it: prefix layers hide its keys, all others take it
+        for text (`mask` is what hides a token everywhere).
     """
 
     mask: Tensor | None = None
     segment_ids: Tensor | None = None
     backend: str = "auto"
+    prefix_length: int | None = None
+    prefix_mask: Tensor | None = None
 
 
 class Layer(nn.Module):
     """Base of all token mixers.
 
     Class attributes: `names`, the words that select it in `attention_config` (the first is the prefix of its options).
+    `first_head` is the number, in the whole model, of the first head held here; `parallel/tensor.py` sets it. Only a layer
+    whose heads differ by their number (ALiBi's slopes) reads it.
     """
 
     names: ClassVar[tuple[str, ...]] = ()
@@ -59,6 +71,7 @@ class Layer(nn.Module):
     def __init__(self, config: LayerConfig) -> None:
         super().__init__()
         self.config = config
+        self.first_head = 0
         self.split: nn.Module = nn.Identity()
         self.join: nn.Module = nn.Identity()
 
@@ -87,8 +100,7 @@ class Layer(nn.Module):
         """Parameter name -> initialiser role: input | output | zeros | ones | conv; see `model/init.py`."""
         raise NotImplementedError
 
-    @staticmethod
-    def no_decay() -> tuple[str, ...]:
+    def no_decay(self) -> tuple[str, ...]:
         """Parameters that weight decay leaves alone besides biases and norms."""
         return ()
 

@@ -71,7 +71,7 @@ def shard_model(model: nn.Module, specs: Mapping[str, ParamSpec], mesh: Mesh, fp
 
 
 def _set_collectives(model: nn.Module, specs: Mapping[str, ParamSpec], mesh: Mesh, wide: bool) -> None:
-    """Fill every `split`, `join` and `first_row`."""
+    """Fill every `split`, `join`, `first_row` and `first_head`."""
     if mesh.tp_group is None:
         return  # a mesh that only plans: shapes are cut, nothing will be run
     for name, module in list(model.named_modules()):
@@ -81,6 +81,8 @@ def _set_collectives(model: nn.Module, specs: Mapping[str, ParamSpec], mesh: Mes
             module.join = ReduceFromTP(mesh.tp_group, wide)
         if hasattr(module, "first_row"):
             module.first_row = local_slice(specs[f"{name}.weight"], mesh).start
+        if hasattr(module, "first_head"):
+            module.first_head = mesh.tp_rank * module.config.num_heads // mesh.tp
 
 
 def same_on_all_ranks(tensors: Mapping[str, Tensor], mesh: Mesh) -> list[str]:

@@ -5,7 +5,8 @@ A new mixer is covered by its name in the registry; nothing is edited here. `tes
 
 from __future__ import annotations
 
-from typing import Any
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -111,23 +112,46 @@ def test_plan_and_rules_name_every_parameter(layer: Layer) -> None:
     assert set(layer.no_decay()) <= names
 
 
+class Meeting(torch.nn.Module):
+    """Stands in a `join`: the ranks are threads, and each gets the sum of what all bring. Sums are made in rank order."""
+
+    def __init__(self, barrier: threading.Barrier, parts: dict[int, Tensor], rank: int) -> None:
+        super().__init__()
+        self.barrier, self.parts, self.rank = barrier, parts, rank
+
+    def forward(self, y: Tensor) -> Tensor:
+        self.parts[self.rank] = y
+        self.barrier.wait(30)
+        total = torch.stack([self.parts[r] for r in sorted(self.parts)]).sum(0)
+        self.barrier.wait(30)
+        return total
+
+
 @pytest.mark.parametrize("size", [2])
 def test_parts_by_plan_sum_to_the_whole(layer: Layer, size: int) -> None:
-    """Each rank's heads alone, joined by one sum, are the layer: the maths knows nothing of ranks."""
+    """Ranks that hold their own heads and meet where the layer says `join` are the layer: the maths knows nothing of ranks."""
     from megatron.model.init import cut
     from megatron.parallel.plan import slice_of
 
     x = inputs()
     whole, _ = layer(x, Context())
-    total: Any = 0
-    for rank in range(size):
+    barrier, parts = threading.Barrier(size), dict[int, Tensor]()
+
+    def run(rank: int) -> Tensor:
         part = make(layer.names[0])
+        part.first_head = rank * H // size
         for name, p in list(part.named_parameters()):
             owner, _, leaf = name.rpartition(".")
             piece = cut(p.data, slice_of(tuple(p.shape), layer.plan()[name], rank, size))  # type: ignore[arg-type]
             setattr(part.get_submodule(owner), leaf, torch.nn.Parameter(piece))
-        total = total + part(x, Context())[0]
-    assert (total - whole).abs().max() <= TOLERANCE
+        for module in list(part.modules()):
+            if "join" in module._modules:
+                module.join = Meeting(barrier, parts, rank)
+        return part(x, Context())[0]
+
+    with ThreadPoolExecutor(size) as ranks:
+        for y in ranks.map(run, range(size)):
+            assert (y - whole).abs().max() <= TOLERANCE
 
 
 def test_costs(layer: Layer) -> None:

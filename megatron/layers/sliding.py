@@ -1,0 +1,93 @@
+"""Softmax attention over a short window: Based's local layer (arXiv 2402.18668), and a baseline of its own.
+
+A token sees itself and the `window` tokens before it. Rotary positions over the whole head, no biases: the form of the released
+Based models, whose `window_size` counts both sides and is halved when it is read (256 there is 128 here: 129 keys).
+Its state is the window: constant however long the text is. `layers/softmax.py` has the general layer; this one stands alone
+because the text of a mixer's file goes into exported folders without its neighbours.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from megatron.layers.base import Context, Layer, LayerConfig, State
+from megatron.ops.attention import Rule
+from megatron.ops.attention_cache import Mixing, empty_cache, mix
+from megatron.ops.rotary import rotary_width
+
+
+class SlidingAttention(Layer):
+    """Causal attention with a window, rotary positions and no biases."""
+
+    names: ClassVar[tuple[str, ...]] = ("sliding",)
+
+    @dataclass(frozen=True)
+    class Config(LayerConfig):
+        """Options of a sliding-window layer."""
+
+        neox_keys: ClassVar[Mapping[str, str]] = {
+            "window": "sliding_window_width",
+            "rotary_base": "rotary_emb_base",
+            "dropout": "attention_dropout",
+        }
+
+        window: int = 128
+        """Previous tokens that a token sees beside itself."""
+        rotary_fraction: float = 1.0
+        """Share of each head that is rotated; 0 for no positions at all."""
+        rotary_base: float = 10000.0
+        """Base of the rotary frequencies."""
+        dropout: float = 0.0
+        """Dropout on attention weights in training."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        d, h = config.hidden_size, config.num_heads
+        if d % h or config.window < 1:
+            raise ValueError(f"sliding needs hidden_size {d} divisible by {h} heads and window {config.window} above 0")
+        self.options = config
+        self.head_dim = d // h
+        self.rotary = rotary_width(self.head_dim, config.rotary_fraction) if config.rotary_fraction else 0
+        self.q_proj = nn.Linear(d, d, bias=False)
+        self.k_proj = nn.Linear(d, d, bias=False)
+        self.v_proj = nn.Linear(d, d, bias=False)
+        self.out_proj = nn.Linear(d, d, bias=False)
+
+    def forward(self, x: Tensor, ctx: Context, state: State | None = None) -> tuple[Tensor, State | None]:
+        """`x [b, s, d]` -> `y [b, s, d]`; see `Layer.forward`."""
+        u, o = self.split(x), self.options
+        q, k, v = (p(u).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        rule = Rule(1 / math.sqrt(self.head_dim), o.window, dropout=o.dropout if self.training else 0.0)
+        how = Mixing(rule, self.rotary, o.rotary_base)
+        y, state = mix(q, k, v, how, state, ctx.mask, ctx.segment_ids, ctx.backend)
+        return self.join(self.out_proj(y.flatten(-2))), state
+
+    def step(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
+        """`x [b, d]` -> `y [b, d]`: one query over the window; see `Layer.step`."""
+        y, after = self.forward(x.unsqueeze(1), Context(backend=ctx.backend), state)
+        assert after is not None
+        return y.squeeze(1), after
+
+    def init_state(self, batch: int, dtype: torch.dtype, device: torch.device | str) -> State:
+        """An empty window: see `ops/attention_cache.py`."""
+        groups = self.k_proj.weight.shape[0] // self.head_dim
+        return empty_cache(batch, groups, self.head_dim, self.options.window, dtype, device)
+
+    def plan(self) -> Mapping[str, str]:
+        """By head."""
+        return {f"{p}.weight": "column" for p in ("q_proj", "k_proj", "v_proj")} | {"out_proj.weight": "row"}
+
+    def init_rules(self) -> Mapping[str, str]:
+        """Input matrices, and the output matrix smaller by depth (Based's own rule)."""
+        return {f"{p}.weight": "input" for p in ("q_proj", "k_proj", "v_proj")} | {"out_proj.weight": "output"}
+
+    def flops(self, seq_length: int) -> float:
+        """Projections 8 d^2, and two products with the keys in sight."""
+        d, w = self.options.hidden_size, min(self.options.window, seq_length - 1)
+        return 8.0 * d * d + 4.0 * d * (w + 1) * (1 - w / (2 * seq_length))

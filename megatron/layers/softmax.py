@@ -1,0 +1,190 @@
+"""Softmax attention: GPT-NeoX's `global` and `flash` layers, and `alibi`, which has linear biases whatever `pos_emb` says.
+
+Multi-head or grouped-query, causal, with rotary positions (GPT-NeoX, Pythia, Llama), ALiBi (arXiv 2108.12409: train short, test
+long) or none of its own (learned ones are added to the embedding). It is the baseline of every comparison and can stand beside
+linear layers in one `attention_config`. What GPT-NeoX's flat keys say reaches a layer through `Config.neox_keys`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron.layers.base import Context, Layer, LayerConfig, State
+from megatron.ops.attention import Rule, alibi_slopes
+from megatron.ops.attention_cache import Mixing, empty_cache, mix
+from megatron.ops.rotary import rotary_width
+
+
+class SoftmaxAttention(Layer):
+    """Causal attention over all earlier tokens, or over the last `window` of them.
+
+    Biases of the projections into heads are added per head, that of the output once, after the ranks' parts have met.
+    """
+
+    names: ClassVar[tuple[str, ...]] = ("global", "flash")
+
+    @dataclass(frozen=True)
+    class Config(LayerConfig):
+        """Options of a softmax layer; those in `neox_keys` follow GPT-NeoX's keys unless they are set themselves."""
+
+        neox_keys: ClassVar[Mapping[str, str]] = {
+            "positions": "pos_emb",
+            "kv_heads": "num_kv_heads",
+            "window": "sliding_window_width",
+            "rotary_fraction": "rotary_pct",
+            "rotary_base": "rotary_emb_base",
+            "bias": "use_bias_in_attn_linear",
+            "qk_norm": "use_qk_layernorm",
+            "dropout": "attention_dropout",
+        }
+
+        positions: str = "none"
+        """rotary, alibi, none, or learned (which the embedding adds: the layer itself then has none)."""
+        kv_heads: int | None = None
+        """Heads of keys and values, a divisor of the query heads; unset: as many as those."""
+        window: int | None = None
+        """Previous tokens that a token sees beside itself; unset: all."""
+        rotary_fraction: float = 1.0
+        """Share of each head that is rotated."""
+        rotary_base: float = 10000.0
+        """Base of the rotary frequencies."""
+        bias: bool = False
+        """Biases of all four projections."""
+        qk_norm: bool = False
+        """A LayerNorm with gain over the width of each head of queries and keys, before the rotation."""
+        dropout: float = 0.0
+        """Dropout on attention weights in training."""
+        bias_max: float = 8.0
+        """ALiBi: the steepest slopes end at 2 to the minus this."""
+        train_length: int | None = None
+        """ALiBi: beyond this length slopes shrink by train_length / length (position interpolation); unset: never."""
+        slope_factor: float = 1.0
+        """ALiBi: all slopes are divided by this (position interpolation by a fixed factor)."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        d, h = config.hidden_size, config.num_heads
+        groups = config.kv_heads or h
+        if d % h or h % groups:
+            raise ValueError(f"attention needs hidden_size {d} divisible by {h} heads, and heads by kv_heads {groups}")
+        if config.positions not in ("rotary", "alibi", "none", "learned"):
+            raise ValueError(f"positions are rotary, alibi, learned or none, got {config.positions!r}")
+        self.options = config
+        self.head_dim = d // h
+        self.rotary = rotary_width(self.head_dim, config.rotary_fraction) if config.positions == "rotary" else 0
+        self.q_proj = nn.Linear(d, d, bias=config.bias)
+        self.k_proj = nn.Linear(d, groups * self.head_dim, bias=config.bias)
+        self.v_proj = nn.Linear(d, groups * self.head_dim, bias=config.bias)
+        self.out_proj = nn.Linear(d, d, bias=config.bias)
+        self.q_norm = nn.Parameter(torch.ones(h, self.head_dim)) if config.qk_norm else None
+        self.k_norm = nn.Parameter(torch.ones(groups, self.head_dim)) if config.qk_norm else None
+
+    def slopes(self, device: torch.device | str) -> Tensor | None:
+        """ALiBi's slopes [h] of the heads held here, fp32 constants out of the whole model's list; None without ALiBi."""
+        if self.options.positions != "alibi":
+            return None
+        held = self.q_proj.weight.shape[0] // self.head_dim
+        every = alibi_slopes(self.options.num_heads, self.options.bias_max)[self.first_head : self.first_head + held]
+        return torch.tensor([m / self.options.slope_factor for m in every], dtype=torch.float32, device=device)
+
+    def _how(self, x: Tensor) -> Mixing:
+        o = self.options
+        slopes = self.slopes(x.device)
+        if slopes is not None and x.dtype == torch.float64:
+            slopes = slopes.double()
+        rule = Rule(1 / math.sqrt(self.head_dim), o.window, slopes, o.dropout if self.training else 0.0)
+        return Mixing(rule, self.rotary, o.rotary_base, o.train_length)
+
+    def _heads(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q [b, s, h, k], k and v [b, s, g, k] of u [b, s, d]."""
+        q, k, v = (p(u).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        if self.q_norm is not None and self.k_norm is not None:
+            q = F.layer_norm(q, (self.head_dim,)) * self.q_norm
+            k = F.layer_norm(k, (self.head_dim,)) * self.k_norm
+        return q, k, v
+
+    def forward(self, x: Tensor, ctx: Context, state: State | None = None) -> tuple[Tensor, State | None]:
+        """`x [b, s, d]` -> `y [b, s, d]`; see `Layer.forward`."""
+        q, k, v = self._heads(self.split(x))
+        y, state = mix(q, k, v, self._how(x), state, ctx.mask, ctx.segment_ids, ctx.backend)
+        y = self.join(F.linear(y.flatten(-2), self.out_proj.weight))
+        return y if self.out_proj.bias is None else y + self.out_proj.bias, state
+
+    def step(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
+        """`x [b, d]` -> `y [b, d]`: one query over everything remembered; see `Layer.step`."""
+        y, after = self.forward(x.unsqueeze(1), Context(backend=ctx.backend), state)
+        assert after is not None
+        return y.squeeze(1), after
+
+    def init_state(self, batch: int, dtype: torch.dtype, device: torch.device | str) -> State:
+        """No keys and values yet: see `ops/attention_cache.py`; constant in size with a window, growing without."""
+        groups = self.k_proj.weight.shape[0] // self.head_dim
+        return empty_cache(batch, groups, self.head_dim, self.options.window, dtype, device)
+
+    def plan(self) -> Mapping[str, str]:
+        """By head."""
+        cuts = {"out_proj.weight": "row", "out_proj.bias": "replicated", "q_norm": "heads", "k_norm": "heads"}
+        return {name: cuts.get(name, "column") for name, _ in self.named_parameters()}
+
+    def init_rules(self) -> Mapping[str, str]:
+        """GPT-NeoX's: input and output matrices by their init methods, biases 0, gains 1."""
+        rules = {"out_proj.weight": "output", "q_norm": "ones", "k_norm": "ones"}
+        default = {name: "zeros" if name.endswith("bias") else "input" for name, _ in self.named_parameters()}
+        return {name: rules.get(name, role) for name, role in default.items()}
+
+    def no_decay(self) -> tuple[str, ...]:
+        """The gains of the QK norm."""
+        return () if self.q_norm is None else ("q_norm", "k_norm")
+
+    def flops(self, seq_length: int) -> float:
+        """Projections, and two products with the keys in sight: half the sequence on average, or the window."""
+        d, kv = self.options.hidden_size, (self.options.kv_heads or self.options.num_heads) * self.head_dim
+        w = self.options.window
+        sight = (seq_length + 1) / 2
+        if w is not None and w + 1 < seq_length:
+            sight = (w + 1) * (1 - w / (2 * seq_length))
+        return 4.0 * d * d + 4.0 * d * kv + 4.0 * d * sight
+
+
+class AlibiAttention(SoftmaxAttention):
+    """Softmax attention with linear biases, whatever `pos_emb` says."""
+
+    names: ClassVar[tuple[str, ...]] = ("alibi",)
+
+    @dataclass(frozen=True)
+    class Config(SoftmaxAttention.Config):
+        """Options of an ALiBi layer."""
+
+        neox_keys: ClassVar[Mapping[str, str]] = {
+            "kv_heads": "num_kv_heads",
+            "window": "sliding_window_width",
+            "bias": "use_bias_in_attn_linear",
+            "qk_norm": "use_qk_layernorm",
+            "dropout": "attention_dropout",
+        }
+
+        positions: str = "alibi"
+        """Always alibi."""
+        kv_heads: int | None = None
+        """Heads of keys and values, a divisor of the query heads; unset: as many as those."""
+        window: int | None = None
+        """Previous tokens that a token sees beside itself; unset: all."""
+        bias: bool = False
+        """Biases of all four projections."""
+        qk_norm: bool = False
+        """A LayerNorm with gain over the width of each head of queries and keys."""
+        dropout: float = 0.0
+        """Dropout on attention weights in training."""
+        bias_max: float = 8.0
+        """The steepest slopes end at 2 to the minus this."""
+        train_length: int | None = None
+        """Beyond this length slopes shrink by train_length / length (position interpolation); unset: never."""
+        slope_factor: float = 1.0
+        """All slopes are divided by this (position interpolation by a fixed factor)."""
