@@ -25,27 +25,33 @@ def _wide(x: Tensor) -> Tensor:
 
 
 class _WeightedCrossEntropy(torch.autograd.Function):
-    """sum(w * (logsumexp(x) - x[label])) over rows: logits [t, n], labels [t] (in range), weights [t] in fp32 or fp64."""
+    """sum(w * -log softmax(x)[label]) over rows: logits [t, n], labels [t] (in range), weights [t] in fp32 or fp64.
+
+    The maximum and the sum of exponentials are kept apart: their logarithm together would round away digits of large logits.
+    """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-        sums = torch.cat([_wide(block).logsumexp(-1) for block in logits.split(_rows(logits))])
-        picked = _wide(logits.gather(1, labels.unsqueeze(1)).squeeze(1))
-        ctx.save_for_backward(logits, labels, weights, sums)
-        return ((sums - picked) * weights).sum()
+        size = _rows(logits)
+        peak = _wide(logits.amax(-1, keepdim=True))
+        parts = zip(logits.split(size), peak.split(size), strict=True)
+        total = torch.cat([(_wide(block) - top).exp_().sum(-1, keepdim=True) for block, top in parts])
+        picked = _wide(logits.gather(1, labels.unsqueeze(1)))
+        ctx.save_for_backward(logits, labels, weights, peak, total)
+        return ((total.log() + (peak - picked)).squeeze(1) * weights).sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> Any:
-        logits, labels, weights, sums = ctx.saved_tensors
-        scale = weights * upstream
+        logits, labels, weights, peak, total = ctx.saved_tensors
+        scale = (weights * upstream).unsqueeze(1)
         gradient = torch.empty_like(logits)
         size = _rows(logits)
         for start in range(0, logits.shape[0], size):
             at = slice(start, start + size)
-            share = (_wide(logits[at]) - sums[at].unsqueeze(1)).exp_()
-            share.scatter_add_(1, labels[at].unsqueeze(1), torch.full_like(share[:, :1], -1.0))
-            gradient[at] = share.mul_(scale[at].unsqueeze(1))
+            share = (_wide(logits[at]) - peak[at]).exp_().mul_(scale[at] / total[at])
+            share.scatter_add_(1, labels[at].unsqueeze(1), -scale[at])
+            gradient[at] = share
         return gradient, None, None
 
 
