@@ -42,7 +42,7 @@ def samples_per_dataset(weights: Sequence[float], num_samples: int) -> list[int]
     return [math.ceil(num_samples * float(weight) * _MARGIN) for weight in normalise(weights)]
 
 
-def weights_by_documents(documents: Sequence[int], alpha: float) -> list[float]:
+def weights_by_documents(documents: Sequence[int], alpha: float = 0.3) -> list[float]:
     """NeoX's `weight_by_num_documents`: `p_i ~ (n_i / n) ** alpha`, then `w_i ~ p_i * (1 - n_i / n)`, adding up to 1.
 
     Raises:

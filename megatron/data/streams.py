@@ -70,6 +70,8 @@ def open_stream(path: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
     """
     try:
         with open(path, "rb") as raw:
+            if path.suffix in COMPRESSED and path.stat().st_size == 0:
+                raise DataError("the file is empty", where=str(path), why="even nothing has a header when it is compressed")
             if path.suffix == ".gz":
                 with gzip.open(raw) as stream:
                     yield stream, raw  # type: ignore[misc]  # gzip's class is not an IO[bytes] to the type checker

@@ -23,11 +23,12 @@ def test_weights_by_documents(golden_json: Callable[[str], Any]) -> None:
     rows = golden_json("blend/weights_by_num_docs.json")
     assert len(rows) > 20
     for row in rows:
-        if "error" in row or not all(np.isfinite(row["weights"])):  # NeoX goes on with NaN
+        alpha = [] if isinstance(row["alpha"], str) else [row["alpha"]]  # one row holds the default
+        if "error" in row:
             with pytest.raises(DataError):
-                weights_by_documents(row["num_docs"], row["alpha"])
+                weights_by_documents(row["num_docs"], *alpha)
             continue
-        assert weights_by_documents(row["num_docs"], row["alpha"]) == pytest.approx(row["weights"], rel=1e-14, abs=0)
+        assert weights_by_documents(row["num_docs"], *alpha) == pytest.approx(row["weights"], rel=1e-14, abs=0)
     with pytest.raises(DataError):
         weights_by_documents([3, 0], -1.0)
 
