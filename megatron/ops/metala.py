@@ -37,14 +37,19 @@ def wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def decay_and_key(z: Tensor, gate_round: str = "none") -> tuple[Tensor, Tensor]:
-    """Log decay l and key 1 - exp(l) from gate logits, in fp32 (or fp64)."""
+def decay_and_key(z: Tensor, gate_round: str = "none", mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Log decay l and key 1 - exp(l) from gate logits `z [b, s, h, k]`, in fp32 (or fp64); both 0 where `mask [b, s]` is."""
     if gate_round == "none":
         log_decay = F.logsigmoid(wide(z)) / TAU
-        return log_decay, -torch.expm1(log_decay)
-    half = _ROUND[gate_round]
-    log_decay = F.logsigmoid(z.to(half)) / TAU
-    return wide(log_decay), wide(1 - torch.exp(log_decay))
+        key = -torch.expm1(log_decay)
+    else:
+        half = _ROUND[gate_round]
+        rounded = F.logsigmoid(z.to(half)) / TAU
+        log_decay, key = wide(rounded), wide(1 - torch.exp(rounded))
+    if mask is None:
+        return log_decay, key
+    keep = mask[..., None, None].to(key.dtype)
+    return log_decay * keep, key * keep
 
 
 def _finish(o: Tensor, q: Tensor, key: Tensor, v: Tensor, g: Tensor, w: Tensor) -> Tensor:
@@ -68,10 +73,7 @@ def metala_reference(
     gate_round: str,
 ) -> tuple[Tensor, Tensor]:
     """The formulas above, token by token."""
-    log_decay, key = decay_and_key(z, gate_round)
-    if mask is not None:
-        keep = mask[..., None, None].to(key.dtype)
-        log_decay, key = log_decay * keep, key * keep
+    log_decay, key = decay_and_key(z, gate_round, mask)
     qw, vw, ww = wide(q), wide(v), wide(w)
     o, final = scan_recurrent(qw, key, vw, log_decay, scale=q.shape[-1] ** -0.5, state=state, segment_ids=segment_ids)
     return _finish(o, qw, key, vw, g, ww).to(v.dtype), final
@@ -233,10 +235,7 @@ def metala_torch(
     """Chunked torch path. Masks and rounding, used in scoring, go through the pieces under autograd."""
     if mask is None and gate_round == "none":
         return _MetaLA.apply(q, z, v, g, w, state, segment_ids)
-    log_decay, key = decay_and_key(z, gate_round)
-    if mask is not None:
-        keep = mask[..., None, None].to(key.dtype)
-        log_decay, key = log_decay * keep, key * keep
+    log_decay, key = decay_and_key(z, gate_round, mask)
     qw, vw = wide(q), wide(v)
     o, final = scan_chunked(qw, key, vw, log_decay, scale=q.shape[-1] ** -0.5, state=state, segment_ids=segment_ids)
     return _finish(o, qw, key, vw, g, wide(w)).to(v.dtype), final
