@@ -71,7 +71,7 @@ def _check(path: Path, entry: dict[str, Any], block: int, numbers: list[int] | N
     with open(path, "rb") as handle:
         for number in range(len(entry["sha256"])) if numbers is None else numbers:
             handle.seek(number * block)
-            if hashlib.sha256(handle.read(block)).hexdigest() != entry["sha256"][number]:
+            if hashlib.sha256(handle.read(min(block, length))).hexdigest() != entry["sha256"][number]:
                 end = min((number + 1) * block, length)
                 raise _differs(path, f"bytes {number * block}..{end - 1} (block {number}) are not those that were written")
 

@@ -1,98 +1,75 @@
-"""Reads columns of text from parquet files, and does not trust them: what the library would choke on is an error with a place."""
+"""Rows of a parquet file, read by a process of its own (`parquet_child.py`): damage that kills the library is an error here."""
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO
 
+from megatron.data.parquet_child import BATCH, END, ERROR, Fields
 from megatron.errors import DataError
 
-_ROWS = 256
+_ROOT = Path(__file__).resolve().parents[2]
 
 
-def read_parquet(path: Path, keys: Sequence[str], skip: int = 0) -> Iterator[tuple[str, tuple[bytes, ...]]]:
-    """(`file:row`, the text of each key as bytes) for the rows from number `skip` on; null is empty, lists are joined by blank lines.
+def read_parquet(path: Path, keys: Sequence[str], skip: int = 0) -> Iterator[tuple[str, Fields]]:
+    """(`file:row`, the text of each key as bytes) for the rows from number `skip` on; null is empty, lists are joined.
 
     Raises:
         DataError: pyarrow is missing, a column is missing or holds no text, or the file is damaged.
     """
-    try:
-        import pyarrow as pa
-    except ImportError:
-        hint = "pip install pyarrow (requirements: the extra `datasets`)"
-        raise DataError("reading parquet needs the package pyarrow", where=str(path), hint=hint) from None
-    at = 0
-    try:
-        file = _open(path)
-        _check_columns(path, file.schema_arrow, keys)
-        for group in range(file.metadata.num_row_groups):
-            rows = file.metadata.row_group(group).num_rows
-            if at + rows <= skip:
-                at += rows
-                continue
-            for batch in file.iter_batches(_ROWS, row_groups=[group], columns=list(keys)):
-                batch.validate(full=False)
-                yield from _rows(path, batch, keys, at, skip)
-                at += batch.num_rows
-        if at != file.metadata.num_rows:
-            raise _damaged(path, f"{at} rows were found and {file.metadata.num_rows} promised")
-    except (pa.ArrowException, OSError, ValueError, KeyError, OverflowError, MemoryError) as error:
-        raise _damaged(path, f"behind row {at}: {error}" if at else str(error)) from None
+    command = [sys.executable, "-m", "megatron.data.parquet_child", str(path), str(skip), *keys]
+    places = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": places}
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        row = skip
+        try:
+            while (kind := process.stdout.read(1)) == BATCH:
+                for fields in _batch(process.stdout, len(keys)):
+                    yield f"{path}:row {row}", fields
+                    row += 1
+            if kind == ERROR:
+                raise DataError(**json.loads(_exactly(process.stdout, *struct.unpack("<I", _exactly(process.stdout, 4)))))
+            if kind != END:
+                raise EOFError
+        except (EOFError, ValueError, struct.error):
+            process.kill()
+            said = process.stderr.read().decode(errors="replace").strip().splitlines()[-1:]
+            raise _died(path, row, process.wait(), *said) from None
+        finally:
+            process.kill()
 
 
-def _open(path: Path) -> Any:
-    """The file, after comparing what its footer promises with its length."""
-    import pyarrow.parquet as pq
-
-    length = path.stat().st_size
-    limits = {"thrift_string_size_limit": max(length, 1024), "thrift_container_size_limit": max(length, 1024)}
-    file = pq.ParquetFile(path, page_checksum_verification=True, memory_map=False, pre_buffer=False, **limits)
-    for group in range(file.metadata.num_row_groups):
-        for column in range(file.metadata.num_columns):
-            chunk = file.metadata.row_group(group).column(column)
-            first = chunk.data_page_offset if chunk.dictionary_page_offset is None else chunk.dictionary_page_offset
-            if first < 0 or chunk.total_compressed_size < 0 or first + chunk.total_compressed_size > length:
-                raise _damaged(path, f"column {column} of row group {group} lies outside the file")
-    return file
+def _batch(stream: IO[bytes], keys: int) -> list[Fields]:
+    (rows,) = struct.unpack("<I", _exactly(stream, 4))
+    lengths = struct.unpack(f"<{rows * keys}I", _exactly(stream, 4 * rows * keys))
+    data, fields, at = _exactly(stream, sum(lengths)), [], 0
+    for length in lengths:
+        fields.append(data[at : at + length])
+        at += length
+    return [tuple(fields[i : i + keys]) for i in range(0, len(fields), keys)]
 
 
-def _check_columns(path: Path, schema: Any, keys: Sequence[str]) -> None:
-    import pyarrow.types as kinds
-
-    for key in keys:
-        if schema.get_field_index(key) < 0:
-            raise DataError(
-                f"the file has no column {key!r}",
-                where=str(path),
-                why=f"it has {', '.join(schema.names)}",
-                hint="name the column with --jsonl-keys",
-            )
-        kind = schema.field(key).type
-        inner = kind.value_type if kinds.is_list(kind) or kinds.is_large_list(kind) else kind
-        if not (kinds.is_string(inner) or kinds.is_large_string(inner) or kinds.is_null(inner)):
-            raise DataError(f"column {key!r} is not text", where=str(path), why=f"it is {kind}")
+def _exactly(stream: IO[bytes], count: int) -> bytes:
+    data = stream.read(count)
+    if len(data) != count:
+        raise EOFError
+    return data
 
 
-def _rows(path: Path, batch: Any, keys: Sequence[str], at: int, skip: int) -> Iterator[tuple[str, tuple[bytes, ...]]]:
-    columns = [_as_bytes(batch.column(key)) for key in keys]
-    for number, fields in enumerate(zip(*columns, strict=True), start=at):
-        if number >= skip:
-            yield f"{path}:row {number}", fields
-
-
-def _as_bytes(column: Any) -> list[bytes]:
-    """The values undecoded: text that is not UTF-8 is then the fault of one row, not of the batch."""
-    import pyarrow as pa
-    import pyarrow.types as kinds
-
-    lists = kinds.is_list(column.type) or kinds.is_large_list(column.type)
-    column.validate(full=False)
-    values = column.cast(pa.list_(pa.large_binary()) if lists else pa.large_binary()).to_pylist()
-    if lists:
-        return [b"\n\n".join(part or b"" for part in value or []) for value in values]
-    return [value or b"" for value in values]
-
-
-def _damaged(path: Path, why: str) -> DataError:
-    return DataError("the parquet file is damaged", where=str(path), why=why, hint="copy or make it again")
+def _died(path: Path, row: int, code: int, said: str = "") -> DataError:
+    cause = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    return DataError(
+        "the parquet file cannot be read",
+        where=f"{path}, behind row {row}",
+        why=f"the reading library ended ({cause}) {said}".strip(),
+        hint="the file is damaged: copy or make it again",
+    )
