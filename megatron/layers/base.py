@@ -97,7 +97,7 @@ class Layer(nn.Module):
         raise NotImplementedError
 
     def init_rules(self) -> Mapping[str, str]:
-        """Parameter name -> initialiser role: input | output | zeros | ones | conv; see `model/init.py`."""
+        """Parameter name -> initialiser role: input | output | zeros | ones | conv | ..., see `model/init.py`."""
         raise NotImplementedError
 
     def no_decay(self) -> tuple[str, ...]:

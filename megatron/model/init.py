@@ -53,6 +53,31 @@ def _draw(method: str, value: Tensor, config: ModelConfig, generator: torch.Gene
         value.normal_(0.0, _sigma(method, config), generator=generator)
 
 
+def _log_range(value: Tensor, _: ModelConfig, __: torch.Generator) -> None:
+    """Mamba's A = -(1, 2, .. n) in every channel, stored as its logarithm (S4D-real)."""
+    value.copy_(torch.arange(1, value.shape[-1] + 1, dtype=value.dtype).log().expand_as(value))
+
+
+def _step_size(value: Tensor, _: ModelConfig, generator: torch.Generator) -> None:
+    """Mamba's bias of the step sizes: softplus of it is log-uniform in [0.001, 0.1], at least 0.0001."""
+    low, high = math.log(1e-3), math.log(1e-1)
+    dt = value.uniform_(low, high, generator=generator).exp().clamp(min=1e-4)
+    value.copy_(dt + torch.log(-torch.expm1(-dt)))
+
+
+def _uniform_output(value: Tensor, config: ModelConfig, generator: torch.Generator) -> None:
+    """PyTorch's uniform rule, smaller by the root of the depth: Mamba's output matrix."""
+    bound = 1 / math.sqrt(value.shape[-1] * config.num_layers)
+    value.uniform_(-bound, bound, generator=generator)
+
+
+_RECURRENT: dict[str, Callable[[Tensor, ModelConfig, torch.Generator], None]] = {
+    "log_range": _log_range,
+    "step_size": _step_size,
+    "uniform_output": _uniform_output,
+}
+
+
 def initial_value(spec: ParamSpec, config: ModelConfig, seed: int) -> Tensor:
     """The whole fp32 CPU tensor of one parameter; a pure function of (spec, config, seed)."""
     digest = hashlib.sha256(f"{seed}:{spec.name}".encode()).digest()
@@ -67,6 +92,11 @@ def initial_value(spec: ParamSpec, config: ModelConfig, seed: int) -> Tensor:
         _draw(config.init_method, value, config, generator)
     elif spec.role == "output":
         _draw(config.output_init_method, value, config, generator)
+    elif spec.role in _RECURRENT:
+        _RECURRENT[spec.role](value, config, generator)
+    elif spec.role.startswith("uniform "):
+        bound = float(spec.role.removeprefix("uniform "))
+        value.uniform_(-bound, bound, generator=generator)
     elif spec.role != "zeros":
         raise ValueError(f"unknown initialiser role {spec.role!r} of {spec.name}")
     return value

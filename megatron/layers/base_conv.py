@@ -1,0 +1,88 @@
+"""BaseConv: the gated short convolution that makes up most layers of Based and JRT (arXiv 2402.18668, section 4).
+
+    y = W_out( silu(conv(W_conv x + b_conv)) * (W_gate x + b_gate) ) + b_out
+
+with a depthwise causal convolution of three taps over `expand * d` channels. The released code has one projection of twice that
+width; here its two halves are two parameters, so that tensor parallelism cuts each by channel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron.layers.base import Context, Layer, LayerConfig, State
+from megatron.ops.conv import causal_conv, next_history
+
+
+class BaseConv(Layer):
+    """The gated convolution mixer; its state is the last inputs of the convolution."""
+
+    names: ClassVar[tuple[str, ...]] = ("base_conv",)
+
+    @dataclass(frozen=True)
+    class Config(LayerConfig):
+        """Options of a BaseConv layer."""
+
+        conv_width: int = 3
+        """Taps of the causal convolution."""
+        expand: int = 2
+        """Channels of the convolution per channel of the model."""
+        bias: bool = True
+        """Biases of the projections; the convolution has none."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        d, inner = config.hidden_size, config.expand * config.hidden_size
+        self.width, self.expand = config.conv_width, config.expand
+        self.conv_proj = nn.Linear(d, inner, bias=config.bias)
+        self.gate_proj = nn.Linear(d, inner, bias=config.bias)
+        self.conv1d = nn.Conv1d(inner, inner, config.conv_width, groups=inner, bias=False)
+        self.out_proj = nn.Linear(inner, d, bias=config.bias)
+
+    def _out(self, y: Tensor) -> Tensor:
+        """The output bias is added once, after the partial sums have met."""
+        y = self.join(F.linear(y, self.out_proj.weight))
+        return y if self.out_proj.bias is None else y + self.out_proj.bias
+
+    def forward(self, x: Tensor, ctx: Context, state: State | None = None) -> tuple[Tensor, State | None]:
+        """`x [b, s, d]` -> `y [b, s, d]`; see `Layer.forward`."""
+        x = self.split(x)
+        a = self.conv_proj(x)
+        if ctx.mask is not None:
+            a = a * ctx.mask[..., None].to(a.dtype)
+        history = None if state is None else state["conv"]
+        c = causal_conv(a, self.conv1d.weight, history=history, segment_ids=ctx.segment_ids, backend=ctx.backend)
+        y = self._out(c * self.gate_proj(x))
+        return y, None if state is None else {"conv": next_history(a, history, self.width, ctx.mask)}
+
+    def step(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
+        """`x [b, d]` -> `y [b, d]`; see `Layer.step`."""
+        x = self.split(x)
+        window = torch.cat([state["conv"].to(x.dtype), self.conv_proj(x).unsqueeze(1)], dim=1)
+        c = F.silu((window * self.conv1d.weight[:, 0].t()).sum(1))
+        return self._out(c * self.gate_proj(x)), {"conv": window[:, 1:]}
+
+    def init_state(self, batch: int, dtype: torch.dtype, device: torch.device | str) -> State:
+        """conv [b, width - 1, expand * d] in the model's dtype."""
+        return {"conv": torch.zeros(batch, self.width - 1, self.conv1d.weight.shape[0], dtype=dtype, device=device)}
+
+    def plan(self) -> Mapping[str, str]:
+        """By channel of the convolution."""
+        cuts = {"conv1d.weight": "heads", "out_proj.weight": "row", "out_proj.bias": "replicated"}
+        return {name: cuts.get(name, "column") for name, _ in self.named_parameters()}
+
+    def init_rules(self) -> Mapping[str, str]:
+        """Every matrix normal, the output scaled by depth, the convolution PyTorch's uniform +-1/sqrt(width)."""
+        roles = {"conv1d.weight": "conv", "out_proj.weight": "output"}
+        return {n: roles.get(n, "zeros" if n.endswith("bias") else "input") for n, _ in self.named_parameters()}
+
+    def flops(self, seq_length: int) -> float:
+        """Three projections of `expand * d`, and the convolution."""
+        d = self.config.hidden_size
+        return 6.0 * self.expand * d * d + 2.0 * self.width * self.expand * d

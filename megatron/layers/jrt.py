@@ -1,0 +1,127 @@
+"""JRT's prefix linear attention: Based with second keys and values of a prefix that every token sees (arXiv 2407.05483).
+
+The prefix is read in both directions, everything after it causally; only these layers are bidirectional, convolutions and
+windows of the model stay causal. A pass that starts from an empty state is a prefill and forms the prefix; later passes are
+causal. `Context.prefix_length` says how long the prefix of a pass is, else the option `prefix_length`; its default is none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from megatron.layers.base import Context, Layer, LayerConfig, State
+from megatron.ops.prefix import prefix_taylor
+from megatron.ops.taylor import TAYLOR_CHUNK, empty_taylor_state, taylor_step
+from megatron.ops.taylor_features import feature_count
+
+
+class PrefixBased(Layer):
+    """Prefix linear attention. Value width per head is `hidden_size / heads`."""
+
+    names: ClassVar[tuple[str, ...]] = ("jrt",)
+
+    @dataclass(frozen=True)
+    class Config(LayerConfig):
+        """Options of a JRT layer."""
+
+        feature_width: int = 16
+        """Width f of queries and keys per head."""
+        heads: int = 0
+        """Heads of the linear attention; 0 takes num_attention_heads."""
+        prefix_length: int = 0
+        """Tokens at the start of a sequence that all tokens see (the released models: 1024); shorter prompts are all prefix."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        d, heads = config.hidden_size, config.heads or config.num_heads
+        if d % heads:
+            raise ValueError(f"jrt needs hidden_size divisible by its heads, got {d} and {heads}")
+        self.feature_width, self.value_dim, self.prefix_length = config.feature_width, d // heads, config.prefix_length
+        narrow = heads * config.feature_width
+        self.proj_q = nn.Linear(d, narrow, bias=False)
+        self.proj_k = nn.Linear(d, narrow, bias=False)
+        self.proj_v = nn.Linear(d, d, bias=False)
+        self.proj_k_enc = nn.Linear(d, narrow, bias=False)
+        self.proj_v_enc = nn.Linear(d, d, bias=False)
+        self.out_proj = nn.Linear(d, d, bias=False)
+
+    def _pair(self, x: Tensor, key: nn.Linear, value: nn.Linear) -> tuple[Tensor, Tensor]:
+        """Keys [..., h, f] and values [..., h, v] of x [..., d]."""
+        return key(x).unflatten(-1, (-1, self.feature_width)), value(x).unflatten(-1, (-1, self.value_dim))
+
+    def _inside(self, ctx: Context, x: Tensor, state: State | None) -> Tensor:
+        """[b, m]: 1 where a token of x [b, s, d] belongs to the prefix; real tokens are counted, padding is not.
+
+        m is the prefix's length, or s where padding lets it lie anywhere.
+        """
+        b, s = x.shape[:2]
+        length = self.prefix_length if ctx.prefix_length is None else ctx.prefix_length
+        if ctx.mask is None or length == 0:
+            inside = torch.ones(b, min(length, s), device=x.device)
+        else:
+            present = ctx.mask.to(x.device).float()
+            inside = present * (present.cumsum(1) <= length)
+        if state is not None:
+            # the constant feature of the denominator counts the tokens that a state has read
+            inside = inside * (state["recurrent"][:, 0, 0, -1:] == 0)
+        return inside
+
+    def forward(self, x: Tensor, ctx: Context, state: State | None = None) -> tuple[Tensor, State | None]:
+        """`x [b, s, d]` -> `y [b, s, d]`; see `Layer.forward`. A state that has read nothing lets the pass form its prefix."""
+        x = self.split(x)
+        inside = self._inside(ctx, x, state)
+        m = inside.shape[1]
+        q = self.proj_q(x).unflatten(-1, (-1, self.feature_width))
+        k, v = self._pair(x, self.proj_k, self.proj_v)
+        k2, v2 = self._pair(x[:, :m], self.proj_k_enc, self.proj_v_enc)
+        if ctx.prefix_mask is not None:
+            real = ctx.prefix_mask[..., None, None].to(k.dtype)
+            k, k2 = k * real, k2 * real[:, :m]
+        y, recurrent = prefix_taylor(
+            q,
+            k,
+            v,
+            k2,
+            v2,
+            inside,
+            state=None if state is None else state["recurrent"],
+            keep=ctx.mask,
+            segment_ids=ctx.segment_ids,
+            backend=ctx.backend,
+        )
+        return self.join(self.out_proj(y.flatten(-2))), None if state is None else {"recurrent": recurrent}
+
+    def step(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
+        """`x [b, d]` -> `y [b, d]`; causal, the prefix stands in the state already. See `Layer.step`."""
+        x = self.split(x)
+        q = self.proj_q(x).unflatten(-1, (-1, self.feature_width))
+        y, recurrent = taylor_step(q, *self._pair(x, self.proj_k, self.proj_v), state["recurrent"])
+        return self.join(self.out_proj(y.flatten(-2))), {"recurrent": recurrent}
+
+    def init_state(self, batch: int, dtype: torch.dtype, device: torch.device | str) -> State:
+        """recurrent [b, h, e, v + 1] in fp32 (fp64 for an fp64 model), as `Based`."""
+        heads = self.proj_q.weight.shape[0] // self.feature_width
+        return {"recurrent": empty_taylor_state(batch, heads, self.feature_width, self.value_dim, dtype, device)}
+
+    def plan(self) -> Mapping[str, str]:
+        """By head."""
+        return {name: "row" if name == "out_proj.weight" else "column" for name, _ in self.named_parameters()}
+
+    def init_rules(self) -> Mapping[str, str]:
+        """Every matrix normal, the output scaled by depth."""
+        return {name: "output" if name == "out_proj.weight" else "input" for name, _ in self.named_parameters()}
+
+    def flops(self, seq_length: int) -> float:
+        """As `Based`; the second projections and features count for the prefix's share of the tokens."""
+        d, f, c = self.config.hidden_size, self.feature_width, min(TAYLOR_CHUNK, seq_length)
+        heads, wide = d // self.value_dim, self.value_dim + 1
+        share = min(self.prefix_length, seq_length) / max(1, seq_length)
+        causal = 2.0 * sum(p.numel() for name, p in self.named_parameters() if "_enc" not in name)
+        scan = heads * (2.0 * c * (f + wide) + 4.0 * feature_count(f) * wide)
+        prefix = 2.0 * (heads * f * d + d * d) + heads * 2.0 * feature_count(f) * wide
+        return causal + scan + share * prefix

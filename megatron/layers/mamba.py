@@ -1,0 +1,153 @@
+"""Mamba-1: a gated selective state space layer (arXiv 2312.00752), the recurrent baseline of the Based and JRT papers.
+
+    a, z = W_in x, W_gate x        u = silu(conv(a))        dt, B, C = W_x u        dt = softplus(W_dt dt + bias)
+    y = W_out( (scan(u, dt, -exp(A_log), B, C) + D u) * silu(z) )
+
+A Mamba model has no MLP beside it (`mlp_type: none`). Plain PyTorch: no external package is needed. Tensor parallelism cuts by
+channel; dt, B and C are sums over channels and met once more in the middle of the layer. The released code has one projection
+for a and z; here its halves are two parameters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron.layers.base import Context, Layer, LayerConfig, State
+from megatron.ops.conv import causal_conv, next_history
+from megatron.ops.precision import in_sum_dtype, sum_dtype
+from megatron.ops.ssm import selective_scan, selective_step
+
+
+class ChannelSum(nn.Module):
+    """A second meeting point of ranks: partial sums meet (`join`), and work on separate channels goes on (`split`)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.join: nn.Module = nn.Identity()
+        self.split: nn.Module = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """A partial sum of any shape -> the whole, on every rank."""
+        return self.split(self.join(x))
+
+
+class Mamba(Layer):
+    """The Mamba-1 mixer; heads have no meaning in it."""
+
+    names: ClassVar[tuple[str, ...]] = ("mamba",)
+
+    @dataclass(frozen=True)
+    class Config(LayerConfig):
+        """Options of a Mamba layer."""
+
+        state_size: int = 16
+        """Numbers of state per channel."""
+        conv_width: int = 4
+        """Taps of the causal convolution."""
+        expand: int = 2
+        """Channels of the layer per channel of the model."""
+        dt_rank: int = 0
+        """Width of the bottleneck in front of the step sizes; 0 takes hidden_size / 16, rounded up."""
+        use_bias_in_conv: bool = True
+        """Bias of the convolution."""
+        use_bias_in_linears: bool = False
+        """Biases of the projections into and out of the layer."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        d, inner, bias = config.hidden_size, config.expand * config.hidden_size, config.use_bias_in_linears
+        self.width, self.states = config.conv_width, config.state_size
+        self.dt_rank = config.dt_rank or math.ceil(d / 16)
+        self.in_proj = nn.Linear(d, inner, bias=bias)
+        self.gate_proj = nn.Linear(d, inner, bias=bias)
+        self.conv1d = nn.Conv1d(inner, inner, config.conv_width, groups=inner, bias=config.use_bias_in_conv)
+        self.x_proj = nn.Linear(inner, self.dt_rank + 2 * config.state_size, bias=False)
+        self.dt_proj = nn.Linear(self.dt_rank, inner, bias=True)
+        self.A_log = nn.Parameter(torch.zeros(inner, config.state_size))
+        self.D = nn.Parameter(torch.ones(inner))
+        self.out_proj = nn.Linear(inner, d, bias=bias)
+        self.channel_sum = ChannelSum()
+
+    def _selection(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Step sizes [..., channels] and B, C [..., n] of u [..., channels]."""
+        low = self.channel_sum(F.linear(u, self.x_proj.weight))
+        dt, b, c = low.split([self.dt_rank, self.states, self.states], -1)
+        return F.softplus(in_sum_dtype(self.dt_proj(dt))), b, c
+
+    def _out(self, y: Tensor, u: Tensor, z: Tensor) -> Tensor:
+        y = (y + in_sum_dtype(self.D) * in_sum_dtype(u)).to(z.dtype) * F.silu(z)
+        y = self.join(F.linear(y, self.out_proj.weight))
+        return y if self.out_proj.bias is None else y + self.out_proj.bias
+
+    def forward(self, x: Tensor, ctx: Context, state: State | None = None) -> tuple[Tensor, State | None]:
+        """`x [b, s, d]` -> `y [b, s, d]`; see `Layer.forward`."""
+        x = self.split(x)
+        a, z = self.in_proj(x), self.gate_proj(x)
+        if ctx.mask is not None:
+            a = a * ctx.mask[..., None].to(a.dtype)
+        history = None if state is None else state["conv"]
+        bias = self.conv1d.bias
+        u = causal_conv(a, self.conv1d.weight, bias, history=history, segment_ids=ctx.segment_ids, backend=ctx.backend)
+        dt, b, c = self._selection(u)
+        if ctx.mask is not None:
+            dt = dt * ctx.mask[..., None].to(dt.dtype)
+        y, after = selective_scan(
+            u,
+            dt,
+            -in_sum_dtype(self.A_log).exp(),
+            b,
+            c,
+            state=None if state is None else state["ssm"],
+            segment_ids=ctx.segment_ids,
+            backend=ctx.backend,
+        )
+        y = self._out(y, u, z)
+        return y, None if state is None else {"ssm": after, "conv": next_history(a, history, self.width, ctx.mask)}
+
+    def step(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
+        """`x [b, d]` -> `y [b, d]` with one state update; see `Layer.step`."""
+        x = self.split(x)
+        window = torch.cat([state["conv"].to(x.dtype), self.in_proj(x).unsqueeze(1)], dim=1)
+        u = (window * self.conv1d.weight[:, 0].t()).sum(1)
+        u = F.silu(u if self.conv1d.bias is None else u + self.conv1d.bias)
+        dt, b, c = self._selection(u)
+        y, after = selective_step(u, dt, -in_sum_dtype(self.A_log).exp(), b, c, state["ssm"])
+        return self._out(y, u, self.gate_proj(x)), {"ssm": after, "conv": window[:, 1:]}
+
+    def init_state(self, batch: int, dtype: torch.dtype, device: torch.device | str) -> State:
+        """ssm [b, channels, n] in fp32 (fp64 for an fp64 model), conv [b, width - 1, channels] in the model's dtype."""
+        inner, n = self.A_log.shape
+        return {
+            "ssm": torch.zeros(batch, inner, n, dtype=sum_dtype(dtype), device=device),
+            "conv": torch.zeros(batch, self.width - 1, inner, dtype=dtype, device=device),
+        }
+
+    def plan(self) -> Mapping[str, str]:
+        """By channel."""
+        whole = {"conv1d.weight": "heads", "conv1d.bias": "heads", "A_log": "heads", "D": "heads"}
+        whole |= {"x_proj.weight": "row", "out_proj.weight": "row", "out_proj.bias": "replicated"}
+        return {name: whole.get(name, "column") for name, _ in self.named_parameters()}
+
+    def init_rules(self) -> Mapping[str, str]:
+        """The original's: PyTorch's uniform rule for matrices, A = -(1 .. n), D = 1, step sizes of 0.001 to 0.1."""
+        roles = {"A_log": "log_range", "D": "ones", "dt_proj.bias": "step_size", "out_proj.weight": "uniform_output"}
+        roles["conv1d.bias"] = f"uniform {self.width**-0.5}"
+        return {n: roles.get(n, "zeros" if n.endswith("bias") else "conv") for n, _ in self.named_parameters()}
+
+    @staticmethod
+    def no_decay() -> tuple[str, ...]:
+        """A and D are rates and gains, not maps."""
+        return ("A_log", "D")
+
+    def flops(self, seq_length: int) -> float:
+        """Projections, convolution, and about nine operations per channel and state (Mamba's own count)."""
+        inner, n = self.A_log.shape
+        matrices = sum(p.numel() for name, p in self.named_parameters() if name.endswith("proj.weight"))
+        return 2.0 * matrices + 2.0 * self.width * inner + 9.0 * inner * n
