@@ -54,8 +54,10 @@ def read_meta(prefix: str | Path) -> dict[str, Any] | None:
     path = meta_file(prefix)
     try:
         meta: dict[str, Any] = json.loads(path.read_text("utf-8"))
-        lengths = [meta["bin_bytes"], meta["idx_bytes"]]
-        str(meta["tokenizer"]["fingerprint"])
+        lengths, tokenizer = [meta["bin_bytes"], meta["idx_bytes"]], meta["tokenizer"]
+        kinds = {"type": str, "vocab_size": int, "fingerprint": str, "files": list}
+        if not all(isinstance(tokenizer[key], kind) for key, kind in kinds.items()) or len(tokenizer["fingerprint"]) != 64:
+            raise TypeError("its record of the tokenizer is not one")
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -144,9 +144,9 @@ def build_sample_index(
     return SampleIndex(doc_idx, sample_idx, shuffle_idx, seq_length)
 
 
-def sizes_of(documents: Documents, sizes: NDArray[Any], at: int, length: int = CHUNK) -> NDArray[Any]:
-    """Sizes of `documents[at : at + length]`; a view where the documents are a range."""
-    part = documents[at : at + length]
+def sizes_of(documents: Documents, sizes: NDArray[Any], at: int, length: int | None = None) -> NDArray[Any]:
+    """Sizes of `documents[at : at + length]` (None: `CHUNK`); a view where the documents are a range."""
+    part = documents[at : at + (CHUNK if length is None else length)]
     return sizes[part.start : part.stop] if isinstance(part, range) else sizes[part]
 
 

@@ -152,8 +152,10 @@ class SPMTokenizer(Tokenizer):
     @property
     def pad(self) -> int:
         """Id to fill short rows with."""
-        own = int(self._backend.pad_id())
-        return own if own >= 0 else self.eod
+        own, piece = int(self._backend.pad_id()), int(self._backend.piece_to_id(PAD_TEXT))
+        if own >= 0:
+            return own
+        return self.eod if piece == self._backend.unk_id() else piece
 
     def tokenize(self, text: str) -> list[int]:
         """Ids of `text`."""

@@ -22,7 +22,7 @@ from megatron.errors import DataError
 @pytest.fixture
 def packed(corpus: str) -> PackedDataset:
     indexed = IndexedDataset(corpus)
-    return PackedDataset(indexed, build_sample_index(np.arange(40), indexed.sizes, 16, 400, 5))
+    return PackedDataset(indexed, build_sample_index(np.arange(40), indexed.sizes, 16, 800, 5))
 
 
 def _batches(dataset: Dataset, micro: int, world: int, accumulation: int, **options: Any) -> list[Batches]:
@@ -47,10 +47,14 @@ def test_every_world_sees_the_same_global_batches(packed: PackedDataset) -> None
     expected = None
     for world in (1, 2, 4):
         for micro in (1, 2, 4):
-            steps = _global_steps(_batches(packed, micro, world, 16 // (world * micro)), 20)
-            assert [[i for i, _ in step] for step in steps] == [list(range(16 * k, 16 * k + 16)) for k in range(20)]
+            accumulation = 16 // (world * micro)
+            steps = _global_steps(_batches(packed, micro, world, accumulation), 50)
+            assert [[i for i, _ in step] for step in steps] == [list(range(16 * k, 16 * k + 16)) for k in range(50)]
             expected = expected or steps
             assert steps == expected
+            for start in (1, 25, 49):
+                later = _batches(packed, micro, world, accumulation, start_sample=16 * start)
+                assert _global_steps(later, 50 - start) == expected[start:]
 
 
 def test_resume_in_the_middle_on_another_world_and_batch(packed: PackedDataset) -> None:

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -59,6 +60,29 @@ def test_bytes_of_neox_in_int32(golden: Path, tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(HFTokenizer, "vocab_size", 70000)
     encode_corpus(_golden_job(golden, HF, True), [str(golden / "corpus/corpus.jsonl")], str(tmp_path / "x"))
     _assert_equal(tmp_path / "x", golden, "hf_eod_i32")
+
+
+def test_legacy_format_of_neox(golden: Path, tmp_path: Path) -> None:
+    job = replace(_golden_job(golden, HF, True), cached=True)
+    encode_corpus(job, [str(golden / "corpus/corpus.jsonl")], str(tmp_path / "x"))
+    _assert_equal(tmp_path / "x", golden, "hf_eod_cached")
+
+
+def test_two_keys(golden: Path, tmp_path: Path) -> None:
+    """NeoX gives every key the tokens of `text`; here `meta` is really read, and is an object where it exists."""
+    rows = [json.loads(line) for line in (golden / "corpus/part0.jsonl").read_text().splitlines()]
+    source = _write(tmp_path / "a.jsonl", [{"text": row.get("text", ""), "meta": str(row.get("meta"))} for row in rows])
+    encode_corpus(replace(_golden_job(golden, HF, True), keys=("text", "meta")), [source], str(tmp_path / "x"))
+    _assert_equal(tmp_path / "x", golden, "two_keys")
+    assert IndexedDataset(tmp_path / "x_meta_document").total_tokens > 0
+
+
+def test_blank_documents(golden: Path, tmp_path: Path) -> None:
+    """NeoX crashes on a text without a token with --append-eod; here it is a border without a sequence, as without the flag."""
+    job = _golden_job(golden, ("SPMTokenizer", "spm_eod.model", None), True)
+    encode_corpus(job, [str(golden / "corpus/whitespace_doc.jsonl")], str(tmp_path / "x"))
+    made = IndexedDataset(tmp_path / "x_text_document")
+    assert len(made) == 2 and made.doc_idx.tolist() == [0, 1, 1, 2]
 
 
 def test_ftfy(golden: Path, tmp_path: Path) -> None:

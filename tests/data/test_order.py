@@ -99,6 +99,33 @@ def test_windows_tile_the_stream(sizes: list[int], seq_length: int, num_samples:
     assert (offset[1:] < array[order.doc_idx[place[1:]]]).all()
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.lists(st.integers(0, 9), min_size=1, max_size=40).filter(lambda sizes: sum(sizes) > 9),
+    first=st.integers(0, 20),
+    piece=st.integers(1, 7),
+    samples=st.integers(1, 70),
+)
+def test_pieces_and_ranges_change_nothing(sizes: list[int], first: int, piece: int, samples: int) -> None:
+    array = np.array([5] * first + sizes, dtype=np.int32)
+    documents = range(first, len(array))
+    whole = build_sample_index(np.array(documents), array, 3, samples, 8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("megatron.data.order.CHUNK", piece)
+        pieces = build_sample_index(documents, array, 3, samples, 8)
+    for part in ("doc_idx", "sample_idx", "shuffle_idx"):
+        a, b = getattr(whole, part), getattr(pieces, part)
+        assert a.dtype == b.dtype and np.array_equal(a, b)
+    assert np.array_equal(pieces.doc_idx, _shuffled(documents, len(pieces.doc_idx) // len(documents)))
+
+
+def _shuffled(documents: range, epochs: int) -> np.ndarray[Any, Any]:
+    """The documents of all epochs as numpy shuffles plain 4-byte ids."""
+    plain = np.tile(np.array(documents, dtype=np.int32), epochs)
+    np.random.RandomState(8).shuffle(plain)
+    return plain
+
+
 def test_epochs_and_counts() -> None:
     for tokens, seq_length, samples in ((100, 10, 9), (100, 10, 10), (7, 3, 50), (5, 100, 3), (1, 1, 1)):
         looped = next(e for e in range(1, 10**6) if (e * tokens - 1) // seq_length >= samples)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron.data.tokenizers import Tokenizer, build_tokenizer, padded_vocab_size
+from megatron.data.train_tokenizer import train_to_file
 from megatron.errors import DataError
 
 TEXT = "def f(x):\n\treturn  'naïve' # 漢字 👩‍👩‍👧 <|padding|>\r\n"
@@ -94,6 +96,102 @@ def test_hf_folder(golden: Path, tmp_path: Path) -> None:
     settings_file.write_text("[")
     with pytest.raises(DataError, match="settings"):
         build_tokenizer("HFGPT2Tokenizer", tmp_path)
+
+
+def _rank_file(path: Path, extra: Sequence[bytes] = (b"th", b"the", b" the", b"\xc3\xa9"), shift: int = 0) -> Path:
+    tokens = [*(bytes([byte]) for byte in range(256)), *extra]
+    lines = (f"{base64.b64encode(token).decode()} {rank + shift}\n" for rank, token in enumerate(tokens))
+    path.write_text("".join(lines))
+    return path
+
+
+def test_rank_file(tmp_path: Path) -> None:
+    plain = build_tokenizer("TiktokenTokenizer", _rank_file(tmp_path / "small.tiktoken"))
+    assert (plain.name, plain.vocab_size, plain.eod, plain.pad) == ("TiktokenTokenizer", 261, 260, 260)
+    assert plain.tokenize("the the<|endoftext|>é") == [257, 258, 260, 259]
+    assert plain.tokenize_batch([TEXT, ""]) == [plain.tokenize(TEXT), []]
+    assert plain.detokenize(plain.tokenize(TEXT)) == TEXT
+    side = tmp_path / "small.tiktoken.json"
+    special = {"<|endoftext|>": 270, "<|padding|>": 265}
+    side.write_text(json.dumps({"special_tokens": special, "vocab_size": 280, "pattern": r"\w+|\W+"}))
+    full = build_tokenizer("TiktokenTokenizer", tmp_path / "small.tiktoken")
+    assert (full.vocab_size, full.eod, full.pad) == (280, 270, 265) and side in full.files()
+    assert full.fingerprint() != plain.fingerprint()
+    assert full.detokenize([257, 261, 270, 279]) == "the\ufffd<|endoftext|>\ufffd"
+
+
+@settings(max_examples=50, deadline=None)
+@given(text=st.text())
+def test_rank_file_is_lossless(text: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tmp_path_factory.getbasetemp() / "lossless.tiktoken"
+    tokenizer = build_tokenizer("TiktokenTokenizer", path if path.exists() else _rank_file(path))
+    assert tokenizer.detokenize(tokenizer.tokenize(text)) == text
+
+
+def test_a_file_of_the_released_size(tmp_path: Path) -> None:
+    """100,256 ranks: the vocabulary of the MetaLA models, 100,280 with its special and reserved ids."""
+    extra = [bytes([a, b]) for a in range(256) for b in range(256)]
+    extra += [bytes([1 + i % 250, 1 + i // 250, 7]) for i in range(100_256 - 256 - 65_536)]
+    tokenizer = build_tokenizer("TiktokenTokenizer", _rank_file(tmp_path / "k.tiktoken", extra))
+    assert (tokenizer.vocab_size, tokenizer.eod) == (100280, 100257)
+    assert tokenizer.tokenize("<|endofprompt|>") == [100276] and tokenizer.detokenize(tokenizer.tokenize(TEXT)) == TEXT
+
+
+@pytest.mark.parametrize(
+    ("settings_text", "message"),
+    [
+        ("[", "not settings of a rank file"),
+        ('{"colour": 1}', "not settings of a rank file"),
+        ('{"vocab_size": "9"}', "not settings of a rank file"),
+        ('{"special_tokens": {"<|endoftext|>": 5}}', "do not fit"),
+        ('{"special_tokens": {"a": 260, "b": 260}}', "do not fit"),
+        ('{"vocab_size": 100}', "do not fit"),
+        ('{"pattern": "("}', "not a rank file with its settings"),
+    ],
+)
+def test_wrong_settings_of_a_rank_file(settings_text: str, message: str, tmp_path: Path) -> None:
+    path = _rank_file(tmp_path / "small.tiktoken")
+    (tmp_path / "small.tiktoken.json").write_text(settings_text)
+    with pytest.raises(DataError, match=message):
+        build_tokenizer("TiktokenTokenizer", path)
+
+
+def test_damaged_rank_files(tmp_path: Path) -> None:
+    path = _rank_file(tmp_path / "small.tiktoken")
+    lines = path.read_text().splitlines()
+    for content, message in (
+        (lines[:200], "incomplete"),
+        (lines[:100] + lines[101:], "incomplete"),
+        ([*lines, lines[-1]], "token and its rank|incomplete"),
+        ([*lines[:-1], "!!! 259"], "token and its rank"),
+        ([*lines, "YWJj"], "token and its rank"),
+        ([], "incomplete"),
+    ):
+        path.write_text("\n".join(content))
+        if content == [*lines, lines[-1]]:
+            assert build_tokenizer("TiktokenTokenizer", path).vocab_size == 261  # the same line twice says nothing new
+            continue
+        with pytest.raises(DataError, match=message):
+            build_tokenizer("TiktokenTokenizer", path)
+
+
+@pytest.mark.parametrize("kind", ["bpe", "spm-bpe", "spm-unigram"])
+def test_training_is_repeatable_and_lossless(kind: str, golden: Path, tmp_path: Path) -> None:
+    texts = [json.loads(line).get("text") for line in (golden / "corpus/part1.jsonl").read_text().splitlines()]
+    texts = [text for text in texts if isinstance(text, str)]
+    for name in ("one", "two"):
+        train_to_file(texts, kind, 400, tmp_path / name)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+    tokenizer = build_tokenizer("HFTokenizer" if kind == "bpe" else "SPMTokenizer", tmp_path / "one")
+    assert tokenizer.vocab_size <= 400 and tokenizer.pad != tokenizer.eod
+    text = "Turaka  ne 12345 漢字 naïve\n\tend"
+    assert tokenizer.detokenize(tokenizer.tokenize(text)) == text
+
+
+def test_training_refusals(tmp_path: Path) -> None:
+    for kind, size, message in (("bpe", 200, "too small"), ("spm-bpe", 100, "could be trained"), ("words", 300, "unknown")):
+        with pytest.raises(DataError, match=message):
+            train_to_file(["some text, and some more"], kind, size, tmp_path / "x")
 
 
 def test_mistakes_are_named(golden: Path, tmp_path: Path) -> None:
