@@ -65,7 +65,7 @@ def model_config(run: RunConfig, rows: int) -> ModelConfig:
         mlp_width=m.mlp_width,
         layer_types=tuple(m.layer_types),
         layer_options=layer_options(run),
-        norm=m.norm,
+        norm=m.norm if m.use_bias_in_norms or m.norm != "layernorm" else "layernorm_no_bias",
         norm_eps=m.norm_eps,
         mlp="gated" if m.mlp_gated else "plain",
         activation=m.mlp_activation,
@@ -76,6 +76,9 @@ def model_config(run: RunConfig, rows: int) -> ModelConfig:
         init_method=m.init_method,
         output_init_method=m.output_layer_init_method,
         init_std=m.init_method_std,
+        learned_positions=m.max_position_embeddings if m.pos_emb == "learned" else 0,
+        parallel_residual=m.gpt_j_residual,
+        shared_norm=m.gpt_j_residual and m.gpt_j_tied,
     )
 
 

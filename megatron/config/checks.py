@@ -76,12 +76,6 @@ def _check_mixers(run: RunConfig, problems: Problems) -> None:
     for name in dict.fromkeys(_layer_types(run)):
         if name in known:
             continue
-        if name == "global" and run.model.attention_config is None:
-            problems.add(
-                "attention_config is not given, and NeoX's default `global` is not built yet",
-                hint=f'for example attention_config: [[["metala"], {run.model.num_layers}]]',
-            )
-            continue
         known_elsewhere = name in pattern.NEOX_TYPES
         what = f"the token mixer '{name}' is not built" if known_elsewhere else f"unknown token mixer '{name}'"
         problems.add(f"attention_config: {what}", place_of(run, "attention_config"), registry.nearest(name, known))

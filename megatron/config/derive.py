@@ -52,6 +52,7 @@ def derive_all(draft: Draft, world_size: int | None) -> None:
         _lengths,
         _precision,
         _mixers,
+        _documents,
         _tokenizer,
         _launcher,
         _generation,
@@ -98,6 +99,11 @@ def _mixers(draft: Draft) -> None:
         draft.derive("pos_emb", "none", "no layer is softmax attention, order comes from the recurrence")
     if "mlp_type" not in draft.values and set(types) == {"metala"} and draft.get("activation") in ("silu", "swish"):
         draft.derive("mlp_type", "llama", "MetaLA's blocks have LLaMA's MLP; activation is silu")
+
+
+def _documents(draft: Draft) -> None:
+    if draft.get("reset_attention_at_eod") and "reset_state_at_eod" not in draft.values:
+        draft.derive("reset_state_at_eod", True, "reset_attention_at_eod: all mixers keep documents apart alike")
 
 
 def _tokenizer(draft: Draft) -> None:

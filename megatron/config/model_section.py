@@ -59,6 +59,7 @@ class ModelSection(Section):
     norm: Norm = "layernorm"
     layernorm_epsilon: float = Field(default=1e-5, gt=0)
     rms_norm_epsilon: float = Field(default=1e-8, gt=0)
+    bias_gelu_fusion: bool = False
     use_bias_in_mlp: bool = True
     use_bias_in_attn_linear: bool = True
     use_bias_in_norms: bool = True
@@ -105,6 +106,8 @@ class ModelSection(Section):
     @property
     def mlp_activation(self) -> str:
         """The pointwise function inside the MLP: `silu` for `swiglu`, `gelu` for `geglu`, ..."""
+        if self.activation == "gelu" and self.bias_gelu_fusion:
+            return "gelu_tanh"
         name = GATED.get(self.activation, self.activation)
         return "silu" if name == "swish" else name
 

@@ -318,18 +318,16 @@ _ROWS: tuple[NeoxKey, ...] = (
         "num_kv_heads",
         "int",
         None,
-        "refused",
-        "Key/value heads of grouped-query attention.",
-        "no softmax attention layer is built yet",
+        "implemented",
+        "Key/value heads of grouped-query attention; unset: as many as attention heads.",
     ),
     NeoxKey("seq_length", "int", None, "implemented", "Tokens of a training sample."),
     NeoxKey(
         "sliding_window_width",
         "int",
         None,
-        "refused",
-        "Width of the local causal window of softmax attention.",
-        "no softmax attention layer is built yet",
+        "implemented",
+        "Previous tokens that softmax attention sees beside the token itself; unset: all (sliding layers: their own default).",
     ),
     NeoxKey(
         "max_position_embeddings",
@@ -365,9 +363,8 @@ _ROWS: tuple[NeoxKey, ...] = (
         "use_qk_layernorm",
         "bool",
         False,
-        "refused",
-        "A norm on queries and keys, per head.",
-        "no softmax attention layer is built yet",
+        "implemented",
+        "A LayerNorm with gain on queries and keys of softmax attention, per head.",
     ),
     NeoxKey("layernorm_epsilon", "float", 1e-05, "implemented", "Epsilon of LayerNorm."),
     NeoxKey("rms_norm_epsilon", "float", 1e-08, "implemented", "Epsilon of RMSNorm."),
@@ -377,7 +374,10 @@ _ROWS: tuple[NeoxKey, ...] = (
         "Literal['learned', 'rotary', 'sinusoidal', 'rpe', 'alibi', 'none']",
         "learned",
         "implemented",
-        "Position information; `none` when unset and no mixer is softmax attention.",
+        (
+            "Position information: learned is added to the embedding, rotary and alibi act in softmax attention; "
+            "`none` when unset and no layer is one of NeoX's softmax attentions."
+        ),
     ),
     NeoxKey("rpe_num_buckets", "int", 32, "refused", "Buckets of the T5 position bias.", "pos_emb: rpe is not built"),
     NeoxKey(
@@ -394,7 +394,7 @@ _ROWS: tuple[NeoxKey, ...] = (
         0,
         "refused",
         "Offset of OPT's learned position table.",
-        "learned positions are not built yet",
+        "only OPT's checkpoints need it, and they are not read",
     ),
     NeoxKey(
         "no_weight_tying",
@@ -418,9 +418,7 @@ _ROWS: tuple[NeoxKey, ...] = (
         "Options of local and sparse attention.",
         "sparse attention is not built",
     ),
-    NeoxKey(
-        "num_unique_layers", "int", None, "ignored", "Leftover of parameter sharing.", "NeoX reads it and does nothing"
-    ),
+    NeoxKey("num_unique_layers", "int", None, "ignored", "Leftover of parameter sharing.", "NeoX reads it and does nothing"),
     NeoxKey(
         "param_sharing_style",
         "str",
@@ -464,9 +462,8 @@ _ROWS: tuple[NeoxKey, ...] = (
         "bias_gelu_fusion",
         "bool",
         False,
-        "refused",
-        "Fused bias and GELU.",
-        "it replaces the exact GELU by its tanh approximation",
+        "implemented",
+        "GELU by its tanh approximation (what NeoX's fused kernel computes); the bias is fused by the compiler if at all.",
     ),
     NeoxKey("bias_dropout_fusion", "bool", False, "ignored", "Fused bias and dropout.", "a speed switch"),
     NeoxKey("rope_fusion", "bool", False, "ignored", "Fused rotary embedding.", "a speed switch"),
@@ -478,19 +475,15 @@ _ROWS: tuple[NeoxKey, ...] = (
         "Where NeoX builds its CUDA kernels.",
         "nothing is compiled ahead of time",
     ),
-    NeoxKey(
-        "fp16_lm_cross_entropy", "bool", False, "refused", "Cross entropy in fp16.", "the loss is computed in fp32"
-    ),
-    NeoxKey(
-        "init_method_std", "float", 0.02, "implemented", "Standard deviation of `normal` and base of `scaled_normal`."
-    ),
+    NeoxKey("fp16_lm_cross_entropy", "bool", False, "refused", "Cross entropy in fp16.", "the loss is computed in fp32"),
+    NeoxKey("init_method_std", "float", 0.02, "implemented", "Standard deviation of `normal` and base of `scaled_normal`."),
     NeoxKey(
         "apply_query_key_layer_scaling",
         "bool",
         False,
         "refused",
         "Attention scores divided by the layer number (fp16 trick).",
-        "no softmax attention layer is built yet",
+        "an fp16 trick that also multiplied ALiBi's bias; the softmax is formed in fp32 here",
     ),
     NeoxKey(
         "use_cpu_initialization",
@@ -506,24 +499,10 @@ _ROWS: tuple[NeoxKey, ...] = (
         False,
         "ignored",
         "Softmax of attention in fp32.",
-        "softmax attention, once built, always uses fp32",
+        "the softmax of attention is always formed in fp32",
     ),
-    NeoxKey(
-        "rotary_pct",
-        "float",
-        1.0,
-        "ignored",
-        "Share of each head that is rotated.",
-        "only read with pos_emb: rotary, which is not built yet",
-    ),
-    NeoxKey(
-        "rotary_emb_base",
-        "int",
-        10000,
-        "ignored",
-        "Base of the rotary frequencies.",
-        "only read with pos_emb: rotary, which is not built yet",
-    ),
+    NeoxKey("rotary_pct", "float", 1.0, "implemented", "Share of each head that is rotated, with pos_emb: rotary."),
+    NeoxKey("rotary_emb_base", "int", 10000, "implemented", "Base of the rotary frequencies."),
     NeoxKey(
         "rotary_save_freqs_buffer",
         "bool",
@@ -552,39 +531,22 @@ _ROWS: tuple[NeoxKey, ...] = (
         "implemented",
         "How matrices that write into the residual stream are drawn.",
     ),
-    NeoxKey(
-        "gmlp_attn_dim", "int", 64, "refused", "Width of the attention inside aMLP.", "gMLP and aMLP are not built"
-    ),
-    NeoxKey(
-        "gpt_j_residual",
-        "bool",
-        False,
-        "refused",
-        "Mixer and MLP in parallel, as in GPT-J.",
-        "parallel blocks are not built yet",
-    ),
-    NeoxKey(
-        "gpt_j_tied",
-        "bool",
-        False,
-        "refused",
-        "One norm for both parallel branches.",
-        "parallel blocks are not built yet",
-    ),
+    NeoxKey("gmlp_attn_dim", "int", 64, "refused", "Width of the attention inside aMLP.", "gMLP and aMLP are not built"),
+    NeoxKey("gpt_j_residual", "bool", False, "implemented", "Mixer and MLP side by side in a block, as in GPT-J and Pythia."),
+    NeoxKey("gpt_j_tied", "bool", False, "implemented", "One norm for both parallel branches."),
     NeoxKey(
         "use_bias_in_norms",
         "bool",
         True,
         "implemented",
-        "Bias of LayerNorm, true only; other norms have none (NeoX declares this key and never reads it).",
+        "Bias of LayerNorm; other norms have none (NeoX declares this key and never reads it).",
     ),
     NeoxKey(
         "use_bias_in_attn_linear",
         "bool",
         True,
-        "ignored",
-        "Biases of attention projections.",
-        "every mixer built so far has the biases of its published form",
+        "implemented",
+        "Biases of softmax attention's projections; other mixers have those of their published form.",
     ),
     NeoxKey("use_bias_in_mlp", "bool", True, "implemented", "Biases of the MLP."),
     NeoxKey("soft_prompt_tuning", "dict", None, "refused", "Learned prompt vectors.", "broken in NeoX and not built"),
@@ -700,9 +662,7 @@ _ROWS: tuple[NeoxKey, ...] = (
         "Transformer Engine's fused norm and MLP.",
         "Transformer Engine is not supported",
     ),
-    NeoxKey(
-        "te_mha", "bool", False, "refused", "Transformer Engine's attention.", "Transformer Engine is not supported"
-    ),
+    NeoxKey("te_mha", "bool", False, "refused", "Transformer Engine's attention.", "Transformer Engine is not supported"),
     NeoxKey(
         "te_fp8_format",
         "Literal['e4m3', 'hybrid']",
@@ -766,9 +726,7 @@ _ROWS: tuple[NeoxKey, ...] = (
         "How tokens find experts.",
         "mixture of experts is not built",
     ),
-    NeoxKey(
-        "moe_lbl_in_fp32", "bool", False, "refused", "Load-balancing loss in fp32.", "mixture of experts is not built"
-    ),
+    NeoxKey("moe_lbl_in_fp32", "bool", False, "refused", "Load-balancing loss in fp32.", "mixture of experts is not built"),
     NeoxKey("moe_jitter_eps", "float", None, "refused", "Noise of the router.", "mixture of experts is not built"),
     # schedule
     NeoxKey(
@@ -859,9 +817,7 @@ _ROWS: tuple[NeoxKey, ...] = (
         "Short for zero_optimization.allgather_bucket_size.",
         "zero_optimization.allgather_bucket_size",
     ),
-    NeoxKey(
-        "lr", "float", None, "alias", "Short for optimizer.params.lr, the peak learning rate.", "optimizer.params.lr"
-    ),
+    NeoxKey("lr", "float", None, "alias", "Short for optimizer.params.lr, the peak learning rate.", "optimizer.params.lr"),
     # tokenizer
     NeoxKey(
         "tokenizer_type",
@@ -1133,9 +1089,7 @@ _ROWS: tuple[NeoxKey, ...] = (
         "in NeoX it belongs to reward training, which is not built",
     ),
     NeoxKey("kto_beta", "float", 0.1, "refused", "Strength of KTO.", "preference and reward training is not built"),
-    NeoxKey(
-        "fp32_reinforce", "bool", True, "refused", "REINFORCE in fp32.", "preference and reward training is not built"
-    ),
+    NeoxKey("fp32_reinforce", "bool", True, "refused", "REINFORCE in fp32.", "preference and reward training is not built"),
     NeoxKey(
         "kl_impl",
         "Literal['abs', 'mse', 'kl', 'full']",
@@ -1144,9 +1098,7 @@ _ROWS: tuple[NeoxKey, ...] = (
         "Form of the KL term.",
         "preference and reward training is not built",
     ),
-    NeoxKey(
-        "kl_div_beta", "float", 0.1, "refused", "Weight of the KL term.", "preference and reward training is not built"
-    ),
+    NeoxKey("kl_div_beta", "float", 0.1, "refused", "Weight of the KL term.", "preference and reward training is not built"),
     NeoxKey(
         "reinforce_leave_one_out",
         "bool",
@@ -1254,14 +1206,7 @@ _ROWS: tuple[NeoxKey, ...] = (
     NeoxKey("merge_file", "str", None, "implemented", "Merges of a GPT-2 tokenizer."),
     NeoxKey("num_workers", "int", 2, "implemented", "Loader processes."),
     NeoxKey("exit_interval", "int", None, "implemented", "Stop (after saving) at each multiple of this step."),
-    NeoxKey(
-        "attention_dropout",
-        "float",
-        0.0,
-        "refused",
-        "Dropout on attention weights.",
-        "no softmax attention layer is built yet",
-    ),
+    NeoxKey("attention_dropout", "float", 0.0, "implemented", "Dropout on the weights of softmax attention."),
     NeoxKey("hidden_dropout", "float", 0.0, "implemented", "Dropout on what mixer and MLP add to the residual stream."),
     NeoxKey(
         "weight_decay",
@@ -1270,9 +1215,7 @@ _ROWS: tuple[NeoxKey, ...] = (
         "implemented",
         "Decoupled weight decay of all matrices; norms, biases and flagged parameters are exempt.",
     ),
-    NeoxKey(
-        "checkpoint_activations", "bool", False, "implemented", "Recompute blocks in the backward pass to save memory."
-    ),
+    NeoxKey("checkpoint_activations", "bool", False, "implemented", "Recompute blocks in the backward pass to save memory."),
     NeoxKey("checkpoint_num_layers", "int", 1, "implemented", "Blocks per recomputed group."),
     NeoxKey(
         "deepspeed_activation_checkpointing",
@@ -1290,9 +1233,7 @@ _ROWS: tuple[NeoxKey, ...] = (
         "Contiguous buffers for saved activations.",
         "a memory layout only",
     ),
-    NeoxKey(
-        "checkpoint_in_cpu", "bool", False, "ignored", "Keep saved activations in host memory.", "a memory layout only"
-    ),
+    NeoxKey("checkpoint_in_cpu", "bool", False, "ignored", "Keep saved activations in host memory.", "a memory layout only"),
     NeoxKey(
         "synchronize_each_layer",
         "bool",
@@ -1319,9 +1260,7 @@ _ROWS: tuple[NeoxKey, ...] = (
         "Old place of the loss scaler's hysteresis.",
         "NeoX never reads it; write fp16.hysteresis",
     ),
-    NeoxKey(
-        "dynamic_loss_scale", "bool", None, "ignored", "Derived from loss_scale.", "derived; write fp16.loss_scale: 0"
-    ),
+    NeoxKey("dynamic_loss_scale", "bool", None, "ignored", "Derived from loss_scale.", "derived; write fp16.loss_scale: 0"),
     NeoxKey("loss_scale", "float", None, "refused", "Old place of the fixed loss scale.", "write fp16.loss_scale"),
     NeoxKey(
         "loss_scale_window",
@@ -1385,9 +1324,7 @@ _ROWS: tuple[NeoxKey, ...] = (
     NeoxKey("wandb_project", "str", "neox", "implemented", "Project of the W&B run."),
     NeoxKey("wandb_host", "str", "https://api.wandb.ai", "implemented", "Address of the W&B server."),
     NeoxKey("wandb_init_all_ranks", "bool", False, "ignored", "A W&B run for every rank.", "one process logs for all"),
-    NeoxKey(
-        "git_hash", "str", None, "ignored", "Commit of the code.", "found by itself and written into the run folder"
-    ),
+    NeoxKey("git_hash", "str", None, "ignored", "Commit of the code.", "found by itself and written into the run folder"),
     NeoxKey("log_dir", "str", None, "implemented", "Folder of the logs; the run folder when unset."),
     NeoxKey("tensorboard_dir", "str", None, "implemented", "Folder of TensorBoard events; unset writes none."),
     NeoxKey("use_comet", "bool", None, "refused", "Log to Comet.", "not built; use tensorboard_dir or use_wandb"),
@@ -1408,9 +1345,7 @@ _ROWS: tuple[NeoxKey, ...] = (
         "only a report; not built yet",
     ),
     NeoxKey("log_param_norm", "bool", False, "ignored", "Log parameter norms.", "only a report; not built yet"),
-    NeoxKey(
-        "log_grad_norm", "bool", False, "implemented", "Log the gradient norm (always shown on the progress line)."
-    ),
+    NeoxKey("log_grad_norm", "bool", False, "implemented", "Log the gradient norm (always shown on the progress line)."),
     NeoxKey(
         "log_optimizer_states",
         "bool",
@@ -1444,9 +1379,7 @@ _ROWS: tuple[NeoxKey, ...] = (
         "goes with log_gradient_noise_scale",
     ),
     NeoxKey("memory_profiling", "bool", False, "ignored", "Record allocations.", "only a report; not built yet"),
-    NeoxKey(
-        "memory_profiling_path", "str", None, "ignored", "Where allocations are recorded.", "goes with memory_profiling"
-    ),
+    NeoxKey("memory_profiling_path", "str", None, "ignored", "Where allocations are recorded.", "goes with memory_profiling"),
     NeoxKey("profile", "bool", False, "ignored", "Profile some steps.", "only a report; not built yet"),
     NeoxKey("profile_step_start", "int", 10, "ignored", "First profiled step.", "goes with profile"),
     NeoxKey("profile_step_stop", "int", 12, "ignored", "Last profiled step.", "goes with profile"),
@@ -1490,9 +1423,7 @@ _ROWS: tuple[NeoxKey, ...] = (
         "Beginning of the evaluation's file name.",
         "evaluation tasks are not built yet",
     ),
-    NeoxKey(
-        "eval_tasks", "list", None, "refused", "Tasks of the evaluation harness.", "evaluation tasks are not built yet"
-    ),
+    NeoxKey("eval_tasks", "list", None, "refused", "Tasks of the evaluation harness.", "evaluation tasks are not built yet"),
     # other
     NeoxKey(
         "distributed_backend",
@@ -1523,12 +1454,8 @@ _ROWS: tuple[NeoxKey, ...] = (
     NeoxKey("deepspeed_slurm", "bool", False, "implemented", "Processes were started by Slurm."),
     NeoxKey("user_script", "str", None, "ignored", "The script that deepy.py starts.", "taken from the command line"),
     NeoxKey("iteration", "int", None, "implemented", "Step of the checkpoint to load; the latest when unset."),
-    NeoxKey(
-        "do_train", "bool", None, "ignored", "NeoX: is there training data?", "derived from train_iters and the data"
-    ),
-    NeoxKey(
-        "do_valid", "bool", None, "ignored", "NeoX: is there validation data?", "derived from eval_iters and the data"
-    ),
+    NeoxKey("do_train", "bool", None, "ignored", "NeoX: is there training data?", "derived from train_iters and the data"),
+    NeoxKey("do_valid", "bool", None, "ignored", "NeoX: is there validation data?", "derived from eval_iters and the data"),
     NeoxKey("do_test", "bool", None, "ignored", "NeoX: is there test data?", "derived from eval_iters and the data"),
     NeoxKey("global_num_gpus", "int", None, "implemented", "World size to plan for when no launcher says it."),
 )

@@ -15,9 +15,17 @@ OWN_KEYS: dict[str, str] = {
     ),
     "embedding_scale": "Multiply embeddings by the square root of hidden_size.",
     "engine": "`deepspeed`, `single` (plain PyTorch, one process), or `auto`.",
-    "reset_state_at_eod": "Start recurrent state and short convolutions anew after each end of document.",
-    "reset_attention_at_eod": "Attention does not look back over an end of document.",
+    "reset_state_at_eod": (
+        "Keep documents apart in every mixer: recurrent state, short convolutions, attention and learned positions start anew "
+        "after each end of document."
+    ),
+    "reset_attention_at_eod": "The same under the name a user of attention looks for: it sets reset_state_at_eod.",
     "kernel_backend": "Which implementation of the mixers' kernels runs; `auto` picks the fastest that works here.",
+    "async_save": "Copy the state to host memory and write it in the background; the next save and the end of the run wait.",
+    "verify_checkpoint": (
+        "Compare the SHA-256 of what is loaded, and fall back to the checkpoint before it when a file is damaged "
+        "(never with `iteration`)."
+    ),
     "run_dir": "Folder of the run: config, metrics, logs, plots. Unset: the parent of save, or runs/<config name>.",
 }
 
@@ -32,13 +40,9 @@ OLD_KEYS: dict[str, tuple[str, str]] = {
 
 # Values of implemented keys that are not built: key -> value -> why and what to use.
 REFUSED_VALUES: dict[str, dict[str | bool, str]] = {
-    "reset_attention_at_eod": {True: "no softmax attention layer is built yet; recurrent mixers: reset_state_at_eod"},
     "pos_emb": {
-        "learned": "learned positions are not built yet; write pos_emb: none (recurrent mixers need no positions)",
-        "rotary": "rotary attention is not built yet; recurrent mixers use pos_emb: none",
-        "sinusoidal": "sinusoidal positions are not built; recurrent mixers use pos_emb: none",
-        "rpe": "the T5 position bias is not built; recurrent mixers use pos_emb: none",
-        "alibi": "ALiBi attention is not built yet; recurrent mixers use pos_emb: none",
+        "sinusoidal": "sinusoidal positions are not built (NeoX's are broken); use learned, rotary or alibi",
+        "rpe": "the T5 position bias is not built; use alibi, rotary or learned",
     },
     "norm": {
         "scalenorm": "ScaleNorm is not built; use rmsnorm or simplermsnorm",

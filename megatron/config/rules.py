@@ -6,30 +6,10 @@ finished `RunConfig`, so they see derived values too. It is a table, so it may b
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 from megatron.config.frozen import thaw
+from megatron.config.model_rules import MODEL_RULES
+from megatron.config.rule import Rule
 from megatron.config.schema import RunConfig
-
-
-@dataclass(frozen=True)
-class Rule:
-    """One cross rule.
-
-    Attributes:
-        keys: the keys whose places are named.
-        broken: is the rule broken?
-        message: what is wrong, with the numbers.
-        hint: what to try.
-        needs: the rule asks for a key that is absent; such rules wait while there are unknown keys (typos).
-    """
-
-    keys: tuple[str, ...]
-    broken: Callable[[RunConfig], bool]
-    message: Callable[[RunConfig], str]
-    hint: str = ""
-    needs: bool = False
 
 
 def _optimizer_extra(run: RunConfig) -> set[str]:
@@ -59,33 +39,12 @@ def _cells(run: RunConfig) -> int:
     return run.parallel.pipe_stages * run.parallel.tensor_ranks
 
 
-_POINTWISE = {"gelu", "relu", "softsign", "swish", "mish", "silu"}
 _OPTIMIZER_PARAMS: dict[str, set[str]] = {
     "adamw": {"lr", "betas", "eps"},
 }
 
 RULES: tuple[Rule, ...] = (
-    Rule(
-        ("num_layers",),
-        lambda r: not r.model.num_layers,
-        lambda r: "num_layers is not given",
-        "write num_layers: the number of blocks",
-        needs=True,
-    ),
-    Rule(
-        ("hidden_size",),
-        lambda r: not r.model.hidden_size,
-        lambda r: "hidden_size is not given",
-        "write hidden_size: the width of the model",
-        needs=True,
-    ),
-    Rule(
-        ("num_attention_heads",),
-        lambda r: not r.model.num_attention_heads,
-        lambda r: "num_attention_heads is not given",
-        "MetaLA's released models have heads of width 128: hidden_size / 128",
-        needs=True,
-    ),
+    *MODEL_RULES,
     Rule(
         ("seq_length",),
         lambda r: not r.model.seq_length,
@@ -108,37 +67,6 @@ RULES: tuple[Rule, ...] = (
         needs=True,
     ),
     Rule(
-        ("hidden_size", "num_attention_heads"),
-        lambda r: bool(r.model.num_attention_heads) and r.model.hidden_size % r.model.num_attention_heads != 0,
-        lambda r: (
-            f"hidden_size {r.model.hidden_size} is not a multiple of num_attention_heads {r.model.num_attention_heads}"
-        ),
-        "every head needs the same whole width",
-    ),
-    Rule(
-        ("num_attention_heads", "model_parallel_size"),
-        lambda r: r.model.num_attention_heads % r.parallel.tensor_ranks != 0,
-        lambda r: (
-            f"num_attention_heads {r.model.num_attention_heads} is not a multiple of model_parallel_size"
-            f" {r.parallel.tensor_ranks}"
-        ),
-        "mixers are cut by head; choose a divisor of the head count",
-    ),
-    Rule(
-        ("intermediate_size", "mlp_branch_size", "hidden_size", "model_parallel_size"),
-        lambda r: r.model.mlp_width % r.parallel.tensor_ranks != 0,
-        lambda r: (
-            f"the MLP width {r.model.mlp_width} is not a multiple of model_parallel_size {r.parallel.tensor_ranks}"
-        ),
-        "set mlp_branch_size, or mlp_multiple_of to model_parallel_size",
-    ),
-    Rule(
-        ("num_layers", "pipe_parallel_size"),
-        lambda r: 0 < r.model.num_layers < r.parallel.pipe_stages,
-        lambda r: f"num_layers {r.model.num_layers} is less than pipe_parallel_size {r.parallel.pipe_stages}",
-        "every pipeline stage needs at least one block",
-    ),
-    Rule(
         ("pipe_parallel_size", "model_parallel_size", "global_num_gpus"),
         lambda r: r.world_size % _cells(r) != 0,
         lambda r: (
@@ -154,52 +82,10 @@ RULES: tuple[Rule, ...] = (
         "use engine: auto",
     ),
     Rule(
-        ("max_position_embeddings", "seq_length"),
-        lambda r: r.model.max_position_embeddings < r.model.seq_length,
-        lambda r: (
-            f"max_position_embeddings {r.model.max_position_embeddings} is less than seq_length {r.model.seq_length}"
-        ),
-        "leave max_position_embeddings unset: it follows seq_length",
-    ),
-    Rule(
-        ("intermediate_size", "expansion_factor"),
-        lambda r: bool(r.model.intermediate_size and r.model.expansion_factor),
-        lambda r: "intermediate_size and expansion_factor are both given",
-        "keep one of them",
-    ),
-    Rule(
-        ("mlp_branch_size", "intermediate_size", "expansion_factor"),
-        lambda r: bool(r.model.mlp_branch_size and (r.model.intermediate_size or r.model.expansion_factor)),
-        lambda r: "mlp_branch_size says the MLP width, and so does intermediate_size or expansion_factor",
-        "keep mlp_branch_size alone",
-    ),
-    Rule(
-        ("mlp_type", "activation"),
-        lambda r: r.model.mlp_type == "llama" and r.model.activation not in _POINTWISE,
-        lambda r: f"mlp_type: llama takes a pointwise activation, not {r.model.activation}",
-        "write activation: silu (mlp_type llama is gated already)",
-    ),
-    Rule(
-        ("use_bias_in_norms", "norm"),
-        lambda r: not r.model.use_bias_in_norms and r.model.norm == "layernorm",
-        lambda r: "LayerNorm without bias is not built",
-        "use rmsnorm or simplermsnorm, which have none (NeoX never reads this key)",
-    ),
-    Rule(
-        ("padded_vocab_size", "model_parallel_size"),
-        lambda r: (r.tokenizer.padded_vocab_size or 0) % r.parallel.tensor_ranks != 0,
-        lambda r: (
-            f"padded_vocab_size {r.tokenizer.padded_vocab_size} is not a multiple of model_parallel_size"
-            f" {r.parallel.tensor_ranks}"
-        ),
-        "leave it unset: it follows the tokenizer",
-    ),
-    Rule(
         ("zero_optimization.stage", "zero_optimization"),
         lambda r: r.parallel.zero_optimization is not None and r.parallel.zero_optimization.get("stage") not in (0, 1),
         lambda r: (
-            f"zero_optimization.stage is {thaw((r.parallel.zero_optimization or {}).get('stage'))!r};"
-            " stages 0 and 1 are built"
+            f"zero_optimization.stage is {thaw((r.parallel.zero_optimization or {}).get('stage'))!r}; stages 0 and 1 are built"
         ),
         "write zero_optimization: {stage: 1}",
     ),

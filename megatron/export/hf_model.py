@@ -17,8 +17,8 @@ from megatron.layers.base import Context, Layer, State
 from megatron.model.block import Block
 from megatron.model.build import build_mixer
 from megatron.model.config import ModelConfig
-from megatron.model.embed import Head
-from megatron.model.lm import Backbone
+from megatron.model.embed import Embedding, Head
+from megatron.model.lm import Backbone, embed, empty_states
 from megatron.model.loss import token_loss
 from megatron.model.mlp import MLP
 
@@ -109,8 +109,11 @@ class DecoderModel(DecoderPreTrainedModel):
         return self.embed_tokens
 
     def set_input_embeddings(self, value: Any) -> None:
-        """Replace the token embedding."""
-        self.embed_tokens = value
+        """Replace the token embedding, or only its table where transformers hands in one of its own (a resized vocabulary)."""
+        if isinstance(value, Embedding):
+            self.embed_tokens = value
+        else:
+            self.embed_tokens.weight, self.embed_tokens.rows = value.weight, value.weight.shape[0]
 
     def blocks(self) -> list[Block]:
         """The residual blocks, in order."""
@@ -125,13 +128,16 @@ class DecoderModel(DecoderPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        prefix_length: int | None = None,
+        prefix_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Hidden states [b, s, d] after the final norm.
 
         attention_mask [b, seen + s] or [b, s], 1 for a token: padding on the left changes nothing; padding on the right leaves
         the states of rows as their last real token left them. past_key_values: a `RecurrentCache` of an earlier call, updated
-        in place; an empty cache of another kind counts as none.
+        in place; an empty cache of another kind counts as none. prefix_length, prefix_mask [b, prompt]: for models with JRT layers,
+        see `Context`; the mask counts in the pass that reads the prompt.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
@@ -140,16 +146,20 @@ class DecoderModel(DecoderPreTrainedModel):
             use_cache = self.config.use_cache and not self.training
         cache = _own_cache(past_key_values)
         if cache is None and use_cache:
-            cache = RecurrentCache([b.token_mixer.init_state(len(x), x.dtype, x.device) for b in self.blocks()])
+            cache = RecurrentCache(empty_states(self.embed_tokens, self.blocks(), len(x), x.dtype, x.device))
         if cache is not None and len(next(iter(cache.states[0].values()))) != len(x):
             raise ValueError(f"the cache is of another batch size than the {len(x)} rows given")
-        ctx = Context(mask=_padding_mask(attention_mask, x))
+        filler = _filler_mask(prefix_mask, x, cache)
+        ctx = Context(mask=_padding_mask(attention_mask, x), prefix_length=prefix_length, prefix_mask=filler)
         seen: list[Tensor] | None = [] if output_hidden_states else None
-        x, states = self._run(x, ctx, None if cache is None else cache.states, seen)
+        before = None if cache is None else cache.states
+        x, tail = embed(self.embed_tokens, x, ctx, before)
+        x, states = self._run(x, ctx, before, seen)
         x = self.final_norm(x)
         if seen is not None:
             seen.append(x)
         if cache is not None and states is not None:
+            states = states + tail
             cache.states, cache.seen = states, cache.seen + x.shape[1]
         kept: Any = cache if use_cache else None
         output = BaseModelOutputWithPast(x, kept, tuple(seen) if seen is not None else None)
@@ -194,7 +204,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
 
     def set_input_embeddings(self, value: Any) -> None:
         """Replace the token embedding."""
-        self.model.embed_tokens = value
+        self.model.set_input_embeddings(value)
 
     def get_output_embeddings(self) -> nn.Module:
         """The output matrix."""
@@ -216,6 +226,8 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
         return_dict: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
+        prefix_length: int | None = None,
+        prefix_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Logits [b, s, n], or of the last `logits_to_keep` positions.
@@ -230,6 +242,8 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
             inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
+            prefix_length=prefix_length,
+            prefix_mask=prefix_mask,
         )
         hidden = inner.last_hidden_state
         if not isinstance(logits_to_keep, int):
@@ -255,6 +269,15 @@ def _own_cache(cache: Any) -> RecurrentCache | None:
     if cache is None or (length() == 0 if length is not None else not cache):
         return None
     raise ValueError(f"a {type(cache).__name__} holds no recurrent state; pass the past_key_values that this model returned")
+
+
+def _filler_mask(prefix_mask: Tensor | None, x: Tensor, cache: RecurrentCache | None) -> Tensor | None:
+    """JRT's filler in front of the prompt; of no meaning in passes after the one that read the prompt."""
+    if prefix_mask is None or (cache is not None and cache.seen):
+        return None
+    if prefix_mask.shape != x.shape[:2]:
+        raise ValueError(f"prefix_mask must be {tuple(x.shape[:2])}, got {tuple(prefix_mask.shape)}")
+    return prefix_mask.to(x.device)
 
 
 def _padding_mask(attention_mask: Tensor | None, x: Tensor) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""The residual block around any token mixer: x + mixer(norm(x)), then x + mlp(norm(x))."""
+"""The residual block around any token mixer: x + mixer(norm(x)), then x + mlp(norm(x)), or both halves side by side."""
 
 from __future__ import annotations
 
@@ -12,29 +12,53 @@ from megatron.model.norm import Norm
 
 
 class Block(nn.Module):
-    """Pre-norm, sequential residual. `hidden_dropout` acts on what each half adds, as in GPT-NeoX."""
+    """Pre-norm. `hidden_dropout` acts on what each half adds, as in GPT-NeoX.
+
+    A model without an MLP (Mamba) has the first half only. With `residual_fp32` the stream x is fp32 and the norms hand the
+    halves what the weights are in.
+    Sequential, or parallel (GPT-J, Pythia): x + mixer(norm1(x)) + mlp(norm2(x)), where `shared_norm` makes norm2 norm1.
+    """
 
     def __init__(self, config: ModelConfig, mixer: Layer) -> None:
         super().__init__()
         d = config.hidden_size
-        self.dropout = config.hidden_dropout
+        self.dropout, self.parallel, self.wide = config.hidden_dropout, config.parallel_residual, config.residual_fp32
+        alone = config.mlp == "none"
         self.token_norm = Norm(config.norm, d, config.norm_eps)
         self.token_mixer = mixer
-        self.channel_norm = Norm(config.norm, d, config.norm_eps)
-        self.channel_mixer = MLP(config.mlp, d, config.mlp_width, config.activation, config.mlp_bias)
-
-    def _channel(self, x: Tensor) -> Tensor:
-        return x + self._drop(self.channel_mixer(self.channel_norm(x)))
+        self.channel_norm = None if config.shared_norm or alone else Norm(config.norm, d, config.norm_eps)
+        mlp = None if alone else MLP(config.mlp, d, config.mlp_width, config.activation, config.mlp_bias)
+        self.channel_mixer = mlp
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training) if self.dropout else x
 
+    def _stream(self, x: Tensor) -> Tensor:
+        """The residual stream, widened to fp32 where the model asks for it."""
+        return x.float() if self.wide and x.element_size() < 4 else x
+
+    def _normed(self, norm: Norm, x: Tensor) -> Tensor:
+        """norm(x), in the format of the weights where the stream is wider than they are."""
+        return norm(x).to(next(self.token_mixer.parameters()).dtype) if self.wide else norm(x)
+
+    def _add(self, x: Tensor, normed: Tensor, mixed: Tensor) -> Tensor:
+        """x and what both halves add to it."""
+        after = x + self._drop(mixed)
+        if self.channel_mixer is None:
+            return after
+        inner = normed if self.channel_norm is None else self._normed(self.channel_norm, x if self.parallel else after)
+        return after + self._drop(self.channel_mixer(inner))
+
     def forward(self, x: Tensor, ctx: Context, state: State | None = None) -> tuple[Tensor, State | None]:
         """`x [b, s, d]` -> `[b, s, d]`, with the mixer's state as in `Layer.forward`."""
-        y, state = self.token_mixer(self.token_norm(x), ctx, state)
-        return self._channel(x + self._drop(y)), state
+        x = self._stream(x)
+        normed = self._normed(self.token_norm, x)
+        y, state = self.token_mixer(normed, ctx, state)
+        return self._add(x, normed, y), state
 
     def step(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
         """`x [b, d]` -> `[b, d]`, one decode step."""
-        y, state = self.token_mixer.step(self.token_norm(x), state, ctx)
-        return self._channel(x + y), state
+        x = self._stream(x)
+        normed = self._normed(self.token_norm, x)
+        y, state = self.token_mixer.step(normed, state, ctx)
+        return self._add(x, normed, y), state

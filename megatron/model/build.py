@@ -43,6 +43,8 @@ def _block_specs(block: nn.Module, prefix: str, stage: int) -> dict[str, ParamSp
     specs: dict[str, ParamSpec] = {}
     for half in ("token_mixer", "channel_mixer"):
         module = getattr(block, half)
+        if module is None:  # a model without MLPs
+            continue
         cuts, roles, keep = _local_tables(module)
         for name, p in module.named_parameters():
             if name not in cuts or name not in roles:
@@ -51,7 +53,8 @@ def _block_specs(block: nn.Module, prefix: str, stage: int) -> dict[str, ParamSp
             full = f"{prefix}.{half}.{name}"
             specs[full] = ParamSpec(full, tuple(p.shape), _cut(cuts[name]), roles[name], decay, stage)
     for half in ("token_norm", "channel_norm"):
-        specs |= _norm_specs(getattr(block, half), f"{prefix}.{half}", stage)
+        if getattr(block, half) is not None:
+            specs |= _norm_specs(getattr(block, half), f"{prefix}.{half}", stage)
     return specs
 
 
@@ -78,6 +81,12 @@ def param_specs(config: ModelConfig) -> dict[str, ParamSpec]:
         model = build_model(config)
     n, d, layers = config.vocab_size, config.hidden_size, config.num_layers
     specs = {"model.embed_tokens.weight": ParamSpec("model.embed_tokens.weight", (n, d), "vocab", "embedding", True, 0)}
+    embedding = model.model.embed_tokens
+    if embedding.positions is not None:
+        name = "model.embed_tokens.positions"
+        specs[name] = ParamSpec(name, tuple(embedding.positions.shape), "replicated", "embedding", True, 0)
+    if embedding.norm is not None:
+        specs |= _norm_specs(embedding.norm, "model.embed_tokens.norm", 0)
     for i, block in enumerate(model.model.layers):
         specs |= _block_specs(block, f"model.layers.{i}", i + 2)
     specs |= _norm_specs(model.model.final_norm, "model.final_norm", layers + 3)

@@ -14,9 +14,12 @@ from typing import Any
 class ModelConfig:
     """Shape and form of a decoder-only language model.
 
-    vocab_size counts the rows of the embedding, padding included. norm is layernorm | rmsnorm | simplermsnorm (no gain) |
-    non_parametric_layernorm. mlp is gated (l3(act(l1 x) * l2 x)) or plain (l3 act(l1 x)). layer_options holds, per mixer name,
-    the options that differ from that mixer's defaults.
+    vocab_size counts the rows of the embedding, padding included. norm is layernorm | layernorm_no_bias | rmsnorm |
+    simplermsnorm (no gain) | non_parametric_layernorm. mlp is gated (l3(act(l1 x) * l2 x)), plain (l3 act(l1 x)) or none (a
+    block is a mixer alone, as in Mamba). residual_fp32 keeps the stream between blocks in fp32 whatever the weights are in.
+    learned_positions: rows of the position table beside the embedding, 0 for none; embedding_norm: a norm after it.
+    parallel_residual: mixer and MLP side by side; shared_norm: one norm feeds both. layer_options holds, per mixer name, the
+    options that differ from that mixer's defaults.
     """
 
     vocab_size: int
@@ -37,6 +40,15 @@ class ModelConfig:
     init_method: str = "normal"
     output_init_method: str = "scaled_normal"
     init_std: float = 0.02
+    residual_fp32: bool = False
+    learned_positions: int = 0
+    embedding_norm: bool = False
+    parallel_residual: bool = False
+    shared_norm: bool = False
+
+    def __post_init__(self) -> None:
+        if self.shared_norm and not self.parallel_residual:
+            raise ValueError("shared_norm needs parallel_residual: in a sequential block the MLP reads what the mixer wrote")
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON types."""

@@ -1,4 +1,8 @@
-"""Token embedding and output matrix, which can each hold all rows of the vocabulary or one rank's block of them."""
+"""Token embedding and output matrix, which can each hold all rows of the vocabulary or one rank's block of them.
+
+Learned positions (GPT-NeoX's default, GPT-2) and a norm after the embedding (Bloom) belong here too, so that a pipeline's first
+stage holds all that stands before the first block.
+"""
 
 from __future__ import annotations
 
@@ -6,21 +10,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron.layers.base import Context, State
+from megatron.model.norm import Norm
+
 
 class Embedding(nn.Module):
     """`weight [n, d]`; ids of rows that other tensor-parallel ranks hold look up zero, and `join` adds the parts.
 
     first_row is the first vocabulary row held here; `scale` multiplies the result (sqrt(d) where the model says so).
+    places: rows of the learned position table, 0 for none; `norm` is applied last. Both are in `finish`.
     """
 
-    def __init__(self, rows: int, size: int, scale: float = 1.0) -> None:
+    def __init__(self, rows: int, size: int, scale: float = 1.0, places: int = 0, norm: Norm | None = None) -> None:
         super().__init__()
         self.rows, self.scale, self.first_row = rows, scale, 0
         self.weight = nn.Parameter(torch.empty(rows, size))
+        self.positions = nn.Parameter(torch.empty(places, size)) if places else None
+        self.norm = norm
         self.join: nn.Module = nn.Identity()
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """`tokens [b, s]` -> `[b, s, d]`."""
+        """`tokens [b, s]` -> `[b, s, d]`, without positions."""
         held = self.weight.shape[0]
         if held == self.rows:
             x = F.embedding(tokens, self.weight)
@@ -30,6 +40,41 @@ class Embedding(nn.Module):
             x = F.embedding(local.masked_fill(outside, 0), self.weight)
             x = self.join(x.masked_fill(outside.unsqueeze(-1), 0))
         return x if self.scale == 1.0 else x * self.scale
+
+    def finish(self, x: Tensor, ctx: Context, state: State | None = None) -> tuple[Tensor, State | None]:
+        """Add the learned positions to `x [b, s, d]` and norm it; what the next call must know comes back with it.
+
+        Padding is not counted and each document starts at 0.
+
+        Raises:
+            ValueError: the text is longer than the position table.
+        """
+        if self.positions is not None:
+            s, rows = x.shape[1], self.positions.shape[0]
+            if s > rows:
+                raise ValueError(f"{s} tokens, but the model has learned {rows} positions (max_position_embeddings)")
+            places, after = numbered(x.shape[0], s, ctx, None if state is None else state["seen"], x.device)
+            x = x + F.embedding(places, self.positions)
+            state = None if state is None else {"seen": after}
+        return x if self.norm is None else self.norm(x), state
+
+    def init_state(self, batch: int, device: torch.device | str) -> list[State]:
+        """The empty state in a list of one, or an empty list when there is nothing to remember."""
+        return [] if self.positions is None else [{"seen": torch.zeros(batch, dtype=torch.long, device=device)}]
+
+
+def numbered(b: int, s: int, ctx: Context, seen: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Place of each token within its row's document [b, s], after `seen [b]` tokens; and the tokens seen after these."""
+    tokens = torch.ones(b, s, dtype=torch.long, device=device) if ctx.mask is None else ctx.mask.to(torch.long)
+    count = tokens.cumsum(1)
+    if seen is not None:
+        count = count + seen[:, None]
+    places = (count - 1).clamp_min(0)
+    if ctx.segment_ids is None:
+        return places, count[:, -1]
+    border = F.pad(ctx.segment_ids[:, 1:] != ctx.segment_ids[:, :-1], (1, 0))
+    start = torch.where(border, places, 0).cummax(1).values
+    return places - start, count[:, -1] - start[:, -1]
 
 
 class Head(nn.Module):
@@ -42,4 +87,4 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits in x's dtype; the loss upcasts them."""
-        return F.linear(self.split(x), self.weight)
+        return F.linear(self.split(x.to(self.weight.dtype)), self.weight)

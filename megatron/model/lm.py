@@ -18,10 +18,25 @@ from megatron.model.embed import Embedding, Head
 from megatron.model.norm import Norm
 
 
+def embed(embedding: Embedding, x: Tensor, ctx: Context, state: list[State] | None) -> tuple[Tensor, list[State]]:
+    """Looked-up tokens `x [b, s, d]` with positions and norm; and the embedding's new state, the end of the list of states."""
+    if embedding.positions is None or state is None:
+        return embedding.finish(x, ctx)[0], []
+    x, after = embedding.finish(x, ctx, state[-1])
+    return x, [] if after is None else [after]
+
+
+def empty_states(
+    embedding: Embedding, blocks: Iterable[Block], batch: int, dtype: torch.dtype, device: torch.device | str
+) -> list[State]:
+    """One state per block, then the embedding's if it has one."""
+    return [b.token_mixer.init_state(batch, dtype, device) for b in blocks] + embedding.init_state(batch, device)
+
+
 def run_blocks(
     blocks: Iterable[nn.Module], x: Tensor, ctx: Context, state: list[State] | None
 ) -> tuple[Tensor, list[State] | None]:
-    """All residual blocks over `x [b, s, d]`; with `state`, one per block, the pass continues from it and returns the new one."""
+    """All residual blocks over `x [b, s, d]`; with `state`, one per block, the pass goes on from it and returns the new one."""
     new: list[State] = []
     for i, block in enumerate(blocks):
         x, after = block(x, ctx, None if state is None else state[i])
@@ -45,7 +60,9 @@ class Backbone(nn.Module):
     def __init__(self, config: ModelConfig, mixers: list[Layer]) -> None:
         super().__init__()
         d = config.hidden_size
-        self.embed_tokens = Embedding(config.vocab_size, d, d**0.5 if config.embedding_scale else 1.0)
+        norm = Norm(config.norm, d, config.norm_eps) if config.embedding_norm else None
+        scale = d**0.5 if config.embedding_scale else 1.0
+        self.embed_tokens = Embedding(config.vocab_size, d, scale, config.learned_positions, norm)
         self.layers = nn.ModuleList(Block(config, mixer) for mixer in mixers)
         self.final_norm = Norm(config.norm, d, config.norm_eps)
 
@@ -73,17 +90,19 @@ class LanguageModel(nn.Module):
         self, tokens: Tensor, ctx: Context | None = None, state: list[State] | None = None
     ) -> tuple[Tensor, list[State] | None]:
         """Logits of every position; with `state` the pass continues from it and the new one is returned."""
-        x, state = run_blocks(self.model.layers, self.model.embed_tokens(tokens), ctx or Context(), state)
-        return self.lm_head(self.model.final_norm(x)), state
+        ctx = ctx or Context()
+        x, tail = embed(self.model.embed_tokens, self.model.embed_tokens(tokens), ctx, state)
+        x, state = run_blocks(self.model.layers, x, ctx, state)
+        return self.lm_head(self.model.final_norm(x)), None if state is None else state + tail
 
     def step(self, tokens: Tensor, state: list[State], ctx: Context | None = None) -> tuple[Tensor, list[State]]:
         """One decode step: `tokens [b]` -> `logits [b, n]` and the new state."""
-        x = self.model.embed_tokens(tokens.unsqueeze(1)).squeeze(1)
-        x, state = step_blocks(self.model.blocks(), x, state, ctx or Context())
-        return self.lm_head(self.model.final_norm(x)), state
+        ctx = ctx or Context()
+        x, tail = embed(self.model.embed_tokens, self.model.embed_tokens(tokens.unsqueeze(1)), Context(), state)
+        x, state = step_blocks(self.model.blocks(), x.squeeze(1), state[: len(state) - len(tail)], ctx)
+        return self.lm_head(self.model.final_norm(x)), state + tail
 
     def init_state(self, batch: int, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> list[State]:
-        """Empty states of all layers; dtype and device default to the embedding's."""
+        """Empty states of all layers, then the embedding's if it has one; dtype and device default to the embedding's."""
         weight = self.model.embed_tokens.weight
-        dtype, device = dtype or weight.dtype, device or weight.device
-        return [block.token_mixer.init_state(batch, dtype, device) for block in self.model.blocks()]
+        return empty_states(self.model.embed_tokens, self.model.blocks(), batch, dtype or weight.dtype, device or weight.device)

@@ -8,18 +8,19 @@ from torch import Tensor, nn
 
 
 class Norm(nn.Module):
-    """One of four norms over the last dimension, `x [..., d]`.
+    """One of five norms over the last dimension, `x [..., d]`.
 
-    layernorm (weight, bias) | rmsnorm (weight) | simplermsnorm (no parameter; the released MetaLA models) |
-    non_parametric_layernorm.
+    layernorm (weight, bias) | layernorm_no_bias (weight) | rmsnorm (weight) | simplermsnorm (no parameter; the released MetaLA
+    models) | non_parametric_layernorm.
     """
 
     def __init__(self, kind: str, size: int, eps: float) -> None:
         super().__init__()
-        if kind not in ("layernorm", "rmsnorm", "simplermsnorm", "non_parametric_layernorm"):
+        if kind not in ("layernorm", "layernorm_no_bias", "rmsnorm", "simplermsnorm", "non_parametric_layernorm"):
             raise ValueError(f"unknown norm {kind!r}")
         self.kind, self.size, self.eps = kind, size, eps
-        self.weight = nn.Parameter(torch.ones(size)) if kind in ("layernorm", "rmsnorm") else None
+        gain = kind in ("layernorm", "layernorm_no_bias", "rmsnorm")
+        self.weight = nn.Parameter(torch.ones(size)) if gain else None
         self.bias = nn.Parameter(torch.zeros(size)) if kind == "layernorm" else None
 
     def forward(self, x: Tensor) -> Tensor:

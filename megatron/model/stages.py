@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from megatron.layers.base import Context
 from megatron.model.block import Block
+from megatron.model.embed import Embedding
 from megatron.model.lm import LanguageModel
 
 Flow = tuple[Tensor, ...]
@@ -38,7 +39,9 @@ class FirstStage(StageModule):
 
     def forward(self, flow: Flow) -> Flow:
         """See the class."""
-        return (self.body(flow[0]), *flow[1:])
+        assert isinstance(self.body, Embedding)
+        ctx = Context(segment_ids=flow[1] if len(flow) > 1 else None)
+        return (self.body.finish(self.body(flow[0]), ctx)[0], *flow[1:])
 
 
 class BlockStage(StageModule):

@@ -46,7 +46,7 @@ def test_explain_one_key() -> None:
     text = explain("warmup", load_config([QUICK]))
     assert "share of the horizon" in text and "metala-quickstart.yml:" in text and "default: 0.01" in text
     assert "alias of optimizer.params.lr" in explain("lr")
-    assert "not rotary" in explain("pos-emb")
+    assert "not rpe" in explain("pos-emb")
     assert "refused" in explain("moe_num_experts", load_config([QUICK]))
     with pytest.raises(ConfigError, match="there is no key warmpu"):
         explain("warmpu")

@@ -27,11 +27,11 @@ SHIPPED = [["metala"], ["metala-quickstart"], ["metala-1b", "local_setup"], ["me
 # Probes of the original that end differently here: change -> (accepted here?, why).
 PROBE_DIFFERENCES: dict[str, tuple[bool, str]] = {
     '{"lr": 1}': (False, "the original overwrites lr silently; two values for one setting are an error here"),
-    '{"num_kv_heads": 2}': (False, "belongs to softmax attention, not built yet"),
+    '{"num_kv_heads": 2}': (False, "no layer of the base run is softmax attention"),
     '{"precision": "bfloat16"}': (True, "the original crashes without zero_optimization"),
     '{"rotary_emb_base": 10000.0}': (True, "a whole number written as a float is a whole number"),
     '{"attention_config": [[["mamba"], 4]], "hidden_dropout": 0.1}': (False, "mamba is not built yet"),
-    '{"sliding_window_width": 16}': (False, "belongs to softmax attention, not built yet"),
+    '{"sliding_window_width": 16}': (False, "no layer of the base run is softmax attention"),
     '{"text_gen_type": "nope"}': (False, "the original accepts any text and fails later"),
 }
 
@@ -242,7 +242,7 @@ def test_ignored_keys_warn_once_each(load_values: Callable[..., RunConfig]) -> N
 
 
 def test_refused_keys_need_check(load_values: Callable[..., RunConfig]) -> None:
-    changes = {"moe_num_experts": 8, "pos_emb": "rotary", "train_impl": "dpo", "moe_top_k": 1}
+    changes = {"moe_num_experts": 8, "pos_emb": "rpe", "train_impl": "dpo", "moe_top_k": 1}
     with pytest.raises(ConfigError) as caught:
         load_values(changes)
     text = str(caught.value)

@@ -31,7 +31,16 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ({"intermediate_size": 128, "expansion_factor": 2.0}, "intermediate_size and expansion_factor"),
     ({"intermediate_size": 128, "mlp_branch_size": 128}, "mlp_branch_size says the MLP width"),
     ({"mlp_type": "llama", "activation": "swiglu"}, "takes a pointwise activation"),
-    ({"use_bias_in_norms": False}, "LayerNorm without bias"),
+    ({"pos_emb": "rotary"}, "pos_emb: rotary: no layer of attention_config reads this"),
+    ({"num_kv_heads": 2}, "num_kv_heads: 2: no layer"),
+    ({"num_kv_heads": 3, "attention_config": None}, "num_attention_heads 4 is not a multiple of num_kv_heads 3"),
+    (
+        {"num_kv_heads": 2, "attention_config": None, "model_parallel_size": 4, "world": 4},
+        "num_kv_heads 2 is not a multiple of model_parallel_size 4",
+    ),
+    ({"gpt_j_tied": True}, "gpt_j_tied has no meaning"),
+    ({"bias_gelu_fusion": True, "activation": "relu"}, "bias_gelu_fusion goes with"),
+    ({"reset_attention_at_eod": True, "reset_state_at_eod": False}, "reset_attention_at_eod is true and"),
     ({"padded_vocab_size": 255, "model_parallel_size": 2, "world": 2}, "padded_vocab_size 255 is not a multiple"),
     ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage is 3"),
     ({"zero_optimization": {}}, "zero_optimization.stage is None"),
@@ -73,7 +82,6 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ({"train_batch_size": 7, "world": 2}, "train_batch_size 7 is not a multiple of 2"),
     ({"attention_config": [[["metala"], 3]]}, "describes 3 layers, but num_layers is 4"),
     ({"attention_config": [[["metala"], 3], [["rwkv"], 1]]}, "token mixer 'rwkv' is not built"),
-    ({"attention_config": None}, "NeoX's default `global` is not built yet"),
     ({"dropout_hidden": 1}, "unknown key dropout_hidden"),
 ]
 
