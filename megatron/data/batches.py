@@ -191,8 +191,8 @@ def cu_seqlens(segment_ids: torch.Tensor) -> tuple[torch.Tensor, int]:
         segment_ids: [b, s], constant inside a document and different in the next.
 
     Returns:
-        i32 [pieces + 1], where each piece begins in the flattened [b * s] tokens (a row always begins one), from 0 to b * s; and the
-        length of the longest piece.
+        i32 [pieces + 1], where each piece begins in the flattened [b * s] tokens (a row always begins one), from 0 to b * s;
+        and the length of the longest piece.
     """
     changes = torch.ones_like(segment_ids, dtype=torch.bool)
     changes[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]

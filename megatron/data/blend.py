@@ -1,10 +1,10 @@
 """Which of several corpora each sample comes from: NeoX's greedy blend, exact to the last bit and fast.
 
-At step i the corpus is chosen whose share `w * max(i, 1)` exceeds what it has given so far the most; ties go to the first. That is
-a chain of n dependent choices, too slow in Python for millions. But a chain forgets: started with slightly wrong counts it
-soon makes the same choices as the true one. So the steps are cut into lanes that run side by side from estimated counts; a
-lane whose start differs from the end of the lane before it is run again from there, until all agree. Lane 0 starts exactly,
-hence agreement proves the whole chain equal to the sequential one, whatever the estimates were worth.
+At step i the corpus is chosen whose share `w * max(i, 1)` exceeds what it has given so far the most; ties go to the first.
+That is a chain of n dependent choices, too slow in Python for millions. But a chain forgets: started with slightly wrong
+counts it soon makes the same choices as the true one. So the steps are cut into lanes that run side by side from estimated
+counts; a lane whose start differs from the end of the lane before it is run again from there, until all agree. Lane 0 starts
+exactly, hence agreement proves the whole chain equal to the sequential one, whatever the estimates were worth.
 """
 
 from __future__ import annotations
@@ -71,9 +71,7 @@ def blend(weights: Sequence[float], size: int) -> tuple[NDArray[np.uint8], NDArr
     """
     shares = normalise(weights)
     if len(shares) > 255:
-        raise DataError(
-            f"{len(shares)} corpora cannot be blended", why="the index has one byte per sample: at most 255"
-        )
+        raise DataError(f"{len(shares)} corpora cannot be blended", why="the index has one byte per sample: at most 255")
     chosen = _choose(shares, size)
     return chosen, _count_within(chosen)
 

@@ -1,7 +1,7 @@
 """Built-in corpora: `prepare_data.py NAME` makes token files of one without a download.
 
-`pystdlib` is the source text of Python's own standard library: real text that lies on every machine, enough to see a small model
-learn. Its files are taken in sorted order, its tokenizer is trained on them, and a receipt says what was made, so that a
+`pystdlib` is the source text of Python's own standard library: real text that lies on every machine, enough to see a small
+model learn. Its files are taken in sorted order, its tokenizer is trained on them, and a receipt says what was made, so that a
 second run can prove that nothing is left to do. A run that was killed is gone on with.
 """
 
@@ -234,15 +234,11 @@ def _read_sources(root: Path) -> tuple[list[str], int]:
         if text.strip():
             texts.append(text.replace("\r\n", "\n").replace("\r", "\n"))
     if not texts:
-        raise DataError(
-            "no Python sources were found", where=str(root), why="the standard library has no readable .py file"
-        )
+        raise DataError("no Python sources were found", where=str(root), why="the standard library has no readable .py file")
     return texts, undecodable
 
 
-def _valid_receipt(
-    path: Path, tokenizer_type: str, vocab_file: Path | None, merge_file: Path | None
-) -> dict[str, Any] | None:
+def _valid_receipt(path: Path, tokenizer_type: str, vocab_file: Path | None, merge_file: Path | None) -> dict[str, Any] | None:
     """The receipt, if the files beside it are those it describes and were made with the same tokenizer; else None."""
     try:
         receipt: dict[str, Any] = json.loads(path.read_text("utf-8"))

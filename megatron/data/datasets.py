@@ -144,7 +144,8 @@ class PackedDataset(_OrderedDataset):
 
 
 class PaddedDataset(_OrderedDataset):
-    """Whole documents, filled with 0 to `seq_length + 1` tokens (`packing.build_padded_index`); arguments as for `PackedDataset`.
+    """Whole documents, filled with 0 to `seq_length + 1` tokens (`packing.build_padded_index`); arguments as for
+    `PackedDataset`.
 
     As in NeoX the first token of the document after them stands before the padding. No loss is counted on padding (NeoX counts
     it where there are no label files), and the last row of the order is served as it is (NeoX fails there and silently serves

@@ -68,7 +68,15 @@ class EncodeOptions:
 
 @dataclass
 class EncodeSummary:
-    """What was written: documents read, those without text, bad rows, bytes of input, tokens per output, seconds of this process."""
+    """What was written.
+
+    Attributes:
+        documents, empty, bad: rows read; those without text; those set aside.
+        bytes: of input.
+        tokens: per output.
+        seconds: of this process.
+        resumed_at: documents that an interrupted run had done.
+    """
 
     documents: int = 0
     empty: int = 0
@@ -105,9 +113,7 @@ def encode_rows(
     try:
         return _Run(job, open_source, output_prefix, options or EncodeOptions()).run()
     except OSError as error:
-        raise DataError(
-            "the corpus cannot be written", where=error.filename or output_prefix, why=error.strerror
-        ) from None
+        raise DataError("the corpus cannot be written", where=error.filename or output_prefix, why=error.strerror) from None
 
 
 class _Run:

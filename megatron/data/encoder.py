@@ -162,14 +162,13 @@ def encode_in_pool(job: EncodeJob, batches: Iterable[list[Row]], workers: int) -
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-_worker_encoder: Encoder | None = None
+_worker: list[Encoder] = []  # of this process, when it is one of the pool
 
 
 def _start_worker(job: EncodeJob) -> None:
-    global _worker_encoder
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _worker_encoder = Encoder(job)
+    _worker[:] = [Encoder(job)]
 
 
 def _end_with_parent() -> None:
@@ -181,8 +180,7 @@ def _end_with_parent() -> None:
 
 
 def _encode_in_worker(rows: list[Row]) -> Encoded:
-    assert _worker_encoder is not None
-    return _worker_encoder.encode(rows)
+    return _worker[0].encode(rows)
 
 
 def _fix_text() -> Callable[[str], str]:

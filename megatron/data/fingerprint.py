@@ -96,7 +96,7 @@ def _name(record: Mapping[str, Any]) -> str:
 
 
 def data_identity(prefixes: Sequence[str | Path], tokenizer: Tokenizer) -> dict[str, Any]:
-    """What a run is trained on, for its checkpoint: the tokenizer and, per corpus, numbers and a digest of the sizes; no paths."""
+    """What a run is trained on, for its checkpoint: the tokenizer and numbers and a digest of each corpus; no paths."""
     corpora = []
     for prefix in prefixes:
         indexed, digest = IndexedDataset(prefix), hashlib.sha256()
@@ -124,7 +124,7 @@ def check_identity(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         raise DataError(
             f"training corpus {wrong} is not the one of the checkpoint",
             why=f"then {_numbers(before, wrong)}, now {_numbers(after, wrong)}",
-            hint="give the same data, or start a new run from the weights (finetune: true): the cursor means nothing in other data",
+            hint="give the same data, or start a new run from the weights (finetune: true): the cursor is of no use in others",
         )
 
 

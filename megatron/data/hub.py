@@ -1,7 +1,7 @@
 """Rows of a Hugging Face data set: `hf:NAME?split=train&name=CONFIG&streaming=true`, from the hub or from a folder on disk.
 
-Nothing of a data set is ever executed. Parameters: split (train), name, revision, data_files, streaming (false), shuffle (a seed; with
-streaming, buffer_size rows, 10,000, are mixed).
+Nothing of a data set is ever executed. Parameters: split (train), name, revision, data_files, streaming (false), shuffle (a
+seed; with streaming, buffer_size rows, 10,000, are mixed).
 """
 
 from __future__ import annotations

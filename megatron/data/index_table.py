@@ -1,7 +1,7 @@
 """Reads and proves the table of a token index, in NeoX's two formats, so that everything above sees one kind of corpus.
 
-Nothing in a file is believed before it is proved: every number is compared with the other numbers and with the length of the file,
-in Python integers that cannot overflow, and no array is larger than the file it came from.
+Nothing in a file is believed before it is proved: every number is compared with the other numbers and with the length of the
+file, in Python integers that cannot overflow, and no array is larger than the file it came from.
 """
 
 from __future__ import annotations
@@ -40,9 +40,7 @@ class IndexTable:
 
 def damaged(what: str, why: str, path: Path) -> DataError:
     """The error for a file that contradicts itself."""
-    return DataError(
-        what, where=str(path), why=why, hint="the file is damaged or only partly copied: copy or prepare it again"
-    )
+    return DataError(what, where=str(path), why=why, hint="the file is damaged or only partly copied: copy or prepare it again")
 
 
 def read_table(path: Path) -> IndexTable:

@@ -1,6 +1,7 @@
 """Reads NeoX's token files (`token_format.py`), the legacy format too, so that old corpora keep their worth.
 
-Opening proves the table (`index_table.py`), the length of the tokens, and what the checksums, if there are any, can tell quickly.
+Opening proves the table (`index_table.py`), the length of the tokens, and what the checksums, if there are any, can tell
+quickly.
 """
 
 from __future__ import annotations
@@ -69,9 +70,7 @@ class IndexedDataset:
             DataError: no such sequence, or the piece does not lie inside it.
         """
         if not 0 <= index < len(self.sizes):
-            raise DataError(
-                f"sequence {index} does not exist", where=self.prefix, why=f"there are {len(self)} sequences"
-            )
+            raise DataError(f"sequence {index} does not exist", where=self.prefix, why=f"there are {len(self)} sequences")
         size = int(self.sizes[index])
         length = size - offset if length is None else length
         if offset < 0 or length < 0 or offset + length > size:

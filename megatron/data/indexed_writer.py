@@ -72,7 +72,7 @@ class IndexedWriter:
         self.end_document()
 
     def add_corpus(self, sizes: NDArray[np.int32], borders: NDArray[np.int64], blocks: Iterable[NDArray[Any]]) -> None:
-        """Append another corpus: its sequences, its document borders (from 0) and its tokens, which must fit the type on disk."""
+        """Append another corpus: its sequences, its document borders (from 0), its tokens (which must fit the type on disk)."""
         base = len(self._sizes)
         for block in blocks:
             self._bin.write(block.astype(self.dtype, copy=False).tobytes())
@@ -96,9 +96,7 @@ class IndexedWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if kind is None:
             self.finish()
         else:

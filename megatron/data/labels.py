@@ -47,7 +47,9 @@ class Labels:
 
     def ignored(self, documents: Documents, length: int) -> NDArray[np.bool_]:
         """[d]: True where none of the first `length` labels of the document counts."""
-        return np.array([not (self.indexed.get(int(d), 0, self._head(int(d), length)) >= 0).any() for d in documents], dtype=bool)
+        return np.array(
+            [not (self.indexed.get(int(d), 0, self._head(int(d), length)) >= 0).any() for d in documents], dtype=bool
+        )
 
     def _head(self, document: int, length: int) -> int:
         return min(int(self.indexed.sizes[document]), length)

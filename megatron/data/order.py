@@ -158,8 +158,8 @@ def count_tokens(documents: Documents, sizes: NDArray[Any]) -> int:
 def _stream(documents: Documents, sizes: NDArray[Any], epochs: int) -> NDArray[np.int64]:
     """Per place one number, `size << 32 | document`: the shuffle then carries the sizes along.
 
-    Looking sizes up after the shuffle is as slow as the shuffle itself (both jump through memory), and 8-byte items are the case
-    numpy shuffles fastest; the permutation does not depend on the items.
+    Looking sizes up after the shuffle is as slow as the shuffle itself (both jump through memory), and 8-byte items are the
+    case numpy shuffles fastest; the permutation does not depend on the items.
     """
     count = len(documents)
     stream = np.empty(epochs * count, dtype=np.int64)

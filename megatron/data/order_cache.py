@@ -96,9 +96,7 @@ def _turn(prefix: str | Path) -> Iterator[None]:
         yield
 
 
-def _entries(
-    documents: Documents, sizes: NDArray[Any], seq_length: int, num_samples: int | None, epochs: int | None
-) -> int:
+def _entries(documents: Documents, sizes: NDArray[Any], seq_length: int, num_samples: int | None, epochs: int | None) -> int:
     tokens = count_tokens(documents, sizes)
     passes = epochs or epochs_for(max(tokens, 1), seq_length, num_samples or 0)
     return passes * (len(documents) + tokens // max(seq_length, 1))

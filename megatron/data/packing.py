@@ -59,7 +59,8 @@ def build_padded_index(
     if not usable.any():
         raise DataError(
             f"none of {len(documents)} documents can be a sample",
-            why=f"each is empty, has only ignored labels, or is longer than {seq_length} + 1 tokens (allow_chopped: {allow_chopped})",
+            why="each is empty, has only ignored labels, or is longer than a sample "
+            f"of {seq_length} + 1 tokens (allow_chopped: {allow_chopped})",
             hint="set allow_chopped: true, or a longer seq_length",
         )
     rng = np.random.RandomState(seed)
@@ -79,8 +80,8 @@ def _until_overflow(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Documents in the order they are used and, among them, the start of each sample and the end of the last.
 
-    A sample that is open at the end of a pass over the documents goes on in the next one. NeoX ends with the first document of the
-    last sample, so that one is short.
+    A sample that is open at the end of a pass over the documents goes on in the next one. NeoX ends with the first document
+    of the last sample, so that one is short.
     """
     order = np.arange(len(sizes), dtype=np.int64)
     used: list[NDArray[np.int64]] = []
@@ -103,7 +104,7 @@ def _until_overflow(
 
 
 def _starts(ends: NDArray[np.int64], first: int, room: int) -> NDArray[np.int64]:
-    """First documents of the samples of one pass, from document `first` on: each sample takes what fits into `room`, at least one."""
+    """First documents of the samples of one pass, from `first` on: each takes what fits into `room`, at least one document."""
     before = np.concatenate([[0], ends[:-1]])
     following = np.maximum(np.searchsorted(ends, before + room, side="right"), np.arange(1, len(ends) + 1))
     found = []

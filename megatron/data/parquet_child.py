@@ -22,7 +22,7 @@ Fields = tuple[bytes, ...]
 
 
 def serve(out: IO[bytes], path: Path, skip: int, keys: Sequence[str]) -> None:
-    """Write frames: B, u32 rows, u32 length of every field, the fields; or E, u32 length, the error as JSON; and at last a dot."""
+    """Write frames: B, u32 rows, u32 length of every field, the fields; or E, u32 length, an error as JSON; at last a dot."""
     try:
         for rows in read_batches(path, keys, skip):
             fields = [field for row in rows for field in row]
@@ -45,7 +45,7 @@ def read_batches(path: Path, keys: Sequence[str], skip: int = 0) -> Iterator[lis
     except ImportError:
         hint = "pip install pyarrow (requirements: the extra `datasets`)"
         raise DataError("reading parquet needs the package pyarrow", where=str(path), hint=hint) from None
-    import pyarrow.parquet  # noqa: F401  loaded before memory is limited
+    import pyarrow.parquet  # loaded before memory is limited
 
     with contextlib.suppress(OSError, ValueError):  # systems without /proc
         _limit_memory(path)
@@ -123,7 +123,7 @@ def _damaged(path: Path, why: str) -> DataError:
 
 
 def _limit_memory(path: Path) -> None:
-    """A damaged length must not take the machine's memory: what the library holds now, 2 GiB and four times the file are enough."""
+    """A damaged length must not take the machine's memory: what is held now, 2 GiB and four times the file are enough."""
     now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     most = now + (2 << 30) + 4 * path.stat().st_size
     resource.setrlimit(resource.RLIMIT_AS, (most, resource.getrlimit(resource.RLIMIT_AS)[1]))

@@ -1,7 +1,8 @@
 """Token files in the making that survive a kill: parts on disk, and a journal that says how much of them is true.
 
-`PREFIX.bin.part`, `.sizes.part` and `.docs.part` only grow; the journal is replaced atomically after they are on the disk. After a
-kill each part is cut to the journal's length and writing goes on behind it, so the finished pair has the same bytes as without the kill.
+`PREFIX.bin.part`, `.sizes.part` and `.docs.part` only grow; the journal is replaced atomically after they are on the disk.
+After a kill each part is cut to the journal's length and writing goes on behind it, so the finished pair has the same bytes
+as without the kill.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Finds the text in a user's inputs: JSON lines, plain text, parquet, compressed or not, folders of them, Hugging Face data sets."""
+"""Finds the text in a user's inputs: JSON lines, plain text, parquet, compressed or not, folders, Hugging Face data sets."""
 
 from __future__ import annotations
 

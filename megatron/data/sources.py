@@ -36,11 +36,13 @@ class _Order:
     vocab_size: int | None
     one_epoch: bool
 
-    def dataset(self, indexed: IndexedDataset, name: str, documents: range, counts: Sequence[int], labels: Labels | None) -> Dataset:
+    def dataset(
+        self, indexed: IndexedDataset, name: str, documents: range, counts: Sequence[int], labels: Labels | None
+    ) -> Dataset:
         """Samples for the last of `counts`; the earlier ones are the counts this run was started with before.
 
-        The order of several epochs depends on their number, so another count would give another order: samples repeated and left
-        out. Hence the order of the first count stays, and what is missing is a further order behind it, by the next seed.
+        The order of several epochs depends on their number, so another count would give another order: samples repeated and
+        left out. Hence the order of the first count stays, and what is missing is a further order behind it, by the next seed.
         """
         parts: list[Dataset] = []
         have = 0
@@ -166,7 +168,8 @@ def dataset_from_list(
         train_epochs: each corpus gives one epoch, the blend has as many samples as all of them together, and for `train` it is
             repeated so many times. A corpus whose weight asks for more than it has starts over (with a warning).
         label_paths: label files, one per path.
-        documents_alpha: with `weight_by_num_documents`, `weighted_sampler_alpha`: the weights come from the numbers of documents.
+        documents_alpha: with `weight_by_num_documents`, `weighted_sampler_alpha`: the weights come from the numbers of
+            documents.
 
     Raises:
         DataError: as above, or the lists do not match.
@@ -178,9 +181,7 @@ def dataset_from_list(
     weights = [1.0] * len(paths) if weights is None else weights
     labels = _labels(name, corpora, label_paths)
     if len(weights) != len(paths):
-        raise DataError(
-            f"{len(weights)} {name}_data_weights for {len(paths)} {name}_data_paths", why="one weight per path"
-        )
+        raise DataError(f"{len(weights)} {name}_data_weights for {len(paths)} {name}_data_paths", why="one weight per path")
     totals = [*(earlier_counts if name == "train" else ()), count]
     shares = zip(*(samples_per_dataset(weights, total) for total in totals), strict=True)
     datasets = [

@@ -1,9 +1,10 @@
 """Training on text that was never made into token files: rows are read and tokenised as the steps ask for them.
 
-Samples are windows of `seq_length + 1` tokens, overlapping by one, cut from the documents in the order they come (each ended by the
-eod). The face is that of any data set, so `Batches` serves it; it only has to be read forward. Every data-parallel rank tokenises
-the whole stream and takes its part: what a step sees then depends on nothing but the sample number, whatever the number of ranks.
-(That costs each rank all the tokenising; token files do not.) The cursor says at which document and token a sample begins.
+Samples are windows of `seq_length + 1` tokens, overlapping by one, cut from the documents in the order they come (each ended
+by the eod). The face is that of any data set, so `Batches` serves it; it only has to be read forward. Every data-parallel
+rank tokenises the whole stream and takes its part: what a step sees then depends on nothing but the sample number, whatever
+the number of ranks. (That costs each rank all the tokenising; token files do not.) The cursor says at which document and
+token a sample begins.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Tokenizers in OpenAI's rank files (`*.tiktoken`): one line per token, its bytes in base64 and its rank.
 
-The released MetaLA models use one with 100,256 ranks in a vocabulary of 100,280. A rank file says neither how text is cut before
-the merges nor which special tokens follow the ranks. Both come from `NAME.tiktoken.json` beside it
+The released MetaLA models use one with 100,256 ranks in a vocabulary of 100,280. A rank file says neither how text is cut
+before the merges nor which special tokens follow the ranks. Both come from `NAME.tiktoken.json` beside it
 (`{"pattern": ..., "special_tokens": {text: id}, "vocab_size": ...}`, each optional), else from the number of ranks.
 """
 
@@ -45,8 +45,8 @@ class _Settings:
 class TiktokenTokenizer(Tokenizer):
     """A rank file.
 
-    Special tokens of the settings are recognised in text, as the JSON tokenizers do; ids between them and up to `vocab_size` are
-    reserved and never come out of a text.
+    Special tokens of the settings are recognised in text, as the JSON tokenizers do; ids between them and up to `vocab_size`
+    are reserved and never come out of a text.
 
     Raises:
         DataError: the file is not one, its ranks have gaps or repeat, or the settings contradict it.

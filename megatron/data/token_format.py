@@ -6,7 +6,8 @@ i32 sizes[N] (tokens), i64 offsets[N] (bytes into `.bin`), i64 doc_idx[D] (seque
 The legacy format (`data_impl: cached`): 8 bytes magic, u64 version 1, dtype code, bytes per token, N, S, D, then all i64:
 dim_offsets[N + 1], data_offsets[N + 1] (tokens), sizes[S], doc_idx[D].
 
-Beside a pair may lie what NeoX does not know and does not mind: `.meta.json` (which tokenizer made it) and `.sums.json` (checksums).
+Beside a pair may lie what NeoX does not know and does not mind: `.meta.json` (which tokenizer made it) and `.sums.json`
+(checksums).
 """
 
 from __future__ import annotations

@@ -94,7 +94,8 @@ class GPT2BPETokenizer(HFTokenizer):
 
 
 class HFGPT2Tokenizer(HFTokenizer):
-    """A Hugging Face tokenizer folder: `tokenizer.json`, or `vocab.json` with `merges.txt`; a padding token is added if missing.
+    """A Hugging Face tokenizer folder: `tokenizer.json`, or `vocab.json` with `merges.txt`; a padding token is added if
+    missing.
 
     The end-of-document token is the folder's `eos_token` (from `tokenizer_config.json` or `special_tokens_map.json`).
     """
@@ -103,9 +104,7 @@ class HFGPT2Tokenizer(HFTokenizer):
 
     def __init__(self, folder: Path) -> None:
         whole, pair = folder / "tokenizer.json", [folder / "vocab.json", folder / "merges.txt"]
-        settings = [
-            path for path in (folder / "tokenizer_config.json", folder / "special_tokens_map.json") if path.is_file()
-        ]
+        settings = [path for path in (folder / "tokenizer_config.json", folder / "special_tokens_map.json") if path.is_file()]
         if whole.is_file():
             super().__init__(whole)
             self._files = [whole, *settings]

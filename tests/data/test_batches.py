@@ -139,9 +139,9 @@ def test_reading_ahead_can_stop_early_and_raises_in_its_turn(packed: PackedDatas
             return super().sample(index)
 
     seen: list[int] = []
+    failing = Batches(Failing(packed.indexed, packed.order), 2, 0, 1, num_workers=2)
     with pytest.raises(DataError, match="sample 9"):
-        for batch in Batches(Failing(packed.indexed, packed.order), 2, 0, 1, num_workers=2):
-            seen += batch.sample_ids
+        seen.extend(i for batch in failing for i in batch.sample_ids)
     assert seen == list(range(8))
 
 
@@ -181,8 +181,7 @@ def test_token_beyond_the_vocabulary_is_named(corpus: str) -> None:
     dataset = datasets_from_split(corpus, "1", 16, {"train": 50}, 1, vocab_size=100)["train"]
     assert dataset is not None
     with pytest.raises(DataError, match="777") as error:
-        for index in range(len(dataset)):
-            dataset[index]
+        [dataset.sample(index) for index in range(len(dataset))]
     assert "sequence 33, token 30" in str(error.value.where)
 
 

@@ -72,9 +72,7 @@ def test_two_runs_are_equal_and_a_third_does_nothing(sources: Path, tmp_path: Pa
     assert prepare("pystdlib", CorpusRequest(tmp_path / "one", force=True)).made
 
 
-@pytest.mark.parametrize(
-    "name", ["pystdlib_text_document.bin", "pystdlib_text_document.idx", "tokenizer.json", "receipt.json"]
-)
+@pytest.mark.parametrize("name", ["pystdlib_text_document.bin", "pystdlib_text_document.idx", "tokenizer.json", "receipt.json"])
 def test_damage_is_made_good(name: str, sources: Path, tmp_path: Path) -> None:
     folder = tmp_path / "one" / "pystdlib"
     prepare("pystdlib", CorpusRequest(tmp_path / "one"))

@@ -116,9 +116,9 @@ def test_writer_refuses_tokens_that_do_not_fit(tmp_path: Path) -> None:
 
 def test_interrupted_writer_leaves_the_old_pair(corpus: str) -> None:
     before = {path.name: path.read_bytes() for path in Path(corpus).parent.iterdir()}
-    with pytest.raises(KeyboardInterrupt), IndexedWriter(corpus, "uint16") as writer:
-        writer.add_document([1, 2, 3])
-        raise KeyboardInterrupt
+    writer = IndexedWriter(corpus, "uint16")
+    writer.add_document([1, 2, 3])
+    writer.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
     assert {path.name: path.read_bytes() for path in Path(corpus).parent.iterdir()} == before
 
 
@@ -229,7 +229,11 @@ def test_a_flipped_bit_in_the_index_is_named_or_harmless(at: int, bit: int, corp
     try:
         read: Any = IndexedDataset(damaged)
     except DataError as error:
-        assert str(damaged) in str(error.where)
+        where = str(error.where)
+    else:
+        where = ""
+    if where:
+        assert str(damaged) in where
         return
     # Left over: a border of a document (training does not use it), and a sign of the type of the tokens.
     assert read.sizes.tolist() == clean.sizes.tolist()

@@ -72,9 +72,7 @@ def test_the_crashes_of_neox_work_here(golden: Path, golden_json: Callable[[str]
         case = crashed[case_id]
         documents = split_documents(case["split"], len(text))["train"]
         count, length = case["num_samples"][0], case["seq_length"]
-        order = build_padded_index(
-            case["pack_impl"], documents, text.sizes, length, count, case["seed"], case["allow_chopped"]
-        )
+        order = build_padded_index(case["pack_impl"], documents, text.sizes, length, count, case["seed"], case["allow_chopped"])
         dataset = PaddedDataset(text, order)
         assert len(dataset) == count and all(len(dataset[i]) == length + 1 for i in range(count))
         assert case["allow_chopped"] or text.sizes[order.doc_idx].max() <= length + 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -71,10 +72,8 @@ def test_an_interrupt_anywhere_ends_in_the_same_bytes(name: str, tmp_path: Path,
         folder = tmp_path / f"{name}{call}"
         with monkeypatch.context() as patch:
             _kill_at(patch, name, call)
-            try:
+            with contextlib.suppress(_Killed):
                 encode_corpus(JOB, [source], str(folder / "o"), ALWAYS)
-            except _Killed:
-                pass
         done = encode_corpus(JOB, [source], str(folder / "o"), ALWAYS)
         assert _made(folder) == expected and done.documents == 400 and done.bad == 5
 

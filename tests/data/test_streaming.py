@@ -77,6 +77,7 @@ def _steps(readers: list[Batches], steps: int) -> list[list[tuple[int, list[int]
 def test_every_world_sees_the_same_and_resumes(threads: int, source: str) -> None:
     expected = _steps([Batches(_open(source), 8, 0, 1)], 12)
     for world, micro in ((1, 2), (2, 2), (4, 1), (4, 2)):
+
         def run(saved: dict[str, Any] | None, world: int = world, micro: int = micro) -> list[Batches]:
             start = {} if saved is None else {"start_sample": saved["next_sample"], "start_tokens": saved["consumed_tokens"]}
             stream = None if saved is None else saved["stream"]

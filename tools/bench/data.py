@@ -2,8 +2,8 @@
 
     python tools/bench/data.py --output benchmarks/results/data-cpu.json [--skip-index] [--documents 300000000]
 
-Aims: each worker tokenises at 0.85 of the speed of the `tokenizers` library alone on one thread; the sample index of 300 billion
-tokens in 300 million documents takes under 60 s and 6 GiB.
+Aims: each worker tokenises at 0.85 of the speed of the `tokenizers` library alone on one thread; the sample index of 300
+billion tokens in 300 million documents takes under 60 s and 6 GiB.
 """
 
 from __future__ import annotations

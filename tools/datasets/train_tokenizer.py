@@ -1,6 +1,6 @@
 """Trains a tokenizer: byte-level BPE for HFTokenizer, or SentencePiece for SPMTokenizer.
 
-    python tools/datasets/train_tokenizer.py --input corpus.jsonl --output tokenizer.json --vocab-size 52000
+python tools/datasets/train_tokenizer.py --input corpus.jsonl --output tokenizer.json --vocab-size 52000
 """
 
 from __future__ import annotations
