@@ -53,6 +53,12 @@ RULES: tuple[Rule, ...] = (
         needs=True,
     ),
     Rule(
+        ("keep_last_n_checkpoints",),
+        lambda r: r.checkpoint.keep_last_n_checkpoints == 1,
+        lambda r: "keep_last_n_checkpoints is 1",
+        "write 2 or more: with a single checkpoint one damaged file is the end of the run",
+    ),
+    Rule(
         ("train_iters", "train_epochs"),
         lambda r: not r.training.train_iters and not r.training.train_epochs,
         lambda r: "train_iters is not given",

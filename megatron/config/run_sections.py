@@ -207,3 +207,5 @@ class CheckpointSection(Section):
     no_load_rng: bool = False
     no_save_optim: bool = False
     no_save_rng: bool = False
+    async_save: bool = False
+    verify_checkpoint: bool = True

@@ -20,6 +20,7 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ({"num_attention_heads": None}, "num_attention_heads is not given"),
     ({"seq_length": None}, "seq_length is not given"),
     ({"train_iters": None}, "train_iters is not given"),
+    ({"keep_last_n_checkpoints": 1}, "keep_last_n_checkpoints is 1"),
     ({"train_micro_batch_size_per_gpu": None}, "neither train_micro_batch_size_per_gpu nor"),
     ({"hidden_size": 65}, "hidden_size 65 is not a multiple of num_attention_heads 4"),
     ({"model_parallel_size": 3, "world": 3}, "num_attention_heads 4 is not a multiple of model_parallel_size 3"),
