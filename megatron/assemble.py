@@ -13,9 +13,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron.checkpoint.find import find_checkpoint
-from megatron.checkpoint.load import load_checkpoint
-from megatron.checkpoint.save import save_checkpoint
+from megatron.checkpoint.background import Saver
+from megatron.checkpoint.resume import resume
 from megatron.config.explain import print_config
 from megatron.config.schema import RunConfig
 from megatron.data.batches import Batch, Batches
@@ -48,7 +47,7 @@ from megatron.settings import (
     vocabulary_rows,
 )
 from megatron.training.evaluate import Evaluator
-from megatron.training.hooks import Hook, Run
+from megatron.training.hooks import Hook, Run, Step
 from megatron.training.loop import Actions, fit
 from megatron.training.reporting import Reporting
 from megatron.training.state import TrainState
@@ -106,18 +105,30 @@ def open_batches(run: RunConfig, dataset: Dataset, mesh: Mesh, tokenizer: Tokeni
 def restore(run: RunConfig, engine: Engine, config: ModelConfig) -> TrainState:
     """The state to start from: of the checkpoint that `load` names, or zero."""
     c = run.checkpoint
-    path = find_checkpoint(c.load, c.iteration, c.save) if c.load is not None else None
-    if path is None:
+    if c.load is None:
         return TrainState()
-    saved = load_checkpoint(
-        path,
+    found = resume(
+        c.load,
         engine,
+        iteration=c.iteration,
+        save_dir=c.save,
         model_config=config.to_dict(),
         load_optimizer=not c.no_load_optim,
         load_rng=not c.no_load_rng,
         finetune=c.finetune,
+        verify=c.verify_checkpoint,
     )
-    return TrainState.from_dict(saved)
+    return TrainState.from_dict(found.state)
+
+
+class _Saves(Hook):
+    """Hears, at each step, how the save in the background went."""
+
+    def __init__(self, saver: Saver) -> None:
+        self.saver = saver
+
+    def on_step(self, run: Run, step: Step) -> None:
+        self.saver.poll()
 
 
 class _Plot(Hook):
@@ -176,13 +187,13 @@ def _build(run: RunConfig, env: RankEnvironment) -> _Parts:
     return _Parts(tokenizer, config, sets, mesh, build_engine(run.parallel.engine, config, mesh, settings, env.local_rank))
 
 
-def _actions(run: RunConfig, parts: _Parts) -> Actions:
+def _actions(run: RunConfig, parts: _Parts, saver: Saver) -> Actions:
     """Save and evaluate, as the loop calls them."""
     c, engine, tokenizer = run.checkpoint, parts.engine, parts.tokenizer
 
     def save(state: TrainState) -> Path:
         assert c.save is not None  # the save rule is off without it
-        return save_checkpoint(
+        return saver.save(
             c.save,
             engine,
             state.to_dict(),
@@ -230,10 +241,15 @@ def train(run: RunConfig, env: RankEnvironment, command: Sequence[str]) -> Run:
         stack.callback(parts.engine.close)
         state = restore(run, parts.engine, parts.config)
         console.say(_opening(run, parts.config, parts.mesh, folder, parts.engine, state.iteration))
-        hooks: list[Hook] = []
+        saver = Saver(background=run.checkpoint.async_save)
+        stack.callback(saver.close)
+        hooks: list[Hook] = [_Saves(saver)]
         if env.is_main:
-            hooks = reporting_hooks(run, folder, parts.config, parts.mesh, state.iteration, console)
+            hooks += reporting_hooks(run, folder, parts.config, parts.mesh, state.iteration, console)
         dataset = parts.sets["train"]
         assert dataset is not None  # an empty train split is refused where it is cut
         batches = open_batches(run, dataset, parts.mesh, parts.tokenizer, state.consumed_samples)
-        return fit(parts.engine, iter(batches), schedule_of(run), state, fit_options(run), _actions(run, parts), hooks)
+        actions = _actions(run, parts, saver)
+        ended = fit(parts.engine, iter(batches), schedule_of(run), state, fit_options(run), actions, hooks)
+        saver.wait()
+        return ended

@@ -5,9 +5,20 @@ A wrong `load` is an error here; in NeoX a typo in it silently starts a fresh tr
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
-from megatron.checkpoint.layout import LATEST, MANIFEST, contents, iteration_of, side_folders, tag_of, whole_steps
+from megatron.checkpoint.damage import DamagedCheckpoint
+from megatron.checkpoint.layout import (
+    LATEST,
+    MANIFEST,
+    contents,
+    iteration_of,
+    side_folders,
+    step_folders,
+    tag_of,
+    whole_steps,
+)
 from megatron.errors import CheckpointError
 
 
@@ -29,7 +40,7 @@ def _step(folder: Path, step: int, asked: str) -> Path:
     why = "its manifest.json is missing" if path.is_dir() else contents(folder)
     if path.is_dir() and any(path.glob("*_states.pt")):
         why = "it is a GPT-NeoX/DeepSpeed checkpoint, which must be imported first"
-    raise CheckpointError(f"no checkpoint of step {step}, which {asked} asks for", where=str(path), why=why)
+    raise DamagedCheckpoint(f"no checkpoint of step {step}, which {asked} asks for", where=str(path), why=why)
 
 
 def _latest(folder: Path) -> int | None:
@@ -41,10 +52,10 @@ def _latest(folder: Path) -> int | None:
     try:
         tag = file.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError("cannot read `latest`", where=str(file), why=str(error)) from error
+        raise DamagedCheckpoint("cannot read `latest`", where=str(file), why=str(error)) from error
     step = iteration_of(tag)
     if step is None:
-        raise CheckpointError(
+        raise DamagedCheckpoint(
             "`latest` does not name a checkpoint",
             where=str(file),
             why=f"it says {tag[:60]!r}, expected global_step<N>",
@@ -84,3 +95,42 @@ def find_checkpoint(load_dir: str | Path, iteration: int | None = None, save_dir
         why=contents(folder),
         hint="correct `load`, or leave it out to start from nothing",
     )
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Checkpoints to try, the best first. notes: what was left out already and why. explicit: there is no second choice."""
+
+    paths: tuple[Path, ...]
+    notes: tuple[str, ...]
+    explicit: bool
+
+
+def candidates(load_dir: str | Path, iteration: int | None = None, save_dir: str | Path | None = None) -> Candidates:
+    """The checkpoints that a resume may try, in order; arguments as `find_checkpoint`.
+
+    First what `latest` says, then the older ones, newest first, then newer ones (of a run that was wound back, or whose
+    last rename was the last thing that happened). Without a readable `latest`: the newest first.
+
+    Raises:
+        CheckpointError: as `find_checkpoint`, when nothing in the folder looks like a checkpoint.
+    """
+    folder = Path(load_dir)
+    if iteration is not None or (folder / MANIFEST).is_file() or not folder.is_dir():
+        path = find_checkpoint(load_dir, iteration, save_dir)
+        return Candidates(() if path is None else (path,), (), True)
+    notes, first = [], None
+    try:
+        first = _latest(folder)
+    except DamagedCheckpoint as error:
+        notes.append(f"{error.what}, {error.why}")
+    whole = {s: p for s, p in side_folders(folder, "old") if (p / MANIFEST).is_file()} | whole_steps(folder)
+    notes += [f"{p.name}: its manifest.json is missing" for s, p in step_folders(folder).items() if s not in whole]
+    if first is not None and first not in whole and not (folder / tag_of(first)).is_dir():
+        notes.append(f"{tag_of(first)}: `latest` names it, it does not exist")
+    if not whole and (not notes or any(folder.glob("*/*_states.pt"))):
+        path = find_checkpoint(load_dir, None, save_dir)
+        return Candidates(() if path is None else (path,), (), True)
+    first = max(whole, default=0) if first is None else first
+    order = sorted((s for s in whole if s <= first), reverse=True) + sorted(s for s in whole if s > first)
+    return Candidates(tuple(whole[step] for step in order), tuple(notes), False)

@@ -5,7 +5,7 @@ save_id                the same text stands in the header of every shard: genera
 iteration, state       the training state (cursor, counters), mesh, model_config, versions of the libraries
 weights                name -> shape, dtype, cut, stage, parts; a part is a slice in a file
 optimizer              name -> parts; a part is a range of the flattened local slice: fp32 master and moments in a file
-files                  name -> size, SHA-256
+files                  name -> size, SHA-256 of every block (`blocks.py`)
 sha256                 of all the rest, so that a flipped bit in this file is seen as well
 """
 
@@ -18,14 +18,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from megatron.checkpoint.blocks import FileEntry, file_entry
+from megatron.checkpoint.boxes import Span
+from megatron.checkpoint.damage import DamagedCheckpoint
 from megatron.checkpoint.layout import MANIFEST, iteration_of
-from megatron.checkpoint.tensors import FileEntry
 from megatron.errors import CheckpointError
 from megatron.files import write_text
 from megatron.parallel.plan import Slice
 
 FORMAT = "metala-checkpoint"
-VERSION = 1
+VERSION = 2
+_READABLE = (1, VERSION)  # version 1 had one hash per file
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,10 @@ class WeightEntry:
     def slice_of(self, part: WeightPart) -> Slice:
         """The slice of the global tensor that a part holds."""
         return Slice(self.shape, part.dim, part.start, part.stop)
+
+    def optimizer_span(self, part: OptimizerPart) -> Span:
+        """The range of this weight's flattened slice that a stored optimizer part covers."""
+        return Span(Slice(self.shape, part.dim, part.start, part.stop), part.range_start, part.range_stop)
 
 
 @dataclass(frozen=True)
@@ -113,8 +120,8 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     write_text(folder / MANIFEST, json.dumps(body, indent=1, ensure_ascii=False) + "\n")
 
 
-def _damaged(path: Path, why: str) -> CheckpointError:
-    return CheckpointError("the checkpoint's manifest is damaged", where=str(path), why=why, hint="use an older checkpoint")
+def _damaged(path: Path, why: str) -> DamagedCheckpoint:
+    return DamagedCheckpoint("the checkpoint's manifest is damaged", where=str(path), why=why, hint="use an older checkpoint")
 
 
 def _plain_name(name: str) -> bool:
@@ -135,7 +142,7 @@ def _build(body: dict[str, Any]) -> Manifest:
         name: tuple(OptimizerPart(**{**part, "moments": tuple(part["moments"])}) for part in parts)
         for name, parts in body["optimizer"].items()
     }
-    files = {name: FileEntry(entry["size"], entry["sha256"]) for name, entry in body["files"].items()}
+    files = {name: file_entry(entry) for name, entry in body["files"].items()}
     return Manifest(**{**body, "weights": weights, "optimizer": optimizer, "files": files})
 
 
@@ -157,19 +164,19 @@ def read_manifest(path: str | Path) -> Manifest:
             else ""
         )
         why = "manifest.json is missing, the save was never finished" if path.is_dir() else "no such folder"
-        raise CheckpointError("not a checkpoint", where=str(path), why=why + pickles) from None
+        raise DamagedCheckpoint("not a checkpoint", where=str(path), why=why + pickles) from None
     except (OSError, ValueError) as error:
         raise _damaged(file, f"not readable as JSON ({error})") from error
     if not isinstance(body, dict) or body.get("format") != FORMAT:
         raise _damaged(file, f"its format is not '{FORMAT}'")
-    if body.get("version") != VERSION:
+    if body.get("sha256") != _digest(body):
+        raise _damaged(file, "its content does not match its own checksum")
+    if body.get("version") not in _READABLE:
         raise CheckpointError(
             "the checkpoint is of another release",
             where=str(file),
-            why=f"version {body.get('version')}, this code reads {VERSION}",
+            why=f"version {body.get('version')}, this code reads {' and '.join(map(str, _READABLE))}",
         )
-    if body.get("sha256") != _digest(body):
-        raise _damaged(file, "its content does not match its own checksum")
     try:
         manifest = _build(body)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -181,7 +188,7 @@ def read_manifest(path: str | Path) -> Manifest:
 def _cross_check(path: Path, manifest: Manifest) -> None:
     named = iteration_of(path.name.split(".")[0])
     if named is not None and named != manifest.iteration:
-        raise CheckpointError(
+        raise DamagedCheckpoint(
             "the folder's name and its manifest disagree",
             where=str(path),
             why=f"the manifest is of step {manifest.iteration}",

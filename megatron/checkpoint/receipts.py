@@ -13,11 +13,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron.checkpoint.boxes import box_of, copies, range_copies
+from megatron.checkpoint.blocks import FileEntry, file_entry
+from megatron.checkpoint.boxes import Span, fill
 from megatron.checkpoint.layout import receipt_file
 from megatron.checkpoint.manifest import OptimizerPart, WeightEntry, weight_entry
 from megatron.checkpoint.shards import Holdings
-from megatron.checkpoint.tensors import FileEntry
 from megatron.errors import CheckpointError
 from megatron.files import write_json
 from megatron.parallel.plan import Slice
@@ -63,7 +63,7 @@ def take_receipts(folder: Path, world_size: int) -> Joined:
     joined = Joined({}, {}, {})
     for rank in range(world_size):
         body = _read(folder, rank)
-        joined.files.update({name: FileEntry(**entry) for name, entry in body["files"].items()})
+        joined.files.update({name: file_entry(entry) for name, entry in body["files"].items()})
         for name, value in body["weights"].items():
             entry, known = weight_entry(value), joined.weights.get(name)
             if known is not None:
@@ -82,18 +82,12 @@ def check_complete(joined: Joined) -> None:
     """Raise CheckpointError naming the tensor whose stored pieces leave a hole or overlap."""
     for name, entry in joined.weights.items():
         try:
-            copies(tuple((0, n) for n in entry.shape), [box_of(entry.slice_of(part)) for part in entry.parts])
-            _check_optimizer(entry, joined.optimizer.get(name, ()))
+            whole = Span.whole(Slice(entry.shape, None, 0, 0))
+            fill(whole, [Span.whole(part) for part in dict.fromkeys(entry.slice_of(p) for p in entry.parts)])
+            tiles: dict[Any, list[Span]] = {}
+            for part in joined.optimizer.get(name, ()):
+                tiles.setdefault(part.holder, []).append(entry.optimizer_span(part))
+            for spans in tiles.values():
+                fill(Span.whole(spans[0].part), spans)
         except ValueError as error:
             raise CheckpointError(f"'{name}' was not written completely", why=str(error)) from error
-
-
-def _check_optimizer(entry: WeightEntry, parts: tuple[OptimizerPart, ...]) -> None:
-    tiles: dict[Any, list[tuple[int, int]]] = {}
-    for part in parts:
-        tiles.setdefault(part.holder, []).append((part.range_start, part.range_stop))
-    for (dim, start, stop, _, _), ranges in tiles.items():
-        length = 1
-        for size in Slice(entry.shape, dim, start, stop).local_shape:
-            length *= size
-        range_copies(0, length, ranges)

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import platform
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy
 import safetensors
@@ -22,17 +23,21 @@ from torch import Tensor
 
 from megatron.checkpoint import commit
 from megatron.checkpoint.agree import Verdict, exchange
+from megatron.checkpoint.blocks import FileEntry, text_entry
 from megatron.checkpoint.layout import tag_of
 from megatron.checkpoint.manifest import Manifest, write_manifest
 from megatron.checkpoint.receipts import take_receipts, write_receipt
 from megatron.checkpoint.retention import retain
 from megatron.checkpoint.shards import Holdings, add_weights, engine_holdings
-from megatron.checkpoint.tensors import FileEntry, write_tensors
+from megatron.checkpoint.tensors import write_files
 from megatron.engine.base import Engine
 from megatron.errors import CheckpointError
-from megatron.files import atomic_open, sha256_of, write_text
+from megatron.files import atomic_open, write_text
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.plan import ParamSpec
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _log = logging.getLogger(__name__)
 
@@ -52,26 +57,46 @@ class Companions:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
-def save_checkpoint(
-    folder: str | Path,
-    engine: Engine,
-    state: Mapping[str, Any],
-    *,
-    model_config: Mapping[str, Any],
-    config_texts: Mapping[str, str] | None = None,
-    tokenizer: Mapping[str, str | Path] | None = None,
-    facts: Mapping[str, Any] | None = None,
-    keep_last: int | None = None,
-    keep: Collection[int] = (),
-    save_optimizer: bool = True,
-    save_rng: bool = True,
-) -> Path:
+@dataclass(frozen=True)
+class Snapshot:
+    """All that one rank writes of one step, and what rank 0 needs to describe it."""
+
+    holdings: Holdings
+    mesh: Mesh
+    state: Mapping[str, Any]
+    companions: Companions
+    engine_state: Mapping[str, Any]
+
+    @property
+    def iteration(self) -> int:
+        """The step."""
+        return int(self.state["iteration"])
+
+
+@dataclass(frozen=True)
+class SaveOptions:
+    """How to save, the same at every step of a run and on all ranks.
+
+    model_config, config_texts, tokenizer, facts: see `Companions`.
+    keep_last: checkpoints to retain, at least two; None for all. keep: steps never deleted.
+    """
+
+    model_config: Mapping[str, Any]
+    config_texts: Mapping[str, str] = field(default_factory=dict)
+    tokenizer: Mapping[str, str | Path] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    keep_last: int | None = None
+    keep: Collection[int] = ()
+    save_optimizer: bool = True
+    save_rng: bool = True
+
+
+def save_checkpoint(folder: str | Path, engine: Engine, state: Mapping[str, Any], **options: Any) -> Path:
     """Save a running engine; every rank must call this at the same step, with the same arguments.
 
     Args:
         folder: the save folder, shared by all nodes. state: the training state, JSON-able, with `iteration`.
-        model_config, config_texts, tokenizer, facts: see `Companions`.
-        keep_last: checkpoints to retain, None for all. keep: steps never deleted.
+        options: the fields of `SaveOptions`; `model_config` is required.
 
     Returns:
         `<folder>/global_step<iteration>`.
@@ -79,15 +104,43 @@ def save_checkpoint(
     Raises:
         CheckpointError: on all ranks, when any of them could not write; nothing that was whole before has changed.
     """
-    companions = Companions(model_config, config_texts or {}, tokenizer or {}, facts or {})
-    verdict = _verdict(Path(folder), state["iteration"])
-    holdings = Holdings()
+    chosen = SaveOptions(**options)
+    return write_snapshot(Path(folder), take_snapshot(Path(folder), engine, state, chosen), chosen)
+
+
+def take_snapshot(
+    folder: Path,
+    engine: Engine,
+    state: Mapping[str, Any],
+    options: SaveOptions,
+    *,
+    copy: Callable[[Holdings], None] | None = None,
+    group: ProcessGroup | None = None,
+) -> Snapshot:
+    """What this rank will write; without `copy` it shares memory with the engine, which must then not step meanwhile.
+
+    Raises:
+        CheckpointError: on all ranks, when a rank's engine could not give its state (out of memory).
+    """
+    verdict, holdings = save_verdict(folder, state["iteration"], group), Holdings()
     with verdict.watch():
-        holdings = engine_holdings(engine, save_optimizer=save_optimizer, save_rng=save_rng)
+        holdings = engine_holdings(engine, save_optimizer=options.save_optimizer, save_rng=options.save_rng)
+        if copy is not None:
+            copy(holdings)
     verdict.settle()
-    path = _write(Path(folder), holdings, engine.mesh, state, companions, engine.extra_state())
-    if engine.mesh.rank == 0:
-        for problem in retain(Path(folder), state["iteration"], keep_last, keep):
+    companions = Companions(options.model_config, options.config_texts, options.tokenizer, options.facts)
+    return Snapshot(holdings, engine.mesh, dict(state), companions, engine.extra_state())
+
+
+def write_snapshot(folder: Path, snapshot: Snapshot, options: SaveOptions, group: ProcessGroup | None = None) -> Path:
+    """Write, publish, and delete what is superfluous then; every rank calls this.
+
+    Raises:
+        CheckpointError: as `save_checkpoint`.
+    """
+    path = _write(folder, snapshot, group)
+    if snapshot.mesh.rank == 0:
+        for problem in retain(folder, snapshot.iteration, options.keep_last, options.keep):
             _log.warning(problem)
     return path
 
@@ -109,46 +162,45 @@ def save_weights(
     Raises:
         CheckpointError: it cannot be written, or a shape differs from its spec.
     """
-    holdings, verdict = Holdings(), _verdict(Path(folder), iteration)
+    holdings, verdict = Holdings(), save_verdict(Path(folder), iteration)
     with verdict.watch():
         add_weights(holdings, weights, specs, Mesh.single())
     verdict.settle()
     companions = Companions(model_config, config_texts or {}, tokenizer or {}, facts or {})
-    return _write(Path(folder), holdings, Mesh.single(), {**(state or {}), "iteration": iteration}, companions, {})
+    state = {**(state or {}), "iteration": iteration}
+    return _write(Path(folder), Snapshot(holdings, Mesh.single(), state, companions, {}), None)
 
 
-def _verdict(folder: Path, iteration: int) -> Verdict:
-    return Verdict(f"the checkpoint of step {iteration} could not be saved; the earlier ones are untouched", str(folder))
+def save_verdict(folder: Path, iteration: int, group: ProcessGroup | None = None) -> Verdict:
+    """The verdict of one save."""
+    text = f"the checkpoint of step {iteration} could not be saved; the earlier ones are untouched"
+    return Verdict(text, str(folder), group)
 
 
-def _write(
-    folder: Path,
-    holdings: Holdings,
-    mesh: Mesh,
-    state: Mapping[str, Any],
-    companions: Companions,
-    engine_state: Mapping[str, Any],
-) -> Path:
-    iteration, main = int(state["iteration"]), mesh.rank == 0
-    offers = [json.loads(text) for text in exchange(json.dumps([commit.new_save_id(), holdings.size]))]
-    save_id, verdict = offers[0][0], _verdict(folder, iteration)
+def _write(folder: Path, snapshot: Snapshot, group: ProcessGroup | None) -> Path:
+    mesh, holdings, iteration = snapshot.mesh, snapshot.holdings, snapshot.iteration
+    offers = [json.loads(text) for text in exchange(json.dumps([commit.new_save_id(), holdings.size]), group)]
+    save_id, needed = offers[0][0], sum(size for _, size in offers)
     temporary = commit.temporary_folder(folder, iteration, save_id)
+    header = {"save_id": save_id, "iteration": str(iteration)}
+    verdict = save_verdict(folder, iteration, group)
     try:
         with verdict.watch():
-            if main:
-                _prepare(folder, temporary, sum(size for _, size in offers))
+            if mesh.rank == 0:
+                _prepare(folder, temporary, needed)
         verdict.settle()
         with verdict.watch():
-            files = _write_files(temporary, holdings, {"save_id": save_id, "iteration": str(iteration)})
-            write_receipt(temporary, mesh.rank, holdings, files)
+            written = write_files(temporary, holdings.files, header)
+            write_receipt(temporary, mesh.rank, holdings, written)
         verdict.settle()
         with verdict.watch():
-            if main:
-                _describe(temporary, mesh, save_id, state, companions, engine_state)
+            if mesh.rank == 0:
+                sizes = {"pp": mesh.pp, "dp": mesh.dp, "tp": mesh.tp}
+                describe(temporary, sizes, save_id, snapshot.state, snapshot.companions, snapshot.engine_state)
                 commit.publish(temporary, iteration)
         verdict.settle()
     except BaseException:
-        if main:
+        if mesh.rank == 0:
             commit.discard(temporary)
         raise
     return folder / tag_of(iteration)
@@ -162,25 +214,21 @@ def _prepare(folder: Path, temporary: Path, needed: int) -> None:
     temporary.mkdir()
 
 
-def _write_files(temporary: Path, holdings: Holdings, header: Mapping[str, str]) -> dict[str, FileEntry]:
-    return {name: write_tensors(temporary / name, tensors, header) for name, tensors in holdings.files.items()}
-
-
-def _describe(
+def describe(
     temporary: Path,
-    mesh: Mesh,
+    mesh: Mapping[str, int],
     save_id: str,
     state: Mapping[str, Any],
     companions: Companions,
     engine_state: Mapping[str, Any],
 ) -> None:
-    """Rank 0: add the companions, join the receipts and write the manifest, last."""
-    joined = take_receipts(temporary, mesh.world_size)
+    """Rank 0, when all files and receipts are there: add the companions, join the receipts, write the manifest, last."""
+    joined = take_receipts(temporary, math.prod(mesh.values()))
     joined.files.update(_copy_companions(temporary, companions))
     manifest = Manifest(
         iteration=int(state["iteration"]),
         save_id=save_id,
-        mesh={"pp": mesh.pp, "dp": mesh.dp, "tp": mesh.tp},
+        mesh=mesh,
         model_config=companions.model_config,
         state=state,
         engine=engine_state,
@@ -209,7 +257,7 @@ def _copy_companions(temporary: Path, companions: Companions) -> dict[str, FileE
                 shutil.copyfileobj(original, copy)
         except FileNotFoundError as error:
             raise CheckpointError("a tokenizer file is gone", where=str(source), why=str(error)) from error
-    return {path.relative_to(temporary).as_posix(): FileEntry(path.stat().st_size, sha256_of(path)) for path in written}
+    return {path.relative_to(temporary).as_posix(): text_entry(path) for path in written}
 
 
 def _versions() -> dict[str, str]:

@@ -15,13 +15,12 @@ from torch import Tensor
 
 from megatron.checkpoint.layout import layer_file, optimizer_file, rng_file
 from megatron.checkpoint.manifest import OptimizerPart, WeightEntry, WeightPart
+from megatron.checkpoint.recut import MASTER
 from megatron.checkpoint.tensors import dtype_name, nbytes
 from megatron.engine.base import Engine, OptimizerSlice
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.plan import ParamSpec, Slice, slice_of
 from megatron.parallel.random import capture_rng
-
-MASTER = "master"
 
 
 @dataclass

@@ -1,104 +1,149 @@
-"""Reading tensors out of one checkpoint by what they are, not by where they lie.
+"""Reading tensors out of one checkpoint by what they are, not by where they lie, on several threads.
 
-Each file is verified before its first use.
+`recut.py` says which runs of which files fill a tensor; here they are read, verified and put together. A tensor that is one
+run in one file is returned as it was read, without a second copy.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
 import torch
 from torch import Tensor
 
-from megatron.checkpoint.boxes import box_of, copies, range_copies
-from megatron.checkpoint.manifest import Manifest, OptimizerPart
-from megatron.checkpoint.tensors import Reader, check_file, open_tensors
+from megatron.checkpoint.boxes import Span
+from megatron.checkpoint.damage import DamagedCheckpoint
+from megatron.checkpoint.manifest import Manifest
+from megatron.checkpoint.reader import Pending, Reader
+from megatron.checkpoint.recut import OptimizerReads, Place, Read, optimizer_reads, weight_reads
+from megatron.checkpoint.tensors import threads
 from megatron.errors import CheckpointError
 from megatron.parallel.plan import Slice
 
+_AHEAD = 256 << 20  # bytes that are being read while earlier ones are put together
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A tensor to be read: its name for messages, local shape, dtype, and the reads that fill it."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    reads: tuple[Read, ...]
+
 
 class Source:
-    """An open checkpoint. Use it as a context manager; the tensors it returns outlive it (they are copies).
+    """An open checkpoint; a context manager. Tensors it returned outlive it.
 
     Args:
-        path: the checkpoint's folder. manifest: what `read_manifest(path)` gave.
+        path: the checkpoint's folder. manifest: what `read_manifest(path)` gave. verify: compare SHA-256 of what is read.
     """
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
-        self.path, self.manifest = path, manifest
+    def __init__(self, path: Path, manifest: Manifest, *, verify: bool = True) -> None:
+        self.path, self.manifest, self.verify = path, manifest, verify
         self._stack, self._readers = ExitStack(), dict[str, Reader]()
+        self.bytes_read = 0
 
     def __enter__(self) -> Source:
+        self._pool = self._stack.enter_context(ThreadPoolExecutor(threads(), "read"))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._pool.shutdown(cancel_futures=True)  # before the files are closed
+        for reader in self._readers.values():
+            reader.close()
         self._readers.clear()
         self._stack.close()
 
     def reader(self, file: str) -> Reader:
-        """A verified, open file of the checkpoint.
+        """An open file of the checkpoint, its header verified.
 
         Raises:
-            CheckpointError: it is missing, damaged, or of another save.
+            DamagedCheckpoint: it is missing, damaged, or of another save.
         """
         if file not in self._readers:
             if file not in self.manifest.files:
                 raise CheckpointError("the checkpoint has no such file", where=str(self.path / file))
-            check_file(self.path / file, self.manifest.files[file])
-            reader = self._stack.enter_context(open_tensors(self.path / file))
-            if reader.metadata().get("save_id") != self.manifest.save_id:
-                raise CheckpointError("a file belongs to another save", where=str(self.path / file))
+            reader = Reader(self.path / file, self.manifest.files[file], self._pool, self.verify)
             self._readers[file] = reader
+            if reader.metadata().get("save_id") != self.manifest.save_id:
+                raise DamagedCheckpoint("a file belongs to another save", where=str(self.path / file))
         return self._readers[file]
 
     def whole_file(self, file: str) -> dict[str, Tensor]:
         """All tensors of a file."""
         reader = self.reader(file)
-        return {name: reader.read(name).clone() for name in reader.names()}
+        return {name: reader.read(name) for name in reader.names()}
 
-    def weight(self, name: str, want: Slice | None = None, tp_rank: int = 0) -> Tensor:
-        """A weight, or the slice `want` of it, joined from the stored slices; of several replicas that of `tp_rank`
-        is read.
+    def wanted_weight(self, name: str, want: Slice | None = None, place: Place | None = None) -> Wanted:
+        """What to read for a weight, or for the slice `want` of it; of several replicas that of `place` is read.
 
         Raises:
-            CheckpointError: the name is unknown, or a file it lies in is missing or damaged.
+            CheckpointError: the name is unknown, or the stored parts do not fit together.
         """
         entry = self.manifest.weights.get(name)
         if entry is None:
             raise CheckpointError(f"the checkpoint has no weight '{name}'", where=str(self.path))
         want = want or Slice(entry.shape, None, 0, 0)
-        boxes = [box_of(entry.slice_of(part)) for part in entry.parts]
-        own = [i for i, part in enumerate(entry.parts) if part.file.endswith(f"-model_{tp_rank:02d}.safetensors")]
-        result = torch.empty(want.local_shape, dtype=getattr(torch, entry.dtype))
         try:
-            for step in copies(box_of(want), boxes, own):
-                result[step.target] = self.reader(entry.parts[step.piece].file).read(name, step.source)
-        except (ValueError, RuntimeError) as error:
+            reads = weight_reads(name, entry, want, place or Place())
+        except ValueError as error:
             raise self._misfit(name, error) from error
-        return result
+        return Wanted(name, want.local_shape, getattr(torch, entry.dtype), reads)
 
-    def optimizer_parts(self, name: str, want: Slice, pp_rank: int, tp_rank: int) -> Sequence[OptimizerPart]:
-        """The parts that tile the slice `want` of a parameter; of several holders the nearest to these ranks."""
-        parts = [
-            p for p in self.manifest.optimizer.get(name, ()) if (p.dim, p.start, p.stop) == (want.dim, want.start, want.stop)
-        ]
-        if not parts:
-            raise CheckpointError(f"the checkpoint has no optimizer state of '{name}' for this slice", where=str(self.path))
-        holder = min({p.holder for p in parts}, key=lambda h: (h[3] != pp_rank, h[4] != tp_rank, h[3], h[4]))
-        return [p for p in parts if p.holder == holder]
-
-    def flat(self, parts: Sequence[OptimizerPart], key: str, start: int, stop: int) -> Tensor:
-        """`[start, stop)` of a flattened slice from the ranges that were stored; `key` is the name in the files."""
-        result = torch.empty(stop - start, dtype=torch.float32)
+    def optimizer_reads(self, name: str, want: Span, place: Place | None = None) -> OptimizerReads:
+        """What to read for a range of a parameter's optimizer state; CheckpointError as `wanted_weight`."""
         try:
-            for step in range_copies(start, stop, [(p.range_start, p.range_stop) for p in parts]):
-                result[step.target] = self.reader(parts[step.piece].file).read(key, step.source)
-        except (ValueError, RuntimeError) as error:
-            raise self._misfit(key, error) from error
-        return result
+            return optimizer_reads(self.manifest, name, want, place or Place())
+        except (ValueError, KeyError) as error:
+            raise self._misfit(name, error) from error
+
+    def weight(self, name: str, want: Slice | None = None, place: Place | None = None) -> Tensor:
+        """A weight, or the slice `want` of it, joined from the stored slices."""
+        return next(self.tensors([self.wanted_weight(name, want, place)]))
+
+    def tensors(self, wanted: Iterable[Wanted]) -> Iterator[Tensor]:
+        """The tensors, in order; reading runs ahead of what was taken.
+
+        Raises:
+            DamagedCheckpoint: a file is missing, damaged or does not hold what the manifest says.
+        """
+        queue: deque[tuple[Wanted, list[Pending], int]] = deque()
+        ahead = 0
+        for item in wanted:
+            started = [self.reader(read.file).start(read.key, read.start, read.stop) for read in item.reads]
+            size = sum(pending.size for pending in started)
+            queue.append((item, started, size))
+            ahead += size
+            self.bytes_read += size
+            while ahead > _AHEAD and len(queue) > 1:
+                ready = queue.popleft()
+                ahead -= ready[2]
+                yield self._assemble(*ready[:2])
+        while queue:
+            yield self._assemble(*queue.popleft()[:2])
+
+    def _assemble(self, item: Wanted, started: list[Pending]) -> Tensor:
+        pieces = [pending.wait() for pending in started]
+        for read, piece in zip(item.reads, pieces, strict=True):
+            if piece.dtype != item.dtype:
+                raise DamagedCheckpoint(f"'{item.name}' has another dtype than manifest.json says", where=read.file)
+        if len(pieces) == 1 and len(item.reads[0].copies) == 1 and pieces[0].numel() == math.prod(item.shape):
+            return pieces[0].view(item.shape)  # one run that is all of it
+        result = torch.empty(item.shape, dtype=item.dtype).view(-1)
+        for read, piece in zip(item.reads, pieces, strict=True):
+            for copy in read.copies:
+                source = piece.as_strided(copy.size, copy.source_strides, piece.storage_offset() + copy.source)
+                result.as_strided(copy.size, copy.target_strides, copy.target).copy_(source)
+        return result.view(item.shape)
 
     def _misfit(self, name: str, error: Exception) -> CheckpointError:
-        return CheckpointError(f"the stored parts of '{name}' do not fit together", where=str(self.path), why=str(error))
+        return DamagedCheckpoint(f"the stored parts of '{name}' do not fit together", where=str(self.path), why=str(error))

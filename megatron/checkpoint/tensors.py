@@ -1,31 +1,31 @@
-"""Safetensors files, written as a stream with the hash taken on the way and read with every cause of failure named.
+"""Writing safetensors files: many at once, in blocks that several threads hash and write, synced before it returns.
 
-The writer is ours (the format is eight bytes of length, a JSON header and the raw bytes) because the library's own
-needs the whole file in memory to hash it, and because every durable write has to pass through `megatron/files.py`.
-The reader is the library's, which checks the header against the length of the file before anything is allocated.
+The format is eight bytes of length, a JSON header and the raw bytes. The writer is ours because the library's own needs a
+whole file in host memory and hashes nothing; one pass here costs what writing alone costs while a core is idle, since
+neither `pwrite` nor SHA-256 holds the interpreter's lock. `reader.py` is the other half.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import struct
+import threading
+import uuid
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import chain
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron.errors import CheckpointError
-from megatron.files import atomic_open, sha256_of
+from megatron.checkpoint.blocks import BLOCK, FileEntry, write_at
+from megatron.files import fsync_folder
 
-_CODES: dict[torch.dtype, str] = {
+CODES: dict[torch.dtype, str] = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -37,14 +37,14 @@ _CODES: dict[torch.dtype, str] = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+_FILES_AT_ONCE = 32  # open at a time, so that a deep model does not run out of descriptors
+_SYNC_EVERY = 64 << 20  # bytes of one file between two starts of the disk, which works while the next ones are hashed
+Blocks = list[tuple[int, str]]
 
 
-@dataclass(frozen=True)
-class FileEntry:
-    """What the manifest says of one file: bytes and hex SHA-256."""
-
-    size: int
-    sha256: str
+def threads() -> int:
+    """Threads that hash and read or write beside each other, per process."""
+    return max(2, min(4, len(os.sched_getaffinity(0))))
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -63,95 +63,142 @@ def _header(tensors: Mapping[str, Tensor], order: list[str], metadata: Mapping[s
     for name in order:
         tensor = tensors[name]
         end = offset + tensor.numel() * tensor.element_size()
-        table[name] = {"dtype": _CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        table[name] = {"dtype": CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(table, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the data begins on a multiple of 8, so that mapped tensors are aligned
     return struct.pack("<Q", len(text)) + text
 
 
-def _raw(tensor: Tensor) -> bytes | memoryview:
+def _raw(tensor: Tensor) -> memoryview:
     """The bytes of a tensor in row-major order; copies only what is not already contiguous in host memory."""
     flat = tensor.detach().to("cpu").contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data if flat.numel() else b""
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+
+
+def _blocks(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[memoryview]:
+    """The file as blocks: the header, then every tensor, cut where it is long."""
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # wide types first: aligned
+    yield memoryview(_header(tensors, order, metadata))
+    for name in order:
+        raw = _raw(tensors[name])
+        yield from (raw[at : at + BLOCK] for at in range(0, len(raw), BLOCK))
+
+
+def _groups(blocks: Iterator[memoryview]) -> Iterator[tuple[int, list[memoryview]]]:
+    """(offset, consecutive blocks of together at most BLOCK bytes): one piece of work, however small the tensors are."""
+    offset, group, size = 0, list[memoryview](), 0
+    for block in blocks:
+        if group and size + len(block) > BLOCK:
+            yield offset, group
+            offset, group, size = offset + size, [], 0
+        group.append(block)
+        size += len(block)
+    yield offset, group
+
+
+def _put(fd: int, offset: int, group: list[memoryview], hashing: bool) -> Blocks:
+    """Write consecutive blocks; where each ends, and its hash."""
+    write_at(fd, offset, group[0] if len(group) == 1 else b"".join(group))
+    found: Blocks = []
+    for block in group:
+        offset += len(block)
+        found.append((offset, hashlib.sha256(block).hexdigest() if hashing else ""))
+    return found
+
+
+class _Writer:
+    """The threads of one call, and at most twice as many blocks in host memory as there are threads."""
+
+    def __init__(self, folder: Path, metadata: Mapping[str, str], hashing: bool) -> None:
+        self.folder, self.metadata, self.hashing = folder, metadata, hashing
+        self.work, self.sync = ThreadPoolExecutor(threads(), "write"), ThreadPoolExecutor(2, "sync")
+        self.room = threading.BoundedSemaphore(2 * threads())
+        self.open: dict[str, tuple[int, list[Future[Blocks]]]] = {}
+        self.syncs: list[tuple[int, Future[None]]] = []
+        self.entries: dict[str, FileEntry] = {}
+
+    def _task(self, fd: int, offset: int, group: list[memoryview]) -> Blocks:
+        try:
+            return _put(fd, offset, group, self.hashing)
+        finally:
+            self.room.release()
+
+    def add(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Hand one file to the threads; returns when all of its blocks are queued."""
+        if len(self.open) >= _FILES_AT_ONCE:
+            self.finish(next(iter(self.open)))
+        fd = os.open(self.folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        futures: list[Future[Blocks]] = []
+        self.open[name] = (fd, futures)
+        started = 0
+        for offset, group in _groups(_blocks(tensors, self.metadata)):
+            self.room.acquire()
+            futures.append(self.work.submit(self._task, fd, offset, group))
+            if offset - started >= _SYNC_EVERY:
+                started = offset
+                self.syncs.append((fd, self.sync.submit(os.fdatasync, fd)))
+
+    def finish(self, name: str) -> None:
+        """Wait for a file's blocks and make it durable."""
+        fd, futures = self.open[name]
+        blocks = tuple(block for future in futures for block in future.result())
+        waiting = [future for other, future in self.syncs if other == fd]
+        self.syncs = [pair for pair in self.syncs if pair[0] != fd]
+        for future in waiting:
+            future.result()
+        self.sync.submit(os.fsync, fd).result()
+        del self.open[name]
+        os.close(fd)
+        self.entries[name] = FileEntry(blocks[-1][0], blocks)
+
+    def close(self) -> None:
+        """End the threads, then close what an error left open."""
+        self.work.shutdown(cancel_futures=True)
+        self.sync.shutdown(cancel_futures=True)
+        for fd, _ in self.open.values():
+            os.close(fd)
+
+
+def write_files(
+    folder: Path, files: Mapping[str, Mapping[str, Tensor]], metadata: Mapping[str, str], *, hashing: bool = True
+) -> dict[str, FileEntry]:
+    """Write safetensors files into a folder that nobody reads yet; all are synced when it returns.
+
+    Args:
+        files: file name -> its tensors, on any device; a few blocks at a time are held in host memory.
+        metadata: texts for the header of each. hashing: False leaves the hashes empty (to measure what they cost).
+
+    Returns:
+        file name -> its size and the hashes of its blocks.
+
+    Raises:
+        OSError: a file exists, the disk is full, the folder cannot be written; what was begun is left for the caller.
+    """
+    writer = _Writer(folder, metadata, hashing)
+    try:
+        for name, tensors in files.items():
+            writer.add(name, tensors)
+        for name in list(writer.open):
+            writer.finish(name)
+    finally:
+        writer.close()
+    return writer.entries
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> FileEntry:
-    """Write a safetensors file, synced to disk, and return its size and hash.
-
-    Tensors may live on any device; one at a time is copied to the host.
+    """Write one safetensors file that is whole or absent, and return its entry.
 
     Raises:
         OSError: the disk is full or the folder cannot be written; nothing is left at `path`.
     """
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # wide types first: aligned
-    digest, size = hashlib.sha256(), 0
-    with ThreadPoolExecutor(1) as hasher, atomic_open(path) as handle:
-        for chunk in chain([_header(tensors, order, metadata)], (_raw(tensors[name]) for name in order)):
-            hashed = hasher.submit(digest.update, chunk)  # beside the writing: neither holds the interpreter's lock
-            handle.write(chunk)
-            hashed.result()
-            size += len(chunk)
-    return FileEntry(size, digest.hexdigest())
-
-
-def check_file(path: Path, entry: FileEntry) -> None:
-    """Compare a file with what the manifest says of it.
-
-    Raises:
-        CheckpointError: it is absent, has another size, or another content; the message says which.
-    """
-    if not path.is_file():
-        raise CheckpointError("a file of the checkpoint is missing", where=str(path), why="manifest.json lists it")
-    size = path.stat().st_size
-    if size != entry.size:
-        raise CheckpointError(
-            "a file of the checkpoint is damaged",
-            where=str(path),
-            why=f"{'truncated' if size < entry.size else 'wrong size'}: {size} bytes, manifest.json says {entry.size}",
-        )
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        found = sha256_of(path)
-    except OSError as error:
-        raise CheckpointError("a file of the checkpoint cannot be read", where=str(path), why=str(error)) from error
-    if found != entry.sha256:
-        raise CheckpointError(
-            "a file of the checkpoint is damaged",
-            where=str(path),
-            why=f"its SHA-256 is {found[:16]}..., manifest.json says {entry.sha256[:16]}...",
-        )
-
-
-class Reader:
-    """An open safetensors file; reads whole tensors or slices of them, on the CPU."""
-
-    def __init__(self, path: Path, handle: Any) -> None:
-        self.path, self._handle = path, handle
-
-    def names(self) -> list[str]:
-        """Names of the tensors inside."""
-        return list(self._handle.keys())
-
-    def metadata(self) -> dict[str, str]:
-        """The header's free texts."""
-        return dict(self._handle.metadata() or {})
-
-    def read(self, name: str, part: tuple[slice, ...] | None = None) -> Tensor:
-        """One tensor, or the `part` of it; a name that is absent raises CheckpointError."""
-        try:
-            if part is None or not part:
-                return self._handle.get_tensor(name)
-            return self._handle.get_slice(name)[part]
-        except (SafetensorError, IndexError) as error:
-            raise CheckpointError(f"cannot read '{name}'", where=str(self.path), why=str(error)) from error
-
-
-@contextmanager
-def open_tensors(path: Path) -> Iterator[Reader]:
-    """Open a safetensors file for reading; a broken header raises CheckpointError with the cause."""
-    try:
-        handle = safe_open(path, framework="pt", device="cpu")
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError("cannot read a file of the checkpoint", where=str(path), why=str(error)) from error
-    with handle:
-        yield Reader(path, handle)
+        entry = write_files(path.parent, {temporary.name: tensors}, metadata)[temporary.name]
+        os.replace(temporary, path)
+        fsync_folder(path.parent)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+    return entry

@@ -10,19 +10,17 @@ from torch import Tensor, nn
 
 from megatron.engine.base import MOMENTS, Engine, EngineSettings, MicroBatch, OptimizerSlice, StepResult
 from megatron.parallel.mesh import Mesh
-from megatron.parallel.plan import ParamSpec, slice_of
+from megatron.parallel.plan import Cut, ParamSpec, slice_of
 
-SPECS: dict[str, ParamSpec] = {
-    name: ParamSpec(name, shape, cut, "input", True, stage)
-    for name, shape, cut, stage in (
-        ("model.embed_tokens.weight", (16, 8), "vocab", 0),
-        ("model.layers.0.token_mixer.q_proj.weight", (8, 8), "column", 2),
-        ("model.layers.0.token_mixer.o_proj.weight", (8, 8), "row", 2),
-        ("model.layers.0.token_mixer.decay", (4,), "heads", 2),
-        ("model.layers.0.token_norm.weight", (8,), "replicated", 2),
-        ("model.scale", (), "replicated", 3),
-    )
-}
+_TABLE: tuple[tuple[str, tuple[int, ...], Cut, int], ...] = (
+    ("model.embed_tokens.weight", (16, 8), "vocab", 0),
+    ("model.layers.0.token_mixer.q_proj.weight", (8, 8), "column", 2),
+    ("model.layers.0.token_mixer.o_proj.weight", (8, 8), "row", 2),
+    ("model.layers.0.token_mixer.decay", (4,), "heads", 2),
+    ("model.layers.0.token_norm.weight", (8,), "replicated", 2),
+    ("model.scale", (), "replicated", 3),
+)
+SPECS = {name: ParamSpec(name, shape, cut, "input", True, stage) for name, shape, cut, stage in _TABLE}
 MODEL = {"hidden_size": 8, "num_layers": 1, "layer_types": ["metala"], "layer_options": {"metala": {"k": 2}}}
 
 

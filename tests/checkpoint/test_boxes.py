@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -10,67 +11,74 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron.checkpoint.boxes import box_of, copies, overlap, range_copies, volume
+from megatron.checkpoint.boxes import Span, box_of, fill, overlap, range_boxes, volume
 from megatron.parallel.plan import Cut, Slice, slice_of
 
 CUTS: tuple[Cut, ...] = ("column", "row", "heads", "vocab", "replicated")
+SHAPE = (8, 16, 3)
 
 
-def fill(want: Slice, stored: list[Slice], whole: Tensor, preferred: tuple[int, ...] = ()) -> Tensor:
+def flat(span: Span) -> Tensor:
+    """The global element numbers that a span holds, by plain indexing."""
+    whole = torch.arange(math.prod(span.part.shape)).view(span.part.shape)
+    return whole[tuple(slice(a, b) for a, b in box_of(span.part))].reshape(-1)[span.start : span.stop]
+
+
+def filled(want: Span, stored: list[Span]) -> Tensor:
     """What a reader of these pieces gets."""
-    result = torch.full(want.local_shape, -1)
-    for step in copies(box_of(want), [box_of(s) for s in stored], preferred):
-        piece = whole[tuple(slice(a, b) for a, b in box_of(stored[step.piece]))]
-        result[step.target] = piece[step.source]
+    result = torch.full((want.stop - want.start,), -1)
+    for copy in fill(want, stored):
+        source = flat(stored[copy.piece]).clone()
+        target = result.as_strided(copy.size, copy.target_strides, copy.target)
+        target.copy_(source.as_strided(copy.size, copy.source_strides, copy.source))
     return result
 
 
-@settings(max_examples=200, deadline=None)
-@given(st.sampled_from(CUTS), st.sampled_from([1, 2, 4, 8]), st.sampled_from([1, 2, 4, 8]), st.data())
-def test_any_cut_from_any_cut(cut: Cut, then: int, now: int, data: st.DataObject) -> None:
-    shape = (8, 16, 3)
-    whole = torch.arange(8 * 16 * 3).reshape(shape)
-    stored = [slice_of(shape, cut, rank, then) for rank in range(then)]
-    stored = data.draw(st.permutations(stored))
-    rank = data.draw(st.integers(0, now - 1))
-    want = slice_of(shape, cut, rank, now)
-    expected = whole[tuple(slice(a, b) for a, b in box_of(want))]
-    assert torch.equal(fill(want, stored, whole), expected)
+def chopped(data: st.DataObject, part: Slice) -> list[Span]:
+    """A slice as ranges that ZeRO might have cut, in any order."""
+    length = math.prod(part.local_shape)
+    edges = sorted({0, length, *data.draw(st.lists(st.integers(0, length), max_size=4))})
+    return [Span(part, a, b) for a, b in itertools.pairwise(edges)]
 
 
-def test_another_dimension_is_filled_as_well() -> None:
-    whole = torch.arange(64).reshape(8, 8)
-    stored = [slice_of((8, 8), "row", rank, 4) for rank in range(4)]
-    want = slice_of((8, 8), "column", 1, 2)
-    assert torch.equal(fill(want, stored, whole), whole[4:])
+@settings(max_examples=300, deadline=None)
+@given(st.sampled_from(CUTS), st.sampled_from(CUTS), st.sampled_from([1, 2, 4, 8]), st.sampled_from([1, 2, 4, 8]), st.data())
+def test_any_range_of_any_cut_from_any_ranges_of_any_cut(a: Cut, b: Cut, then: int, now: int, data: st.DataObject) -> None:
+    parts = dict.fromkeys(slice_of(SHAPE, a, rank, then) for rank in range(then))
+    stored = data.draw(st.permutations([span for part in parts for span in chopped(data, part)]))
+    want = data.draw(st.sampled_from(chopped(data, slice_of(SHAPE, b, data.draw(st.integers(0, now - 1)), now))))
+    assert torch.equal(filled(want, stored), flat(want))
 
 
-def test_replicas_are_read_once_and_the_preferred_one() -> None:
-    stored = [slice_of((4,), "replicated", rank, 2) for rank in range(2)]
-    assert [c.piece for c in copies(box_of(stored[0]), [box_of(s) for s in stored])] == [0]
-    assert [c.piece for c in copies(box_of(stored[0]), [box_of(s) for s in stored], (1,))] == [1]
+def test_whole_slices_of_one_cut_are_one_run() -> None:
+    stored = [Span.whole(slice_of((8, 6), "column", rank, 4)) for rank in range(4)]
+    copies = fill(Span.whole(slice_of((8, 6), "column", 1, 2)), stored)
+    assert [(c.piece, c.size, c.source, c.target) for c in copies] == [(2, (12,), 0, 0), (3, (12,), 0, 12)]
+    assert all(c.contiguous for c in copies)
+    rows = fill(Span.whole(slice_of((8, 6), "row", 1, 2)), stored)
+    assert all(c.size == (2, 3) and c.source == 3 and c.source_stop == 12 and not c.contiguous for c in rows)
 
 
 def test_holes_and_overlaps_are_refused() -> None:
+    part = slice_of((8,), "column", 0, 1)
     with pytest.raises(ValueError, match="cover 6 of 8"):
-        range_copies(0, 8, [(0, 3), (5, 8)])
+        fill(Span.whole(part), [Span(part, 0, 3), Span(part, 5, 8)])
     with pytest.raises(ValueError, match="cover 9 of 8"):
-        range_copies(0, 8, [(0, 5), (4, 8)])
+        fill(Span.whole(part), [Span(part, 0, 5), Span(part, 4, 8)])
 
 
-@given(st.lists(st.integers(0, 50), min_size=2, max_size=6), st.integers(0, 50), st.integers(0, 50))
-def test_ranges(cuts: list[int], a: int, b: int) -> None:
-    edges = sorted({0, 50, *cuts})
-    pieces = list(itertools.pairwise(edges))
-    start, stop = min(a, b), max(a, b)
-    found = [-1] * (stop - start)
-    for step in range_copies(start, stop, pieces):
-        piece = list(range(*pieces[step.piece]))
-        found[step.target[0]] = piece[step.source[0]]
-    assert found == list(range(start, stop))
+@given(st.lists(st.integers(1, 4), max_size=4), st.data())
+def test_ranges_become_few_boxes(shape: list[int], data: st.DataObject) -> None:
+    whole = torch.arange(math.prod(shape)).view(shape)
+    start, stop = sorted(data.draw(st.tuples(st.integers(0, whole.numel()), st.integers(0, whole.numel()))))
+    boxes = list(range_boxes(tuple(shape), start, stop))
+    numbers = [n for box in boxes for n in whole[tuple(slice(a, b) for a, b in box)].reshape(-1).tolist()]
+    assert sorted(numbers) == list(range(start, stop))
+    assert len(boxes) <= max(1, 2 * len(shape) - 1)
 
 
 def test_boxes_of_scalars() -> None:
     assert volume(()) == 1
     assert overlap((), ()) == ()
-    assert len(copies((), [()])) == 1
+    scalar = Span.whole(Slice((), None, 0, 0))
+    assert [c.size for c in fill(scalar, [scalar])] == [()]

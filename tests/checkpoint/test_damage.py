@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import shutil
+import struct
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from megatron.checkpoint.find import find_checkpoint
-from megatron.checkpoint.load import load_checkpoint, read_full_weights, verify_checkpoint
-from megatron.checkpoint.manifest import MANIFEST, read_manifest
+from megatron.checkpoint.layout import MANIFEST
+from megatron.checkpoint.load import damages, load_checkpoint, read_full_weights, verify_checkpoint
+from megatron.checkpoint.manifest import read_manifest
 from megatron.checkpoint.save import save_checkpoint
 from megatron.errors import CheckpointError
 from tests.checkpoint.fakes import MODEL, FakeEngine
@@ -94,6 +99,63 @@ def test_truncated_manifest(path: Path) -> None:
         refused(path, MANIFEST, "not readable as JSON")
 
 
+def test_the_damaged_tensor_is_named(path: Path) -> None:
+    reader_table = load_file(path / FILES[1])
+    data = bytearray((path / FILES[1]).read_bytes())
+    at = bytes(data).index(reader_table["model.layers.0.token_mixer.o_proj.weight"].view(torch.uint8).numpy().tobytes())
+    data[at + 9] ^= 16
+    (path / FILES[1]).write_bytes(data)
+    refused(path, FILES[1], "'model.layers.0.token_mixer.o_proj.weight'", "SHA-256")
+    found = damages(path)
+    assert len(found) == 1 and "'model.layers.0.token_mixer.o_proj.weight'" in found[0]
+    assert f"bytes {at} to {at + 128}" in found[0]
+
+
+def test_without_verification_sizes_and_saves_are_compared_still(path: Path) -> None:
+    data = bytearray((path / FILES[1]).read_bytes())
+    data[-1] ^= 1
+    (path / FILES[1]).write_bytes(data)
+    load_checkpoint(path, FakeEngine(seed=2), verify=False)
+    (path / FILES[1]).write_bytes(data[:-1])
+    with pytest.raises(CheckpointError, match="truncated"):
+        load_checkpoint(path, FakeEngine(seed=2), verify=False)
+
+
+@pytest.mark.parametrize("change", ["length", "json", "offsets", "dtype", "shape"])
+def test_headers_that_lie(path: Path, change: str) -> None:
+    """Without hashes the header is all there is to trust: nothing is allocated by its word."""
+    file = path / FILES[0]
+    data = file.read_bytes()
+    edits = {
+        "length": (data[:8], struct.pack("<Q", 1 << 60)),
+        "json": (b'{"', b"{{"),
+        "offsets": (b'"data_offsets":[0,256]', b'"data_offsets":[0,999]'),
+        "dtype": (b'"BF16"', b'"BF99"'),
+        "shape": (b"[16,8]", b"[99,8]"),
+    }
+    before, after = edits[change]
+    assert before in data
+    file.write_bytes(data.replace(before, after, 1))
+    with pytest.raises(CheckpointError, match="header"):
+        load_checkpoint(path, FakeEngine(seed=2), verify=False)
+
+
+def test_version_1_is_read(path: Path) -> None:
+    body = json.loads((path / MANIFEST).read_text())
+    for name in body["files"]:
+        data = (path / name).read_bytes()
+        body["files"][name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    _rewrite(path, {**body, "version": 1})
+    engine = FakeEngine(seed=2)
+    load_checkpoint(path, engine)
+    assert engine.same_as(FakeEngine(seed=1))
+    data = bytearray((path / FILES[2]).read_bytes())
+    data[-1] ^= 1
+    (path / FILES[2]).write_bytes(data)
+    refused(path, FILES[2], "SHA-256")
+    assert FILES[2] in damages(path)[0]
+
+
 def _rewrite(path: Path, body: dict[str, object]) -> None:
     """Store a manifest whose checksum is right, whatever it says."""
     from megatron.checkpoint.manifest import _digest
@@ -103,13 +165,14 @@ def _rewrite(path: Path, body: dict[str, object]) -> None:
 
 def test_lying_size_and_hash(path: Path) -> None:
     body = json.loads((path / MANIFEST).read_text())
-    honest = dict(body["files"][FILES[0]])
+    honest = json.loads(json.dumps(body["files"][FILES[0]]))
     body["files"][FILES[0]]["size"] += 8
+    body["files"][FILES[0]]["blocks"][-1][0] += 8
     (path / MANIFEST).write_text(json.dumps(body))
     refused(path, MANIFEST, "checksum")
     _rewrite(path, body)
     refused(path, FILES[0], "truncated")
-    body["files"][FILES[0]] = {**honest, "sha256": "0" * 64}
+    body["files"][FILES[0]] = {**honest, "blocks": [[end, "0" * 64] for end, _ in honest["blocks"]]}
     _rewrite(path, body)
     refused(path, FILES[0], "SHA-256", "0000")
 

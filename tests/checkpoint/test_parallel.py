@@ -64,28 +64,20 @@ def test_without_zero_the_optimizer_is_written_once(tmp_path: Path) -> None:
     assert names == ["optim-dp0-pp0-tp0.safetensors"]
 
 
-def load_elsewhere(folder: str, pp: int, dp: int, tp: int) -> str:
+def load_elsewhere(folder: str, pp: int, dp: int, tp: int) -> bool:
     mesh = mesh_of(pp, dp, tp)
     path = find_checkpoint(folder)
     assert path is not None
     engine = FakeEngine(mesh, 2)
-    load_checkpoint(path, engine, load_optimizer=False)
-    assert engine.same_as(FakeEngine(mesh, 1), optimizer=False)
-    assert engine.refreshed
-    try:
-        load_checkpoint(path, FakeEngine(mesh, 2))
-    except CheckpointError as error:
-        return str(error)
-    return "loaded"
+    load_checkpoint(path, engine)
+    return engine.same_as(FakeEngine(mesh, 1)) and not engine.refreshed
 
 
-def test_weights_load_on_any_mesh_and_optimizers_are_refused(tmp_path: Path) -> None:
+def test_weights_and_optimizers_load_on_any_mesh(tmp_path: Path) -> None:
     run_ranks(save_and_load, 4, str(tmp_path / "a"), 2, 1, 2, True)
     run_ranks(save_and_load, 2, str(tmp_path / "b"), 1, 2, 1, True)
     for folder, mesh in (("a", (1, 1, 1)), ("a", (1, 1, 4)), ("a", (2, 2, 1)), ("b", (2, 1, 2)), ("b", (1, 1, 2))):
-        size = mesh[0] * mesh[1] * mesh[2]
-        texts = run_ranks(load_elsewhere, size, str(tmp_path / folder), *mesh)
-        assert all("the mesh it was saved on" in text and f"this run is pp {mesh[0]}" in text for text in texts)
+        assert all(run_ranks(load_elsewhere, mesh[0] * mesh[1] * mesh[2], str(tmp_path / folder), *mesh))
 
 
 def fail_on_rank_one(folder: str, when: str) -> str:
@@ -98,7 +90,7 @@ def fail_on_rank_one(folder: str, when: str) -> str:
 
     patch = pytest.MonkeyPatch()
     targets = {
-        "write": "megatron.checkpoint.save.write_tensors",
+        "write": "megatron.checkpoint.save.write_files",
         "receipt": "megatron.checkpoint.save.write_receipt",
         "publish": "megatron.checkpoint.commit.publish",
         "prepare": "megatron.checkpoint.commit.recover",

@@ -9,12 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from megatron.checkpoint.find import find_checkpoint
 from megatron.checkpoint.layout import whole_steps
 from megatron.checkpoint.load import load_checkpoint, read_full_weights, verify_checkpoint
 from megatron.checkpoint.manifest import read_manifest
+from megatron.checkpoint.retention import superfluous
 from megatron.checkpoint.save import save_checkpoint, save_weights
 from megatron.errors import CheckpointError
 from tests.checkpoint.fakes import MODEL, SPECS, FakeEngine, full
@@ -215,8 +218,31 @@ def test_retention(tmp_path: Path) -> None:
     (tmp_path / "global_step2").mkdir()
     (tmp_path / "global_step2" / "mine.txt").write_text("not a checkpoint of ours")
     save(tmp_path, 5, keep_last=1, keep={1})
-    assert sorted(whole_steps(tmp_path)) == [1, 5]
+    assert sorted(whole_steps(tmp_path)) == [1, 4, 5], "never fewer than two"
     assert (tmp_path / "global_step2" / "mine.txt").exists()
+
+
+def test_retention_does_not_count_damaged_ones(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    file = tmp_path / "global_step3" / "layer_02-model_00.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    save(tmp_path, 4, keep_last=2)
+    assert sorted(whole_steps(tmp_path)) == [2, 3, 4], "step 2 stays because 3 cannot be used"
+    assert "global_step3 is damaged" in caplog.text
+    save(tmp_path, 5, keep_last=2)
+    assert sorted(whole_steps(tmp_path)) == [4, 5]
+
+
+@settings(max_examples=200)
+@given(st.sets(st.integers(0, 30), min_size=1), st.integers(1, 5), st.sets(st.integers(0, 30)), st.data())
+def test_never_fewer_than_two_good_ones(steps: set[int], keep_last: int, keep: set[int], data: st.DataObject) -> None:
+    written = data.draw(st.sampled_from(sorted(steps)))
+    whole = {step: step == written or data.draw(st.booleans()) for step in steps}
+    left = steps - set(superfluous(steps, written, keep_last, keep, whole))
+    assert written in left and keep & steps <= left
+    assert sum(whole[step] for step in left) >= min(2, sum(whole.values()))
+    assert len(left) <= max(2, keep_last) + len(keep & steps) + 2
 
 
 def test_retention_keeps_what_was_just_written_after_a_rewind(tmp_path: Path) -> None:
@@ -238,7 +264,7 @@ def test_the_same_step_is_replaced(tmp_path: Path) -> None:
 
 def test_manifest_is_plain_json(tmp_path: Path) -> None:
     body = json.loads((save(tmp_path, facts={"tokenizer": "byte"}) / "manifest.json").read_text())
-    assert body["version"] == 1
+    assert body["version"] == 2
     assert body["facts"] == {"tokenizer": "byte"}
     assert body["weights"]["model.layers.0.token_mixer.o_proj.weight"] == {
         "shape": [8, 8],

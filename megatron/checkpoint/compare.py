@@ -1,0 +1,67 @@
+"""Whether a checkpoint is of this run's model, field by field, before anything is read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron.checkpoint.manifest import Manifest
+from megatron.errors import CheckpointError
+
+_FREE_FIELDS = frozenset({"hidden_dropout", "init_method", "output_init_method", "init_std"})  # not the maths of the weights
+
+
+def check_names(path: Path, manifest: Manifest, specs: set[str]) -> None:
+    """Raise CheckpointError unless the checkpoint holds exactly this model's parameters."""
+    saved = set(manifest.weights)
+    if saved == specs:
+        return
+    missing, extra = sorted(specs - saved), sorted(saved - specs)
+    raise CheckpointError(
+        "the checkpoint holds other parameters than this model",
+        where=str(path),
+        why=f"{len(missing)} are missing{_few(missing)}, {len(extra)} are unknown{_few(extra)}",
+        hint="compare the model section of the config with the one in manifest.json",
+    )
+
+
+def _few(names: list[str]) -> str:
+    return f" ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" if names else ""
+
+
+def check_model(path: Path, manifest: Manifest, model_config: Mapping[str, Any]) -> list[str]:
+    """Compare this run's model with the saved one.
+
+    Returns:
+        The differences that are allowed (dropout, initialisation), for the log.
+
+    Raises:
+        CheckpointError: the models differ in anything else; the message names the fields.
+    """
+    differing = differences(dict(manifest.model_config), json.loads(json.dumps(dict(model_config))))
+    hard = [text for name, text in differing.items() if name not in _FREE_FIELDS]
+    if hard:
+        raise CheckpointError(
+            "the checkpoint is of another model",
+            where=str(path),
+            why="; ".join(hard[:6]) + (f"; and {len(hard) - 6} more" if len(hard) > 6 else ""),
+            hint="take the model section of the config that the checkpoint was trained with (it lies in configs/)",
+        )
+    return list(differing.values())
+
+
+def differences(saved: Any, own: Any, name: str = "") -> dict[str, str]:
+    """Dotted field -> what is saved and what this run has, for every leaf that differs."""
+    if isinstance(saved, dict) and isinstance(own, dict):
+        found: dict[str, str] = {}
+        for key in [*saved, *(k for k in own if k not in saved)]:
+            found |= differences(saved.get(key), own.get(key), f"{name}.{key}" if name else str(key))
+        return found
+    return {} if saved == own else {name: f"{name} is {_short(saved)} in the checkpoint, {_short(own)} here"}
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else text[:77] + "..."

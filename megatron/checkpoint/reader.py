@@ -1,0 +1,251 @@
+"""Reading safetensors files in one pass: each block is hashed right after it is read, every cause of failure is named.
+
+Only the asked ranges are read, rounded to whole blocks when they are verified. Bytes go straight into the memory of the
+tensor that is returned. A read error is an `OSError` here and so a damaged file (a mapped file would end the process).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+from concurrent.futures import Future, ThreadPoolExecutor
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron.checkpoint.blocks import FileEntry, read_into
+from megatron.checkpoint.damage import DamagedCheckpoint
+from megatron.checkpoint.tensors import CODES, threads
+
+_DTYPES = {code: dtype for dtype, code in CODES.items()}
+_LONGEST_HEADER = 100 << 20
+
+
+def _damaged(path: Path, why: str) -> DamagedCheckpoint:
+    return DamagedCheckpoint("a file of the checkpoint is damaged", where=str(path), why=why)
+
+
+def open_file(path: Path, entry: FileEntry) -> int:
+    """A descriptor of a file whose presence and size agree with the manifest."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        size = os.fstat(fd).st_size
+    except FileNotFoundError:
+        raise DamagedCheckpoint("a file of the checkpoint is missing", where=str(path), why="manifest.json lists it") from None
+    except OSError as error:
+        raise DamagedCheckpoint("a file of the checkpoint cannot be read", where=str(path), why=str(error)) from error
+    if size == entry.size:
+        return fd
+    os.close(fd)
+    word = "truncated" if size < entry.size else "wrong size"
+    raise _damaged(path, f"{word}: {size} bytes, manifest.json says {entry.size}")
+
+
+def read_exactly(path: Path, fd: int, offset: int, target: memoryview) -> None:
+    """Fill `target` from a file; a read error or an early end raises DamagedCheckpoint."""
+    try:
+        count = read_into(fd, offset, target)
+    except OSError as error:
+        raise DamagedCheckpoint("a file of the checkpoint cannot be read", where=str(path), why=str(error)) from error
+    if count < len(target):
+        raise _damaged(path, f"it ends at byte {offset + count}")
+
+
+def check_block(data: memoryview | bytes | bytearray, digest: str) -> str:
+    """Empty when the bytes have this SHA-256, else the two beginnings."""
+    found = hashlib.sha256(data).hexdigest()
+    return "" if found == digest else f"its SHA-256 is {found[:16]}..., manifest.json says {digest[:16]}..."
+
+
+def _is_row(row: Any, length: int) -> bool:
+    """Whether a header's row is a tensor inside `length` bytes of data."""
+    if not isinstance(row, dict) or row.get("dtype") not in _DTYPES:
+        return False
+    shape, ends = row.get("shape"), row.get("data_offsets")
+    if not isinstance(shape, list) or not isinstance(ends, list) or len(ends) != 2:
+        return False
+    if not all(type(n) is int and n >= 0 for n in [*shape, *ends]):
+        return False
+    size = prod(shape) * torch.empty(0, dtype=_DTYPES[row["dtype"]]).element_size()
+    return bool(ends[1] <= length and ends[1] - ends[0] == size)
+
+
+class Reader:
+    """One open file of a checkpoint.
+
+    Args:
+        path, entry: the file and what the manifest says of it. verify: compare hashes; sizes are always compared.
+        pool: threads that read and hash.
+
+    Raises:
+        DamagedCheckpoint: the file is absent, cut, altered in its header, or not a safetensors file.
+    """
+
+    def __init__(self, path: Path, entry: FileEntry, pool: ThreadPoolExecutor, verify: bool = True) -> None:
+        self.path, self.entry, self.verify, self._pool = path, entry, verify, pool
+        self._fd = open_file(path, entry)
+        try:
+            if verify and len(entry.blocks) == 1:  # of version 1, which hashed files as a whole
+                self._compare(0, self._bytes(0, entry.size), "the file")
+                self.verify = False
+            self._table, self._base = self._header()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Close the file; tensors that were returned stay."""
+        os.close(self._fd)
+
+    def _header(self) -> tuple[dict[str, Any], int]:
+        size = self.entry.size
+        length = struct.unpack("<Q", self._bytes(0, 8))[0] if size >= 8 else size
+        if length > min(size - 8, _LONGEST_HEADER):
+            raise _damaged(self.path, f"its header claims {length} bytes, the file has {size}")
+        data = self._bytes(0, 8 + length)
+        if self.verify:
+            if self.entry.blocks[0][0] != 8 + length:
+                raise _damaged(self.path, f"its header claims {length} bytes, manifest.json disagrees")
+            self._compare(0, data, "the header")
+        try:
+            table = json.loads(data[8:])
+        except ValueError as error:
+            raise _damaged(self.path, f"its header is not JSON ({error})") from error
+        rows = {name: row for name, row in table.items() if name != "__metadata__"} if isinstance(table, dict) else {"": 0}
+        bad = next((name for name, row in rows.items() if not _is_row(row, size - 8 - length)), None)
+        if bad is not None:
+            raise _damaged(self.path, f"the header's entry of '{bad}' is wrong")
+        return table, 8 + length
+
+    def _bytes(self, start: int, stop: int) -> bytearray:
+        data = bytearray(stop - start)
+        read_exactly(self.path, self._fd, start, memoryview(data))
+        return data
+
+    def _compare(self, index: int, data: memoryview | bytes | bytearray, what: str) -> None:
+        problem = check_block(data, self.entry.blocks[index][1])
+        if problem:
+            start, stop = self.entry.bounds(index)
+            raise _damaged(self.path, f"{what} (bytes {start} to {stop}): {problem}")
+
+    def names(self) -> list[str]:
+        """Names of the tensors inside."""
+        return [name for name in self._table if name != "__metadata__"]
+
+    def metadata(self) -> dict[str, str]:
+        """The header's free texts."""
+        return dict(self._table.get("__metadata__") or {})
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor; an absent name raises DamagedCheckpoint."""
+        return tuple(self._row(name)["shape"])
+
+    def _row(self, name: str) -> dict[str, Any]:
+        row = self._table.get(name)
+        if row is None:
+            raise _damaged(self.path, f"it has no tensor '{name}'")
+        return row
+
+    def start(self, name: str, start: int = 0, stop: int | None = None) -> Pending:
+        """Begin to read elements `[start, stop)` of a flattened tensor.
+
+        Raises:
+            DamagedCheckpoint: the name is absent or the tensor shorter.
+        """
+        row = self._row(name)
+        dtype, (begin, end) = _DTYPES[row["dtype"]], row["data_offsets"]
+        width = torch.empty(0, dtype=dtype).element_size()
+        count = (end - begin) // width
+        stop = count if stop is None else stop
+        if not 0 <= start <= stop <= count:
+            raise _damaged(self.path, f"'{name}' has {count} elements, [{start}, {stop}) are wanted")
+        first, last = self._base + begin + start * width, self._base + begin + stop * width
+        blocks = self.entry.covering(first, last) if self.verify else range(0)
+        low, high = first, last
+        if blocks:
+            low, high = min(first, self.entry.bounds(blocks[0])[0]), max(last, self.entry.bounds(blocks[-1])[1])
+        raw = torch.empty(high - low, dtype=torch.uint8)
+        view = raw.numpy().data if high > low else memoryview(b"")
+        jobs = [(i, *self.entry.bounds(i)) for i in blocks] or ([(-1, low, high)] if high > low else [])
+        futures = [self._pool.submit(self._fetch, i, view[a - low : b - low], a, name) for i, a, b in jobs]
+        return Pending(futures, raw[first - low : last - low], dtype)
+
+    def _fetch(self, index: int, target: memoryview, offset: int, name: str) -> None:
+        read_exactly(self.path, self._fd, offset, target)
+        if index >= 0:
+            self._compare(index, target, f"'{name}'")
+
+    def read(self, name: str) -> Tensor:
+        """One whole tensor."""
+        return self.start(name).wait().view(self.shape(name))
+
+
+class Pending:
+    """Elements that are on their way."""
+
+    def __init__(self, futures: list[Future[None]], raw: Tensor, dtype: torch.dtype) -> None:
+        self._futures, self._raw, self._dtype = futures, raw, dtype
+
+    @property
+    def size(self) -> int:
+        """Bytes wanted."""
+        return self._raw.numel()
+
+    def wait(self) -> Tensor:
+        """The flat tensor; damage that was found on the way is raised here."""
+        for future in self._futures:
+            future.result()
+        return self._raw.view(self._dtype)
+
+
+def damage_of(path: Path, entry: FileEntry) -> list[str]:
+    """All that is wrong with one file, as lines that name tensors; empty when it is good. Reads the whole file."""
+    try:
+        fd = open_file(path, entry)
+    except DamagedCheckpoint as error:
+        return [f"{path.name}: {error.why if 'missing' not in error.what else 'missing'}"]
+    try:
+        with ThreadPoolExecutor(threads()) as pool:
+            problems = list(pool.map(lambda i: _block_problem(path, fd, entry, i), range(len(entry.blocks))))
+        names = _names_of_blocks(fd, entry) if not problems[0] else {}
+    finally:
+        os.close(fd)
+    lines = []
+    for index, problem in enumerate(problems):
+        if problem:
+            start, stop = entry.bounds(index)
+            lines.append(
+                f"{path.name}: {names.get(index, 'the header' if not index else 'data')} (bytes {start} to {stop}): {problem}"
+            )
+    return lines
+
+
+def _block_problem(path: Path, fd: int, entry: FileEntry, index: int) -> str:
+    start, stop = entry.bounds(index)
+    data = memoryview(bytearray(stop - start))
+    try:
+        read_exactly(path, fd, start, data)
+    except DamagedCheckpoint as error:
+        return str(error.why)
+    return check_block(data, entry.blocks[index][1])
+
+
+def _names_of_blocks(fd: int, entry: FileEntry) -> dict[int, str]:
+    """Block number -> the tensor in it, of a file whose header is good; empty for a text file."""
+    head = bytearray(entry.blocks[0][0])
+    read_into(fd, 0, memoryview(head))
+    try:
+        table = json.loads(head[8:])
+        rows = {name: row["data_offsets"] for name, row in table.items() if name != "__metadata__"}
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return {}
+    found = {}
+    for name, (begin, end) in rows.items():
+        for index in entry.covering(len(head) + begin, len(head) + end):
+            found[index] = f"'{name}'"
+    return found
