@@ -6,8 +6,9 @@ The loop, the checkpoints and the export talk to `Engine` only. `single.py` is t
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, ClassVar, Protocol
@@ -15,6 +16,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
+from megatron.engine.veto import Limits
 from megatron.errors import CheckpointError, ConfigError, DataError
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.plan import ParamSpec
@@ -75,12 +77,20 @@ class StepResult:
     """One optimizer step, the same on every rank.
 
     loss: mean over the global batch's micro batches. grad_norm: global L2 norm before clipping (inf if not finite).
-    skipped: the weights were left as they were, because the gradients were not finite.
+    skipped: weights and optimizer were left as they were, because loss or norm were not finite or above the engine's limits.
     """
 
     loss: Tensor | float
     grad_norm: Tensor | float
-    skipped: bool = False
+    skipped: Tensor | bool = False
+
+    def numbers(self) -> tuple[float, float, bool]:
+        """Loss, norm and whether the step was skipped as plain numbers: the one time that a step waits for the device."""
+        parts = (self.loss, self.grad_norm, self.skipped)
+        tensors = [part.detach().double().reshape(()) for part in parts if isinstance(part, Tensor)]
+        copied = iter(torch.stack(tensors).tolist() if tensors else ())
+        loss, norm, skipped = (float(next(copied) if isinstance(part, Tensor) else part) for part in parts)
+        return loss, norm if norm >= 0 else math.inf, bool(skipped)
 
 
 @dataclass(frozen=True)
@@ -109,6 +119,10 @@ class Engine(ABC):
     # Names this rank holds as a copy of a parameter that an earlier pipeline stage owns (the tied output matrix).
     # `weights()` and `optimizer_slices()` contain them; who joins or exports takes the owner's.
     replica_names: frozenset[str] = frozenset()
+    # Beyond these a step is skipped; the loop sets them before each step, the same on every rank.
+    limits: Limits = Limits()
+    # Told what the engine is doing ("forward/backward", "step"), for the watchdog.
+    listener: Callable[[str], None] | None = None
 
     @property
     def gradient_accumulation(self) -> int:
@@ -119,6 +133,11 @@ class Engine(ABC):
     def num_local_params(self) -> int:
         """Parameters that this rank holds (its tensor and pipeline part)."""
         return sum(p.numel() for p in self.parameters().values())
+
+    def phase(self, name: str) -> None:
+        """Say what happens from here on."""
+        if self.listener is not None:
+            self.listener(name)
 
     @abstractmethod
     def parameters(self) -> Mapping[str, nn.Parameter]:

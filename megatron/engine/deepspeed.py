@@ -7,6 +7,7 @@ wrong or do slowly (spec/environment.md 2) is held here and in `deepspeed_config
 * the Muon modules, which every ZeRO optimizer imports to ask "is it Muon?", are replaced by an answer: they cost torch._dynamo;
 * groups that DeepSpeed makes without a time-out get ours, not torch's 30 minutes;
 * stage 0 is run as ZeRO-1 (wrong clipping with pipelines); the optimizer is a torch object (no C++ build);
+* the loss is reduced before the optimizer runs instead of after it, so that it can veto the step (`engine/veto.py`);
 * tied weights, partition and recomputation are ours (`engine/stages.py`), and tensor-parallel parameters are flagged,
   so that the gradient norm counts every number once.
 """
@@ -41,6 +42,7 @@ from megatron.engine.base import (
 from megatron.engine.deepspeed_config import deepspeed_config, zero_stage_note
 from megatron.engine.optim import build_optimizer, parameter_groups, set_learning_rate
 from megatron.engine.stages import EMBEDDING, LocalModel, build_local, run_stages
+from megatron.engine.veto import veto
 from megatron.model.config import ModelConfig
 from megatron.model.loss import token_loss
 from megatron.model.stages import Flow
@@ -174,6 +176,30 @@ class DeepSpeedEngine(Engine):
                 model_parameters=list(self._parameters.values()),
                 config=ds_config,
             )
+        self._loss = self._refused = torch.zeros((), device=device)
+        self._decided = False
+        self._let_the_loss_veto()
+
+    def _let_the_loss_veto(self) -> None:
+        """Reduce the loss before the optimizer's step, with DeepSpeed's own collectives and no more of them."""
+        take_step, reduce_loss = self._engine._take_model_step, self._engine._aggregate_total_loss
+
+        def step(lr_kwargs: Any) -> None:
+            self.phase("step")
+            with torch.no_grad():
+                self._loss, self._decided = reduce_loss().detach(), False
+            take_step(lr_kwargs)
+
+        self._engine._take_model_step = step
+        self._engine._aggregate_total_loss = lambda: self._loss
+        self._zero.optimizer.skip = self._skip
+
+    def _skip(self) -> Tensor:
+        """Asked by the optimizer once per parameter group: 1.0 when this step must change nothing."""
+        if not self._decided:
+            norm = torch.as_tensor(self._zero._global_grad_norm, dtype=torch.float32, device=self._loss.device)
+            self._refused, self._decided = veto(self._loss, norm, self.limits), True
+        return self._refused
 
     def parameters(self) -> Mapping[str, nn.Parameter]:
         """Logical name -> this rank's parameter."""
@@ -189,8 +215,10 @@ class DeepSpeedEngine(Engine):
         """One optimizer step; see `Engine.train_step`."""
         feed = iter(list(self._feed(batches, self.gradient_accumulation)))
         set_learning_rate(self._zero, lr)
+        self.phase("forward/backward")
         loss = self._engine.train_batch(data_iter=feed)
-        return StepResult(loss.detach(), self._engine.get_global_grad_norm(), not self._engine.was_step_applied())
+        skipped = self._refused if self._engine.was_step_applied() else True
+        return StepResult(loss.detach(), self._engine.get_global_grad_norm(), skipped)
 
     def eval_loss(self, batches: Iterator[MicroBatch], count: int) -> float:
         """Mean loss over `count` micro batches of every data-parallel rank."""

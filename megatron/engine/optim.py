@@ -7,7 +7,7 @@ for 5 M fp32 values); DeepSpeed gets the same object, because its own Adam compi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -55,11 +55,16 @@ class FusedAdamW(torch.optim.AdamW):
 
     The state is torch's (`step`, `exp_avg`, `exp_avg_sq` per tensor) and so are the numbers, bit for bit. Torch's own `step`
     imports its compiler first, a second of every process's start.
+
+    skip: asked at every step; where it gives 1.0 the kernel leaves parameters and state as they are, to the bit.
     """
+
+    skip: Callable[[], Tensor] | None = None
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """One update of every tensor that has a gradient; closures are not used here."""
+        found = None if self.skip is None else self.skip()
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
@@ -81,7 +86,10 @@ class FusedAdamW(torch.optim.AdamW):
                 weight_decay=group["weight_decay"],
                 eps=group["eps"],
                 maximize=False,
+                found_inf=found,
             )
+            if found is not None:  # a step that was not taken is not counted
+                torch._foreach_sub_(steps, [found] * len(steps))
 
     def _state_of(self, param: Tensor) -> dict[str, Tensor]:
         state = self.state[param]

@@ -2,7 +2,7 @@
 
 fp32 trains as it stands. bf16 and fp16 keep fp32 master weights and sum micro-batch gradients in fp32; fp16 adds a
 loss scale that halves on overflow and doubles after a quiet window. A step whose gradients are not finite is skipped
-in every precision, as DeepSpeed does.
+in every precision, as DeepSpeed does, and so is one that is beyond `Engine.limits`.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from megatron.engine.base import (
 from megatron.engine.loss_scale import LossScale
 from megatron.engine.optim import build_optimizer, parameter_groups, set_learning_rate
 from megatron.engine.stages import build_local, run_stages
+from megatron.engine.veto import veto
 from megatron.model.config import ModelConfig
 from megatron.model.loss import token_loss
 from megatron.parallel.loss import check_labels
@@ -75,6 +76,7 @@ class SingleEngine(Engine):
     def train_step(self, batches: Iterator[MicroBatch], lr: float) -> StepResult:
         """One optimizer step; see `Engine.train_step`."""
         count = self.gradient_accumulation
+        self.phase("forward/backward")
         self.stages.train()
         total = torch.zeros((), device=self.device)
         for batch in take_micro_batches(batches, count):
@@ -83,15 +85,19 @@ class SingleEngine(Engine):
             total += loss.detach()
             if self._low:
                 self._gather_gradients()
-        norm, skipped = self._clip()
+        self.phase("step")
+        loss, norm = total / count, self._norm()
+        skipped = bool(veto(loss, norm, self.limits))
         if not skipped:
+            self._clip(float(norm))
             set_learning_rate(self.optimizer, lr)
             self.optimizer.step()
             self._copy_masters_down()
-        self.loss_scale.update(skipped)
+        overflow = skipped and not bool(torch.isfinite(norm))
+        self.loss_scale.update(overflow)
         for tensor in (*self._masters.values(), *self._parameters.values()):
             tensor.grad = None
-        return StepResult(total / count, norm, skipped)
+        return StepResult(loss, torch.full_like(norm, float("inf")) if overflow else norm, skipped)
 
     @torch.no_grad()
     def _gather_gradients(self) -> None:
@@ -106,20 +112,23 @@ class SingleEngine(Engine):
                 master.grad += param.grad
             param.grad = None
 
+    def _gradients(self) -> list[Tensor]:
+        return [m.grad for m in self._masters.values() if m.grad is not None]
+
     @torch.no_grad()
-    def _clip(self) -> tuple[Tensor, bool]:
-        """Unscale and clip all gradients; (global norm before clipping, whether it is not finite)."""
-        grads = [m.grad for m in self._masters.values() if m.grad is not None]
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))) / self.loss_scale.value
-        if not bool(torch.isfinite(norm)):
-            return torch.full_like(norm, float("inf")), True
+    def _norm(self) -> Tensor:
+        """The norm of all gradients, the loss scale taken out, before clipping."""
+        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(self._gradients()))) / self.loss_scale.value
+
+    @torch.no_grad()
+    def _clip(self, norm: float) -> None:
+        """Take the loss scale out of all gradients and clip them."""
         factor = 1.0 / self.loss_scale.value
         limit = self.settings.gradient_clipping
         if limit > 0:
-            factor = factor / max(1.0, (float(norm) + CLIP_EPS) / limit)
+            factor = factor / max(1.0, (norm + CLIP_EPS) / limit)
         if factor != 1.0:
-            torch._foreach_mul_(grads, factor)
-        return norm, False
+            torch._foreach_mul_(self._gradients(), factor)
 
     @torch.no_grad()
     def _copy_masters_down(self) -> None:
