@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "megatron"
 FILES = sorted(PACKAGE.rglob("*.py"))
-COMMANDS = [ROOT / f"{n}.py" for n in ("deepy", "train", "generate", "prepare_data") if (ROOT / f"{n}.py").exists()]
+COMMANDS = [ROOT / f"{n}.py" for n in ("deepy", "train", "generate", "eval", "prepare_data") if (ROOT / f"{n}.py").exists()]
 
 
 def module_of(path: Path) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -79,3 +79,7 @@ class EvaluationSection(Section):
 
     eval_tasks: Names | None = None
     eval_results_prefix: str = ""
+    eval_lengths: tuple[Annotated[int, Field(gt=0)], ...] | None = None
+    eval_stride: int | None = Field(default=None, gt=0)
+    eval_split: Literal["train", "valid", "test"] = "valid"
+    eval_limit: int | None = Field(default=None, gt=0)

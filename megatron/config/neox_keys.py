@@ -1419,11 +1419,10 @@ _ROWS: tuple[NeoxKey, ...] = (
         "eval_results_prefix",
         "str",
         "",
-        "refused",
-        "Beginning of the evaluation's file name.",
-        "evaluation tasks are not built yet",
+        "implemented",
+        "Beginning of the names of an evaluation's files; unset: eval in run_dir.",
     ),
-    NeoxKey("eval_tasks", "list", None, "refused", "Tasks of the evaluation harness.", "evaluation tasks are not built yet"),
+    NeoxKey("eval_tasks", "list", None, "implemented", "What eval.py measures; built so far: perplexity."),
     # other
     NeoxKey(
         "distributed_backend",

@@ -14,6 +14,10 @@ OWN_KEYS: dict[str, str] = {
         "Unset, metala layers with activation silu take llama."
     ),
     "embedding_scale": "Multiply embeddings by the square root of hidden_size.",
+    "eval_lengths": "Lengths at which `eval.py --eval_tasks perplexity` reads the text; unset: seq_length alone.",
+    "eval_stride": "Tokens scored per pass of a sliding evaluation; unset: the length (non-overlapping).",
+    "eval_split": "The split of the data that is scored: train, valid or test.",
+    "eval_limit": "Score the first so many tokens only.",
     "engine": "`deepspeed`, `single` (plain PyTorch, one process), or `auto`.",
     "reset_state_at_eod": (
         "Keep documents apart in every mixer: recurrent state, short convolutions, attention and learned positions start anew "

@@ -1,0 +1,157 @@
+"""Perplexity of a token stream, the two ways of arXiv 2108.12409: cut into blocks, or through a sliding window.
+
+All N tokens of the stream are predicted and scored once, whatever the length and the stride; token i is predicted from the
+tokens before it, the very first from `first` (the end-of-document token). With length l and stride S each pass reads up to
+l - S tokens of context and then S new ones, and only the new ones are scored. S = l is the non-overlapping evaluation: no state
+and no token crosses a block. It works for every mixer, since each pass starts from nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from megatron.errors import ConfigError
+from megatron.layers.base import Context
+from megatron.model.lm import LanguageModel, embed, run_blocks
+
+
+@dataclass(frozen=True)
+class Window:
+    """One pass: targets `start .. stop` are read, those from `new` on are scored."""
+
+    start: int
+    new: int
+    stop: int
+
+
+def windows(count: int, length: int, stride: int) -> Iterator[Window]:
+    """The ceil(count / stride) passes over a stream of `count` targets; a pass reads at most `length` tokens.
+
+    Raises:
+        ConfigError: the stride is not between 1 and the length.
+    """
+    if not 1 <= stride <= length:
+        raise ConfigError(f"a stride of {stride} does not fit a length of {length}", hint="1 <= stride <= length")
+    for new in range(0, count, stride):
+        yield Window(max(0, new - (length - stride)), new, min(new + stride, count))
+
+
+@dataclass(frozen=True)
+class Score:
+    """What one evaluation found: nll is the sum over `tokens` scored tokens, in nats."""
+
+    length: int
+    stride: int
+    tokens: int
+    passes: int
+    nll: float
+    seconds: float
+
+    @property
+    def perplexity(self) -> float:
+        """Per token of the stream."""
+        return math.exp(self.nll / self.tokens)
+
+    def report(self, words: int | None = None, size: int | None = None) -> dict[str, Any]:
+        """As JSON; with the words and bytes of the text also per word and in bits per byte."""
+        found: dict[str, Any] = {
+            "length": self.length,
+            "stride": self.stride,
+            "tokens": self.tokens,
+            "passes": self.passes,
+            "nll": self.nll,
+            "perplexity": self.perplexity,
+            "seconds": round(self.seconds, 2),
+        }
+        if words:
+            found["word_perplexity"] = _exp(self.nll / words)
+        if size:
+            found["bits_per_byte"] = self.nll / math.log(2) / size
+        return found
+
+
+def _exp(x: float) -> float:
+    return math.exp(x) if x < 700 else math.inf
+
+
+def _groups(found: Iterator[Window], tokens_per_batch: int) -> Iterator[list[Window]]:
+    """Passes of one shape side by side, as many as fit."""
+    batch: list[Window] = []
+    for window in found:
+        shape = (window.stop - window.start, window.stop - window.new)
+        if batch and (
+            shape != (batch[0].stop - batch[0].start, batch[0].stop - batch[0].new)
+            or (len(batch) + 1) * shape[0] > tokens_per_batch
+        ):
+            yield batch
+            batch = []
+        batch.append(window)
+    if batch:
+        yield batch
+
+
+def _nll(model: LanguageModel, inputs: Tensor, targets: Tensor, backend: str) -> float:
+    """Summed -log p of `targets [b, t]`, the last t positions of `inputs [b, s]`."""
+    ctx = Context(backend=backend)
+    inner = model.model
+    x, _ = embed(inner.embed_tokens, inner.embed_tokens(inputs), ctx, None)
+    x, _ = run_blocks(inner.layers, x, ctx, None)
+    rows = inner.final_norm(x[:, -targets.shape[1] :]).flatten(0, 1)
+    total = 0.0
+    for part, wanted in zip(rows.split(2048), targets.flatten().split(2048), strict=True):
+        logits = model.lm_head(part)
+        wide = logits if logits.dtype == torch.float64 else logits.float()
+        total += F.cross_entropy(wide, wanted, reduction="none").double().sum().item()
+    return total
+
+
+@torch.inference_mode()
+def score(
+    model: LanguageModel,
+    stream: NDArray[Any] | Sequence[int],
+    first: int,
+    length: int,
+    stride: int | None = None,
+    *,
+    tokens_per_batch: int = 8192,
+    backend: str = "auto",
+) -> Score:
+    """Score every token of `stream` once.
+
+    Args:
+        first: what stands before the stream. length: tokens that a pass reads at most. stride: tokens scored per pass; None is
+            `length`, the non-overlapping evaluation. tokens_per_batch: equal passes run side by side up to this many tokens.
+
+    Raises:
+        ConfigError: an empty stream, or a stride that does not fit.
+        ValueError: the model cannot read so long a text (learned positions).
+    """
+    tokens = np.asarray(stream)
+    if not len(tokens):
+        raise ConfigError("there is no token to score")
+    stride = stride or length
+    device = next(model.parameters()).device
+    started, total, passes = time.monotonic(), 0.0, 0
+    for batch in _groups(windows(len(tokens), length, stride), tokens_per_batch):
+        read = np.stack([_preceding(tokens, w, first) for w in batch]).astype(np.int64)
+        wanted = np.stack([tokens[w.new : w.stop] for w in batch]).astype(np.int64)
+        total += _nll(model, torch.from_numpy(read).to(device), torch.from_numpy(wanted).to(device), backend)
+        passes += len(batch)
+    return Score(length, stride, len(tokens), passes, total, time.monotonic() - started)
+
+
+def _preceding(tokens: NDArray[Any], window: Window, first: int) -> NDArray[Any]:
+    """The stream shifted right by one: what stands before each target of the window."""
+    if window.start:
+        return tokens[window.start - 1 : window.stop - 1]
+    return np.concatenate([[first], tokens[: window.stop - 1]])
