@@ -6,6 +6,7 @@ The folder is written under a temporary name beside its place, compared with the
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import uuid
@@ -189,8 +190,12 @@ def packed_sources(config: ModelConfig, family: Family) -> dict[str, str]:
         replaced={"megatron.registry": _REGISTRY.format(imports=imports, table=table)},
         siblings={family.config: f"configuration_{family.name}"},
     )
-    settings = PackPlan(entries=((family.config, f"{family.prefix}Config"),), title=f"{family.prefix} configuration.")
-    return {f"modeling_{family.name}.py": pack(plan), f"configuration_{family.name}.py": pack(settings)}
+    model = pack(plan)
+    # transformers takes two folders of one name and one configuration text for one model, whatever their modelling files hold
+    digest = hashlib.sha256(model.encode()).hexdigest()[:16]
+    title = f"{family.prefix} configuration, beside a modelling file of SHA-256 {digest}."
+    settings = PackPlan(entries=((family.config, f"{family.prefix}Config"),), title=title)
+    return {f"modeling_{family.name}.py": model, f"configuration_{family.name}.py": pack(settings)}
 
 
 def _write_weights(folder: Path, weights: Mapping[str, Tensor], max_shard_bytes: int) -> None:

@@ -136,8 +136,8 @@ class DecoderModel(DecoderPreTrainedModel):
 
         attention_mask [b, seen + s] or [b, s], 1 for a token: padding on the left changes nothing; padding on the right leaves
         the states of rows as their last real token left them. past_key_values: a `RecurrentCache` of an earlier call, updated
-        in place; an empty cache of another kind counts as none. prefix_length, prefix_mask [b, prompt]: for models with JRT layers,
-        see `Context`; the mask counts in the pass that reads the prompt.
+        in place; an empty cache of another kind counts as none. prefix_length, prefix_mask [b, prompt]: for JRT layers, see
+        `Context`; the mask counts in the pass that reads the prompt.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")

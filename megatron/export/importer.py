@@ -19,6 +19,7 @@ from megatron.checkpoint.save import save_weights
 from megatron.errors import ExportError, UserError
 from megatron.export.families import LINEAR, METALA, METALA_ACTIVATIONS, Family
 from megatron.export.foreign import read_json, read_weights
+from megatron.export.released import is_released, read_released
 from megatron.model.build import param_specs
 from megatron.model.config import ModelConfig
 
@@ -54,17 +55,32 @@ def import_folder(source: str | Path, output: str | Path) -> Imported:
     """
     source, output = Path(source), Path(output)
     settings = _read_settings(source)
+    if is_released(settings):
+        config, weights, found = read_released(settings, read_weights(source))
+        return _write(source, output, LINEAR, settings, config, weights, found)
     family = next((f for f in (METALA, LINEAR) if f.config_class.model_type == settings.get("model_type")), None)
     if family is None:
         raise ExportError(
             f"model_type '{settings.get('model_type')}' cannot be imported",
             where=str(source / "config.json"),
-            hint=f"known: {METALA.config_class.model_type}, {LINEAR.config_class.model_type}",
+            hint=f"known: {METALA.config_class.model_type}, {LINEAR.config_class.model_type}, released Based, JRT and Mamba",
         )
     weights, notes = read_weights(source), list[str]()
     weights, tied = _tie(weights, settings, notes)
     config = _model_config(family, settings, weights, notes)
-    config = replace(config, tie_embeddings=tied)
+    return _write(source, output, family, settings, replace(config, tie_embeddings=tied), weights, notes)
+
+
+def _write(
+    source: Path,
+    output: Path,
+    family: Family,
+    settings: Mapping[str, Any],
+    config: ModelConfig,
+    weights: Mapping[str, Tensor],
+    notes: list[str],
+) -> Imported:
+    """Check the weights against the model and save both."""
     _check(config, weights, source)
     checkpoint = save_weights(
         output,

@@ -35,6 +35,7 @@ class Probe:
 
     tokens: Tensor
     padding: int
+    prefix: int
     plain: Tensor
     padded: Tensor
 
@@ -46,13 +47,16 @@ def _mask(tokens: Tensor, padding: int) -> Tensor:
 
 
 @torch.inference_mode()
-def make_probe(model: LanguageModel, vocab_size: int, length: int = 100, padding: int = 7) -> Probe:
-    """Run the trainer's model (fp32) on fixed random tokens; logits are cut to the true vocabulary."""
+def make_probe(model: LanguageModel, vocab_size: int, length: int = 100, padding: int = 7, prefix: int = 40) -> Probe:
+    """Run the trainer's model (fp32) on fixed random tokens; logits are cut to the true vocabulary.
+
+    The padded pass has a prefix shorter than what is later read as a prompt, since only then steps can follow a JRT prefill.
+    """
     generator = torch.Generator().manual_seed(20)
     tokens = torch.randint(0, vocab_size, (2, length), generator=generator)
     plain, _ = model(tokens)
-    padded, _ = model(tokens, Context(mask=_mask(tokens, padding)))
-    return Probe(tokens, padding, plain[..., :vocab_size].clone(), padded[..., :vocab_size].clone())
+    padded, _ = model(tokens, Context(mask=_mask(tokens, padding), prefix_length=prefix))
+    return Probe(tokens, padding, prefix, plain[..., :vocab_size].clone(), padded[..., :vocab_size].clone())
 
 
 @contextmanager
@@ -110,13 +114,13 @@ def _passes(model: Any, probe: Probe) -> dict[str, tuple[Tensor, Tensor]]:
     """What -> (the folder's logits, the trainer's) for the three ways of use."""
     tokens, mask = probe.tokens, _mask(probe.tokens, probe.padding)
     prompt = tokens.shape[1] - 8
-    first = model(tokens[:, :prompt], attention_mask=mask[:, :prompt], use_cache=True)
+    first = model(tokens[:, :prompt], attention_mask=mask[:, :prompt], use_cache=True, prefix_length=probe.prefix)
     rows = [first.logits[:, -1]]
     for i in range(prompt, tokens.shape[1]):
         step = model(tokens[:, i : i + 1], attention_mask=mask[:, : i + 1], past_key_values=first.past_key_values)
         rows.append(step.logits[:, -1])
     return {
         "whole pass": (model(tokens, use_cache=False).logits, probe.plain),
-        "left padding": (model(tokens, attention_mask=mask, use_cache=False).logits, probe.padded),
+        "left padding": (model(tokens, attention_mask=mask, use_cache=False, prefix_length=probe.prefix).logits, probe.padded),
         "steps through the cache": (torch.stack(rows, 1), probe.padded[:, prompt - 1 :]),
     }

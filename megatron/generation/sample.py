@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron.errors import ConfigError
+from megatron.generation.prompts import MODES, fill_prompt, filler_mask, left_pad
 from megatron.layers.base import Context, State
 from megatron.model.lm import LanguageModel
 
@@ -27,7 +28,8 @@ class Sampling:
     holds this probability, 0 = off. maximum_tokens: new tokens per prompt. max_length: prompt and new tokens together,
     None = no bound. stop_tokens: end a text besides eod; neither they nor eod are part of it. seed: row i draws from seed + i.
     recompute: run the whole text again for each token instead of a step (slow; a check on the state). return_logits: keep
-    the logits each token was chosen from.
+    the logits each token was chosen from. prompt_mode, prefix_length: how prompts are put before a prefix (JRT) model, see
+    `generation/prompts.py`; 0 leaves the prefix as the model has it.
     """
 
     temperature: float = 0.0
@@ -39,6 +41,8 @@ class Sampling:
     seed: int = 1234
     recompute: bool = False
     return_logits: bool = False
+    prompt_mode: str = "plain"
+    prefix_length: int = 0
     backend: str = "auto"
 
     def __post_init__(self) -> None:
@@ -50,6 +54,11 @@ class Sampling:
         ):
             if not good:
                 raise ConfigError(f"{name} is {getattr(self, name)}", why=f"it must be {rule}")
+        if self.prompt_mode not in MODES or (self.prompt_mode != "plain" and not self.prefix_length):
+            raise ConfigError(
+                f"prompt_mode '{self.prompt_mode}' with prefix_length {self.prefix_length}",
+                why="it is plain, or left_pad or read_twice with the length to fill up to",
+            )
 
     @property
     def greedy(self) -> bool:
@@ -93,29 +102,23 @@ def choose(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Genera
     return torch.cat(drawn).to(logits.device)
 
 
-def left_pad(prompts: Sequence[Sequence[int]], pad: int, device: torch.device | str) -> tuple[Tensor, Tensor | None]:
-    """Prompts -> tokens [b, s] and mask [b, s] (1 = token); the mask is None when all prompts have one length."""
-    longest = max(len(p) for p in prompts)
-    rows = [[pad] * (longest - len(p)) + list(p) for p in prompts]
-    tokens = torch.tensor(rows, dtype=torch.long, device=device)
-    if all(len(p) == longest for p in prompts):
-        return tokens, None
-    mask = [[0] * (longest - len(p)) + [1] * len(p) for p in prompts]
-    return tokens, torch.tensor(mask, dtype=torch.long, device=device)
-
-
 class _Stepper:
     """Gives the logits of the next token, by state or (recompute) by running everything again."""
 
-    def __init__(self, model: LanguageModel, tokens: Tensor, mask: Tensor | None, sampling: Sampling) -> None:
-        self.model, self.tokens, self.mask, self.sampling = model, tokens, mask, sampling
+    def __init__(
+        self, model: LanguageModel, tokens: Tensor, mask: Tensor | None, hidden: Tensor | None, sampling: Sampling
+    ) -> None:
+        self.model, self.tokens, self.mask, self.hidden, self.sampling = model, tokens, mask, hidden, sampling
+        # what stands in the prompt is the prefix, also when the text is run again with more behind it
+        self.prefix = min(sampling.prefix_length, tokens.shape[1]) or None
         self.state: list[State] | None = None
         if not sampling.recompute:
             self.state = model.init_state(tokens.shape[0])
 
     def prompt(self) -> Tensor:
         """Logits [b, n] after the prompts."""
-        logits, self.state = self.model(self.tokens, Context(self.mask, backend=self.sampling.backend), self.state)
+        ctx = Context(self.mask, None, self.sampling.backend, self.prefix, self.hidden)
+        logits, self.state = self.model(self.tokens, ctx, self.state)
         return logits[:, -1]
 
     def next(self, chosen: Tensor) -> Tensor:
@@ -126,6 +129,8 @@ class _Stepper:
         self.tokens = torch.cat([self.tokens, chosen[:, None]], dim=1)
         if self.mask is not None:
             self.mask = torch.cat([self.mask, self.mask.new_ones(len(chosen), 1)], dim=1)
+        if self.hidden is not None:
+            self.hidden = torch.cat([self.hidden, self.hidden.new_ones(len(chosen), 1)], dim=1)
         return self.prompt()
 
 
@@ -156,7 +161,10 @@ def generate(
     budgets = [_budget(len(start), sampling, result) for start, result in zip(starts, results, strict=True)]
     device = next(model.parameters()).device
     generators = [torch.Generator().manual_seed(sampling.seed + first_row + i) for i in range(len(starts))]
-    stepper = _Stepper(model, *left_pad(starts, eod, device), sampling)
+    filled = [fill_prompt(start, sampling.prompt_mode, sampling.prefix_length) for start in starts]
+    tokens, mask = left_pad([row for row, _ in filled], eod, device)
+    hidden = filler_mask([count for _, count in filled], [len(row) for row, _ in filled], device)
+    stepper = _Stepper(model, tokens, mask, hidden, sampling)
     ends = {eod, *sampling.stop_tokens}
     live = [budget > 0 for budget in budgets]
     logits = stepper.prompt() if any(live) else None

@@ -62,13 +62,13 @@ class Based(Layer):
         return self.proj_q(x).unflatten(-1, narrow), self.proj_k(x).unflatten(-1, narrow), v
 
     def log_decay(self, device: torch.device) -> Tensor | None:
-        """log(1 - 2^(c - head)) of the heads held here `[h]`, fp64; None without decay."""
+        """log(1 - 2^(c - head)) of the heads held here `[h]`, rounded to fp32 as the released buffer is; None without decay."""
         if self.decay_proj is None:
             return None
         count = self.decay_proj.weight.shape[0]
         first = self.first_head * self.heads // self.config.num_heads  # `first_head` counts the model's heads
         head = torch.arange(first, first + count, device=device, dtype=torch.float64)
-        return torch.log1p(-torch.exp2(self.decay_const - head))
+        return torch.log1p(-torch.exp2(self.decay_const - head)).float()
 
     def _finish(self, y: Tensor, x: Tensor) -> Tensor:
         if self.decay_proj is not None:

@@ -25,7 +25,7 @@ def forward_flops(config: ModelConfig, seq_length: int) -> float:
     """
     with torch.device("meta"):
         mixers = [build_mixer(config, i) for i in range(config.num_layers)]
-    mlp = 2.0 * config.hidden_size * config.mlp_width * (3 if config.mlp == "gated" else 2)
+    mlp = 2.0 * config.hidden_size * config.mlp_width * {"gated": 3, "plain": 2, "none": 0}[config.mlp]
     head = 2.0 * config.hidden_size * config.vocab_size
     return sum(m.flops(seq_length) for m in mixers) + config.num_layers * mlp + head
 

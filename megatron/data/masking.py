@@ -1,0 +1,60 @@
+"""Batches for the JRT objective: a part of the prefix's tokens hidden, the same ones for a sample number in every run.
+
+As in the code that trained the released models: every position of the prefix is hidden with probability `rate` and replaced by
+the mask token always; its label is the hidden token at the same position. After the prefix the label is the next token, and
+the last position of the prefix, which would predict the first token after it, is not trained. A hidden token of id 0 is not
+trained either (the originals test label > 0). Which positions are hidden is a function of (seed, sample number) alone, so that
+every mesh, every resume and every evaluation sees the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron.data.batches import Batch
+from megatron.errors import DataError
+
+
+@dataclass(frozen=True)
+class Masking:
+    """prefix_length: tokens of the prefix. mask_token: the id that stands for a hidden token. rate: share that is hidden."""
+
+    prefix_length: int
+    mask_token: int
+    rate: float = 0.15
+    seed: int = 1234
+
+    def hidden(self, sample_id: int) -> Tensor:
+        """[prefix_length] bool: the positions of sample `sample_id` that are hidden."""
+        draw = np.random.Generator(np.random.Philox(key=[self.seed, sample_id]))
+        return torch.from_numpy(draw.random(self.prefix_length) < self.rate)
+
+    def apply(self, batch: Batch) -> Batch:
+        """The batch with its prefixes hidden in part; tensors that change are copies.
+
+        Raises:
+            DataError: the sequence is not longer than the prefix.
+        """
+        m = self.prefix_length
+        if batch.tokens.shape[1] <= m:
+            raise DataError(
+                f"samples of {batch.tokens.shape[1]} tokens leave nothing after a prefix of {m}",
+                hint="lower objective_prefix_length or raise seq_length",
+            )
+        hidden = torch.stack([self.hidden(i) for i in batch.sample_ids])
+        tokens, labels, loss_mask = batch.tokens.clone(), batch.labels.clone(), batch.loss_mask.clone()
+        prefix = batch.tokens[:, :m]
+        tokens[:, :m] = prefix.masked_fill(hidden, self.mask_token)
+        labels[:, :m] = prefix
+        loss_mask[:, :m] = (hidden & (prefix > 0)).to(loss_mask.dtype)
+        return replace(batch, tokens=tokens, labels=labels, loss_mask=loss_mask)
+
+
+def masked_batches(batches: Iterable[Batch], masking: Masking | None) -> Iterator[Batch]:
+    """The batches with `masking` applied to each; as they are without."""
+    return iter(batches) if masking is None else map(masking.apply, batches)
