@@ -66,7 +66,7 @@ def best(actions: dict[str, Callable[[], int]], repeats: int) -> dict[str, tuple
 
     Other work on the machine only ever makes a run slower; the actions take turns, so that it meets them alike.
     """
-    rates = {name: (0.0, 0.0) for name in actions}
+    rates = dict.fromkeys(actions, (0.0, 0.0))
     for _ in range(repeats):
         for name, action in actions.items():
             begin, cpu = time.perf_counter(), cpu_seconds()
