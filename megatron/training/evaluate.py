@@ -42,6 +42,7 @@ class Evaluator:
         open_batches: gives an iterator from the first batch of the split on, for this rank.
         eval_iters: evaluation steps; each is `gradient_accumulation` micro batches, as in NeoX.
         split: prefix of the metrics. fixed: the same batches each time.
+        stop_asked: asked between parts, on every rank alike; true gives the evaluation up.
     """
 
     def __init__(
@@ -51,19 +52,31 @@ class Evaluator:
         eval_iters: int,
         split: str = "validation",
         fixed: bool = True,
+        stop_asked: Callable[[], bool] | None = None,
     ) -> None:
         self.engine, self.open_batches, self.split, self.fixed = engine, open_batches, split, fixed
         self.count = eval_iters * engine.gradient_accumulation
+        self._stop_asked = stop_asked
+        # Long enough that a pipeline's filling and draining is a small part of it.
+        self._part = max(engine.gradient_accumulation, 4 * engine.mesh.pp, 8)
         self._running: Iterator[Any] | None = None
 
-    def __call__(self) -> Evaluation:
-        """Evaluate now; every rank must call this.
+    def __call__(self) -> Evaluation | None:
+        """Evaluate now; every rank must call this. None when it was given up because the run is to end.
 
         Raises:
             DataError: the split has fewer batches than asked for.
         """
         begin = time.perf_counter()
         batches: Iterator[Any] = self._running or iter(self.open_batches())
-        loss = float(self.engine.eval_loss(batches, self.count))
+        total, done = 0.0, 0
+        while done < self.count:
+            if self._stop_asked is not None and self._stop_asked():
+                self._running = None
+                return None
+            part = min(self._part, self.count - done)
+            self.engine.phase("evaluation")
+            total += float(self.engine.eval_loss(batches, part)) * part
+            done += part
         self._running = None if self.fixed else batches
-        return Evaluation(self.split, loss, self.count, time.perf_counter() - begin)
+        return Evaluation(self.split, total / self.count, self.count, time.perf_counter() - begin)

@@ -2,8 +2,10 @@
 this order.
 
     on_start(run)                    once, before the first step; the state is loaded, nothing has run yet
-    on_step(run, step)               after every step that was taken, `step` is a `Step`; weights and counters are
-    updated on_save(run, path, seconds)      after a checkpoint was published
+    on_step(run, step)               after every step that was taken, `step` is a `Step`; weights and counters are updated
+    on_skip(run, skip)               after `on_step` of a step that left the weights as they were
+    on_rewind(run, iteration)        after the weights went back to the checkpoint of `iteration`
+    on_save(run, path, seconds)      after a checkpoint was published
     on_evaluation(run, evaluation)   after a validation or the final test
     on_end(run, outcome)             once, also after an error: `finished`, `stopped: <why>` or `failed: <error>`
 
@@ -51,15 +53,28 @@ class Step:
     sample_ids: Sequence[int]
 
 
+@dataclass(frozen=True)
+class Skip:
+    """Why step `iteration` was skipped, and the samples of all ranks: one tuple per data-parallel rank."""
+
+    iteration: int
+    reason: str
+    sample_ids: Sequence[Sequence[int]]
+
+
 @dataclass
 class Run:
-    """What hooks see of a run. last_save: the step of the newest checkpoint known, None before the first."""
+    """What hooks see of a run. last_save: the step of the newest checkpoint known, None before the first.
+
+    exit_code: what the process should end with: 0, or the code of whoever asked it to leave (`control.py`).
+    """
 
     engine: Engine
     state: TrainState
     options: FitOptions
     last_save: int | None = None
     stop: str | None = None
+    exit_code: int = 0
     evaluations: dict[str, Evaluation] = field(default_factory=dict)
 
     def request_stop(self, why: str) -> None:
@@ -74,6 +89,12 @@ class Hook:
         """See the module."""
 
     def on_step(self, run: Run, step: Step) -> None:
+        """See the module."""
+
+    def on_skip(self, run: Run, skip: Skip) -> None:
+        """See the module."""
+
+    def on_rewind(self, run: Run, iteration: int) -> None:
         """See the module."""
 
     def on_save(self, run: Run, path: Path, seconds: float) -> None:

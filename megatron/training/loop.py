@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from megatron.engine.base import Engine
-from megatron.errors import TrainingError
+from megatron.engine.base import Engine, MicroBatch, take_micro_batches
+from megatron.errors import TrainingError, UserError
 from megatron.training.cadence import every
+from megatron.training.control import EXIT_SAVED, EXIT_UNSAVED, Control
 from megatron.training.evaluate import Evaluation
 from megatron.training.feed import Batch, Feed
-from megatron.training.hooks import Hook, Hooks, Run, Step
+from megatron.training.guard import Guard, Judgement
+from megatron.training.hooks import Hook, Hooks, Run, Skip, Step
 from megatron.training.options import FitOptions
 from megatron.training.state import TrainState
 
@@ -22,12 +24,17 @@ from megatron.training.state import TrainState
 class Actions:
     """What the loop does besides stepping; all ranks must be given the same ones.
 
-    save: writes a checkpoint of the state and returns its folder. validate, test: evaluate on their split.
+    save: writes a checkpoint of the state and returns its folder. validate, test: evaluate on their split; None when they
+    were given up. poll_saves: after every step, news of a save in the background. finish_saves: waits for it, before the run
+    leaves or goes back. rewind: loads the newest checkpoint into the engine and returns its training state.
     """
 
     save: Callable[[TrainState], Path] | None = None
-    validate: Callable[[], Evaluation] | None = None
-    test: Callable[[], Evaluation] | None = None
+    validate: Callable[[], Evaluation | None] | None = None
+    test: Callable[[], Evaluation | None] | None = None
+    poll_saves: Callable[[], Any] | None = None
+    finish_saves: Callable[[], Any] | None = None
+    rewind: Callable[[], Mapping[str, Any]] | None = None
 
 
 def fit(
@@ -38,6 +45,7 @@ def fit(
     options: FitOptions,
     actions: Actions | None = None,
     hooks: Sequence[Hook] = (),
+    control: Control | None = None,
 ) -> Run:
     """Train until `options.train_iters` or until a stop is asked for; every rank calls this alike.
 
@@ -45,37 +53,63 @@ def fit(
         engine: takes the steps. batches: this rank's micro batches from `state.consumed_samples` on.
         schedule: steps applied so far -> learning rate of the next one.
         state: where the run stands; changed in place. actions, hooks: see there.
+        control: signals, time limit, watchdog; without it nothing from outside ends the run.
 
     Returns:
-        The run: `run.stop` says why it left early (None: it is finished), `run.evaluations` holds the last results.
+        The run: `run.stop` says why it left early (None: it is finished), `run.exit_code` what the process should end with,
+        `run.evaluations` holds the last results.
 
     Raises:
-        TrainingError: a loss or a gradient norm is not finite, or too many steps in a row were skipped. Nothing is
-            saved then.
+        TrainingError: more steps were skipped than the guard forgives, or bad numbers went into the weights. Nothing is
+            saved then. Also when another rank is lost.
         CheckpointError, DataError: from saving and from the data.
     """
     run = Run(engine, state, options, last_save=state.iteration or None)
-    loop = _Loop(run, Feed(batches), schedule, actions or Actions(), Hooks(hooks))
-    with loop.hooks.session(run):
-        loop.before()
-        while state.iteration < options.train_iters and run.stop is None:
-            loop.hooks.tell("on_step", run, loop.step())
-            if options.save_rule.due(state.iteration):
-                loop.save()
-            if every(options.eval_interval, state.iteration):
-                loop.validate()
-            if every(options.exit_interval, state.iteration):
-                run.request_stop(f"exit_interval {options.exit_interval}")
-        loop.after()
+    loop = _Loop(run, Feed(batches), schedule, actions or Actions(), Hooks(hooks), control or Control())
+    try:
+        with loop.hooks.session(run):
+            loop.before()
+            while state.iteration < options.train_iters and run.stop is None and loop.read():
+                loop.step()
+                if options.save_rule.due(state.iteration):
+                    loop.save()
+                if every(options.eval_interval, state.iteration):
+                    loop.validate()
+                if every(options.exit_interval, state.iteration):
+                    run.request_stop(f"exit_interval {options.exit_interval}")
+            loop.after()
+        loop.control.ballot.vote([0])  # together: a launcher ends the others when the first leaves with a code
+    except RuntimeError as error:  # a collective that broke, or a defect
+        lost = loop.control.explain(error)
+        loop.control.close(f"{type(error).__name__}: {error}"[:200], 1)
+        if lost is not None:
+            raise lost from error
+        raise
+    except BaseException as error:
+        text = error.what if isinstance(error, UserError) else f"{type(error).__name__}: {error}"[:200]
+        loop.control.close(text, getattr(error, "exit_code", 1))
+        raise
     return run
 
 
 class _Loop:
     """The parts of an iteration, so that `fit` reads as a list of what happens when."""
 
-    def __init__(self, run: Run, feed: Feed, schedule: Callable[[int], float], actions: Actions, hooks: Hooks) -> None:
+    def __init__(
+        self,
+        run: Run,
+        feed: Feed,
+        schedule: Callable[[int], float],
+        actions: Actions,
+        hooks: Hooks,
+        control: Control,
+    ) -> None:
         self.run, self.feed, self.schedule, self.actions, self.hooks = run, feed, schedule, actions, hooks
-        self.skips_in_a_row = 0
+        self.control, self.guard = control, Guard(run.options.guard, bool(run.engine.extra_state().get("loss_scale")))
+        self.guard.load(run.state.guard)
+        run.engine.listener = control.phase
+        self.micro: Sequence[MicroBatch] = ()
+        self.skipped = False
         self.validated_at: int | None = None
 
     def before(self) -> None:
@@ -87,47 +121,106 @@ class _Loop:
 
     def after(self) -> None:
         """The end: a final validation and test of a finished run; in any case a save of what is not saved yet."""
-        finished = self.run.stop is None
-        if finished and self.validated_at != self.run.state.iteration:
+        if self.run.stop is None and self.validated_at != self.run.state.iteration:
             self.validate()
         if self.run.state.iteration > 0 and self.run.last_save != self.run.state.iteration:
             self.save()
-        if finished and self.actions.test is not None:
+        if self.run.stop is None and self.actions.test is not None:
             self._evaluated(self.actions.test())
+        if self.actions.finish_saves is not None:
+            self.control.phase("save")
+            self.actions.finish_saves()
+        if self.control.leaving is not None:
+            kept = self.run.last_save == self.run.state.iteration or self.run.state.iteration == 0
+            self.run.exit_code = EXIT_SAVED if kept else EXIT_UNSAVED
+        self.control.phase("end")
 
-    def step(self) -> Step:
-        """Take one optimizer step and count it."""
+    def read(self) -> bool:
+        """Have the next step's micro batches; False when all ranks agreed to leave before it."""
+        self.control.phase("data", self.run.state.iteration + 1)
+        self.feed.begin_step()
+        micro = self.control.data(self._take, self.run.engine.mesh.rank, self.skipped)
+        self._heed()
+        self.micro = micro or ()
+        return micro is not None and self.run.stop is None
+
+    def _take(self) -> Sequence[MicroBatch]:
+        return take_micro_batches(self.feed, self.run.engine.gradient_accumulation)
+
+    def _heed(self) -> None:
+        """Make the ranks' wish to leave the run's."""
+        if self.control.leaving is not None:
+            self.run.request_stop(self.control.leaving)
+
+    def step(self) -> None:
+        """Take one optimizer step, count it, tell the hooks."""
         run, state = self.run, self.run.state
         begin = time.perf_counter()
-        self.feed.begin_step()
-        rate = self.schedule(state.applied_iterations)
-        result = run.engine.train_step(self.feed, rate)
-        loss, norm = float(result.loss), float(result.grad_norm)
-        seconds = time.perf_counter() - begin
-        self._check(loss, norm, result.skipped)
+        rate, run.engine.limits = self.schedule(state.applied_iterations), self.guard.limits()
+        result = run.engine.train_step(iter(self.micro), rate)
+        loss, norm, self.skipped = result.numbers()
+        if not self.skipped:
+            self._check(loss, norm)
+        seconds = time.perf_counter() - begin + self.feed.wait_s
+        judgement = self.guard.judge(state.iteration + 1, loss, norm, self.skipped)
         state.iteration += 1
-        state.skipped_iterations += int(result.skipped)
+        state.skipped_iterations += int(self.skipped)
         state.consumed_samples += run.options.samples_per_step
         state.consumed_tokens += run.options.samples_per_step * run.options.seq_length
+        state.guard = self.guard.state()
+        self.control.settled()
+        self.control.took(step_s=seconds)
         ids = tuple(self.feed.sample_ids)
-        return Step(state.iteration, loss, norm, rate, result.skipped, seconds, self.feed.wait_s, ids)
+        self.hooks.tell("on_step", run, Step(state.iteration, loss, norm, rate, self.skipped, seconds, self.feed.wait_s, ids))
+        if self.skipped:
+            self._skipped(judgement)
+        if self.actions.poll_saves is not None:
+            self.actions.poll_saves()
 
-    def _check(self, loss: float, norm: float, skipped: bool) -> None:
-        self.skips_in_a_row = self.skips_in_a_row + 1 if skipped else 0
-        if not math.isfinite(loss):
-            raise self._stopped(f"the loss is {loss}")
-        if not skipped and not math.isfinite(norm):
-            raise self._stopped(f"the gradient norm is {norm}")
-        if self.skips_in_a_row >= self.run.options.max_skips:
-            raise self._stopped(f"{self.skips_in_a_row} steps in a row were skipped, their gradients were not finite")
+    def _check(self, loss: float, norm: float) -> None:
+        """An engine that applied a step with numbers that are not finite has spoilt its weights."""
+        for name, value in (("loss", loss), ("gradient norm", norm)):
+            if not value - value == 0.0:
+                raise self._stopped(f"the {name} is {value}", self.run.state.iteration + 1)
 
-    def _stopped(self, what: str) -> TrainingError:
-        first, count = self.run.state.consumed_samples, self.run.options.samples_per_step
+    def _skipped(self, judgement: Judgement) -> None:
+        """Say which samples it was; go back or give up when it was one too many."""
+        run, mesh = self.run, self.run.engine.mesh
+        every_rank = self.control.ballot.gather(self.feed.sample_ids)
+        if len(every_rank) < mesh.world_size:  # nobody to ask: this rank's own
+            every_rank = [self.feed.sample_ids]
+        own = tuple(tuple(every_rank[rank]) for rank in range(0, min(len(every_rank), mesh.dp * mesh.tp), mesh.tp))
+        self.hooks.tell("on_skip", run, Skip(run.state.iteration, judgement.reason, own))
+        if not judgement.spent:
+            return
+        rules, saved = run.options.guard, run.last_save
+        can_rewind = rules.on_budget == "rewind" and self.actions.rewind is not None and saved is not None
+        if not can_rewind or run.state.rewinds >= rules.max_rewinds:
+            raise self._stopped(f"{judgement.reason}; {self.guard.spent_text()}", run.state.iteration)
+        self._rewind()
+
+    def _rewind(self) -> None:
+        """Weights and optimizer of the last checkpoint, the data from here on: the steps between count as skipped ones."""
+        run, state = self.run, self.run.state
+        assert self.actions.rewind is not None
+        if self.actions.finish_saves is not None:
+            self.actions.finish_saves()
+        self.control.phase("rewind")
+        then = TrainState.from_dict(self.actions.rewind())
+        state.skipped_iterations = state.iteration - then.applied_iterations
+        state.rewinds += 1
+        self.guard.forgive()
+        state.guard, self.skipped = self.guard.state(), False
+        self.hooks.tell("on_rewind", run, then.iteration)
+
+    def _stopped(self, what: str, iteration: int) -> TrainingError:
+        count = self.run.options.samples_per_step
+        first = (iteration - 1) * count + self.run.state.consumed_samples - self.run.state.iteration * count
         own = ", ".join(map(str, self.feed.sample_ids[:16])) + (", ..." if len(self.feed.sample_ids) > 16 else "")
         saved = self.run.last_save
         last = "there is no checkpoint yet" if saved is None else f"the last good checkpoint is of step {saved}"
         return TrainingError(
-            f"step {self.run.state.iteration + 1}: {what}",
+            f"step {iteration}: {what}",
             where=f"samples {first} to {first + count - 1} of the training data (this rank read {own or 'none'})",
             why="a learning rate that is too high, a damaged sample, or numbers outside the range of the precision",
             hint=f"this step was not saved; {last}",
@@ -138,18 +231,23 @@ class _Loop:
         if self.actions.save is None or not self.run.options.save_rule.enabled:
             return
         begin = time.perf_counter()
+        self.control.phase("save")
         path = self.actions.save(self.run.state)
-        self.run.last_save = self.run.state.iteration
-        self.hooks.tell("on_save", self.run, path, time.perf_counter() - begin)
+        self.run.last_save, seconds = self.run.state.iteration, time.perf_counter() - begin
+        self.control.took(save_s=seconds)
+        self.hooks.tell("on_save", self.run, path, seconds)
 
     def validate(self) -> None:
         """Validate, if the run has validation data."""
-        if self.actions.validate is None:
+        if self.actions.validate is None or self.run.stop is not None:
             return
         self.validated_at = self.run.state.iteration
         self._evaluated(self.actions.validate())
 
-    def _evaluated(self, evaluation: Evaluation) -> None:
+    def _evaluated(self, evaluation: Evaluation | None) -> None:
+        self._heed()
+        if evaluation is None:
+            return
         state = self.run.state
         self.run.evaluations[evaluation.split] = evaluation
         if evaluation.split == "validation" and (

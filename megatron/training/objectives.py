@@ -10,9 +10,10 @@ models does not. `data/masking.py` makes the batches: labels of masked positions
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from megatron.errors import ConfigError
@@ -41,6 +42,28 @@ class Objective:
     def parts(self) -> tuple[str, ...]:
         """Names of what is logged beside the loss."""
         return ("ntp_loss", "mlm_loss") if self.name == "jrt" else ()
+
+
+class LossParts:
+    """Sums of an objective's parts over the micro batches of a step, on the device."""
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self.names = names
+        self._sums: dict[str, Tensor] = {}
+
+    def reset(self) -> None:
+        """Forget what has been added."""
+        self._sums = {}
+
+    def add(self, parts: Mapping[str, Tensor]) -> None:
+        """Count one micro batch."""
+        for name, value in parts.items():
+            self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value
+
+    def sums(self, device: torch.device) -> Tensor:
+        """One number per name [k]; zeros where nothing was added (pipeline stages without the loss)."""
+        zero = torch.zeros((), device=device)
+        return torch.stack([self._sums.get(name, zero).float() for name in self.names])
 
 
 def objective_loss(

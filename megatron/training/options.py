@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from megatron.training.cadence import SaveRule
+from megatron.training.guard import GuardOptions
 
 
 @dataclass(frozen=True)
@@ -14,8 +15,7 @@ class FitOptions:
     train_iters: the step at which training ends. samples_per_step: the global batch. seq_length: tokens per sample.
     save_rule: when to save. eval_interval: steps between validations, None for never. eval_at_start: also before the
         first step.
-    exit_interval: leave, after a save, when the step is a multiple of it. max_skips: steps skipped in a row that end
-        the run.
+    exit_interval: leave, after a save, when the step is a multiple of it. guard: which steps are skipped, and how many.
     """
 
     train_iters: int
@@ -25,4 +25,4 @@ class FitOptions:
     eval_interval: int | None = None
     eval_at_start: bool = False
     exit_interval: int | None = None
-    max_skips: int = 50
+    guard: GuardOptions = field(default_factory=GuardOptions)

@@ -7,6 +7,7 @@ the bit; the console shows the mean over the interval, as GPT-NeoX does.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron.observe.console import Console, progress_line
@@ -14,7 +15,7 @@ from megatron.observe.metrics import CostModel, Interval, Remaining
 from megatron.observe.sinks import Sinks
 from megatron.training.cadence import every
 from megatron.training.evaluate import Evaluation
-from megatron.training.hooks import Hook, Run, Step
+from megatron.training.hooks import Hook, Run, Skip, Step
 
 
 class Reporting(Hook):
@@ -75,6 +76,15 @@ class Reporting(Hook):
             values["train/loss_scale"] = float(scale["value"])
         return values
 
+    def on_skip(self, run: Run, skip: Skip) -> None:
+        """Name the samples, so that somebody can look at them."""
+        ids = "; ".join(f"data rank {rank}: {_ranges(own)}" for rank, own in enumerate(skip.sample_ids))
+        self.console.say(f"step {skip.iteration} skipped: {skip.reason}; samples of {ids}")
+
+    def on_rewind(self, run: Run, iteration: int) -> None:
+        """Say how far back it went."""
+        self.console.say(f"rewound to the weights of step {iteration}; the data go on behind step {run.state.iteration}")
+
     def on_save(self, run: Run, path: Path, seconds: float) -> None:
         """Say where the checkpoint lies; the time goes into the next logged step."""
         self._save_s += seconds
@@ -96,3 +106,14 @@ class Reporting(Hook):
         """Close the sinks and say how it ended."""
         self.sinks.close()
         self.console.say(f"{outcome} at iteration {run.state.iteration} of {run.options.train_iters}")
+
+
+def _ranges(ids: Sequence[int]) -> str:
+    """`4-7, 12-15` for whole runs of sample numbers."""
+    runs: list[list[int]] = []
+    for number in ids:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 
@@ -15,6 +15,7 @@ class TrainState:
     skipped_iterations: those that changed nothing; the learning rate schedule advances with the others only.
     consumed_samples: the data cursor, the global number of the next sample. consumed_tokens: tokens seen.
     best_validation_loss, best_iteration: the lowest validation loss so far and its step; None before the first.
+    rewinds: how often the weights went back to an earlier checkpoint. guard: the memory of `guard.py`.
     """
 
     iteration: int = 0
@@ -23,6 +24,8 @@ class TrainState:
     consumed_tokens: int = 0
     best_validation_loss: float | None = None
     best_iteration: int | None = None
+    rewinds: int = 0
+    guard: dict[str, Any] = field(default_factory=dict)
 
     @property
     def applied_iterations(self) -> int:

@@ -14,6 +14,7 @@ from megatron.engine.base import StepResult
 from megatron.errors import TrainingError
 from megatron.observe.jsonl import read_rows
 from megatron.training.cadence import SaveRule
+from megatron.training.guard import GuardOptions
 from megatron.training.hooks import Hook, Run, Step
 from megatron.training.state import TrainState
 from tests.training.runs import make_engine, options, train
@@ -141,11 +142,13 @@ def _failing(engine: Any, at: int, result: StepResult) -> Any:
     ("result", "says"),
     [
         (StepResult(float("nan"), 1.0), "step 4: the loss is nan"),
-        (StepResult(torch.tensor(float("inf")), 1.0, True), "step 4: the loss is inf"),
+        (StepResult(torch.tensor(float("inf")), torch.tensor(1.0)), "step 4: the loss is inf"),
         (StepResult(2.0, float("inf")), "step 4: the gradient norm is inf"),
     ],
 )
-def test_bad_numbers_stop_the_run_and_leave_the_checkpoint(tmp_path: Path, result: StepResult, says: str) -> None:
+def test_bad_numbers_in_the_weights_stop_the_run(
+    tmp_path: Path, result: StepResult, says: str
+) -> None:
     engine = _failing(make_engine(), 4, result)
     rule = SaveRule(factor=2, train_iters=20)
     with pytest.raises(TrainingError) as caught:
@@ -161,8 +164,8 @@ def test_bad_numbers_stop_the_run_and_leave_the_checkpoint(tmp_path: Path, resul
 
 def test_skipped_steps_do_not_advance_the_schedule_and_have_a_limit(tmp_path: Path) -> None:
     engine = _failing(make_engine(), 2, StepResult(3.0, float("inf"), True))
-    with pytest.raises(TrainingError, match="3 steps in a row were skipped"):
-        train(engine, None, options(20, max_skips=3))
+    with pytest.raises(TrainingError, match="4 steps were skipped within 1000, 3 are allowed"):
+        train(engine, None, options(20, guard=GuardOptions(budget=3)))
     engine = _failing(make_engine(), 2, StepResult(3.0, float("inf"), True))
     run, recorder = train(engine, None, options(4))
     assert run.state.skipped_iterations == 3
