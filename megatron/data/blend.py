@@ -20,6 +20,7 @@ from megatron.errors import DataError
 _MARGIN = 1.005  # NeoX draws half a percent more of each corpus than its share
 _MAX_LANES = 8192
 _MIN_STEPS = 64
+_PIECE = 1 << 22
 
 
 def normalise(weights: Sequence[float]) -> NDArray[np.float64]:
@@ -127,10 +128,14 @@ def _run_lanes(
 
 
 def _count_within(chosen: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """For each sample, how many samples of the same corpus came before it."""
-    order = np.argsort(chosen, kind="stable")
-    counts = np.bincount(chosen, minlength=1)
-    firsts = np.cumsum(counts) - counts
+    """For each sample, how many samples of the same corpus came before it; in pieces, to bound temporary memory."""
     within = np.empty(len(chosen), dtype=np.int64)
-    within[order] = np.arange(len(chosen)) - np.repeat(firsts, counts)
+    before = np.zeros(256, dtype=np.int64)
+    for at in range(0, len(chosen), _PIECE):
+        piece = chosen[at : at + _PIECE]
+        order = np.argsort(piece, kind="stable")
+        counts = np.bincount(piece, minlength=256)
+        firsts = np.cumsum(counts) - counts
+        within[at + order] = np.arange(len(piece)) + np.repeat(before - firsts, counts)
+        before += counts
     return within
