@@ -25,7 +25,7 @@ def _reach(segment_ids: Tensor, s: int, width: int, shift: int, dtype: torch.dty
     return (padded[:, width - 1 - shift : width - 1 - shift + s] == segment_ids).to(dtype).unsqueeze(-1)
 
 
-@path("causal_conv", "reference")
+@path("conv", "reference")
 def conv_reference(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, history: Tensor | None, segment_ids: Tensor | None
 ) -> Tensor:
@@ -86,7 +86,7 @@ class _ShortConv(torch.autograd.Function):
         return dx, dw.t().unsqueeze(1), dh, None
 
 
-@path("causal_conv", "torch")
+@path("conv", "torch")
 def conv_torch(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, history: Tensor | None, segment_ids: Tensor | None
 ) -> Tensor:
@@ -107,7 +107,7 @@ def causal_conv(
     backend: str = "auto",
 ) -> Tensor:
     """`y [b, s, d]`; see the head of this file. `activation` is "silu" or None."""
-    return choose("causal_conv", backend, x.device)(x, weight, bias, activation, history, segment_ids)
+    return choose("conv", backend, x.device)(x, weight, bias, activation, history, segment_ids)
 
 
 def next_history(x: Tensor, history: Tensor | None, width: int, mask: Tensor | None = None) -> Tensor:

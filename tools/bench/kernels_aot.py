@@ -1,0 +1,139 @@
+"""Compile every fused kernel for a Hopper GPU without one, and report registers, spills and shared memory.
+
+    TRITON_INTERPRET=0 python tools/bench/kernels_aot.py [--widths 64x128] [--dtype bf16] [--output FILE.json]
+
+A kernel that spills more than a few registers or wants more shared memory than a block has would run slowly or not at all; here
+it is known before the first device minute is spent. Exit code 1 when a limit is broken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "0"  # compiled functions, whatever the caller's tests use
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from megatron.files import write_json
+from megatron.ops import conv_kernels, conv_triton, metala_kernels
+from megatron.ops.metala_triton import tiles_for
+
+_TYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
+_INTS = {"T", "D", "sq", "sz", "sv", "sg", "so", "sy", "sx"}
+_FLOATS = {"scale", "eps"}
+_FP32 = {"h0", "ht", "dht", "dh0", "damount", "dw", "db", "state"}
+_INT_POINTERS = {"seg": "*i32", "mask": "*i8", "slots": "*i32"}
+# Bytes. Heads of up to 64 x 128, which all released models have, must keep to the first pair. For wider heads the main backward
+# spills a little: half-size tiles would not, but would store and read twice as many states, which costs far more.
+SPILL_LIMIT, SHARED_LIMIT = 64, 100 * 1024
+WIDE_SPILL_LIMIT, WIDE_SHARED_LIMIT = 128, 112 * 1024
+
+
+def _signature(kernel: Any, constants: dict[str, Any], dtype: str) -> dict[str, str]:
+    """Type of every argument by its name."""
+    kinds = {}
+    for name in kernel.arg_names:
+        if name in constants:
+            kinds[name] = "constexpr"
+        elif name in _INTS:
+            kinds[name] = "i32"
+        elif name in _FLOATS:
+            kinds[name] = "fp32"
+        else:
+            kinds[name] = _INT_POINTERS.get(name) or ("*fp32" if name in _FP32 else f"*{dtype}")
+    return kinds
+
+
+def compile_kernel(kernel: Any, constants: dict[str, Any], dtype: str, warps: int) -> dict[str, int]:
+    """Compile for compute capability 9.0; registers per thread, spilled bytes, shared memory in bytes."""
+    signature = _signature(kernel, constants, dtype)
+    attrs = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if signature[name].startswith("*")}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as handle:
+        handle.write(compiled.asm["ptx"])
+        handle.flush()
+        command = [str(ptxas), "-v", "--gpu-name=sm_90a", handle.name, "-o", os.devnull]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    registers, spills = re.findall(r"Used (\d+) registers", said), re.findall(r"(\d+) bytes spill stores", said)
+    return {"registers": int(registers[0]), "spilled": int(spills[0]), "shared": int(compiled.metadata.shared)}
+
+
+def metala_cases(k: int, v: int, dtype: str) -> list[tuple[str, Any, dict[str, Any], int]]:
+    """(name, kernel, constants, warps) of the MetaLA kernels, cut as `metala_triton.py` cuts them."""
+    tiles = tiles_for(k, v)
+    bk, bv = max(16, triton.next_power_of_2(k)), max(16, triton.next_power_of_2(v))
+    flags = {"HAS_SEG": False, "HAS_MASK": False}
+    common = {"H": 8, "K": k, "V": v, "BK": bk, "DT": _TYPES[dtype], "PREC": "ieee" if dtype == "fp32" else "tf32", "ROUND": 0}
+    part, whole = common | flags | {"BV": tiles.block_v}, common | flags | {"BV": bv}
+    step = {"H": 8, "K": k, "V": v, "BK": bk, "BV": bv, "ROUND": 0, "HAS_SLOTS": True}
+    n = metala_kernels
+    return [
+        ("state_forward", n.state_forward, part | {"C": tiles.interval, "NSUP": 1, "HAS_H0": False}, tiles.warps),
+        ("output_forward", n.output_forward, whole | {"C": tiles.out, "NSUP": tiles.interval // tiles.out}, tiles.warps),
+        ("output_backward", n.output_backward, whole | {"C": tiles.back}, tiles.warps),
+        ("state_backward", n.state_backward, part | {"C": tiles.back, "HAS_DHT": False}, tiles.warps),
+        ("input_backward", n.input_backward, part | {"C": tiles.back}, tiles.warps),
+        ("step_forward", n.step_forward, step, 16 if k * v > 64 * 128 else 4),
+    ]
+
+
+def conv_cases(width: int) -> list[tuple[str, Any, dict[str, Any], int]]:
+    """The convolution kernels as `conv_triton.py` cuts them."""
+    flags = {"HAS_BIAS": False, "HAS_GATE": False, "HAS_HIST": False, "HAS_SEG": False}
+    tile = {"W": width, "BT": conv_triton._TOKENS, "BD": conv_triton._CHANNELS, "SILU": True} | flags
+    step = {"W": width, "BD": 256, "SILU": True, "HAS_BIAS": False, "HAS_SLOTS": True}
+    n = conv_kernels
+    return [
+        ("conv_forward", n.conv_forward, tile, 4),
+        ("conv_backward", n.conv_backward, tile, 4),
+        ("conv_step", n.conv_step, step, 4),
+    ]
+
+
+def main() -> None:
+    """Compile, print a row per kernel, store, judge."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument(
+        "--widths", nargs="+", default=["32x64", "64x128", "80x160", "128x256"], help="key x value width per head"
+    )
+    parser.add_argument("--dtype", nargs="+", default=["bf16"], choices=list(_TYPES))
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    rows, broken = [], 0
+    for dtype in args.dtype:
+        cases = []
+        for widths in args.widths:
+            k, v = map(int, widths.split("x"))
+            cases += [(widths, *case) for case in metala_cases(k, v, dtype)]
+        cases += [("taps 4", *case) for case in conv_cases(4)]
+        for widths, name, kernel, constants, warps in cases:
+            row: dict[str, Any] = {"kernel": name, "widths": widths, "dtype": dtype, "warps": warps}
+            row |= compile_kernel(kernel, constants, dtype, warps)
+            wide = widths in args.widths and max(map(int, widths.split("x"))) > 128
+            spill, shared = (WIDE_SPILL_LIMIT, WIDE_SHARED_LIMIT) if wide else (SPILL_LIMIT, SHARED_LIMIT)
+            over = row["spilled"] > spill or row["shared"] > shared
+            broken += over
+            print(" ".join(f"{k}={v}" for k, v in row.items()), "OVER THE LIMIT" if over else "", flush=True)
+            rows.append(row)
+    if args.output:
+        write_json(args.output, {"benchmark": "kernels_aot", "target": "sm_90", "triton": triton.__version__, "rows": rows})
+    sys.exit(1 if broken else 0)
+
+
+if __name__ == "__main__":
+    main()
