@@ -127,7 +127,7 @@ def test_every_file_says_what_it_is_for_and_stays_readable(path: Path) -> None:
         assert ast.get_docstring(tree_of(path)), f"{path} opens without a docstring"
     assert path.stem not in ("utils", "helpers", "common", "misc"), "a name that says nothing"
     table = path.stem == "neox_keys"  # a table of data, one entry per GPT-NeoX key
-    assert table or len(lines) <= 340, f"{path} has {len(lines)} lines"
+    assert table or len(lines) <= (400 if path.stem.endswith("_kernels") else 340), f"{path} has {len(lines)} lines"
     for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.FunctionDef) and not path.stem.endswith("_kernels"):  # a kernel cannot be cut up
             length = (node.end_lineno or node.lineno) - node.lineno + 1
@@ -138,7 +138,8 @@ def test_import_works_without_torch_and_pulls_nothing_heavy() -> None:
     """`import megatron`, the registry and the configuration need neither torch nor deepspeed nor transformers."""
     code = (
         "import sys; import megatron, megatron.registry, megatron.config.load, megatron.launch.job;"
-        "heavy = [m for m in ('torch', 'deepspeed', 'transformers', 'numpy') if m in sys.modules]; print(heavy); sys.exit(bool(heavy))"
+        "heavy = [m for m in ('torch', 'deepspeed', 'transformers', 'numpy') if m in sys.modules]; "
+        "print(heavy); sys.exit(bool(heavy))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -41,7 +41,7 @@ class Tiles:
 
 
 def tiles_for(key_dim: int, value_dim: int) -> Tiles:
-    """The committed choice; no tuning at start. Tiles shrink as heads widen to stay in registers (tools/bench/kernels_aot.py)."""
+    """The committed choice; no tuning at start. Tiles shrink as heads widen to stay in registers: see tools/bench."""
     bk, bv = _padded(key_dim), _padded(value_dim)
     block_v = min(bv, 64)
     if bk <= 32 and bv <= 64:

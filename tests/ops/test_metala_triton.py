@@ -1,8 +1,8 @@
 """The fused kernels against the token-by-token reference in fp64: on the CPU by Triton's interpreter, the same list on a GPU.
 
 fp32: relative norm 1e-5 (a few hundred fp32 operations per output, exp2 and log2 of the interpreter or of the GPU).
-bf16: outputs 5e-3 and gradients 1e-2 at trained-like gates, the limits of our kernel spec; twice that where an initial state and
-its gradient add two more roundings. Kernel errors in bf16 are measured from the same bf16 inputs.
+bf16: outputs 5e-3 and gradients 1e-2 at trained-like gates, the limits of our kernel spec; twice that where an initial state
+and its gradient add two more roundings. Kernel errors in bf16 are measured from the same bf16 inputs.
 """
 
 from __future__ import annotations
