@@ -19,6 +19,7 @@ from megatron.config.explain import print_config
 from megatron.config.schema import RunConfig
 from megatron.data.batches import Batch, Batches
 from megatron.data.datasets import Dataset
+from megatron.data.masking import masked_batches
 from megatron.data.order import sample_counts
 from megatron.data.sources import dataset_from_list, datasets_from_split
 from megatron.data.tokenizers import Tokenizer
@@ -39,6 +40,7 @@ from megatron.settings import (
     checkpoint_facts,
     engine_settings,
     fit_options,
+    masking,
     model_config,
     run_shape,
     schedule_of,
@@ -85,10 +87,10 @@ def datasets(run: RunConfig, rows: int) -> dict[str, Dataset | None]:
     return built
 
 
-def open_batches(run: RunConfig, dataset: Dataset, mesh: Mesh, tokenizer: Tokenizer, start: int) -> Batches:
-    """This rank's micro batches from global sample `start` on."""
+def open_batches(run: RunConfig, dataset: Dataset, mesh: Mesh, tokenizer: Tokenizer, start: int, rows: int) -> Iterator[Batch]:
+    """This rank's micro batches from global sample `start` on; rows: of the embedding."""
     t = run.training
-    return Batches(
+    batches = Batches(
         dataset,
         run.batch.train_micro_batch_size_per_gpu,
         mesh.dp_rank,
@@ -100,6 +102,7 @@ def open_batches(run: RunConfig, dataset: Dataset, mesh: Mesh, tokenizer: Tokeni
         reset_state_at_eod=t.reset_state_at_eod,
         num_workers=run.data.num_workers,
     )
+    return masked_batches(batches, masking(run, rows))
 
 
 def restore(run: RunConfig, engine: Engine, config: ModelConfig) -> TrainState:
@@ -213,11 +216,15 @@ def _actions(run: RunConfig, parts: _Parts, saver: Saver) -> Actions:
             return None
 
         def first() -> Iterator[Batch]:
-            return iter(open_batches(run, dataset, parts.mesh, tokenizer, 0))
+            return open_batches(run, dataset, parts.mesh, tokenizer, 0, parts.config.vocab_size)
 
-        return Evaluator(engine, first, run.training.eval_iters, split)
+        return Evaluator(engine, first, run.training.eval_iters, split, stop_asked=control.stop_asked)
 
-    return Actions(save, evaluator("valid", "validation"), evaluator("test", "test"))
+    def rewind() -> Mapping[str, Any]:
+        assert c.save is not None  # a run without it has no checkpoint to go back to
+        return resume(c.save, engine, model_config=parts.config.to_dict(), verify=c.verify_checkpoint).state
+
+    return Actions(save, evaluator("valid", "validation"), evaluator("test", "test"), saver.poll, saver.wait, rewind)
 
 
 def train(run: RunConfig, env: RankEnvironment, command: Sequence[str]) -> Run:
@@ -243,13 +250,14 @@ def train(run: RunConfig, env: RankEnvironment, command: Sequence[str]) -> Run:
         console.say(_opening(run, parts.config, parts.mesh, folder, parts.engine, state.iteration))
         saver = Saver(background=run.checkpoint.async_save)
         stack.callback(saver.close)
-        hooks: list[Hook] = [_Saves(saver)]
+        hooks: list[Hook] = []
         if env.is_main:
-            hooks += reporting_hooks(run, folder, parts.config, parts.mesh, state.iteration, console)
+            hooks = reporting_hooks(run, folder, parts.config, parts.mesh, state.iteration, console)
         dataset = parts.sets["train"]
         assert dataset is not None  # an empty train split is refused where it is cut
-        batches = open_batches(run, dataset, parts.mesh, parts.tokenizer, state.consumed_samples)
-        actions = _actions(run, parts, saver)
-        ended = fit(parts.engine, iter(batches), schedule_of(run), state, fit_options(run), actions, hooks)
-        saver.wait()
-        return ended
+        rows = parts.config.vocab_size
+        batches = open_batches(run, dataset, parts.mesh, parts.tokenizer, state.consumed_samples, rows)
+        control = _control(run, env.rank, signals, limit)
+        stack.callback(control.close)
+        actions, options = _actions(run, parts, saver, control), fit_options(run)
+        return fit(parts.engine, batches, schedule_of(run), state, options, actions, hooks, control)

@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron.config.frozen import thaw
 from megatron.config.schema import RunConfig
+from megatron.data.masking import Masking
 from megatron.data.tokenizers import Tokenizer, build_tokenizer, padded_vocab_size
 from megatron.engine.base import EngineSettings
 from megatron.engine.schedule import ScheduleConfig, decay_horizon, learning_rate
@@ -20,6 +21,8 @@ from megatron.observe.runfolder import RunFolder
 from megatron.observe.sinks import SinkOptions, WandbOptions
 from megatron.registry import layer_info
 from megatron.training.cadence import SaveRule
+from megatron.training.guard import GuardOptions
+from megatron.training.objectives import Objective
 from megatron.training.options import FitOptions
 
 
@@ -67,11 +70,12 @@ def model_config(run: RunConfig, rows: int) -> ModelConfig:
         layer_options=layer_options(run),
         norm=m.norm if m.use_bias_in_norms or m.norm != "layernorm" else "layernorm_no_bias",
         norm_eps=m.norm_eps,
-        mlp="gated" if m.mlp_gated else "plain",
+        mlp=m.mlp_form,
         activation=m.mlp_activation,
         mlp_bias=m.use_bias_in_mlp,
         tie_embeddings=not m.no_weight_tying,
         embedding_scale=m.embedding_scale,
+        residual_fp32=m.residual_fp32,
         hidden_dropout=m.hidden_dropout,
         init_method=m.init_method,
         output_init_method=m.output_layer_init_method,
@@ -104,7 +108,44 @@ def engine_settings(run: RunConfig) -> EngineSettings:
         fp16=dict(run.precision.fp16 or {}),
         kernel_backend=training.kernel_backend,
         partition_method=run.parallel.pipe_partition_method,
+        weight_decay_rule=optimizer.weight_decay_rule,
+        objective=objective(run),
     )
+
+
+def objective(run: RunConfig) -> Objective:
+    """What the loss is. A model that reads a prefix in both directions must not be trained to predict inside it."""
+    t, seen = run.training, layer_options(run).get("jrt", {}).get("prefix_length", 0)
+    length = t.objective_prefix_length or seen
+    if t.objective == "causal":
+        if seen:
+            raise ConfigError(
+                f"objective causal with jrt layers that see the first {seen} tokens in both directions",
+                where=run.provenance.get("jrt_prefix_length"),
+                why="the model would be trained to predict tokens that it sees",
+                hint="objective: jrt (masked tokens in the prefix) or objective: prefix",
+            )
+        return Objective()
+    if seen and length != seen:
+        raise ConfigError(
+            f"objective_prefix_length {length} is not jrt_prefix_length {seen}",
+            where=run.provenance.get("objective_prefix_length"),
+            hint="leave objective_prefix_length out and it follows",
+        )
+    if length >= run.model.seq_length:
+        raise ConfigError(f"a prefix of {length} tokens leaves nothing of seq_length {run.model.seq_length} to predict")
+    return Objective(t.objective, length, t.objective_masked_weight)
+
+
+def masking(run: RunConfig, rows: int) -> Masking | None:
+    """Which tokens of a batch are hidden; None unless the objective hides some. rows: of the embedding."""
+    t = run.training
+    if t.objective != "jrt":
+        return None
+    token = rows - 1 if t.objective_mask_token is None else t.objective_mask_token
+    if token >= rows:
+        raise ConfigError(f"objective_mask_token {token} is outside the vocabulary of {rows} rows")
+    return Masking(objective(run).prefix_length, token, t.objective_mask_rate, t.seed)
 
 
 def run_shape(run: RunConfig, vocabulary: str) -> RunShape:
@@ -147,7 +188,7 @@ def schedule_of(run: RunConfig) -> Callable[[int], float]:
     """Steps applied so far -> learning rate of the next."""
     s = run.schedule
     horizon = decay_horizon(run.training.train_iters, s.lr_decay_iters, s.lr_decay_fraction)
-    curve = ScheduleConfig(run.optimizer.lr, horizon, s.lr_decay_style, s.warmup, s.min_lr)
+    curve = ScheduleConfig(run.optimizer.lr, horizon, s.lr_decay_style, s.warmup, s.min_lr, s.warmup_start_lr)
     return lambda step: learning_rate(step, curve)
 
 

@@ -70,9 +70,7 @@ def _lengths(draft: Draft) -> None:
 
 
 def _precision(draft: Draft) -> None:
-    switched = [
-        name for section, name in (("fp16", "fp16"), ("bf16", "bfloat16")) if (draft.get(section) or {}).get("enabled")
-    ]
+    switched = [name for section, name in (("fp16", "fp16"), ("bf16", "bfloat16")) if (draft.get(section) or {}).get("enabled")]
     if len(switched) > 1:
         draft.reject("fp16 and bf16 are both enabled", "fp16", "bf16", hint="keep one of them")
     elif not switched:
@@ -99,6 +97,8 @@ def _mixers(draft: Draft) -> None:
         draft.derive("pos_emb", "none", "no layer is softmax attention, order comes from the recurrence")
     if "mlp_type" not in draft.values and set(types) == {"metala"} and draft.get("activation") in ("silu", "swish"):
         draft.derive("mlp_type", "llama", "MetaLA's blocks have LLaMA's MLP; activation is silu")
+    if "mlp_type" not in draft.values and set(types) == {"mamba"}:
+        draft.derive("mlp_type", "none", "Mamba's blocks have no MLP")
 
 
 def _documents(draft: Draft) -> None:

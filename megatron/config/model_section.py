@@ -18,9 +18,7 @@ from megatron.config.base import Section
 GATED = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu", "bilinear": "identity", "glu": "sigmoid"}
 _LLAMA_MULTIPLE = 256
 
-Norm = Literal[
-    "layernorm", "rmsnorm", "non_parametric_layernorm", "simplermsnorm", "scalenorm", "te_rmsnorm", "te_layernorm"
-]
+Norm = Literal["layernorm", "rmsnorm", "non_parametric_layernorm", "simplermsnorm", "scalenorm", "te_rmsnorm", "te_layernorm"]
 Activation = Literal["gelu", "geglu", "relu", "softsign", "swish", "mish", "silu", "reglu", "swiglu", "bilinear", "glu"]
 Init = Literal[
     "normal",
@@ -54,7 +52,7 @@ class ModelSection(Section):
     mlp_multiple_of: int = Field(default=1, gt=0)
     mlp_branch_size: int | None = Field(default=None, gt=0)
     expansion_factor: float | None = Field(default=None, gt=0)
-    mlp_type: Literal["regular", "llama"] = "regular"
+    mlp_type: Literal["regular", "llama", "none"] = "regular"
     activation: Activation = "gelu"
     norm: Norm = "layernorm"
     layernorm_epsilon: float = Field(default=1e-5, gt=0)
@@ -74,6 +72,7 @@ class ModelSection(Section):
     output_layer_init_method: Init = "scaled_normal"
     init_method_std: float = Field(default=0.02, ge=0)
     embedding_scale: bool = False
+    residual_fp32: bool = False
     hidden_dropout: float = Field(default=0.0, ge=0, lt=1)
     attention_dropout: float = Field(default=0.0, ge=0, lt=1)
     make_vocab_size_divisible_by: int = Field(default=128, gt=0)
@@ -101,7 +100,12 @@ class ModelSection(Section):
     @property
     def mlp_gated(self) -> bool:
         """Does the MLP multiply two branches (`act(x W1) * (x W3)`) instead of having one?"""
-        return self.mlp_type == "llama" or self.activation in GATED
+        return self.mlp_type == "llama" or (self.mlp_type != "none" and self.activation in GATED)
+
+    @property
+    def mlp_form(self) -> str:
+        """gated, plain or none."""
+        return "none" if self.mlp_type == "none" else "gated" if self.mlp_gated else "plain"
 
     @property
     def mlp_activation(self) -> str:
@@ -119,6 +123,8 @@ class ModelSection(Section):
         hidden size rounded up to 256 (or `mlp_multiple_of`). NeoX's gated activations take a third of
         `intermediate_size` (so that 3 x the branch is the key), its plain ones the whole of it, default 4 x hidden.
         """
+        if self.mlp_type == "none":
+            return 0
         if self.mlp_branch_size:
             return self.mlp_branch_size
         multiple = self.mlp_multiple_of

@@ -578,9 +578,9 @@ _ROWS: tuple[NeoxKey, ...] = (
         "mamba_selective_fp32_params",
         "bool",
         True,
-        "refused",
+        "ignored",
         "Mamba's A and D kept in fp32.",
-        "the mamba layer is not built yet",
+        "the scan is in fp32 always; A and D follow the precision of the run, with fp32 master weights",
     ),
     NeoxKey(
         "mamba_use_bias_in_conv",
@@ -588,7 +588,7 @@ _ROWS: tuple[NeoxKey, ...] = (
         True,
         "refused",
         "Bias of Mamba's convolution.",
-        "the mamba layer is not built yet",
+        "an option of the mamba layer, which takes the place of this row",
     ),
     NeoxKey(
         "mamba_use_bias_in_linears",
@@ -596,7 +596,7 @@ _ROWS: tuple[NeoxKey, ...] = (
         False,
         "refused",
         "Biases of Mamba's projections.",
-        "the mamba layer is not built yet",
+        "an option of the mamba layer, which takes the place of this row",
     ),
     NeoxKey(
         "output_layer_parallelism",

@@ -10,9 +10,22 @@ OWN_KEYS: dict[str, str] = {
     "mlp_branch_size": "Width of one MLP branch, said directly; beats every other width rule.",
     "mlp_type": (
         "`regular`: NeoX's MLP, gated if the activation is; `llama`: act(x W1) * (x W3) W2 whose width is "
-        "intermediate_size, else 8/3 of hidden_size rounded up to 256. "
-        "Unset, metala layers with activation silu take llama."
+        "intermediate_size, else 8/3 of hidden_size rounded up to 256; `none`: blocks are a mixer alone. "
+        "Unset, metala layers with activation silu take llama, mamba layers none."
     ),
+    "residual_fp32": "Keep the residual stream between blocks in fp32 whatever the weights are in.",
+    "warmup_start_lr": "Rate of the first step; the warm-up climbs from it in a line (timm). Unset: NeoX's, from near 0.",
+    "weight_decay_rule": (
+        "Which parameters decay: `neox`, all but biases and norms; `based`, all but biases and the embedding, so gains of "
+        "norms too, as Based and JRT were trained."
+    ),
+    "objective": (
+        "`causal`: the next token everywhere; `prefix`: after the prefix alone; `jrt`: that and hidden tokens of the prefix."
+    ),
+    "objective_prefix_length": "Tokens of the prefix of `objective`; unset: jrt_prefix_length.",
+    "objective_masked_weight": "Weight of the masked tokens' mean loss in objective jrt.",
+    "objective_mask_rate": "Share of the prefix's tokens that objective jrt hides.",
+    "objective_mask_token": "Id that stands for a hidden token; unset: the last row of the padded vocabulary.",
     "embedding_scale": "Multiply embeddings by the square root of hidden_size.",
     "eval_lengths": "Lengths at which `eval.py --eval_tasks perplexity` reads the text; unset: seq_length alone.",
     "eval_stride": "Tokens scored per pass of a sliding evaluation; unset: the length (non-overlapping).",

@@ -63,6 +63,7 @@ class OptimizerSection(Section):
 
     optimizer: Options = Field(default_factory=lambda: {"type": "Adam", "params": {"lr": 1e-3}})
     weight_decay: float = Field(default=0.1, ge=0)
+    weight_decay_rule: Literal["neox", "based"] = "neox"
     gradient_clipping: float = Field(default=1.0, ge=0)
     fp32_allreduce: bool = False
 
@@ -102,6 +103,7 @@ class ScheduleSection(Section):
     lr_decay_fraction: float | None = Field(default=None, ge=0)
     min_lr: float = Field(default=0.0, ge=0)
     warmup: float = Field(default=0.01, ge=0)
+    warmup_start_lr: float | None = Field(default=None, ge=0)
     override_lr_scheduler: bool = False
     use_checkpoint_lr_scheduler: bool = False
 
@@ -148,6 +150,11 @@ class TrainingSection(Section):
     eod_mask_loss: bool = False
     reset_state_at_eod: bool = False
     reset_attention_at_eod: bool = False
+    objective: Literal["causal", "prefix", "jrt"] = "causal"
+    objective_prefix_length: int | None = Field(default=None, gt=0)
+    objective_masked_weight: float = Field(default=0.25, ge=0)
+    objective_mask_rate: float = Field(default=0.15, gt=0, lt=1)
+    objective_mask_token: int | None = Field(default=None, ge=0)
     kernel_backend: Literal["auto", "reference", "torch", "triton", "fla"] = "auto"
 
 

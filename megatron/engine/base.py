@@ -7,6 +7,7 @@ The loop, the checkpoints and the export talk to `Engine` only. `single.py` is t
 from __future__ import annotations
 
 import math
+import types
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from megatron.engine.veto import Limits
 from megatron.errors import CheckpointError, ConfigError, DataError
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.plan import ParamSpec
+from megatron.training.objectives import Objective
 
 # `bfloat16` is how GPT-NeoX's `precision` key spells it.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "fp16": torch.float16}
@@ -43,6 +45,7 @@ class EngineSettings:
     fp16: `loss_scale` (0 = dynamic), `initial_scale_power`, `loss_scale_window`, `hysteresis`, `min_loss_scale`.
     fp32_allreduce: tensor-parallel sums are formed in fp32 when the activations are narrower.
     partition_method: how blocks go to pipeline stages, see `engine/stages.py`. timeout_s: of every collective.
+    weight_decay_rule: which parameters decay, see `engine/optim.py`. objective: what the loss is.
     """
 
     seed: int = 1234
@@ -64,6 +67,8 @@ class EngineSettings:
     kernel_backend: str = "auto"
     timeout_s: float = 1800.0
     partition_method: str = "type:transformer|mlp"
+    weight_decay_rule: str = "neox"
+    objective: Objective = field(default_factory=Objective)
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -121,6 +126,8 @@ class Engine(ABC):
     replica_names: frozenset[str] = frozenset()
     # Beyond these a step is skipped; the loop sets them before each step, the same on every rank.
     limits: Limits = Limits()
+    # Parts of the last training step's loss where the objective has some: unweighted means, the same on every rank.
+    loss_parts: Mapping[str, float] = types.MappingProxyType({})
     # Told what the engine is doing ("forward/backward", "step"), for the watchdog.
     listener: Callable[[str], None] | None = None
 

@@ -46,8 +46,10 @@ from megatron.engine.veto import veto
 from megatron.model.config import ModelConfig
 from megatron.model.loss import token_loss
 from megatron.model.stages import Flow
+from megatron.parallel.collectives import all_reduce
 from megatron.parallel.loss import check_labels, vocab_parallel_token_loss
 from megatron.parallel.mesh import Mesh, rank_of, set_default_timeout
+from megatron.training.objectives import LossParts, objective_loss
 
 _MUON = "deepspeed.runtime.zero.muon"
 
@@ -105,6 +107,7 @@ class _Pipeline(PipelineModule):
 
     def __init__(self, local: LocalModel, mesh: Mesh, settings: EngineSettings) -> None:
         self._local, self._mesh, self._settings = local, mesh, settings
+        self.loss_parts = LossParts(settings.objective.parts)
         topology = PipeModelDataParallelTopology(num_pp=mesh.pp, num_mp=mesh.tp, num_dp=mesh.dp)
         super().__init__([s.module for s in local.all_stages], topology=topology, loss_fn=self._loss)
 
@@ -119,10 +122,16 @@ class _Pipeline(PipelineModule):
 
     def _loss(self, logits: Tensor, targets: tuple[Tensor, Tensor]) -> Tensor:
         labels, mask = targets
-        if self._mesh.tp_group is not None:
-            return vocab_parallel_token_loss(logits, labels, mask, self._mesh.tp_group)
-        check_labels(labels, mask, self._local.config.vocab_size)
-        return token_loss(logits, labels, mask)
+        group = self._mesh.tp_group
+        if group is None:
+            check_labels(labels, mask, self._local.config.vocab_size)
+
+        def mean(x: Tensor, y: Tensor, w: Tensor | None) -> Tensor:
+            return token_loss(x, y, w) if group is None or w is None else vocab_parallel_token_loss(x, y, w, group)
+
+        loss, parts = objective_loss(self._settings.objective, logits, labels, mask, mean)
+        self.loss_parts.add(parts)
+        return loss
 
     def _index_tied_modules(self) -> dict[str, Any]:
         """The group of first and last stage for a tied output matrix; every rank takes part in making the groups."""
@@ -167,9 +176,11 @@ class DeepSpeedEngine(Engine):
             param.model_parallel = param.tensor_model_parallel = self.specs[name].cut != "replicated"  # type: ignore[attr-defined]
         ds_config = deepspeed_config(settings, mesh.dp, device.type != "cpu", self.num_local_params)
         # The tied matrix leads its group on both stages, so that its two copies go through the same vector lanes.
-        groups = parameter_groups(self._parameters, self.specs, settings.weight_decay, first=(EMBEDDING,))
+        decay = (settings.weight_decay, settings.weight_decay_rule)
+        groups = parameter_groups(self._parameters, self.specs, *decay, first=(EMBEDDING,))
         with _quiet():
             pipeline = _Pipeline(self.local, mesh, settings)
+            self._parts = pipeline.loss_parts
             self._engine, self._zero, _, _ = deepspeed.initialize(
                 model=pipeline,
                 optimizer=build_optimizer(groups, settings),
@@ -216,9 +227,19 @@ class DeepSpeedEngine(Engine):
         feed = iter(list(self._feed(batches, self.gradient_accumulation)))
         set_learning_rate(self._zero, lr)
         self.phase("forward/backward")
+        self._parts.reset()
         loss = self._engine.train_batch(data_iter=feed)
+        if self._parts.names:
+            self.loss_parts = self._mean_parts()
         skipped = self._refused if self._engine.was_step_applied() else True
         return StepResult(loss.detach(), self._engine.get_global_grad_norm(), skipped)
+
+    def _mean_parts(self) -> dict[str, float]:
+        """Means over the step's micro batches of all data-parallel ranks; only ranks of the last stage have added something."""
+        group = dist.group.WORLD if self.mesh.world_size > 1 else None
+        total = all_reduce(self._parts.sums(self.device), group)
+        means = total / (self.gradient_accumulation * self.mesh.dp * self.mesh.tp)
+        return dict(zip(self._parts.names, means.tolist(), strict=True))
 
     def eval_loss(self, batches: Iterator[MicroBatch], count: int) -> float:
         """Mean loss over `count` micro batches of every data-parallel rank."""

@@ -33,18 +33,41 @@ def check_optimizer_type(name: str) -> None:
     )
 
 
+DECAY_RULES = ("neox", "based")
+
+
+def decays(spec: ParamSpec, rule: str) -> bool:
+    """Whether weight decay applies to a parameter.
+
+    `neox`: to all but biases, norms and what a layer excludes. `based` (the recipes of Based and JRT, whose code only knew
+    torch's own norms): to gains of norms too, and not to the embedding, hence not to a tied output matrix.
+
+    Raises:
+        ConfigError: there is no such rule.
+    """
+    if rule not in DECAY_RULES:
+        raise ConfigError(f"unknown weight_decay_rule '{rule}'", hint="one of " + ", ".join(DECAY_RULES))
+    if rule == "neox":
+        return spec.decay
+    return spec.role != "embedding" and (spec.decay or spec.name.endswith("_norm.weight"))
+
+
 def parameter_groups(
-    tensors: Mapping[str, Tensor], specs: Mapping[str, ParamSpec], weight_decay: float, first: tuple[str, ...] = ()
+    tensors: Mapping[str, Tensor],
+    specs: Mapping[str, ParamSpec],
+    weight_decay: float,
+    rule: str = "neox",
+    first: tuple[str, ...] = (),
 ) -> list[dict[str, Any]]:
     """Two groups, decayed and not, of the given tensors in their order; empty groups are left out.
 
     Args:
-        tensors: logical name -> what the optimizer updates. first: names that go to the front of their group.
+        tensors: logical name -> what the optimizer updates. rule: see `decays`. first: names at the front of their group.
     """
     names = sorted(tensors, key=lambda name: name not in first)  # stable: only `first` moves
     groups = []
     for decay in (True, False):
-        params = [tensors[name] for name in names if specs[name].decay is decay]
+        params = [tensors[name] for name in names if decays(specs[name], rule) is decay]
         if params:
             groups.append({"params": params, "weight_decay": weight_decay if decay else 0.0})
     return groups

@@ -1,6 +1,7 @@
 """Learning rate as a pure function of the number of optimizer steps taken: GPT-NeoX's four curves.
 
 With n steps taken, base rate lr, warm-up w = warmup * T and horizon T: for n <= w the rate is lr * max(1, n) / w;
+or, with a warm-up start a (timm's curve, that of the Based recipes), a + n (lr - a) / w for n < w;
 after it one of
 
     linear       lr * (D - m) / D                              m = n - w,  D = T - w
@@ -24,13 +25,17 @@ STYLES = ("constant", "linear", "cosine", "exponential")
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """A curve. `horizon` (T) is in optimizer steps; `warmup` is a fraction of it and may give a fractional step."""
+    """A curve. `horizon` (T) is in optimizer steps; `warmup` is a fraction of it and may give a fractional step.
+
+    warmup_start: the rate of the first step, from which the warm-up climbs; None is GPT-NeoX's warm-up, which begins near 0.
+    """
 
     lr: float
     horizon: int
     style: str = "linear"
     warmup: float = 0.01
     min_lr: float = 0.0
+    warmup_start: float | None = None
 
     def __post_init__(self) -> None:
         if self.style not in STYLES:
@@ -57,7 +62,9 @@ def learning_rate(step: int, config: ScheduleConfig) -> float:
     """The rate of the optimizer step that is taken when `step` steps have been taken before it (0 for the first)."""
     n = min(step, config.horizon)
     warmup = config.warmup_steps
-    if warmup > 0 and n <= warmup:
+    if config.warmup_start is not None and n < warmup:
+        return config.warmup_start + n * (config.lr - config.warmup_start) / warmup
+    if config.warmup_start is None and warmup > 0 and n <= warmup:
         return config.lr * max(1, n) / warmup
     m, length = n - warmup, config.horizon - warmup
     if config.style == "linear":

@@ -32,6 +32,7 @@ from megatron.model.config import ModelConfig
 from megatron.model.loss import token_loss
 from megatron.parallel.loss import check_labels
 from megatron.parallel.mesh import Mesh
+from megatron.training.objectives import LossParts, objective_loss
 
 # DeepSpeed adds this to the norm before it divides; the two engines must clip alike.
 CLIP_EPS = 1e-6
@@ -53,8 +54,9 @@ class SingleEngine(Engine):
         self._masters: dict[str, Tensor] = dict(self._parameters)
         if self._low:
             self._masters = {name: p.detach().float() for name, p in self._parameters.items()}
-        groups = parameter_groups(self._masters, self.specs, settings.weight_decay)
+        groups = parameter_groups(self._masters, self.specs, settings.weight_decay, settings.weight_decay_rule)
         self.optimizer = build_optimizer(groups, settings)
+        self._parts = LossParts(settings.objective.parts)
         self.loss_scale = LossScale.from_settings(settings)
 
     def parameters(self) -> Mapping[str, nn.Parameter]:
@@ -71,7 +73,9 @@ class SingleEngine(Engine):
         config, interval = self.local.config, self.settings.activation_checkpoint_interval
         logits = run_stages(self.local.stages, tuple(flow), interval, keep_rng=config.hidden_dropout > 0)
         assert isinstance(logits, Tensor)
-        return token_loss(logits, labels, mask)
+        loss, parts = objective_loss(self.settings.objective, logits, labels, mask, token_loss)
+        self._parts.add(parts)
+        return loss
 
     def train_step(self, batches: Iterator[MicroBatch], lr: float) -> StepResult:
         """One optimizer step; see `Engine.train_step`."""
@@ -79,6 +83,7 @@ class SingleEngine(Engine):
         self.phase("forward/backward")
         self.stages.train()
         total = torch.zeros((), device=self.device)
+        self._parts.reset()
         for batch in take_micro_batches(batches, count):
             loss = self._loss(batch)
             (loss * (self.loss_scale.value / count)).backward()
@@ -86,6 +91,9 @@ class SingleEngine(Engine):
             if self._low:
                 self._gather_gradients()
         self.phase("step")
+        if self._parts.names:
+            means = self._parts.sums(self.device) / count
+            self.loss_parts = dict(zip(self._parts.names, means.tolist(), strict=True))
         loss, norm = total / count, self._norm()
         skipped = bool(veto(loss, norm, self.limits))
         if not skipped:

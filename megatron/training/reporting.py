@@ -71,6 +71,7 @@ class Reporting(Hook):
             "train/skipped_iterations": run.state.skipped_iterations,
             "wall_time": time.time(),
         }
+        values |= {f"train/{name}": value for name, value in run.engine.loss_parts.items()}
         scale = run.engine.extra_state().get("loss_scale")
         if isinstance(scale, dict) and "value" in scale:
             values["train/loss_scale"] = float(scale["value"])

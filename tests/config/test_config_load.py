@@ -30,7 +30,7 @@ PROBE_DIFFERENCES: dict[str, tuple[bool, str]] = {
     '{"num_kv_heads": 2}': (False, "no layer of the base run is softmax attention"),
     '{"precision": "bfloat16"}': (True, "the original crashes without zero_optimization"),
     '{"rotary_emb_base": 10000.0}': (True, "a whole number written as a float is a whole number"),
-    '{"attention_config": [[["mamba"], 4]], "hidden_dropout": 0.1}': (False, "mamba is not built yet"),
+    '{"attention_config": [[["mamba"], 4]], "hidden_dropout": 0.1}': (True, "our blocks have dropout"),
     '{"sliding_window_width": 16}': (False, "no layer of the base run is softmax attention"),
     '{"text_gen_type": "nope"}': (False, "the original accepts any text and fails later"),
 }
