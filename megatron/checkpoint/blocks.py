@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 BLOCK = 8 << 20
+_STEP = 1 << 20  # bytes handled at once, so that the hash finds them in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -57,19 +58,27 @@ def text_entry(path: Path) -> FileEntry:
     return FileEntry(len(data), ((len(data), hashlib.sha256(data).hexdigest()),))
 
 
-def read_into(fd: int, offset: int, target: memoryview) -> int:
-    """Fill `target` from `offset` of a file; the bytes that were there (fewer only at the end of the file)."""
+def read_into(fd: int, offset: int, target: memoryview, digest: Any = None) -> int:
+    """Fill `target` from `offset` of a file; the bytes that were there (fewer only at the end of the file).
+
+    digest: a hashlib object that is fed on the way.
+    """
     done = 0
     while done < len(target):
-        count = os.preadv(fd, [target[done:]], offset + done)
+        count = os.preadv(fd, [target[done : done + _STEP]], offset + done)
         if not count:
             break
+        if digest is not None:
+            digest.update(target[done : done + count])
         done += count
     return done
 
 
-def write_at(fd: int, offset: int, data: memoryview | bytes) -> None:
-    """Write all of `data` at `offset`."""
-    view, done = memoryview(data), 0
-    while done < len(view):
-        done += os.pwrite(fd, view[done:], offset + done)
+def write_at(fd: int, offset: int, data: memoryview, digest: Any = None) -> None:
+    """Write all of `data` at `offset`; digest as in `read_into`."""
+    done = 0
+    while done < len(data):
+        count = os.pwrite(fd, data[done : done + _STEP], offset + done)
+        if digest is not None:
+            digest.update(data[done : done + count])
+        done += count

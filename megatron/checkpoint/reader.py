@@ -46,20 +46,23 @@ def open_file(path: Path, entry: FileEntry) -> int:
     raise _damaged(path, f"{word}: {size} bytes, manifest.json says {entry.size}")
 
 
-def read_exactly(path: Path, fd: int, offset: int, target: memoryview) -> None:
-    """Fill `target` from a file; a read error or an early end raises DamagedCheckpoint."""
+def read_exactly(path: Path, fd: int, offset: int, target: memoryview, digest: Any = None) -> None:
+    """Fill `target` from a file, feeding `digest`; a read error or an early end raises DamagedCheckpoint."""
     try:
-        count = read_into(fd, offset, target)
+        count = read_into(fd, offset, target, digest)
     except OSError as error:
         raise DamagedCheckpoint("a file of the checkpoint cannot be read", where=str(path), why=str(error)) from error
     if count < len(target):
         raise _damaged(path, f"it ends at byte {offset + count}")
 
 
-def check_block(data: memoryview | bytes | bytearray, digest: str) -> str:
-    """Empty when the bytes have this SHA-256, else the two beginnings."""
-    found = hashlib.sha256(data).hexdigest()
+def mismatch(found: str, digest: str) -> str:
+    """Empty when two SHA-256 are equal, else both beginnings."""
     return "" if found == digest else f"its SHA-256 is {found[:16]}..., manifest.json says {digest[:16]}..."
+
+
+def _sha256(data: bytes | bytearray) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def _is_row(row: Any, length: int) -> bool:
@@ -91,7 +94,7 @@ class Reader:
         self._fd = open_file(path, entry)
         try:
             if verify and len(entry.blocks) == 1:  # of version 1, which hashed files as a whole
-                self._compare(0, self._bytes(0, entry.size), "the file")
+                self._compare(0, _sha256(self._bytes(0, entry.size)), "the file")
                 self.verify = False
             self._table, self._base = self._header()
         except BaseException:
@@ -111,7 +114,7 @@ class Reader:
         if self.verify:
             if self.entry.blocks[0][0] != 8 + length:
                 raise _damaged(self.path, f"its header claims {length} bytes, manifest.json disagrees")
-            self._compare(0, data, "the header")
+            self._compare(0, _sha256(data), "the header")
         try:
             table = json.loads(data[8:])
         except ValueError as error:
@@ -127,8 +130,8 @@ class Reader:
         read_exactly(self.path, self._fd, start, memoryview(data))
         return data
 
-    def _compare(self, index: int, data: memoryview | bytes | bytearray, what: str) -> None:
-        problem = check_block(data, self.entry.blocks[index][1])
+    def _compare(self, index: int, found: str, what: str) -> None:
+        problem = mismatch(found, self.entry.blocks[index][1])
         if problem:
             start, stop = self.entry.bounds(index)
             raise _damaged(self.path, f"{what} (bytes {start} to {stop}): {problem}")
@@ -176,9 +179,10 @@ class Reader:
         return Pending(futures, raw[first - low : last - low], dtype)
 
     def _fetch(self, index: int, target: memoryview, offset: int, name: str) -> None:
-        read_exactly(self.path, self._fd, offset, target)
-        if index >= 0:
-            self._compare(index, target, f"'{name}'")
+        digest = hashlib.sha256() if index >= 0 else None
+        read_exactly(self.path, self._fd, offset, target, digest)
+        if digest is not None:
+            self._compare(index, digest.hexdigest(), f"'{name}'")
 
     def read(self, name: str) -> Tensor:
         """One whole tensor."""
@@ -227,12 +231,12 @@ def damage_of(path: Path, entry: FileEntry) -> list[str]:
 
 def _block_problem(path: Path, fd: int, entry: FileEntry, index: int) -> str:
     start, stop = entry.bounds(index)
-    data = memoryview(bytearray(stop - start))
+    digest = hashlib.sha256()
     try:
-        read_exactly(path, fd, start, data)
+        read_exactly(path, fd, start, memoryview(bytearray(stop - start)), digest)
     except DamagedCheckpoint as error:
         return str(error.why)
-    return check_block(data, entry.blocks[index][1])
+    return mismatch(digest.hexdigest(), entry.blocks[index][1])
 
 
 def _names_of_blocks(fd: int, entry: FileEntry) -> dict[int, str]:

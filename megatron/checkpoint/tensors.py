@@ -99,7 +99,11 @@ def _groups(blocks: Iterator[memoryview]) -> Iterator[tuple[int, list[memoryview
 
 def _put(fd: int, offset: int, group: list[memoryview], hashing: bool) -> Blocks:
     """Write consecutive blocks; where each ends, and its hash."""
-    write_at(fd, offset, group[0] if len(group) == 1 else b"".join(group))
+    if len(group) == 1:
+        digest = hashlib.sha256() if hashing else None
+        write_at(fd, offset, group[0], digest)
+        return [(offset + len(group[0]), digest.hexdigest() if digest else "")]
+    write_at(fd, offset, memoryview(b"".join(group)))
     found: Blocks = []
     for block in group:
         offset += len(block)
@@ -115,7 +119,7 @@ class _Writer:
         self.work, self.sync = ThreadPoolExecutor(threads(), "write"), ThreadPoolExecutor(2, "sync")
         self.room = threading.BoundedSemaphore(2 * threads())
         self.open: dict[str, tuple[int, list[Future[Blocks]]]] = {}
-        self.syncs: list[tuple[int, Future[None]]] = []
+        self.syncs: dict[int, list[Future[None]]] = {}
         self.entries: dict[str, FileEntry] = {}
 
     def _task(self, fd: int, offset: int, group: list[memoryview]) -> Blocks:
@@ -137,20 +141,24 @@ class _Writer:
             futures.append(self.work.submit(self._task, fd, offset, group))
             if offset - started >= _SYNC_EVERY:
                 started = offset
-                self.syncs.append((fd, self.sync.submit(os.fdatasync, fd)))
+                self.syncs.setdefault(fd, []).append(self.sync.submit(os.fdatasync, fd))
 
-    def finish(self, name: str) -> None:
-        """Wait for a file's blocks and make it durable."""
+    def begin_sync(self, name: str) -> None:
+        """Wait for a file's blocks and begin to make it durable."""
         fd, futures = self.open[name]
         blocks = tuple(block for future in futures for block in future.result())
-        waiting = [future for other, future in self.syncs if other == fd]
-        self.syncs = [pair for pair in self.syncs if pair[0] != fd]
-        for future in waiting:
+        self.entries[name] = FileEntry(blocks[-1][0], blocks)
+        self.syncs.setdefault(fd, []).append(self.sync.submit(os.fsync, fd))
+
+    def finish(self, name: str) -> None:
+        """Wait until a file is durable."""
+        if name not in self.entries:
+            self.begin_sync(name)
+        fd = self.open[name][0]
+        for future in self.syncs.pop(fd, ()):
             future.result()
-        self.sync.submit(os.fsync, fd).result()
         del self.open[name]
         os.close(fd)
-        self.entries[name] = FileEntry(blocks[-1][0], blocks)
 
     def close(self) -> None:
         """End the threads, then close what an error left open."""
@@ -179,8 +187,9 @@ def write_files(
     try:
         for name, tensors in files.items():
             writer.add(name, tensors)
-        for name in list(writer.open):
-            writer.finish(name)
+        for step in (writer.begin_sync, writer.finish):
+            for name in list(writer.open):
+                step(name)
     finally:
         writer.close()
     return writer.entries

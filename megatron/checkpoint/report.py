@@ -1,0 +1,108 @@
+"""What a checkpoint holds, and how two of them differ, as text for a person: behind `tools/checkpoint.py`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron.checkpoint.boxes import Span
+from megatron.checkpoint.compare import differences
+from megatron.checkpoint.load import read_slices
+from megatron.checkpoint.manifest import Manifest, read_manifest
+from megatron.checkpoint.source import Source
+from megatron.parallel.plan import Slice
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def _numbers(manifest: Manifest) -> int:
+    return sum(Span.whole(Slice(entry.shape, None, 0, 0)).stop for entry in manifest.weights.values())
+
+
+def inspect(path: str | Path, tensors: bool = False) -> str:
+    """A page about one checkpoint: step, mesh, model, sizes, versions. tensors: also one line per weight."""
+    manifest = read_manifest(path)
+    kinds: dict[str, list[int]] = {}
+    for name, entry in manifest.files.items():
+        kind = name.split("/")[0].split("-")[0].split("_")[0]
+        kinds.setdefault({"layer": "weights", "optim": "optimizer", "rng": "random numbers"}.get(kind, kind), []).append(
+            entry.size
+        )
+    moments = sorted({m for parts in manifest.optimizer.values() for part in parts for m in part.moments})
+    dtypes = sorted({entry.dtype for entry in manifest.weights.values()})
+    lines = [
+        f"{path}: step {manifest.iteration}, save {manifest.save_id}, format {manifest.format} {manifest.version}",
+        "mesh       " + " x ".join(f"{axis} {size}" for axis, size in manifest.mesh.items()),
+        f"weights    {len(manifest.weights)} tensors, {_numbers(manifest):,} parameters, {', '.join(dtypes)}",
+        f"optimizer  {'fp32 master, ' + ', '.join(moments) if manifest.optimizer else 'none'}",
+        "files      " + ", ".join(f"{kind} {len(sizes)} ({_size(sum(sizes))})" for kind, sizes in sorted(kinds.items())),
+        "state      " + json.dumps(dict(manifest.state)),
+        "engine     " + json.dumps(dict(manifest.engine)),
+        "versions   " + ", ".join(f"{name} {version}" for name, version in manifest.versions.items()),
+        "model      " + json.dumps(dict(manifest.model_config)),
+    ]
+    if tensors:
+        width = max(map(len, manifest.weights), default=0)
+        for name, weight in manifest.weights.items():
+            shape = " x ".join(map(str, weight.shape)) or "scalar"
+            lines.append(
+                f"  {name:<{width}}  {weight.dtype}  {shape}  {weight.cut}  stage {weight.stage}  {len(weight.parts)} parts"
+            )
+    return "\n".join(lines)
+
+
+def _difference(a: Tensor, b: Tensor) -> str:
+    """Empty when equal to the bit, else how far apart."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return f"{a.dtype} {list(a.shape)} and {b.dtype} {list(b.shape)}"
+    if torch.equal(a.view(-1).view(torch.uint8), b.view(-1).view(torch.uint8)):
+        return ""
+    apart = (a.double() - b.double()).abs()
+    return f"{int((apart != 0).sum())} of {a.numel()} elements, at most {float(apart.nan_to_num(float('inf')).max()):.3g} apart"
+
+
+def _tensors(source: Source, name: str, optimizer: bool) -> dict[str, Tensor]:
+    """A parameter's full weight, and its full optimizer state."""
+    found = {"weight": source.weight(name)}
+    if optimizer:
+        span = Span.whole(Slice(source.manifest.weights[name].shape, None, 0, 0))
+        own = read_slices(source, {name: source.optimizer_reads(name, span)})[name]
+        found |= {"master": own.master, **own.moments, "step": torch.tensor(own.step)}
+    return found
+
+
+def diff(a: str | Path, b: str | Path) -> Iterator[str]:
+    """Lines that say what differs, tensors compared to the bit whatever mesh each was saved on; none when all is equal.
+
+    Raises:
+        CheckpointError: one of them is damaged.
+    """
+    first, second = read_manifest(a), read_manifest(b)
+    for what in ("state", "model_config", "engine"):
+        for text in differences(dict(getattr(first, what)), dict(getattr(second, what))).values():
+            yield f"{what}: " + text.replace(" in the checkpoint", " in the first").replace(" here", " in the second")
+    for name in sorted(set(first.weights) ^ set(second.weights)):
+        yield f"{name}: only in the {'first' if name in first.weights else 'second'}"
+    both = bool(first.optimizer) and bool(second.optimizer)
+    if bool(first.optimizer) != bool(second.optimizer):
+        yield f"optimizer state: only in the {'first' if first.optimizer else 'second'}"
+    with Source(Path(a), first) as one, Source(Path(b), second) as two:
+        for name in sorted(set(first.weights) & set(second.weights)):
+            if first.weights[name].shape != second.weights[name].shape:
+                yield f"{name}: shape {list(first.weights[name].shape)} and {list(second.weights[name].shape)}"
+                continue
+            left, right = _tensors(one, name, both), _tensors(two, name, both)
+            for kind in left:
+                text = _difference(left[kind], right[kind]) if kind in right else "only in the first"
+                if text:
+                    yield f"{name} {kind}: {text}"

@@ -1,0 +1,129 @@
+"""`tools/checkpoint.py`: what it prints, its exit codes, and what `reshard` writes."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from megatron.checkpoint.load import load_checkpoint, verify_checkpoint
+from megatron.checkpoint.manifest import read_manifest
+from megatron.checkpoint.report import diff, inspect
+from megatron.checkpoint.reshard import reshard
+from megatron.checkpoint.save import save_checkpoint
+from megatron.errors import CheckpointError
+from megatron.parallel.mesh import Mesh
+from tests.checkpoint.fakes import MODEL, FakeEngine
+
+FILE = Path(__file__).parents[2] / "tools" / "checkpoint.py"
+
+
+@pytest.fixture(scope="module")
+def tool() -> ModuleType:
+    """The command as a module."""
+    spec = importlib.util.spec_from_file_location("checkpoint_tool", FILE)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(tool: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    """Exit code of one command."""
+    monkeypatch.setattr("sys.argv", ["checkpoint.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        tool.main()
+    return int(ended.value.code or 0)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """One checkpoint."""
+    state = {"iteration": 7, "consumed_samples": 56}
+    texts = {"a.yml": "x: 1\n"}
+    return save_checkpoint(tmp_path / "a", FakeEngine(), state, model_config=MODEL, config_texts=texts)
+
+
+def test_inspect(path: Path, tool: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(tool, monkeypatch, "inspect", path.parent) == 0
+    page = capsys.readouterr().out
+    for text in (
+        "step 7",
+        "pp 1 x dp 1 x tp 1",
+        "6 tensors, 269 parameters, bfloat16",
+        "exp_avg, exp_avg_sq",
+        '"consumed_samples": 56',
+    ):
+        assert text in page
+    assert "q_proj" not in page
+    assert "model.layers.0.token_mixer.q_proj.weight  bfloat16  8 x 8  column  stage 2  1 parts" in inspect(path, tensors=True)
+
+
+def test_verify(path: Path, tool: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    second = save_checkpoint(path.parent, FakeEngine(), {"iteration": 9}, model_config=MODEL)
+    assert run(tool, monkeypatch, "verify", path.parent) == 0
+    file = path / "layer_02-model_00.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    (path / "rng-rank0.safetensors").unlink()
+    capsys.readouterr()
+    assert run(tool, monkeypatch, "verify", path.parent) == 4
+    said = capsys.readouterr().out
+    assert f"{path}: damaged" in said and f"{second}: whole" in said
+    assert "layer_02-model_00.safetensors: 'model.layers.0." in said and "rng-rank0.safetensors: missing" in said
+
+
+def test_diff(path: Path, tool: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    engine = FakeEngine()
+    engine.slices["model.scale"].moments["exp_avg"] += 1
+    with torch.no_grad():
+        engine.parameters()["model.layers.0.token_norm.weight"][3] = 5.0
+    other = save_checkpoint(path.parents[1] / "b", engine, {"iteration": 8}, model_config={**MODEL, "hidden_size": 9})
+    lines = list(diff(path, other))
+    assert [line.split(":")[0] for line in lines] == [
+        "state",
+        "state",
+        "model_config",
+        "model.layers.0.token_norm.weight weight",
+        "model.scale exp_avg",
+    ]
+    assert "1 of 8 elements" in lines[3]
+    assert run(tool, monkeypatch, "diff", path, other) == 1
+    assert run(tool, monkeypatch, "diff", path, path) == 0
+    assert "equal, to the bit" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 2, 2), (1, 4, 1), (2, 1, 4)], ids=str)
+def test_reshard_there_and_back(path: Path, mesh: tuple[int, int, int], tmp_path: Path) -> None:
+    pp, dp, tp = mesh
+    # one block cannot fill two pipeline stages
+    made = reshard(path, tmp_path / "new", pp=1 if pp > 1 else pp, dp=dp, tp=tp)
+    manifest = verify_checkpoint(made)
+    assert dict(manifest.mesh) == {"pp": 1, "dp": dp, "tp": tp}
+    assert list(diff(path, made)) == []
+    assert (made / "configs" / "a.yml").read_text() == "x: 1\n"
+    for rank in range(dp * tp):
+        engine = FakeEngine(Mesh(1, dp, tp, rank), 2)
+        assert load_checkpoint(made, engine, load_rng=False)["consumed_samples"] == 56
+        assert engine.same_as(FakeEngine(Mesh(1, dp, tp, rank), 1))
+    back = reshard(made, tmp_path / "back", pp=1, dp=1, tp=1)
+    assert list(diff(path, back)) == []
+    layers = sorted(p.name for p in path.glob("layer*"))
+    assert [(back / name).read_bytes()[-64:] for name in layers] == [(path / name).read_bytes()[-64:] for name in layers]
+    assert ("rng-rank0.safetensors" in read_manifest(made).files) == (dp == 1)
+
+
+def test_reshard_refuses(path: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="cannot be cut for tensor size 3"):
+        reshard(path, tmp_path / "new", pp=1, dp=1, tp=3)
+    with pytest.raises(CheckpointError, match="own save folder"):
+        reshard(path, path.parent, pp=1, dp=1, tp=2)
+    file = path / "layer_02-model_00.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match="truncated"):
+        reshard(path, tmp_path / "new", pp=1, dp=1, tp=2)
+    assert not list((tmp_path / "new").iterdir())

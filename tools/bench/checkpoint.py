@@ -1,0 +1,295 @@
+"""Saving and loading speed: our checkpoints against `torch.save`/`torch.load` and PyTorch's distributed checkpoint (DCP).
+
+    python tools/bench/checkpoint.py [--megabytes 1000] [--rounds 5] [--folder .] [--output benchmarks/results/NAME.json]
+
+All save and load the same state, a bf16 model with fp32 masters and two moments, on the same disk, from one process. Methods
+alternate within a round, so that a busy machine slows all of them; the median round counts. DCP runs with its own defaults
+(it syncs its files) and with as many threads as ours. `torch.save` promises nothing about the disk, so it is timed both as
+it stands and with the sync that makes it durable. Loads end with the numbers in the tensors of a model; they are timed after
+the files were dropped from the page cache, and again from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+from unittest.mock import patch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+
+from megatron.checkpoint import save as saving
+from megatron.checkpoint.background import Saver
+from megatron.checkpoint.load import load_checkpoint
+from megatron.checkpoint.save import save_checkpoint
+from megatron.checkpoint.tensors import threads, write_files
+from megatron.engine.base import MOMENTS, Engine, EngineSettings, MicroBatch, OptimizerSlice, StepResult
+from megatron.files import write_json
+from megatron.model.build import param_specs
+from megatron.model.config import ModelConfig
+from megatron.parallel.mesh import Mesh
+
+
+class State(Engine):
+    """A model's weights and optimizer state, without training: what is saved and loaded."""
+
+    kind: ClassVar[str] = "state"
+
+    def __init__(self, config: ModelConfig, fill: bool) -> None:
+        self.mesh, self.specs, self.settings = Mesh.single(), param_specs(config), EngineSettings()
+        self.device, self.dtype = torch.device("cpu"), torch.bfloat16
+        make: Callable[..., Tensor] = torch.randn if fill else torch.zeros
+        self._parameters = {n: nn.Parameter(make(s.shape).bfloat16()) for n, s in self.specs.items()}
+        self.optimizer = {
+            n: {kind: make(s.shape) for kind in ("master", *MOMENTS)} for n, s in self.specs.items()
+        }  # nested as an optimizer's state dict is
+
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        """The weights."""
+        return self._parameters
+
+    def train_step(self, batches: Iterator[MicroBatch], lr: float) -> StepResult:
+        """Not here."""
+        raise NotImplementedError("this state does not train")
+
+    def eval_loss(self, batches: Iterator[MicroBatch], count: int) -> float:
+        """Not here."""
+        raise NotImplementedError("this state does not evaluate")
+
+    def optimizer_slices(self) -> dict[str, OptimizerSlice]:
+        """Views: what the engine itself needs for a copy is not the checkpoint's time."""
+        return {
+            n: OptimizerSlice(0, s["master"].numel(), s["master"].view(-1), {m: s[m].view(-1) for m in MOMENTS}, 1)
+            for n, s in self.optimizer.items()
+        }
+
+    def load_optimizer_slices(self, slices: Mapping[str, OptimizerSlice]) -> None:
+        """Into the tensors that are there."""
+        for name, part in slices.items():
+            self.optimizer[name]["master"].view(-1).copy_(part.master)
+            for moment in MOMENTS:
+                self.optimizer[name][moment].view(-1).copy_(part.moments[moment])
+
+    def refresh_master_from_weights(self) -> None:
+        """Not here."""
+        raise NotImplementedError("the optimizer state is loaded")
+
+    def describe(self) -> str:
+        """One word."""
+        return "state"
+
+    def state_dict(self) -> dict[str, Any]:
+        """For the other libraries."""
+        return {"model": self.weights(), "optimizer": self.optimizer}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """As `Module.load_state_dict` does: into the tensors that are there."""
+        self.load_weights(state["model"])
+        for name, kinds in state["optimizer"].items():
+            for kind, value in kinds.items():
+                self.optimizer[name][kind].copy_(value)
+
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(14 * p.numel() for p in self._parameters.values())
+
+
+def sync(path: Path) -> None:
+    """fsync a file or all files of a folder, and the folder."""
+    for file in [*path.rglob("*"), path, path.parent]:
+        fd = os.open(file, os.O_RDONLY)
+        os.fsync(fd)
+        os.close(fd)
+
+
+def evict(path: Path) -> None:
+    """Drop a file or a folder's files from the page cache (they must be on the disk already)."""
+    for file in [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]:
+        fd = os.open(file, os.O_RDONLY)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(fd)
+
+
+class Methods:
+    """Every way to save and to load, as named callables."""
+
+    def __init__(self, folder: Path, config: ModelConfig) -> None:
+        self.folder, self.config = folder, config
+        self.full, self.empty = State(config, True), State(config, False)
+        self.file, self.tree, self.ours = folder / "torch.pt", folder / "dcp", folder / "ours"
+
+    def _ours(self, hashing: bool = True) -> None:
+        def write(*a: Any, **k: Any) -> Any:
+            return write_files(*a, hashing=hashing, **k)
+
+        shutil.rmtree(self.ours, ignore_errors=True)
+        with patch.object(saving, "write_files", write):
+            save_checkpoint(self.ours, self.full, {"iteration": 1}, model_config=self.config.to_dict())
+
+    def _dcp(self, count: int) -> None:
+        shutil.rmtree(self.tree, ignore_errors=True)
+        dcp.save(self.full.state_dict(), storage_writer=dcp.FileSystemWriter(self.tree, thread_count=count), no_dist=True)
+
+    def _torch(self, durable: bool) -> None:
+        self.file.unlink(missing_ok=True)
+        torch.save(self.full.state_dict(), self.file)
+        if durable:
+            sync(self.file)
+
+    def saves(self) -> dict[str, Callable[[], None]]:
+        """Name -> save; `ours` comes last, so that its files are there for the loads."""
+        return {
+            "torch.save": lambda: self._torch(False),
+            "torch.save, synced": lambda: self._torch(True),
+            "dcp": lambda: self._dcp(1),
+            f"dcp, {threads()} threads": lambda: self._dcp(threads()),
+            "ours without hashes": lambda: self._ours(False),
+            "ours": lambda: self._ours(),
+        }
+
+    def loads(self) -> dict[str, tuple[Path, Callable[[], None]]]:
+        """Name -> (what it reads, load)."""
+        step = self.ours / "global_step1"
+
+        def foreign() -> None:
+            # a file that this script has just written
+            self.empty.load_state_dict(_torch_load(self.file))
+
+        def distributed() -> None:
+            dcp.load(self.empty.state_dict(), checkpoint_id=self.tree, no_dist=True)
+
+        def own(verify: bool) -> None:
+            load_checkpoint(step, self.empty, model_config=self.config.to_dict(), verify=verify, load_rng=False)
+
+        return {
+            "torch.load": (self.file, foreign),
+            "dcp": (self.tree, distributed),
+            "ours without hashes": (step, lambda: own(False)),
+            "ours": (step, lambda: own(True)),
+        }
+
+    def same(self) -> bool:
+        """Whether the last load gave the saved numbers."""
+        a, b = self.full, self.empty
+        weights = all(torch.equal(a.weights()[n], b.weights()[n]) for n in a.specs)
+        return weights and all(torch.equal(a.optimizer[n][k], b.optimizer[n][k]) for n in a.specs for k in a.optimizer[n])
+
+
+def _torch_load(path: Path) -> Any:
+    """The rule of the house keeps `torch.load` out of the tree; the measured call is made by name."""
+    return getattr(torch, "load")(path, weights_only=True)  # noqa: B009
+
+
+def timed(work: Callable[[], None]) -> float:
+    """Seconds of one call."""
+    begin = time.perf_counter()
+    work()
+    return time.perf_counter() - begin
+
+
+def measure(methods: Methods, rounds: int) -> dict[str, dict[str, list[float]]]:
+    """kind -> method -> seconds of each round."""
+    found: dict[str, dict[str, list[float]]] = {"save": {}, "load, cold": {}, "load, cached": {}}
+    for number in range(rounds + 1):  # the first warms up
+        for name, save in methods.saves().items():
+            os.sync()
+            seconds = timed(save)
+            if number:
+                found["save"].setdefault(name, []).append(seconds)
+        os.sync()
+        for kind in ("load, cold", "load, cached"):
+            for name, (path, load) in methods.loads().items():
+                if kind == "load, cold":
+                    evict(path)
+                else:
+                    load()
+                seconds = timed(load)
+                if number:
+                    found[kind].setdefault(name, []).append(seconds)
+                if not methods.same():
+                    raise SystemExit(f"{name} gave other numbers than were saved")
+    return found
+
+
+def stall(methods: Methods) -> float:
+    """Seconds that a save in the background keeps the training thread, the buffers being there."""
+    saver, state = Saver(), {"iteration": 1}
+    seconds = []
+    for _ in range(3):
+        begin = time.perf_counter()
+        saver.save(methods.ours, methods.full, state, model_config=methods.config.to_dict())
+        seconds.append(time.perf_counter() - begin)
+        saver.wait()
+    return statistics.median(seconds[1:])
+
+
+def summary(found: Mapping[str, Mapping[str, list[float]]], megabytes: float) -> dict[str, Any]:
+    """MB/s of each method, and ours as a ratio to the faster of the others, per round and then the median."""
+    result: dict[str, Any] = {}
+    for kind, methods in found.items():
+        rates = {name: round(megabytes / statistics.median(seconds), 1) for name, seconds in methods.items()}
+        others = [name for name in methods if not name.startswith("ours") and name != "torch.save"]
+        count = len(methods["ours"])
+        ratios = [min(methods[name][i] for name in others) / methods["ours"][i] for i in range(count)]
+        cost = [methods["ours"][i] / methods["ours without hashes"][i] - 1 for i in range(count)]
+        result[kind] = {
+            "MB/s": rates,
+            "ours / the faster durable other" if kind == "save" else "ours / the faster other": round(
+                statistics.median(ratios), 3
+            ),
+            "cost of hashes": round(statistics.median(cost), 4),
+        }
+        if kind == "save":
+            raw = [methods["torch.save"][i] / methods["ours"][i] for i in range(count)]
+            result[kind]["ours / torch.save without sync"] = round(statistics.median(raw), 3)
+    return result
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--megabytes", type=int, default=1000)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--folder", type=Path, default=Path(), help="on the disk to measure")
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    layers = max(1, args.megabytes // 100)
+    config = ModelConfig(8192, 768, layers, 8, 2048, ("metala",) * layers)
+    folder = args.folder / f"bench-checkpoint-{os.getpid()}"
+    folder.mkdir(parents=True)
+    try:
+        methods = Methods(folder, config)
+        megabytes = methods.full.nbytes() / 1e6
+        found = measure(methods, args.rounds)
+        result = {
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores, {shutil.disk_usage(folder).total / 1e9:.0f} GB disk",
+            "torch": torch.__version__,
+            "state, MB": round(megabytes, 1),
+            "rounds": args.rounds,
+            "load of the machine": os.getloadavg()[0],
+            **summary(found, megabytes),
+            "background save keeps the training thread, s": round(stall(methods), 3),
+            "seconds": found,
+        }
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    print(json.dumps({k: v for k, v in result.items() if k != "seconds"}, indent=1))
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        write_json(args.output, result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""Checkpoints from the command line: look into one, verify, compare, re-cut, import.
+
+    python tools/checkpoint.py inspect runs/x/checkpoints/global_step1000 [--tensors]
+    python tools/checkpoint.py verify  runs/x/checkpoints                 every checkpoint of a save folder, every byte
+    python tools/checkpoint.py diff    A B                                exit code 1 when they differ, as diff(1)
+    python tools/checkpoint.py reshard A --output DIR --pp 2 --dp 1 --tp 2
+    python tools/checkpoint.py import  NEOX/global_step1000 [a.yml ...] --output DIR
+
+A PATH is a `global_step<N>` folder, or a save folder, whose latest is taken then. `import` reads GPT-NeoX/DeepSpeed folders;
+without config files it takes those that lie in their `configs/`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron.errors import CheckpointError, exit_on_error
+
+
+def chosen(path: Path) -> Path:
+    """A checkpoint's folder: `path` itself, or the latest one in it."""
+    from megatron.checkpoint.find import find_checkpoint
+
+    if path.name.startswith("global_step"):
+        return path
+    found = find_checkpoint(path)
+    assert found is not None  # without a save folder to compare with, a missing checkpoint is an error
+    return found
+
+
+def inspect(args: argparse.Namespace) -> int:
+    """Print a page about one checkpoint."""
+    from megatron.checkpoint.report import inspect as page
+
+    print(page(chosen(args.path), args.tensors))
+    return 0
+
+
+def verify(args: argparse.Namespace) -> int:
+    """Read every byte of one checkpoint, or of all in a save folder; the number of damaged ones decides the exit code."""
+    from megatron.checkpoint.layout import step_folders
+    from megatron.checkpoint.load import damages
+
+    folders = list(step_folders(args.path).values()) or [args.path]
+    bad = 0
+    for folder in folders:
+        found = damages(folder)
+        bad += bool(found)
+        print(f"{folder}: {'damaged' if found else 'whole'}")
+        for line in found:
+            print(f"  {line}")
+    return CheckpointError.exit_code if bad else 0
+
+
+def diff(args: argparse.Namespace) -> int:
+    """Print what differs between two checkpoints."""
+    from megatron.checkpoint.report import diff as lines
+
+    count = 0
+    for line in lines(chosen(args.path), chosen(args.other)):
+        print(line)
+        count += 1
+    print(f"{count} differences" if count else "equal, to the bit")
+    return 1 if count else 0
+
+
+def reshard(args: argparse.Namespace) -> int:
+    """Write a checkpoint again for another mesh."""
+    from megatron.checkpoint.reshard import reshard as write
+
+    made = write(chosen(args.path), args.output, pp=args.pp, dp=args.dp, tp=args.tp)
+    print(f"wrote {made}, cut for {args.pp} pipeline x {args.dp} data x {args.tp} tensor")
+    return 0
+
+
+def import_neox(args: argparse.Namespace) -> int:
+    """Import the weights of a GPT-NeoX folder."""
+    from megatron.checkpoint.foreign import ForeignFolder
+    from megatron.checkpoint.layout import iteration_of
+    from megatron.checkpoint.neox import fitted, read_neox, vocabulary_rows
+    from megatron.checkpoint.save import save_weights
+    from megatron.config.load import load_config
+    from megatron.model.build import param_specs
+    from megatron.settings import model_config
+
+    folder = ForeignFolder(args.path)
+    files = args.configs or list(folder.config_files())
+    run = load_config(files, world_size=1, check=False, overrides={"model_parallel_size": 1, "pipe_parallel_size": 1})
+    config = fitted(model_config(run, vocabulary_rows(folder)), folder)
+    iteration = iteration_of(args.path.name) or 0
+    made = save_weights(
+        args.output,
+        dict(read_neox(folder, config)),
+        param_specs(config),
+        model_config=config.to_dict(),
+        iteration=iteration,
+        config_texts=run.config_texts,
+        facts={"imported from": f"GPT-NeoX, {folder.tp} tensor ranks", "seq_length": run.model.seq_length},
+    )
+    print(f"wrote {made}: weights of {config.num_layers} layers, joined from {folder.tp} tensor ranks")
+    print(f"use it: load: {args.output}, with finetune: true (it holds weights and no optimizer state)")
+    return 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, work: object, text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text)
+        command.set_defaults(work=work)
+        command.add_argument("path", type=Path, metavar="PATH")
+        return command
+
+    add("inspect", inspect, "what a checkpoint holds").add_argument("--tensors", action="store_true", help="a line per weight")
+    add("verify", verify, "check every byte against the manifest")
+    add("diff", diff, "compare two checkpoints, whatever their meshes").add_argument("other", type=Path, metavar="OTHER")
+    command = add("reshard", reshard, "write a checkpoint again for another mesh")
+    for axis, text in (("pp", "pipeline"), ("dp", "data"), ("tp", "tensor")):
+        command.add_argument(f"--{axis}", type=int, default=1, help=f"{text} parallel size of the new files")
+    command.add_argument("--output", type=Path, required=True, help="save folder to write into")
+    command = add("import", import_neox, "import the weights of a GPT-NeoX/DeepSpeed folder")
+    command.add_argument("configs", nargs="*", type=Path, metavar="CONFIG", help="its YAML files")
+    command.add_argument("--output", type=Path, required=True, help="save folder to write into")
+    return parser
+
+
+def main() -> None:
+    """Parse and run one command."""
+    args = make_parser().parse_args()
+    with exit_on_error():
+        raise SystemExit(args.work(args))
+
+
+if __name__ == "__main__":
+    main()
