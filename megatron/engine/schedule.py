@@ -9,8 +9,9 @@ after it one of
     exponential  lr * exp(-0.693 * m / D)
     constant     lr
 
-and never below min. One difference from NeoX, on purpose: after the horizon the rate stays at its value for n = T, where
-NeoX's cosine rises again and its exponential goes on falling.
+and never below min. Two differences from NeoX, on purpose: after the horizon the rate stays at its value for n = T, where
+NeoX's cosine rises again and its exponential goes on falling; and a warm-up shorter than one step starts at lr, where NeoX's
+first step takes lr / w, many times the peak.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def learning_rate(step: int, config: ScheduleConfig) -> float:
     if config.warmup_start is not None and n < warmup:
         return config.warmup_start + n * (config.lr - config.warmup_start) / warmup
     if config.warmup_start is None and warmup > 0 and n <= warmup:
-        return config.lr * max(1, n) / warmup
+        return config.lr * min(1.0, max(1, n) / warmup)
     m, length = n - warmup, config.horizon - warmup
     if config.style == "linear":
         rate = config.lr * (length - m) / length

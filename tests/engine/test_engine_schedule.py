@@ -50,3 +50,9 @@ def test_first_step_is_not_zero_and_warm_up_may_be_absent() -> None:
 def test_nonsense_is_refused(bad: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         ScheduleConfig(**{"lr": 1e-3, "horizon": 10, **bad})
+
+
+def test_a_warmup_shorter_than_a_step_never_exceeds_the_peak() -> None:
+    """NeoX's formula gives lr / w at step 0: a hundred times the peak for a three-step run with the default warm-up."""
+    config = ScheduleConfig(1e-3, horizon=3, style="constant", warmup=0.01)
+    assert [learning_rate(n, config) for n in range(4)] == [1e-3] * 4
