@@ -33,7 +33,8 @@ def main() -> None:
         for note in made.notes:
             print(f"  {note}")
         print(f"wrote {made.folder} ({made.family}, {made.parameters:,} parameters)")
-        print(f'load it: AutoModelForCausalLM.from_pretrained("{made.folder}", trust_remote_code=True)')
+        trust = ", trust_remote_code=True" if any(made.folder.glob("*.py")) else ""
+        print(f'load it: AutoModelForCausalLM.from_pretrained("{made.folder}"{trust})')
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ from typing import Any
 
 from megatron.export.linear_config import LinearLMConfig
 from megatron.export.metala_config import MetaLAConfig
+from megatron.export.native import Native
+from megatron.export.native_families import native_for
 from megatron.model.config import ModelConfig
 
 # activations that the released MetaLA code knows; its "exp" is left out, whose normalisation is not documented
@@ -24,6 +26,7 @@ class Family:
 
     name: ending of the packed files (`modeling_<name>.py`). prefix: of the class names. shell, config: modules that hold them.
     fields: ModelConfig -> keyword arguments of the config class. config_class: that class.
+    native: set when the classes are transformers' own; then nothing is packed and `shell` and `config` are empty.
     """
 
     name: str
@@ -32,10 +35,13 @@ class Family:
     config: str
     config_class: type[Any]
     fields: Callable[[ModelConfig], dict[str, Any]]
+    native: Native | None = None
 
     @property
     def auto_map(self) -> dict[str, str]:
-        """What config.json tells the Auto classes."""
+        """What config.json tells the Auto classes; nothing where they know the family already."""
+        if self.native is not None:
+            return {}
         return {
             "AutoConfig": f"configuration_{self.name}.{self.prefix}Config",
             "AutoModel": f"modeling_{self.name}.{self.prefix}Model",
@@ -49,6 +55,8 @@ def metala_obstacle(config: ModelConfig) -> str | None:
     others = sorted(set(config.layer_types) - {"metala"})
     if others:
         return f"it has {', '.join(others)} layers"
+    if config.parallel_residual or config.embedding_norm or config.learned_positions or config.residual_fp32:
+        return "its blocks or its embedding have another form"
     if config.norm not in _METALA_EPS:
         return f"its norm is {config.norm}"
     if config.mlp != "gated":
@@ -89,6 +97,11 @@ LINEAR = Family(
 
 def family_of(config: ModelConfig) -> tuple[Family, str]:
     """The family a model is exported as, and a sentence that says why."""
+    native = native_for(config)
+    if native is not None:
+        prefix = native.architecture.removesuffix("ForCausalLM")
+        family = Family(native.model_type, prefix, "", "", native.config_class, native.fields, native)
+        return family, f"{native.architecture} of transformers itself: no remote code is needed"
     obstacle = metala_obstacle(config)
     if obstacle is None:
         return METALA, "official MetaLA layout"

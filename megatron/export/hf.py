@@ -24,6 +24,7 @@ from megatron.checkpoint.tensors import nbytes, write_tensors
 from megatron.errors import ExportError
 from megatron.export.card import model_card
 from megatron.export.families import Family, family_of
+from megatron.export.native import to_native
 from megatron.export.pack import PackPlan, pack
 from megatron.export.tokenizer import export_tokenizer
 from megatron.export.verify import make_probe, verify_folder
@@ -162,25 +163,28 @@ def _write(folder: Path, content: _Content, max_shard_bytes: int) -> float:
     config, family, weights, notes = content.config, content.family, content.weights, content.notes
     for name, text in packed_sources(config, family).items():
         write_text(folder / name, text)
-    _write_weights(folder, weights, max_shard_bytes)
+    renamed = weights if family.native is None else to_native(family.native.layout, config, weights)
+    _write_weights(folder, renamed, max_shard_bytes)
     facts, length = content.tokenizer_facts, content.manifest.facts.get("seq_length")
-    write_json(folder / "config.json", _config_json(config, family, facts, content.dtype))
+    write_json(folder / "config.json", _config_json(config, family, facts, content.dtype, length))
     write_json(folder / "generation_config.json", _generation_json(facts))
     notes += export_tokenizer(content.checkpoint / "tokenizer", facts, folder, length)
     model = filled_model(config, weights, dtype=torch.float32, where=str(content.checkpoint))
     probe = make_probe(model, config.vocab_size)
     del model  # the folder's own copy comes next
-    difference = verify_folder(folder, family.name, family.prefix, probe)
+    difference = verify_folder(folder, family.name, family.prefix, probe, family.native is not None)
     notes.append(f"logits compared with the checkpoint's in fp32: largest difference {difference:.1e} of the largest logit")
     total = sum(t.numel() for t in weights.values())
     has_tokenizer = (folder / "tokenizer.json").is_file() or (folder / "tokenizer_config.json").is_file()
     card = model_card(content.title, config, total, content.manifest, content.dtype, notes, has_tokenizer)
-    write_text(folder / "README.md", card)
+    write_text(folder / "README.md", card if family.native is None else card.replace(", trust_remote_code=True", ""))
     return difference
 
 
 def packed_sources(config: ModelConfig, family: Family) -> dict[str, str]:
     """File name -> text of the Python files of an exported folder; see `export/pack.py` for what is refused."""
+    if family.native is not None:
+        return {}
     infos = {name: layer_info(name) for name in dict.fromkeys(config.layer_types)}
     imports = "\n".join(sorted({f"from {info.module} import {info.class_name}" for info in infos.values()}))
     table = "\n".join(f'    "{name}": {info.class_name},' for name, info in infos.items())
@@ -223,15 +227,16 @@ def _token_ids(facts: Mapping[str, Any]) -> dict[str, int | None]:
     return {"bos_token_id": facts.get("bos", eod), "eos_token_id": eod, "pad_token_id": facts.get("pad", eod)}
 
 
-def _config_json(config: ModelConfig, family: Family, facts: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+def _config_json(
+    config: ModelConfig, family: Family, facts: Mapping[str, Any], dtype: str, length: int | None
+) -> dict[str, Any]:
     """config.json by the family's own class, so that its defaults and ours cannot drift apart."""
-    settings = family.config_class(
-        **family.fields(config),
-        **_token_ids(facts),
-        architectures=[f"{family.prefix}ForCausalLM"],
-        auto_map=family.auto_map,
-        dtype=dtype,
-    )
+    fields = family.fields(config)
+    if family.native is None:
+        fields["auto_map"] = family.auto_map
+    elif length:
+        fields[family.native.length_key] = length
+    settings = family.config_class(**fields, **_token_ids(facts), architectures=[f"{family.prefix}ForCausalLM"], dtype=dtype)
     values = json.loads(settings.to_json_string(use_diff=True))
     return {**values, "tie_word_embeddings": config.tie_embeddings}
 

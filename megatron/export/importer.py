@@ -17,8 +17,10 @@ from torch import Tensor
 
 from megatron.checkpoint.save import save_weights
 from megatron.errors import ExportError, UserError
-from megatron.export.families import LINEAR, METALA, METALA_ACTIVATIONS, Family
+from megatron.export.families import LINEAR, METALA, METALA_ACTIVATIONS, Family, family_of
 from megatron.export.foreign import read_json, read_weights
+from megatron.export.native import read_native
+from megatron.export.native_families import NATIVES, native_by_type
 from megatron.export.released import is_released, read_released
 from megatron.model.build import param_specs
 from megatron.model.config import ModelConfig
@@ -55,6 +57,10 @@ def import_folder(source: str | Path, output: str | Path) -> Imported:
     """
     source, output = Path(source), Path(output)
     settings = _read_settings(source)
+    native = native_by_type(settings.get("model_type"))
+    if native is not None and not is_released(settings):
+        config, weights, found = read_native(native, settings, read_weights(source))
+        return _write(source, output, family_of(config)[0], settings, config, weights, found)
     if is_released(settings):
         config, weights, found = read_released(settings, read_weights(source))
         return _write(source, output, LINEAR, settings, config, weights, found)
@@ -63,7 +69,8 @@ def import_folder(source: str | Path, output: str | Path) -> Imported:
         raise ExportError(
             f"model_type '{settings.get('model_type')}' cannot be imported",
             where=str(source / "config.json"),
-            hint=f"known: {METALA.config_class.model_type}, {LINEAR.config_class.model_type}, released Based, JRT and Mamba",
+            hint=f"known: {METALA.config_class.model_type}, {LINEAR.config_class.model_type}, released Based, JRT and Mamba, "
+            + ", ".join(family.model_type for family in NATIVES),
         )
     weights, notes = read_weights(source), list[str]()
     weights, tied = _tie(weights, settings, notes)
@@ -209,6 +216,9 @@ def _facts(source: Path, family: Family, settings: Mapping[str, Any], config: Mo
         if isinstance(settings.get(field), int):
             tokenizer[key] = settings[field]
     facts = {"imported_from": source.resolve().name, "family": family.name, "tokenizer": tokenizer, "inferred": list(notes)}
+    for key in ("max_position_embeddings", "max_seq_len", "seq_length"):
+        if family.native is not None and isinstance(settings.get(key), int):
+            facts["seq_length"] = settings[key]
     if (source / "tokenizer.json").is_file():
         facts["tokenizer"] = {**tokenizer, "type": "HFGPT2Tokenizer"}
     return facts

@@ -12,12 +12,13 @@ import sys
 import types
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers.utils import logging as hf_logging
 
@@ -88,16 +89,22 @@ def _quiet() -> Iterator[None]:
             hf_logging.enable_progress_bar()
 
 
-def verify_folder(folder: Path, family: str, prefix: str, probe: Probe) -> float:
+def verify_folder(folder: Path, family: str, prefix: str, probe: Probe, native: bool = False) -> float:
     """Largest logit difference, relative to the largest logit, between the probe and the folder's model.
+
+    native: the folder holds no code of its own; transformers' classes are loaded, and what they say of padding is not compared.
 
     Raises:
         ExportError: it exceeds `TOLERANCE`; the message says in which of the three passes.
     """
-    with packed_classes(folder, family) as module, _quiet():
+    classes = nullcontext(transformers) if native else packed_classes(folder, family)
+    with classes as module, _quiet():
         model = getattr(module, f"{prefix}ForCausalLM").from_pretrained(folder, dtype=torch.float32).eval()
         with torch.inference_mode():
-            passes = _passes(model, probe)
+            passes = _passes(model, probe, {} if native else {"prefix_length": probe.prefix})
+    if native:
+        shown = _mask(probe.tokens, probe.padding)[..., None]
+        passes["left padding"] = tuple(logits * shown for logits in passes["left padding"])  # type: ignore[assignment]
     largest = float(probe.plain.abs().max())
     differences = {what: float((got - want).abs().max()) / largest for what, (got, want) in passes.items()}
     bad = {what: value for what, value in differences.items() if not value <= TOLERANCE}
@@ -110,17 +117,17 @@ def verify_folder(folder: Path, family: str, prefix: str, probe: Probe) -> float
     return max(differences.values())
 
 
-def _passes(model: Any, probe: Probe) -> dict[str, tuple[Tensor, Tensor]]:
+def _passes(model: Any, probe: Probe, extra: dict[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
     """What -> (the folder's logits, the trainer's) for the three ways of use."""
     tokens, mask = probe.tokens, _mask(probe.tokens, probe.padding)
     prompt = tokens.shape[1] - 8
-    first = model(tokens[:, :prompt], attention_mask=mask[:, :prompt], use_cache=True, prefix_length=probe.prefix)
+    first = model(tokens[:, :prompt], attention_mask=mask[:, :prompt], use_cache=True, **extra)
     rows = [first.logits[:, -1]]
     for i in range(prompt, tokens.shape[1]):
         step = model(tokens[:, i : i + 1], attention_mask=mask[:, : i + 1], past_key_values=first.past_key_values)
         rows.append(step.logits[:, -1])
     return {
         "whole pass": (model(tokens, use_cache=False).logits, probe.plain),
-        "left padding": (model(tokens, attention_mask=mask, use_cache=False, prefix_length=probe.prefix).logits, probe.padded),
+        "left padding": (model(tokens, attention_mask=mask, use_cache=False, **extra).logits, probe.padded),
         "steps through the cache": (torch.stack(rows, 1), probe.padded[:, prompt - 1 :]),
     }
