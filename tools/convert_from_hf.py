@@ -13,7 +13,8 @@ from megatron.errors import exit_on_error
 
 def main() -> None:
     """Parse the command line, import, say what was inferred."""
-    parser = argparse.ArgumentParser(description="Import a Hugging Face folder: MetaLA, Based, JRT, GPT-NeoX, Llama, Mistral, Bloom, MPT, or an export of ours.")
+    known = "MetaLA, Based, JRT, Mamba, GPT-NeoX, Llama, Mistral, Bloom, MPT, or an export of ours"
+    parser = argparse.ArgumentParser(description=f"Import a Hugging Face folder: {known}.")
     parser.add_argument("--input", type=Path, required=True, help="folder with config.json and the weights")
     parser.add_argument("--output", type=Path, required=True, help="checkpoint folder to write (`load` of a run)")
     arguments = parser.parse_args()
