@@ -205,3 +205,20 @@ def test_mistakes_reach_the_user_as_one_message_and_an_exit_code(config: Path) -
 def test_dry_run(config: Path) -> None:
     text = run("deepy.py", "train.py", "configs/metala.yml", "--dry-run")
     assert "360,058,880" in text and "memory per rank" in text and "FLOPs per token" in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tensor_parallel", [1, 2])
+def test_fused_kernels_train_as_the_plain_path_does(config: Path, tmp_path: Path, tensor_parallel: int) -> None:
+    """Three steps with `kernel_backend: triton`, interpreted on the CPU: losses within 1e-5 of the torch path's (fp32)."""
+    pytest.importorskip("triton", reason="the fused kernels need Triton")
+    common = ("--set", "hidden_dropout=0", "--set", "train_iters=3", "--set", "checkpoint_factor=3", "--set", "eval_iters=0")
+    common += ("--set", f"model_parallel_size={tensor_parallel}")
+    found = {}
+    for backend in ("torch", "triton"):
+        folder = tmp_path / backend
+        place = ("--set", f"run_dir={folder}", "--set", f"save={folder}/checkpoints", "--set", f"load={folder}/checkpoints")
+        text = run("deepy.py", "train.py", config, *common, *place, "--set", f"kernel_backend={backend}")
+        assert f"operator metala: {backend} path" in text
+        found[backend] = losses(folder)
+    assert all(abs(a - b) <= 1e-5 * a for a, b in zip(found["torch"], found["triton"], strict=True)), found
