@@ -18,9 +18,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line; flags and short forms are NeoX's."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", nargs="?", default="pystdlib", help=f"one of: {', '.join(CORPORA)}")
-    parser.add_argument(
-        "-t", "--tokenizer", help=f"{', '.join(NAMES)}; default: the corpus trains its own (HFTokenizer)"
-    )
+    parser.add_argument("-t", "--tokenizer", help=f"{', '.join(NAMES)}; default: the corpus trains its own (HFTokenizer)")
     parser.add_argument("-d", "--data-dir", default=os.environ.get("DATA_DIR", "data"), help="where DATASET/ is made")
     parser.add_argument("-v", "--vocab-file", help="the tokenizer's file, or its folder")
     parser.add_argument("-m", "--merge-file", help="merges of a GPT-2 BPE")
