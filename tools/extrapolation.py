@@ -1,0 +1,113 @@
+"""Train short, test long (arXiv 2108.12409) on this machine: one small model per kind of position, evaluated beyond its length.
+
+Each model is trained by `train.py` from the same YAML, seed and data; only `pos_emb` (or the mixer) differs. The validation
+split is then scored non-overlapping and through a sliding window. Writes a JSON with every number and a PNG.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron.errors import DataError, exit_on_error
+
+ROOT = Path(__file__).resolve().parents[1]
+MODELS: dict[str, tuple[str, ...]] = {
+    "alibi": ("pos_emb=alibi",),
+    "rotary": ("pos_emb=rotary",),
+    "learned": ("pos_emb=learned",),
+    "none": ("pos_emb=none",),
+    "metala": ("pos_emb=none", 'attention_config=[[["metala"], "all"]]'),
+}
+
+
+def trained(name: str, config: str, folder: Path, extra: Sequence[str]) -> float:
+    """Train one model into `folder / name`; the seconds it took."""
+    run_dir = folder / name
+    settings = [*MODELS[name], f"run_dir={run_dir}", f"save={run_dir}/checkpoints", *extra]
+    started = time.monotonic()
+    words = [word for setting in settings for word in ("--set", setting)]
+    done = subprocess.run([sys.executable, "train.py", config, *words], cwd=ROOT, check=False)
+    if done.returncode:
+        raise DataError(f"the {name} model was not trained", why=f"train.py ended with {done.returncode}")
+    return time.monotonic() - started
+
+
+def evaluated(folder: Path, config: str, lengths: Sequence[int], stride: int, limits: tuple[int, int]) -> dict[str, Any]:
+    """Both evaluations of the model in `folder`: rows per length."""
+    import torch
+
+    from megatron.checkpoint.find import find_checkpoint
+    from megatron.config.load import load_config
+    from megatron.evaluation.perplexity import score
+    from megatron.evaluation.stream import measured, split_tokens
+    from megatron.generation.load import load_model
+    from megatron.settings import tokenizer_of
+
+    run = load_config([config], check=False)
+    tokenizer = tokenizer_of(run)
+    checkpoint = find_checkpoint(str(folder / "checkpoints"))
+    assert checkpoint is not None and run.data.data_path is not None
+    model, _ = load_model(checkpoint, dtype=torch.float32)
+    found: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters())}
+    for kind, limit in zip(("non-overlapping", "sliding"), limits, strict=True):
+        stream = measured(split_tokens(run.data.data_path, run.data.split, "valid", limit), tokenizer)
+        rows = []
+        for length in lengths:
+            step = length if kind == "non-overlapping" else stride
+            rows.append(score(model, stream.tokens, tokenizer.eod, length, step).report(stream.words, stream.size))
+            print(f"  {folder.name} {kind} {length}: {rows[-1]['perplexity']:.3f} in {rows[-1]['seconds']} s", flush=True)
+        found[kind] = rows
+    return found
+
+
+def main() -> None:
+    """Train and evaluate all models, write the JSON and the plot."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="configs/extrapolation.yml")
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--lengths", nargs="+", type=int, default=[128, 256, 512, 1024, 2048, 4096])
+    parser.add_argument("--stride", type=int, default=32)
+    parser.add_argument("--limits", nargs=2, type=int, default=[65536, 6144], metavar=("BLOCKS", "SLIDING"))
+    parser.add_argument("--set", dest="extra", action="append", default=[], metavar="KEY=VALUE", help="for the training")
+    parser.add_argument("--runs", type=Path, default=Path("runs/extrapolation"))
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "alibi-extrapolation")
+    a = parser.parse_args()
+    with exit_on_error():
+        import torch
+
+        from megatron.evaluation.report import plot_lengths
+        from megatron.files import write_json
+
+        started = time.monotonic()
+        models: dict[str, Any] = {}
+        for name in a.models:
+            seconds = trained(name, a.config, a.runs, a.extra)
+            models[name] = {"train_seconds": round(seconds, 1)}
+            models[name] |= evaluated(a.runs / name, a.config, a.lengths, a.stride, tuple(a.limits))
+        facts = {"command": f"python tools/extrapolation.py {' '.join(sys.argv[1:])}".strip(), "config": a.config}
+        facts |= {
+            "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+            "torch": torch.__version__,
+        }
+        a.output.parent.mkdir(parents=True, exist_ok=True)
+        total = round(time.monotonic() - started, 1)
+        write_json(a.output.with_suffix(".json"), {**facts, "seconds": total, "stride": a.stride, "models": models})
+        curves = {name: found["non-overlapping"] for name, found in models.items()}
+        print(plot_lengths(curves, a.output.with_suffix(".png"), "trained at 128 tokens, non-overlapping evaluation", 128))
+        sliding = {f"{name}, sliding": found["sliding"] for name, found in models.items()}
+        place = a.output.with_name(a.output.name + "-sliding.png")
+        print(plot_lengths(sliding, place, f"trained at 128 tokens, sliding evaluation, stride {a.stride}", 128))
+
+
+if __name__ == "__main__":
+    main()
