@@ -9,7 +9,8 @@ import argparse
 import os
 from pathlib import Path
 
-from megatron.data.corpora import CORPORA, CorpusRequest, prepare
+from megatron.data.corpora import CORPORA, prepare
+from megatron.data.corpus_request import CorpusRequest
 from megatron.data.tokenizers import NAMES
 from megatron.errors import exit_on_error
 
@@ -22,6 +23,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("-d", "--data-dir", default=os.environ.get("DATA_DIR", "data"), help="where DATASET/ is made")
     parser.add_argument("-v", "--vocab-file", help="the tokenizer's file, or its folder")
     parser.add_argument("-m", "--merge-file", help="merges of a GPT-2 BPE")
+    parser.add_argument("--from", dest="source", type=Path, metavar="FILE", help="a local copy instead of a download")
     parser.add_argument("-f", "--force", "--force-redownload", action="store_true", help="make it again if it is there")
     return parser.parse_args(arguments)
 
@@ -29,7 +31,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     """Prepare the corpus and print how to use it."""
     args = parse_args(arguments)
-    request = CorpusRequest(Path(args.data_dir), args.tokenizer, args.vocab_file, args.merge_file, args.force)
+    request = CorpusRequest(Path(args.data_dir), args.tokenizer, args.vocab_file, args.merge_file, args.force, args.source)
     done = prepare(args.dataset, request)
     receipt = done.receipt
     if done.made:

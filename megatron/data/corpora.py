@@ -17,16 +17,17 @@ import sysconfig
 import time
 import tokenize
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron.data.corpus_request import CorpusRequest, PreparedCorpus
 from megatron.data.encode import EncodeJob, EncodeOptions, encode_rows
 from megatron.data.indexed import IndexedDataset
 from megatron.data.rows import Place, Row
 from megatron.data.token_format import data_file, index_file
 from megatron.data.tokenizers import HFTokenizer, build_tokenizer
 from megatron.data.train_tokenizer import train_byte_level_bpe
+from megatron.data.wikitext import prepare_enwik8, prepare_wikitext103
 from megatron.errors import DataError
 from megatron.files import sha256_of, write_json, write_text
 
@@ -41,7 +42,6 @@ _DOWNLOADS = frozenset(
         "c4",
         "c4_openwebtext",
         "enron",
-        "enwik8",
         "europarl",
         "freelaw",
         "github",
@@ -56,42 +56,6 @@ _DOWNLOADS = frozenset(
         "youtube_subtitles",
     }
 )
-
-
-@dataclass(frozen=True)
-class CorpusRequest:
-    """What the command line asks for.
-
-    Attributes:
-        data_dir: the corpus goes to `data_dir/NAME/`.
-        tokenizer_type: None: the corpus brings its own tokenizer.
-        vocab_file, merge_file: see `build_tokenizer`.
-        force: make it again even if it is there.
-    """
-
-    data_dir: Path
-    tokenizer_type: str | None = None
-    vocab_file: str | None = None
-    merge_file: str | None = None
-    force: bool = False
-
-
-@dataclass(frozen=True)
-class PreparedCorpus:
-    """What is there now: the paths a configuration needs, the receipt, and whether it was made by this call."""
-
-    data_path: Path
-    tokenizer_type: str
-    vocab_file: Path | None
-    merge_file: Path | None
-    receipt: dict[str, Any]
-    made: bool
-
-    def yaml_lines(self) -> str:
-        """Lines for a configuration file."""
-        entries = {"data_path": self.data_path, "tokenizer_type": self.tokenizer_type}
-        entries |= {"vocab_file": self.vocab_file, "merge_file": self.merge_file}
-        return "\n".join(f'{key}: "{value}"' for key, value in entries.items() if value is not None)
 
 
 def prepare(name: str, request: CorpusRequest) -> PreparedCorpus:
@@ -109,7 +73,7 @@ def prepare(name: str, request: CorpusRequest) -> PreparedCorpus:
     if name in _DOWNLOADS:
         raise DataError(
             f"data set {name!r} is not built in",
-            why="it would be a download; only corpora found on the machine are made here",
+            why=f"built in are {', '.join(CORPORA)}",
             hint="turn your copy into token files with tools/datasets/preprocess_data.py --input FILE",
         )
     near = difflib.get_close_matches(name, [*CORPORA, *sorted(_DOWNLOADS)], n=3)
@@ -256,4 +220,8 @@ def _optional_path(path: str | None) -> Path | None:
     return None if path is None else Path(path)
 
 
-CORPORA: dict[str, Callable[[CorpusRequest], PreparedCorpus]] = {"pystdlib": prepare_pystdlib}
+CORPORA: dict[str, Callable[[CorpusRequest], PreparedCorpus]] = {
+    "pystdlib": prepare_pystdlib,
+    "wikitext103": prepare_wikitext103,
+    "enwik8": prepare_enwik8,
+}

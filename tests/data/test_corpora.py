@@ -102,7 +102,7 @@ def test_names(tmp_path: Path) -> None:
         prepare("pystdlb", CorpusRequest(tmp_path))
     assert "pystdlib" in str(near.value.why)
     with pytest.raises(DataError, match="not built in"):
-        prepare("enwik8", CorpusRequest(tmp_path))
+        prepare("enron", CorpusRequest(tmp_path))
 
 
 def test_no_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,56 @@
+"""What is asked of a built-in corpus and what comes back; shared by the files that make them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class CorpusRequest:
+    """What the command line asks for.
+
+    Attributes:
+        data_dir: the corpus goes to `data_dir/NAME/`.
+        tokenizer_type: None: the corpus brings its own tokenizer.
+        vocab_file, merge_file: see `build_tokenizer`.
+        force: make it again even if it is there.
+        source: a local copy of a corpus that would be downloaded: its archive, file or folder.
+    """
+
+    data_dir: Path
+    tokenizer_type: str | None = None
+    vocab_file: str | None = None
+    merge_file: str | None = None
+    force: bool = False
+    source: Path | None = None
+
+
+@dataclass(frozen=True)
+class PreparedCorpus:
+    """What is there now: the paths a configuration needs, the receipt, and whether it was made by this call."""
+
+    data_path: Path
+    tokenizer_type: str
+    vocab_file: Path | None
+    merge_file: Path | None
+    receipt: dict[str, Any]
+    made: bool
+
+    def yaml_lines(self) -> str:
+        """Lines for a configuration file."""
+        entries = {"data_path": self.data_path, "tokenizer_type": self.tokenizer_type}
+        entries |= {"vocab_file": self.vocab_file, "merge_file": self.merge_file}
+        return "\n".join(f'{key}: "{value}"' for key, value in entries.items() if value is not None)
+
+
+@dataclass(frozen=True)
+class PreparedSplits(PreparedCorpus):
+    """A corpus whose makers say what is training, validation and test text; `data_path` is the folder."""
+
+    def yaml_lines(self) -> str:
+        """Lines for a configuration file."""
+        lists = [f'{name}_data_paths: ["{self.data_path / f"{name}_text_document"}"]' for name in ("train", "valid", "test")]
+        entries = {"tokenizer_type": self.tokenizer_type, "vocab_file": self.vocab_file, "merge_file": self.merge_file}
+        return "\n".join([*lists, *(f'{key}: "{value}"' for key, value in entries.items() if value is not None)])
