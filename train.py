@@ -10,10 +10,11 @@ import sys
 from megatron.config.cli import config_from_args, make_parser
 from megatron.errors import exit_on_error
 from megatron.launch.environment import read_rank_environment
+from megatron.training.signals import leave
 
 
-def main(argv: list[str]) -> None:
-    """Read the config on this rank, then train."""
+def main(argv: list[str]) -> int:
+    """Read the config on this rank, then train; the exit code."""
     parser = make_parser("Train a language model from YAML files.")
     parser.add_argument("--dry-run", action="store_true", help="print parameters, FLOPs and memory, start nothing")
     arguments = parser.parse_intermixed_args(argv)
@@ -25,10 +26,10 @@ def main(argv: list[str]) -> None:
 
     if arguments.dry_run:
         print(dry_run(run))
-    else:
-        train(run, env, ["python", *sys.argv])
+        return 0
+    return train(run, env, ["python", *sys.argv]).exit_code
 
 
 if __name__ == "__main__":
     with exit_on_error():
-        main(sys.argv[1:])
+        leave(main(sys.argv[1:]))

@@ -8,10 +8,11 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron.checkpoint.background import Saver
 from megatron.checkpoint.resume import resume
@@ -35,6 +36,7 @@ from megatron.observe.metrics import CostModel
 from megatron.observe.plot import plot_metrics
 from megatron.observe.runfolder import RunFolder, copy_console, create_run_folder
 from megatron.observe.sinks import Sinks
+from megatron.parallel.ballot import Ballot
 from megatron.parallel.mesh import Mesh
 from megatron.settings import (
     checkpoint_facts,
@@ -48,11 +50,14 @@ from megatron.settings import (
     tokenizer_of,
     vocabulary_rows,
 )
+from megatron.training.control import Control
 from megatron.training.evaluate import Evaluator
-from megatron.training.hooks import Hook, Run, Step
+from megatron.training.hooks import Hook, Run
 from megatron.training.loop import Actions, fit
 from megatron.training.reporting import Reporting
+from megatron.training.signals import StopSignals, TimeLimit, seconds_of, signal_numbers
 from megatron.training.state import TrainState
+from megatron.training.watchdog import Watchdog
 
 
 def dry_run(run: RunConfig) -> str:
@@ -124,16 +129,6 @@ def restore(run: RunConfig, engine: Engine, config: ModelConfig) -> TrainState:
     return TrainState.from_dict(found.state)
 
 
-class _Saves(Hook):
-    """Hears, at each step, how the save in the background went."""
-
-    def __init__(self, saver: Saver) -> None:
-        self.saver = saver
-
-    def on_step(self, run: Run, step: Step) -> None:
-        self.saver.poll()
-
-
 class _Plot(Hook):
     """Draws loss.png at the end of a run from its metrics file."""
 
@@ -190,7 +185,13 @@ def _build(run: RunConfig, env: RankEnvironment) -> _Parts:
     return _Parts(tokenizer, config, sets, mesh, build_engine(run.parallel.engine, config, mesh, settings, env.local_rank))
 
 
-def _actions(run: RunConfig, parts: _Parts, saver: Saver) -> Actions:
+def _control(run: RunConfig, rank: int, signals: StopSignals, limit: TimeLimit) -> Control:
+    """What may end the run from outside; every rank makes it at the same place."""
+    ballot, timeout = Ballot.of_all_ranks(), run.reliability.hang_timeout
+    return Control(ballot, signals, limit, Watchdog.open(timeout, rank, ballot) if timeout else None)
+
+
+def _actions(run: RunConfig, parts: _Parts, saver: Saver, control: Control) -> Actions:
     """Save and evaluate, as the loop calls them."""
     c, engine, tokenizer = run.checkpoint, parts.engine, parts.tokenizer
 
@@ -233,8 +234,12 @@ def train(run: RunConfig, env: RankEnvironment, command: Sequence[str]) -> Run:
     Raises:
         UserError: any mistake in config, data or checkpoint, with one message.
     """
+    limit = TimeLimit(seconds_of(run.reliability.time_limit))
+    signals = StopSignals(signal_numbers(run.reliability.exit_signals))
     folder = RunFolder(Path(run.logging.run_dir), Path(run.logging.log_dir) if run.logging.log_dir else None)
     with ExitStack() as stack:
+        stack.callback(signals.stop)
+        signals.start()
         if env.is_main:
             create_run_folder(folder.root, print_config(run), command, run.logging.log_dir)
             stack.enter_context(copy_console(folder.logs))

@@ -181,7 +181,14 @@ def fit_options(run: RunConfig) -> FitOptions:
         eval_interval=t.eval_interval or None,
         eval_at_start=True,
         exit_interval=t.exit_interval,
+        guard=guard_options(run),
     )
+
+
+def guard_options(run: RunConfig) -> GuardOptions:
+    """What the guard of bad numbers is told."""
+    r = run.reliability
+    return GuardOptions(r.skip_budget, r.skip_window, r.on_skip_budget, spike_sigma=r.spike_sigma, spike_window=r.spike_window)
 
 
 def schedule_of(run: RunConfig) -> Callable[[int], float]:

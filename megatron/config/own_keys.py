@@ -43,6 +43,32 @@ OWN_KEYS: dict[str, str] = {
         "Compare the SHA-256 of what is loaded, and fall back to the checkpoint before it when a file is damaged "
         "(never with `iteration`)."
     ),
+    "time_limit": (
+        "Leave, with the work saved, before this much time is over since the start: `3:50:00`, `45:00`, seconds, or Slurm's "
+        "`1-06:00:00`. Exit code 75."
+    ),
+    "exit_signals": (
+        "Signals that make all ranks save and leave at one step with exit code 75; a second one leaves at once "
+        "with 128 + its number."
+    ),
+    "skip_budget": (
+        "Steps that may be skipped within skip_window, because their loss or gradient norm was not finite or a spike; "
+        "skipping leaves weights, optimizer and schedule as they were."
+    ),
+    "skip_window": "Length in steps of the window that skip_budget counts in.",
+    "on_skip_budget": (
+        "When the budget is spent: `stop` with exit code 7, or `rewind` to the last checkpoint and go on behind the bad "
+        "samples."
+    ),
+    "spike_sigma": (
+        "Skip a step whose loss or gradient norm is this many standard deviations above the mean of the last spike_window "
+        "steps; 0 is off, 6 is usual."
+    ),
+    "spike_window": "Steps that spike_sigma takes its mean and spread from.",
+    "hang_timeout": (
+        "Seconds after which a rank that stands still or is silent is named and all end with exit code 21 (hangs) or "
+        "22 (lost); ten times as long until the first step is done. 0 is off."
+    ),
     "run_dir": "Folder of the run: config, metrics, logs, plots. Unset: the parent of save, or runs/<config name>.",
 }
 

@@ -17,6 +17,7 @@ from megatron.config.base import Options, Section
 from megatron.config.edge_sections import EvaluationSection, GenerationSection, LaunchSection, LoggingSection
 from megatron.config.frozen import freeze, thaw
 from megatron.config.model_section import ModelSection
+from megatron.config.reliability_section import ReliabilitySection
 from megatron.config.run_sections import (
     BatchSection,
     CheckpointSection,
@@ -50,6 +51,7 @@ class RunConfig(Section):
     launch: LaunchSection = LaunchSection()
     generation: GenerationSection = GenerationSection()
     evaluation: EvaluationSection = EvaluationSection()
+    reliability: ReliabilitySection = ReliabilitySection()
     layers: LayerOptions = Field(default={}, description="mixer name -> its options that were set")
     unused: Options = Field(
         default={}, description="NeoX keys that were given and have no section (ignored or refused)"

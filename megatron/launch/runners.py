@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import os
 import shutil
@@ -15,6 +16,14 @@ from types import FrameType
 from megatron.errors import LaunchError
 from megatron.launch.environment import DEFAULT_PORT
 from megatron.launch.job import SYSTEM_HOSTFILE, Job, Machine
+
+# What the codes of `megatron/training/control.py` and `watchdog.py` mean; those files import torch, this one must not.
+_LEFT = {
+    75: "it was asked to leave (signal or time limit) and its work is saved: the same command goes on",
+    76: "it was asked to leave and had no folder to save to",
+    21: "a rank stood still, see the watchdog's report; the same command goes on from the last checkpoint",
+    22: "a rank was lost, see the report; the same command goes on from the last checkpoint",
+}
 
 
 def visible_devices(environ: Mapping[str, str] | None = None) -> tuple[str, ...]:
@@ -78,19 +87,29 @@ def run_job(job: Job) -> int:
     try:
         if job.route == "python":
             os.execve(job.command[0], list(job.command), environment)
-        child = subprocess.Popen(job.command, env=environment)
+        # A session of its own: Ctrl-C in a terminal would reach the launcher too, which gives its ranks 30 s and exits with 1.
+        child = subprocess.Popen(job.command, env=environment, start_new_session=True)
     except OSError as error:
         raise LaunchError(f"cannot start {job.command[0]}", why=str(error)) from error
-    return _wait(child)
+    return _wait(child, to_ranks=job.route == "local")
 
 
-def _wait(child: subprocess.Popen[bytes]) -> int:
-    """Wait for the launcher, passing SIGTERM and SIGINT on to it; its exit code, 128 + n for a signal n."""
+def _wait(child: subprocess.Popen[bytes], to_ranks: bool) -> int:
+    """Wait for the launcher; its exit code, 128 + n for a signal n.
+
+    Signals are passed on: to the ranks themselves where they are the launcher's children, since DeepSpeed's launcher would end
+    them after 30 seconds and hide their exit code (75: stopped, work saved); else to the launcher. A closed terminal counts as
+    SIGTERM.
+    """
 
     def forward(number: int, frame: FrameType | None) -> None:
-        child.send_signal(number)
+        wanted = signal.SIGTERM if number == signal.SIGHUP else number
+        for pid in (children(child.pid) if to_ranks else ()) or (child.pid,):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, wanted)
 
-    previous = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
+    passed = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+    previous = {number: signal.signal(number, forward) for number in passed}
     try:
         code = child.wait()
     finally:
@@ -99,8 +118,19 @@ def _wait(child: subprocess.Popen[bytes]) -> int:
     return code if code >= 0 else 128 - code
 
 
+def children(pid: int) -> tuple[int, ...]:
+    """Process ids of the direct children of `pid`; empty where there is no /proc."""
+    found: list[int] = []
+    for listing in glob.glob(f"/proc/{pid}/task/*/children"):
+        with contextlib.suppress(OSError), open(listing, encoding="ascii") as file:
+            found += [int(word) for word in file.read().split()]
+    return tuple(found)
+
+
 def explain_failure(job: Job, code: int) -> LaunchError:
     """The error to show when a job ended with `code`; the ranks have printed their own before."""
+    if code in _LEFT:
+        return LaunchError(f"the job left with exit code {code}", why=_LEFT[code], hint="docs/reliability.md lists the codes")
     return LaunchError(
         f"the job ended with exit code {code}",
         where=f"{job.processes or 'all'} processes, started through DeepSpeed's launcher",

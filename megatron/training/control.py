@@ -94,13 +94,8 @@ class Control:
                 self.phase("waiting for the data of other ranks")
             self._follow(None if ready else self._fetcher.thread_id)
             failed = rank + 1 if ready and self._fetcher.failed else 0
-            waiting, fails, skips, applies = self._vote([int(not ready), failed, int(skipped), int(not skipped)])
-            if skips and applies:
-                raise TrainingError(
-                    "the ranks do not agree whether the last step was skipped",
-                    why="their losses or gradient norms differ: replicas have drifted apart, or a device computes wrongly",
-                    hint="resume from the last checkpoint; if it happens again, test the machines one by one",
-                )
+            waiting, fails, *skips = self._vote([int(not ready), failed, int(skipped), int(not skipped)])
+            _same_everywhere(skips)
             if failed:
                 return self._fetcher.result()  # raises
             if fails:
@@ -109,6 +104,15 @@ class Control:
                 return None
             if not waiting:
                 return self._fetcher.result()
+
+    def agree(self, skipped: bool) -> None:
+        """As in `data`, where there is no next batch to read.
+
+        Raises:
+            TrainingError: the ranks do not agree on the last step.
+        """
+        if self._votes:
+            _same_everywhere(self._vote([int(skipped), int(not skipped)]))
 
     def _follow(self, thread_id: int | None) -> None:
         if self.watchdog is not None:
@@ -124,3 +128,13 @@ class Control:
             self.watchdog.close(ended, code)
         if self._signals is not None:
             self._signals.stop()
+
+
+def _same_everywhere(skips: Sequence[int]) -> None:
+    """skips: whether any rank skipped the last step, and whether any applied it."""
+    if all(skips):
+        raise TrainingError(
+            "the ranks do not agree whether the last step was skipped",
+            why="their losses or gradient norms differ: replicas have drifted apart, or a device computes wrongly",
+            hint="resume from the last checkpoint; if it happens again, test the machines one by one",
+        )

@@ -109,7 +109,9 @@ class _Loop:
         self.guard.load(run.state.guard)
         run.engine.listener = control.phase
         self.micro: Sequence[MicroBatch] = ()
+        self.step_ids: list[int] = []
         self.skipped = False
+        self.pending: Judgement | None = None  # of the last step, until the ranks have agreed that it was skipped
         self.validated_at: int | None = None
 
     def before(self) -> None:
@@ -121,6 +123,8 @@ class _Loop:
 
     def after(self) -> None:
         """The end: a final validation and test of a finished run; in any case a save of what is not saved yet."""
+        self.control.agree(self.skipped)
+        self._settle()
         if self.run.stop is None and self.validated_at != self.run.state.iteration:
             self.validate()
         if self.run.state.iteration > 0 and self.run.last_save != self.run.state.iteration:
@@ -130,7 +134,7 @@ class _Loop:
         if self.actions.finish_saves is not None:
             self.control.phase("save")
             self.actions.finish_saves()
-        if self.control.leaving is not None:
+        if self.control.leaving is not None and self.run.stop is not None:
             kept = self.run.last_save == self.run.state.iteration or self.run.state.iteration == 0
             self.run.exit_code = EXIT_SAVED if kept else EXIT_UNSAVED
         self.control.phase("end")
@@ -140,6 +144,7 @@ class _Loop:
         self.control.phase("data", self.run.state.iteration + 1)
         self.feed.begin_step()
         micro = self.control.data(self._take, self.run.engine.mesh.rank, self.skipped)
+        self._settle()
         self._heed()
         self.micro = micro or ()
         return micro is not None and self.run.stop is None
@@ -155,7 +160,7 @@ class _Loop:
     def step(self) -> None:
         """Take one optimizer step, count it, tell the hooks."""
         run, state = self.run, self.run.state
-        begin = time.perf_counter()
+        begin, self.step_ids = time.perf_counter(), self.feed.sample_ids
         rate, run.engine.limits = self.schedule(state.applied_iterations), self.guard.limits()
         result = run.engine.train_step(iter(self.micro), rate)
         loss, norm, self.skipped = result.numbers()
@@ -170,10 +175,9 @@ class _Loop:
         state.guard = self.guard.state()
         self.control.settled()
         self.control.took(step_s=seconds)
-        ids = tuple(self.feed.sample_ids)
+        ids = tuple(self.step_ids)
         self.hooks.tell("on_step", run, Step(state.iteration, loss, norm, rate, self.skipped, seconds, self.feed.wait_s, ids))
-        if self.skipped:
-            self._skipped(judgement)
+        self.pending = judgement if self.skipped else None
         if self.actions.poll_saves is not None:
             self.actions.poll_saves()
 
@@ -183,12 +187,15 @@ class _Loop:
             if not value - value == 0.0:
                 raise self._stopped(f"the {name} is {value}", self.run.state.iteration + 1)
 
-    def _skipped(self, judgement: Judgement) -> None:
-        """Say which samples it was; go back or give up when it was one too many."""
+    def _settle(self) -> None:
+        """All ranks skipped the last step: say which samples it was; go back or give up when it was one too many."""
+        judgement, self.pending = self.pending, None
+        if judgement is None:
+            return
         run, mesh = self.run, self.run.engine.mesh
-        every_rank = self.control.ballot.gather(self.feed.sample_ids)
+        every_rank = self.control.ballot.gather(self.step_ids)
         if len(every_rank) < mesh.world_size:  # nobody to ask: this rank's own
-            every_rank = [self.feed.sample_ids]
+            every_rank = [self.step_ids]
         own = tuple(tuple(every_rank[rank]) for rank in range(0, min(len(every_rank), mesh.dp * mesh.tp), mesh.tp))
         self.hooks.tell("on_skip", run, Skip(run.state.iteration, judgement.reason, own))
         if not judgement.spent:
@@ -216,14 +223,14 @@ class _Loop:
     def _stopped(self, what: str, iteration: int) -> TrainingError:
         count = self.run.options.samples_per_step
         first = (iteration - 1) * count + self.run.state.consumed_samples - self.run.state.iteration * count
-        own = ", ".join(map(str, self.feed.sample_ids[:16])) + (", ..." if len(self.feed.sample_ids) > 16 else "")
+        own = ", ".join(map(str, self.step_ids[:16])) + (", ..." if len(self.step_ids) > 16 else "")
         saved = self.run.last_save
         last = "there is no checkpoint yet" if saved is None else f"the last good checkpoint is of step {saved}"
         return TrainingError(
             f"step {iteration}: {what}",
             where=f"samples {first} to {first + count - 1} of the training data (this rank read {own or 'none'})",
             why="a learning rate that is too high, a damaged sample, or numbers outside the range of the precision",
-            hint=f"this step was not saved; {last}",
+            hint=f"nothing of this step was saved; {last}",
         )
 
     def save(self) -> None:

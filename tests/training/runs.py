@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,9 @@ from megatron.observe.metrics import CostModel
 from megatron.observe.sinks import SinkOptions, Sinks
 from megatron.parallel.mesh import Mesh
 from megatron.training.cadence import SaveRule
+from megatron.training.control import Control
 from megatron.training.evaluate import Evaluator
-from megatron.training.hooks import Hook, Run, Step
+from megatron.training.hooks import Hook, Run, Skip, Step
 from megatron.training.loop import Actions, fit
 from megatron.training.options import FitOptions
 from megatron.training.reporting import Reporting
@@ -77,6 +78,7 @@ class Recorder(Hook):
 
     def __init__(self) -> None:
         self.steps: list[Step] = []
+        self.skips: list[Skip] = []
         self.heard: list[str] = []
 
     def on_start(self, run: Run) -> None:
@@ -85,6 +87,13 @@ class Recorder(Hook):
     def on_step(self, run: Run, step: Step) -> None:
         self.steps.append(step)
         self.heard.append(f"step {step.iteration}")
+
+    def on_skip(self, run: Run, skip: Skip) -> None:
+        self.skips.append(skip)
+        self.heard.append(f"skip {skip.iteration}")
+
+    def on_rewind(self, run: Run, iteration: int) -> None:
+        self.heard.append(f"rewind {iteration}")
 
     def on_save(self, run: Run, path: Path, seconds: float) -> None:
         self.heard.append(f"save {path.name}")
@@ -130,6 +139,8 @@ def train(
     metrics: Path | None = None,
     log_interval: int = 1,
     keep_last: int | None = None,
+    control: Control | None = None,
+    data: Callable[[Mesh, int], Iterator[Micro]] = micros,
 ) -> tuple[Run, Recorder]:
     """Run `fit` as `assemble.py` does: resume, data at the cursor, saving, validation, reporting on rank 0."""
     state = TrainState()
@@ -146,8 +157,14 @@ def train(
         assert folder is not None
         return save_checkpoint(folder, engine, now.to_dict(), model_config=MODEL.to_dict(), keep_last=keep_last)
 
-    validate = Evaluator(engine, lambda: micros(engine.mesh, 10_000), 2)
-    actions = Actions(save if folder else None, validate)
-    batches = micros(engine.mesh, state.consumed_samples)
-    run = fit(engine, batches, lambda n: learning_rate(n, CURVE), state, fit_options, actions, own)
+    def rewind() -> Mapping[str, Any]:
+        newest = find_checkpoint(folder, None, folder) if folder else None
+        assert newest is not None
+        return load_checkpoint(newest, engine, model_config=MODEL.to_dict())
+
+    asked = None if control is None else control.stop_asked
+    validate = Evaluator(engine, lambda: data(engine.mesh, 10_000), 2, stop_asked=asked)
+    actions = Actions(save if folder else None, validate, rewind=rewind if folder else None)
+    batches = data(engine.mesh, state.consumed_samples)
+    run = fit(engine, batches, lambda n: learning_rate(n, CURVE), state, fit_options, actions, own, control)
     return run, recorder

@@ -146,9 +146,7 @@ def _failing(engine: Any, at: int, result: StepResult) -> Any:
         (StepResult(2.0, float("inf")), "step 4: the gradient norm is inf"),
     ],
 )
-def test_bad_numbers_in_the_weights_stop_the_run(
-    tmp_path: Path, result: StepResult, says: str
-) -> None:
+def test_bad_numbers_in_the_weights_stop_the_run(tmp_path: Path, result: StepResult, says: str) -> None:
     engine = _failing(make_engine(), 4, result)
     rule = SaveRule(factor=2, train_iters=20)
     with pytest.raises(TrainingError) as caught:
