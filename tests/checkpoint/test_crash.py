@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from megatron.checkpoint.background import Saver
 from megatron.checkpoint.find import find_checkpoint
 from megatron.checkpoint.load import load_checkpoint, verify_checkpoint
 from megatron.checkpoint.save import save_checkpoint
@@ -94,7 +95,18 @@ def save(folder: Path, step: int, seed: int, **options: Any) -> Path:
     return save_checkpoint(folder, FakeEngine(seed=seed), {"iteration": step}, model_config=MODEL, **options)
 
 
-def killed_save(folder: Path, at: int, after: bool, step: int, keep_last: int | None) -> bool:
+def save_behind(folder: Path, step: int, seed: int, **options: Any) -> Path:
+    """The same checkpoint, written by a background thread; the engine's numbers are overwritten meanwhile."""
+    saver, engine = Saver(), FakeEngine(seed=seed)
+    saver.save(folder, engine, {"iteration": step}, model_config=MODEL, **options)
+    for part in engine.slices.values():
+        part.master.zero_()
+    path = saver.wait()
+    assert path is not None
+    return path
+
+
+def killed_save(folder: Path, at: int, after: bool, step: int, keep_last: int | None, how: Callable[..., Path]) -> bool:
     """In a forked process: save, and die at the given primitive. Whether it got to the end before that."""
     child = os.fork()
     if child == 0:
@@ -102,7 +114,7 @@ def killed_save(folder: Path, at: int, after: bool, step: int, keep_last: int | 
         install(pytest.MonkeyPatch(), counter)
         code = 1
         try:
-            save(folder, step, 2, keep_last=keep_last)
+            how(folder, step, 2, keep_last=keep_last)
             code = 0
         finally:
             os._exit(code)
@@ -131,8 +143,18 @@ def whole(folder: Path, *, done: bool, step: int) -> None:
 
 
 @pytest.mark.parametrize("after", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["before", "after"])
-@pytest.mark.parametrize(("step", "keep_last"), [(9, None), (7, None), (9, 2)], ids=["new", "overwrite", "delete"])
-def test_killed_at_every_boundary(quick: Path, step: int, keep_last: int | None, after: bool) -> None:
+@pytest.mark.parametrize(
+    ("step", "keep_last", "how"),
+    [
+        (9, None, save),
+        (7, None, save),
+        pytest.param(9, 2, save, marks=pytest.mark.slow),
+        (9, 2, save_behind),
+        pytest.param(7, None, save_behind, marks=pytest.mark.slow),
+    ],
+    ids=["new", "overwrite", "delete", "behind-delete", "behind-overwrite"],
+)
+def test_killed_at_every_boundary(quick: Path, step: int, keep_last: int | None, how: Callable[..., Path], after: bool) -> None:
     base = quick / "base"
     if keep_last:
         save(base, 5, 3)
@@ -142,7 +164,7 @@ def test_killed_at_every_boundary(quick: Path, step: int, keep_last: int | None,
         at += 1
         folder = quick / f"at{at}"
         shutil.copytree(base, folder)
-        done = killed_save(folder, at, after, step, keep_last)
+        done = killed_save(folder, at, after, step, keep_last, how)
         whole(folder, done=done, step=step)
         shutil.rmtree(folder)
     assert at > 30, "the primitives were not counted"

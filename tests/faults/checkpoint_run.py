@@ -33,7 +33,7 @@ def model_of(layers: int = 4, mixer: str = "metala", dropout: float = 0.1) -> Mo
     return ModelConfig(VOCAB, 32, layers, 4, 48, (mixer,) * layers, norm="rmsnorm", hidden_dropout=dropout)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Micro:
     """A micro batch that knows its samples."""
 

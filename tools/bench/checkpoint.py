@@ -27,8 +27,10 @@ from unittest.mock import patch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from megatron.checkpoint import save as saving
 from megatron.checkpoint.background import Saver
@@ -140,7 +142,7 @@ class Methods:
 
     def _dcp(self, count: int) -> None:
         shutil.rmtree(self.tree, ignore_errors=True)
-        dcp.save(self.full.state_dict(), storage_writer=dcp.FileSystemWriter(self.tree, thread_count=count), no_dist=True)
+        dcp_save(self.full.state_dict(), storage_writer=FileSystemWriter(self.tree, thread_count=count), no_dist=True)
 
     def _torch(self, durable: bool) -> None:
         self.file.unlink(missing_ok=True)
@@ -168,7 +170,7 @@ class Methods:
             self.empty.load_state_dict(_torch_load(self.file))
 
         def distributed() -> None:
-            dcp.load(self.empty.state_dict(), checkpoint_id=self.tree, no_dist=True)
+            dcp_load(self.empty.state_dict(), checkpoint_id=self.tree, no_dist=True)
 
         def own(verify: bool) -> None:
             load_checkpoint(step, self.empty, model_config=self.config.to_dict(), verify=verify, load_rng=False)
