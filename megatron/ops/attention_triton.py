@@ -13,6 +13,7 @@ lengths that are no multiple of 128 (pytorch#153799): rows are filled up to one.
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 from collections.abc import Callable
 from typing import Any
@@ -91,11 +92,11 @@ def by_varlen(q: Tensor, k: Tensor, v: Tensor, rule: Rule, places: Places | None
 
 def by_flash_attn(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
     """The flash-attn package: slopes are positive, fp32 and relative to scaled scores."""
-    from flash_attn import flash_attn_func
-
     slopes = None if rule.slopes is None else rule.slopes.float().contiguous()
     window = (-1 if rule.window is None else rule.window, 0 if rule.window is not None else -1)
-    y: Tensor = flash_attn_func(q, k, v, softmax_scale=rule.scale, causal=True, window_size=window, alibi_slopes=slopes)
+    y: Tensor = importlib.import_module("flash_attn").flash_attn_func(
+        q, k, v, softmax_scale=rule.scale, causal=True, window_size=window, alibi_slopes=slopes
+    )
     return y
 
 
