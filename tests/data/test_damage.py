@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from damages import Bench
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -22,6 +21,7 @@ from megatron.data.order import build_sample_index
 from megatron.data.order_cache import cached_sample_index
 from megatron.data.token_format import sums_file
 from megatron.errors import DataError
+from tests.data.damages import Bench
 
 
 def _run(folder: Path, seeds: range) -> Counter[str]:
