@@ -19,8 +19,11 @@ from megatron.checkpoint.load import load_checkpoint, read_full_weights, verify_
 from megatron.checkpoint.manifest import read_manifest
 from megatron.checkpoint.retention import superfluous
 from megatron.checkpoint.save import save_checkpoint, save_weights
+from megatron.checkpoint.shards import local_slice
+from megatron.checkpoint.source import Source
 from megatron.errors import CheckpointError
-from tests.checkpoint.fakes import MODEL, SPECS, FakeEngine, full
+from megatron.parallel.mesh import Mesh
+from tests.checkpoint.fakes import MODEL, SPECS, FakeEngine, full, part
 
 STATE = {"iteration": 7, "consumed_samples": 56}
 
@@ -142,6 +145,21 @@ def test_full_weights(tmp_path: Path) -> None:
     assert list(read_full_weights(tmp_path / "global_step7", ["model.scale"])) == ["model.scale"]
     with pytest.raises(CheckpointError, match="no weight 'nonsense'"):
         read_full_weights(tmp_path / "global_step7", ["nonsense"])
+
+
+def test_a_rank_reads_its_share_of_the_bytes(tmp_path: Path) -> None:
+    path = save(tmp_path)
+    mesh = Mesh(1, 1, 4, 2)
+    wanted = {
+        "model.embed_tokens.weight": 64,
+        "model.layers.0.token_mixer.q_proj.weight": 32,
+        "model.layers.0.token_norm.weight": 16,
+    }
+    for name, size in wanted.items():
+        with Source(path, read_manifest(path), verify=False) as source:
+            found = list(source.tensors([source.wanted_weight(name, local_slice(SPECS[name], mesh))]))
+            assert source.bytes_read == size  # bf16: a quarter of 128 and of 64 elements, all of 8
+        assert torch.equal(found[0], part(name, full(name, 1), mesh).bfloat16())
 
 
 def test_weights_alone_make_a_checkpoint(tmp_path: Path) -> None:
