@@ -99,7 +99,8 @@ class Control:
             if failed:
                 return self._fetcher.result()  # raises
             if fails:
-                raise LostRank(f"rank {fails - 1} could not read its data", hint="see its own message")
+                text = f"rank {fails - 1} could not read its data"
+                raise self.explain(RuntimeError(text)) or LostRank(text, hint="see its own message")
             if self.leaving is not None:
                 return None
             if not waiting:

@@ -14,6 +14,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 START_FACTOR = 10.0
+# Codes of those that leave because of another rank: one that hangs, one that is lost.
+EXIT_HANG, EXIT_LOST = 21, 22
+_LONGEST_REPORT = 8000  # fits a datagram with the rest of a beat
 IN_COLLECTIVE = "in the collective"
 
 
@@ -21,7 +24,8 @@ IN_COLLECTIVE = "in the collective"
 class Beat:
     """One message of a rank. moves: how often its training thread has said where it is; still_s: since the last time.
 
-    stack: its innermost Python frames, the last one first. ended: how it left, empty while it runs; code: its exit code then.
+    stack: its innermost Python frames, the last one first. ended: how it left, empty while it runs; code: its exit code then;
+    report: the alarm that made it leave, so that all ranks say the same.
     """
 
     rank: int
@@ -35,6 +39,7 @@ class Beat:
     pid: int = 0
     ended: str = ""
     code: int = 0
+    report: str = ""
 
     def encode(self, key: str) -> bytes:
         """As a datagram of the job `key`."""
@@ -88,18 +93,21 @@ class Roll:
         return 0.0 if known.beat.ended else now - known.heard
 
     def missing(self, now: float, patience: float) -> list[int]:
-        """Ranks that ended badly or were not heard of for `patience` seconds, the longest silent first."""
+        """Ranks that ended badly by themselves or were not heard of for `patience` seconds, the longest silent first."""
         found = []
         for rank, known in self._known.items():
             silent = self._silent_s(known, now)
-            if silent > patience or (known.beat.ended and known.beat.code):
+            if silent > patience or _failed(known.beat):
                 found.append((known.heard, rank))
         return [rank for _, rank in sorted(found)]
 
     def alarm(self, now: float) -> Alarm | None:
-        """The verdict at `now`; None while all is well."""
+        """The verdict at `now`; None while all is well. A verdict that another rank has told is taken over."""
+        for known in self._known.values():
+            if known.beat.report:
+                return Alarm(known.beat.code == EXIT_LOST, (), known.beat.report)
         stuck = [k.beat for k in self._known.values() if self._still_s(k, now) > self._patience(k.beat) and not k.beat.ended]
-        left = [k for k in self._known.values() if k.beat.ended and k.beat.code]
+        left = [k for k in self._known.values() if _failed(k.beat)]
         if not stuck and not left:
             return None
         silent = self.missing(now, self.timeout_s / 2)  # half: the others wait for it since it fell silent, or earlier
@@ -122,7 +130,7 @@ class Roll:
         absent = [str(r) for r in range(self.world) if r not in self._known]
         if absent:
             lines.append("never heard of: rank " + ", ".join(absent))
-        return "\n".join(lines)
+        return "\n".join(lines)[:_LONGEST_REPORT]
 
     def line(self, rank: int, now: float) -> str:
         """One rank in one line."""
@@ -138,3 +146,8 @@ class Roll:
     def facts(self) -> Mapping[int, Any]:
         """Rank -> its last beat, for tests and for those who want to print more."""
         return {rank: known.beat for rank, known in self._known.items()}
+
+
+def _failed(beat: Beat) -> bool:
+    """Whether a rank ended by a fault of its own, not because of another one."""
+    return bool(beat.ended) and beat.code not in (0, EXIT_HANG, EXIT_LOST)

@@ -20,9 +20,8 @@ from typing import Any
 
 from megatron.errors import TrainingError
 from megatron.parallel.ballot import Ballot
-from megatron.training.heartbeat import IN_COLLECTIVE, Alarm, Beat, Roll
+from megatron.training.heartbeat import EXIT_HANG, EXIT_LOST, IN_COLLECTIVE, Alarm, Beat, Roll
 
-EXIT_HANG, EXIT_LOST = 21, 22
 _BEATS_PER_TIMEOUT = 8
 _FRAMES = 12
 
@@ -68,7 +67,7 @@ class Watchdog:
         self._leave, self._roll = leave, Roll(timeout_s, len(peers) + 1)
         self._thread_id = self._training_thread = threading.get_ident()
         self._phase, self._moves, self._moved_at = "start", 0, time.monotonic()
-        self._step, self._settled, self._ended, self._code = 0, False, "", 0
+        self._step, self._settled, self._ended, self._code, self._report = 0, False, "", 0, ""
         self._closing = threading.Event()
         self._link.settimeout(timeout_s / _BEATS_PER_TIMEOUT)
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
@@ -95,7 +94,8 @@ class Watchdog:
 
     def settle(self) -> None:
         """The first step is done: from here on the time-out holds as it is."""
-        self._settled = True
+        if not self._settled:
+            self._settled, self._moved_at, self._moves = True, time.monotonic(), self._moves + 1
 
     def _beat(self) -> Beat:
         stack = describe_stack(self._thread_id)
@@ -114,6 +114,7 @@ class Watchdog:
             os.getpid(),
             self._ended,
             self._code,
+            self._report,
         )
 
     def _send(self) -> Beat:
@@ -155,11 +156,10 @@ class Watchdog:
 
     def _end(self, alarm: Alarm) -> None:
         code = EXIT_LOST if alarm.lost else EXIT_HANG
-        self._ended, self._code = ("another rank is lost" if alarm.lost else "a rank hangs"), 0
+        self._ended, self._code, self._report = "another rank is lost or hangs", code, alarm.text
         text = f"watchdog of rank {self.rank}, hang_timeout {self.timeout_s:g} s: {alarm.text}\nleaving with code {code}\n"
         os.write(sys.__stderr__.fileno() if sys.__stderr__ is not None else 2, text.encode())
-        self._send()
-        time.sleep(self.timeout_s / _BEATS_PER_TIMEOUT)  # the others come to the same verdict from the same facts
+        self._send()  # the others leave with the same words
         self._leave(code)
 
     def explain(self, error: Exception) -> LostRank | None:
