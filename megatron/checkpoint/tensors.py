@@ -121,10 +121,14 @@ class _Writer:
         self.open: dict[str, tuple[int, list[Future[Blocks]]]] = {}
         self.syncs: dict[int, list[Future[None]]] = {}
         self.entries: dict[str, FileEntry] = {}
+        self.failed: BaseException | None = None
 
     def _task(self, fd: int, offset: int, group: list[memoryview]) -> Blocks:
         try:
             return _put(fd, offset, group, self.hashing)
+        except BaseException as error:
+            self.failed = error
+            raise
         finally:
             self.room.release()
 
@@ -138,6 +142,8 @@ class _Writer:
         started = 0
         for offset, group in _groups(_blocks(tensors, self.metadata)):
             self.room.acquire()
+            if self.failed is not None:  # a full disk: do not hash the rest for nothing
+                raise self.failed
             futures.append(self.work.submit(self._task, fd, offset, group))
             if offset - started >= _SYNC_EVERY:
                 started = offset
