@@ -18,15 +18,12 @@ from megatron.checkpoint.background import Saver
 from megatron.checkpoint.resume import resume
 from megatron.config.explain import print_config
 from megatron.config.schema import RunConfig
-from megatron.data.batches import Batch, Batches
-from megatron.data.datasets import Dataset
-from megatron.data.masking import masked_batches
-from megatron.data.order import sample_counts
-from megatron.data.sources import dataset_from_list, datasets_from_split
+from megatron.data.batches import Batch
 from megatron.data.tokenizers import Tokenizer
 from megatron.engine.base import Engine
 from megatron.engine.build import build_engine
-from megatron.errors import DataError, UserError
+from megatron.errors import UserError
+from megatron.feeding import Feeding
 from megatron.launch.environment import RankEnvironment, close_process_group, init_process_group
 from megatron.launch.preflight import report
 from megatron.model.config import ModelConfig
@@ -42,7 +39,6 @@ from megatron.settings import (
     checkpoint_facts,
     engine_settings,
     fit_options,
-    masking,
     model_config,
     run_shape,
     schedule_of,
@@ -70,51 +66,11 @@ def dry_run(run: RunConfig) -> str:
     return report(run_shape(run, origin), model_config(run, rows))
 
 
-def datasets(run: RunConfig, rows: int) -> dict[str, Dataset | None]:
-    """train, valid and test of the run; a token id beyond `rows` is an error when it is met."""
-    data, length, seed = run.data, run.model.seq_length, run.training.seed
-    t = run.training
-    counts = sample_counts(t.train_iters, t.eval_interval, t.eval_iters, run.batch.train_batch_size)
-    if data.data_path is not None:
-        return datasets_from_split(data.data_path, data.split, length, counts, seed, data.pack_impl, rows)
-    if data.train_data_paths is None:
-        raise DataError(
-            "no training data is named",
-            hint="set data_path, or make some: python prepare_data.py pystdlib prints the lines to use",
-        )
-    built: dict[str, Dataset | None] = {}
-    for name in ("train", "valid", "test"):
-        paths, weights = getattr(data, f"{name}_data_paths"), getattr(data, f"{name}_data_weights")
-        have = bool(paths) and counts[name] > 0
-        built[name] = (
-            dataset_from_list(paths, weights, name, length, counts[name], seed, data.pack_impl, rows) if have else None
-        )
-    return built
-
-
-def open_batches(run: RunConfig, dataset: Dataset, mesh: Mesh, tokenizer: Tokenizer, start: int, rows: int) -> Iterator[Batch]:
-    """This rank's micro batches from global sample `start` on; rows: of the embedding."""
-    t = run.training
-    batches = Batches(
-        dataset,
-        run.batch.train_micro_batch_size_per_gpu,
-        mesh.dp_rank,
-        mesh.dp,
-        run.batch.gradient_accumulation_steps,
-        start_sample=start,
-        eod_token=tokenizer.eod if t.eod_mask_loss or t.reset_state_at_eod else None,
-        eod_mask_loss=t.eod_mask_loss,
-        reset_state_at_eod=t.reset_state_at_eod,
-        num_workers=run.data.num_workers,
-    )
-    return masked_batches(batches, masking(run, rows))
-
-
-def restore(run: RunConfig, engine: Engine, config: ModelConfig) -> TrainState:
-    """The state to start from: of the checkpoint that `load` names, or zero."""
+def restore(run: RunConfig, engine: Engine, config: ModelConfig) -> dict[str, Any]:
+    """The saved state to start from: of the checkpoint that `load` names, or empty."""
     c = run.checkpoint
     if c.load is None:
-        return TrainState()
+        return {}
     found = resume(
         c.load,
         engine,
@@ -126,7 +82,7 @@ def restore(run: RunConfig, engine: Engine, config: ModelConfig) -> TrainState:
         finetune=c.finetune,
         verify=c.verify_checkpoint,
     )
-    return TrainState.from_dict(found.state)
+    return dict(found.state)
 
 
 class _Plot(Hook):
@@ -169,7 +125,7 @@ class _Parts:
 
     tokenizer: Tokenizer
     config: ModelConfig
-    sets: dict[str, Dataset | None]
+    feeding: Feeding
     mesh: Mesh
     engine: Engine
 
@@ -178,11 +134,12 @@ def _build(run: RunConfig, env: RankEnvironment) -> _Parts:
     tokenizer = tokenizer_of(run)
     rows = vocabulary_rows(run, tokenizer)
     config = model_config(run, rows)
-    sets = datasets(run, rows)
+    feeding = Feeding(run, tokenizer, rows)
+    feeding.check()
     settings = engine_settings(run)
     init_process_group(env, run.parallel.distributed_backend, settings.timeout_s)
     mesh = Mesh.create(run.parallel.pipe_stages, run.parallel.tensor_ranks, env.world_size, env.rank)
-    return _Parts(tokenizer, config, sets, mesh, build_engine(run.parallel.engine, config, mesh, settings, env.local_rank))
+    return _Parts(tokenizer, config, feeding, mesh, build_engine(run.parallel.engine, config, mesh, settings, env.local_rank))
 
 
 def _control(run: RunConfig, rank: int, signals: StopSignals, limit: TimeLimit) -> Control:
@@ -200,7 +157,7 @@ def _actions(run: RunConfig, parts: _Parts, saver: Saver, control: Control) -> A
         return saver.save(
             c.save,
             engine,
-            state.to_dict(),
+            {**state.to_dict(), "data": parts.feeding.state()},
             model_config=parts.config.to_dict(),
             config_texts=run.config_texts,
             tokenizer={path.name: path for path in tokenizer.files()},
@@ -212,12 +169,11 @@ def _actions(run: RunConfig, parts: _Parts, saver: Saver, control: Control) -> A
         )
 
     def evaluator(name: str, split: str) -> Evaluator | None:
-        dataset = parts.sets.get(name)
-        if dataset is None or not run.training.eval_iters:
+        if parts.feeding.sets.get(name) is None or not run.training.eval_iters:
             return None
 
         def first() -> Iterator[Batch]:
-            return open_batches(run, dataset, parts.mesh, tokenizer, 0, parts.config.vocab_size)
+            return parts.feeding.evaluation(name, parts.mesh)
 
         return Evaluator(engine, first, run.training.eval_iters, split, stop_asked=control.stop_asked)
 
@@ -251,17 +207,15 @@ def train(run: RunConfig, env: RankEnvironment, command: Sequence[str]) -> Run:
         parts = _build(run, env)
         stack.callback(close_process_group)
         stack.callback(parts.engine.close)
-        state = restore(run, parts.engine, parts.config)
+        saved = restore(run, parts.engine, parts.config)
+        state, run = TrainState.from_dict(saved), parts.feeding.build(saved.get("data", {}))
         console.say(_opening(run, parts.config, parts.mesh, folder, parts.engine, state.iteration))
         saver = Saver(background=run.checkpoint.async_save)
         stack.callback(saver.close)
         hooks: list[Hook] = []
         if env.is_main:
             hooks = reporting_hooks(run, folder, parts.config, parts.mesh, state.iteration, console)
-        dataset = parts.sets["train"]
-        assert dataset is not None  # an empty train split is refused where it is cut
-        rows = parts.config.vocab_size
-        batches = open_batches(run, dataset, parts.mesh, parts.tokenizer, state.consumed_samples, rows)
+        batches = parts.feeding.training(parts.mesh, state.consumed_samples, state.consumed_tokens)
         control = _control(run, env.rank, signals, limit)
         stack.callback(control.close)
         actions, options = _actions(run, parts, saver, control), fit_options(run)

@@ -93,7 +93,15 @@ def test_stop_and_resume_is_bit_equal_and_the_run_folder_is_whole(config: Path, 
     assert "resumed from iteration 7" in second
     assert losses(tmp_path / "run") == expected
     root = tmp_path / "run"
-    for name in ("config.yml", "command.txt", "metrics.jsonl", "loss.png", "logs", "checkpoints/latest", "checkpoints/global_step20"):
+    for name in (
+        "config.yml",
+        "command.txt",
+        "metrics.jsonl",
+        "loss.png",
+        "logs",
+        "checkpoints/latest",
+        "checkpoints/global_step20",
+    ):
         assert (root / name).exists(), name
     assert (root / "checkpoints" / "latest").read_text().strip() == "global_step20"
     assert len((root / "command.txt").read_text().splitlines()) == 2
@@ -222,3 +230,51 @@ def test_fused_kernels_train_as_the_plain_path_does(config: Path, tmp_path: Path
         assert f"operator metala: {backend} path" in text
         found[backend] = losses(folder)
     assert all(abs(a - b) <= 1e-5 * a for a, b in zip(found["torch"], found["triton"], strict=True)), found
+
+
+def _stopped_and_resumed(config: Path, tmp_path: Path, *overrides: str) -> None:
+    """Six steps at once, and stopped after the third: the same losses to the bit."""
+    import train
+
+    def go(name: str, *more: str) -> list[float]:
+        folder = tmp_path / name
+        place = [f"run_dir={folder}", f"save={folder}/checkpoints", f"load={folder}/checkpoints", "checkpoint_factor=3"]
+        train.main([str(config), *[word for item in (*place, *overrides, *more) for word in ("--set", item)]])
+        return losses(folder)
+
+    whole = go("whole")
+    go("parts", "exit_interval=3")
+    assert go("parts") == whole and len(whole) == 6
+
+
+def test_whole_documents_and_document_borders(config: Path, tmp_path: Path) -> None:
+    _stopped_and_resumed(config, tmp_path, "pack_impl=pack_until_overflow", "reset_state_at_eod=true", "train_iters=6")
+
+
+def test_epochs_instead_of_steps(config: Path, tmp_path: Path) -> None:
+    """The number of steps follows from the data: one pass over forty documents of some 150 bytes at 32 tokens a sample."""
+    import train
+
+    folder = tmp_path / "epoch"
+    place = [f"run_dir={folder}", "save=null", "load=null", "checkpoint_factor=null", "train_iters=null", "train_epochs=1"]
+    train.main([str(config), *[word for item in (*place, "eval_iters=0", "gradient_accumulation_steps=8") for word in ("--set", item)]])
+    assert 8 <= len(losses(folder)) <= 13
+
+
+def test_text_streamed_while_training(config: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"body": f"{i} {TEXT}"}) + "\n" for i in range(60)), encoding="utf-8")
+    stream = ("data_path=null", f"train_stream=[{text}]", "stream_key=body", "eval_iters=0", "train_iters=6")
+    _stopped_and_resumed(config, tmp_path, *stream)
+
+
+def test_resume_on_other_data_is_refused(config: Path, corpus: Path, tmp_path: Path) -> None:
+    import train
+    from megatron.data.indexed import IndexedWriter, dtype_for_vocab
+
+    with IndexedWriter(str(tmp_path / "other"), dtype_for_vocab(512)) as writer:
+        for _ in range(50):
+            writer.add_document([*b"another text altogether, much the same length. " * 3, 0])
+    train.main([str(config), "--set", "train_iters=2", "--set", "checkpoint_factor=2", "--set", "eval_iters=0"])
+    message = mistaken(config, f"data_path={tmp_path}/other")
+    assert "not the one of the checkpoint" in message, message

@@ -35,9 +35,7 @@ def solve_batch(data_parallel: int, train: int = 0, micro: int = 0, accumulation
     if not train and not micro:
         raise BatchError("either train_batch_size or train_micro_batch_size_per_gpu is needed")
     if train and micro and not accumulation:
-        accumulation = _divide(
-            train, micro * data_parallel, f"{micro} per device x {data_parallel} data-parallel ranks"
-        )
+        accumulation = _divide(train, micro * data_parallel, f"{micro} per device x {data_parallel} data-parallel ranks")
     elif train and not micro:
         accumulation = accumulation or 1
         micro = _divide(

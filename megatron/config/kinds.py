@@ -53,7 +53,7 @@ def _subscript(head: str, inner: list[ast.expr]) -> Any:
         return Literal[tuple(ast.literal_eval(item) for item in inner)]
     parts = [_from_node(item) for item in inner]
     if head == "Optional":
-        return Optional[parts[0]]  # noqa: UP007, UP045 - built at run time
+        return Optional[parts[0]]  # noqa: UP045 - built at run time
     if head == "Union":
         return Union[tuple(parts)]  # noqa: UP007 - built at run time
     if head.lower() == "list":

@@ -90,9 +90,7 @@ def _provenance(source: Source, values: dict[str, Any]) -> dict[str, str]:
     return {key: place for key, place in source.places.items() if key.split(".")[0] in values}
 
 
-def _build(
-    draft: Draft, parts: tuple[dict[str, Any], dict[str, dict[str, Any]], dict[str, Any]], source: Source
-) -> RunConfig:
+def _build(draft: Draft, parts: tuple[dict[str, Any], dict[str, dict[str, Any]], dict[str, Any]], source: Source) -> RunConfig:
     """Sections from the derived values; everything was typed before, so pydantic has nothing left to refuse."""
     _, layers, unused = parts
     built: dict[str, Any] = {}

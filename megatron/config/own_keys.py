@@ -37,6 +37,13 @@ OWN_KEYS: dict[str, str] = {
         "after each end of document."
     ),
     "reset_attention_at_eod": "The same under the name a user of attention looks for: it sets reset_state_at_eod.",
+    "train_stream": (
+        "Files, folders or `hf:NAME?split=train`, read and tokenised while training instead of data_path; resumes in place."
+    ),
+    "valid_stream": "The same for validation.",
+    "test_stream": "The same for the final test.",
+    "stream_key": "Field of a record that holds the text of a stream.",
+    "stream_repeat": "Start a stream over when it ends before train_iters.",
     "kernel_backend": "Which implementation of the mixers' kernels runs; `auto` picks the fastest that works here.",
     "async_save": "Copy the state to host memory and write it in the background; the next save and the end of the run wait.",
     "verify_checkpoint": (
@@ -92,13 +99,7 @@ REFUSED_VALUES: dict[str, dict[str | bool, str]] = {
         "te_rmsnorm": "Transformer Engine is not supported; use rmsnorm",
         "te_layernorm": "Transformer Engine is not supported; use layernorm",
     },
-    "tokenizer_type": {"TiktokenTokenizer": "not built; write the same vocabulary as a JSON for HFTokenizer"},
     "launcher": {"mvapich": "MVAPICH is not supported; use pdsh, openmpi or slurm"},
-    "data_impl": {"cached": "the old TNTIDX format is not built yet; make .bin/.idx files (data_impl: mmap)"},
-    "pack_impl": {
-        "pack_until_overflow": "not built yet; use packed",
-        "unpacked": "not built yet; use packed",
-    },
     "dataset_impl": {
         "pairwise": "preference and reward training is not built",
         "online": "online training is not built",

@@ -42,9 +42,7 @@ def _expand_groups(groups: Sequence[Any], num_layers: int) -> tuple[str, ...]:
             if len(groups) > 1:
                 raise PatternError('"all" fills the whole model and cannot stand beside other groups; write counts')
             if num_layers % len(pattern):
-                raise PatternError(
-                    f"num_layers {num_layers} is not a multiple of the length of the pattern {list(pattern)}"
-                )
+                raise PatternError(f"num_layers {num_layers} is not a multiple of the length of the pattern {list(pattern)}")
             count = num_layers // len(pattern)
         names += pattern * max(0, count)
     return tuple(names)

@@ -178,6 +178,11 @@ class DataSection(Section):
     pack_impl: Literal["packed", "pack_until_overflow", "unpacked"] = "packed"
     dataset_impl: Literal["gpt2", "pairwise", "online"] = "gpt2"
     allow_chopped: bool = True
+    train_stream: Names | None = None
+    valid_stream: Names | None = None
+    test_stream: Names | None = None
+    stream_key: str = "text"
+    stream_repeat: bool = True
     mmap_warmup: bool = False
     num_workers: int = Field(default=2, ge=0)
     use_shared_fs: bool = True

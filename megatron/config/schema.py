@@ -53,9 +53,7 @@ class RunConfig(Section):
     evaluation: EvaluationSection = EvaluationSection()
     reliability: ReliabilitySection = ReliabilitySection()
     layers: LayerOptions = Field(default={}, description="mixer name -> its options that were set")
-    unused: Options = Field(
-        default={}, description="NeoX keys that were given and have no section (ignored or refused)"
-    )
+    unused: Options = Field(default={}, description="NeoX keys that were given and have no section (ignored or refused)")
     provenance: Options = Field(default={}, description='key -> "file:line", "--set", "default" or "derived: why"')
     config_texts: Options = Field(default={}, description="base name of each config file -> its text")
     warnings: tuple[str, ...] = ()

@@ -33,9 +33,7 @@ def resolve_aliases(source: Source, problems: Problems) -> None:
             _assign(source, target, value, place)
 
 
-def apply_overrides(
-    source: Source, overrides: Mapping[str, Any], labels: Mapping[str, str], problems: Problems
-) -> None:
+def apply_overrides(source: Source, overrides: Mapping[str, Any], labels: Mapping[str, str], problems: Problems) -> None:
     """Put command-line values over the files. Dotted keys reach into dictionaries, text is read as YAML."""
     for raw_key, raw_value in overrides.items():
         head, _, rest = str(raw_key).partition(".")

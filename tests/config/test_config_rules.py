@@ -57,7 +57,7 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ({"min_lr": 0.1}, "min_lr 0.1 is above the learning rate 0.001"),
     ({"warmup": 1.0}, "warmup 1.0 leaves no steps"),
     ({"override_lr_scheduler": True, "use_checkpoint_lr_scheduler": True}, "contradict each other"),
-    ({"train_epochs": 1}, "train_epochs: 1 is not supported"),
+    ({"train_epochs": 1}, "train_iters and train_epochs are both given"),
     ({"lr_decay_iters": 0}, "lr_decay_iters is 0"),
     ({"save": "x"}, "neither checkpoint_factor nor extra_save_iters"),
     ({"save": "x", "checkpoint_scale": "log", "checkpoint_factor": 1}, "log needs checkpoint_factor above 1"),
