@@ -105,6 +105,7 @@ def engine_settings(run: RunConfig) -> EngineSettings:
         activation_checkpoint_interval=training.checkpoint_num_layers if training.checkpoint_activations else 0,
         fp32_grad_accum=run.precision.grad_accum_dtype == "fp32",
         fp32_allreduce=optimizer.fp32_allreduce,
+        sequence_parallel=run.parallel.sequence_parallel,
         fp16=dict(run.precision.fp16 or {}),
         kernel_backend=training.kernel_backend,
         partition_method=run.parallel.pipe_partition_method,

@@ -1275,9 +1275,8 @@ _ROWS: tuple[NeoxKey, ...] = (
         "sequence_parallel",
         "bool",
         False,
-        "refused",
+        "implemented",
         "Cut activations of norms along the sequence over tensor-parallel ranks.",
-        "not built yet",
     ),
     # logging
     NeoxKey("use_wandb", "bool", None, "implemented", "Log to Weights & Biases."),

@@ -44,6 +44,7 @@ class EngineSettings:
     activation_checkpoint_interval: blocks per recomputed piece, 0 stores all activations.
     fp16: `loss_scale` (0 = dynamic), `initial_scale_power`, `loss_scale_window`, `hysteresis`, `min_loss_scale`.
     fp32_allreduce: tensor-parallel sums are formed in fp32 when the activations are narrower.
+    sequence_parallel: between tensor-parallel regions each rank holds a piece of the sequence, see `parallel/sequence.py`.
     partition_method: how blocks go to pipeline stages, see `engine/stages.py`. timeout_s: of every collective.
     weight_decay_rule: which parameters decay, see `engine/optim.py`. objective: what the loss is.
     """
@@ -63,6 +64,7 @@ class EngineSettings:
     activation_checkpoint_interval: int = 0
     fp32_grad_accum: bool = True
     fp32_allreduce: bool = False
+    sequence_parallel: bool = False
     fp16: Mapping[str, Any] = field(default_factory=dict)
     kernel_backend: str = "auto"
     timeout_s: float = 1800.0

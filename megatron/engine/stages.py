@@ -22,6 +22,7 @@ from megatron.model.init import materialise
 from megatron.model.stages import BlockStage, Flow, Stage, StageModule, stages_of
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.plan import ParamSpec
+from megatron.parallel.sequence import check_sequence_parallel, sum_replicated_gradients
 from megatron.parallel.tensor import local_slice, shard_model
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -173,7 +174,9 @@ def build_local(config: ModelConfig, mesh: Mesh, settings: EngineSettings, devic
     all_stages = stages_of(model, settings.kernel_backend)
     costs = stage_costs(settings.partition_method, all_stages, config)
     bounds = balanced_bounds(costs, mesh.pp)
-    shard_model(model, specs, mesh, settings.fp32_allreduce)
+    if settings.sequence_parallel:
+        check_sequence_parallel(model, specs, mesh.tp, settings.seq_length, config.hidden_dropout)
+    shard_model(model, specs, mesh, settings.fp32_allreduce, settings.sequence_parallel)
     start, stop = bounds[mesh.pp_rank], bounds[mesh.pp_rank + 1]
     local = nn.ModuleList(stage.module for stage in all_stages[start:stop])
     logical = _logical_names(local, specs)
@@ -188,6 +191,8 @@ def build_local(config: ModelConfig, mesh: Mesh, settings: EngineSettings, devic
         dtype=DTYPES[settings.dtype],
     )
     parameters = {logical[name]: p for name, p in local.named_parameters()}
+    if settings.sequence_parallel and mesh.tp_group is not None:
+        sum_replicated_gradients(parameters, specs, mesh.tp_group)
     tied_copy = EMBEDDING in parameters and start > 0
     return LocalModel(config, specs, all_stages, bounds, list(local), parameters, tied_copy)
 

@@ -28,7 +28,7 @@ def all_reduce(x: Tensor, group: ProcessGroup | None, op: Any = dist.ReduceOp.SU
     return out
 
 
-def _tp_sum(x: Tensor, group: ProcessGroup, wide: bool) -> Tensor:
+def tp_sum(x: Tensor, group: ProcessGroup, wide: bool) -> Tensor:
     """Sum over the group, formed in fp32 when `wide` and `x` is narrower; in x's dtype."""
     return all_reduce(x.float(), group).to(x.dtype) if wide and x.element_size() < 4 else all_reduce(x, group)
 
@@ -43,7 +43,7 @@ class _Copy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return _tp_sum(grads[0], ctx.group, ctx.wide), None, None
+        return tp_sum(grads[0], ctx.group, ctx.wide), None, None
 
 
 class _Reduce(torch.autograd.Function):
@@ -51,7 +51,7 @@ class _Reduce(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: ProcessGroup, wide: bool) -> Tensor:
-        return _tp_sum(x, group, wide)
+        return tp_sum(x, group, wide)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:

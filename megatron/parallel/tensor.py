@@ -15,6 +15,7 @@ from megatron.errors import ConfigError
 from megatron.parallel.collectives import CopyToTP, ReduceFromTP
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.plan import ParamSpec, Slice, slice_of
+from megatron.parallel.sequence import cut_sequence
 
 
 def local_slice(spec: ParamSpec, mesh: Mesh) -> Slice:
@@ -49,12 +50,15 @@ def replace_parameters(modules: Iterable[nn.Module], new: Mapping[int, nn.Parame
                     child._parameters[name] = new[id(param)]
 
 
-def shard_model(model: nn.Module, specs: Mapping[str, ParamSpec], mesh: Mesh, fp32_allreduce: bool = False) -> None:
+def shard_model(
+    model: nn.Module, specs: Mapping[str, ParamSpec], mesh: Mesh, fp32_allreduce: bool = False, sequence_parallel: bool = False
+) -> None:
     """Replace every parameter by this rank's part and put the collectives into `split` and `join`, in place.
 
     Args:
         model: its `named_parameters()` are named as in `specs`; on the meta device or with values.
         mesh: tensor size 1 leaves the model as it is. fp32_allreduce: form sums of narrower activations in fp32.
+        sequence_parallel: norm regions hold a piece of the sequence (`sequence.py`).
 
     Raises:
         ConfigError: a dimension does not divide.
@@ -68,6 +72,8 @@ def shard_model(model: nn.Module, specs: Mapping[str, ParamSpec], mesh: Mesh, fp
         new[id(param)] = nn.Parameter(part.clone(), requires_grad=param.requires_grad)
     replace_parameters([model], new)
     _set_collectives(model, specs, mesh, fp32_allreduce)
+    if sequence_parallel and mesh.tp_group is not None:
+        cut_sequence(model, specs, mesh.tp_group, fp32_allreduce)
 
 
 def _set_collectives(model: nn.Module, specs: Mapping[str, ParamSpec], mesh: Mesh, wide: bool) -> None:

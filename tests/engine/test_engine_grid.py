@@ -115,10 +115,40 @@ def test_dropout_under_tensor_parallelism_equals_one_process(recompute: bool) ->
     check([rank[0] for rank in run_ranks(cells, 2, "deepspeed", "metala", 1, 2, [form])], alone("metala", form))
 
 
+@pytest.mark.parametrize(
+    ("mixer", "mesh", "form"),
+    [
+        ("metala", (1, 2, 1), Form(sequence=True)),
+        ("metala", (2, 2, 1), Form(sequence=True, recompute=True, tied=False)),
+        ("base_conv", (1, 2, 2), Form(sequence=True)),
+    ],
+)
+def test_sequence_parallel_equals_one_process(mixer: str, mesh: tuple[int, int, int], form: Form) -> None:
+    assert run(mixer, mesh, [form]) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [m for m in MESHES if m[1] > 1], ids=lambda m: f"pp{m[0]}tp{m[1]}dp{m[2]}")
+@pytest.mark.parametrize("mixer", mixers())
+def test_sequence_parallel_on_every_mesh(mixer: str, mesh: tuple[int, int, int]) -> None:
+    count = run(mixer, mesh, [replace(form, sequence=True) for form in FORMS])
+    print(f"sequence parallel: {count} cells of {mixer} equal one process")
+
+
+def test_sequence_parallel_is_refused_where_it_cannot_be_exact() -> None:
+    for mixer, form, words in (
+        ("mamba", Form(sequence=True), "sums over the ranks 2 times"),
+        ("metala", Form(sequence=True, dropout=0.1), "hidden_dropout"),
+    ):
+        for rank in run_ranks(cells, 2, "deepspeed", mixer, 1, 2, [form]):
+            assert "sequence_parallel cannot be exact here" in rank[0]
+            assert words in rank[0]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", MESHES, ids=lambda m: f"pp{m[0]}tp{m[1]}dp{m[2]}")
 def test_bf16_with_fp32_sums_on_every_mesh(mesh: tuple[int, int, int]) -> None:
     pp, tp, dp = mesh
-    form, world = Form(dtype="bf16"), pp * tp * dp
-    got = run_ranks(cells, world, "deepspeed", "metala", pp, tp, [form], connect=world > 1)[0][0]
-    assert relative(got["losses"], alone("metala", form)["losses"]) <= LOSS_BF16
+    forms, world = [Form(dtype="bf16"), Form(dtype="bf16", sequence=True)], pp * tp * dp
+    for got in run_ranks(cells, world, "deepspeed", "metala", pp, tp, forms, connect=world > 1)[0]:
+        assert relative(got["losses"], alone("metala", forms[0])["losses"]) <= LOSS_BF16

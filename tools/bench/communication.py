@@ -2,8 +2,8 @@
 
     python tools/bench/communication.py [--tp 2 4] [--output benchmarks/results/communication.json]
 
-Real gloo ranks run one forward and backward pass of one block both ways on a small shape; the counts do not depend on the shape
-and the bytes grow with batch x sequence x width, so the table is also given for a 3B model. The original splits each of the four
+Real gloo ranks run one forward and backward pass of one block both ways on a small shape; counts do not depend on the shape
+and bytes grow with batch x sequence x width, so the table is also given for a 3B model. The original splits each of the four
 projections on its own and gathers every result (`gather_output=True`), runs all heads on every rank, and scatters the result
 into a row-parallel output (spec metala_alibi A14 M1; the pairs of forward and backward are those of NeoX's column- and
 row-parallel layers). The MLP is the same in both.
@@ -90,10 +90,10 @@ class GatherEverything(nn.Module):
         return self.join(F.linear(_Scatter.apply(mixed, self.group), self.row.weight))
 
 
-def _ours(mesh: Mesh) -> tuple[nn.Module, MLP]:
+def _ours(mesh: Mesh, sequence: bool) -> tuple[nn.Module, MLP]:
     config = ModelConfig(64, SHAPE["d"], 1, SHAPE["heads"], 2 * SHAPE["d"], ("metala",))
     model = build_model(config)
-    shard_model(model, param_specs(config), mesh)
+    shard_model(model, param_specs(config), mesh, sequence_parallel=sequence)
     for param in model.parameters():
         nn.init.normal_(param, std=0.02)
     block = model.model.blocks()[0]
@@ -101,8 +101,8 @@ def _ours(mesh: Mesh) -> tuple[nn.Module, MLP]:
     return block.token_mixer, block.channel_mixer
 
 
-def _count(forward: Any) -> list[Message]:
-    x = torch.randn(SHAPE["b"], SHAPE["s"], SHAPE["d"], requires_grad=True)
+def _count(forward: Any, pieces: int = 1) -> list[Message]:
+    x = torch.randn(SHAPE["b"], SHAPE["s"] // pieces, SHAPE["d"], requires_grad=True)
     with count_traffic() as messages:
         forward(x).square().mean().backward()
     return messages
@@ -112,10 +112,11 @@ def measure(tp: int, rank: int) -> dict[str, list[Message]]:
     """On one rank: the messages of each part."""
     mesh = Mesh.create(1, tp, tp, rank)
     assert mesh.tp_group is not None
-    mixer, mlp = _ours(mesh)
+    (mixer, mlp), (cut_mixer, cut_mlp) = _ours(mesh, False), _ours(mesh, True)
     original = GatherEverything(SHAPE["d"], mesh.tp_group)
     return {
         "ours": _count(lambda x: mlp(mixer(x, Context())[0])),
+        "ours, sequence parallel": _count(lambda x: cut_mlp(cut_mixer(x, Context())[0]), tp),
         "original": _count(lambda x: mlp(original(x))),
     }
 
@@ -148,7 +149,7 @@ def on_ranks(tp: int) -> dict[str, list[Message]]:
 
 def row(tp: int, layout: str, messages: Sequence[Message]) -> dict[str, Any]:
     """One line of the table: counts, and bytes that a rank sends per layer and step."""
-    kinds = Counter((m.op.replace("_", "-"), "backward" if m.backward else "forward") for m in messages)
+    kinds = Counter(("-".join(m.op.split("_")[:2]), "backward" if m.backward else "forward") for m in messages)
     unit = SHAPE["b"] * SHAPE["s"] * SHAPE["d"] * 4
     share = sum(m.sent for m in messages) / unit
     return {
