@@ -50,6 +50,8 @@ def _writer(run: RunConfig) -> Writer:
         max_length=run.model.seq_length or None,
         seed=run.training.seed,
         recompute=asked.recompute,
+        prompt_mode=asked.prompt_mode,
+        prefix_length=0 if asked.prompt_mode == "plain" else model.config.layer_options.get("jrt", {}).get("prefix_length", 0),
         return_logits=asked.return_logits,
         backend=run.training.kernel_backend if on_gpu else "auto",
     )

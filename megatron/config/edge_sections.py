@@ -70,6 +70,7 @@ class GenerationSection(Section):
     sample_input_file: str | None = None
     sample_output_file: str = "samples.txt"
     num_samples: int = Field(default=1, gt=0)
+    prompt_mode: Literal["plain", "left_pad", "read_twice"] = "plain"
     recompute: bool = False
     return_logits: bool = False
 

@@ -24,6 +24,10 @@ OWN_KEYS: dict[str, str] = {
     ),
     "objective_prefix_length": "Tokens of the prefix of `objective`; unset: jrt_prefix_length.",
     "objective_masked_weight": "Weight of the masked tokens' mean loss in objective jrt.",
+    "prompt_mode": (
+        "How generate.py fills a prompt shorter than a JRT model's prefix: `plain` not at all, `left_pad` with hidden spaces, "
+        "`read_twice` with the prompt itself."
+    ),
     "objective_mask_rate": "Share of the prefix's tokens that objective jrt hides.",
     "objective_mask_token": "Id that stands for a hidden token; unset: the last row of the padded vocabulary.",
     "embedding_scale": "Multiply embeddings by the square root of hidden_size.",
