@@ -38,7 +38,7 @@ CODES: dict[torch.dtype, str] = {
     torch.bool: "BOOL",
 }
 _FILES_AT_ONCE = 32  # open at a time, so that a deep model does not run out of descriptors
-_SYNC_EVERY = 64 << 20  # bytes of one file between two starts of the disk, which works while the next ones are hashed
+_SYNC_EVERY = 256 << 20  # bytes of one file between two starts of the disk, which works while the next ones are hashed
 Blocks = list[tuple[int, str]]
 
 
@@ -99,15 +99,12 @@ def _groups(blocks: Iterator[memoryview]) -> Iterator[tuple[int, list[memoryview
 
 def _put(fd: int, offset: int, group: list[memoryview], hashing: bool) -> Blocks:
     """Write consecutive blocks; where each ends, and its hash."""
-    if len(group) == 1:
-        digest = hashlib.sha256() if hashing else None
-        write_at(fd, offset, group[0], digest)
-        return [(offset + len(group[0]), digest.hexdigest() if digest else "")]
-    write_at(fd, offset, memoryview(b"".join(group)))
     found: Blocks = []
-    for block in group:
+    for block in group:  # one by one: joining small ones would cost fresh memory, and more time than the calls
+        digest = hashlib.sha256() if hashing else None
+        write_at(fd, offset, block, digest)
         offset += len(block)
-        found.append((offset, hashlib.sha256(block).hexdigest() if hashing else ""))
+        found.append((offset, digest.hexdigest() if digest else ""))
     return found
 
 

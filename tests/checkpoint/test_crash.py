@@ -35,12 +35,6 @@ def quick(tmp_path: Path) -> Iterator[Path]:
         yield Path(folder)
 
 
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many writes to the file instead of one, so that there are crash points inside it."""
-    monkeypatch.setattr("megatron.checkpoint.tensors.BLOCK", 1024)
-
-
 class Counter:
     """Calls `act` instead of the n-th primitive (n from 1), or after it when `after`."""
 
