@@ -7,8 +7,10 @@ split is then scored non-overlapping and through a sliding window. Writes a JSON
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
+import resource
 import subprocess
 import sys
 import time
@@ -19,6 +21,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron.errors import DataError, exit_on_error
+from megatron.files import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS: dict[str, tuple[str, ...]] = {
@@ -30,19 +33,26 @@ MODELS: dict[str, tuple[str, ...]] = {
 }
 
 
-def trained(name: str, config: str, folder: Path, extra: Sequence[str]) -> float:
-    """Train one model into `folder / name`; the seconds it took."""
-    run_dir = folder / name
+def trained(name: str, config: str, folder: Path, extra: Sequence[str]) -> dict[str, float]:
+    """Train one model into `folder / name`, unless it lies there; the seconds it took, of the clock and of the processor."""
+    run_dir, note = folder / name, folder / name / "trained.json"
+    if note.is_file():
+        found: dict[str, float] = json.loads(note.read_text("utf-8"))
+        return found
     settings = [*MODELS[name], f"run_dir={run_dir}", f"save={run_dir}/checkpoints", *extra]
-    started = time.monotonic()
+    started, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
     words = [word for setting in settings for word in ("--set", setting)]
     done = subprocess.run([sys.executable, "train.py", config, *words], cwd=ROOT, check=False)
     if done.returncode:
         raise DataError(f"the {name} model was not trained", why=f"train.py ended with {done.returncode}")
-    return time.monotonic() - started
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    worked = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    found = {"train_seconds": round(time.monotonic() - started, 1), "train_processor_seconds": round(worked, 1)}
+    write_json(note, found)
+    return found
 
 
-def evaluated(folder: Path, config: str, lengths: Sequence[int], stride: int, limits: tuple[int, int]) -> dict[str, Any]:
+def evaluated(folder: Path, config: str, a: argparse.Namespace) -> dict[str, Any]:
     """Both evaluations of the model in `folder`: rows per length."""
     import torch
 
@@ -59,11 +69,12 @@ def evaluated(folder: Path, config: str, lengths: Sequence[int], stride: int, li
     assert checkpoint is not None and run.data.data_path is not None
     model, _ = load_model(checkpoint, dtype=torch.float32)
     found: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters())}
-    for kind, limit in zip(("non-overlapping", "sliding"), limits, strict=True):
+    plans = (("non-overlapping", a.limits[0], a.lengths), ("sliding", a.limits[1], a.sliding_lengths))
+    for kind, limit, lengths in plans:
         stream = measured(split_tokens(run.data.data_path, run.data.split, "valid", limit), tokenizer)
         rows = []
         for length in lengths:
-            step = length if kind == "non-overlapping" else stride
+            step = length if kind == "non-overlapping" else a.stride
             rows.append(score(model, stream.tokens, tokenizer.eod, length, step).report(stream.words, stream.size))
             print(f"  {folder.name} {kind} {length}: {rows[-1]['perplexity']:.3f} in {rows[-1]['seconds']} s", flush=True)
         found[kind] = rows
@@ -76,8 +87,9 @@ def main() -> None:
     parser.add_argument("--config", default="configs/extrapolation.yml")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--lengths", nargs="+", type=int, default=[128, 256, 512, 1024, 2048, 4096])
+    parser.add_argument("--sliding-lengths", nargs="+", type=int, default=[128, 256, 512, 1024, 2048])
     parser.add_argument("--stride", type=int, default=32)
-    parser.add_argument("--limits", nargs=2, type=int, default=[65536, 6144], metavar=("BLOCKS", "SLIDING"))
+    parser.add_argument("--limits", nargs=2, type=int, default=[65536, 4096], metavar=("BLOCKS", "SLIDING"))
     parser.add_argument("--set", dest="extra", action="append", default=[], metavar="KEY=VALUE", help="for the training")
     parser.add_argument("--runs", type=Path, default=Path("runs/extrapolation"))
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "alibi-extrapolation")
@@ -86,22 +98,21 @@ def main() -> None:
         import torch
 
         from megatron.evaluation.report import plot_lengths
-        from megatron.files import write_json
 
         started = time.monotonic()
         models: dict[str, Any] = {}
         for name in a.models:
-            seconds = trained(name, a.config, a.runs, a.extra)
-            models[name] = {"train_seconds": round(seconds, 1)}
-            models[name] |= evaluated(a.runs / name, a.config, a.lengths, a.stride, tuple(a.limits))
+            models[name] = trained(name, a.config, a.runs, a.extra)
+            models[name] |= evaluated(a.runs / name, a.config, a)
         facts = {"command": f"python tools/extrapolation.py {' '.join(sys.argv[1:])}".strip(), "config": a.config}
         facts |= {
             "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
             "torch": torch.__version__,
         }
         a.output.parent.mkdir(parents=True, exist_ok=True)
-        total = round(time.monotonic() - started, 1)
-        write_json(a.output.with_suffix(".json"), {**facts, "seconds": total, "stride": a.stride, "models": models})
+        facts["evaluation_processor_seconds"] = round(time.process_time(), 1)
+        facts["seconds"] = round(time.monotonic() - started, 1)
+        write_json(a.output.with_suffix(".json"), {**facts, "stride": a.stride, "models": models})
         curves = {name: found["non-overlapping"] for name, found in models.items()}
         print(plot_lengths(curves, a.output.with_suffix(".png"), "trained at 128 tokens, non-overlapping evaluation", 128))
         sliding = {f"{name}, sliding": found["sliding"] for name, found in models.items()}

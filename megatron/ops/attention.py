@@ -106,7 +106,8 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, rule: Rule, places: Pla
 def attention_torch(q: Tensor, k: Tensor, v: Tensor, rule: Rule, places: Places | None, contiguous: bool) -> Tensor:
     """PyTorch's scaled_dot_product_attention; windows in blocks, so that their cost does not grow with the square of s."""
     s, n, w = q.shape[1], k.shape[1], rule.window
-    if w is not None and w < n - 1 and s > _SHORT and (places is None or contiguous):
+    # in blocks a query meets its block and the window, else (behind a mask) every key: copies are worth it from half of them on
+    if w is not None and s > _SHORT and 2 * (max(w, 64) + w) <= n and (places is None or contiguous):
         return _banded(q, k, v, rule, places)
     if w is not None and places is None and w < n - 1:
         places = _counted(1, s, n, q.device)
