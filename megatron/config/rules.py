@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from megatron.config.frozen import thaw
 from megatron.config.model_rules import MODEL_RULES
+from megatron.config.reliability_rules import RELIABILITY_RULES
 from megatron.config.rule import Rule
 from megatron.config.schema import RunConfig
 
@@ -45,6 +46,7 @@ _OPTIMIZER_PARAMS: dict[str, set[str]] = {
 
 RULES: tuple[Rule, ...] = (
     *MODEL_RULES,
+    *RELIABILITY_RULES,
     Rule(
         ("seq_length",),
         lambda r: not r.model.seq_length,

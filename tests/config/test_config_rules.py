@@ -83,6 +83,9 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ({"train_batch_size": 7, "world": 2}, "train_batch_size 7 is not a multiple of 2"),
     ({"attention_config": [[["metala"], 3]]}, "describes 3 layers, but num_layers is 4"),
     ({"attention_config": [[["metala"], 3], [["rwkv"], 1]]}, "token mixer 'rwkv' is not built"),
+    ({"time_limit": "soon"}, "time_limit 'soon' is not a time"),
+    ({"exit_signals": ["SIGKILL"]}, "exit_signals names 'SIGKILL'"),
+    ({"on_skip_budget": "rewind"}, "rewind has no checkpoint to go back to"),
     ({"dropout_hidden": 1}, "unknown key dropout_hidden"),
 ]
 

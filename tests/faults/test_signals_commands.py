@@ -1,0 +1,124 @@
+"""Signals through the real commands: what `deepy.py` is sent reaches the ranks, and their exit code comes back."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron.checkpoint.layout import whole_steps
+from megatron.data.indexed import IndexedWriter, dtype_for_vocab
+from megatron.launch.runners import children
+from tests.parallel.rank_server import free_port
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """A tiny run without an end."""
+    with IndexedWriter(str(tmp_path / "text_document"), dtype_for_vocab(512)) as writer:
+        for i in range(40):
+            writer.add_document([*f"{i} the cat sat on the mat. ".encode() * 4, 0])
+    values = {
+        "data_path": str(tmp_path / "text_document"),
+        "tokenizer_type": "CharLevelTokenizer",
+        "num_layers": 2,
+        "hidden_size": 32,
+        "num_attention_heads": 2,
+        "seq_length": 32,
+        "attention_config": [[["metala"], 2]],
+        "optimizer": {"type": "Adam", "params": {"lr": 0.003}},
+        "train_micro_batch_size_per_gpu": 2,
+        "train_iters": 100_000,
+        "eval_interval": 50,
+        "eval_iters": 2,
+        "log_interval": 1,
+        "checkpoint_factor": 100_000,
+        "hidden_dropout": 0.0,
+        "master_port": free_port(),
+        "run_dir": str(tmp_path / "run"),
+        "save": str(tmp_path / "save"),
+        "load": str(tmp_path / "save"),
+    }
+    path = tmp_path / "tiny.yml"
+    path.write_text(json.dumps(values), encoding="utf-8")
+    return path
+
+
+def _rows(metrics: Path) -> int:
+    return len(metrics.read_text().splitlines()) if metrics.is_file() else 0
+
+
+def start(config: Path, *more: str) -> subprocess.Popen[str]:
+    """`deepy.py train.py` in the background, once its first steps are logged."""
+    command = [sys.executable, "deepy.py", "train.py", str(config), *more]
+    metrics, deadline = config.parent / "run" / "metrics.jsonl", time.monotonic() + 120
+    before = _rows(metrics)
+    child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while _rows(metrics) < before + 4:
+        assert child.poll() is None, child.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return child
+
+
+def end(child: subprocess.Popen[str]) -> str:
+    text, _ = child.communicate(timeout=90)
+    assert child.returncode == 75, (child.returncode, text)
+    assert "Traceback" not in text, text
+    return text
+
+
+@pytest.mark.slow
+def test_one_process(config: Path) -> None:
+    child = start(config)
+    child.send_signal(signal.SIGUSR1)
+    text = end(child)
+    assert "stopped: SIGUSR1 at iteration" in text
+    first = max(whole_steps(config.parent / "save"))
+    child = start(config, "--set", f"train_iters={first + 100_000}")
+    child.send_signal(signal.SIGTERM)
+    end(child)
+    assert max(whole_steps(config.parent / "save")) > first
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_two_ranks_through_the_launcher(config: Path, number: int) -> None:
+    child = start(config, "--set", "model_parallel_size=2")
+    child.send_signal(number)
+    text = end(child)
+    name = "SIGTERM" if number == signal.SIGHUP else signal.Signals(number).name
+    assert f"stopped: {name} at iteration" in text
+    assert "its work is saved" in text
+    assert whole_steps(config.parent / "save")
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_rank_ends_both(config: Path) -> None:
+    child = start(config, "--set", "pipe_parallel_size=2")
+    ranks = children(child.pid)[0]
+    os.kill(children(ranks)[1], signal.SIGUSR1)
+    assert "stopped: SIGUSR1 at iteration" in end(child)
+
+
+@pytest.mark.slow
+def test_a_time_limit(config: Path) -> None:
+    child = start(config, "--set", "time_limit=12")
+    assert "stopped: time_limit at iteration" in end(child)
+
+
+@pytest.mark.parametrize(("key", "value"), [("time_limit", "soon"), ("exit_signals", "[SIGKILL]")])
+def test_keys_that_make_no_sense_are_a_message_of_the_config(config: Path, key: str, value: str) -> None:
+    command = [sys.executable, "train.py", str(config), "--dry-run", "--set", f"{key}={value}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert key in done.stderr
+    assert "Traceback" not in done.stderr
