@@ -100,7 +100,8 @@ class Control:
                 return self._fetcher.result()  # raises
             if fails:
                 text = f"rank {fails - 1} could not read its data"
-                raise self.explain(RuntimeError(text)) or LostRank(text, hint="see its own message")
+                lost = LostRank(text, hint="see its own message")
+                raise self.explain(lost) or lost
             if self.leaving is not None:
                 return None
             if not waiting:
@@ -119,7 +120,7 @@ class Control:
         if self.watchdog is not None:
             self.watchdog.follow(thread_id)
 
-    def explain(self, error: RuntimeError) -> LostRank | None:
+    def explain(self, error: Exception) -> LostRank | None:
         """Who is lost, when a collective failed with `error`; None when that cannot be said."""
         return None if self.watchdog is None else self.watchdog.explain(error)
 

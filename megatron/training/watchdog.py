@@ -22,7 +22,8 @@ from megatron.errors import TrainingError
 from megatron.parallel.ballot import Ballot
 from megatron.training.heartbeat import EXIT_HANG, EXIT_LOST, IN_COLLECTIVE, Alarm, Beat, Roll
 
-_BEATS_PER_TIMEOUT = 8
+_BEATS_PER_TIMEOUT, _LONGEST_PAUSE_S = 8, 5.0
+_BROKEN = ("gloo", "NCCL", "Connection", "connection", "Broken pipe", "imed out", "Socket", "TCPStore")
 _FRAMES = 12
 
 
@@ -69,7 +70,8 @@ class Watchdog:
         self._phase, self._moves, self._moved_at = "start", 0, time.monotonic()
         self._step, self._settled, self._ended, self._code, self._report = 0, False, "", 0, ""
         self._closing = threading.Event()
-        self._link.settimeout(timeout_s / _BEATS_PER_TIMEOUT)
+        self._every = min(timeout_s / _BEATS_PER_TIMEOUT, _LONGEST_PAUSE_S)
+        self._link.settimeout(self._every)
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     @classmethod
@@ -141,12 +143,15 @@ class Watchdog:
                 self._roll.hear(beat, time.monotonic())
 
     def _watch(self) -> None:
-        every = self.timeout_s / _BEATS_PER_TIMEOUT
-        last = time.monotonic()
+        begin = last = time.monotonic()
+        warned = False
         while not self._closing.is_set():
             self._send()
-            self._listen(time.monotonic() + every)
+            self._listen(time.monotonic() + self._every)
             now = time.monotonic()
+            if not warned and now - begin > 4 * self._every + 30.0:
+                warned = True
+                self._warn()
             # A process that was itself stopped (SIGSTOP, a frozen machine) must hear the others again before it judges them.
             alarm = self._roll.alarm(now) if now - last < self.timeout_s / 2 else None
             last = now
@@ -154,20 +159,28 @@ class Watchdog:
                 self._end(alarm)
                 return
 
+    def _warn(self) -> None:
+        if absent := self.unheard():
+            ranks = ", ".join(map(str, absent[:8])) + (", ..." if len(absent) > 8 else "")
+            _write(f"watchdog of rank {self.rank}: nothing was heard of rank {ranks}: is UDP between the hosts blocked?\n")
+
     def _end(self, alarm: Alarm) -> None:
         code = EXIT_LOST if alarm.lost else EXIT_HANG
         self._ended, self._code, self._report = "another rank is lost or hangs", code, alarm.text
         text = f"watchdog of rank {self.rank}, hang_timeout {self.timeout_s:g} s: {alarm.text}\nleaving with code {code}\n"
-        os.write(sys.__stderr__.fileno() if sys.__stderr__ is not None else 2, text.encode())
+        _write(text)
         self._send()  # the others leave with the same words
         self._leave(code)
 
     def explain(self, error: Exception) -> LostRank | None:
         """After a collective failed: wait until it is known who is gone, and name it; None if all others still answer.
 
-        Connections break at once when a process dies, long before its silence is beyond the time-out.
+        Connections break at once when a process dies, long before its silence is beyond the time-out. An error that has
+        nothing to do with connections is not looked into.
         """
-        patience = 3 * self.timeout_s / _BEATS_PER_TIMEOUT
+        if not self._peers or not (isinstance(error, LostRank) or any(word in str(error) for word in _BROKEN)):
+            return None
+        patience = 3 * self._every
         deadline = time.monotonic() + 2 * patience
         while time.monotonic() < deadline:
             now = time.monotonic()
@@ -181,7 +194,7 @@ class Watchdog:
                     why=str(error).splitlines()[0] if str(error) else type(error).__name__,
                     hint="start the same command again: it resumes from the last checkpoint",
                 )
-            time.sleep(self.timeout_s / (4 * _BEATS_PER_TIMEOUT))
+            time.sleep(self._every / 4)
         return None
 
     def close(self, ended: str = "finished", code: int = 0) -> None:
@@ -195,6 +208,11 @@ class Watchdog:
     def unheard(self) -> list[int]:
         """Ranks that nothing has come from, for a warning."""
         return sorted(set(self._peers) - set(self._roll.facts()))
+
+
+def _write(text: str) -> None:
+    """To stderr past the interpreter's buffers, which the training thread may hold."""
+    os.write(sys.__stderr__.fileno() if sys.__stderr__ is not None else 2, text.encode())
 
 
 def _own_address() -> str:
