@@ -257,7 +257,8 @@ def test_epochs_instead_of_steps(config: Path, tmp_path: Path) -> None:
 
     folder = tmp_path / "epoch"
     place = [f"run_dir={folder}", "save=null", "load=null", "checkpoint_factor=null", "train_iters=null", "train_epochs=1"]
-    train.main([str(config), *[word for item in (*place, "eval_iters=0", "gradient_accumulation_steps=8") for word in ("--set", item)]])
+    place += ["eval_iters=0", "gradient_accumulation_steps=8"]
+    train.main([str(config), *[word for item in place for word in ("--set", item)]])
     assert 8 <= len(losses(folder)) <= 13
 
 

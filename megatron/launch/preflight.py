@@ -116,12 +116,14 @@ def report(run: RunShape, config: ModelConfig) -> str:
     mixers = "+".join(dict.fromkeys(config.layer_types))
     forward = human(forward_flops(config, run.seq_length))
     rows = {
-        "model": f"{mixers}, {config.num_layers} layers x {config.hidden_size}, vocabulary {config.vocab_size} ({run.vocabulary})",
+        "model": f"{mixers}, {config.num_layers} layers x {config.hidden_size}, "
+        f"vocabulary {config.vocab_size} ({run.vocabulary})",
         "parameters": f"{total:,} in all, {inner:,} without embeddings",
         "FLOPs per token": f"{forward} forward, {human(training)} with backward, at {run.seq_length} tokens",
         "mesh": f"pipeline {run.pp} x data {run.dp} x tensor {run.tp}, ZeRO stage {run.zero_stage}, {run.dtype}",
         "batch": f"{run.global_batch} sequences = {human(step)} tokens per step, micro batch {run.micro_batch}",
-        "training": f"{human(run.train_iters * step)} tokens in {run.train_iters} steps, {run.train_iters * step * training:.3g} FLOPs",
+        "training": f"{human(run.train_iters * step)} tokens in {run.train_iters} steps, "
+        f"{run.train_iters * step * training:.3g} FLOPs",
         "memory per rank": f"{memory.total:.2f} GiB: weights {memory.weights:.2f}, gradients {memory.gradients:.2f}, optimizer "
         f"{memory.optimizer:.2f}, activations {memory.activations:.2f} (estimate), logits {memory.logits:.2f}",
     }

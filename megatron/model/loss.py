@@ -1,7 +1,7 @@
 """Next-token loss on one device; the vocabulary-parallel form is `parallel/loss.py`.
 
-Written out instead of `F.cross_entropy`, which holds three tensors of the size of the logits: this one holds none in the forward
-pass and only the gradient in the backward, and works on a block of rows at a time so that a CPU stays in its cache.
+Written out instead of `F.cross_entropy`, which holds three tensors of the size of the logits: this one holds none in the
+forward pass and only the gradient in the backward, and works on a block of rows at a time so that a CPU stays in its cache.
 """
 
 from __future__ import annotations
