@@ -240,6 +240,7 @@ def main() -> None:
         "benchmark": "mixers_cpu",
         "device": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, {os.cpu_count()} cores",
         "torch": torch.__version__,
+        "load_average": [round(x, 1) for x in os.getloadavg()],
         "command": " ".join(["python", "tools/bench/mixers_cpu.py", *sys.argv[1:]]),
         "shape": {"hidden": args.hidden, "heads": args.heads, "batch": 1, "feature_width": FEATURE},
         "timings": [row for length in args.lengths for row in timings(args, length)],
