@@ -203,14 +203,16 @@ def plot(result: dict[str, Any], path: Path) -> None:
         for name, form in dict.fromkeys((r["mixer"], r["form"]) for r in rows):
             mine = [r for r in rows if (r["mixer"], r["form"]) == (name, form)]
             label = "softmax (SDPA)" if name == SOFTMAX else name if form == "torch" else f"{name}, reference"
-            style = {"linestyle": "--" if form != "torch" else "-", "color": "black" if name == SOFTMAX else None}
-            panel.plot([r["length"] for r in mine], [r[key] for r in mine], marker="o", label=label, **style)
+            colour = "black" if name == SOFTMAX else f"C{MIXERS.index(name)}"
+            style = {"linestyle": "--" if form != "torch" else "-", "color": colour, "marker": "o" if form == "torch" else "x"}
+            panel.plot([r["length"] for r in mine], [r[key] for r in mine], label=label, **style)
         panel.set_xscale("log", base=2)
         panel.set_yscale("log")
         panel.set_xlabel("tokens")
     left.set_ylabel("tokens/s, forward + backward")
     right.set_ylabel("peak memory of forward + backward, MiB")
-    right.legend(fontsize=7)
+    left.legend(fontsize=6)
+    right.legend(fontsize=6)
     figure.suptitle(f"one layer of width {result['shape']['hidden']}, {result['device']}", fontsize=9)
     figure.tight_layout()
     figure.savefig(path, dpi=140)
