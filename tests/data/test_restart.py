@@ -140,12 +140,14 @@ def test_killed_processes(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_thirty_kills_of_prepare_data(tmp_path: Path) -> None:
+def test_prepare_data_killed_at_random_moments(tmp_path: Path) -> None:
+    """Six kills here; `PREPARE_DATA_KILLS=30` for the count that the project was accepted with."""
+    kills = int(os.environ.get("PREPARE_DATA_KILLS", "6"))
     command = [sys.executable, str(REPOSITORY / "prepare_data.py"), "pystdlib", "-d"]
     begin = time.monotonic()
     subprocess.run([*command, str(tmp_path / "y")], check=True, capture_output=True)
     whole = time.monotonic() - begin
-    assert _kill_until_done([*command, str(tmp_path / "x")], 30, whole, 2) == 30
+    assert _kill_until_done([*command, str(tmp_path / "x")], kills, whole, 2) == kills
     left, right = (_made(tmp_path / name / "pystdlib") for name in "xy")
     receipts = [json.loads(made.pop("receipt.json")) for made in (left, right)]
     assert left == right and receipts[0]["sha256"] == receipts[1]["sha256"]
