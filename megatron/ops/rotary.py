@@ -51,6 +51,5 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """`x [b, s, h, k]` rotated; cos and sin [s, n] or [b, s, n]. Result in x's dtype."""
     n = cos.shape[-1]
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
-    a, b = x[..., :n], x[..., n : 2 * n]
-    turned = [(a * cos - b * sin).to(x.dtype), (b * cos + a * sin).to(x.dtype)]
-    return torch.cat([*turned, x[..., 2 * n :]] if x.shape[-1] > 2 * n else turned, dim=-1)
+    a, b, *rest = x.split([n, n, x.shape[-1] - 2 * n] if x.shape[-1] > 2 * n else n, dim=-1)
+    return torch.cat([(a * cos - b * sin).to(x.dtype), (b * cos + a * sin).to(x.dtype), *rest], dim=-1)
