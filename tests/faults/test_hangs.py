@@ -21,9 +21,9 @@ T = 30.0
 
 
 def test_faults_on_real_ranks_are_named_in_time() -> None:
-    """One trial of each kind: stopped, killed, looping in training, looping in the data, a data error."""
+    """Stopped, killed, looping; the slow suite adds loops and errors in the data."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.faults.hangs_count", "--trials", "5"],
+        [sys.executable, "-m", "tests.faults.hangs_count", "--trials", "3"],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -31,7 +31,7 @@ def test_faults_on_real_ranks_are_named_in_time() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert json.loads(done.stdout.splitlines()[-1])["named and left in time"] == 5
+    assert json.loads(done.stdout.splitlines()[-1])["named and left in time"] == 3
 
 
 def beat(rank: int, moves: int = 10, still_s: float = 0.0, phase: str = "step", settled: bool = True) -> Beat:
