@@ -38,6 +38,7 @@ def plot_lengths(
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+        from matplotlib.ticker import LogLocator
     except ImportError as error:
         raise DataError("no plot: matplotlib is not installed", why=str(error), hint="pip install matplotlib") from error
     figure = Figure(figsize=(7.5, 5), layout="constrained")
@@ -57,9 +58,9 @@ def plot_lengths(
     axes.set(xscale="log", yscale="log", xlabel="evaluation length (tokens)", ylabel="perplexity", title=title)
     axes.set_xticks(sorted(lengths), [str(n) for n in sorted(lengths)])
     axes.xaxis.minorticks_off()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}")
-    axes.tick_params(axis="y", which="minor", labelsize=7)
+    axes.yaxis.minorticks_off()
     axes.grid(True, which="both", color="#e6e6e6", linewidth=0.7)
     axes.legend()
     image = Path(image)
