@@ -24,8 +24,8 @@ MODELS: dict[str, tuple[str, dict[str, Any], int]] = {
     "based-1b": ("based-1b", {}, 1_349_453_056),
     "JRT-360M-30B": ("jrt-360m", {}, 356_578_304),
     "JRT-1B-50B": ("jrt-1b", {}, 1_375_143_168),
-    "attn-360m": ("attn-360m", {}, 359_810_048),
-    "attn-1b": ("attn-1b", {}, 1_303_856_400),
+    "attn-360m": ("attention-360m", {}, 359_810_048),
+    "attn-1b": ("attention-1b", {}, 1_303_856_400),
     "mamba-360m": ("mamba-360m", {}, 358_190_080),
     "mamba-1b": ("mamba-1b", {}, 1_319_311_360),
 }
@@ -46,7 +46,7 @@ def test_parameters_of_the_released_models(model: str) -> None:
 
 
 def test_attention_with_the_other_mlp_width() -> None:
-    run = load("attn-1b", {"intermediate_size": 4608})
+    run = load("attention-1b", {"intermediate_size": 4608})
     assert count_parameters(model_config(run, 50272))[0] == 1_327_080_720
 
 

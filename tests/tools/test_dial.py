@@ -35,4 +35,4 @@ def test_state_of_based_and_its_dial(tmp_path: Path) -> None:
 def test_models_without_knobs() -> None:
     """Mamba's is constant; attention keeps every token: 2 x 1,024 numbers per layer and token."""
     assert f"{46 * (2048 * 16 * 4 + 3 * 2048 * 2):,}" in dial("configs/mamba-360m.yml")
-    assert "all tokens" in dial("configs/attn-360m.yml", "--tokens", "100")
+    assert "all tokens" in dial("configs/attention-360m.yml", "--tokens", "100")
