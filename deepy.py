@@ -1,39 +1,100 @@
 """Start a script on the processes that a configuration asks for: `python deepy.py train.py configs/metala.yml`.
 
 The habits are GPT-NeoX's. This command imports neither torch nor deepspeed: a mistake in the YAML shows in a fraction
-of a second, and one process needs no launcher at all. `--print-command` says what would be run.
+of a second, and one process needs no launcher at all. `--print-launch` says what would be run, `--print-job` writes the same
+job as a file for Slurm, Kubernetes or SkyPilot.
 """
 
 from __future__ import annotations
 
+import argparse
+import os
 import sys
 from pathlib import Path
 
 from megatron.config.cli import config_from_args, make_parser
 from megatron.errors import LaunchError, exit_on_error
-from megatron.launch.job import LaunchOptions, plan_job
+from megatron.launch.exports import user_file, withheld
+from megatron.launch.hosts import read_hostfile
+from megatron.launch.job import SYSTEM_HOSTFILE, Job, plan_job
+from megatron.launch.jobfiles import KINDS, job_file, shape_of
+from megatron.launch.options import LaunchOptions
+from megatron.launch.preview import describe
+from megatron.launch.reach import addresses
 from megatron.launch.runners import explain_failure, run_job, this_machine, usable_port
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = make_parser(__doc__ or "")
+    parser.add_argument("--print-launch", action="store_true", help="print the command and environment of the job and stop")
+    parser.add_argument("--print-job", choices=KINDS, help="print a job file for a cluster and stop")
+    parser.add_argument("--image", default=None, help="container image of --print-job kubernetes and skypilot")
+    parser.add_argument("--cpu", action="store_true", help="--print-job for machines without GPUs")
+    parser.add_argument("--accelerator", default="H100", help="device type of --print-job skypilot (default H100)")
+    return parser
+
+
+def _split(argv: list[str]) -> tuple[str, list[str]]:
+    """(the script, its arguments): all but the script and the options of this command alone."""
+    own = {"--print-launch": 0, "--print-job": 1, "--image": 1, "--accelerator": 1, "--cpu": 0}
+    script, rest, skip = None, [], 0
+    for word in argv:
+        name = word.partition("=")[0]
+        if skip:
+            skip -= 1
+        elif name in own:
+            skip = own[name] if "=" not in word else 0
+        elif script is None and word.endswith(".py"):
+            script = word
+        else:
+            rest.append(word)
+    if script is None or not Path(script).is_file():
+        raise LaunchError(f"no such script: {script or '(none given)'}", hint="python deepy.py train.py configs/metala.yml")
+    return script, rest
+
+
+def _ready(job: Job, options: LaunchOptions) -> Job:
+    """The job with every host reached and the address of rank 0 known."""
+    if job.route != "hosts" or job.launcher == "slurm":
+        return job
+    asked = list(job.hosts) if not options.no_ssh_check else [h for h in (job.address_from,) if h]
+    found = addresses(asked)
+    for name in withheld(os.environ):
+        print(f"warning: {name} is set here and is not sent to the hosts (it would stand on a command line)", file=sys.stderr)
+    return job.with_address(found[job.address_from]) if job.address_from else job
 
 
 def main(argv: list[str]) -> int:
     """Read the configuration, plan the job, run it; the job's exit code."""
-    parser = make_parser(__doc__ or "")
-    parser.add_argument("--print-command", action="store_true", help="print the command of the job and stop")
-    script = next((word for word in argv if word.endswith(".py")), None)
-    rest = [word for word in argv if word is not script and word != "--print-command"]
-    arguments, _ = parser.parse_known_intermixed_args([word for word in argv if word is not script])
-    if script is None or not Path(script).is_file():
-        raise LaunchError(f"no such script: {script or '(none given)'}", hint="python deepy.py train.py configs/metala.yml")
+    script, rest = _split(argv)
+    arguments, _ = _parser().parse_known_intermixed_args([word for word in argv if word is not script])
     run = config_from_args(arguments)
     options = LaunchOptions.from_sections(run.launch, run.parallel)
-    job = plan_job(options, this_machine(), script, rest, port=usable_port(options.master_port), alone="--dry-run" in rest)
-    if arguments.print_command:
-        print(job.describe())
+    if arguments.print_job:
+        shape = shape_of(options, run.name, run.logging.run_dir, (script, *rest), gpus=not arguments.cpu)
+        print(job_file(arguments.print_job, options, shape, arguments.image, arguments.accelerator), end="")
+        return 0
+    hostfile = options.hostfile or (SYSTEM_HOSTFILE if Path(SYSTEM_HOSTFILE).is_file() else None)
+    job = plan_job(
+        options,
+        this_machine(),
+        script,
+        rest,
+        port=usable_port(options.master_port),
+        pool=read_hostfile(hostfile) if hostfile else None,
+        environ={**os.environ, **user_file(os.environ, Path.home())},
+        scratch=f"{run.logging.run_dir}/launch",
+        alone="--dry-run" in rest,
+    )
+    if arguments.print_launch:
+        print(describe(job))
         return 0
     config_from_args(arguments, world_size=job.processes)  # batch sizes and mesh are checked before anything starts
-    code = run_job(job)
+    code, first = run_job(_ready(job, options))
     if code:
         print(f"error: {explain_failure(job, code)}", file=sys.stderr)
+        if first:
+            print(f"the first error of the job:\n{first}", file=sys.stderr)
     return code
 
 

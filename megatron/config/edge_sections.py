@@ -48,7 +48,9 @@ class LaunchSection(Section):
     num_gpus: int | None = Field(default=None, gt=0)
     master_addr: str | None = None
     master_port: int = Field(default=29500, gt=0, lt=65536)
-    launcher: Literal["pdsh", "openmpi", "mvapich", "slurm"] = "pdsh"
+    launcher: Literal["pdsh", "openmpi", "mpich", "mvapich", "slurm", "torchrun", "none"] = "pdsh"
+    launcher_args: str = ""
+    export_env: Names = ()
     deepspeed_mpi: bool = False
     deepspeed_slurm: bool = False
     force_multi: bool = False

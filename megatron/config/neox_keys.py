@@ -54,10 +54,10 @@ _ROWS: tuple[NeoxKey, ...] = (
     NeoxKey("master_addr", "str", None, "implemented", "Address of the machine that runs rank 0."),
     NeoxKey(
         "launcher",
-        "Literal['pdsh', 'openmpi', 'mvapich', 'slurm']",
+        "Literal['pdsh', 'openmpi', 'mpich', 'mvapich', 'slurm', 'torchrun', 'none']",
         "pdsh",
         "implemented",
-        "Multi-node launcher of DeepSpeed.",
+        "How processes are started: DeepSpeed's runners pdsh, openmpi, mpich, slurm; torchrun; none (this process).",
     ),
     NeoxKey("force_multi", "bool", False, "implemented", "Use the multi-node launcher even for one machine."),
     NeoxKey(
@@ -162,7 +162,7 @@ _ROWS: tuple[NeoxKey, ...] = (
         "dict",
         None,
         "implemented",
-        "ZeRO dictionary; `stage` is read (0 or 1); the other entries only tune communication.",
+        "ZeRO dictionary; `stage` is read (0 to 3; 2 and 3 without a pipeline); the other entries only tune communication.",
     ),
     NeoxKey(
         "curriculum_learning",

@@ -80,6 +80,8 @@ OWN_KEYS: dict[str, str] = {
         "Seconds after which a rank that stands still or is silent is named and all end with exit code 21 (hangs) or "
         "22 (lost); ten times as long until the first step is done. 0 is off."
     ),
+    "launcher_args": "More arguments for mpirun, srun or pdsh, as one string.",
+    "export_env": "Names or patterns of environment variables that go to every rank beside the usual ones; secrets are refused.",
     "run_dir": "Folder of the run: config, metrics, logs, plots. Unset: the parent of save, or runs/<config name>.",
 }
 
@@ -103,7 +105,7 @@ REFUSED_VALUES: dict[str, dict[str | bool, str]] = {
         "te_rmsnorm": "Transformer Engine is not supported; use rmsnorm",
         "te_layernorm": "Transformer Engine is not supported; use layernorm",
     },
-    "launcher": {"mvapich": "MVAPICH is not supported; use pdsh, openmpi or slurm"},
+    "launcher": {"mvapich": "MVAPICH is not supported; use pdsh, openmpi, mpich or slurm"},
     "dataset_impl": {
         "pairwise": "preference and reward training is not built",
         "online": "online training is not built",

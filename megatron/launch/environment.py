@@ -18,7 +18,7 @@ DEFAULT_PORT = 29500
 
 @dataclass(frozen=True)
 class RankEnvironment:
-    """This process's place; `source` says which starter's variables were found (torch, openmpi, slurm or none)."""
+    """This process's place; `source` says which starter's variables were found (torch, openmpi, mpich, slurm or none)."""
 
     rank: int = 0
     local_rank: int = 0
@@ -37,8 +37,8 @@ class RankEnvironment:
 def read_rank_environment(environ: Mapping[str, str] | None = None) -> RankEnvironment:
     """Find rank and world size in the environment.
 
-    `RANK`/`WORLD_SIZE` (torchrun, DeepSpeed) win over OpenMPI's variables, those over Slurm's. A Slurm allocation without
-    `srun` is one process: only a job step has a step id.
+    `RANK`/`WORLD_SIZE` (torchrun, DeepSpeed) win over OpenMPI's variables, those over MPICH's and Slurm's. A Slurm allocation
+    without `srun` is one process: only a job step has a step id.
 
     Raises:
         LaunchError: a variable is not a number, or rank and world size contradict each other.
@@ -49,6 +49,8 @@ def read_rank_environment(environ: Mapping[str, str] | None = None) -> RankEnvir
     elif "OMPI_COMM_WORLD_RANK" in env:
         prefix = "OMPI_COMM_WORLD_"
         found = _make(env, "openmpi", *(prefix + name for name in ("RANK", "LOCAL_RANK", "SIZE", "LOCAL_SIZE")))
+    elif "PMI_RANK" in env and "PMI_SIZE" in env and "SLURM_STEP_ID" not in env:  # MPICH's mpirun; some sruns set them too
+        found = _make(env, "mpich", "PMI_RANK", "MPI_LOCALRANKID", "PMI_SIZE", "MPI_LOCALNRANKS")
     elif "SLURM_PROCID" in env and "SLURM_STEP_ID" in env:
         total = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in env else "SLURM_NTASKS"
         found = _make(env, "slurm", "SLURM_PROCID", "SLURM_LOCALID", total, "SLURM_STEP_TASKS_PER_NODE")

@@ -1,105 +1,71 @@
-"""From launch options and a machine to one job: processes, environment, command line. Pure; starts nothing.
+"""From launch options and a machine to one job: processes, environment, command line, files. Pure; starts nothing.
 
-Three routes. `python`: one process, no launcher. `local`: several processes on this machine through DeepSpeed's
-per-node launcher. `hosts`: a host file, a filter or a cluster launcher, through DeepSpeed's runner (pdsh, openmpi,
-mvapich, slurm). The script gets the same config arguments that `deepy.py` was given; nothing is encoded.
+Four routes. `python`: one process, no launcher. `local`: several processes on this machine through DeepSpeed's per-node
+launcher. `torchrun`: PyTorch's launcher, started by the same command on every host. `hosts`: DeepSpeed's runner with pdsh,
+openmpi, mpich or slurm. The script gets the same config arguments that `deepy.py` was given; nothing is encoded.
 """
 
 from __future__ import annotations
 
 import base64
 import json
+import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
-from megatron.errors import ConfigError
-from megatron.launch.environment import DEFAULT_PORT
+from megatron.errors import ConfigError, LaunchError
+from megatron.launch.exports import environment_file, exported
+from megatron.launch.hosts import Hosts, choose_hosts, hostfile_text
+from megatron.launch.options import LAUNCHERS, RUNNERS, LaunchOptions, Machine
 
-# DeepSpeed's runner reads this file unasked, so its presence alone means several hosts.
+# Read unasked by DeepSpeed's runner and so by us: its presence alone means several hosts.
 SYSTEM_HOSTFILE = "/job/hostfile"
+KEEPER = str(Path(__file__).with_name("keeper.py"))
 # OpenMP's threads wait by spinning; 1,000 turns instead of 10^8 costs nothing on a quiet machine (0.42 s a step of the
 # quickstart either way) and halves a step when another program wants the cores (1.85 -> 1.40 s, worst 5.6 -> 1.5 s).
 _CPU_ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "GOMP_SPINCOUNT": "1000"}
-LAUNCHERS = ("pdsh", "openmpi", "mvapich", "slurm")
-
-
-@dataclass(frozen=True)
-class LaunchOptions:
-    """The launch keys of a configuration (GPT-NeoX's names) and the mesh that the processes must hold."""
-
-    hostfile: str | None = None
-    include: str | None = None
-    exclude: str | None = None
-    num_nodes: int = -1
-    num_gpus: int | None = None
-    master_addr: str | None = None
-    master_port: int = DEFAULT_PORT
-    launcher: str = "pdsh"
-    deepspeed_mpi: bool = False
-    deepspeed_slurm: bool = False
-    force_multi: bool = False
-    no_ssh_check: bool = False
-    comment: str | None = None
-    account: str | None = None
-    pipe_parallel_size: int = 1
-    model_parallel_size: int = 1
-
-    @classmethod
-    def from_sections(cls, *sections: Any) -> LaunchOptions:
-        """Collect the fields from objects that have them as attributes (`run.launch`, `run.parallel`)."""
-        found: dict[str, Any] = {}
-        for field in fields(cls):
-            for section in sections:
-                if hasattr(section, field.name):
-                    found[field.name] = getattr(section, field.name)
-        # NeoX writes 0 for "no pipeline".
-        found["pipe_parallel_size"] = max(1, found.get("pipe_parallel_size", 1))
-        found["model_parallel_size"] = max(1, found.get("model_parallel_size", 1))
-        return cls(**found)
-
-    @property
-    def model_processes(self) -> int:
-        """Processes that one copy of the model needs."""
-        return self.pipe_parallel_size * self.model_parallel_size
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What the launching machine has: ids of visible accelerators, CPU cores, python, whether the system host file exists."""
-
-    devices: tuple[str, ...]
-    cores: int
-    python: str
-    system_hostfile: bool = False
-
-    @property
-    def accelerators(self) -> int:
-        """How many accelerators."""
-        return len(self.devices)
+# A host that is switched off or cut off ends its ssh connection after 15 seconds instead of never.
+SSH_OPTIONS = "-o ServerAliveInterval=5 -o ServerAliveCountMax=3"
+_PLAIN = re.compile(
+    r"[\w@%+=:,./-]*"
+)  # values that DeepSpeed's mpirun runners do not put quotes around (no shell removes them)
 
 
 @dataclass(frozen=True)
 class Job:
-    """What will be started. processes is None when a host file or a cluster decides; environment holds additions only."""
+    """What will be started.
+
+    environment: additions to the launching shell's. processes: all ranks. hosts: where they run, by slot. files: path ->
+    text, to be written before the start. address_from: the host whose first address takes the place of `ADDRESS` in command
+    and files.
+    """
 
     route: str
     command: tuple[str, ...]
     environment: Mapping[str, str]
-    processes: int | None
+    processes: int
+    hosts: Hosts = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
+    launcher: str = ""
+    address_from: str | None = None
 
-    def describe(self) -> str:
-        """The command as one could type it."""
-        settings = [f"{name}={shlex.quote(value)}" for name, value in sorted(self.environment.items())]
-        return " ".join([*settings, shlex.join(self.command)])
+    def with_address(self, address: str) -> Job:
+        """The job with the address of rank 0's host filled in."""
+        command = tuple(word.replace(ADDRESS, address) for word in self.command)
+        files = {path: text.replace(ADDRESS, address) for path, text in self.files.items()}
+        return replace(self, command=command, files=files, address_from=None)
+
+
+ADDRESS = "ADDRESS_OF_RANK_0"
 
 
 def local_processes(options: LaunchOptions, machine: Machine) -> int:
     """Processes on one machine: `num_gpus`, else all accelerators, else what one copy of the model needs.
 
     Raises:
-        ConfigError: more processes than accelerators, or a number that the mesh does not divide.
+        ConfigError: more processes than accelerators.
     """
     count = options.num_gpus or machine.accelerators or options.model_processes
     if 0 < machine.accelerators < count:
@@ -107,79 +73,189 @@ def local_processes(options: LaunchOptions, machine: Machine) -> int:
             f"num_gpus {count} is more than the {machine.accelerators} accelerators of this machine",
             hint="lower num_gpus, or give a hostfile for several machines",
         )
+    return count
+
+
+def _check_mesh(count: int, options: LaunchOptions) -> None:
     if count % options.model_processes:
         raise ConfigError(
             f"{count} processes cannot hold pipe_parallel_size {options.pipe_parallel_size} x "
             f"model_parallel_size {options.model_parallel_size}",
             why="the number of processes must be a multiple of their product",
-            hint=f"set num_gpus to a multiple of {options.model_processes}",
+            hint=f"set num_gpus, num_nodes or the hosts to a multiple of {options.model_processes}",
         )
-    return count
 
 
-def uses_hosts(options: LaunchOptions, machine: Machine) -> bool:
-    """Whether DeepSpeed's runner must resolve hosts, filters or a cluster launcher."""
-    filters = (options.hostfile, options.include, options.exclude)
-    cluster = options.deepspeed_mpi or options.deepspeed_slurm or options.force_multi
-    return any(filters) or cluster or options.num_nodes > 1 or machine.system_hostfile
+def resolve_hosts(options: LaunchOptions, machine: Machine, pool: Mapping[str, int] | None) -> Hosts:
+    """Host -> slots. Without a host file: this machine, or under Slurm and torchrun `num_nodes` hosts that are yet to be named.
+
+    Raises:
+        ConfigError: filters or counts contradict the hosts.
+    """
+    slots = local_processes(options, machine) if pool is None and options.runner not in ("slurm", "torchrun") else 0
+    if pool is None and options.runner in ("slurm", "torchrun"):
+        nodes = max(1, options.num_nodes)
+        slots = options.num_gpus or machine.accelerators or -(-options.model_processes // nodes)
+        names = [f"node-{i}" for i in range(1, nodes + 1)] if options.runner == "slurm" or nodes > 1 else ["localhost"]
+        return {name: tuple(range(slots)) for name in names}
+    if pool is None:
+        if options.num_nodes > 1:
+            raise ConfigError(
+                f"num_nodes {options.num_nodes} needs to know the hosts",
+                hint="hostfile: a file of `host slots=N` lines, or slurm",
+            )
+        filtered = options.include or options.exclude
+        pool = {"localhost": machine.accelerators or slots} if filtered else {"localhost": slots}
+    return choose_hosts(
+        pool, include=options.include, exclude=options.exclude, num_nodes=options.num_nodes, num_gpus=options.num_gpus
+    )
 
 
 def plan_job(
-    options: LaunchOptions, machine: Machine, script: str, script_args: Sequence[str], *, port: int, alone: bool = False
+    options: LaunchOptions,
+    machine: Machine,
+    script: str,
+    script_args: Sequence[str],
+    *,
+    port: int,
+    pool: Mapping[str, int] | None = None,
+    environ: Mapping[str, str] | None = None,
+    scratch: str = "launch",
+    alone: bool = False,
 ) -> Job:
     """Decide the route and write the command.
 
     Args:
         script: path of the user script. script_args: handed to it as they are. port: rendezvous port to use.
-        alone: the script only plans (`--dry-run`) and needs one process whatever the mesh.
+        pool: hosts and slots of the host file. environ: variables that may be exported (`exports.py`). scratch: folder of the
+            files that the launcher reads. alone: the script only plans (`--dry-run`): one process whatever the mesh.
 
     Raises:
-        ConfigError: options contradict each other or the machine.
+        ConfigError: options contradict each other or the machine. LaunchError: something that cannot be sent to hosts.
     """
+    if options.runner not in LAUNCHERS:
+        raise ConfigError(f"unknown launcher '{options.runner}'", hint="one of " + ", ".join(LAUNCHERS))
     environment = {} if machine.accelerators else dict(_CPU_ENVIRONMENT)
-    if not alone and uses_hosts(options, machine):
-        command = (machine.python, "-m", "deepspeed.launcher.runner", *_runner_arguments(options, port), script)
-        return Job("hosts", (*command, *script_args), environment, None)
-    count = 1 if alone else local_processes(options, machine)
-    if count == 1:
-        return Job("python", (machine.python, "-u", script, *script_args), environment, 1)
-    # Each process would otherwise start one thread per core.
-    environment["OMP_NUM_THREADS"] = str(max(1, machine.cores // count))
+    single = Job("python", (machine.python, "-u", script, *script_args), environment, 1)
+    if alone or options.runner == "none":
+        if not alone:
+            _check_mesh(1, options)
+        return single
+    hosts = resolve_hosts(options, machine, pool)
+    count = sum(map(len, hosts.values()))
+    _check_mesh(count, options)
+    if options.runner == "torchrun":
+        return _torchrun_job(options, machine, hosts, [script, *script_args], port, environment)
+    if len(hosts) == 1 and not options.force_multi and options.runner not in ("slurm", "mpich", "openmpi"):
+        (host, slots) = next(iter(hosts.items()))
+        if host in ("localhost", "127.0.0.1", machine.hostname):
+            return single if count == 1 else _local_job(options, machine, slots, [script, *script_args], port, environment)
+    return _hosts_job(options, machine, hosts, [script, *script_args], port, dict(environ or {}), scratch)
+
+
+def _threads(machine: Machine, hosts: Hosts) -> str:
+    """OMP_NUM_THREADS: each process would otherwise start one thread per core."""
+    return str(max(1, machine.cores // max(map(len, hosts.values()))))
+
+
+def _local_job(
+    options: LaunchOptions, machine: Machine, slots: tuple[int, ...], words: list[str], port: int, environment: dict[str, str]
+) -> Job:
+    environment["OMP_NUM_THREADS"] = _threads(machine, {"localhost": slots})
     # The launcher writes these ids into CUDA_VISIBLE_DEVICES, over what the user had put there.
-    slots: list[int | str] = [int(d) if d.isdecimal() else d for d in machine.devices[:count]] or list(range(count))
-    world = base64.urlsafe_b64encode(json.dumps({"localhost": slots}).encode()).decode()
-    command = (machine.python, "-u", "-m", "deepspeed.launcher.launch", f"--world_info={world}")
-    command += (f"--master_addr={options.master_addr or '127.0.0.1'}", f"--master_port={port}")
-    return Job("local", (*command, "--no_local_rank", "--log_level=critical", script, *script_args), environment, count)
+    names = [machine.devices[slot] if machine.devices else str(slot) for slot in slots]
+    world = encode_world({"localhost": [int(name) if name.isdecimal() else name for name in names]})
+    command: tuple[str, ...] = (machine.python, "-u", "-m", "deepspeed.launcher.launch", f"--world_info={world}")
+    command += (f"--master_addr={options.master_addr or '127.0.0.1'}", f"--master_port={port}", "--no_local_rank")
+    command += ("--no_python", "--log_level=critical", machine.python, "-SE", KEEPER, *words)
+    return Job("local", command, environment, len(slots), {"localhost": slots}, launcher="deepspeed")
 
 
-def _runner_arguments(options: LaunchOptions, port: int) -> list[str]:
-    """Options of `deepspeed.launcher.runner`, only those that differ from its defaults."""
-    if options.include and options.exclude:
-        raise ConfigError("include and exclude contradict each other", hint="give one of them")
-    launcher = "slurm" if options.deepspeed_slurm and options.launcher == "pdsh" else options.launcher
-    launcher = "openmpi" if options.deepspeed_mpi and launcher == "pdsh" else launcher
-    if launcher not in LAUNCHERS:
-        raise ConfigError(f"unknown launcher '{launcher}'", hint="one of " + ", ".join(LAUNCHERS))
-    filtered = bool(options.include or options.exclude)
-    pairs = [
-        ("--hostfile", options.hostfile),
-        ("--include", options.include),
-        ("--exclude", options.exclude),
-        # DeepSpeed refuses counts beside a filter; the filter is the more exact of the two.
-        ("--num_nodes", str(options.num_nodes) if options.num_nodes > 0 and not filtered else None),
-        ("--num_gpus", str(options.num_gpus) if options.num_gpus and not filtered else None),
-        ("--master_addr", options.master_addr),
-        ("--master_port", str(port)),
-        ("--launcher", launcher if launcher != "pdsh" else None),
-    ]
-    arguments = [f"{name}={value}" for name, value in pairs if value]
-    # The runner has these two as launcher arguments of Slurm.
-    extra = [f"--{name}={value}" for name in ("comment", "account") if (value := getattr(options, name))]
-    if extra:
+def _torchrun_job(
+    options: LaunchOptions, machine: Machine, hosts: Hosts, words: list[str], port: int, environment: dict[str, str]
+) -> Job:
+    counts = {len(slots) for slots in hosts.values()}
+    if len(counts) > 1 or any(slots != tuple(range(len(slots))) for slots in hosts.values()):
+        raise ConfigError("torchrun needs the same slots, from 0 on, on every host", hint="use pdsh for uneven hosts")
+    environment["OMP_NUM_THREADS"] = _threads(machine, hosts)
+    command: tuple[str, ...] = (
+        machine.python,
+        "-m",
+        "torch.distributed.run",
+        f"--nnodes={len(hosts)}",
+        f"--nproc_per_node={counts.pop()}",
+    )
+    if len(hosts) == 1:
+        command += (f"--master_addr={options.master_addr or '127.0.0.1'}", f"--master_port={port}")
+    else:
+        first = options.master_addr or (None if "node-1" in hosts else next(iter(hosts)))
+        if first is None:
+            raise ConfigError(
+                "torchrun on several hosts needs master_addr", hint="the address of the first host, or a hostfile"
+            )
+        command += ("--rdzv_backend=c10d", f"--rdzv_endpoint={first}:{port}", f"--rdzv_id={port}")
+    return Job("torchrun", (*command, *words), environment, sum(map(len, hosts.values())), hosts, launcher="torchrun")
+
+
+def _hosts_job(
+    options: LaunchOptions, machine: Machine, hosts: Hosts, words: list[str], port: int, environ: dict[str, str], scratch: str
+) -> Job:
+    """DeepSpeed's runner with the resolved hosts and the variables that may travel, both in files of the run folder."""
+    launcher = options.runner
+    assert launcher in RUNNERS
+    whole = all(slots == tuple(range(len(slots))) for slots in hosts.values())
+    if launcher != "pdsh" and (not whole or (launcher != "openmpi" and len({len(s) for s in hosts.values()}) > 1)):
+        raise ConfigError(
+            f"{launcher} cannot choose single slots or uneven hosts", why="it places processes by number", hint="use pdsh"
+        )
+    first = next(iter(hosts))
+    address = options.master_addr or (ADDRESS if launcher != "slurm" else first)
+    send = {"OMP_NUM_THREADS": _threads(machine, hosts)} | ({} if machine.accelerators else {"GOMP_SPINCOUNT": "1000"})
+    send |= exported(environ, options.export_env) if launcher != "slurm" else {}  # srun hands its own environment on
+    if launcher == "openmpi":
+        send |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
+    if launcher in ("openmpi", "mpich"):
+        for name in options.export_env:
+            if name in send and not _PLAIN.fullmatch(send[name]):
+                raise LaunchError(
+                    f"export_env: {launcher} cannot carry the value of {name}", why="it has blanks or special signs"
+                )
+        send = {n: v for n, v in send.items() if _PLAIN.fullmatch(v)}
+    files = {f"{scratch}/hostfile": hostfile_text({h: tuple(range(max(s) + 1)) for h, s in hosts.items()})}
+    files[f"{scratch}/environment"] = environment_file(send) if launcher != "slurm" else ""
+    arguments = [f"--hostfile={scratch}/hostfile", f"--master_addr={address}", f"--master_port={port}", "--no_ssh_check"]
+    if not whole:
+        arguments.append("--include=" + "@".join(f"{h}:{','.join(map(str, s))}" for h, s in hosts.items()))
+    if extra := _launcher_args(options, machine, hosts):
         arguments.append(f"--launcher_args={shlex.join(extra)}")
-    if options.force_multi or options.deepspeed_mpi or options.deepspeed_slurm:
-        arguments.append("--force_multi")
-    if options.no_ssh_check:
-        arguments.append("--no_ssh_check")
-    return [*arguments, "--no_local_rank"]
+    arguments += [f"--launcher={launcher}", "--force_multi", "--no_local_rank"]
+    if launcher == "pdsh":
+        words = [machine.python, "-SE", KEEPER, "--watch-stdin", *words]
+        arguments.append("--no_python")
+    environment = {"DS_ENV_FILE": f"{scratch}/environment"} | ({} if machine.accelerators else {"DS_ACCELERATOR": "cpu"})
+    if launcher == "pdsh":
+        environment["PDSH_SSH_ARGS_APPEND"] = SSH_OPTIONS
+    if launcher == "slurm":
+        environment |= send
+    command = (machine.python, "-m", "deepspeed.launcher.runner", *arguments, "--log_level=critical", *words)
+    total = sum(map(len, hosts.values()))
+    return Job("hosts", command, environment, total, hosts, files, launcher, first if address == ADDRESS else None)
+
+
+def _launcher_args(options: LaunchOptions, machine: Machine, hosts: Hosts) -> list[str]:
+    """Arguments for mpirun or srun: ours that keep a job together, then the user's."""
+    ours: list[str] = []
+    if options.runner == "openmpi":
+        ours = ["--bind-to", "none"]  # else two ranks of several threads share a core each
+    if options.runner == "slurm":
+        slots = len(next(iter(hosts.values())))
+        ours = [f"--nodes={len(hosts)}", f"--ntasks-per-node={slots}", "--kill-on-bad-exit=1"]
+        ours += [f"--gpus-per-node={slots}"] if machine.accelerators else []
+        ours += [f"--nodelist={','.join(hosts)}"] if options.hostfile else []
+        ours += [f"--{name}={value}" for name in ("comment", "account") if (value := getattr(options, name))]
+    return ours + shlex.split(options.launcher_args)
+
+
+def encode_world(hosts: Mapping[str, Sequence[int | str]]) -> str:
+    """DeepSpeed's own form of hosts and slots for its per-node launcher (base64 of JSON)."""
+    return base64.urlsafe_b64encode(json.dumps({h: list(s) for h, s in hosts.items()}).encode()).decode()

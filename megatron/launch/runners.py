@@ -1,4 +1,7 @@
-"""Starts a job and stays with it: signals go through, the exit code comes back. Imports neither torch nor deepspeed."""
+"""Starts a job and stays with it: signals go through, the exit code comes back, its first error is said last.
+
+Imports neither torch nor deepspeed.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,18 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping
+from pathlib import Path
 from types import FrameType
+from typing import IO
 
 from megatron.errors import LaunchError
 from megatron.launch.environment import DEFAULT_PORT
-from megatron.launch.job import SYSTEM_HOSTFILE, Job, Machine
+from megatron.launch.exports import launcher_environment
+from megatron.launch.follow import FirstError
+from megatron.launch.job import Job
+from megatron.launch.options import Machine
 
 # What the codes of `megatron/training/control.py` and `watchdog.py` mean; those files import torch, this one must not.
 _LEFT = {
@@ -24,6 +33,9 @@ _LEFT = {
     21: "a rank stood still, see the watchdog's report; the same command goes on from the last checkpoint",
     22: "a rank was lost, see the report; the same command goes on from the last checkpoint",
 }
+# After the first host has ended with an error, the others have so long to end by themselves (their connections break at once).
+HOST_GRACE_S = 12.0
+_SSH_FAILED = 255
 
 
 def visible_devices(environ: Mapping[str, str] | None = None) -> tuple[str, ...]:
@@ -56,7 +68,7 @@ def chosen_devices(present: int, visible: str | None) -> tuple[str, ...]:
 def this_machine() -> Machine:
     """The machine that this process runs on."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return Machine(visible_devices(), cores, sys.executable, os.path.isfile(SYSTEM_HOSTFILE))
+    return Machine(visible_devices(), cores, sys.executable, socket.gethostname())
 
 
 def usable_port(wanted: int) -> int:
@@ -75,36 +87,101 @@ def usable_port(wanted: int) -> int:
         return int(probe.getsockname()[1])
 
 
-def run_job(job: Job) -> int:
-    """Run to the end and return the exit code; a job of one plain process replaces this one and does not return.
+def write_files(job: Job) -> None:
+    """Write what the launcher reads (host file, exported variables) into the run folder, readable for everybody.
+
+    Raises:
+        LaunchError: the folder cannot be written.
+    """
+    for name, text in job.files.items():
+        try:
+            Path(name).parent.mkdir(parents=True, exist_ok=True)
+            Path(name).write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise LaunchError(f"cannot write {name}", why=str(error), hint="run_dir: a folder that can be written") from error
+
+
+def run_job(job: Job) -> tuple[int, str]:
+    """Run to the end: (exit code, the job's first error, empty when nothing was heard of one).
+
+    A job of one plain process replaces this one and does not return.
 
     Raises:
         LaunchError: the program cannot be started.
     """
-    environment = {**os.environ, **{k: v for k, v in job.environment.items() if k not in os.environ}}
+    environment = {**os.environ, **{k: v for k, v in job.environment.items() if k not in os.environ or k.startswith("DS_ENV")}}
+    write_files(job)
     sys.stdout.flush()
     sys.stderr.flush()
     try:
         if job.route == "python":
             os.execve(job.command[0], list(job.command), environment)
+        if job.route == "hosts":
+            environment = launcher_environment(environment)
         # A session of its own: Ctrl-C in a terminal would reach the launcher too, which gives its ranks 30 s and exits with 1.
-        child = subprocess.Popen(job.command, env=environment, start_new_session=True)
+        child = subprocess.Popen(
+            job.command, env=environment, start_new_session=True, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE
+        )
     except OSError as error:
         raise LaunchError(f"cannot start {job.command[0]}", why=str(error)) from error
-    return _wait(child, to_ranks=job.route == "local")
+    follower = _Follower(child, job)
+    code = _wait(child, job, follower)
+    return follower.finish(code)
 
 
-def _wait(child: subprocess.Popen[bytes], to_ranks: bool) -> int:
+class _Follower:
+    """Passes the job's stderr on, and ends a job of several hosts when one of them has failed."""
+
+    def __init__(self, child: subprocess.Popen[bytes], job: Job) -> None:
+        self._child, self._codes, self._timer = child, list[int](), threading.Timer(HOST_GRACE_S, self.end_group)
+        self._timer.daemon = True
+        self._first = FirstError(self._host_ended if job.launcher == "pdsh" else None)
+        assert child.stderr is not None
+        self._thread = threading.Thread(target=self._read, args=(child.stderr,), daemon=True)
+        self._thread.start()
+
+    def _read(self, stream: IO[bytes]) -> None:
+        for line in stream:
+            os.write(sys.stderr.fileno(), line)
+            self._first.hear(line.decode(errors="replace").rstrip("\n"))
+
+    def _host_ended(self, host: str, code: int) -> None:
+        if code and not self._codes:
+            self._timer.start()
+        self._codes.append(code)
+
+    def end_group(self) -> None:
+        """Kill runner and pdsh: the ssh connections end, and the keepers on the hosts end their ranks (`keeper.py`)."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._child.pid, signal.SIGKILL)
+
+    def finish(self, code: int) -> tuple[int, str]:
+        """The exit code to give back and the first error. What hosts reported beats the launcher's own end."""
+        self._timer.cancel()
+        self._thread.join(timeout=2.0)
+        told = [c for c in self._codes if c]
+        if told:
+            ours = [c for c in told if c < 128]
+            # A cut connection (255) is a lost rank; codes of ours say more than "ended by signal 9".
+            code = ours[0] if ours else 22 if _SSH_FAILED in told else told[0]
+        return code, self._first.text()
+
+
+def _wait(child: subprocess.Popen[bytes], job: Job, follower: _Follower) -> int:
     """Wait for the launcher; its exit code, 128 + n for a signal n.
 
     Signals are passed on: to the ranks themselves where they are the launcher's children, since DeepSpeed's launcher would end
-    them after 30 seconds and hide their exit code (75: stopped, work saved); else to the launcher. A closed terminal counts as
-    SIGTERM.
+    them after 30 seconds and hide their exit code (75: stopped, work saved); with pdsh by ending the connections, at which the
+    keepers ask their ranks to leave (its runner would kill every DeepSpeed job on the hosts by name); else to the launcher.
+    A closed terminal counts as SIGTERM.
     """
 
     def forward(number: int, frame: FrameType | None) -> None:
+        if job.launcher == "pdsh":
+            follower.end_group()
+            return
         wanted = signal.SIGTERM if number == signal.SIGHUP else number
-        for pid in (children(child.pid) if to_ranks else ()) or (child.pid,):
+        for pid in (children(child.pid) if job.route == "local" else ()) or (child.pid,):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, wanted)
 
@@ -115,7 +192,8 @@ def _wait(child: subprocess.Popen[bytes], to_ranks: bool) -> int:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-    return code if code >= 0 else 128 - code
+    # DeepSpeed's launcher hands the negative number of a signal to exit(), which makes 256 - n of it.
+    return 128 - code if code < 0 else 384 - code if 192 <= code < 255 else code
 
 
 def children(pid: int) -> tuple[int, ...]:
@@ -128,11 +206,11 @@ def children(pid: int) -> tuple[int, ...]:
 
 
 def explain_failure(job: Job, code: int) -> LaunchError:
-    """The error to show when a job ended with `code`; the ranks have printed their own before."""
+    """The error to show when a job ended with `code`; its first error follows it on the screen."""
     if code in _LEFT:
         return LaunchError(f"the job left with exit code {code}", why=_LEFT[code], hint="docs/reliability.md lists the codes")
-    return LaunchError(
-        f"the job ended with exit code {code}",
-        where=f"{job.processes or 'all'} processes, started through DeepSpeed's launcher",
-        why="the first process that failed says so above; the others were stopped",
-    )
+    why = "the first process that failed says so; the others were stopped"
+    if code > 128:
+        name = signal.Signals(code - 128).name if code - 128 in set(signal.Signals) else str(code - 128)
+        why = f"a process was ended by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
+    return LaunchError(f"the job ended with exit code {code}", where=f"{job.processes} processes, {job.launcher}", why=why)

@@ -21,6 +21,7 @@ OPENMPI = {
     "OMPI_COMM_WORLD_SIZE": "2",
     "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
 }
+MPICH = {"PMI_RANK": "2", "PMI_SIZE": "4", "MPI_LOCALRANKID": "0", "MPI_LOCALNRANKS": "2"}
 SLURM = {
     "SLURM_PROCID": "5",
     "SLURM_LOCALID": "1",
@@ -45,6 +46,12 @@ def test_openmpi_leaves_the_address_open() -> None:
     env = read_rank_environment(OPENMPI)
     assert (env.rank, env.local_rank, env.world_size, env.source) == (1, 1, 2, "openmpi")
     assert env.master_addr == ""
+
+
+def test_mpich_and_a_slurm_step_that_sets_the_same_names() -> None:
+    env = read_rank_environment(MPICH)
+    assert (env.rank, env.local_rank, env.world_size, env.local_world_size, env.source) == (2, 0, 4, 2, "mpich")
+    assert read_rank_environment({**SLURM, **MPICH}).source == "slurm"
 
 
 def test_slurm_step_takes_first_host_and_a_port_of_the_job() -> None:

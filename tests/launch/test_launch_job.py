@@ -1,70 +1,110 @@
-"""Options and a machine give exactly one command."""
+"""Options and a machine give exactly one job; what is printed of it is kept in golden files (REGEN=1 rewrites them)."""
 
 from __future__ import annotations
 
 import base64
 import json
+import os
 import socket
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from megatron.errors import ConfigError
-from megatron.launch.job import Job, LaunchOptions, Machine, plan_job
+from megatron.errors import ConfigError, LaunchError
+from megatron.launch.job import KEEPER, Job, plan_job
+from megatron.launch.jobfiles import KINDS, job_file, shape_of
+from megatron.launch.options import LaunchOptions, Machine
+from megatron.launch.preview import describe
 from megatron.launch.runners import chosen_devices, usable_port
 
 CPU = Machine(devices=(), cores=8, python="/py")
 GPU = Machine(devices=("0", "1", "2", "3"), cores=64, python="/py")
 ARGS = ["-d", "configs", "a.yml", "--set", "train_iters=5"]
+POOL = {"n1": 4, "n2": 4}
+ENVIRON = {
+    "PATH": "/venv/bin:/usr/bin",
+    "NCCL_DEBUG": "WARN",
+    "MY_FLAG": "1",
+    "UNRELATED": "x",
+    "WANDB_API_KEY": "do-not-show",
+    "HF_TOKEN": "do-not-show",
+    "NCCL_AUTH_TOKEN": "do-not-show",
+    "MLFLOW_TRACKING_URI": "https://me:do-not-show@host",
+}
+GOLDEN = Path(__file__).with_name("golden")
 
 
-def job(machine: Machine = CPU, **options: Any) -> Job:
-    return plan_job(LaunchOptions(**options), machine, "train.py", ARGS, port=29500)
+def job(machine: Machine = CPU, pool: dict[str, int] | None = None, **options: Any) -> Job:
+    known = {"port": 29500, "pool": pool, "environ": ENVIRON, "scratch": "runs/a/launch"}
+    return plan_job(LaunchOptions(**options), machine, "train.py", ARGS, **known)
 
 
-LOCAL = (
-    "/py -u -m deepspeed.launcher.launch --world_info={world} --master_addr=127.0.0.1 --master_port=29500 "
-    "--no_local_rank --log_level=critical train.py -d configs a.yml --set train_iters=5"
-)
-HOSTS = "/py -m deepspeed.launcher.runner {options} --no_local_rank train.py -d configs a.yml --set train_iters=5"
-TWO, FOUR = "eyJsb2NhbGhvc3QiOiBbMCwgMV19", "eyJsb2NhbGhvc3QiOiBbMCwgMSwgMiwgM119"
-GOLDEN = [
-    (CPU, {}, "DS_ACCELERATOR=cpu GOMP_SPINCOUNT=1000 /py -u train.py -d configs a.yml --set train_iters=5"),
-    (CPU, {"num_gpus": 2}, "DS_ACCELERATOR=cpu GOMP_SPINCOUNT=1000 OMP_NUM_THREADS=4 " + LOCAL.format(world=TWO)),
-    (
-        CPU,
-        {"pipe_parallel_size": 2, "model_parallel_size": 2},
-        "DS_ACCELERATOR=cpu GOMP_SPINCOUNT=1000 OMP_NUM_THREADS=2 " + LOCAL.format(world=FOUR),
-    ),
-    (GPU, {}, "OMP_NUM_THREADS=16 " + LOCAL.format(world=FOUR)),
-    (GPU, {"num_gpus": 1}, "/py -u train.py -d configs a.yml --set train_iters=5"),
-    (GPU, {"hostfile": "hosts"}, HOSTS.format(options="--hostfile=hosts --master_port=29500")),
-    (
-        GPU,
-        {"include": "n1:0,1@n2", "hostfile": "hosts", "num_gpus": 2, "master_addr": "n1"},
-        HOSTS.format(options="--hostfile=hosts --include=n1:0,1@n2 --master_addr=n1 --master_port=29500"),
-    ),
-    (
-        GPU,
-        {"deepspeed_slurm": True, "num_nodes": 2, "account": "me", "comment": "big run"},
-        HOSTS.format(
-            options="--num_nodes=2 --master_port=29500 --launcher=slurm "
-            "'--launcher_args='\"'\"'--comment=big run'\"'\"' --account=me' --force_multi"
-        ),
-    ),
-    (
-        CPU,
-        {"launcher": "openmpi", "deepspeed_mpi": True, "hostfile": "h", "no_ssh_check": True},
-        "DS_ACCELERATOR=cpu GOMP_SPINCOUNT=1000 "
-        + HOSTS.format(options="--hostfile=h --master_port=29500 --launcher=openmpi --force_multi --no_ssh_check"),
-    ),
-]
+def check_golden(name: str, text: str) -> None:
+    """Compare with the golden file; places of this checkout are taken out first."""
+    text = text.replace(KEEPER, "<keeper>").replace(os.path.abspath("."), "<here>")
+    path = GOLDEN / name
+    if os.environ.get("REGEN"):
+        path.write_text(text + "\n", encoding="utf-8")
+    assert text + "\n" == path.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize(("machine", "options", "command"), GOLDEN)
-def test_command(machine: Machine, options: dict[str, Any], command: str) -> None:
-    assert job(machine, **options).describe() == command
+CASES: dict[str, tuple[Machine, dict[str, int] | None, dict[str, Any]]] = {
+    "python": (CPU, None, {}),
+    "none": (CPU, POOL, {"launcher": "none"}),
+    "local-cpu": (CPU, None, {"pipe_parallel_size": 2, "model_parallel_size": 2}),
+    "local-gpu": (GPU, None, {"include": "localhost:1,3"}),
+    "pdsh": (GPU, POOL, {"hostfile": "hosts", "export_env": ("MY_FLAG",)}),
+    "pdsh-slots": (GPU, POOL, {"include": "n1:0,2@n2", "hostfile": "hosts", "master_addr": "10.0.0.1"}),
+    "openmpi": (CPU, POOL, {"deepspeed_mpi": True, "hostfile": "h", "launcher_args": "--mca btl_tcp_if_include ib0"}),
+    "mpich": (GPU, POOL, {"launcher": "mpich", "hostfile": "h", "num_nodes": 1}),
+    "slurm": (GPU, None, {"deepspeed_slurm": True, "num_nodes": 2, "account": "me", "comment": "big run"}),
+    "torchrun": (GPU, None, {"launcher": "torchrun"}),
+    "torchrun-hosts": (GPU, POOL, {"launcher": "torchrun", "hostfile": "h"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_print_launch(name: str) -> None:
+    machine, pool, options = CASES[name]
+    planned = job(machine, pool, **options)
+    text = describe(planned)
+    assert "do-not-show" not in text
+    check_golden(f"{name}.txt", text)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("gpus", [True, False])
+def test_job_files(kind: str, gpus: bool) -> None:
+    options = LaunchOptions(
+        num_nodes=2, num_gpus=8, model_parallel_size=4, account="me", comment='a "big" run', master_port=29501
+    )
+    shape = shape_of(options, "MetaLA 1b", "runs/a", ("train.py", *ARGS, "--set", "a=b c"), gpus)
+    check_golden(f"{kind}-{'gpu' if gpus else 'cpu'}.txt", job_file(kind, options, shape))
+
+
+@pytest.mark.parametrize("kind", ["kubernetes", "skypilot"])
+def test_job_files_are_yaml_with_the_whole_command(kind: str) -> None:
+    import yaml
+
+    options = LaunchOptions(num_nodes=2, num_gpus=8)
+    shape = shape_of(options, "a", "runs/a", ("train.py", "--set", "a=b c"), True)
+    body = yaml.safe_load(job_file(kind, options, shape))
+    if kind == "kubernetes":
+        pod = body["spec"]["replicatedJobs"][0]["template"]["spec"]
+        container = pod["template"]["spec"]["containers"][0]
+        assert container["command"][-3:] == ["train.py", "--set", "a=b c"]
+        assert pod["parallelism"] == 2
+        assert container["resources"]["limits"] == {"nvidia.com/gpu": 8}
+    else:
+        assert "train.py --set 'a=b c'" in body["run"]
+        assert (body["num_nodes"], body["resources"]["accelerators"]) == (2, "H100:8")
+
+
+def test_job_file_refuses_a_mesh_that_does_not_fit() -> None:
+    with pytest.raises(ConfigError, match="cannot hold"):
+        shape_of(LaunchOptions(num_nodes=1, num_gpus=3, model_parallel_size=2), "a", "r", (), True)
 
 
 def test_dry_run_is_one_process_whatever_the_mesh() -> None:
@@ -73,17 +113,32 @@ def test_dry_run_is_one_process_whatever_the_mesh() -> None:
 
 
 @pytest.mark.parametrize(
-    ("machine", "options", "words"),
+    ("machine", "pool", "options", "words"),
     [
-        (GPU, {"num_gpus": 8}, "more than the 4 accelerators"),
-        (CPU, {"num_gpus": 3, "model_parallel_size": 2}, "cannot hold"),
-        (CPU, {"include": "a", "exclude": "b"}, "contradict"),
-        (CPU, {"launcher": "magic", "force_multi": True}, "unknown launcher"),
+        (GPU, None, {"num_gpus": 8}, "more than the 4 accelerators"),
+        (CPU, None, {"num_gpus": 3, "model_parallel_size": 2}, "cannot hold"),
+        (CPU, POOL, {"model_parallel_size": 3}, "8 processes cannot hold"),
+        (CPU, POOL, {"include": "n1", "exclude": "n2"}, "contradict"),
+        (CPU, None, {"launcher": "magic"}, "unknown launcher"),
+        (CPU, None, {"num_nodes": 2}, "needs to know the hosts"),
+        (CPU, POOL, {"launcher": "openmpi", "include": "n1:1"}, "single slots"),
+        (CPU, {"a": 1, "b": 2}, {"launcher": "slurm"}, "uneven"),
+        (CPU, None, {"launcher": "none", "model_parallel_size": 2}, "cannot hold"),
     ],
 )
-def test_contradictions_are_refused(machine: Machine, options: dict[str, Any], words: str) -> None:
+def test_contradictions_are_refused(machine: Machine, pool: Any, options: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        job(machine, **options)
+        job(machine, pool, **options)
+
+
+def test_a_secret_asked_for_by_name_is_refused() -> None:
+    with pytest.raises(LaunchError, match="WANDB_API_KEY looks like a secret"):
+        job(GPU, POOL, hostfile="h", export_env=("WANDB_API_KEY",))
+
+
+def test_a_remote_host_alone_is_reached_through_the_runner() -> None:
+    assert job(CPU, {"far": 2}, hostfile="h").route == "hosts"
+    assert job(CPU, {"localhost": 2}, hostfile="h").route == "local"
 
 
 def test_options_come_from_config_sections() -> None:

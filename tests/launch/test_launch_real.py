@@ -54,7 +54,7 @@ def test_one_process_needs_no_launcher() -> None:
 def test_deepy_imports_neither_torch_nor_deepspeed() -> None:
     code = (
         "import sys; sys.argv = ['deepy.py']; import deepy; "
-        f"deepy.main([{SCRIPT!r}, '-d', 'configs', 'metala-quickstart', '--print-command', '--set', 'num_gpus=4']); "
+        f"deepy.main([{SCRIPT!r}, '-d', 'configs', 'metala-quickstart', '--print-launch', '--set', 'num_gpus=4']); "
         "bad = {'torch', 'deepspeed', 'numpy'} & set(sys.modules); assert not bad, bad"
     )
     done = start("-c", code)

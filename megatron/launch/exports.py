@@ -1,0 +1,104 @@
+"""Which environment variables follow a job to its ranks: a list of what may, and never a secret.
+
+DeepSpeed's runners write exported variables on a command line (`pdsh ... export NAME=VALUE; ...`, `mpirun -x NAME=VALUE`),
+which every user of every host can read and which ends in logs. So a variable travels only if it is known to matter to a rank
+or named in `export_env`, and one that looks like a secret travels under no circumstances.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from megatron.errors import LaunchError
+
+# What a rank needs of the launching shell: to find its programs, to talk to the others, to use the same threads and caches.
+ALLOWED = (
+    "PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONHASHSEED", "PYTHONUNBUFFERED", "VIRTUAL_ENV", "LOGLEVEL", "TZ", "LANG",
+    "DS_ACCELERATOR", "OMP_*", "GOMP_*", "MKL_NUM_THREADS", "CUDA_DEVICE_MAX_CONNECTIONS", "CUDA_HOME", "NCCL_*", "GLOO_*",
+    "UCX_*", "TORCH_*", "TORCHINDUCTOR_*", "PYTORCH_*", "TRITON_*", "TOKENIZERS_PARALLELISM", "HF_HOME", "HF_HUB_OFFLINE",
+    "HF_DATASETS_*", "TRANSFORMERS_*", "WANDB_MODE",
+    "WANDB_PROJECT", "WANDB_ENTITY", "WANDB_DIR", "WANDB_BASE_URL", "MLFLOW_TRACKING_URI",
+)  # fmt: skip
+# What DeepSpeed's runners write on the command line by themselves, whatever we say: by the beginning of the name.
+_DEEPSPEED = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL", "LD_LIBRARY", "PATH")
+_WORDS = r"KEYS?|APIKEY|TOKENS?|SECRETS?|PASS|PASSWD|PASSPHRASE|CREDENTIALS?|AUTH|COOKIE|[A-Z0-9]*PASSWORD"
+_SECRET = re.compile(rf"(?:^|_)(?:{_WORDS})(?:_|$)", re.IGNORECASE)
+_LOGIN = re.compile(r"://[^/\s:@]*:[^/\s@]+@")  # https://user:password@host
+
+
+def is_secret(name: str, value: str) -> bool:
+    """By its name (WANDB_API_KEY, HF_TOKEN, ..._PASSWORD) or because its value is an address with a password."""
+    return bool(_SECRET.search(name) or _LOGIN.search(value))
+
+
+def exported(environ: Mapping[str, str], more: Iterable[str] = ()) -> dict[str, str]:
+    """The variables that go to every rank, by name. more: names or patterns (`MY_*`) of `export_env`.
+
+    Raises:
+        LaunchError: `export_env` names a secret.
+    """
+    more = tuple(more)
+    for name in more:
+        if is_secret(name, environ.get(name, "")):
+            raise LaunchError(
+                f"export_env: {name} looks like a secret and is not sent",
+                why="exported variables stand on a command line that all users of all hosts can read",
+                hint="put it on the hosts themselves: `wandb login`, `huggingface-cli login`, a Kubernetes secret",
+            )
+    names = sorted(n for n in environ if any(fnmatch.fnmatchcase(n, pattern) for pattern in (*ALLOWED, *more)))
+    return {name: environ[name] for name in names if not is_secret(name, environ[name])}
+
+
+def withheld(environ: Mapping[str, str]) -> list[str]:
+    """Secrets of this shell that a training run would use and that are not sent, for a warning."""
+    used = ("WANDB_", "HF_", "HUGGING_FACE", "MLFLOW_", "COMET_")
+    return sorted(name for name, value in environ.items() if name.startswith(used) and is_secret(name, value))
+
+
+def launcher_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """The environment for DeepSpeed's runner: without the secrets that it would write on a command line."""
+    return {n: v for n, v in environ.items() if not (n.startswith(_DEEPSPEED) and is_secret(n, v))}
+
+
+def user_file(environ: Mapping[str, str], home: Path) -> dict[str, str]:
+    """Variables of the user's `.deepspeed_env` (home, then here; another name by DS_ENV_FILE): NAME=VALUE per line.
+
+    Raises:
+        LaunchError: a line is no assignment, or assigns a secret.
+    """
+    name, found = environ.get("DS_ENV_FILE", ".deepspeed_env"), {}
+    for folder in (home, Path(".")):
+        path = folder / name
+        if not path.is_file():
+            continue
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            if not line.strip() or line.lstrip().startswith("#"):
+                continue
+            key, equals, value = line.partition("=")
+            if not equals or not re.fullmatch(r"\w+", key.strip()):
+                raise LaunchError(f"'{line}' is no NAME=VALUE", where=f"{path}:{number}")
+            if is_secret(key.strip(), value):
+                raise LaunchError(
+                    f"{key.strip()} looks like a secret",
+                    where=f"{path}:{number}",
+                    why="the launcher would write it on a command line",
+                )
+            found[key.strip()] = value.strip()
+    return found
+
+
+def environment_file(variables: Mapping[str, str]) -> str:
+    """The text that DeepSpeed's runner reads.
+
+    Raises:
+        LaunchError: a value that its quoting would break.
+    """
+    for name, value in variables.items():
+        if re.search(r"[\"$`\\\n]", value):
+            raise LaunchError(
+                f"the value of {name} cannot be sent to other hosts", why='the launcher does not quote " $ ` \\ and line ends'
+            )
+    return "".join(f"{name}={value}\n" for name, value in variables.items())
