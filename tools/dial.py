@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
@@ -21,36 +20,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
-
 from megatron.config.load import load_config
 from megatron.errors import exit_on_error
 from megatron.files import write_json
-from megatron.model.build import build_mixer
 from megatron.model.config import ModelConfig
+from megatron.model.memory import state_bytes, total
 from megatron.settings import model_config
-
-KINDS = {"conv": "convolution", "recurrent": "recurrent", "ssm": "recurrent"}
-"""Name of a state tensor -> what it is; all others are attention's keys, values and bookkeeping."""
-
-
-def state_bytes(config: ModelConfig, tokens: int) -> dict[str, dict[str, int]]:
-    """Mixer -> memory (recurrent, window, convolution) -> bytes per sequence, summed over the model's layers."""
-    found: dict[str, dict[str, int]] = {}
-    with torch.device("meta"):
-        for i, kind in enumerate(config.layer_types):
-            state = build_mixer(config, i).init_state(1, torch.bfloat16, "meta")
-            for name, tensor in state.items():
-                shape = [tokens if n == 0 else n for n in tensor.shape]  # an empty dimension grows with the text
-                memory = KINDS.get(name, "window" if 0 not in tensor.shape else "all tokens")
-                of = found.setdefault(kind, {})
-                of[memory] = of.get(memory, 0) + math.prod(shape) * tensor.element_size()
-    return found
-
-
-def total(parts: Mapping[str, Mapping[str, int]]) -> int:
-    """Bytes of everything."""
-    return sum(sum(of.values()) for of in parts.values())
 
 
 def turned(config: ModelConfig, window: int, feature: int) -> ModelConfig:
