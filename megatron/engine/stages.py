@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron.engine.base import DTYPES, EngineSettings
 from megatron.errors import ConfigError
+from megatron.layers.base import Layer
 from megatron.model.build import build_model, param_specs
 from megatron.model.config import ModelConfig
 from megatron.model.init import materialise
@@ -190,6 +191,9 @@ def build_local(config: ModelConfig, mesh: Mesh, settings: EngineSettings, devic
         device=device,
         dtype=DTYPES[settings.dtype],
     )
+    for module in local.modules():
+        if isinstance(module, Layer):
+            module.lay_together()
     parameters = {logical[name]: p for name, p in local.named_parameters()}
     if settings.sequence_parallel and mesh.tp_group is not None:
         sum_replicated_gradients(parameters, specs, mesh.tp_group)

@@ -104,6 +104,9 @@ class Layer(nn.Module):
         """Parameters that weight decay leaves alone besides biases and norms."""
         return ()
 
+    def lay_together(self) -> None:
+        """Move parameters that a fused path reads as one to one place in memory; called once, after they have got values."""
+
     def flops(self, seq_length: int) -> float:
         """Forward floating point operations per token, projections included; a multiply-add counts 2."""
         raise NotImplementedError

@@ -20,7 +20,9 @@ from torch import Tensor, nn
 
 from megatron.layers.base import Context, Layer, LayerConfig, State
 from megatron.ops.conv import causal_conv, next_history
-from megatron.ops.metala import metala, metala_step
+from megatron.ops.dispatch import chosen
+from megatron.ops.metala import metala, metala_packed, metala_step
+from megatron.ops.packed import lay_together, packed_linear
 
 
 class MetaLA(Layer):
@@ -68,25 +70,48 @@ class MetaLA(Layer):
             self.aug_balance.view(k),
         )
 
+    def _packed(self, u: Tensor, backend: str) -> Tensor:
+        """All projections of u [..., d] by one product: q | z | v | g."""
+        return packed_linear(u, self._projections(), self.g_proj.bias, backend)
+
+    def _projections(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.q_proj.weight, self.k_gate.weight, self.v_proj.weight, self.g_proj.weight
+
+    def lay_together(self) -> None:
+        """Put the four projections one behind the other in memory: the fused path then reads them as one without a copy."""
+        lay_together(self._projections())
+
+    def _mix(self, u: Tensor, ctx: Context, recurrent: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The operator on the projections of `u [b, s, d]`: y [b, s, h, v] and the last state.
+
+        The fused kernels read one packed projection; elsewhere four products of a cache's size are as fast and copy no weights.
+        """
+        if chosen("metala", ctx.backend, u.device) == "triton":
+            return metala_packed(
+                self._packed(u, ctx.backend),
+                self.aug_balance.view(-1, self.key_dim),
+                state=recurrent,
+                mask=ctx.mask,
+                segment_ids=ctx.segment_ids,
+                gate_round=self.gate_round,
+                backend=ctx.backend,
+            )
+        return metala(
+            *self._heads(u, ctx.mask),
+            state=recurrent,
+            mask=ctx.mask,
+            segment_ids=ctx.segment_ids,
+            gate_round=self.gate_round,
+            backend=ctx.backend,
+        )
+
     def forward(self, x: Tensor, ctx: Context, state: State | None = None) -> tuple[Tensor, State | None]:
         """`x [b, s, d]` -> `y [b, s, d]`; see `Layer.forward`."""
         if ctx.mask is not None:
             x = x * ctx.mask[..., None].to(x.dtype)
         history = None if state is None else state["conv"]
         u = causal_conv(x, self.conv1d.weight, history=history, segment_ids=ctx.segment_ids, backend=ctx.backend)
-        q, z, v, g, w = self._heads(self.split(u), ctx.mask)
-        y, recurrent = metala(
-            q,
-            z,
-            v,
-            g,
-            w,
-            state=None if state is None else state["recurrent"],
-            mask=ctx.mask,
-            segment_ids=ctx.segment_ids,
-            gate_round=self.gate_round,
-            backend=ctx.backend,
-        )
+        y, recurrent = self._mix(self.split(u), ctx, None if state is None else state["recurrent"])
         y = self.join(self.out_proj(y.flatten(-2)))
         if state is None:
             return y, None

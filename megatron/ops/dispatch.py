@@ -1,15 +1,15 @@
 """Which path of an operator runs, and why: reference | torch | triton | fla, with one override.
 
-An operator registers its paths here under its name; `choose` picks one from the override (`kernel_backend` in the YAML) and
-the device. The fused path of operator x lives in `ops/x_triton.py`, which is imported when a GPU or the override asks for it
-and may be absent (a packed folder, a machine without Triton). The choice is logged once per operator and reason, so that a run
-says what it computes with.
+An operator registers its paths here under its name; `chosen` picks one from the override (`kernel_backend` in the YAML) and
+the device. The fused path of operator x lives in `ops/x_triton.py`, its adapter to flash-linear-attention in `ops/x_fla.py`;
+both are imported when a GPU or the override asks for them and may be absent (a packed folder, a machine without the package).
+The choice is logged once per operator and reason, so that a run says what it computes with.
 """
 
 from __future__ import annotations
 
-import functools
 import importlib
+import importlib.util
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +19,7 @@ import torch
 BACKENDS = ("auto", "reference", "torch", "triton", "fla")
 _paths: dict[str, dict[str, Callable[..., Any]]] = {}
 _said: set[tuple[str, str]] = set()
+_absent: dict[tuple[str, str], str] = {}
 
 
 def path(op: str, backend: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -34,36 +35,54 @@ def path(op: str, backend: str) -> Callable[[Callable[..., Any]], Callable[..., 
     return add
 
 
-@functools.cache
-def _fused(op: str) -> str:
-    """Import the fused path of `op`; the reason why there is none, empty when there is."""
+def _missing(op: str, backend: str) -> str:
+    """Import the module of a path that is not always there; the reason why there is none, empty when there is."""
+    if backend not in ("triton", "fla") or backend in _paths[op]:
+        return ""
+    if (op, backend) not in _absent:
+        # A packed folder has tables of its own, which the trainer's modules, where they are installed too, do not fill.
+        _absent[op, backend] = f"no {backend} path in this copy"
+        try:
+            importlib.import_module(f"megatron.ops.{op}_{backend}")
+        except ImportError as error:
+            _absent[op, backend] = f"no {backend} path here: {error}"
+    return "" if backend in _paths[op] else _absent[op, backend]
+
+
+def _has_adapter(op: str) -> bool:
+    """Whether operator `op` was ever meant to run on flash-linear-attention."""
     try:
-        importlib.import_module(f"megatron.ops.{op}_triton")
-    except ImportError as error:
-        return f"no fused kernel here: {error}"
-    return ""
+        return importlib.util.find_spec(f"megatron.ops.{op}_fla") is not None
+    except ImportError:
+        return False
 
 
-def choose(op: str, asked: str, device: torch.device) -> Callable[..., Any]:
-    """The path of `op` to run on `device`.
+def chosen(op: str, asked: str, device: torch.device) -> str:
+    """Name of the path of `op` to run on `device`.
 
-    `auto` takes the fused kernel on a GPU where there is one and the chunked torch form elsewhere.
+    `auto` takes the fused kernel on a GPU where there is one and the chunked torch form elsewhere. `fla` is about the operators
+    that the package has; the others are chosen as by `auto`.
 
     Raises:
-        ValueError: the path asked for does not exist for this operator.
+        ValueError: the path asked for does not exist for this operator, or cannot be used here.
     """
-    paths = _paths[op]
-    wanted = ("triton" if device.type == "cuda" else "torch") if asked == "auto" else asked
-    missing = _fused(op) if wanted == "triton" else ""
-    name, why = wanted, f"automatic choice on {device.type}" if asked == "auto" else "asked for by kernel_backend"
-    if asked == "auto" and missing:
+    automatic = asked == "auto" or (asked == "fla" and not _has_adapter(op))
+    name = ("triton" if device.type == "cuda" else "torch") if automatic else asked
+    why = f"automatic choice on {device.type}" if automatic else "asked for by kernel_backend"
+    missing = _missing(op, name)
+    if automatic and missing:
         name, why = "torch", missing
-    if name not in paths:
-        known = ", ".join(sorted(paths))
+    if name not in _paths[op]:
+        known = ", ".join(sorted(_paths[op]))
         raise ValueError(
             f"kernel_backend '{name}' has no path for operator '{op}'; it has {known}" + (f" ({missing})" if missing else "")
         )
     if (op, name) not in _said:
         _said.add((op, name))
         logging.getLogger("megatron").info("operator %s: %s path (%s)", op, name, why)
-    return paths[name]
+    return name
+
+
+def choose(op: str, asked: str, device: torch.device) -> Callable[..., Any]:
+    """The path of `op` to run on `device`; see `chosen`."""
+    return _paths[op][chosen(op, asked, device)]

@@ -1,17 +1,22 @@
-"""Triton kernels of the MetaLA operator: two forward, three backward, one decode step. `ops/metala_triton.py` launches them.
+"""Triton kernels of the MetaLA operator: two forward, three backward, one to split a sequence. `ops/metala_launch.py` launches them.
 
 What they compute is `metala_reference` in `ops/metala.py`; how they are cut is this. A sequence is cut into chunks of C tokens.
-`state_forward` walks over the chunks and leaves the state before every NSUP-th one; `output_forward` then does all chunks at
-once: gate, key, decay, scan, self-augmentation, per-head LayerNorm and SiLU gate, so that nothing but the output is written.
-The backward recomputes all of that from the inputs: `output_backward` (norm and gates), `state_backward` (gradient of the
-states, from the last chunk to the first) and `input_backward`.
+`state_forward` walks over the chunks and leaves the state before each; `output_forward` then does all chunks at once, in tiles
+of C / NSUP rows: gate, key, decay, scan, self-augmentation, per-head LayerNorm and SiLU gate, so that nothing but the output is
+written. The backward recomputes all of that from the inputs: `output_backward` (norm and gates), `state_backward` (gradient of
+the states, from the last chunk to the first) and `input_backward`.
+
+The two state kernels are sequential; where batch x heads is too small to fill a GPU they run twice on parts of the sequence side
+by side: once from zero for what each part adds and what it leaves of its start, and, after `join_parts` has put these one behind
+the other, once more from the right starts. Decay is per channel, so a part's effect on its start is one factor per key channel.
 
 Decays are kept as base-2 logarithms. A chunk's running sum G is referenced to the middle of the chunk (Gm), so that both factors
 of a score stay within half a chunk's decay; gate logits are bounded at -40 (decay 0.082 per token) for that. The upper triangle
 of the scores may overflow and is removed by `where`, never by a product. Key and value widths need not be powers of two: BK and
 BV are, and what lies beyond K and V is masked. Document borders come as segment ids, as in `ops/chunk.py`.
 
-Pointers are raw; every tensor [b, t, h, k] is given by its pointer and the stride of one token, heads and channels are dense.
+Pointers are raw; every tensor [b, t, h, k] is given by its pointer and the stride of one token, heads and channels are dense: q,
+z, v and gate may be columns of one packed projection, and their gradients columns of one packed gradient.
 """
 
 import triton
@@ -95,14 +100,21 @@ def _scores(q, key, G, Gm, ids, oc, DT: tl.constexpr, PREC: tl.constexpr):
 
 @triton.jit
 def state_forward(
-    z, v, S, h0, ht, seg, mask, sz, sv, T,
-    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, NSUP: tl.constexpr,
+    z, v, S, h0, ht, keep, seg, mask, sz, sv, PER, T,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     DT: tl.constexpr, PREC: tl.constexpr, ROUND: tl.constexpr, HAS_H0: tl.constexpr, HAS_SEG: tl.constexpr, HAS_MASK: tl.constexpr,
+    STORE: tl.constexpr, END: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
-    """Grid (V / BV, B * H). Writes the state before every NSUP-th chunk to S [B, NS, H, K, V] and the last one to ht (fp32)."""
+    """Grid (V / BV, B * H, parts): one program walks over the PER chunks of its part of the sequence.
+
+    Starts from h0 [B * H, parts, K, V] or zero. STORE writes the state before every chunk to S [B, NT, H, K, V], END the last one
+    of each part to ht [B * H, parts, K, V] (fp32), KEEP the factor [B * H, parts, K] of what the part leaves of its initial state.
+    """
     i_v = tl.program_id(0)
     bh = tl.program_id(1).to(tl.int64)
+    part = tl.program_id(2)
     b, h = bh // H, bh % H
+    mine = bh * tl.num_programs(2) + part
     ok = tl.arange(0, BK)
     ov = i_v * BV + tl.arange(0, BV)
     oc = tl.arange(0, C)
@@ -110,12 +122,12 @@ def state_forward(
     place = ok[:, None] * V + ov[None, :]
     s = tl.zeros([BK, BV], tl.float32)
     if HAS_H0:
-        s += tl.load(h0 + bh * K * V + place, mask=inside, other=0.0)
+        s += tl.load(h0 + mine * K * V + place, mask=inside, other=0.0)
+    whole = tl.full([BK], 1.0, tl.float32)
     NT = tl.cdiv(T, C)
-    NS = tl.cdiv(NT, NSUP)
-    for i in range(0, NT):
-        if i % NSUP == 0:
-            tl.store(S + ((b * NS + i // NSUP) * H + h) * K * V + place, s.to(S.dtype.element_ty), mask=inside)
+    for i in range(part * PER, tl.minimum(NT, (part + 1) * PER)):
+        if STORE:
+            tl.store(S + ((b * NT + i) * H + h) * K * V + place, s.to(S.dtype.element_ty), mask=inside)
         t = i * C + oc
         live = _live(mask, b, t, T, HAS_MASK)
         row = b * T + t
@@ -125,8 +137,35 @@ def state_forward(
         G = tl.cumsum(la, 0)
         Gl = tl.sum(la, 0)
         kept = key * tl.math.exp2(Gl[None, :] - G) * leave[:, None]
-        s = tl.dot(tl.trans(kept.to(DT)), vv.to(DT), s * (tl.math.exp2(Gl) * carry)[:, None], input_precision=PREC)
-    tl.store(ht + bh * K * V + place, s, mask=inside)
+        factor = tl.math.exp2(Gl) * carry
+        s = tl.dot(tl.trans(kept.to(DT)), vv.to(DT), s * factor[:, None], input_precision=PREC)
+        whole *= factor
+    if END:
+        tl.store(ht + mine * K * V + place, s, mask=inside)
+    if KEEP:
+        tl.store(keep + mine * K + ok, whole, mask=(ok < K) & (i_v == 0))
+
+
+@triton.jit
+def join_parts(
+    end, keep, first, start, last, PARTS,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, HAS_FIRST: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """Grid (V / BV, B * H): what each part left alone, in order (or in reverse), becomes what each starts from, and the last one."""
+    bh = tl.program_id(1).to(tl.int64)
+    ok = tl.arange(0, BK)
+    ov = tl.program_id(0) * BV + tl.arange(0, BV)
+    inside = (ok < K)[:, None] & (ov < V)[None, :]
+    place = ok[:, None] * V + ov[None, :]
+    s = tl.zeros([BK, BV], tl.float32)
+    if HAS_FIRST:
+        s += tl.load(first + bh * K * V + place, mask=inside, other=0.0)
+    for j in range(0, PARTS):
+        at = bh * PARTS + (PARTS - 1 - j if REVERSE else j)
+        tl.store(start + at * K * V + place, s, mask=inside)
+        left = tl.load(keep + at * K + ok, mask=ok < K, other=0.0)
+        s = s * left[:, None] + tl.load(end + at * K * V + place, mask=inside, other=0.0)
+    tl.store(last + bh * K * V + place, s, mask=inside)
 
 
 @triton.jit
@@ -179,11 +218,11 @@ def output_forward(
 
 @triton.jit
 def output_backward(
-    q, z, v, gate, w, S, dy, do, dgate, damount, seg, mask, sq, sz, sv, sg, sy, scale, eps, T,
+    q, z, v, gate, w, S, dy, do, dgate, damount, seg, mask, sq, sz, sv, sg, sy, sdg, scale, eps, T,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     DT: tl.constexpr, PREC: tl.constexpr, ROUND: tl.constexpr, HAS_SEG: tl.constexpr, HAS_MASK: tl.constexpr,
 ):  # fmt: skip
-    """Grid (chunks, B * H). Recomputes o and its norm; writes do, dgate [b, t, h, v] (dense) and damount [b, t, h]."""
+    """Grid (chunks, B * H). Recomputes o and its norm; writes do [b, t, h, v] (dense), dgate and damount [b, t, h]."""
     i = tl.program_id(0)
     bh = tl.program_id(1).to(tl.int64)
     b, h = bh // H, bh % H
@@ -221,7 +260,8 @@ def output_backward(
     up = tl.load(dy + row[:, None] * sy + h * V + ov[None, :], mask=inside, other=0.0).to(tl.float32)
     sgt = tl.sigmoid(gt)
     dense = row[:, None] * (H * V) + h * V + ov[None, :]
-    tl.store(dgate + dense, (up * n * sgt * (1.0 + gt * (1.0 - sgt))).to(dgate.dtype.element_ty), mask=inside)
+    place = row[:, None] * sdg + h * V + ov[None, :]
+    tl.store(dgate + place, (up * n * sgt * (1.0 + gt * (1.0 - sgt))).to(dgate.dtype.element_ty), mask=inside)
     dn = up * gt * sgt
     dd = (dn - (tl.sum(dn, 1) / V)[:, None] - n * (tl.sum(dn * n, 1) / V)[:, None]) * r[:, None]
     dd = tl.where(inside, dd, 0.0)
@@ -231,14 +271,21 @@ def output_backward(
 
 @triton.jit
 def state_backward(
-    q, z, do, dS, dht, dh0, seg, mask, sq, sz, scale, T,
+    q, z, do, dS, dht, dh0, keep, seg, mask, sq, sz, scale, PER, T,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     DT: tl.constexpr, PREC: tl.constexpr, ROUND: tl.constexpr, HAS_DHT: tl.constexpr, HAS_SEG: tl.constexpr, HAS_MASK: tl.constexpr,
+    STORE: tl.constexpr, END: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
-    """Grid (V / BV, B * H). From the last chunk to the first: gradient of the state after each chunk, and of the initial one."""
+    """Grid (V / BV, B * H, parts): as `state_forward`, from the last chunk to the first.
+
+    dht [B * H, parts, K, V] is the gradient of the state after each part, dh0 of the one before it; dS [B, NT, H, K, V] of the
+    state after each chunk.
+    """
     i_v = tl.program_id(0)
     bh = tl.program_id(1).to(tl.int64)
+    part = tl.program_id(2)
     b, h = bh // H, bh % H
+    mine = bh * tl.num_programs(2) + part
     ok = tl.arange(0, BK)
     ov = i_v * BV + tl.arange(0, BV)
     oc = tl.arange(0, C)
@@ -246,11 +293,15 @@ def state_backward(
     place = ok[:, None] * V + ov[None, :]
     ds = tl.zeros([BK, BV], tl.float32)
     if HAS_DHT:
-        ds += tl.load(dht + bh * K * V + place, mask=inside, other=0.0)
+        ds += tl.load(dht + mine * K * V + place, mask=inside, other=0.0)
+    whole = tl.full([BK], 1.0, tl.float32)
     NT = tl.cdiv(T, C)
-    for ii in range(0, NT):
-        i = NT - 1 - ii
-        tl.store(dS + ((b * NT + i) * H + h) * K * V + place, ds.to(dS.dtype.element_ty), mask=inside)
+    first = part * PER
+    stop = tl.minimum(NT, (part + 1) * PER)
+    for ii in range(0, stop - first):
+        i = stop - 1 - ii
+        if STORE:
+            tl.store(dS + ((b * NT + i) * H + h) * K * V + place, ds.to(dS.dtype.element_ty), mask=inside)
         t = i * C + oc
         live = _live(mask, b, t, T, HAS_MASK)
         row = b * T + t
@@ -261,19 +312,23 @@ def state_backward(
         dd = tl.load(do + row[:, None] * (H * V) + h * V + ov[None, :], mask=(t < T)[:, None] & (ov < V)[None, :], other=0.0)
         _, enter, _, carry = _borders(seg, b, i, t, T, C, HAS_SEG)
         G = tl.cumsum(la, 0)
-        Gl = tl.sum(la, 0)
+        factor = tl.math.exp2(tl.sum(la, 0)) * carry
         reach = qq * tl.math.exp2(G) * scale * enter[:, None]
-        ds = tl.dot(tl.trans(reach.to(DT)), dd.to(DT), ds * (tl.math.exp2(Gl) * carry)[:, None], input_precision=PREC)
-    tl.store(dh0 + bh * K * V + place, ds, mask=inside)
+        ds = tl.dot(tl.trans(reach.to(DT)), dd.to(DT), ds * factor[:, None], input_precision=PREC)
+        whole *= factor
+    if END:
+        tl.store(dh0 + mine * K * V + place, ds, mask=inside)
+    if KEEP:
+        tl.store(keep + mine * K + ok, whole, mask=(ok < K) & (i_v == 0))
 
 
 @triton.jit
 def input_backward(
-    q, z, v, w, S, dS, do, damount, dq, dz, dv, dw, seg, mask, sq, sz, sv, scale, T,
+    q, z, v, w, S, dS, do, damount, dq, dz, dv, dw, seg, mask, sq, sz, sv, sdq, sdz, sdv, scale, T,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     DT: tl.constexpr, PREC: tl.constexpr, ROUND: tl.constexpr, HAS_SEG: tl.constexpr, HAS_MASK: tl.constexpr,
 ):  # fmt: skip
-    """Grid (chunks, B * H). Writes dense dq, dz [b, t, h, k], dv [b, t, h, v] and per-chunk parts of dw [b, chunks, h, k]."""
+    """Grid (chunks, B * H). Writes dq, dz [b, t, h, k], dv [b, t, h, v] and per-chunk parts of dw [b, chunks, h, k]."""
     i = tl.program_id(0)
     bh = tl.program_id(1).to(tl.int64)
     b, h = bh // H, bh % H
@@ -323,7 +378,7 @@ def input_backward(
         vf = vv.to(tl.float32)
         sig = tl.sigmoid(amount[:, None] * vf)
         dvv += dd.to(tl.float32) * sig * (1.0 - sig) * amount[:, None]
-        tl.store(dv + dense, dvv.to(dv.dtype.element_ty), mask=v_inside)
+        tl.store(dv + row[:, None] * sdv + h * V + ov[None, :], dvv.to(dv.dtype.element_ty), mask=v_inside)
     da = tl.where(seen, da * scale, 0.0).to(DT)
     dki = dks * out
     dqq = tl.dot(da, (key * against).to(DT), input_precision=PREC) * toward
@@ -335,39 +390,7 @@ def input_backward(
     dkk += dam[:, None] * qq * ww[None, :]
     dla -= (1.0 - key) * dkk  # the key is 1 - decay
     dzz = tl.where(live[:, None], dla * 0.0625 * tl.sigmoid(-logits), 0.0)
-    k_dense = row[:, None] * (H * K) + h * K + ok[None, :]
-    tl.store(dq + k_dense, dqq.to(dq.dtype.element_ty), mask=k_inside)
-    tl.store(dz + k_dense, dzz.to(dz.dtype.element_ty), mask=k_inside)
+    at = h * K + ok[None, :]
+    tl.store(dq + row[:, None] * sdq + at, dqq.to(dq.dtype.element_ty), mask=k_inside)
+    tl.store(dz + row[:, None] * sdz + at, dzz.to(dz.dtype.element_ty), mask=k_inside)
     tl.store(dw + ((b * NT + i) * H + h) * K + ok, tl.sum(dam[:, None] * qq * key, 0), mask=ok < K)
-
-
-@triton.jit
-def step_forward(
-    q, z, v, gate, w, state, slots, out, sq, sz, sv, sg, scale, eps,
-    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    ROUND: tl.constexpr, HAS_SLOTS: tl.constexpr,
-):  # fmt: skip
-    """Grid (B * H): one token of one head. The fp32 state [slots, H, K, V] is changed in place; `slots [B]` says whose it is."""
-    bh = tl.program_id(0).to(tl.int64)
-    b, h = bh // H, bh % H
-    ok = tl.arange(0, BK)
-    ov = tl.arange(0, BV)
-    slot = b
-    if HAS_SLOTS:
-        slot = tl.load(slots + b).to(tl.int64)
-    inside = (ok < K)[:, None] & (ov < V)[None, :]
-    place = state + (slot * H + h) * K * V + ok[:, None] * V + ov[None, :]
-    logits = tl.load(z + b * sz + h * K + ok, mask=ok < K, other=40.0)
-    la, key = _gate(logits, ROUND)
-    key = tl.where(ok < K, key, 0.0)
-    qq = tl.load(q + b * sq + h * K + ok, mask=ok < K, other=0.0).to(tl.float32)
-    vv = tl.load(v + b * sv + h * V + ov, mask=ov < V, other=0.0).to(tl.float32)
-    s = tl.load(place, mask=inside, other=0.0) * tl.math.exp2(la)[:, None] + key[:, None] * vv[None, :]
-    tl.store(place, s, mask=inside)
-    ww = tl.load(w + h * K + ok, mask=ok < K, other=0.0).to(tl.float32)
-    o = tl.sum(qq[:, None] * s, 0) * scale + tl.sigmoid(tl.sum(qq * key * ww, 0) * vv)
-    mean = tl.sum(tl.where(ov < V, o, 0.0), 0) / V
-    d = tl.where(ov < V, o - mean, 0.0)
-    r = 1.0 / tl.sqrt(tl.sum(d * d, 0) / V + eps)
-    gt = tl.load(gate + b * sg + h * V + ov, mask=ov < V, other=0.0).to(tl.float32)
-    tl.store(out + b * (H * V) + h * V + ov, (d * r * gt * tl.sigmoid(gt)).to(out.dtype.element_ty), mask=ov < V)

@@ -26,13 +26,18 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from megatron.files import write_json
-from megatron.ops import conv_kernels, conv_triton, metala_kernels
-from megatron.ops.metala_triton import tiles_for
+from megatron.ops import conv_kernels, conv_triton, metala_kernels, metala_step_kernels
+from megatron.ops.metala_step_triton import step_warps
+from megatron.ops.tuning import Tiles, metala_cuts, padded
+
+Case = tuple[str, Any, dict[str, Any], int, int]
+"""(name, kernel, constants, warps, stages)."""
 
 _TYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
-_INTS = {"T", "D", "sq", "sz", "sv", "sg", "so", "sy", "sx"}
+_STRIDES = {"sq", "sz", "sv", "sg", "so", "sy", "sx", "sdq", "sdz", "sdv", "sdg"}
+_INTS = _STRIDES | {"T", "D", "PER", "PARTS"}
 _FLOATS = {"scale", "eps"}
-_FP32 = {"h0", "ht", "dht", "dh0", "damount", "dw", "db", "state"}
+_FP32 = {"h0", "ht", "dht", "dh0", "damount", "dw", "db", "state", "keep", "end", "first", "start", "last"}
 _INT_POINTERS = {"seg": "*i32", "mask": "*i8", "slots": "*i32"}
 # Bytes. Heads of up to 64 x 128, which all released models have, must keep to the first pair. For wider heads the main backward
 # spills a little: half-size tiles would not, but would store and read twice as many states, which costs far more.
@@ -55,12 +60,14 @@ def _signature(kernel: Any, constants: dict[str, Any], dtype: str) -> dict[str, 
     return kinds
 
 
-def compile_kernel(kernel: Any, constants: dict[str, Any], dtype: str, warps: int) -> dict[str, int]:
+def compile_kernel(kernel: Any, constants: dict[str, Any], dtype: str, warps: int, stages: int = 3) -> dict[str, int]:
     """Compile for compute capability 9.0; registers per thread, spilled bytes, shared memory in bytes."""
     signature = _signature(kernel, constants, dtype)
-    attrs = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if signature[name].startswith("*")}
+    # As at run time: pointers are aligned, and strides are multiples of 16 since every head width is.
+    aligned = [i for i, name in enumerate(kernel.arg_names) if signature[name].startswith("*") or name in _STRIDES]
+    attrs = {(i,): [["tt.divisibility", 16]] for i in aligned}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, "num_stages": stages})
     ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as handle:
         handle.write(compiled.asm["ptx"])
@@ -71,35 +78,45 @@ def compile_kernel(kernel: Any, constants: dict[str, Any], dtype: str, warps: in
     return {"registers": int(registers[0]), "spilled": int(spills[0]), "shared": int(compiled.metadata.shared)}
 
 
-def metala_cases(k: int, v: int, dtype: str) -> list[tuple[str, Any, dict[str, Any], int]]:
-    """(name, kernel, constants, warps) of the MetaLA kernels, cut as `metala_triton.py` cuts them."""
-    tiles = tiles_for(k, v)
-    bk, bv = max(16, triton.next_power_of_2(k)), max(16, triton.next_power_of_2(v))
+def metala_cases(k: int, v: int, dtype: str, tiles: Tiles | None = None) -> list[Case]:
+    """The MetaLA kernels as `metala_launch.py` cuts them, or as `tiles` says."""
+    tiles = tiles or metala_cuts(k, v, 4 if dtype == "fp32" else 2)[0]
     flags = {"HAS_SEG": False, "HAS_MASK": False}
-    common = {"H": 8, "K": k, "V": v, "BK": bk, "DT": _TYPES[dtype], "PREC": "ieee" if dtype == "fp32" else "tf32", "ROUND": 0}
-    part, whole = common | flags | {"BV": tiles.block_v}, common | flags | {"BV": bv}
-    step = {"H": 8, "K": k, "V": v, "BK": bk, "BV": bv, "ROUND": 0, "HAS_SLOTS": True}
-    n = metala_kernels
+    common = {
+        "H": 8,
+        "K": k,
+        "V": v,
+        "BK": padded(k),
+        "DT": _TYPES[dtype],
+        "PREC": "ieee" if dtype == "fp32" else "tf32",
+        "ROUND": 0,
+    }
+    part, whole = common | flags | {"BV": tiles.block_v}, common | flags | {"BV": padded(v)}
+    walk = {"STORE": True, "END": True, "KEEP": False}
+    step = {"H": 8, "K": k, "V": v, "BK": padded(k), "BV": padded(v), "ROUND": 0, "HAS_SLOTS": True}
+    join = {"K": k, "V": v, "BK": padded(k), "BV": tiles.block_v, "HAS_FIRST": True, "REVERSE": False}
+    n, cut = metala_kernels, (tiles.warps, tiles.stages)
     return [
-        ("state_forward", n.state_forward, part | {"C": tiles.interval, "NSUP": 1, "HAS_H0": False}, tiles.warps),
-        ("output_forward", n.output_forward, whole | {"C": tiles.out, "NSUP": tiles.interval // tiles.out}, tiles.warps),
-        ("output_backward", n.output_backward, whole | {"C": tiles.back}, tiles.warps),
-        ("state_backward", n.state_backward, part | {"C": tiles.back, "HAS_DHT": False}, tiles.warps),
-        ("input_backward", n.input_backward, part | {"C": tiles.back}, tiles.warps),
-        ("step_forward", n.step_forward, step, 16 if k * v > 64 * 128 else 4),
+        ("state_forward", n.state_forward, part | walk | {"C": tiles.interval, "HAS_H0": False}, *cut),
+        ("output_forward", n.output_forward, whole | {"C": tiles.out, "NSUP": tiles.interval // tiles.out}, *cut),
+        ("output_backward", n.output_backward, whole | {"C": tiles.back}, *cut),
+        ("state_backward", n.state_backward, part | walk | {"C": tiles.back, "HAS_DHT": False}, *cut),
+        ("input_backward", n.input_backward, part | {"C": tiles.back}, *cut),
+        ("join_parts", n.join_parts, join, 4, 3),
+        ("step_forward", metala_step_kernels.step_forward, step, step_warps(k, v), 3),
     ]
 
 
-def conv_cases(width: int) -> list[tuple[str, Any, dict[str, Any], int]]:
+def conv_cases(width: int) -> list[Case]:
     """The convolution kernels as `conv_triton.py` cuts them."""
     flags = {"HAS_BIAS": False, "HAS_GATE": False, "HAS_HIST": False, "HAS_SEG": False}
     tile = {"W": width, "BT": conv_triton._TOKENS, "BD": conv_triton._CHANNELS, "SILU": True} | flags
     step = {"W": width, "BD": 256, "SILU": True, "HAS_BIAS": False, "HAS_SLOTS": True}
     n = conv_kernels
     return [
-        ("conv_forward", n.conv_forward, tile, 4),
-        ("conv_backward", n.conv_backward, tile, 4),
-        ("conv_step", n.conv_step, step, 4),
+        ("conv_forward", n.conv_forward, tile, 4, 3),
+        ("conv_backward", n.conv_backward, tile, 4, 3),
+        ("conv_step", n.conv_step, step, 4, 3),
     ]
 
 
@@ -121,9 +138,9 @@ def main() -> None:
             k, v = map(int, widths.split("x"))
             cases += [(widths, *case) for case in metala_cases(k, v, dtype)]
         cases += [("taps 4", *case) for case in conv_cases(4)]
-        for widths, name, kernel, constants, warps in cases:
-            row: dict[str, Any] = {"kernel": name, "widths": widths, "dtype": dtype, "warps": warps}
-            row |= compile_kernel(kernel, constants, dtype, warps)
+        for widths, name, kernel, constants, warps, stages in cases:
+            row: dict[str, Any] = {"kernel": name, "widths": widths, "dtype": dtype, "warps": warps, "stages": stages}
+            row |= compile_kernel(kernel, constants, dtype, warps, stages)
             wide = widths in args.widths and max(map(int, widths.split("x"))) > 128
             spill, shared = (WIDE_SPILL_LIMIT, WIDE_SHARED_LIMIT) if wide else (SPILL_LIMIT, SHARED_LIMIT)
             over = row["spilled"] > spill or row["shared"] > shared

@@ -1,0 +1,185 @@
+"""Runs the Triton kernels of MetaLA on tensors: shapes, strides, grids, and where a sequence is walked over in parts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from megatron.ops import metala_kernels as kernels
+from megatron.ops.tuning import Tiles, metala_cuts, padded
+
+EPS = 1e-5
+ROUND = {"none": 0, "bf16": 1, "fp16": 2}
+_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+# Fewer sequential programs than this leave most of a GPU's 100 to 150 multiprocessors idle.
+_FEW_PROGRAMS = 100
+# A part of fewer chunks than this would spend its time on reading and writing states.
+_LEAST_CHUNKS, _MOST_PARTS = 4, 16
+
+
+def parts_for(programs: int, chunks: int) -> int:
+    """Into how many parts a sequence of `chunks` chunks is cut where a state kernel would have this many programs."""
+    if programs >= _FEW_PROGRAMS:
+        return 1
+    return max(1, min(2 * _FEW_PROGRAMS // programs, chunks // _LEAST_CHUNKS, _MOST_PARTS))
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """q, z [b, t, h, k]; v, g [b, t, h, v]; w [h, k]; all with dense heads and channels and evenly spaced tokens."""
+
+    q: Tensor
+    z: Tensor
+    v: Tensor
+    g: Tensor
+    w: Tensor
+    mask: Tensor | None
+    segment_ids: Tensor | None
+    gate_round: int
+
+    @classmethod
+    def of(cls, parts: Sequence[Tensor], w: Tensor, mask: Tensor | None, segment_ids: Tensor | None, gate_round: int) -> Inputs:
+        """Checked, and copied where the strides are not as the kernels need them."""
+        if parts[2].dtype not in _DTYPES:
+            raise ValueError(f"the triton path takes fp32, bf16 or fp16, not {parts[2].dtype}")
+        q, z, v, g = (rows(x) for x in parts)
+        return cls(q, z, v, g, w.contiguous(), mask, segment_ids, gate_round)
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int, int]:
+        """b, t, h, k, v."""
+        b, t, h, k = self.q.shape
+        return b, t, h, k, self.v.shape[-1]
+
+    def tiles(self) -> Tiles:
+        """The committed cut for these widths and this precision."""
+        return metala_cuts(self.q.shape[-1], self.v.shape[-1], self.v.element_size())[0]
+
+    def constants(self, tiles: Tiles, block_v: int | None = None) -> dict[str, Any]:
+        """What every kernel is specialised on; `block_v` value columns per program instead of all."""
+        _, _, h, k, v = self.sizes
+        dtype = self.v.dtype
+        widths = {"H": h, "K": k, "V": v, "BK": padded(k), "BV": block_v or padded(v)}
+        numerics = {"DT": _DTYPES[dtype], "PREC": "ieee" if dtype == torch.float32 else "tf32", "ROUND": self.gate_round}
+        flags = {"HAS_SEG": self.segment_ids is not None, "HAS_MASK": self.mask is not None}
+        return {**widths, **numerics, **flags, "num_warps": tiles.warps, "num_stages": tiles.stages}
+
+
+def rows(x: Tensor) -> Tensor:
+    """x [b, t, h, c] with dense heads and channels and evenly spaced tokens; copied only where it is not so."""
+    b, t, _, c = x.shape
+    dense = x.stride(3) == 1 and x.stride(2) == c and (b == 1 or x.stride(0) == t * x.stride(1))
+    return x if dense else x.contiguous()
+
+
+def _wide(like: Tensor, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device=like.device)
+
+
+def _join(end: Tensor, keep: Tensor, first: Tensor | None, last: Tensor, block_v: int, reverse: bool) -> Tensor:
+    """What each part starts from, [b h, parts, k, v]; `last` is filled with what the last one leaves."""
+    start = torch.empty_like(end)
+    bh, parts, k, v = end.shape
+    kernels.join_parts[(triton.cdiv(v, block_v), bh)](
+        end, keep, end if first is None else first, start, last, parts,
+        K=k, V=v, BK=padded(k), BV=block_v, HAS_FIRST=first is not None, REVERSE=reverse, num_warps=4,
+    )  # fmt: skip
+    return start
+
+
+def states(x: Inputs, state: Tensor | None, chunk: int) -> tuple[Tensor, Tensor]:
+    """States before every chunk of `chunk` tokens [b, n, h, k, v] in v's dtype, and the last one [b, h, k, v] in fp32."""
+    b, t, h, k, v = x.sizes
+    tiles, chunks = x.tiles(), -(-t // chunk)
+    columns = triton.cdiv(v, tiles.block_v)
+    kept, final = x.v.new_empty(b, chunks, h, k, v), _wide(x.v, b, h, k, v)
+    start = None if state is None else state.float().contiguous()
+    per = -(-chunks // parts_for(columns * b * h, chunks))
+    parts = -(-chunks // per)
+    constants = x.constants(tiles, tiles.block_v) | {"C": chunk}
+
+    def run(begin: Tensor | None, end: Tensor, keep: Tensor, store: bool, last: bool) -> None:
+        kernels.state_forward[(columns, b * h, parts)](
+            x.z, x.v, kept, end if begin is None else begin, end, keep, x.segment_ids, x.mask, x.z.stride(1), x.v.stride(1),
+            per, t, **constants, HAS_H0=begin is not None, STORE=store, END=last, KEEP=last and not store,
+        )  # fmt: skip
+
+    if parts == 1:
+        run(start, final, final, True, True)
+        return kept, final
+    end, keep = _wide(x.v, b * h, parts, k, v), _wide(x.v, b * h, parts, k)
+    run(None, end, keep, False, True)
+    run(_join(end, keep, start, final, tiles.block_v, False), final, keep, True, False)
+    return kept, final
+
+
+def state_gradients(x: Inputs, do: Tensor, dfinal: Tensor | None, chunk: int) -> tuple[Tensor, Tensor]:
+    """Gradients of the state after every chunk [b, n, h, k, v] in v's dtype, and of the initial one [b, h, k, v] in fp32."""
+    b, t, h, k, v = x.sizes
+    tiles, chunks = x.tiles(), -(-t // chunk)
+    columns = triton.cdiv(v, tiles.block_v)
+    dkept, dstate = x.v.new_empty(b, chunks, h, k, v), _wide(x.v, b, h, k, v)
+    dfinal = None if dfinal is None else dfinal.contiguous()
+    per = -(-chunks // parts_for(columns * b * h, chunks))
+    parts = -(-chunks // per)
+    constants = x.constants(tiles, tiles.block_v) | {"C": chunk}
+
+    def run(begin: Tensor | None, end: Tensor, keep: Tensor, store: bool, last: bool) -> None:
+        kernels.state_backward[(columns, b * h, parts)](
+            x.q, x.z, do, dkept, end if begin is None else begin, end, keep, x.segment_ids, x.mask,
+            x.q.stride(1), x.z.stride(1), k**-0.5, per, t,
+            **constants, HAS_DHT=begin is not None, STORE=store, END=last, KEEP=last and not store,
+        )  # fmt: skip
+
+    if parts == 1:
+        run(dfinal, dstate, dstate, True, True)
+        return dkept, dstate
+    end, keep = _wide(x.v, b * h, parts, k, v), _wide(x.v, b * h, parts, k)
+    run(None, end, keep, False, True)
+    run(_join(end, keep, dfinal, dstate, tiles.block_v, True), dstate, keep, True, False)
+    return dkept, dstate
+
+
+def forward(x: Inputs, state: Tensor | None) -> tuple[Tensor, Tensor]:
+    """y [b, t, h, v] in v's dtype and the last state in fp32."""
+    b, t, h, k, _ = x.sizes
+    tiles = x.tiles()
+    kept, final = states(x, state, tiles.interval)
+    y = torch.empty(x.v.shape, dtype=x.v.dtype, device=x.v.device)
+    kernels.output_forward[(kept.shape[1], b * h)](
+        x.q, x.z, x.v, x.g, x.w, kept, y, x.segment_ids, x.mask,
+        x.q.stride(1), x.z.stride(1), x.v.stride(1), x.g.stride(1), y.stride(1), k**-0.5, EPS, t,
+        **x.constants(tiles), C=tiles.out, NSUP=tiles.interval // tiles.out,
+    )  # fmt: skip
+    return y, final
+
+
+def backward(
+    x: Inputs, dy: Tensor, dfinal: Tensor | None, state: Tensor | None, grads: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Fills `grads` (of q, z, v, g: dense heads and channels, any token stride); gives dw [h, k] and the initial state's."""
+    b, t, h, k, _ = x.sizes
+    tiles, dy = x.tiles(), rows(dy)
+    dq, dz, dv, dg = grads
+    kept, _ = states(x, state, tiles.back)
+    each = (kept.shape[1], b * h)
+    do, damount = torch.empty(x.v.shape, dtype=x.v.dtype, device=x.v.device), _wide(x.v, b, t, h)
+    kernels.output_backward[each](
+        x.q, x.z, x.v, x.g, x.w, kept, dy, do, dg, damount, x.segment_ids, x.mask,
+        x.q.stride(1), x.z.stride(1), x.v.stride(1), x.g.stride(1), dy.stride(1), dg.stride(1), k**-0.5, EPS, t,
+        **x.constants(tiles), C=tiles.back,
+    )  # fmt: skip
+    dkept, dstate = state_gradients(x, do, dfinal, tiles.back)
+    dw = _wide(x.v, b, kept.shape[1], h, k)
+    kernels.input_backward[each](
+        x.q, x.z, x.v, x.w, kept, dkept, do, damount, dq, dz, dv, dw, x.segment_ids, x.mask,
+        x.q.stride(1), x.z.stride(1), x.v.stride(1), dq.stride(1), dz.stride(1), dv.stride(1), k**-0.5, t,
+        **x.constants(tiles, tiles.block_v), C=tiles.back,
+    )  # fmt: skip
+    return dw.sum((0, 1)).to(x.w.dtype), dstate

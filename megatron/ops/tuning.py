@@ -1,0 +1,69 @@
+"""How the fused kernels are cut, by architecture, precision and width: a committed table instead of minutes of tuning at start.
+
+Each entry holds at most six cuts; the first is used. The order was chosen without a GPU, from what the kernels compile to on
+sm_90 (registers, spills, shared memory: `tools/bench/kernels_aot.py`, whose limits a test holds for every cut in this table)
+and from the bytes they move; `tools/bench/metala_gpu.py --tune` times all cuts of an entry on a GPU and says which should
+stand first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """One cut of the MetaLA kernels.
+
+    interval: tokens between stored states forward (a multiple of `out`). out: rows of the output kernel's tile.
+    back: rows of every backward tile, which is also the interval of its states. block_v: value columns per state program.
+    warps, stages: of every kernel; stages counts the tiles in flight of the kernels that walk over chunks.
+    """
+
+    interval: int
+    out: int
+    back: int
+    block_v: int
+    warps: int
+    stages: int = 3
+
+
+ARCHITECTURE = "sm_90"
+"""The only one with entries; others run with these, which were chosen for it."""
+
+# (architecture, bytes per element, key width of a head rounded up to a power of two); the value width is twice the key width.
+METALA: Mapping[tuple[str, int, int], tuple[Tiles, ...]] = {
+    ("sm_90", 2, 16): (Tiles(64, 64, 64, 32, 4),),
+    ("sm_90", 2, 32): (Tiles(64, 64, 64, 64, 8), Tiles(64, 32, 32, 64, 8), Tiles(64, 32, 64, 32, 8)),
+    ("sm_90", 2, 64): (
+        Tiles(64, 32, 32, 64, 8),
+        Tiles(64, 32, 32, 64, 8, 2),
+        Tiles(32, 32, 32, 64, 8),
+        Tiles(64, 32, 32, 32, 8),
+    ),
+    ("sm_90", 2, 128): (Tiles(32, 32, 32, 64, 8),),
+    ("sm_90", 4, 16): (Tiles(64, 64, 64, 32, 4),),
+    ("sm_90", 4, 32): (Tiles(64, 64, 64, 64, 8),),
+    ("sm_90", 4, 64): (Tiles(64, 32, 32, 64, 8),),
+    ("sm_90", 4, 128): (Tiles(32, 32, 32, 64, 8),),
+}
+
+
+def padded(width: int) -> int:
+    """The power of two that holds `width`; at least 16, the smallest side of a matrix product."""
+    return max(16, 1 << (width - 1).bit_length())
+
+
+def metala_cuts(key_dim: int, value_dim: int, size: int) -> tuple[Tiles, ...]:
+    """The cuts for heads of these widths in elements of `size` bytes, the one to use first.
+
+    Raises:
+        ValueError: wider heads than any entry has.
+    """
+    width = max(padded(key_dim), padded(value_dim) // 2)
+    entry = METALA.get((ARCHITECTURE, size, width))
+    if entry is None:
+        widest = max(k for _, _, k in METALA)
+        raise ValueError(f"the fused kernels take heads of up to {widest} x {2 * widest}, not {key_dim} x {value_dim}")
+    return entry

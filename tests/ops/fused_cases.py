@@ -1,0 +1,36 @@
+"""What the tests of fused kernels share: where they run, and their error against the token-by-token form in fp64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+NO_GPU = not torch.cuda.is_available()
+DEVICES = [
+    pytest.param("cpu", marks=pytest.mark.skipif(not NO_GPU, reason="on a GPU machine kernels are compiled, not interpreted")),
+    pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(NO_GPU, reason="no CUDA device")]),
+]
+device_matrix = pytest.mark.parametrize("device", DEVICES)
+
+
+def relative(got: Tensor, exact: Tensor) -> float:
+    """Norm of the difference over the norm of `exact` [any shape], formed in fp64 on the CPU."""
+    wide = exact.detach().cpu().double()
+    return float((got.detach().cpu().double() - wide).norm() / wide.norm().clamp_min(1e-30))
+
+
+def borders(b: int, t: int, device: str, share: float = 0.06) -> Tensor:
+    """Document numbers [b, t] with a border at about this share of the tokens."""
+    return (torch.rand(b, t, generator=torch.Generator().manual_seed(8)) < share).cumsum(1).to(device)
+
+
+def results(run: Callable[..., Sequence[Tensor]], leaves: Sequence[Tensor]) -> list[Tensor]:
+    """Outputs of `run(*leaves)` and the gradients of all leaves from fixed random upstream gradients."""
+    outputs = list(run(*leaves))
+    gen = torch.Generator().manual_seed(3)
+    ups = [torch.randn(x.shape, generator=gen, dtype=torch.float64).to(x.device) for x in outputs]
+    total = sum((x.double() * up).sum() for x, up in zip(outputs, ups, strict=True))
+    return [*outputs, *torch.autograd.grad(total, list(leaves))]
