@@ -4,6 +4,8 @@ VENV := .venv
 PY := $(VENV)/bin/python
 CONFIG ?= configs/metala-quickstart.yml
 RUN ?= runs/metala-quickstart
+# Test processes; parallel tests start up to four more of their own, so more than the cores does not help.
+JOBS ?= 2
 
 .PHONY: train test test-fast lint format docs install install-dev clean
 
@@ -30,10 +32,10 @@ train: $(VENV)/.installed
 	@$(PY) tools/summary.py $(RUN)
 
 test: $(VENV)/.installed-dev
-	$(PY) -m pytest
+	$(PY) -m pytest -n $(JOBS) --dist loadfile
 
 test-fast: $(VENV)/.installed-dev
-	$(PY) -m pytest -m "not slow"
+	$(PY) -m pytest -n $(JOBS) --dist loadfile -m "not slow"
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff format --check .
