@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -37,28 +38,32 @@ class Block(nn.Module):
         """The residual stream, widened to fp32 where the model asks for it."""
         return x.float() if self.wide and x.element_size() < 4 else x
 
-    def _normed(self, norm: Norm, x: Tensor) -> Tensor:
-        """norm(x), in the format of the weights where the stream is wider than they are."""
-        return norm(x).to(next(self.token_mixer.parameters()).dtype) if self.wide else norm(x)
+    def _inner(self, x: Tensor) -> torch.dtype:
+        """What the halves read: the format of the weights where the stream is wider than they are."""
+        return next(self.token_mixer.parameters()).dtype if self.wide else x.dtype
 
-    def _add(self, x: Tensor, normed: Tensor, mixed: Tensor) -> Tensor:
+    def _add(self, x: Tensor, normed: Tensor, mixed: Tensor, backend: str) -> Tensor:
         """x and what both halves add to it."""
-        after = x + self._drop(mixed)
+        mixed = self._drop(mixed)
         if self.channel_mixer is None:
-            return after
-        inner = normed if self.channel_norm is None else self._normed(self.channel_norm, x if self.parallel else after)
+            return x + mixed
+        if self.channel_norm is None or self.parallel:
+            after = x + mixed
+            inner = normed if self.channel_norm is None else self.channel_norm(x, self._inner(x), backend)
+        else:
+            after, inner = self.channel_norm.add(x, mixed, self._inner(x), backend)
         return after + self._drop(self.channel_mixer(inner))
 
     def forward(self, x: Tensor, ctx: Context, state: State | None = None) -> tuple[Tensor, State | None]:
         """`x [b, s, d]` -> `[b, s, d]`, with the mixer's state as in `Layer.forward`."""
         x = self._stream(x)
-        normed = self._normed(self.token_norm, x)
+        normed = self.token_norm(x, self._inner(x), ctx.backend)
         y, state = self.token_mixer(normed, ctx, state)
-        return self._add(x, normed, y), state
+        return self._add(x, normed, y, ctx.backend), state
 
     def step(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
         """`x [b, d]` -> `[b, d]`, one decode step."""
         x = self._stream(x)
-        normed = self._normed(self.token_norm, x)
+        normed = self.token_norm(x, self._inner(x), ctx.backend)
         y, state = self.token_mixer.step(normed, state, ctx)
-        return self._add(x, normed, y), state
+        return self._add(x, normed, y, ctx.backend), state

@@ -93,14 +93,14 @@ class LanguageModel(nn.Module):
         ctx = ctx or Context()
         x, tail = embed(self.model.embed_tokens, self.model.embed_tokens(tokens), ctx, state)
         x, state = run_blocks(self.model.layers, x, ctx, state)
-        return self.lm_head(self.model.final_norm(x)), None if state is None else state + tail
+        return self.lm_head(self.model.final_norm(x, backend=ctx.backend)), None if state is None else state + tail
 
     def step(self, tokens: Tensor, state: list[State], ctx: Context | None = None) -> tuple[Tensor, list[State]]:
         """One decode step: `tokens [b]` -> `logits [b, n]` and the new state."""
         ctx = ctx or Context()
         x, tail = embed(self.model.embed_tokens, self.model.embed_tokens(tokens.unsqueeze(1)), Context(), state)
         x, state = step_blocks(self.model.blocks(), x.squeeze(1), state[: len(state) - len(tail)], ctx)
-        return self.lm_head(self.model.final_norm(x)), state + tail
+        return self.lm_head(self.model.final_norm(x, backend=ctx.backend)), state + tail
 
     def init_state(self, batch: int, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> list[State]:
         """Empty states of all layers, then the embedding's if it has one; dtype and device default to the embedding's."""

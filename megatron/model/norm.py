@@ -1,10 +1,11 @@
-"""Norms of the residual stream, all computed in fp32 (fp64 for an fp64 model) and cast back."""
+"""Norms of the residual stream, all computed in fp32 (fp64 for an fp64 model) and cast back; `ops/norm.py` computes them."""
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from megatron.ops.norm import add_norm, norm
 
 
 class Norm(nn.Module):
@@ -23,14 +24,15 @@ class Norm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size)) if gain else None
         self.bias = nn.Parameter(torch.zeros(size)) if kind == "layernorm" else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normed x in x's dtype."""
-        wide = x if x.dtype == torch.float64 else x.float()
-        weight = None if self.weight is None else self.weight.to(wide.dtype)
-        if "layernorm" in self.kind:
-            bias = None if self.bias is None else self.bias.to(wide.dtype)
-            return F.layer_norm(wide, (self.size,), weight, bias, self.eps).to(x.dtype)
-        return F.rms_norm(wide, (self.size,), weight, self.eps).to(x.dtype)
+    def forward(self, x: Tensor, dtype: torch.dtype | None = None, backend: str = "auto") -> Tensor:
+        """Normed x in `dtype` (x's by default)."""
+        centred = "layernorm" in self.kind
+        return norm(x, self.weight, self.bias, centred=centred, eps=self.eps, dtype=dtype, backend=backend)
+
+    def add(self, x: Tensor, added: Tensor, dtype: torch.dtype | None = None, backend: str = "auto") -> tuple[Tensor, Tensor]:
+        """x + added in x's dtype, and its norm in `dtype` (x's by default)."""
+        centred = "layernorm" in self.kind
+        return add_norm(x, added, self.weight, self.bias, centred=centred, eps=self.eps, dtype=dtype, backend=backend)
 
     def extra_repr(self) -> str:
         """Shown by print(model)."""

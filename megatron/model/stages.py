@@ -14,6 +14,7 @@ from megatron.layers.base import Context
 from megatron.model.block import Block
 from megatron.model.embed import Embedding
 from megatron.model.lm import LanguageModel
+from megatron.model.norm import Norm
 
 Flow = tuple[Tensor, ...]
 
@@ -61,9 +62,13 @@ class BlockStage(StageModule):
 class NormStage(StageModule):
     """Final norm: `(x[, segment_ids])` -> the same."""
 
+    def __init__(self, body: Norm, prefix: str, backend: str = "auto") -> None:
+        super().__init__(body, prefix)
+        self.backend = backend
+
     def forward(self, flow: Flow) -> Flow:
         """See the class."""
-        return (self.body(flow[0]), *flow[1:])
+        return (self.body(flow[0], backend=self.backend), *flow[1:])
 
 
 class LastStage(StageModule):
@@ -89,6 +94,6 @@ def stages_of(model: LanguageModel, backend: str = "auto") -> list[Stage]:
     for i, block in enumerate(model.model.layers):
         assert isinstance(block, Block)
         stages.append(Stage(i + 2, BlockStage(block, f"model.layers.{i}", backend)))
-    stages.append(Stage(layers + 3, NormStage(model.model.final_norm, "model.final_norm")))
+    stages.append(Stage(layers + 3, NormStage(model.model.final_norm, "model.final_norm", backend)))
     stages.append(Stage(layers + 4, LastStage(model.lm_head, "lm_head")))
     return stages

@@ -67,3 +67,9 @@ def metala_cuts(key_dim: int, value_dim: int, size: int) -> tuple[Tiles, ...]:
         widest = max(k for _, _, k in METALA)
         raise ValueError(f"the fused kernels take heads of up to {widest} x {2 * widest}, not {key_dim} x {value_dim}")
     return entry
+
+
+def norm_cut(d: int) -> tuple[int, int]:
+    """(rows per program, warps) of the norm kernels: about 4,096 numbers, or one row of more, in the registers of a program."""
+    width = padded(d)
+    return max(1, 4096 // width), 4 if width <= 1024 else 8 if width <= 4096 else 16

@@ -26,16 +26,16 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from megatron.files import write_json
-from megatron.ops import conv_kernels, conv_triton, metala_kernels, metala_step_kernels
+from megatron.ops import conv_kernels, conv_triton, metala_kernels, metala_step_kernels, norm_kernels
 from megatron.ops.metala_step_triton import step_warps
-from megatron.ops.tuning import Tiles, metala_cuts, padded
+from megatron.ops.tuning import Tiles, metala_cuts, norm_cut, padded
 
 Case = tuple[str, Any, dict[str, Any], int, int]
 """(name, kernel, constants, warps, stages)."""
 
 _TYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
 _STRIDES = {"sq", "sz", "sv", "sg", "so", "sy", "sx", "sdq", "sdz", "sdv", "sdg"}
-_INTS = _STRIDES | {"T", "D", "PER", "PARTS"}
+_INTS = _STRIDES | {"T", "D", "N", "PER", "PARTS"}
 _FLOATS = {"scale", "eps"}
 _FP32 = {"h0", "ht", "dht", "dh0", "damount", "dw", "db", "state", "keep", "end", "first", "start", "last"}
 _INT_POINTERS = {"seg": "*i32", "mask": "*i8", "slots": "*i32"}
@@ -120,6 +120,19 @@ def conv_cases(width: int) -> list[Case]:
     ]
 
 
+def norm_cases(d: int) -> list[Case]:
+    """The norm kernels at model width `d`, in their largest forms: LayerNorm with an addition in front; RMSNorm without gain."""
+    rows, warps = norm_cut(d)
+    tile, n = {"BD": padded(d), "ROWS": rows}, norm_kernels
+    full = tile | {"CENTRED": True, "HAS_WEIGHT": True, "HAS_BIAS": True}
+    bare = tile | {"CENTRED": False, "HAS_WEIGHT": False, "HAS_BIAS": False}
+    return [
+        ("norm_forward", n.norm_forward, full | {"HAS_ADDED": True}, warps, 3),
+        ("norm_backward", n.norm_backward, full | {"HAS_TOTAL": True}, warps, 3),
+        ("norm_backward_bare", n.norm_backward, bare | {"HAS_TOTAL": True}, warps, 3),
+    ]
+
+
 def main() -> None:
     """Compile, print a row per kernel, store, judge."""
     parser = argparse.ArgumentParser(
@@ -128,6 +141,7 @@ def main() -> None:
     parser.add_argument(
         "--widths", nargs="+", default=["32x64", "64x128", "80x160", "128x256"], help="key x value width per head"
     )
+    parser.add_argument("--norms", nargs="*", type=int, default=[1024, 2560], help="model widths of the norm kernels")
     parser.add_argument("--dtype", nargs="+", default=["bf16"], choices=list(_TYPES))
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
@@ -138,6 +152,7 @@ def main() -> None:
             k, v = map(int, widths.split("x"))
             cases += [(widths, *case) for case in metala_cases(k, v, dtype)]
         cases += [("taps 4", *case) for case in conv_cases(4)]
+        cases += [(f"d {d}", *case) for d in args.norms for case in norm_cases(d)]
         for widths, name, kernel, constants, warps, stages in cases:
             row: dict[str, Any] = {"kernel": name, "widths": widths, "dtype": dtype, "warps": warps, "stages": stages}
             row |= compile_kernel(kernel, constants, dtype, warps, stages)
