@@ -1,7 +1,8 @@
 """What the manifest says of a file: its size and the SHA-256 of every block.
 
-A block never crosses a tensor, so damage is named by tensor, a rank verifies only what it reads, and several threads hash
-one file at once (hashlib gives the interpreter's lock back). A text file is one block, its plain SHA-256.
+A file is cut at the borders of its tensors and at every multiple of BLOCK, so damage is named by tensor, a rank verifies only
+what it reads, and several threads hash one file at once (hashlib gives the interpreter's lock back). A reader takes the
+borders from the manifest. A text file is one block, its plain SHA-256.
 """
 
 from __future__ import annotations
@@ -72,13 +73,3 @@ def read_into(fd: int, offset: int, target: memoryview, digest: Any = None) -> i
             digest.update(target[done : done + count])
         done += count
     return done
-
-
-def write_at(fd: int, offset: int, data: memoryview, digest: Any = None) -> None:
-    """Write all of `data` at `offset`; digest as in `read_into`."""
-    done = 0
-    while done < len(data):
-        count = os.pwrite(fd, data[done : done + _STEP], offset + done)
-        if digest is not None:
-            digest.update(data[done : done + count])
-        done += count

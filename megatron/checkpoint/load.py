@@ -116,7 +116,7 @@ def _read(path: Path, manifest: Manifest, engine: Engine, options: _Options) -> 
 
 
 def _read_weights(source: Source, engine: Engine) -> dict[str, Tensor]:
-    mesh, names = engine.mesh, list(engine.weights())
+    mesh, names = engine.mesh, list(engine.parameters())
     place = Place(mesh.pp_rank, mesh.tp_rank)
     wanted = (source.wanted_weight(name, local_slice(engine.specs[name], mesh), place) for name in names)
     return dict(zip(names, source.tensors(wanted), strict=True))

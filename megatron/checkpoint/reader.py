@@ -20,10 +20,12 @@ from torch import Tensor
 
 from megatron.checkpoint.blocks import FileEntry, read_into
 from megatron.checkpoint.damage import DamagedCheckpoint
+from megatron.checkpoint.direct import memory
 from megatron.checkpoint.tensors import CODES, threads
 
 _DTYPES = {code: dtype for dtype, code in CODES.items()}
 _LONGEST_HEADER = 100 << 20
+_HINT = 1 << 20
 
 
 def _damaged(path: Path, why: str) -> DamagedCheckpoint:
@@ -172,8 +174,10 @@ class Reader:
         low, high = first, last
         if blocks:
             low, high = min(first, self.entry.bounds(blocks[0])[0]), max(last, self.entry.bounds(blocks[-1])[1])
-        raw = torch.empty(high - low, dtype=torch.uint8)
+        raw = torch.from_numpy(memory(high - low))
         view = raw.numpy().data if high > low else memoryview(b"")
+        if high - low >= _HINT:  # the disk begins, whatever the threads are busy with
+            os.posix_fadvise(self._fd, low, high - low, os.POSIX_FADV_WILLNEED)
         jobs = [(i, *self.entry.bounds(i)) for i in blocks] or ([(-1, low, high)] if high > low else [])
         futures = [self._pool.submit(self._fetch, i, view[a - low : b - low], a, name) for i, a, b in jobs]
         return Pending(futures, raw[first - low : last - low], dtype)

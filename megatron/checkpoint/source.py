@@ -23,7 +23,7 @@ from megatron.checkpoint.damage import DamagedCheckpoint
 from megatron.checkpoint.manifest import Manifest
 from megatron.checkpoint.reader import Pending, Reader
 from megatron.checkpoint.recut import OptimizerReads, Place, Read, optimizer_reads, weight_reads
-from megatron.checkpoint.tensors import threads
+from megatron.checkpoint.tensors import WAITING, threads
 from megatron.errors import CheckpointError
 from megatron.parallel.plan import Slice
 
@@ -53,7 +53,7 @@ class Source:
         self.bytes_read = 0
 
     def __enter__(self) -> Source:
-        self._pool = self._stack.enter_context(ThreadPoolExecutor(threads(), "read"))
+        self._pool = self._stack.enter_context(ThreadPoolExecutor(threads() + WAITING, "read"))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

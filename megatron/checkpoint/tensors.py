@@ -1,8 +1,9 @@
-"""Writing safetensors files: many at once, in blocks that several threads hash and write, synced before it returns.
+"""Writing safetensors files: many at once, in chunks that several threads hash and write, synced before it returns.
 
 The format is eight bytes of length, a JSON header and the raw bytes. The writer is ours because the library's own needs a
-whole file in host memory and hashes nothing; one pass here costs what writing alone costs while a core is idle, since
-neither `pwrite` nor SHA-256 holds the interpreter's lock. `reader.py` is the other half.
+whole file in host memory and hashes nothing. Each chunk is copied once, into aligned memory, hashed there while the processor's
+cache still holds it, and written past the page cache (`direct.py`); more threads than cores, so that some hash while
+others wait for the disk. `reader.py` is the other half.
 """
 
 from __future__ import annotations
@@ -16,13 +17,17 @@ import uuid
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from megatron.checkpoint.blocks import BLOCK, FileEntry, write_at
+from megatron.checkpoint.blocks import BLOCK, FileEntry
+from megatron.checkpoint.direct import ALIGN, Buffers, Bytes, create, write_at
 from megatron.files import fsync_folder
 
 CODES: dict[torch.dtype, str] = {
@@ -38,12 +43,15 @@ CODES: dict[torch.dtype, str] = {
     torch.bool: "BOOL",
 }
 _FILES_AT_ONCE = 32  # open at a time, so that a deep model does not run out of descriptors
-_SYNC_EVERY = 256 << 20  # bytes of one file between two starts of the disk, which works while the next ones are hashed
+_STEP = 256 << 10  # bytes copied and hashed at once, so that the hash finds them in the processor's cache
+_DIRECT_FROM = 256 << 10  # bytes of a file that is worth a way past the page cache
+WAITING = 3  # threads beyond one per core: that many may wait for the disk
+_SYNCS = 4
 Blocks = list[tuple[int, str]]
 
 
 def threads() -> int:
-    """Threads that hash and read or write beside each other, per process."""
+    """Threads that compute beside each other (hash, copy), per process."""
     return max(2, min(4, len(os.sched_getaffinity(0))))
 
 
@@ -70,105 +78,125 @@ def _header(tensors: Mapping[str, Tensor], order: list[str], metadata: Mapping[s
     return struct.pack("<Q", len(text)) + text
 
 
-def _raw(tensor: Tensor) -> memoryview:
+def _raw(tensor: Tensor) -> Bytes:
     """The bytes of a tensor in row-major order; copies only what is not already contiguous in host memory."""
     flat = tensor.detach().to("cpu").contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+    return flat.view(torch.uint8).numpy() if flat.numel() else np.empty(0, np.uint8)
 
 
-def _blocks(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[memoryview]:
-    """The file as blocks: the header, then every tensor, cut where it is long."""
+def _pieces(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[Bytes]:
+    """The file as the header, then every tensor."""
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # wide types first: aligned
-    yield memoryview(_header(tensors, order, metadata))
+    yield np.frombuffer(_header(tensors, order, metadata), dtype=np.uint8)
     for name in order:
-        raw = _raw(tensors[name])
-        yield from (raw[at : at + BLOCK] for at in range(0, len(raw), BLOCK))
+        yield _raw(tensors[name])
 
 
-def _groups(blocks: Iterator[memoryview]) -> Iterator[tuple[int, list[memoryview]]]:
-    """(offset, consecutive blocks of together at most BLOCK bytes): one piece of work, however small the tensors are."""
-    offset, group, size = 0, list[memoryview](), 0
-    for block in blocks:
-        if group and size + len(block) > BLOCK:
-            yield offset, group
-            offset, group, size = offset + size, [], 0
-        group.append(block)
-        size += len(block)
-    yield offset, group
+def _chunks(pieces: Iterator[Bytes]) -> Iterator[tuple[int, list[Bytes]]]:
+    """(offset, what lies there): the file cut at every multiple of BLOCK and at the borders of its pieces."""
+    offset, group, size = 0, list[Bytes](), 0
+    for piece in pieces:
+        at = 0
+        while at < len(piece):
+            group.append(piece[at : at + BLOCK - size])
+            at, size = at + len(group[-1]), size + len(group[-1])
+            if size == BLOCK:
+                yield offset, group
+                offset, group, size = offset + BLOCK, [], 0
+    if group:
+        yield offset, group
 
 
-def _put(fd: int, offset: int, group: list[memoryview], hashing: bool) -> Blocks:
-    """Write consecutive blocks; where each ends, and its hash."""
-    found: Blocks = []
-    for block in group:  # one by one: joining small ones would cost fresh memory, and more time than the calls
+def _gather(group: list[Bytes], target: Bytes, hashing: bool) -> tuple[int, list[str]]:
+    """Copy a chunk's parts into `target`; their bytes together, and the hash of each. Neither holds the interpreter's lock."""
+    at, found = 0, list[str]()
+    for part in group:
         digest = hashlib.sha256() if hashing else None
-        write_at(fd, offset, block, digest)
-        offset += len(block)
-        found.append((offset, digest.hexdigest() if digest else ""))
-    return found
+        for begin in range(0, len(part), _STEP):
+            piece = target[at : at + min(_STEP, len(part) - begin)]
+            np.copyto(piece, part[begin : begin + _STEP])
+            if digest is not None:
+                digest.update(piece.data)
+            at += len(piece)
+        found.append(digest.hexdigest() if digest else "")
+    return at, found
+
+
+@dataclass
+class _Open:
+    """A file that is being written."""
+
+    fd: int
+    direct: bool
+    futures: list[Future[Blocks]] = field(default_factory=list)
+    sync: Future[None] | None = None
 
 
 class _Writer:
-    """The threads of one call, and at most twice as many blocks in host memory as there are threads."""
+    """The threads of one call, and as many chunks in host memory as there are threads."""
 
     def __init__(self, folder: Path, metadata: Mapping[str, str], hashing: bool) -> None:
         self.folder, self.metadata, self.hashing = folder, metadata, hashing
-        self.work, self.sync = ThreadPoolExecutor(threads(), "write"), ThreadPoolExecutor(2, "sync")
-        self.room = threading.BoundedSemaphore(2 * threads())
-        self.open: dict[str, tuple[int, list[Future[Blocks]]]] = {}
-        self.syncs: dict[int, list[Future[None]]] = {}
+        count = threads() + WAITING
+        self.work, self.sync = ThreadPoolExecutor(count, "write"), ThreadPoolExecutor(_SYNCS, "sync")
+        self.buffers = Buffers(count, BLOCK)
+        self.room = threading.BoundedSemaphore(2 * count)
+        self.open: dict[str, _Open] = {}
         self.entries: dict[str, FileEntry] = {}
         self.failed: BaseException | None = None
 
-    def _task(self, fd: int, offset: int, group: list[memoryview]) -> Blocks:
+    def _task(self, file: _Open, offset: int, group: list[Bytes]) -> Blocks:
+        buffer = self.buffers.take()
         try:
-            return _put(fd, offset, group, self.hashing)
+            size, found = _gather(group, buffer, self.hashing)
+            end = -(-size // ALIGN) * ALIGN if file.direct else size  # the rest is cut off when the file is whole
+            write_at(file.fd, offset, buffer[:end].data)
+            ends = accumulate((len(part) for part in group), initial=offset)
+            return list(zip(islice(ends, 1, None), found, strict=True))
         except BaseException as error:
             self.failed = error
             raise
         finally:
+            self.buffers.give(buffer)
             self.room.release()
 
     def add(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Hand one file to the threads; returns when all of its blocks are queued."""
+        """Hand one file to the threads; returns when all of its chunks are queued."""
         if len(self.open) >= _FILES_AT_ONCE:
             self.finish(next(iter(self.open)))
-        fd = os.open(self.folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        futures: list[Future[Blocks]] = []
-        self.open[name] = (fd, futures)
-        started = 0
-        for offset, group in _groups(_blocks(tensors, self.metadata)):
+        direct = nbytes(tensors) >= _DIRECT_FROM
+        file = self.open[name] = _Open(create(self.folder / name, direct), direct)
+        for offset, group in _chunks(_pieces(tensors, self.metadata)):
             self.room.acquire()
             if self.failed is not None:  # a full disk: do not hash the rest for nothing
                 raise self.failed
-            futures.append(self.work.submit(self._task, fd, offset, group))
-            if offset - started >= _SYNC_EVERY:
-                started = offset
-                self.syncs.setdefault(fd, []).append(self.sync.submit(os.fdatasync, fd))
+            file.futures.append(self.work.submit(self._task, file, offset, group))
 
     def begin_sync(self, name: str) -> None:
-        """Wait for a file's blocks and begin to make it durable."""
-        fd, futures = self.open[name]
-        blocks = tuple(block for future in futures for block in future.result())
+        """Wait for a file's chunks and begin to make it durable."""
+        file = self.open[name]
+        blocks = tuple(block for future in file.futures for block in future.result())
         self.entries[name] = FileEntry(blocks[-1][0], blocks)
-        self.syncs.setdefault(fd, []).append(self.sync.submit(os.fsync, fd))
+        if file.direct:
+            os.ftruncate(file.fd, blocks[-1][0])
+        file.sync = self.sync.submit(os.fsync, file.fd)
 
     def finish(self, name: str) -> None:
         """Wait until a file is durable."""
         if name not in self.entries:
             self.begin_sync(name)
-        fd = self.open[name][0]
-        for future in self.syncs.pop(fd, ()):
-            future.result()
+        file = self.open[name]
+        assert file.sync is not None
+        file.sync.result()
         del self.open[name]
-        os.close(fd)
+        os.close(file.fd)
 
     def close(self) -> None:
         """End the threads, then close what an error left open."""
         self.work.shutdown(cancel_futures=True)
         self.sync.shutdown(cancel_futures=True)
-        for fd, _ in self.open.values():
-            os.close(fd)
+        for file in self.open.values():
+            os.close(file.fd)
 
 
 def write_files(

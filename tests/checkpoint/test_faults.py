@@ -26,7 +26,7 @@ def test_random_damage_is_named_and_stepped_back_from(count: int) -> None:
 @pytest.mark.parametrize("mode", ["sync", "async"])
 def test_killed_inside_a_save(mode: str) -> None:
     """Exit code 0: as many resumes as asked, none wrong, none older than the last completed save."""
-    command = [sys.executable, str(ROOT / "tests" / "faults" / "checkpoint_kill.py"), "--kills", "8", "--mode", mode]
+    command = [sys.executable, str(ROOT / "tests" / "faults" / "checkpoint_kill.py"), "--kills", "4", "--mode", mode]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -55,6 +55,19 @@ def test_a_few_mesh_pairs(tmp_path: Path) -> None:
     assert pairs(tmp_path, ((2, 1, 1), (1, 1, 2)), ((1, 2, 1), (1, 1, 1)), "fp32") == 4
 
 
+def test_zero_2_and_3_are_recut_like_the_rest(tmp_path: Path) -> None:
+    two, wide = (1, 1, 2), (1, 2, 2)
+    for zero, saved_on, loaded_on in (
+        ((3, 1), (wide,), ((2, 1, 1), (1, 4, 1))),
+        ((1, 3), ((2, 1, 2),), (two, wide)),
+        ((2, 3), (two,), (wide, two)),
+    ):
+        found = run_pairs(tmp_path / f"{zero}", saved_on, loaded_on, "fp32", zero)
+        assert found["details"] == []
+        assert found["pairs"] == 2
+        assert found["worst relative difference of the next loss"] <= 1e-6
+
+
 @pytest.mark.slow
 def test_thirty_six_mesh_pairs(tmp_path: Path) -> None:
     assert pairs(tmp_path, MESHES[:4], MESHES, "fp32") == 36
@@ -62,4 +75,4 @@ def test_thirty_six_mesh_pairs(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_mesh_pairs_in_bf16(tmp_path: Path) -> None:
-    assert pairs(tmp_path, ((2, 1, 2), (1, 4, 1)), ((1, 1, 1), (1, 2, 2)), "bf16") == 4
+    assert pairs(tmp_path, ((2, 1, 2),), ((1, 4, 1), (1, 2, 2)), "bf16") == 2
