@@ -91,11 +91,15 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         ("zero_optimization.stage", "zero_optimization"),
-        lambda r: r.parallel.zero_optimization is not None and r.parallel.zero_optimization.get("stage") not in (0, 1),
-        lambda r: (
-            f"zero_optimization.stage is {thaw((r.parallel.zero_optimization or {}).get('stage'))!r}; stages 0 and 1 are built"
-        ),
+        lambda r: r.parallel.zero_optimization is not None and r.parallel.zero_optimization.get("stage") not in (0, 1, 2, 3),
+        lambda r: f"zero_optimization.stage is {thaw((r.parallel.zero_optimization or {}).get('stage'))!r}; there are 0 to 3",
         "write zero_optimization: {stage: 1}",
+    ),
+    Rule(
+        ("zero_optimization.stage", "zero_optimization", "pipe_parallel_size"),
+        lambda r: r.parallel.zero_stage in (2, 3) and r.parallel.pipe_stages > 1,
+        lambda r: f"zero_optimization.stage {r.parallel.zero_stage} does not go together with a pipeline",
+        "write zero_optimization: {stage: 1}, or pipe_parallel_size: 1",
     ),
     Rule(
         ("zero_optimization",),

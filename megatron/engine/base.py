@@ -7,9 +7,11 @@ The loop, the checkpoints and the export talk to `Engine` only. `single.py` is t
 from __future__ import annotations
 
 import math
+import os
 import types
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, ClassVar, Protocol
@@ -26,6 +28,7 @@ from megatron.training.objectives import Objective
 # `bfloat16` is how GPT-NeoX's `precision` key spells it.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "fp16": torch.float16}
 MOMENTS = ("exp_avg", "exp_avg_sq")
+_WORTH_THREADS = 1 << 22  # elements
 
 
 class MicroBatch(Protocol):
@@ -166,7 +169,10 @@ class Engine(ABC):
 
     @abstractmethod
     def optimizer_slices(self) -> dict[str, OptimizerSlice]:
-        """Copies of what this data-parallel rank owns; zero moments and step 0 before the first step."""
+        """What this data-parallel rank owns, as views where the engine keeps it so: the next step changes them.
+
+        Zero moments and step 0 before the first step.
+        """
 
     @abstractmethod
     def load_optimizer_slices(self, slices: Mapping[str, OptimizerSlice]) -> None:
@@ -195,7 +201,6 @@ class Engine(ABC):
         """Logical name -> this rank's local part, detached, in the compute dtype; only names of this rank's stage."""
         return {name: param.detach() for name, param in self.parameters().items()}
 
-    @torch.no_grad()
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Overwrite this rank's parts; call `refresh_master_from_weights` or `load_optimizer_slices` after it.
 
@@ -203,18 +208,25 @@ class Engine(ABC):
             CheckpointError: a name is missing or unknown, or a shape differs; nothing is changed then.
         """
         own = self.parameters()
-        check_names(set(own), set(weights), "weights")
-        for name, param in own.items():
-            if tuple(weights[name].shape) != tuple(param.shape):
-                raise CheckpointError(
-                    f"'{name}' has shape {tuple(weights[name].shape)} in the checkpoint, this rank holds {tuple(param.shape)}",
-                    why="another model, or another tensor-parallel cut",
-                )
-        for name, param in own.items():
-            param.copy_(weights[name])
+        check_weights({name: tuple(param.shape) for name, param in own.items()}, weights)
+        copy_all([(param.detach(), weights[name]) for name, param in own.items()])
 
     def close(self) -> None:
         """Give back what the engine holds outside Python's memory; the engine is not used afterwards."""
+
+
+def copy_all(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Copy each second tensor into the first, which needs no gradient; on a CPU with all cores of this process.
+
+    Copying gives the interpreter's lock back, and a gigabyte of it is a good part of a resume.
+    """
+    work = sorted(pairs, key=lambda pair: -pair[0].numel())
+    if not work or work[0][0].device.type != "cpu" or sum(target.numel() for target, _ in work) < _WORTH_THREADS:
+        for target, source in work:
+            target.copy_(source)
+        return
+    with ThreadPoolExecutor(min(4, len(os.sched_getaffinity(0))), "copy") as pool:
+        list(pool.map(lambda pair: pair[0].copy_(pair[1]), work))
 
 
 def check_names(own: set[str], given: set[str], what: str) -> None:
@@ -228,6 +240,17 @@ def check_names(own: set[str], given: set[str], what: str) -> None:
         why=f"{len(missing)} missing and {len(unknown)} unknown names",
         hint="compare the model section of the config with the one stored in the checkpoint",
     )
+
+
+def check_weights(own: Mapping[str, tuple[int, ...]], given: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError unless `given` has exactly the names and shapes of this rank's parameters."""
+    check_names(set(own), set(given), "weights")
+    for name, shape in own.items():
+        if tuple(given[name].shape) != shape:
+            raise CheckpointError(
+                f"'{name}' has shape {tuple(given[name].shape)} in the checkpoint, this rank holds {shape}",
+                why="another model, or another tensor-parallel cut",
+            )
 
 
 def check_slice(name: str, own: tuple[int, int], given: OptimizerSlice) -> None:

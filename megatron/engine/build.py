@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from megatron.engine.base import Engine, EngineSettings
+from megatron.engine.deepspeed_config import check_zero_stage
 from megatron.engine.single import SingleEngine
 from megatron.engine.startup import prepare_process
 from megatron.errors import ConfigError
@@ -55,6 +56,11 @@ def build_engine(kind: str, config: ModelConfig, mesh: Mesh, settings: EngineSet
     seed_all(settings.seed, mesh)
     if kind == "single":
         return SingleEngine(config, settings, device)
+    check_zero_stage(settings.zero_stage, mesh.pp)
+    if settings.zero_stage > 1:
+        from megatron.engine.sharded import ShardedEngine
+
+        return ShardedEngine(config, mesh, settings, device)
     from megatron.engine.deepspeed import DeepSpeedEngine
 
     return DeepSpeedEngine(config, mesh, settings, device)

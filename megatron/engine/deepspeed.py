@@ -1,7 +1,8 @@
 """DeepSpeed's pipeline engine behind `Engine`: pipeline, tensor, data parallelism with ZeRO-1. The only importer of deepspeed.
 
-It is the pipeline engine for any number of stages, one included, so that there is one path. What DeepSpeed would get
-wrong or do slowly (spec/environment.md 2) is held here and in `deepspeed_config.py`; each point has a test:
+It is the pipeline engine for any number of stages, one included; ZeRO-2 and 3, which it cannot do, are in `sharded.py`.
+What DeepSpeed would get wrong or do slowly (spec/environment.md 2) is held here and in `deepspeed_config.py`; each point
+has a test:
 
 * a shared-memory op that compiles C++ at start and is never used in training is switched off;
 * the Muon modules, which every ZeRO optimizer imports to ask "is it Muon?", are replaced by an answer: they cost torch._dynamo;
@@ -21,35 +22,22 @@ import os
 import sys
 import types
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron.engine.base import (
-    MOMENTS,
-    Engine,
-    EngineSettings,
-    MicroBatch,
-    OptimizerSlice,
-    StepResult,
-    check_names,
-    check_slice,
-    take_micro_batches,
-)
+from megatron.engine.base import EngineSettings, MicroBatch, StepResult, take_micro_batches
 from megatron.engine.deepspeed_config import deepspeed_config, zero_stage_note
-from megatron.engine.optim import build_optimizer, parameter_groups, set_learning_rate
-from megatron.engine.stages import EMBEDDING, LocalModel, build_local, run_stages
-from megatron.engine.veto import veto
+from megatron.engine.optim import FusedAdamW, set_learning_rate
+from megatron.engine.stages import EMBEDDING, LocalModel, run_stages
+from megatron.engine.zero import ZeroEngine, local_loss
 from megatron.model.config import ModelConfig
-from megatron.model.loss import token_loss
 from megatron.model.stages import Flow
-from megatron.parallel.collectives import all_reduce
-from megatron.parallel.loss import check_labels, vocab_parallel_token_loss
 from megatron.parallel.mesh import Mesh, rank_of, set_default_timeout
-from megatron.training.objectives import LossParts, objective_loss
+from megatron.training.objectives import LossParts
 
 _MUON = "deepspeed.runtime.zero.muon"
 
@@ -72,7 +60,7 @@ _prepare_import()
 with contextlib.redirect_stdout(io.StringIO()):
     import deepspeed
     from deepspeed.pipe import PipelineModule
-    from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+    from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataParallelTopology
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 # Set, not looked up: the first look-up probes every op of DeepSpeed with a C compiler.
@@ -105,9 +93,8 @@ def _join_world(mesh: Mesh, timeout_s: float) -> None:
 class _Pipeline(PipelineModule):
     """This rank's stages as DeepSpeed wants them, with our partition, our tied weights and our recomputation."""
 
-    def __init__(self, local: LocalModel, mesh: Mesh, settings: EngineSettings) -> None:
-        self._local, self._mesh, self._settings = local, mesh, settings
-        self.loss_parts = LossParts(settings.objective.parts)
+    def __init__(self, local: LocalModel, mesh: Mesh, settings: EngineSettings, parts: LossParts) -> None:
+        self._local, self._mesh, self._settings, self._parts = local, mesh, settings, parts
         topology = PipeModelDataParallelTopology(num_pp=mesh.pp, num_mp=mesh.tp, num_dp=mesh.dp)
         super().__init__([s.module for s in local.all_stages], topology=topology, loss_fn=self._loss)
 
@@ -121,16 +108,8 @@ class _Pipeline(PipelineModule):
         return run_stages(self.forward_funcs, forward_input, interval, keep_rng)
 
     def _loss(self, logits: Tensor, targets: tuple[Tensor, Tensor]) -> Tensor:
-        labels, mask = targets
-        group = self._mesh.tp_group
-        if group is None:
-            check_labels(labels, mask, self._local.config.vocab_size)
-
-        def mean(x: Tensor, y: Tensor, w: Tensor | None) -> Tensor:
-            return token_loss(x, y, w) if group is None or w is None else vocab_parallel_token_loss(x, y, w, group)
-
-        loss, parts = objective_loss(self._settings.objective, logits, labels, mask, mean)
-        self.loss_parts.add(parts)
+        loss, parts = local_loss(self._settings, self._local.config, self._mesh, logits, *targets)
+        self._parts.add(parts)
         return loss
 
     def _index_tied_modules(self) -> dict[str, Any]:
@@ -159,36 +138,38 @@ class _Pipeline(PipelineModule):
         """Nothing to send: both copies start from the same function of (seed, name) and take the same steps."""
 
 
-class DeepSpeedEngine(Engine):
+def start_deepspeed(module: nn.Module, engine: ZeroEngine, optimizer: FusedAdamW, grid: Any = None) -> tuple[Any, Any]:
+    """DeepSpeed's engine and its ZeRO optimizer around a model.
+
+    Args:
+        module: a `PipelineModule`, or a plain one. grid: from `one_stage_grid` for a plain one; a pipeline brings its own.
+    """
+    config = deepspeed_config(engine.settings, engine.mesh, engine.device.type != "cpu", engine.num_local_params)
+    with _quiet():
+        params = list(engine.parameters().values())
+        started, zero, _, _ = deepspeed.initialize(
+            model=module, optimizer=optimizer, model_parameters=params, config=config, mpu=grid
+        )
+    return started, zero
+
+
+def one_stage_grid(mesh: Mesh, timeout_s: float) -> Any:
+    """The groups of a mesh without pipeline in the form that DeepSpeed's plain engine asks for; joins the world before."""
+    _join_world(mesh, timeout_s)
+    return PipelineParallelGrid(topology=PipeModelDataParallelTopology(num_pp=1, num_mp=mesh.tp, num_dp=mesh.dp))
+
+
+class DeepSpeedEngine(ZeroEngine):
     """See the module and `Engine`."""
 
     kind: ClassVar[str] = "deepspeed"
 
     def __init__(self, config: ModelConfig, mesh: Mesh, settings: EngineSettings, device: torch.device) -> None:
-        self.mesh, self.settings, self.device = mesh, settings, device
         _join_world(mesh, settings.timeout_s)
-        self.local = build_local(config, mesh, settings, device)
-        self.specs, self._parameters = self.local.specs, self.local.parameters
-        self.dtype = next(iter(self._parameters.values())).dtype
-        self.replica_names = frozenset({EMBEDDING} if self.local.tied_copy else ())
-        for name, param in self._parameters.items():
-            # Both spellings: the gradient norm counts unflagged parameters on tensor rank 0 only.
-            param.model_parallel = param.tensor_model_parallel = self.specs[name].cut != "replicated"  # type: ignore[attr-defined]
-        ds_config = deepspeed_config(settings, mesh.dp, device.type != "cpu", self.num_local_params)
-        # The tied matrix leads its group on both stages, so that its two copies go through the same vector lanes.
-        decay = (settings.weight_decay, settings.weight_decay_rule)
-        groups = parameter_groups(self._parameters, self.specs, *decay, first=(EMBEDDING,))
+        optimizer = self._build(config, mesh, settings, device)
         with _quiet():
-            pipeline = _Pipeline(self.local, mesh, settings)
-            self._parts = pipeline.loss_parts
-            self._engine, self._zero, _, _ = deepspeed.initialize(
-                model=pipeline,
-                optimizer=build_optimizer(groups, settings),
-                model_parameters=list(self._parameters.values()),
-                config=ds_config,
-            )
-        self._loss = self._refused = torch.zeros((), device=device)
-        self._decided = False
+            pipeline = _Pipeline(self.local, mesh, settings, self._parts)
+        self._engine, self._zero = start_deepspeed(pipeline, self, optimizer)
         self._let_the_loss_veto()
 
     def _let_the_loss_veto(self) -> None:
@@ -204,17 +185,6 @@ class DeepSpeedEngine(Engine):
         self._engine._take_model_step = step
         self._engine._aggregate_total_loss = lambda: self._loss
         self._zero.optimizer.skip = self._skip
-
-    def _skip(self) -> Tensor:
-        """Asked by the optimizer once per parameter group: 1.0 when this step must change nothing."""
-        if not self._decided:
-            norm = torch.as_tensor(self._zero._global_grad_norm, dtype=torch.float32, device=self._loss.device)
-            self._refused, self._decided = veto(self._loss, norm, self.limits), True
-        return self._refused
-
-    def parameters(self) -> Mapping[str, nn.Parameter]:
-        """Logical name -> this rank's parameter."""
-        return self._parameters
 
     def _feed(self, batches: Iterator[MicroBatch], count: int) -> Iterator[tuple[Flow, tuple[Tensor, Tensor]]]:
         """(inputs of the first stage, targets of the last) per micro batch."""
@@ -234,93 +204,12 @@ class DeepSpeedEngine(Engine):
         skipped = self._refused if self._engine.was_step_applied() else True
         return StepResult(loss.detach(), self._engine.get_global_grad_norm(), skipped)
 
-    def _mean_parts(self) -> dict[str, float]:
-        """Means over the step's micro batches of all data-parallel ranks; only ranks of the last stage have added something."""
-        group = dist.group.WORLD if self.mesh.world_size > 1 else None
-        total = all_reduce(self._parts.sums(self.device), group)
-        means = total / (self.gradient_accumulation * self.mesh.dp * self.mesh.tp)
-        return dict(zip(self._parts.names, means.tolist(), strict=True))
-
     def eval_loss(self, batches: Iterator[MicroBatch], count: int) -> float:
         """Mean loss over `count` micro batches of every data-parallel rank."""
         feed = iter(list(self._feed(batches, count)))
         loss = float(self._engine.eval_batch(feed, num_micro_batches=count))
         self._engine.module.train()
         return loss
-
-    def _flat_partitions(self) -> list[Tensor]:
-        """The fp32 partitions, one per parameter group, that this data-parallel rank updates."""
-        if hasattr(self._zero, "fp32_groups_flat_partition"):
-            return list(self._zero.fp32_groups_flat_partition)
-        return list(self._zero.single_partition_of_fp32_groups)
-
-    def _owned(self) -> dict[str, tuple[Any, Tensor]]:
-        """Name -> (DeepSpeed's fragment mapping, the flat partition it lies in), for what this rank owns a part of."""
-        flats = self._flat_partitions()
-        maps = {name: getattr(p, "_hp_mapping", None) for name, p in self._parameters.items()}
-        return {name: (m, flats[m.param_group_index]) for name, m in maps.items() if m is not None}
-
-    def optimizer_slices(self) -> dict[str, OptimizerSlice]:
-        """This data-parallel rank's pieces; see `Engine`."""
-        slices = {}
-        for name, (mapping, flat) in self._owned().items():
-            place, low = mapping.hp_fragment_address, mapping.lp_fragment_address
-            state = self._zero.optimizer.state.get(flat, {})
-            master = flat.detach().narrow(0, place.start, place.numel).clone()
-            moments = {
-                m: state[m].narrow(0, place.start, place.numel).clone() if m in state else torch.zeros_like(master)
-                for m in MOMENTS
-            }
-            step = int(state["step"]) if "step" in state else 0
-            slices[name] = OptimizerSlice(low.start, low.start + low.numel, master, moments, step)
-        return slices
-
-    @torch.no_grad()
-    def load_optimizer_slices(self, slices: Mapping[str, OptimizerSlice]) -> None:
-        """Masters and moments; the compute weights come from `load_weights`."""
-        owned = self._owned()
-        check_names(set(owned), set(slices), "optimizer states")
-        for name, (mapping, _) in owned.items():
-            low = mapping.lp_fragment_address
-            check_slice(name, (low.start, low.start + low.numel), slices[name])
-        for name, (mapping, flat) in owned.items():
-            place, part = mapping.hp_fragment_address, slices[name]
-            state = self._zero.optimizer.state[flat]
-            for moment in MOMENTS:
-                target = state.setdefault(moment, torch.zeros_like(flat))
-                target.narrow(0, place.start, place.numel).copy_(part.moments[moment])
-            state["step"] = torch.tensor(float(part.step), device=flat.device)
-            flat.narrow(0, place.start, place.numel).copy_(part.master)
-
-    @torch.no_grad()
-    def refresh_master_from_weights(self) -> None:
-        """Masters become the weights; moments are forgotten."""
-        self._zero.refresh_fp32_params()
-        for flat in self._flat_partitions():
-            for moment in MOMENTS:
-                self._zero.optimizer.state.get(flat, {}).get(moment, flat.new_zeros(1)).zero_()
-            if "step" in self._zero.optimizer.state.get(flat, {}):
-                self._zero.optimizer.state[flat]["step"].zero_()
-
-    def _scaler(self) -> Any:
-        """DeepSpeed's dynamic loss scaler; None in other precisions or with a fixed scale."""
-        scaler = getattr(self._zero, "loss_scaler", None)
-        return scaler if self.settings.dtype == "fp16" and getattr(scaler, "dynamic", False) else None
-
-    def extra_state(self) -> dict[str, Any]:
-        """The loss scale of fp16, in the form of `loss_scale.py`."""
-        s = self._scaler()
-        if s is None:
-            return {}
-        quiet = s.cur_iter - 1 - s.last_overflow_iter
-        return {"loss_scale": {"value": float(s.cur_scale), "quiet": quiet, "left": s.cur_hysteresis}}
-
-    def load_extra_state(self, state: Mapping[str, Any]) -> None:
-        """See `extra_state`."""
-        s, saved = self._scaler(), state.get("loss_scale")
-        if s is not None and saved:
-            s.cur_scale, s.cur_hysteresis = float(saved["value"]), int(saved["left"])
-            s.last_overflow_iter = s.cur_iter - 1 - int(saved["quiet"])
 
     def describe(self) -> str:
         """One line for the log."""

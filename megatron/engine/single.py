@@ -22,6 +22,7 @@ from megatron.engine.base import (
     StepResult,
     check_names,
     check_slice,
+    copy_all,
     take_micro_batches,
 )
 from megatron.engine.loss_scale import LossScale
@@ -158,24 +159,27 @@ class SingleEngine(Engine):
 
     def _slice(self, master: Tensor) -> OptimizerSlice:
         state = self.optimizer.state.get(master, {})
-        flat = master.detach().reshape(-1).clone()
-        moments = {m: state[m].reshape(-1).clone() if m in state else torch.zeros_like(flat) for m in MOMENTS}
+        flat = master.detach().view(-1)
+        moments = {m: state[m].view(-1) if m in state else torch.zeros_like(flat) for m in MOMENTS}
         return OptimizerSlice(0, flat.numel(), flat, moments, int(state["step"]) if "step" in state else 0)
 
-    @torch.no_grad()
     def load_optimizer_slices(self, slices: Mapping[str, OptimizerSlice]) -> None:
         """Masters and moments; the compute weights follow from the masters."""
         check_names(set(self._masters), set(slices), "optimizer states")
         for name, master in self._masters.items():
             check_slice(name, (0, master.numel()), slices[name])
+        pairs = []
         for name, master in self._masters.items():
-            part = slices[name]
-            master.copy_(part.master.view_as(master))
-            state: dict[str, Any] = {"step": torch.tensor(float(part.step), device=self.device)}
+            part, state = slices[name], self.optimizer.state[master]
             for moment in MOMENTS:
-                state[moment] = part.moments[moment].to(self.device).view_as(master).clone()
-            self.optimizer.state[master] = state
-        self._copy_masters_down()
+                if moment not in state:
+                    state[moment] = torch.empty_like(master, requires_grad=False)
+                pairs.append((state[moment].view(-1), part.moments[moment]))
+            state["step"] = torch.tensor(float(part.step), device=self.device)
+            pairs.append((master.detach().view(-1), part.master))
+        copy_all(pairs)
+        with torch.no_grad():
+            self._copy_masters_down()
 
     @torch.no_grad()
     def refresh_master_from_weights(self) -> None:

@@ -75,7 +75,7 @@ def rank_memory(run: RunShape, config: ModelConfig, specs: dict[str, ParamSpec])
     """Memory of the fullest rank of this run's mesh."""
     held = max(_stage_parameters(specs, config, run.pp, run.tp))
     width = _BYTES[run.dtype]
-    owned = held / run.dp if run.zero_stage >= 1 else held
+    owned, weights, gradients = (held / run.dp if run.zero_stage >= stage else held for stage in (1, 3, 2))
     gradient = 4 if run.fp32_gradients else width
     master = 0 if width == 4 else 4
     tokens = run.micro_batch * run.seq_length
@@ -87,7 +87,7 @@ def rank_memory(run: RunShape, config: ModelConfig, specs: dict[str, ParamSpec])
     else:
         kept = blocks * one_block * in_flight
     logits = tokens * config.vocab_size / run.tp * (width + 4 + 4)  # as computed, in fp32, and its gradient
-    parts = (held * width, held * gradient, owned * (8 + master), kept, logits)
+    parts = (weights * width, gradients * gradient, owned * (8 + master), kept, logits)
     return RankMemory(*(x / _GIB for x in parts))
 
 

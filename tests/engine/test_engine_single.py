@@ -211,16 +211,18 @@ def test_engine_choice_and_settings() -> None:
 
 def test_deepspeed_dictionary() -> None:
     settings = EngineSettings(micro_batch=2, gradient_accumulation=3, dtype="bf16", zero_stage=1)
-    config = deepspeed_config(settings, 4, on_accelerator=False, local_params=1000)
+    config = deepspeed_config(settings, Mesh.shape_only(1, 1, 4, 0), on_accelerator=False, local_params=1000)
     assert config["train_batch_size"] == 24
     assert config["bf16"] == {"enabled": True}
     assert config["data_types"] == {"grad_accum_dtype": "fp32"}
     assert config["zero_optimization"] == {"stage": 1, "reduce_bucket_size": 1000}
     half = replace(settings, dtype="fp16", fp16={"enabled": True, "loss_scale": 0, "type": "x"})
-    assert deepspeed_config(half, 1, True, 1)["fp16"] == {"enabled": True, "loss_scale": 0}
-    for bad in (replace(settings, zero_stage=2), replace(settings, zero_stage=3), half):
+    assert deepspeed_config(half, Mesh.single(), True, 1)["fp16"] == {"enabled": True, "loss_scale": 0}
+    three = replace(settings, zero_stage=3)
+    assert deepspeed_config(three, Mesh.single(), False, 1)["zero_optimization"]["stage"] == 3
+    for bad, stages in ((three, 2), (replace(settings, zero_stage=2), 2), (half, 1)):
         with pytest.raises(ConfigError):
-            deepspeed_config(bad, 1, False, 1)
+            deepspeed_config(bad, Mesh.shape_only(stages, 1, stages, 0), False, 1)
 
 
 def test_data_that_end_are_an_error() -> None:

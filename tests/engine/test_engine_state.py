@@ -25,6 +25,14 @@ CASES = [
 ]
 
 
+def copied(slices: dict[str, OptimizerSlice]) -> dict[str, OptimizerSlice]:
+    """What an engine gives may be views of its live state."""
+    return {
+        name: replace(s, master=s.master.clone(), moments={m: t.clone() for m, t in s.moments.items()})
+        for name, s in slices.items()
+    }
+
+
 def _resume(kind: str, pp: int, tp: int, dtype: str) -> dict[str, Any]:
     settings = replace(BASE, dtype=dtype)
     first = make_engine(pp, tp, kind, settings, model_config())
@@ -32,7 +40,7 @@ def _resume(kind: str, pp: int, tp: int, dtype: str) -> dict[str, Any]:
     for _ in range(3):
         first.train_step(batches, 5e-3)
     weights = {name: w.clone() for name, w in first.weights().items()}
-    slices, extra = first.optimizer_slices(), first.extra_state()
+    slices, extra = copied(first.optimizer_slices()), first.extra_state()
     on = [first.train_step(batches, 5e-3) for _ in range(3)]
 
     # Another seed: nothing of the new engine's own start may survive.

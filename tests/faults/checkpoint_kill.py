@@ -30,6 +30,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from tests.faults.report import store
 from tests.parallel.rank_server import die_with_parent, free_port
 
 WORLD, PP = 4, 2
@@ -243,13 +244,18 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--mode", choices=("sync", "async"), default="sync")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--direct", action="store_true", help="write past the page cache, which files of this size do not")
+    parser.add_argument("--output", type=Path, help="JSON to put the count into")
     args = parser.parse_args()
     os.environ.update(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu")
     import torch
 
     torch.set_num_threads(1)
     import megatron.engine.deepspeed  # noqa: F401
+    from megatron.checkpoint import tensors
+
+    if args.direct:
+        tensors._DIRECT_FROM = 1
     import tests.faults.checkpoint_run  # noqa: F401
 
     memory = Path("/dev/shm")
@@ -274,8 +280,8 @@ def main() -> None:
         "details": (r.wrong + r.older + r.failed)[:5],
     }
     print(json.dumps(found, indent=1), flush=True)
-    if args.output:
-        args.output.write_text(json.dumps(found, indent=1) + "\n")
+    name = f"kill -9 inside a save, {args.mode}" + (", past the page cache" if args.direct else "")
+    store(args.output, name, " ".join(["python tests/faults/checkpoint_kill.py", *sys.argv[1:]]), found)
     raise SystemExit(bool(r.wrong or r.older or r.failed))
 
 

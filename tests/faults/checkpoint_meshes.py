@@ -75,9 +75,9 @@ def gathered(ranks: list[Pieces]) -> dict[str, np.ndarray]:
     return full
 
 
-def save_job(folder: str, mesh: Mesh3, dtype: str) -> tuple[Pieces, str]:
+def save_job(folder: str, mesh: Mesh3, dtype: str, zero_stage: int) -> tuple[Pieces, str]:
     """Three steps, a save, the fourth step; what was saved and the fourth loss."""
-    run = Run("deepspeed", model_of(4, dropout=0.0), pp=mesh[0], tp=mesh[2], zero_stage=1, dtype=dtype)
+    run = Run("deepspeed", model_of(4, dropout=0.0), pp=mesh[0], tp=mesh[2], zero_stage=zero_stage, dtype=dtype)
     for _ in range(3):
         run.step()
     save_checkpoint(Path(folder), run.engine, run.state, **run.options)
@@ -87,9 +87,9 @@ def save_job(folder: str, mesh: Mesh3, dtype: str) -> tuple[Pieces, str]:
     return saved, loss
 
 
-def load_job(folders: list[str], mesh: Mesh3, dtype: str) -> list[tuple[Pieces, str, list[int]]]:
+def load_job(folders: list[str], mesh: Mesh3, dtype: str, zero_stage: int) -> list[tuple[Pieces, str, list[int]]]:
     """Resume from each folder and take one step."""
-    run = Run("deepspeed", model_of(4, dropout=0.0), pp=mesh[0], tp=mesh[2], seed=7, zero_stage=1, dtype=dtype)
+    run = Run("deepspeed", model_of(4, dropout=0.0), pp=mesh[0], tp=mesh[2], seed=7, zero_stage=zero_stage, dtype=dtype)
     found = []
     for folder in folders:
         run.resume(Path(folder))
@@ -99,16 +99,23 @@ def load_job(folders: list[str], mesh: Mesh3, dtype: str) -> list[tuple[Pieces, 
     return found
 
 
-def run_pairs(base: Path, saved_on: tuple[Mesh3, ...], loaded_on: tuple[Mesh3, ...], dtype: str = "fp32") -> dict[str, Any]:
-    """All pairs; what was found."""
+def run_pairs(
+    base: Path,
+    saved_on: tuple[Mesh3, ...],
+    loaded_on: tuple[Mesh3, ...],
+    dtype: str = "fp32",
+    zero: tuple[int, int] = (1, 1),
+) -> dict[str, Any]:
+    """All pairs; what was found. zero: ZeRO stage at the save and at the load; where both are one, no mesh meets itself."""
     before: dict[Mesh3, tuple[dict[str, np.ndarray], float]] = {}
     for mesh in saved_on:
-        ranks = run_ranks(save_job, int(np.prod(mesh)), str(base / str(mesh)), mesh, dtype, timeout=180)
+        ranks = run_ranks(save_job, int(np.prod(mesh)), str(base / str(mesh)), mesh, dtype, zero[0], timeout=180)
         before[mesh] = (gathered([r[0] for r in ranks]), float.fromhex(ranks[0][1]))
     wrong, worst, pairs = list[str](), 0.0, 0
     for mesh in loaded_on:
-        froms = [m for m in saved_on if m != mesh]
-        ranks = run_ranks(load_job, int(np.prod(mesh)), [str(base / str(m)) for m in froms], mesh, dtype, timeout=240)
+        froms = [m for m in saved_on if m != mesh or zero != (1, 1)]
+        folders = [str(base / str(m)) for m in froms]
+        ranks = run_ranks(load_job, int(np.prod(mesh)), folders, mesh, dtype, zero[1], timeout=240)
         for i, origin in enumerate(froms):
             pairs += 1
             full, loss = gathered([rank[i][0] for rank in ranks]), float.fromhex(ranks[0][i][1])

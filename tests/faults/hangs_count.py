@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.faults import ranks_pool
+from tests.faults.report import store
 
 TIMEOUT_S = 2.5
 WORLD = 3
@@ -118,11 +119,14 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trials", type=int, default=20)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--faults", default=",".join(FAULTS), help="some of these, taken in turn")
+    parser.add_argument("--output", type=Path, help="JSON to put the count into")
     asked = parser.parse_args(argv)
+    faults = asked.faults.split(",")
     ranks_pool.preload()
     rng = random.Random(asked.seed)
     with tempfile.TemporaryDirectory(prefix="hangs") as name:
-        trials = [one(Path(name) / str(i), FAULTS[i % len(FAULTS)], rng) for i in range(asked.trials)]
+        trials = [one(Path(name) / str(i), faults[i % len(faults)], rng) for i in range(asked.trials)]
     slowest = {fault: max((t["seconds"] for t in trials if t["fault"] == fault), default=0.0) for fault in FAULTS}
     good = sum(not t["wrong"] for t in trials)
     report = {
@@ -133,6 +137,7 @@ def main(argv: list[str]) -> int:
         "wrong": [t["wrong"] for t in trials if t["wrong"]],
     }
     print(json.dumps(report))
+    store(asked.output, "hangs", f"python -m tests.faults.hangs_count --trials {asked.trials}", report)
     return int(good != len(trials))
 
 

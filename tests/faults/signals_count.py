@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.faults import ranks_pool
+from tests.faults.report import store
 
 MESHES = ({"pp": 2}, {"tp": 2}, {"zero_stage": 1})
 STEPS = 60
@@ -121,6 +122,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trials", type=int, default=100)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--output", type=Path, help="JSON to put the count into")
     asked = parser.parse_args(argv)
     ranks_pool.preload()
     rng, begin = random.Random(asked.seed), time.monotonic()
@@ -142,6 +144,7 @@ def main(argv: list[str]) -> int:
         "seconds": round(time.monotonic() - begin, 1),
     }
     print(json.dumps(report))
+    store(asked.output, "signals", f"python -m tests.faults.signals_count --trials {asked.trials}", report)
     return int(good != len(trials))
 
 

@@ -18,43 +18,11 @@ from megatron.parallel.ballot import Ballot
 from megatron.training.cadence import SaveRule
 from megatron.training.control import Control
 from megatron.training.guard import Guard, GuardOptions
-from tests.faults.guards_job import guarded_run
+from tests.faults.guards_count import CASES, check
 from tests.parallel.ranks import RankError, run_ranks
 from tests.training.runs import CURVE, make_engine, options, train
 
-# engine kind, world, mesh and precision
-CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
-    "single-fp32": ("single", 1, {}),
-    "single-bf16": ("single", 1, {"dtype": "bf16"}),
-    "pp2-fp32": ("deepspeed", 2, {"pp": 2}),
-    "tp2-bf16": ("deepspeed", 2, {"tp": 2, "dtype": "bf16"}),
-    "dp2-zero1-fp32": ("deepspeed", 2, {"zero_stage": 1}),
-    "dp2-bf16-sums": ("deepspeed", 2, {"dtype": "bf16", "fp32_grad_accum": False}),
-    "pp2tp2-bf16": ("deepspeed", 4, {"pp": 2, "tp": 2, "dtype": "bf16"}),
-}
-FEW = ("single-bf16", "pp2-fp32", "dp2-bf16-sums", "tp2-bf16")
-
-
-def check(name: str, count: int, seed: int) -> int:
-    """Run a case; the number of faults that were skipped as they should be."""
-    kind, world, mesh = CASES[name]
-    results = run_ranks(guarded_run, world, kind, count, seed, mesh, connect=world > 1, timeout=240)
-    for got in results:
-        planned = sorted(results[0]["todo"])
-        assert got["skipped"] == planned, (name, got["reasons"], planned)
-        for step, unchanged in got["unchanged"].items():
-            assert unchanged == (step in planned), (name, step)
-        assert got["rates"] == [learning_rate(n, CURVE) for n in _applied_before(len(got["rates"]), planned)]
-        assert got["applied"] == len(got["rates"]) - count
-        for step in planned:
-            ids = sorted(i for own in got["samples"][step] for i in own)
-            assert ids == list(range(8 * (step - 1), 8 * step)), "the samples of all ranks are named"
-            assert len(got["samples"][step]) == (2 if name.startswith("dp2") else 1)
-    return len(results[0]["skipped"])
-
-
-def _applied_before(steps: int, skipped: list[int]) -> list[int]:
-    return [step - 1 - sum(s < step for s in skipped) for step in range(1, steps + 1)]
+FEW = ("single-bf16", "pp2-fp32", "dp2-zero3-fp32", "tp2-bf16")
 
 
 @pytest.mark.parametrize("name", FEW)
@@ -63,10 +31,9 @@ def test_injected_faults_change_nothing(name: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_hundred_injected_faults_change_nothing() -> None:
-    counts = {name: check(name, 15, seed=11) for name in CASES}
-    print(f"{sum(counts.values())} injected faults, all skipped on all ranks with the state unchanged: {counts}")
-    assert sum(counts.values()) >= 100
+@pytest.mark.parametrize("name", sorted(set(CASES) - set(FEW)))
+def test_injected_faults_in_the_other_cases(name: str) -> None:
+    assert check(name, 4, seed=11) == 4
 
 
 def _one_rank_disagrees() -> None:

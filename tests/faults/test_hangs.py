@@ -20,10 +20,9 @@ ROOT = Path(__file__).parents[2]
 T = 30.0
 
 
-def test_faults_on_real_ranks_are_named_in_time() -> None:
-    """Stopped, killed, looping; the slow suite adds loops and errors in the data."""
+def real_ranks(trials: int, faults: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "tests.faults.hangs_count", "--trials", "3"],
+        [sys.executable, "-m", "tests.faults.hangs_count", "--trials", str(trials), "--faults", faults],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -31,7 +30,12 @@ def test_faults_on_real_ranks_are_named_in_time() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert json.loads(done.stdout.splitlines()[-1])["named and left in time"] == 3
+    assert json.loads(done.stdout.splitlines()[-1])["named and left in time"] == trials
+
+
+def test_faults_on_real_ranks_are_named_in_time() -> None:
+    """The slow suite adds loops and errors in the data."""
+    real_ranks(3, "stop,kill,loop")
 
 
 def beat(rank: int, moves: int = 10, still_s: float = 0.0, phase: str = "step", settled: bool = True) -> Beat:
@@ -174,8 +178,5 @@ def test_a_broken_collective_without_a_missing_rank_is_not_explained() -> None:
 
 
 @pytest.mark.slow
-def test_more_faults_on_real_ranks() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.faults.hangs_count", "--trials", "20", "--seed", "5"], cwd=ROOT, check=False
-    )
-    assert done.returncode == 0
+def test_faults_in_the_data_are_named_in_time() -> None:
+    real_ranks(2, "data loop,data error")

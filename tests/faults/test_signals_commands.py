@@ -90,7 +90,7 @@ def test_one_process(config: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 def test_two_ranks_through_the_launcher(config: Path, number: int) -> None:
     child = start(config, "--set", "model_parallel_size=2")
     child.send_signal(number)

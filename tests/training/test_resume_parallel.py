@@ -13,10 +13,8 @@ from tests.parallel.ranks import run_ranks
 from tests.training.runs import make_engine, options, train
 
 CASES = {
-    "tp2": {"tp": 2},
     "pp2": {"pp": 2},
     "dp2-zero1": {"zero_stage": 1},
-    "dp2-zero1-bf16": {"zero_stage": 1, "dtype": "bf16"},
     "pp2-tp2-bf16-zero1": {"pp": 2, "tp": 2, "zero_stage": 1, "dtype": "bf16"},
 }
 
