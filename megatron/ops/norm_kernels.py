@@ -10,11 +10,11 @@ import triton.language as tl
 
 @triton.jit
 def norm_forward(
-    x, added, weight, bias, total, y, N, D, eps,
+    x, added, weight, bias, stream, y, N, D, eps,
     BD: tl.constexpr, ROWS: tl.constexpr, CENTRED: tl.constexpr,
     HAS_ADDED: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """Grid (N / ROWS). x, added, total, y [N, D] dense; the sum is rounded to its dtype before it is normed, as it is read later."""
+    """Grid (N / ROWS). x, added, stream, y [N, D] dense; the sum is rounded to its dtype before it is normed, as it is read later."""
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     oc = tl.arange(0, BD)
     inside = (row < N)[:, None] & (oc < D)[None, :]
@@ -22,8 +22,8 @@ def norm_forward(
     s = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
     if HAS_ADDED:
         s += tl.load(added + place, mask=inside, other=0.0).to(tl.float32)
-        narrow = s.to(total.dtype.element_ty)
-        tl.store(total + place, narrow, mask=inside)
+        narrow = s.to(stream.dtype.element_ty)
+        tl.store(stream + place, narrow, mask=inside)
         s = narrow.to(tl.float32)
     if CENTRED:
         s = tl.where(inside, s - (tl.sum(s, 1) / D)[:, None], 0.0)

@@ -73,3 +73,7 @@ def norm_cut(d: int) -> tuple[int, int]:
     """(rows per program, warps) of the norm kernels: about 4,096 numbers, or one row of more, in the registers of a program."""
     width = padded(d)
     return max(1, 4096 // width), 4 if width <= 1024 else 8 if width <= 4096 else 16
+
+
+CROSS_ENTROPY = (2048, 8)
+"""(columns at a time, warps) of the cross-entropy kernels."""

@@ -26,19 +26,37 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from megatron.files import write_json
-from megatron.ops import conv_kernels, conv_triton, metala_kernels, metala_step_kernels, norm_kernels
+from megatron.ops import conv_kernels, conv_triton, cross_entropy_kernels, metala_kernels, metala_step_kernels, norm_kernels
 from megatron.ops.metala_step_triton import step_warps
-from megatron.ops.tuning import Tiles, metala_cuts, norm_cut, padded
+from megatron.ops.tuning import CROSS_ENTROPY, Tiles, metala_cuts, norm_cut, padded
 
 Case = tuple[str, Any, dict[str, Any], int, int]
 """(name, kernel, constants, warps, stages)."""
 
 _TYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
-_STRIDES = {"sq", "sz", "sv", "sg", "so", "sy", "sx", "sdq", "sdz", "sdv", "sdg"}
+_STRIDES = {"sq", "sz", "sv", "sg", "so", "sy", "sx", "sdq", "sdz", "sdv", "sdg", "sl"}
 _INTS = _STRIDES | {"T", "D", "N", "PER", "PARTS"}
 _FLOATS = {"scale", "eps"}
-_FP32 = {"h0", "ht", "dht", "dh0", "damount", "dw", "db", "state", "keep", "end", "first", "start", "last"}
-_INT_POINTERS = {"seg": "*i32", "mask": "*i8", "slots": "*i32"}
+_FP32 = {
+    "h0",
+    "ht",
+    "dht",
+    "dh0",
+    "damount",
+    "dw",
+    "db",
+    "state",
+    "keep",
+    "end",
+    "first",
+    "start",
+    "last",
+    "peak",
+    "total",
+    "picked",
+    "weights",
+}
+_INT_POINTERS = {"labels": "*i64", "seg": "*i32", "mask": "*i8", "slots": "*i32"}
 # Bytes. Heads of up to 64 x 128, which all released models have, must keep to the first pair. For wider heads the main backward
 # spills a little: half-size tiles would not, but would store and read twice as many states, which costs far more.
 SPILL_LIMIT, SHARED_LIMIT = 64, 100 * 1024
@@ -121,7 +139,7 @@ def conv_cases(width: int) -> list[Case]:
 
 
 def norm_cases(d: int) -> list[Case]:
-    """The norm kernels at model width `d`, in their largest forms: LayerNorm with an addition in front; RMSNorm without gain."""
+    """The norm kernels at model width `d`, largest forms: LayerNorm with an addition in front, RMSNorm without a gain."""
     rows, warps = norm_cut(d)
     tile, n = {"BD": padded(d), "ROWS": rows}, norm_kernels
     full = tile | {"CENTRED": True, "HAS_WEIGHT": True, "HAS_BIAS": True}
@@ -130,6 +148,16 @@ def norm_cases(d: int) -> list[Case]:
         ("norm_forward", n.norm_forward, full | {"HAS_ADDED": True}, warps, 3),
         ("norm_backward", n.norm_backward, full | {"HAS_TOTAL": True}, warps, 3),
         ("norm_backward_bare", n.norm_backward, bare | {"HAS_TOTAL": True}, warps, 3),
+    ]
+
+
+def cross_entropy_cases() -> list[Case]:
+    """The kernels of the cross entropy over rows."""
+    columns, warps = CROSS_ENTROPY
+    n = cross_entropy_kernels
+    return [
+        ("row_stats", n.row_stats, {"BN": columns}, warps, 3),
+        ("row_gradient", n.row_gradient, {"BN": columns}, warps, 3),
     ]
 
 
@@ -153,6 +181,7 @@ def main() -> None:
             cases += [(widths, *case) for case in metala_cases(k, v, dtype)]
         cases += [("taps 4", *case) for case in conv_cases(4)]
         cases += [(f"d {d}", *case) for d in args.norms for case in norm_cases(d)]
+        cases += [("any", *case) for case in cross_entropy_cases()]
         for widths, name, kernel, constants, warps, stages in cases:
             row: dict[str, Any] = {"kernel": name, "widths": widths, "dtype": dtype, "warps": warps, "stages": stages}
             row |= compile_kernel(kernel, constants, dtype, warps, stages)

@@ -1,0 +1,37 @@
+"""The fused path of the cross entropy over rows: launches `cross_entropy_kernels.py`.
+
+No custom operators: it runs inside the autograd function of `parallel/linear_loss.py`, which stands outside compiled regions.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from megatron.ops import cross_entropy_kernels as kernels
+from megatron.ops.dispatch import path
+from megatron.ops.tuning import CROSS_ENTROPY
+
+
+@path("cross_entropy", "triton")
+def row_stats_fused(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Arguments and results as `row_stats` in `ops/cross_entropy.py`; logits with dense columns."""
+    t, n = logits.shape
+    peak, total, picked = (torch.empty(t, dtype=torch.float32, device=logits.device) for _ in range(3))
+    columns, warps = CROSS_ENTROPY
+    kernels.row_stats[(t,)](
+        logits, labels, peak, total, picked, n, logits.stride(0), BN=min(columns, triton.next_power_of_2(n)), num_warps=warps
+    )
+    return peak, total, picked
+
+
+@path("cross_entropy_gradient", "triton")
+def row_gradient_fused(logits: Tensor, labels: Tensor, peak: Tensor, total: Tensor, weights: Tensor) -> None:
+    """Arguments as `row_gradient_` in `ops/cross_entropy.py`."""
+    t, n = logits.shape
+    columns, warps = CROSS_ENTROPY
+    block = min(columns, triton.next_power_of_2(n))
+    kernels.row_gradient[(t, triton.cdiv(n, block))](
+        logits, labels, peak, total, weights.contiguous(), n, logits.stride(0), BN=block, num_warps=warps
+    )
