@@ -55,17 +55,21 @@ def test_a_few_mesh_pairs(tmp_path: Path) -> None:
     assert pairs(tmp_path, ((2, 1, 1), (1, 1, 2)), ((1, 2, 1), (1, 1, 1)), "fp32") == 4
 
 
-def test_zero_2_and_3_are_recut_like_the_rest(tmp_path: Path) -> None:
-    two, wide = (1, 1, 2), (1, 2, 2)
-    for zero, saved_on, loaded_on in (
-        ((3, 1), (wide,), ((2, 1, 1), (1, 4, 1))),
-        ((1, 3), ((2, 1, 2),), (two, wide)),
-        ((2, 3), (two,), (wide, two)),
-    ):
-        found = run_pairs(tmp_path / f"{zero}", saved_on, loaded_on, "fp32", zero)
-        assert found["details"] == []
-        assert found["pairs"] == 2
-        assert found["worst relative difference of the next loss"] <= 1e-6
+@pytest.mark.parametrize(
+    ("zero", "saved_on", "loaded_on"),
+    [
+        ((3, 1), (1, 1, 2), ((2, 1, 1),)),
+        pytest.param((1, 3), (2, 1, 2), ((1, 1, 2), (1, 2, 2)), marks=pytest.mark.slow),
+        pytest.param((2, 3), (1, 1, 2), ((1, 2, 2),), marks=pytest.mark.slow),
+    ],
+)
+def test_zero_2_and_3_are_recut_like_the_rest(
+    zero: tuple[int, int], saved_on: tuple[int, int, int], loaded_on: tuple[tuple[int, int, int], ...], tmp_path: Path
+) -> None:
+    found = run_pairs(tmp_path, (saved_on,), loaded_on, "fp32", zero)
+    assert found["details"] == []
+    assert found["pairs"] == len(loaded_on)
+    assert found["worst relative difference of the next loss"] <= 1e-6
 
 
 @pytest.mark.slow
