@@ -139,6 +139,8 @@ def _build(run: RunConfig, env: RankEnvironment) -> _Parts:
     settings = engine_settings(run)
     init_process_group(env, run.parallel.distributed_backend, settings.timeout_s)
     mesh = Mesh.create(run.parallel.pipe_stages, run.parallel.tensor_ranks, env.world_size, env.rank)
+    if settings.objective.tally is not None:
+        settings.objective.tally.group = mesh.tp_group
     return _Parts(tokenizer, config, feeding, mesh, build_engine(run.parallel.engine, config, mesh, settings, env.local_rank))
 
 
@@ -175,7 +177,8 @@ def _actions(run: RunConfig, parts: _Parts, saver: Saver, control: Control) -> A
         def first() -> Iterator[Batch]:
             return parts.feeding.evaluation(name, parts.mesh)
 
-        return Evaluator(engine, first, run.training.eval_iters, split, stop_asked=control.stop_asked)
+        tally = engine.settings.objective.tally
+        return Evaluator(engine, first, run.training.eval_iters, split, stop_asked=control.stop_asked, tally=tally)
 
     def rewind() -> Mapping[str, Any]:
         assert c.save is not None  # a run without it has no checkpoint to go back to

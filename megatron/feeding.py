@@ -6,9 +6,12 @@ batch size in mid-run continues the same order), the identity of corpora and tok
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from megatron.config.frozen import thaw
 from megatron.config.schema import RunConfig
 from megatron.data.batches import Batch, Batches
 from megatron.data.datasets import Dataset
@@ -18,8 +21,9 @@ from megatron.data.masking import masked_batches
 from megatron.data.order import SPLIT_NAMES, sample_counts
 from megatron.data.sources import dataset_from_list, datasets_from_split
 from megatron.data.streaming import open_stream_dataset
+from megatron.data.synthetic.dataset import SPLITS, SyntheticDataset, read_slices
 from megatron.data.tokenizers import Tokenizer
-from megatron.errors import DataError
+from megatron.errors import ConfigError, DataError
 from megatron.parallel.mesh import Mesh
 from megatron.settings import masking
 
@@ -45,6 +49,9 @@ class Feeding:
         Raises:
             DataError: a corpus is missing, damaged or made with another tokenizer, or none is named.
         """
+        if self.run.data.synthetic is not None:
+            self._check_synthetic(self.run.data.synthetic)
+            return
         prefixes = self._prefixes()
         if not prefixes and not self.run.data.train_stream:
             raise DataError(
@@ -55,6 +62,27 @@ class Feeding:
             IndexedDataset(prefix)
             check_fingerprint(prefix, self.tokenizer)
         self._identity = data_identity(prefixes, self.tokenizer)
+
+    def _check_synthetic(self, spec: Mapping[str, Any]) -> None:
+        """Nothing else may be named, and all slices must be drawable; their description is what a resume compares."""
+        others = [key for key in ("data_path", "train_data_paths", "train_stream") if getattr(self.run.data, key)]
+        if others:
+            raise ConfigError(f"synthetic and {others[0]} are both given", where=self.run.provenance.get("synthetic"))
+        parts = [part for split in SPLITS for part in read_slices(spec, split, self.tokenizer)]
+        told = hashlib.sha256(json.dumps(thaw(spec), sort_keys=True).encode()).hexdigest()
+        tokens = sum(part.examples * part.task.seq_length for part in parts)
+        corpus = {"sequences": sum(part.examples for part in parts), "tokens": tokens, "sizes_sha256": told}
+        self._identity = {**data_identity([], self.tokenizer), "corpora": [corpus]}
+
+    def _synthetic(self, spec: Mapping[str, Any], name: str, count: int) -> SyntheticDataset:
+        """One split of a synthetic task; training repeats its slices, each evaluation reads the same samples."""
+        t, batch = self.run.training, self.run.batch.train_batch_size
+        parts = read_slices(spec, name, self.tokenizer)
+        if name == "train" and t.train_epochs:
+            count = t.train_epochs * batch * sum(part.examples // batch for part in parts)
+        elif name != "train":
+            count = t.eval_iters * batch
+        return SyntheticDataset(parts, t.seed, name, batch, self.run.model.seq_length, count)
 
     def _prefixes(self) -> list[str]:
         data = self.run.data
@@ -90,6 +118,9 @@ class Feeding:
 
     def _datasets(self, counts: dict[str, int], earlier: list[int], saved: Mapping[str, Any]) -> dict[str, Dataset | None]:
         data, length, seed = self.run.data, self.run.model.seq_length, self.run.training.seed
+        if data.synthetic is not None:
+            wanted = [name for name in SPLIT_NAMES if counts[name]]
+            return {name: self._synthetic(data.synthetic, name, counts[name]) for name in wanted}
         if data.data_path is not None:
             return datasets_from_split(
                 data.data_path,

@@ -11,6 +11,8 @@ from typing import Any
 from megatron.config.frozen import thaw
 from megatron.config.schema import RunConfig
 from megatron.data.masking import Masking
+from megatron.data.synthetic.dataset import SPLITS, read_slices, task_kind
+from megatron.data.synthetic.numbers import NumberTokenizer
 from megatron.data.tokenizers import Tokenizer, build_tokenizer, padded_vocab_size
 from megatron.engine.base import EngineSettings
 from megatron.engine.schedule import ScheduleConfig, decay_horizon, learning_rate
@@ -20,6 +22,7 @@ from megatron.model.config import ModelConfig
 from megatron.observe.runfolder import RunFolder
 from megatron.observe.sinks import SinkOptions, WandbOptions
 from megatron.registry import layer_info
+from megatron.training.accuracy import Tally
 from megatron.training.cadence import SaveRule
 from megatron.training.guard import GuardOptions
 from megatron.training.objectives import Objective
@@ -27,7 +30,11 @@ from megatron.training.options import FitOptions
 
 
 def tokenizer_of(run: RunConfig) -> Tokenizer:
-    """The tokenizer that the config names."""
+    """The tokenizer that the config names; numbers for a synthetic task that is not made of words."""
+    spec = run.data.synthetic
+    if spec is not None and not task_kind(spec.get("task")).reads_text:
+        parts = [part for split in SPLITS for part in read_slices(spec, split)]
+        return NumberTokenizer(max(part.task.rows for part in parts))
     return build_tokenizer(run.tokenizer.tokenizer_type, run.tokenizer.vocab_file, run.tokenizer.merge_file)
 
 
@@ -117,6 +124,7 @@ def engine_settings(run: RunConfig) -> EngineSettings:
 def objective(run: RunConfig) -> Objective:
     """What the loss is. A model that reads a prefix in both directions must not be trained to predict inside it."""
     t, seen = run.training, layer_options(run).get("jrt", {}).get("prefix_length", 0)
+    tally = None if run.data.synthetic is None else Tally()
     length = t.objective_prefix_length or seen
     if t.objective == "causal":
         if seen:
@@ -126,7 +134,7 @@ def objective(run: RunConfig) -> Objective:
                 why="the model would be trained to predict tokens that it sees",
                 hint="objective: jrt (masked tokens in the prefix) or objective: prefix",
             )
-        return Objective()
+        return Objective(tally=tally)
     if seen and length != seen:
         raise ConfigError(
             f"objective_prefix_length {length} is not jrt_prefix_length {seen}",
@@ -135,7 +143,7 @@ def objective(run: RunConfig) -> Objective:
         )
     if length >= run.model.seq_length:
         raise ConfigError(f"a prefix of {length} tokens leaves nothing of seq_length {run.model.seq_length} to predict")
-    return Objective(t.objective, length, t.objective_masked_weight)
+    return Objective(t.objective, length, t.objective_masked_weight, tally)
 
 
 def masking(run: RunConfig, rows: int) -> Masking | None:

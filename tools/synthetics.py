@@ -26,7 +26,8 @@ from megatron.config.problems import Problems
 from megatron.config.yaml_reader import read_files
 from megatron.errors import ConfigError, TrainingError, exit_on_error
 from megatron.evaluation.recall import Point
-from megatron.evaluation.sweep import Results, describe, points_of, solved, work
+from megatron.evaluation.sweep import describe, points_of, solved, work
+from megatron.evaluation.sweep_results import Results
 
 
 def read_sweep(path: Path) -> list[Point]:

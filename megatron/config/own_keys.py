@@ -48,6 +48,10 @@ OWN_KEYS: dict[str, str] = {
     "test_stream": "The same for the final test.",
     "stream_key": "Field of a record that holds the text of a stream.",
     "stream_repeat": "Start a stream over when it ends before train_iters.",
+    "synthetic": (
+        "A synthetic task instead of data_path: `task`, parameters of all its slices, and `train`, `valid`, `test`, lists of "
+        "slices with `examples` and more parameters; docs/synthetics.md. Validation then logs the share of right answers."
+    ),
     "kernel_backend": "Which implementation of the mixers' kernels runs; `auto` picks the fastest that works here.",
     "async_save": "Copy the state to host memory and write it in the background; the next save and the end of the run wait.",
     "verify_checkpoint": (

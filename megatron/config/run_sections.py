@@ -183,6 +183,7 @@ class DataSection(Section):
     test_stream: Names | None = None
     stream_key: str = "text"
     stream_repeat: bool = True
+    synthetic: Options | None = None
     mmap_warmup: bool = False
     num_workers: int = Field(default=2, ge=0)
     use_shared_fs: bool = True

@@ -1,26 +1,16 @@
-"""A sweep over small models on synthetic tasks: the grid, the file of results, and workers that share the points.
-
-Results are JSON lines, appended one by one and synced, so that whatever ends a sweep costs the points that were running and no
-others. A point is claimed by a lock on a file beside the results: several workers of one command, or several commands, can work
-on the same sweep, and a lock vanishes with the process that held it.
-"""
+"""A sweep over small models on synthetic tasks: the grid of a YAML as points, and a worker that runs what is open of them."""
 
 from __future__ import annotations
 
-import fcntl
 import itertools
-import json
-import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 from megatron.data.synthetic.dataset import read_slices
-from megatron.errors import ConfigError, DataError
+from megatron.errors import ConfigError
 from megatron.evaluation.recall import Point, Training, run_point
+from megatron.evaluation.sweep_results import Results
 from megatron.model.build import param_specs
 from megatron.model.config import ModelConfig
 from megatron.registry import layer_info, nearest
@@ -79,7 +69,7 @@ def _family(sweep: Mapping[str, Any], data: Mapping[str, Any], family: Any) -> I
     order = sorted(grid, key=lambda key: (key == "learning_rate", key not in varied))  # the rate turns fastest
     for values in itertools.product(*(grid[key] for key in order)):
         chosen = dict(zip(order, values, strict=True))
-        tags = {key: chosen[key] for key in told if key in varied}
+        tags = {key: chosen[key] for key in told if key in varied or key in family}
         yield _point(name, layers, data, chosen, options, tags)
 
 
@@ -109,8 +99,8 @@ def _point(
     point = Point(name, data, model, training, tags)
     try:
         param_specs(point.config())
-    except (ValueError, TypeError, ZeroDivisionError) as error:
-        raise ConfigError(f"family '{name}' describes no model", where=str(dict(tags)), why=str(error)) from None
+    except ConfigError as error:
+        raise ConfigError(error.what, where=f"family '{name}' {dict(tags)}", why=error.why, hint=error.hint) from None
     return point
 
 
@@ -118,74 +108,6 @@ def group(point: Point) -> str:
     """What all learning rates of one model share."""
     training = {key: value for key, value in point.training.items() if key != "learning_rate"}
     return Point(point.name, point.data, point.model, training).key()
-
-
-class Results:
-    """The results of a sweep: one JSON object per line, in `path`; claims are lock files in `path` + `.claims`."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._claims = path.with_name(path.name + ".claims")
-        self._claims.mkdir(parents=True, exist_ok=True)
-
-    def read(self) -> dict[str, dict[str, Any]]:
-        """Key -> line. A last line that was cut off by a kill is no result.
-
-        Raises:
-            DataError: another line is damaged.
-        """
-        return {line["key"]: line for line in read_lines(self.path)} if self.path.is_file() else {}
-
-    def add(self, line: Mapping[str, Any]) -> None:
-        """Append a line and wait until it is on the disk."""
-        text = json.dumps(_finite(line), ensure_ascii=False) + "\n"
-        with open(self.path, "a+b") as handle:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            size = handle.seek(0, os.SEEK_END)
-            if size:  # a piece of a line that a kill has left is ended, so that the new one stands alone
-                handle.seek(size - 1)
-                text = text if handle.read(1) == b"\n" else "\n" + text
-            handle.write(text.encode())
-            handle.flush()
-            os.fsync(handle.fileno())
-
-    @contextmanager
-    def claim(self, key: str) -> Iterator[bool]:
-        """True while the point is this worker's; False when another has it."""
-        with open(self._claims / key, "w") as handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                yield False
-                return
-            yield True
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The results in a file; pieces of lines (without an end, or followed by a whole line) are left out.
-
-    Raises:
-        DataError: a line holds something else than a result.
-    """
-    found = []
-    for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
-        try:
-            value = json.loads(line)
-        except ValueError:
-            continue  # cut off by a kill: the point is run again
-        if not isinstance(value, dict) or "key" not in value or "accuracy" not in value:
-            raise DataError("the file holds no results of a sweep", where=f"{path}:{number}")
-        found.append(value)
-    return found
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no nan and no inf: they become null."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def solved(points: Sequence[Point], results: Mapping[str, Mapping[str, Any]]) -> set[str]:

@@ -13,17 +13,22 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron.engine.base import Engine
+from megatron.training.accuracy import Tally
 from megatron.training.feed import Batch
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One result. split: `validation` or `test`; loss: nats per token; batches: per rank; seconds: wall time."""
+    """One result. split: `validation` or `test`; loss: nats per token; batches: per rank; seconds: wall time.
+
+    accuracy: share of right answers, where the task has some.
+    """
 
     split: str
     loss: float
     batches: int
     seconds: float
+    accuracy: float | None = None
 
     @property
     def perplexity(self) -> float:
@@ -31,8 +36,9 @@ class Evaluation:
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
     def metrics(self) -> dict[str, float]:
-        """Under NeoX's names: `validation/lm_loss`, `validation/lm_loss_ppl`."""
-        return {f"{self.split}/lm_loss": self.loss, f"{self.split}/lm_loss_ppl": self.perplexity}
+        """Under NeoX's names: `validation/lm_loss`, `validation/lm_loss_ppl`; and `validation/accuracy` where there is one."""
+        right = {} if self.accuracy is None else {f"{self.split}/accuracy": self.accuracy}
+        return {f"{self.split}/lm_loss": self.loss, f"{self.split}/lm_loss_ppl": self.perplexity, **right}
 
 
 class Evaluator:
@@ -43,6 +49,7 @@ class Evaluator:
         eval_iters: evaluation steps; each is `gradient_accumulation` micro batches, as in NeoX.
         split: prefix of the metrics. fixed: the same batches each time.
         stop_asked: asked between parts, on every rank alike; true gives the evaluation up.
+        tally: of the engine's objective; gives the accuracy.
     """
 
     def __init__(
@@ -53,10 +60,11 @@ class Evaluator:
         split: str = "validation",
         fixed: bool = True,
         stop_asked: Callable[[], bool] | None = None,
+        tally: Tally | None = None,
     ) -> None:
         self.engine, self.open_batches, self.split, self.fixed = engine, open_batches, split, fixed
         self.count = eval_iters * engine.gradient_accumulation
-        self._stop_asked = stop_asked
+        self._stop_asked, self._tally = stop_asked, tally
         # Long enough that a pipeline's filling and draining is a small part of it.
         self._part = max(engine.gradient_accumulation, 4 * engine.mesh.pp, 8)
         self._running: Iterator[Any] | None = None
@@ -73,10 +81,13 @@ class Evaluator:
         while done < self.count:
             if self._stop_asked is not None and self._stop_asked():
                 self._running = None
+                if self._tally is not None:
+                    self._tally.take(self.engine.device)
                 return None
             part = min(self._part, self.count - done)
             self.engine.phase("evaluation")
             total += float(self.engine.eval_loss(batches, part)) * part
             done += part
         self._running = None if self.fixed else batches
-        return Evaluation(self.split, total / self.count, self.count, time.perf_counter() - begin)
+        right = None if self._tally is None else self._tally.take(self.engine.device)
+        return Evaluation(self.split, total / self.count, self.count, time.perf_counter() - begin, right)

@@ -11,12 +11,13 @@ models does not. `data/masking.py` makes the batches: labels of masked positions
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from megatron.errors import ConfigError
+from megatron.training.accuracy import Tally
 
 NAMES = ("causal", "prefix", "jrt")
 MeanLoss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -24,11 +25,15 @@ MeanLoss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 @dataclass(frozen=True)
 class Objective:
-    """An objective. prefix_length: tokens of the prefix; masked_weight: of the masked tokens' mean in `jrt`."""
+    """An objective. prefix_length: tokens of the prefix; masked_weight: of the masked tokens' mean in `jrt`.
+
+    tally: counts right answers in evaluations, where they are asked for.
+    """
 
     name: str = "causal"
     prefix_length: int = 0
     masked_weight: float = 0.25
+    tally: Tally | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.name not in NAMES:
@@ -75,6 +80,9 @@ def objective_loss(
         logits: [b, s, n], or one rank's columns where `mean` knows that. labels: [b, s]. loss_mask: [b, s] or None.
         mean: mean loss over the counted tokens of (logits, labels, loss_mask).
     """
+    if objective.tally is not None:
+        at = slice(objective.prefix_length, None)
+        objective.tally.look(logits[:, at], labels[:, at], None if loss_mask is None else loss_mask[:, at])
     if objective.name == "causal":
         return mean(logits, labels, loss_mask), {}
     m = objective.prefix_length

@@ -98,9 +98,10 @@ class Reporting(Hook):
         self.sinks.write(run.state.iteration, of_step | evaluation.metrics())
         is_best = evaluation.split == "validation" and run.state.best_iteration == run.state.iteration
         best = " (best so far)" if is_best else ""
+        right = "" if evaluation.accuracy is None else f"accuracy: {evaluation.accuracy:.4f} | "
         self.console.say(
             f"{evaluation.split} at iteration {run.state.iteration} | lm_loss: {evaluation.loss:.6E} | "
-            f"lm_loss_ppl: {evaluation.perplexity:.6E} | {evaluation.seconds:.1f} s{best}"
+            f"lm_loss_ppl: {evaluation.perplexity:.6E} | {right}{evaluation.seconds:.1f} s{best}"
         )
 
     def on_end(self, run: Run, outcome: str) -> None:
