@@ -50,6 +50,7 @@ class EngineSettings:
     sequence_parallel: between tensor-parallel regions each rank holds a piece of the sequence, see `parallel/sequence.py`.
     partition_method: how blocks go to pipeline stages, see `engine/stages.py`. timeout_s: of every collective.
     weight_decay_rule: which parameters decay, see `engine/optim.py`. objective: what the loss is.
+    loss_chunk_tokens: tokens whose logits exist at a time, see `parallel/linear_loss.py`; 0 is all of a micro batch.
     """
 
     seed: int = 1234
@@ -70,6 +71,7 @@ class EngineSettings:
     sequence_parallel: bool = False
     fp16: Mapping[str, Any] = field(default_factory=dict)
     kernel_backend: str = "auto"
+    loss_chunk_tokens: int = 0
     timeout_s: float = 1800.0
     partition_method: str = "type:transformer|mlp"
     weight_decay_rule: str = "neox"

@@ -6,6 +6,7 @@ import torch
 
 from megatron.engine.base import Engine, EngineSettings
 from megatron.engine.deepspeed_config import check_zero_stage
+from megatron.engine.output import check_output
 from megatron.engine.single import SingleEngine
 from megatron.engine.startup import prepare_process
 from megatron.errors import ConfigError
@@ -51,6 +52,7 @@ def build_engine(kind: str, config: ModelConfig, mesh: Mesh, settings: EngineSet
         ConfigError: the model, mesh and settings do not fit together.
     """
     kind = choose_kind(kind, mesh)
+    check_output(settings)
     prepare_process()
     device = local_device(local_rank)
     seed_all(settings.seed, mesh)

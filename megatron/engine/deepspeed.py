@@ -32,8 +32,9 @@ from torch import Tensor, nn
 from megatron.engine.base import EngineSettings, MicroBatch, StepResult, take_micro_batches
 from megatron.engine.deepspeed_config import deepspeed_config, zero_stage_note
 from megatron.engine.optim import FusedAdamW, set_learning_rate
+from megatron.engine.output import local_loss
 from megatron.engine.stages import EMBEDDING, LocalModel, run_stages
-from megatron.engine.zero import ZeroEngine, local_loss
+from megatron.engine.zero import ZeroEngine
 from megatron.model.config import ModelConfig
 from megatron.model.stages import Flow
 from megatron.parallel.mesh import Mesh, rank_of, set_default_timeout
@@ -108,7 +109,7 @@ class _Pipeline(PipelineModule):
         return run_stages(self.forward_funcs, forward_input, interval, keep_rng)
 
     def _loss(self, logits: Tensor, targets: tuple[Tensor, Tensor]) -> Tensor:
-        loss, parts = local_loss(self._settings, self._local.config, self._mesh, logits, *targets)
+        loss, parts = local_loss(self._settings, self._local, self._mesh, logits, *targets)
         self._parts.add(parts)
         return loss
 

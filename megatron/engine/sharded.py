@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from megatron.engine.base import EngineSettings, MicroBatch, StepResult, check_weights, take_micro_batches
 from megatron.engine.deepspeed import one_stage_grid, start_deepspeed
 from megatron.engine.optim import set_learning_rate
+from megatron.engine.output import local_loss
 from megatron.engine.stages import LocalModel, run_stages
-from megatron.engine.zero import Owned, ZeroEngine, local_loss
+from megatron.engine.zero import Owned, ZeroEngine
 from megatron.model.config import ModelConfig
 from megatron.parallel.collectives import all_reduce
 from megatron.parallel.mesh import Mesh
@@ -31,15 +32,15 @@ class _Whole(nn.Module):
     def __init__(self, local: LocalModel, mesh: Mesh, settings: EngineSettings, parts: LossParts) -> None:
         super().__init__()
         self.stages = nn.ModuleList(local.stages)
-        self._config, self._mesh, self._settings, self._parts = local.config, mesh, settings, parts
+        self._local, self._mesh, self._settings, self._parts = local, mesh, settings, parts
 
     def forward(self, tokens: Tensor, labels: Tensor, mask: Tensor, segments: Tensor | None) -> Tensor:
         """Mean loss of a micro batch; all arguments [b, s]."""
         flow = (tokens,) if segments is None else (tokens, segments)
-        interval, keep_rng = self._settings.activation_checkpoint_interval, self._config.hidden_dropout > 0
+        interval, keep_rng = self._settings.activation_checkpoint_interval, self._local.config.hidden_dropout > 0
         logits = run_stages(list(self.stages), flow, interval, keep_rng)
         assert isinstance(logits, Tensor)
-        loss, parts = local_loss(self._settings, self._config, self._mesh, logits, labels, mask)
+        loss, parts = local_loss(self._settings, self._local, self._mesh, logits, labels, mask)
         self._parts.add(parts)
         return loss
 

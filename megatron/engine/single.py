@@ -27,13 +27,12 @@ from megatron.engine.base import (
 )
 from megatron.engine.loss_scale import LossScale
 from megatron.engine.optim import build_optimizer, parameter_groups, set_learning_rate
+from megatron.engine.output import local_loss
 from megatron.engine.stages import build_local, run_stages
 from megatron.engine.veto import veto
 from megatron.model.config import ModelConfig
-from megatron.model.loss import token_loss
-from megatron.parallel.loss import check_labels
 from megatron.parallel.mesh import Mesh
-from megatron.training.objectives import LossParts, objective_loss
+from megatron.training.objectives import LossParts
 
 # DeepSpeed adds this to the norm before it divides; the two engines must clip alike.
 CLIP_EPS = 1e-6
@@ -70,11 +69,10 @@ class SingleEngine(Engine):
         if batch.segment_ids is not None:
             flow.append(batch.segment_ids.to(self.device))
         labels, mask = batch.labels.to(self.device), batch.loss_mask.to(self.device)
-        check_labels(labels, mask, self.local.config.vocab_size)
         config, interval = self.local.config, self.settings.activation_checkpoint_interval
         logits = run_stages(self.local.stages, tuple(flow), interval, keep_rng=config.hidden_dropout > 0)
         assert isinstance(logits, Tensor)
-        loss, parts = objective_loss(self.settings.objective, logits, labels, mask, token_loss)
+        loss, parts = local_loss(self.settings, self.local, self.mesh, logits, labels, mask)
         self._parts.add(parts)
         return loss
 

@@ -20,7 +20,7 @@ from megatron.layers.base import Layer
 from megatron.model.build import build_model, param_specs
 from megatron.model.config import ModelConfig
 from megatron.model.init import materialise
-from megatron.model.stages import BlockStage, Flow, Stage, StageModule, stages_of
+from megatron.model.stages import BlockStage, Flow, LastStage, Stage, StageModule, stages_of
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.plan import ParamSpec
 from megatron.parallel.sequence import check_sequence_parallel, sum_replicated_gradients
@@ -146,6 +146,12 @@ class LocalModel:
     parameters: dict[str, nn.Parameter]
     tied_copy: bool
 
+    def output_matrix(self) -> Tensor:
+        """This rank's rows of the output matrix [n, d]; only the last pipeline stage has one."""
+        last = self.stages[-1]
+        assert isinstance(last, LastStage) and isinstance(last.body.weight, Tensor)
+        return last.body.weight
+
 
 def check_mesh(config: ModelConfig, mesh: Mesh) -> None:
     """Raise ConfigError when the model cannot be cut as the mesh asks, before anything is built."""
@@ -172,7 +178,7 @@ def build_local(config: ModelConfig, mesh: Mesh, settings: EngineSettings, devic
     specs = param_specs(config)
     with torch.device("meta"):
         model = build_model(config)
-    all_stages = stages_of(model, settings.kernel_backend)
+    all_stages = stages_of(model, settings.kernel_backend, logits=not settings.loss_chunk_tokens)
     costs = stage_costs(settings.partition_method, all_stages, config)
     bounds = balanced_bounds(costs, mesh.pp)
     if settings.sequence_parallel:

@@ -19,11 +19,9 @@ from megatron.engine.optim import FusedAdamW, build_optimizer, parameter_groups
 from megatron.engine.stages import EMBEDDING, LocalModel, build_local
 from megatron.engine.veto import veto
 from megatron.model.config import ModelConfig
-from megatron.model.loss import token_loss
 from megatron.parallel.collectives import all_reduce
-from megatron.parallel.loss import check_labels, vocab_parallel_token_loss
 from megatron.parallel.mesh import Mesh
-from megatron.training.objectives import LossParts, objective_loss
+from megatron.training.objectives import LossParts
 
 
 @dataclass(frozen=True)
@@ -38,20 +36,6 @@ class Owned:
     def of(self, tensor: Tensor) -> Tensor:
         """The piece of a tensor that is laid out like `flat`: a view."""
         return tensor.narrow(0, self.at, self.numel)
-
-
-def local_loss(
-    settings: EngineSettings, config: ModelConfig, mesh: Mesh, logits: Tensor, labels: Tensor, mask: Tensor
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """(mean loss of one micro batch, its parts), from this tensor rank's columns of the logits [b, s, n]."""
-    group = mesh.tp_group
-    if group is None:
-        check_labels(labels, mask, config.vocab_size)
-
-    def mean(x: Tensor, y: Tensor, w: Tensor | None) -> Tensor:
-        return token_loss(x, y, w) if group is None or w is None else vocab_parallel_token_loss(x, y, w, group)
-
-    return objective_loss(settings.objective, logits, labels, mask, mean)
 
 
 class ZeroEngine(Engine):

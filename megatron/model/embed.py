@@ -85,6 +85,10 @@ class Head(nn.Module):
         self.split: nn.Module = nn.Identity()
         self.weight = nn.Parameter(torch.empty(rows, size)) if tied_to is None else tied_to.weight
 
+    def seen(self, x: Tensor) -> Tensor:
+        """What the matrix multiplies: x in the weight's dtype, behind the entry of a tensor-parallel region."""
+        return self.split(x.to(self.weight.dtype))
+
     def forward(self, x: Tensor) -> Tensor:
         """Logits in x's dtype; the loss upcasts them."""
-        return F.linear(self.split(x.to(self.weight.dtype)), self.weight)
+        return F.linear(self.seen(x), self.weight)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from megatron.layers.base import Context
 from megatron.model.block import Block
-from megatron.model.embed import Embedding
+from megatron.model.embed import Embedding, Head
 from megatron.model.lm import LanguageModel
 from megatron.model.norm import Norm
 
@@ -72,11 +72,20 @@ class NormStage(StageModule):
 
 
 class LastStage(StageModule):
-    """Output matrix: `(x[, segment_ids])` -> logits `[b, s, n]` of the vocabulary rows held here."""
+    """Output matrix: `(x[, segment_ids])` -> logits `[b, s, n]` of the vocabulary rows held here.
+
+    Without `logits` it gives `[b, s, d]`, what the matrix is to multiply, to a loss that does so itself
+    (`parallel/linear_loss.py`).
+    """
+
+    def __init__(self, body: Head, prefix: str, logits: bool = True) -> None:
+        super().__init__(body, prefix)
+        self.logits = logits
 
     def forward(self, flow: Flow) -> Tensor:
         """See the class."""
-        return self.body(flow[0])
+        assert isinstance(self.body, Head)
+        return self.body(flow[0]) if self.logits else self.body.seen(flow[0])
 
 
 @dataclass(frozen=True)
@@ -87,13 +96,16 @@ class Stage:
     module: StageModule
 
 
-def stages_of(model: LanguageModel, backend: str = "auto") -> list[Stage]:
-    """All stages of a model, in order. With a tied output matrix the last stage's weight is the embedding's parameter."""
+def stages_of(model: LanguageModel, backend: str = "auto", logits: bool = True) -> list[Stage]:
+    """All stages of a model, in order; `logits` as in `LastStage`.
+
+    With a tied output matrix the last stage's weight is the embedding's parameter.
+    """
     layers = model.config.num_layers
     stages = [Stage(0, FirstStage(model.model.embed_tokens, "model.embed_tokens"))]
     for i, block in enumerate(model.model.layers):
         assert isinstance(block, Block)
         stages.append(Stage(i + 2, BlockStage(block, f"model.layers.{i}", backend)))
     stages.append(Stage(layers + 3, NormStage(model.model.final_norm, "model.final_norm", backend)))
-    stages.append(Stage(layers + 4, LastStage(model.lm_head, "lm_head")))
+    stages.append(Stage(layers + 4, LastStage(model.lm_head, "lm_head", logits)))
     return stages

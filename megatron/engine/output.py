@@ -1,0 +1,59 @@
+"""From what the last stage gives to the loss of a micro batch: one place for all engines.
+
+That is logits, or, with `loss_chunk_tokens`, the hidden states in front of the output matrix, whose logits then exist for a
+block of tokens at a time.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from megatron.engine.base import EngineSettings
+from megatron.engine.stages import LocalModel
+from megatron.errors import ConfigError
+from megatron.model.loss import token_loss
+from megatron.parallel.linear_loss import linear_token_loss
+from megatron.parallel.loss import check_labels, vocab_parallel_token_loss
+from megatron.parallel.mesh import Mesh
+from megatron.training.objectives import objective_loss
+
+
+def check_output(settings: EngineSettings) -> None:
+    """Refuse `loss_chunk_tokens` where something else needs the logits, or the matrix is not there outside its own forward.
+
+    Raises:
+        ConfigError: what stands against it.
+    """
+    if not settings.loss_chunk_tokens:
+        return
+    why = ""
+    if settings.zero_stage == 3:
+        why = "ZeRO-3 gathers the output matrix for its own forward only"
+    if getattr(settings.objective, "tally", None) is not None:
+        why = "a synthetic task counts right answers in the logits, which never exist as a whole"
+    if why:
+        raise ConfigError("loss_chunk_tokens cannot be used here", why=why, hint="loss_chunk_tokens: 0")
+
+
+def local_loss(
+    settings: EngineSettings, local: LocalModel, mesh: Mesh, logits: Tensor, labels: Tensor, mask: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """(mean loss of one micro batch, its parts), from what the last stage gives.
+
+    logits: this tensor rank's columns [b, s, n], or with `loss_chunk_tokens` the hidden states [b, s, d] that make them.
+    """
+    group, block = mesh.tp_group, settings.loss_chunk_tokens
+    if group is None:
+        check_labels(labels, mask, local.config.vocab_size)
+    if block:
+        matrix = local.output_matrix()
+
+        def of_hidden(x: Tensor, y: Tensor, w: Tensor | None) -> Tensor:
+            return linear_token_loss(x, matrix, y, w, group, block=block, backend=settings.kernel_backend)
+
+        return objective_loss(settings.objective, logits, labels, mask, of_hidden)
+
+    def mean(x: Tensor, y: Tensor, w: Tensor | None) -> Tensor:
+        return token_loss(x, y, w) if group is None or w is None else vocab_parallel_token_loss(x, y, w, group)
+
+    return objective_loss(settings.objective, logits, labels, mask, mean)

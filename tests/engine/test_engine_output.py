@@ -1,0 +1,50 @@
+"""`loss_chunk_tokens` through the engines: three steps equal the plain loss's, on one process, over tensor ranks and a pipeline.
+
+fp32: losses within 2e-6, gradient norms within 2e-5 relative: the same sums in another order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from megatron.engine.base import EngineSettings
+from megatron.engine.output import check_output
+from megatron.errors import ConfigError
+from megatron.training.objectives import Objective
+from tests.engine.engine_cases import model_config, train
+from tests.parallel.ranks import run_ranks
+
+PLAIN = EngineSettings(gradient_accumulation=2)
+CHUNKED = replace(PLAIN, loss_chunk_tokens=20)
+JRT = Objective("jrt", 8)
+
+
+def close(got: dict[str, list[float]], want: dict[str, list[float]]) -> bool:
+    pairs = [(a, b, 2e-6) for a, b in zip(got["losses"], want["losses"], strict=True)]
+    pairs += [(a, b, 2e-5) for a, b in zip(got["norms"], want["norms"], strict=True)]
+    return all(abs(a - b) <= limit * b for a, b, limit in pairs)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("objective", [Objective(), JRT], ids=["causal", "jrt"])
+def test_single_process(tied: bool, objective: Objective) -> None:
+    config = model_config(tied)
+    want = train(1, 1, "single", replace(PLAIN, objective=objective), config, 3)
+    got = train(1, 1, "single", replace(CHUNKED, objective=objective), config, 3)
+    assert close(got, want) and got["eval"] == pytest.approx(want["eval"], rel=2e-6)
+
+
+@pytest.mark.parametrize(("pp", "tp", "tied"), [(1, 2, False), (2, 1, True)])
+def test_tensor_ranks_and_a_pipeline(pp: int, tp: int, tied: bool) -> None:
+    config = model_config(tied)
+    want = train(1, 1, "single", PLAIN, config, 3)
+    for got in run_ranks(train, 2, pp, tp, "deepspeed", CHUNKED, config, 3):
+        assert close(got, want)
+
+
+def test_what_needs_the_logits_is_refused() -> None:
+    check_output(PLAIN)
+    with pytest.raises(ConfigError, match="ZeRO-3"):
+        check_output(replace(CHUNKED, zero_stage=3))
