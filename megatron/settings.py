@@ -115,6 +115,7 @@ def engine_settings(run: RunConfig) -> EngineSettings:
         sequence_parallel=run.parallel.sequence_parallel,
         fp16=dict(run.precision.fp16 or {}),
         kernel_backend=training.kernel_backend,
+        loss_chunk_tokens=training.loss_chunk_tokens,
         partition_method=run.parallel.pipe_partition_method,
         weight_decay_rule=optimizer.weight_decay_rule,
         objective=objective(run),

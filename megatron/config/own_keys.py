@@ -53,6 +53,10 @@ OWN_KEYS: dict[str, str] = {
         "slices with `examples` and more parameters; docs/synthetics.md. Validation then logs the share of right answers."
     ),
     "kernel_backend": "Which implementation of the mixers' kernels runs; `auto` picks the fastest that works here.",
+    "loss_chunk_tokens": (
+        "Form output logits and their loss for so many tokens at a time, so that the logits of a micro batch never exist as a "
+        "whole; 0: all at once."
+    ),
     "async_save": "Copy the state to host memory and write it in the background; the next save and the end of the run wait.",
     "verify_checkpoint": (
         "Compare the SHA-256 of what is loaded, and fall back to the checkpoint before it when a file is damaged "

@@ -156,6 +156,7 @@ class TrainingSection(Section):
     objective_mask_rate: float = Field(default=0.15, gt=0, lt=1)
     objective_mask_token: int | None = Field(default=None, ge=0)
     kernel_backend: Literal["auto", "reference", "torch", "triton", "fla"] = "auto"
+    loss_chunk_tokens: int = Field(default=0, ge=0)
 
 
 class DataSection(Section):
