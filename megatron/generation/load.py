@@ -12,6 +12,7 @@ from megatron.checkpoint.load import read_full_weights
 from megatron.checkpoint.manifest import Manifest, read_manifest
 from megatron.data.tokenizers import Tokenizer, build_tokenizer
 from megatron.errors import CheckpointError
+from megatron.layers.base import Layer
 from megatron.model.build import build_model
 from megatron.model.config import ModelConfig
 from megatron.model.lm import LanguageModel
@@ -43,6 +44,10 @@ def filled_model(
     except RuntimeError as error:
         why = "; ".join(line.strip() for line in str(error).splitlines()[1:4])
         raise CheckpointError("the weights do not fit the model", where=where, why=why) from None
+    if torch.device(device).type == "cuda":
+        for module in model.modules():
+            if isinstance(module, Layer):
+                module.lay_together()  # a decode step would copy the projections' weights at every token otherwise
     return model.eval()
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron.errors import ConfigError
+from megatron.generation.decode import TokenStep
 from megatron.generation.prompts import MODES, fill_prompt, filler_mask, left_pad
 from megatron.layers.base import Context, State
 from megatron.model.lm import LanguageModel
@@ -29,7 +30,8 @@ class Sampling:
     None = no bound. stop_tokens: end a text besides eod; neither they nor eod are part of it. seed: row i draws from seed + i.
     recompute: run the whole text again for each token instead of a step (slow; a check on the state). return_logits: keep
     the logits each token was chosen from. prompt_mode, prefix_length: how prompts are put before a prefix (JRT) model, see
-    `generation/prompts.py`; 0 leaves the prefix as the model has it.
+    `generation/prompts.py`; 0 leaves the prefix as the model has it. cuda_graph: on a GPU record the token step once and
+    replay it, see `generation/decode.py`.
     """
 
     temperature: float = 0.0
@@ -44,6 +46,7 @@ class Sampling:
     prompt_mode: str = "plain"
     prefix_length: int = 0
     backend: str = "auto"
+    cuda_graph: bool = True
 
     def __post_init__(self) -> None:
         for name, good, rule in (
@@ -112,6 +115,7 @@ class _Stepper:
         # what stands in the prompt is the prefix, also when the text is run again with more behind it
         self.prefix = min(sampling.prefix_length, tokens.shape[1]) or None
         self.state: list[State] | None = None
+        self.fast: TokenStep | None = None
         if not sampling.recompute:
             self.state = model.init_state(tokens.shape[0])
 
@@ -124,6 +128,9 @@ class _Stepper:
     def next(self, chosen: Tensor) -> Tensor:
         """Logits [b, n] after one more token [b] per row."""
         if self.state is not None:
+            if chosen.is_cuda and self.sampling.cuda_graph:
+                self.fast = self.fast or TokenStep(self.model, self.state, self.sampling.backend)
+                return self.fast(chosen)
             logits, self.state = self.model.step(chosen, self.state, Context(backend=self.sampling.backend))
             return logits
         self.tokens = torch.cat([self.tokens, chosen[:, None]], dim=1)

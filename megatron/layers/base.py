@@ -46,6 +46,7 @@ class Context:
     segment_ids: [b, s] integers that grow by one at each document border; None when documents are not told apart.
     backend: which path of `ops/` is asked for: auto | reference | torch | triton | fla.
     prefix_length: tokens at the start of a sequence that prefix layers (`jrt`) read in both directions; None: as they are set.
+    in_place: `step` may overwrite the states that it is given (buffers of a captured graph); without it they are left alone.
     prefix_mask: [b, s], 0 for filler in front of a prompt as JRT decodes it: prefix layers hide its keys, all others take it
         for text (`mask` is what hides a token everywhere).
     """
@@ -55,6 +56,7 @@ class Context:
     backend: str = "auto"
     prefix_length: int | None = None
     prefix_mask: Tensor | None = None
+    in_place: bool = False
 
 
 class Layer(nn.Module):
@@ -85,7 +87,10 @@ class Layer(nn.Module):
         raise NotImplementedError
 
     def step(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
-        """One decode step: `x [b, d]` -> `y [b, d]` and the new state; equal to `forward` on one token."""
+        """One decode step: `x [b, d]` -> `y [b, d]` and the new state; equal to `forward` on one token.
+
+        With `ctx.in_place` the state may come back as the very tensors that were given, overwritten.
+        """
         raise NotImplementedError
 
     def init_state(self, batch: int, dtype: torch.dtype, device: torch.device | str) -> State:

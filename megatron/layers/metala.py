@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from megatron.layers.base import Context, Layer, LayerConfig, State
-from megatron.ops.conv import causal_conv, next_history
+from megatron.ops.conv import causal_conv, conv_step_, next_history
 from megatron.ops.dispatch import chosen
-from megatron.ops.metala import metala, metala_packed, metala_step
-from megatron.ops.packed import lay_together, packed_linear
+from megatron.ops.metala import metala, metala_packed, metala_step, metala_step_
+from megatron.ops.packed import cut_packed, lay_together, packed_linear
 
 
 class MetaLA(Layer):
@@ -119,6 +119,12 @@ class MetaLA(Layer):
 
     def step(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
         """`x [b, d]` -> `y [b, d]` with one state update; see `Layer.step`."""
+        if ctx.in_place:
+            u = self.split(conv_step_(x, self.conv1d.weight, state["conv"], backend=ctx.backend))
+            w = self.aug_balance.view(-1, self.key_dim)
+            parts = cut_packed(self._packed(u, ctx.backend), w)
+            y = metala_step_(*parts, w, state["recurrent"], gate_round=self.gate_round, backend=ctx.backend)
+            return self.join(self.out_proj(y.flatten(-2))), state
         window = torch.cat([state["conv"].to(x.dtype), x.unsqueeze(1)], dim=1)
         u = torch.nn.functional.silu((window * self.conv1d.weight[:, 0].t()).sum(1))
         y, recurrent = metala_step(*self._heads(self.split(u), None), state["recurrent"], self.gate_round)

@@ -110,6 +110,46 @@ def causal_conv(
     return choose("conv", backend, x.device)(x, weight, bias, activation, history, segment_ids)
 
 
+@path("conv_step", "reference")
+@path("conv_step", "torch")
+def conv_step_torch(
+    x: Tensor,
+    weight: Tensor,
+    state: Tensor,
+    bias: Tensor | None = None,
+    slots: Tensor | None = None,
+    activation: str | None = "silu",
+) -> Tensor:
+    """The plain form of `conv_step_`."""
+    old = state if slots is None else state[slots]
+    window = torch.cat([old.to(x.dtype), x.unsqueeze(1)], dim=1)
+    total = (window * weight[:, 0].t()).sum(1)
+    total = total if bias is None else total + bias
+    kept = window[:, 1:].to(state.dtype)
+    if slots is None:
+        state.copy_(kept)
+    else:
+        state[slots] = kept
+    return F.silu(total) if activation == "silu" else total
+
+
+def conv_step_(
+    x: Tensor,
+    weight: Tensor,
+    state: Tensor,
+    bias: Tensor | None = None,
+    *,
+    slots: Tensor | None = None,
+    activation: str | None = "silu",
+    backend: str = "auto",
+) -> Tensor:
+    """One token per row: x [b, d] -> y [b, d]; the window `state [slots, w - 1, d]` takes x in and drops its oldest, in place.
+
+    slots: [b], the row of `state` of each batch row; None: row i of i.
+    """
+    return choose("conv_step", backend, x.device)(x, weight, state, bias, slots, activation)
+
+
 def next_history(x: Tensor, history: Tensor | None, width: int, mask: Tensor | None = None) -> Tensor:
     """The last `width - 1` real inputs `[b, width-1, d]`, which are the history of the token that follows.
 

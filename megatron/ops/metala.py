@@ -53,7 +53,7 @@ def decay_and_key(z: Tensor, gate_round: str = "none", mask: Tensor | None = Non
     return log_decay * keep, key * keep
 
 
-def _finish(o: Tensor, q: Tensor, key: Tensor, v: Tensor, g: Tensor, w: Tensor) -> Tensor:
+def finish_metala(o: Tensor, q: Tensor, key: Tensor, v: Tensor, g: Tensor, w: Tensor) -> Tensor:
     """Self-augmentation, per-head norm and output gate on top of the scan's output."""
     amount = (q * key * w).sum(-1, keepdim=True)
     r = o + torch.sigmoid(amount * v)
@@ -77,7 +77,7 @@ def metala_reference(
     log_decay, key = decay_and_key(z, gate_round, mask)
     qw, vw, ww = wide(q), wide(v), wide(w)
     o, final = scan_recurrent(qw, key, vw, log_decay, scale=q.shape[-1] ** -0.5, state=state, segment_ids=segment_ids)
-    return _finish(o, qw, key, vw, g, ww).to(v.dtype), final
+    return finish_metala(o, qw, key, vw, g, ww).to(v.dtype), final
 
 
 class _Block(NamedTuple):
@@ -239,7 +239,7 @@ def metala_torch(
     log_decay, key = decay_and_key(z, gate_round, mask)
     qw, vw = wide(q), wide(v)
     o, final = scan_chunked(qw, key, vw, log_decay, scale=q.shape[-1] ** -0.5, state=state, segment_ids=segment_ids)
-    return _finish(o, qw, key, vw, g, wide(w)).to(v.dtype), final
+    return finish_metala(o, qw, key, vw, g, wide(w)).to(v.dtype), final
 
 
 def metala(
@@ -296,4 +296,34 @@ def metala_step(
     qw, vw = wide(q), wide(v)
     new = torch.addcmul(key.unsqueeze(-1) * vw.unsqueeze(-2), log_decay.exp().unsqueeze(-1), state)
     o = (qw.unsqueeze(-2) @ new).squeeze(-2) * q.shape[-1] ** -0.5
-    return _finish(o, qw, key, vw, g, wide(w)).to(v.dtype), new
+    return finish_metala(o, qw, key, vw, g, wide(w)).to(v.dtype), new
+
+
+@path("metala_step", "reference")
+@path("metala_step", "torch")
+def metala_step_torch(
+    q: Tensor, z: Tensor, v: Tensor, g: Tensor, w: Tensor, state: Tensor, slots: Tensor | None = None, gate_round: str = "none"
+) -> Tensor:
+    """The plain form of `metala_step_`."""
+    y, new = metala_step(q, z, v, g, w, state if slots is None else state[slots], gate_round)
+    if slots is None:
+        state.copy_(new)
+    else:
+        state[slots] = new
+    return y
+
+
+def metala_step_(
+    q: Tensor,
+    z: Tensor,
+    v: Tensor,
+    g: Tensor,
+    w: Tensor,
+    state: Tensor,
+    *,
+    slots: Tensor | None = None,
+    gate_round: str = "none",
+    backend: str = "auto",
+) -> Tensor:
+    """`metala_step` with `state [slots, h, k, v]` (fp32) overwritten; slots [b]: whose row each batch row's state is."""
+    return choose("metala_step", backend, q.device)(q, z, v, g, w, state, slots, gate_round)

@@ -1,0 +1,96 @@
+"""The token step of a fixed batch, recorded once as a CUDA graph and replayed.
+
+A decode step is hundreds of small kernels, and on a GPU starting them takes longer than running them. Tokens, states and logits
+get buffers that stay where they are, the mixers' fused kernels write states in place, and the whole step is one launch from the
+third token on: the first runs as it is, which also compiles and warms what it needs, the second is recorded.
+
+The same code runs without recording on a CPU, which is how it is tested there.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from megatron.layers.base import Context, State
+from megatron.model.lm import LanguageModel
+
+
+class TokenStep:
+    """`tokens [b]` -> `logits [b, n]`, from a state of its own that each call moves on by one token.
+
+    A model whose states grow with the text (keys and values of softmax attention) cannot be recorded: its steps stay plain.
+    """
+
+    def __init__(self, model: LanguageModel, state: list[State], backend: str = "auto", record: bool | None = None) -> None:
+        """`state` is copied. record: None records on a GPU and nowhere else."""
+        self.model = model
+        self.state: list[State] = [{name: t.clone() for name, t in part.items()} for part in state]
+        self.ctx = Context(backend=backend, in_place=True)
+        device = model.model.embed_tokens.weight.device
+        self.record = device.type == "cuda" if record is None else record
+        self.fixed = True
+        self.tokens: Tensor | None = None
+        self.logits: Tensor | None = None
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Logits after these tokens, a copy that later calls leave alone."""
+        if self.tokens is None:
+            self.tokens = tokens.clone()
+            self._on_a_side_stream()
+        else:
+            self.tokens.copy_(tokens)
+            if self.graph is not None:
+                self.graph.replay()
+            elif self.record and self.fixed:
+                self._recorded()
+            else:
+                self._run()
+        return cast(Tensor, self.logits).clone()
+
+    def _run(self) -> None:
+        """One step on the buffers; what a layer has not written in place is copied back."""
+        assert self.tokens is not None
+        logits, after = self.model.step(self.tokens, self.state, self.ctx)
+        self.fixed = self.fixed and all(
+            new[name].shape == old[name].shape and new[name].dtype == old[name].dtype
+            for old, new in zip(self.state, after, strict=True)
+            for name in old
+        )
+        self.logits = logits
+        if not self.fixed:
+            self.state = after
+            return
+        for old, new in zip(self.state, after, strict=True):
+            for name, buffer in old.items():
+                if new[name] is not buffer:
+                    buffer.copy_(new[name])
+
+    def _on_a_side_stream(self) -> None:
+        """The first step; libraries set themselves up outside the stream that is recorded later."""
+        if not self.record:
+            self._run()
+            return
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            self._run()
+        torch.cuda.current_stream().wait_stream(side)
+
+    def _recorded(self) -> None:
+        """Record a step, which runs nothing, then replay it; a step that cannot be recorded runs as it is from now on."""
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                self._run()
+        except RuntimeError as error:
+            logging.getLogger("megatron").warning("token step without a CUDA graph: %s", str(error).splitlines()[0])
+            self.record = False
+            self._run()
+            return
+        self.graph = graph
+        graph.replay()
