@@ -97,7 +97,7 @@ class _Plot(Hook):
         try:
             self.console.say(f"plot {plot_metrics(self.folder.metrics, self.folder.plot, self.title)}")
         except UserError as error:
-            self.console.say(f"no plot: {error.what}")
+            self.console.say(error.what)
 
 
 def reporting_hooks(
