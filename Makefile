@@ -14,7 +14,7 @@ $(VENV)/.installed: requirements/requirements.txt
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements/requirements.txt
 	touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed requirements/requirements-dev.txt requirements/requirements-data.txt
+$(VENV)/.installed-dev: $(VENV)/.installed requirements/requirements-dev.txt requirements/requirements-data.txt requirements/requirements-eval.txt
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements/requirements-dev.txt
 	touch $@
 

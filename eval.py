@@ -1,45 +1,66 @@
-"""Measure a trained model: `python eval.py CONFIG... --eval_tasks perplexity [--eval_lengths 512 1024] [--eval_stride 64]`.
+"""Measure a trained model: `python eval.py CONFIG... --eval_tasks perplexity [--eval_lengths 512 1024] [--eval_stride 64]`, or
+`--eval_tasks piqa,hellaswag based_fda_twice recall ... [--data-dir DIR] [--limit N]` for tasks of lm-eval (docs/evaluation.md).
 
-The checkpoint is the one that the config's `load` (else `save`) names, of any mesh; the model runs in this one process.
+The checkpoint is the one that the config's `load` (else `save`) names, of any mesh. One process runs it whole; started on
+several (`python deepy.py eval.py CONFIG`), tasks of lm-eval run over the config's pipeline and tensor ranks, in replicas.
 """
 
 from __future__ import annotations
 
-import os
+import difflib
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron.config.cli import config_from_args, make_parser
 from megatron.errors import ConfigError, DataError, exit_on_error
+from megatron.launch.environment import RankEnvironment, close_process_group, init_process_group, read_rank_environment
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
+    from megatron.checkpoint.manifest import Manifest
     from megatron.config.schema import RunConfig
     from megatron.data.tokenizers import Tokenizer
+    from megatron.evaluation.forward import Forward
+    from megatron.evaluation.options import HarnessOptions, Request
+    from megatron.model.config import ModelConfig
     from megatron.model.lm import LanguageModel
 
 
-def _opened(run: RunConfig) -> tuple[LanguageModel, Tokenizer, Path]:
-    """Model, tokenizer and checkpoint of a configuration."""
-    import torch
-
+def _checkpoint(run: RunConfig) -> Path:
+    """The checkpoint that the configuration names."""
     from megatron.checkpoint.find import find_checkpoint
-    from megatron.generation.load import load_model, stored_tokenizer
-    from megatron.settings import tokenizer_of
 
     folder = run.checkpoint.load or run.checkpoint.save
     if folder is None:
         raise ConfigError("no checkpoint is named", hint="set load, for example --set load=runs/NAME/checkpoints")
     checkpoint = find_checkpoint(folder, run.checkpoint.iteration)
     assert checkpoint is not None  # None is the fresh start of a training run, which needs a save folder
-    on_gpu = torch.cuda.is_available()
-    model, manifest = load_model(checkpoint, dtype=None if on_gpu else torch.float32, device="cuda" if on_gpu else "cpu")
+    return checkpoint
+
+
+def _tokenizer(run: RunConfig, checkpoint: Path, manifest: Manifest) -> Tokenizer:
+    """The checkpoint's own tokenizer, else the configuration's."""
+    from megatron.generation.load import stored_tokenizer
+    from megatron.settings import tokenizer_of
+
     kept = stored_tokenizer(checkpoint / "tokenizer", (manifest.facts.get("tokenizer") or {}).get("type"))
-    return model, kept or tokenizer_of(run), checkpoint
+    return kept or tokenizer_of(run)
+
+
+def _opened(run: RunConfig) -> tuple[LanguageModel, Tokenizer, Path]:
+    """Model, tokenizer and checkpoint of a configuration."""
+    import torch
+
+    from megatron.generation.load import load_model
+
+    checkpoint, on_gpu = _checkpoint(run), torch.cuda.is_available()
+    model, manifest = load_model(checkpoint, dtype=None if on_gpu else torch.float32, device="cuda" if on_gpu else "cpu")
+    return model, _tokenizer(run, checkpoint, manifest), checkpoint
 
 
 def _tokens(run: RunConfig) -> NDArray[Any]:
@@ -75,15 +96,13 @@ def perplexity(run: RunConfig) -> None:
         except ValueError as error:  # learned positions end somewhere
             rows.append({"length": length, "stride": stride, "error": str(error)})
         print(table(rows[-1:]) if len(rows) == 1 else table(rows[-1:]).splitlines()[1], flush=True)
-    stem = asked.eval_results_prefix or str(Path(run.logging.run_dir) / "eval")
-    stem += f"_perplexity_{asked.eval_split}_{time.strftime('%Y%m%d-%H%M%S')}"
+    stem = _stem(run, f"perplexity_{asked.eval_split}")
     facts = {
         "task": "perplexity",
         "checkpoint": str(checkpoint),
         "split": asked.eval_split,
         "trained_length": run.model.seq_length,
     }
-    Path(stem).parent.mkdir(parents=True, exist_ok=True)
     write_json(
         f"{stem}.json", {**facts, "tokens": len(stream.tokens), "words": stream.words, "bytes": stream.size, "rows": rows}
     )
@@ -95,29 +114,129 @@ def perplexity(run: RunConfig) -> None:
             print(error.what)
 
 
-TASKS: dict[str, Callable[[RunConfig], None]] = {"perplexity": perplexity}
+def _stem(run: RunConfig, kind: str) -> str:
+    """Where results go, without the ending; the folder is made."""
+    stem = run.evaluation.eval_results_prefix or str(Path(run.logging.run_dir) / "eval")
+    stem += f"_{kind}_{time.strftime('%Y%m%d-%H%M%S')}"
+    Path(stem).parent.mkdir(parents=True, exist_ok=True)
+    return stem
+
+
+def harness(run: RunConfig, names: Sequence[str], env: RankEnvironment) -> None:
+    """Tasks of lm-eval, on all processes of the job: scores on the screen and as JSON."""
+    import torch
+
+    from megatron.engine.build import local_device
+    from megatron.evaluation.forward import open_forward
+    from megatron.parallel.mesh import Mesh
+
+    checkpoint, mesh = _checkpoint(run), Mesh.single()
+    init_process_group(env, run.parallel.distributed_backend)
+    if env.world_size > 1:
+        mesh = Mesh.create(run.parallel.pipe_stages, run.parallel.tensor_ranks, env.world_size, env.rank)
+    device = local_device(env.local_rank)
+    dtype = torch.float32 if device.type == "cpu" else None  # half precision is slower on CPUs and changes scores
+    backend = run.training.kernel_backend
+    forward, manifest = open_forward(checkpoint, mesh, dtype=dtype, device=device, backend=backend)
+    if not forward.leads:
+        forward.follow()
+        return
+    try:
+        _measured(run, names, forward, _tokenizer(run, checkpoint, manifest), checkpoint)
+    finally:
+        forward.stop()
+
+
+def _options(run: RunConfig, model: ModelConfig) -> HarnessOptions:
+    """How the model is run."""
+    from megatron.evaluation.batching import Prefix
+    from megatron.evaluation.options import HarnessOptions
+
+    asked, mode = run.evaluation, run.generation.prompt_mode
+    prefix = Prefix(model.layer_options.get("jrt", {}).get("prefix_length", 0), mode, asked.eval_prefix_scope)
+    length = asked.eval_max_length or run.model.seq_length
+    return HarnessOptions(length, asked.eval_batch_size, 256, prefix, asked.eval_stop_at_eod, run.training.seed)
+
+
+def _request(run: RunConfig, names: Sequence[str], tokenizer: Tokenizer) -> Request:
+    """What is measured."""
+    from megatron.evaluation.options import Request
+    from megatron.evaluation.tasks.cut import Tokens
+
+    asked = run.evaluation
+    settings = {
+        "context_length": asked.eval_context_length,
+        "tokenizer": Tokens(tokenizer.tokenize, tokenizer.detokenize),
+    }
+    folder = Path(asked.eval_data_dir).absolute() if asked.eval_data_dir else None
+    return Request(tuple(names), asked.eval_limit, asked.eval_num_fewshot, folder, settings)
+
+
+def _measured(run: RunConfig, names: Sequence[str], forward: Forward, tokenizer: Tokenizer, checkpoint: Path) -> None:
+    try:
+        from megatron.evaluation.harness import HarnessLM
+        from megatron.evaluation.suite import measure, score_lines, summary
+    except ImportError as error:
+        raise ConfigError(
+            "lm-eval is not installed", why=str(error), hint="pip install -r requirements/requirements-eval.txt"
+        ) from error
+    from megatron.files import write_json
+
+    options, request = _options(run, forward.config), _request(run, names, tokenizer)
+    found = measure(HarnessLM(forward, tokenizer, options), request)
+    if found is None:  # a replica that is not the first
+        return
+    print("\n".join(score_lines(found)), flush=True)
+    facts: dict[str, Any] = {
+        "task": "lm-eval",
+        "model": run.name,
+        "checkpoint": str(checkpoint),
+        "mesh": forward.mesh.describe(),
+    }
+    facts |= {"limit": request.limit, "max_length": options.max_length, "context_length": run.evaluation.eval_context_length}
+    facts |= {"prompt_mode": options.prefix.mode, "prefix_scope": options.prefix.scope, "stop_at_eod": options.stop_at_eod}
+    stem = _stem(run, "lm-eval")
+    write_json(f"{stem}.json", summary(found, facts))
+    print(f"wrote {stem}.json")
+
+
+def _asked(run: RunConfig) -> list[str]:
+    """Task names of the configuration, which may be separated by commas; what looks like a slip is refused at once."""
+    from megatron.evaluation.options import GROUPS
+
+    names = [name for word in run.evaluation.eval_tasks or () for name in word.split(",") if name]
+    own = ["perplexity", *GROUPS]
+    if not names:
+        raise ConfigError("no evaluation task is named", hint=f"--eval_tasks {' '.join(own)}, or tasks of lm-eval")
+    for name in names:
+        if name not in own and (near := difflib.get_close_matches(name, own, 1, 0.8)):
+            raise ConfigError(f"unknown evaluation task '{name}'", hint=f"--eval_tasks {near[0]}")
+    return names
 
 
 def main(argv: list[str]) -> None:
-    """The command; only the first process works when a launcher started several."""
+    """The command."""
     parser = make_parser("Measure a trained model.")
     parser.add_argument("--eval_lengths", "--eval-lengths", nargs="+", metavar="N", help="tokens that a pass reads at most")
     parser.add_argument("--eval_stride", "--eval-stride", metavar="N", help="tokens scored per pass (sliding evaluation)")
+    parser.add_argument("--data-dir", "--eval_data_dir", metavar="DIR", help="local data sets under their hub names (lm-eval)")
+    parser.add_argument("--limit", "--eval_limit", metavar="N", help="examples per task (lm-eval), tokens (perplexity)")
     arguments = parser.parse_intermixed_args(argv)
     if arguments.eval_lengths:
         arguments.overrides.append(f"eval_lengths=[{', '.join(arguments.eval_lengths)}]")
-    if arguments.eval_stride:
-        arguments.overrides.append(f"eval_stride={arguments.eval_stride}")
-    if os.environ.get("RANK", "0") != "0":
-        return
+    for key, value in (("stride", arguments.eval_stride), ("data_dir", arguments.data_dir), ("limit", arguments.limit)):
+        if value:
+            arguments.overrides.append(f"eval_{key}={value}")
+    env = read_rank_environment()
     run = config_from_args(arguments, check=False)
-    tasks = run.evaluation.eval_tasks or ()
-    unknown = [name for name in tasks if name not in TASKS]
-    if unknown or not tasks:
-        what = f"unknown evaluation task '{unknown[0]}'" if unknown else "no evaluation task is named"
-        raise ConfigError(what, hint=f"--eval_tasks {' '.join(TASKS)}")
-    for name in tasks:
-        TASKS[name](run)
+    names = _asked(run)
+    if "perplexity" in names and env.is_main:
+        perplexity(run)
+    if others := [name for name in names if name != "perplexity"]:
+        try:
+            harness(run, others, env)
+        finally:
+            close_process_group()
 
 
 if __name__ == "__main__":

@@ -86,3 +86,10 @@ class EvaluationSection(Section):
     eval_stride: int | None = Field(default=None, gt=0)
     eval_split: Literal["train", "valid", "test"] = "valid"
     eval_limit: int | None = Field(default=None, gt=0)
+    eval_batch_size: int = Field(default=8, gt=0)
+    eval_max_length: int | None = Field(default=None, gt=1)
+    eval_num_fewshot: int | None = Field(default=None, ge=0)
+    eval_data_dir: str | None = None
+    eval_context_length: int = Field(default=1000, ge=0)
+    eval_prefix_scope: Literal["context", "whole"] = "context"
+    eval_stop_at_eod: bool = True

@@ -1384,7 +1384,7 @@ _ROWS: tuple[NeoxKey, ...] = (
         "implemented",
         "Beginning of the names of an evaluation's files; unset: eval in run_dir.",
     ),
-    NeoxKey("eval_tasks", "list", None, "implemented", "What eval.py measures; built so far: perplexity."),
+    NeoxKey("eval_tasks", "list", None, "implemented", "What eval.py measures: perplexity, groups of tasks, and tasks of lm-eval."),
     # other
     NeoxKey(
         "distributed_backend",

@@ -1,0 +1,308 @@
+"""What an evaluation asks of a model: log-probabilities of given tokens, and generation; on one device or over a mesh.
+
+One process per replica leads (the first pipeline and tensor rank) and calls `score`, `prefill` and `advance`; the others are in
+`follow` and do the same work on their part of the model. Each call is announced by one small tensor, so nothing but numbers
+travels. Only the positions that are asked for become logits, and log-probabilities are taken over the tokenizer's true
+vocabulary: rows that pad the table would change them, and an exported folder has none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron.checkpoint.manifest import Manifest, read_manifest
+from megatron.checkpoint.recut import Place
+from megatron.checkpoint.source import Source
+from megatron.errors import CheckpointError, ConfigError
+from megatron.generation.load import model_config_of
+from megatron.layers.base import Context, State
+from megatron.model.build import build_model, param_specs
+from megatron.model.config import ModelConfig
+from megatron.model.lm import LanguageModel, embed, run_blocks, step_blocks
+from megatron.parallel.mesh import Mesh, rank_of
+from megatron.parallel.tensor import local_slice, shard_model
+
+_STOP, _SCORE, _PREFILL, _ADVANCE = range(4)
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_ROWS = 2048  # positions whose logits exist at a time
+_EMBEDDING = "model.embed_tokens.weight"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Token ids [b, s] of one pass; masks and prefix as in `layers/base.Context`."""
+
+    tokens: Tensor
+    mask: Tensor | None = None
+    prefix_length: int | None = None
+    prefix_mask: Tensor | None = None
+
+    def to(self, device: torch.device) -> Rows:
+        """The same on another device."""
+        mask, filler = self.mask, self.prefix_mask
+        return Rows(
+            self.tokens.to(device),
+            None if mask is None else mask.to(device),
+            self.prefix_length,
+            None if filler is None else filler.to(device),
+        )
+
+
+class Forward:
+    """One rank's part of a model in evaluation mode.
+
+    Args:
+        model: with this rank's weights; modules of other pipeline stages are not used and may be on the meta device.
+        mesh: its groups carry the collectives. vocab_size: rows of the output that count, None for all of them.
+    """
+
+    def __init__(self, model: LanguageModel, mesh: Mesh, vocab_size: int | None, device: torch.device, backend: str = "auto"):
+        self.model, self.mesh, self.device, self.backend = model, mesh, device, backend
+        self.config = model.config
+        self.vocab_size = min(vocab_size or model.config.vocab_size, model.config.vocab_size)
+        start, stop = block_range(model.config.num_layers, mesh.pp, mesh.pp_rank)
+        self.blocks = model.model.blocks()[start:stop]
+        self.first, self.last = mesh.pp_rank == 0, mesh.pp_rank == mesh.pp - 1
+        self._state: list[State] = []
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank drives its replica."""
+        return self.first and self.mesh.tp_rank == 0
+
+    # what the leading rank calls
+
+    def score(self, rows: Rows, places: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """(log-probability [m], whether the target is the likeliest token [m]) of `targets [m]` at `places [m, 2]`.
+
+        A place is (row, position of the token before the target).
+        """
+        rows, places, targets = self._announce(_SCORE, rows, places, targets)
+        found = self._score(rows, places, targets).cpu()
+        return found[0], found[1] > 0
+
+    def prefill(self, rows: Rows) -> Tensor:
+        """Logits [b, n] in fp32 or wider after each row; the state is kept for `advance`."""
+        return self._prefill(self._announce(_PREFILL, rows)[0])
+
+    def advance(self, tokens: Tensor) -> Tensor:
+        """Logits [b, n] after one more token [b] per row."""
+        return self._advance(self._announce(_ADVANCE, Rows(tokens[:, None]))[0].tokens[:, 0])
+
+    def stop(self) -> None:
+        """Let the other ranks go."""
+        if self.mesh.tp * self.mesh.pp > 1:
+            self._header([_STOP])
+
+    # what the others call
+
+    def follow(self) -> None:
+        """Work for the leading rank until it says stop."""
+        while True:
+            kind, rows, places, targets = self._receive()
+            if kind == _STOP:
+                return
+            if kind == _SCORE:
+                self._score(rows, places, targets)
+            elif kind == _PREFILL:
+                self._prefill(rows)
+            else:
+                self._advance(rows.tokens[:, 0])
+
+    # the work, the same on all ranks
+
+    @torch.inference_mode()
+    def _score(self, rows: Rows, places: Tensor, targets: Tensor) -> Tensor:
+        x, _ = self._run(rows, None)
+        found = torch.zeros(2, len(targets), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+        found = found.to(self.device)
+        if self.last:
+            x = self.model.model.final_norm(x[places[:, 0], places[:, 1]])
+            for start in range(0, len(targets), _ROWS):
+                part = slice(start, start + _ROWS)
+                logits, wanted = self._logits(x[part]), targets[part]
+                found[0, part] = logits.log_softmax(-1).gather(-1, wanted[:, None])[:, 0]
+                found[1, part] = (logits.argmax(-1) == wanted).to(found.dtype)
+        return self._from_last(found)
+
+    @torch.inference_mode()
+    def _prefill(self, rows: Rows) -> Tensor:
+        batch = len(rows.tokens)
+        sample = next(self.blocks[0].parameters())
+        self._state = [block.token_mixer.init_state(batch, sample.dtype, self.device) for block in self.blocks]
+        if self.first:
+            self._state += self.model.model.embed_tokens.init_state(batch, self.device)
+        x, self._state = self._run(rows, self._state)
+        return self._next_logits(x[:, -1])
+
+    @torch.inference_mode()
+    def _advance(self, tokens: Tensor) -> Tensor:
+        inner, ctx, own = self.model.model, Context(backend=self.backend), len(self.blocks)
+        if self.first:
+            x, tail = embed(inner.embed_tokens, inner.embed_tokens(tokens[:, None]), Context(), self._state)
+            x = x[:, 0]
+        else:
+            x, tail = self._from_before((len(tokens), self.config.hidden_size)), []
+        x, state = step_blocks(self.blocks, x, self._state[:own], ctx)
+        self._state = state + tail
+        self._to_next(x)
+        return self._next_logits(x)
+
+    def _run(self, rows: Rows, state: list[State] | None) -> tuple[Tensor, list[State]]:
+        """This rank's blocks on x [b, s, d], from the embedding or from the stage before."""
+        ctx = Context(rows.mask, None, self.backend, rows.prefix_length, rows.prefix_mask)
+        inner, own = self.model.model, len(self.blocks)
+        if self.first:
+            x, tail = embed(inner.embed_tokens, inner.embed_tokens(rows.tokens), ctx, state)
+        else:
+            x, tail = self._from_before((*rows.tokens.shape, self.config.hidden_size)), []
+        x, after = run_blocks(self.blocks, x, ctx, None if state is None else state[:own])
+        self._to_next(x)
+        return x, [] if after is None else after + tail
+
+    def _logits(self, x: Tensor) -> Tensor:
+        """x [m, d] after the final norm -> logits [m, n] of the true vocabulary, in fp32 (fp64 for an fp64 model)."""
+        local = self.model.lm_head(x)
+        local = local if local.dtype == torch.float64 else local.float()
+        if self.mesh.tp_group is not None:
+            parts = [torch.empty_like(local) for _ in range(self.mesh.tp)]
+            dist.all_gather(parts, local.contiguous(), group=self.mesh.tp_group)
+            local = torch.cat(parts, -1)
+        return local[:, : self.vocab_size]
+
+    def _next_logits(self, x: Tensor) -> Tensor:
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        if self.last:
+            return self._from_last(self._logits(self.model.model.final_norm(x)))
+        return self._from_last(torch.empty(len(x), self.vocab_size, dtype=wide, device=self.device))
+
+    # how it travels
+
+    def _rank(self, pp_rank: int, tp_rank: int) -> int:
+        return rank_of(pp_rank, self.mesh.dp_rank, tp_rank, dp=self.mesh.dp, tp=self.mesh.tp)
+
+    def _from_last(self, value: Tensor) -> Tensor:
+        """The last stage's value on every stage."""
+        if self.mesh.pp_group is not None:
+            value = value.contiguous()
+            dist.broadcast(value, self._rank(self.mesh.pp - 1, self.mesh.tp_rank), group=self.mesh.pp_group)
+        return value
+
+    def _to_next(self, x: Tensor) -> None:
+        if not self.last:
+            target = self._rank(self.mesh.pp_rank + 1, self.mesh.tp_rank)
+            dist.send(torch.tensor(_DTYPES.index(x.dtype), device=self.device), target)
+            dist.send(x.contiguous(), target)
+
+    def _from_before(self, shape: Sequence[int]) -> Tensor:
+        source = self._rank(self.mesh.pp_rank - 1, self.mesh.tp_rank)
+        kind = torch.zeros((), dtype=torch.long, device=self.device)
+        dist.recv(kind, source)
+        x = torch.empty(*shape, dtype=_DTYPES[int(kind)], device=self.device)
+        dist.recv(x, source)
+        return x
+
+    def _share(self, value: Tensor) -> Tensor:
+        """The leading rank's tensor on all ranks of the replica."""
+        if self.mesh.tp_group is not None and self.first:
+            dist.broadcast(value, self._rank(0, 0), group=self.mesh.tp_group)
+        if self.mesh.pp_group is not None:
+            dist.broadcast(value, self._rank(0, self.mesh.tp_rank), group=self.mesh.pp_group)
+        return value
+
+    def _header(self, numbers: Sequence[int]) -> list[int]:
+        line = torch.zeros(7, dtype=torch.long, device=self.device)
+        line[: len(numbers)] = torch.tensor(numbers)
+        return self._share(line).tolist()
+
+    def _announce(
+        self, kind: int, rows: Rows, places: Tensor | None = None, targets: Tensor | None = None
+    ) -> tuple[Rows, Tensor, Tensor]:
+        """Send the work to the others; everything comes back on this rank's device."""
+        rows = rows.to(self.device)
+        none = torch.zeros(0, 3, dtype=torch.long)
+        table = none if places is None or targets is None else torch.cat([places, targets[:, None]], 1)
+        table = table.to(self.device)
+        if self.mesh.tp * self.mesh.pp > 1:
+            prefix = -1 if rows.prefix_length is None else rows.prefix_length
+            masks = [rows.mask is not None, rows.prefix_mask is not None]
+            self._header([kind, *rows.tokens.shape, prefix, *map(int, masks), len(table)])
+            for value in (rows.tokens, rows.mask, rows.prefix_mask, table):
+                if value is not None:
+                    self._share(value.to(torch.long).contiguous())
+        return rows, table[:, :2], table[:, 2]
+
+    def _receive(self) -> tuple[int, Rows, Tensor, Tensor]:
+        kind, b, s, prefix, masked, filled, m = self._header([])
+        if kind == _STOP:
+            return kind, Rows(torch.zeros(0, 0)), torch.zeros(0, 2), torch.zeros(0)
+
+        def get(*shape: int) -> Tensor:
+            return self._share(torch.zeros(*shape, dtype=torch.long, device=self.device))
+
+        tokens = get(b, s)
+        mask = get(b, s) if masked else None
+        filler = get(b, s) if filled else None
+        table = get(m, 3)
+        return kind, Rows(tokens, mask, None if prefix < 0 else prefix, filler), table[:, :2], table[:, 2]
+
+
+def block_range(layers: int, pp: int, pp_rank: int) -> tuple[int, int]:
+    """The blocks [start, stop) of a pipeline rank: even shares."""
+    return layers * pp_rank // pp, layers * (pp_rank + 1) // pp
+
+
+def open_forward(
+    checkpoint: Path,
+    mesh: Mesh,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    backend: str = "auto",
+) -> tuple[Forward, Manifest]:
+    """This rank's part of a `global_step<N>` folder of any mesh; no rank reads more than its part.
+
+    Raises:
+        CheckpointError: damage. ConfigError: the model cannot be cut as the mesh asks.
+    """
+    device, manifest = torch.device(device), read_manifest(checkpoint)
+    config = model_config_of(manifest, str(checkpoint))
+    if mesh.pp > config.num_layers:
+        raise ConfigError(f"{config.num_layers} layers cannot fill {mesh.pp} pipeline stages", hint="lower pipe_parallel_size")
+    specs = param_specs(config)
+    with torch.device("meta"):
+        model = build_model(config)
+    shard_model(model, specs, mesh)
+    names = _own_names(config, mesh)
+    place = Place(mesh.pp_rank, mesh.tp_rank)
+    with Source(checkpoint, manifest) as source:
+        missing = names - set(manifest.weights)
+        if missing:
+            raise CheckpointError(f"the checkpoint has no '{min(missing)}'", where=str(checkpoint))
+        wanted = (source.wanted_weight(name, local_slice(specs[name], mesh), place) for name in sorted(names))
+        read = dict(zip(sorted(names), source.tensors(wanted), strict=True))
+    state = {name: torch.nn.Parameter(t.to(device, dtype or t.dtype), requires_grad=False) for name, t in read.items()}
+    if config.tie_embeddings and _EMBEDDING in state:
+        state["lm_head.weight"] = state[_EMBEDDING]
+    model.load_state_dict(state, strict=False, assign=True)
+    size = (manifest.facts.get("tokenizer") or {}).get("vocab_size")
+    return Forward(model.eval(), mesh, size, device, backend), manifest
+
+
+def _own_names(config: ModelConfig, mesh: Mesh) -> set[str]:
+    """Logical names of the parameters that this rank runs."""
+    start, stop = block_range(config.num_layers, mesh.pp, mesh.pp_rank)
+    tied = {_EMBEDDING} if config.tie_embeddings else set()
+    found = set()
+    for name, spec in param_specs(config).items():
+        block = spec.stage - 2
+        ends = (spec.stage == 0 and mesh.pp_rank == 0) or (block >= config.num_layers and mesh.pp_rank == mesh.pp - 1)
+        if ends or (start <= block < stop and spec.stage >= 2):
+            found.add(name)
+    return found | (tied if mesh.pp_rank == mesh.pp - 1 else set())

@@ -1,0 +1,194 @@
+"""The model as lm-eval (0.4.13) wants it: an `LM` with `loglikelihood`, `loglikelihood_rolling` and `generate_until`.
+
+Tokenisation of pairs, truncation, windows, stop strings and the clean-up of generated text follow lm-eval's own `hf` model, so
+that a checkpoint here and its exported folder there get the same scores. Batching is ours (`batching.py`). With several
+replicas lm-eval deals the documents out: each leading process is one of its ranks.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from torch import Tensor
+from tqdm import tqdm
+
+from megatron.data.tokenizers import Tokenizer
+from megatron.errors import ConfigError
+from megatron.evaluation.batching import prompt_rows, score_batches, score_row, score_tensors, share_rows
+from megatron.evaluation.forward import Forward
+from megatron.evaluation.options import HarnessOptions
+from megatron.generation.sample import Sampling, choose
+
+_KNOWN = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p", "use_cache"}
+
+
+class HarnessLM(TemplateLM):
+    """A `Forward` with its tokenizer; made on leading ranks only."""
+
+    def __init__(self, forward: Forward, tokens: Tokenizer, options: HarnessOptions) -> None:
+        super().__init__()
+        self.forward, self.tokens, self.options = forward, tokens, options
+        self._device = forward.device
+        self._rank, self._world_size = forward.mesh.dp_rank, forward.mesh.dp
+
+    @property
+    def eot_token_id(self) -> int:
+        """What stands before a text."""
+        return self.tokens.eod
+
+    @property
+    def max_length(self) -> int:
+        """Tokens read at most."""
+        return self.options.max_length
+
+    @property
+    def tokenizer_name(self) -> str:
+        """For lm-eval's request cache."""
+        return f"{self.tokens.name}-{self.tokens.fingerprint()[:16]}"
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Ids of a text; our tokenizers add no special tokens."""
+        return self.tokens.tokenize(string)
+
+    def tok_decode(self, ids: Sequence[int]) -> str:
+        """Text of generated ids, without end-of-document and padding."""
+        special = {self.tokens.eod, self.tokens.pad}
+        return self.tokens.detokenize([i for i in ids if i not in special])
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        """(log-probability, is greedy) of each (pair of texts or None, context ids, continuation ids), in order."""
+        options = self.options
+        rows = [score_row(context, wanted, options.max_length, options.prefix) for _, context, wanted in requests]
+        found: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
+        quiet = disable_tqdm or self.rank != 0
+        with tqdm(total=len(requests), desc="scoring", disable=quiet) as bar:
+            for batch in score_batches(share_rows(rows), options.batch_size):
+                passed, places, targets = score_tensors(batch)
+                values, likeliest = self.forward.score(passed, places, targets)
+                at = 0
+                for number, _, wanted in (span for row in batch for span in row.spans):
+                    part = slice(at, at + len(wanted))
+                    found[number] = (float(values[part].sum()), bool(likeliest[part].all()))
+                    at += len(wanted)
+                    if requests[number][0] is not None:
+                        self.cache_hook.add_partial("loglikelihood", requests[number][0], found[number])
+                    bar.update()
+        return found
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Log-probability of whole texts, each in windows of `max_length` that overlap as little as they can."""
+        pieces: list[tuple[Any, list[int], list[int]]] = []
+        counts = []
+        for (text,) in (request.args for request in requests):
+            windows = get_rolling_token_windows(self.tok_encode(text), self.prefix_token_id, self.max_length, 1)
+            made = [(None, *make_disjoint_window(window)) for window in windows]
+            pieces += made
+            counts.append(len(made))
+        values = iter(self._loglikelihood_tokens(pieces, disable_tqdm))
+        totals = [sum((next(values)[0] for _ in range(count)), 0.0) for count in counts]
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """The continuation of each context up to its first stop string, end of document or `max_gen_toks`."""
+        groups: dict[str, list[int]] = {}
+        for number, request in enumerate(requests):
+            groups.setdefault(json.dumps(request.args[1], sort_keys=True, default=str), []).append(number)
+        found = [""] * len(requests)
+        prompts = [self.tok_encode(request.args[0]) for request in requests]
+        quiet = disable_tqdm or self.rank != 0
+        with tqdm(total=len(requests), desc="generating", disable=quiet) as bar:
+            for numbers in groups.values():
+                plan = self._plan(requests[numbers[0]].args[1])
+                numbers.sort(key=lambda n: -len(prompts[n]))
+                for start in range(0, len(numbers), self.options.batch_size):
+                    batch = numbers[start : start + self.options.batch_size]
+                    texts = self._generate([prompts[n] for n in batch], plan, batch[0])
+                    for number, text in zip(batch, texts, strict=True):
+                        found[number] = text
+                        self.cache_hook.add_partial("generate_until", requests[number].args, text)
+                    bar.update(len(batch))
+        return found
+
+    def _plan(self, given: dict[str, Any]) -> _Plan:
+        """What a task's generation arguments mean."""
+        asked = dict(normalize_gen_kwargs(given, self.options.max_gen_toks))
+        unknown = sorted(set(asked) - _KNOWN)
+        if unknown:
+            raise ConfigError(f"the task asks for generation with '{unknown[0]}'", hint=f"known: {', '.join(sorted(_KNOWN))}")
+        count, sampled = asked["max_gen_toks"], bool(asked.get("do_sample"))
+        if count >= self.max_length:
+            raise ConfigError(f"{count} new tokens leave no room for a prompt within {self.max_length}", hint="eval_max_length")
+        until = [text for text in handle_stop_sequences(asked["until"], eos=None) if text]
+        sampling = Sampling(
+            temperature=float(asked.get("temperature") or 0.0) if sampled else 0.0,
+            top_k=int(asked.get("top_k") or 0) if sampled else 0,
+            top_p=float(asked.get("top_p") or 0.0) if sampled else 0.0,
+            maximum_tokens=count,
+            seed=self.options.seed,
+        )
+        return _Plan(until, count, sampling)
+
+    def _generate(self, prompts: Sequence[Sequence[int]], plan: _Plan, first: int) -> list[str]:
+        """Continue a batch; `first` numbers its seeds."""
+        room = self.max_length - plan.count
+        cut = [list(prompt)[-room:] or [self.prefix_token_id] for prompt in prompts]
+        generators = [torch.Generator().manual_seed(plan.sampling.seed + first + i) for i in range(len(cut))]
+        made: list[list[int]] = [[] for _ in cut]
+        live = [True] * len(cut)
+        logits = self.forward.prefill(prompt_rows(cut, self.options.prefix))
+        while True:
+            chosen = choose(logits, plan.sampling, generators)
+            for row, token in enumerate(chosen.tolist()):
+                if live[row]:
+                    made[row].append(token)
+                    live[row] = self._goes_on(made[row], plan)
+            if not any(live):
+                break
+            logits = self.forward.advance(chosen)
+        return [postprocess_generated_text(self.tok_decode(row), plan.until, None) for row in made]
+
+    def _goes_on(self, made: Sequence[int], plan: _Plan) -> bool:
+        if len(made) >= plan.count or (self.options.stop_at_eod and made[-1] == self.tokens.eod):
+            return False
+        text = self.tok_decode(made)
+        return not any(stop in text for stop in plan.until)
+
+    # how lm-eval's ranks (our replicas) meet
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        """One entry per replica."""
+        parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
+        dist.all_gather(parts, tensor, group=self.forward.mesh.dp_group)
+        return torch.stack(parts) if tensor.dim() == 0 else torch.cat(parts)
+
+    def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
+        """Every replica's object on replica `dst`, None on the others."""
+        found: list[Any] | None = [None] * self.world_size if self.rank == dst else None
+        dist.gather_object(obj, found, group=self.forward.mesh.dp_group, group_dst=dst)
+        return found
+
+    def barrier(self) -> None:
+        """Wait for all replicas."""
+        dist.barrier(group=self.forward.mesh.dp_group)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """until: stop strings. count: new tokens at most."""
+
+    until: list[str]
+    count: int
+    sampling: Sampling
