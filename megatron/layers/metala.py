@@ -84,9 +84,9 @@ class MetaLA(Layer):
     def _mix(self, u: Tensor, ctx: Context, recurrent: Tensor | None) -> tuple[Tensor, Tensor]:
         """The operator on the projections of `u [b, s, d]`: y [b, s, h, v] and the last state.
 
-        The fused kernels read one packed projection; elsewhere four products of a cache's size are as fast and copy no weights.
+        They are one product, whose gradient comes back in one piece; the paths that are to be an independent check have four.
         """
-        if chosen("metala", ctx.backend, u.device) == "triton":
+        if chosen("metala", ctx.backend, u.device) in ("triton", "torch"):
             return metala_packed(
                 self._packed(u, ctx.backend),
                 self.aug_balance.view(-1, self.key_dim),

@@ -1,16 +1,18 @@
 """Several linear maps of one input as one matrix product, and the pieces of a packed MetaLA projection.
 
 The maps stay separate parameters with their released names: their rows are put one below the other when they are used. Where
-they already lie so in memory (`lay_together`, or ZeRO's flat buffer) the fused path of `packed_linear` reads them in place.
+they already lie so in memory (`lay_together`, or ZeRO's flat buffer) they are read in place.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from megatron.ops.dispatch import choose, path
 
@@ -28,12 +30,51 @@ def packed_bias(bias: Tensor | None, rows: int) -> Tensor | None:
     return None if bias is None else F.pad(bias, (rows - bias.shape[0], 0))
 
 
+def joined_rows(weights: Sequence[Tensor]) -> Tensor:
+    """The rows of all weights [n_i, d] as one [sum n_i, d]: a view where they follow each other in memory, else a copy."""
+    first, d = weights[0], weights[0].shape[1]
+    place = first.data_ptr()
+    for weight in weights:
+        # one storage is asked for, and not neighbouring addresses alone: a view must not reach into another allocation
+        same = weight.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not same or weight.data_ptr() != place or not weight.is_contiguous():
+            return torch.cat([w.detach() for w in weights])
+        place += weight.numel() * weight.element_size()
+    return first.detach().as_strided((sum(w.shape[0] for w in weights), d), (d, 1))
+
+
+class _PackedLinear(torch.autograd.Function):
+    """One product forward, two backward. Joined rows are not kept: joining again costs less than a second copy of weights."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, *weights: Tensor) -> Tensor:
+        ctx.save_for_backward(x, *weights)
+        ctx.bias = None if bias is None else bias.shape[0]
+        joined = joined_rows(weights)
+        return F.linear(x, joined, packed_bias(bias, joined.shape[0]))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        x, *weights = ctx.saved_tensors
+        dx = dy @ joined_rows(weights) if ctx.needs_input_grad[0] else None
+        flat = dy.flatten(0, -2)
+        dweights = (flat.t() @ x.flatten(0, -2)).split([w.shape[0] for w in weights])
+        dbias = None if ctx.bias is None else flat[:, flat.shape[1] - ctx.bias :].sum(0)
+        return dx, dbias, *dweights
+
+
 @path("packed_linear", "reference")
+def packed_linear_reference(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None) -> Tensor:
+    """One map after the other."""
+    parts = [F.linear(x, weight) for weight in weights]
+    return torch.cat(parts if bias is None else [*parts[:-1], parts[-1] + bias], dim=-1)
+
+
 @path("packed_linear", "torch")
 def packed_linear_torch(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None) -> Tensor:
     """The plain form of `packed_linear`."""
-    joined = torch.cat(list(weights))
-    return F.linear(x, joined, packed_bias(bias, joined.shape[0]))
+    return _PackedLinear.apply(x, bias, *weights)
 
 
 def packed_linear(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, backend: str = "auto") -> Tensor:

@@ -1,7 +1,6 @@
 """`packed_linear` beside the fused kernels: one product forward, two backward, and no copy of weights that lie together.
 
-A custom operator, because where the weights lie in memory is nothing that `torch.compile` can trace. Joined rows are not kept
-for the backward: joining again costs less than holding a second copy of every layer's weights.
+A custom operator, because where the weights lie in memory is nothing that `torch.compile` can trace.
 """
 
 from __future__ import annotations
@@ -13,20 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron.ops.dispatch import path
-from megatron.ops.packed import packed_bias
-
-
-def joined_rows(weights: Sequence[Tensor]) -> Tensor:
-    """The rows of all weights [n_i, d] as one [sum n_i, d]: a view where they follow each other in memory, else a copy."""
-    first, d = weights[0], weights[0].shape[1]
-    place = first.data_ptr()
-    for weight in weights:
-        # one storage is asked for, and not neighbouring addresses alone: a view must not reach into another allocation
-        same = weight.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-        if not same or weight.data_ptr() != place or not weight.is_contiguous():
-            return torch.cat([w.detach() for w in weights])
-        place += weight.numel() * weight.element_size()
-    return first.detach().as_strided((sum(w.shape[0] for w in weights), d), (d, 1))
+from megatron.ops.packed import joined_rows, packed_bias
 
 
 @torch.library.custom_op("linear_neox::packed_linear", mutates_args=())

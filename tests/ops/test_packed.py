@@ -17,8 +17,8 @@ from megatron.model.build import build_model, param_specs
 from megatron.model.config import ModelConfig
 from megatron.model.init import materialise
 from megatron.ops.metala import metala_packed
-from megatron.ops.packed import cut_packed, lay_together, packed_linear, packed_linear_torch
-from megatron.ops.packed_linear_triton import joined_rows, packed_linear_forward
+from megatron.ops.packed import cut_packed, joined_rows, lay_together, packed_linear
+from megatron.ops.packed_linear_triton import packed_linear_forward
 from megatron.parallel.plan import slice_of
 from tests.ops.fused_cases import borders, device_matrix, relative, results
 
@@ -52,14 +52,14 @@ def test_operator_over_a_packed_projection(device: str, extras: bool) -> None:
 @device_matrix
 def test_packed_linear_and_its_gradients(device: str) -> None:
     leaves = draw((2, 5, 8), (4, 8), (6, 8), (3, 8), (3,), device=device)
-    exact = results(
-        lambda x, *rest: [packed_linear_torch(x, rest[:3], rest[3])], [x.detach().double().requires_grad_() for x in leaves]
-    )
-    got = results(lambda x, *rest: [packed_linear(x, rest[:3], rest[3], "triton")], leaves)
-    assert max(relative(a, b) for a, b in zip(got, exact, strict=True)) < 1e-6
-    apart = [torch.nn.functional.linear(leaves[0], w) for w in leaves[1:4]]
-    apart[2] = apart[2] + leaves[4]
-    assert torch.allclose(got[0], torch.cat(apart, -1), atol=1e-5)
+
+    def run(backend: str, x: Tensor, *rest: Tensor) -> list[Tensor]:
+        return [packed_linear(x, rest[:3], rest[3], backend)]
+
+    exact = results(lambda *x: run("reference", *x), [x.detach().double().requires_grad_() for x in leaves])
+    for backend in ("torch", "triton"):
+        got = results(lambda *x: run(backend, *x), leaves)  # noqa: B023
+        assert max(relative(a, b) for a, b in zip(got, exact, strict=True)) < 1e-6
 
 
 @device_matrix
@@ -98,7 +98,7 @@ def test_a_layer_is_the_same_layer_on_both_paths() -> None:
     x, mask = torch.randn(2, 20, 64, generator=g), torch.ones(2, 20)
     mask[0, :4] = 0
     found = []
-    for together, backend in ((False, "torch"), (False, "triton"), (True, "triton")):
+    for together, backend in ((False, "reference"), (False, "torch"), (False, "triton"), (True, "torch"), (True, "triton")):
         if together:
             layer.lay_together()
         y, _ = layer(x, Context(mask=mask, backend=backend))
