@@ -26,7 +26,7 @@ from megatron.config.problems import Problems
 from megatron.config.yaml_reader import read_files
 from megatron.errors import ConfigError, TrainingError, exit_on_error
 from megatron.evaluation.recall import Point
-from megatron.evaluation.sweep import describe, points_of, solved, work
+from megatron.evaluation.sweep import describe, group, points_of, solved, work
 from megatron.evaluation.sweep_results import Results
 
 
@@ -75,6 +75,8 @@ def run(args: argparse.Namespace) -> None:
     left_out = solved(points, known)
     print(f"{sum(p.key() in known for p in points)} of {len(points)} points finished, {len(left_out)} models solved the task, "
           f"{time.monotonic() - started:.0f} s")  # fmt: skip
+    if all(p.key() in known or group(p) in left_out for p in points):
+        results.finish()
     failed = [worker.exitcode for worker in workers if worker.exitcode]
     if failed:
         raise TrainingError(f"{len(failed)} of {args.workers} workers failed", hint="their messages stand above")

@@ -11,6 +11,7 @@ import fcntl
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +26,7 @@ class Results:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._claims = path.with_name(path.name + ".claims")
-        self._claims.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
 
     def read(self) -> dict[str, dict[str, Any]]:
         """Key -> line. A last line that was cut off by a kill is no result.
@@ -51,6 +52,7 @@ class Results:
     @contextmanager
     def claim(self, key: str) -> Iterator[bool]:
         """True while the point is this worker's; False when another has it."""
+        self._claims.mkdir(parents=True, exist_ok=True)
         with open(self._claims / key, "w") as handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -58,6 +60,10 @@ class Results:
                 yield False
                 return
             yield True
+
+    def finish(self) -> None:
+        """Nothing is open any more: the lock files go."""
+        shutil.rmtree(self._claims, ignore_errors=True)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -137,6 +137,7 @@ def test_a_killed_sweep_goes_on_and_is_drawn(tmp_path: Path) -> None:
     assert sorted(line["key"] for line in lines) == sorted(p.key() for p in points_of(SWEEP)), "each point once"
     assert output.read_text().splitlines()[: len(read_lines(output)) and 1] == kept[:1], "what was finished stays as it was"
     idle = tool("synthetics", sweep, "--output", str(output), "--workers", "1")
+    assert not output.with_name("out.jsonl.claims").exists(), "locks go with the last open point"
     assert "6 finished" in idle.stdout and len(read_lines(output)) == 6
     drawn = tool("figures_recall", str(output), "--output", str(tmp_path / "figure"))
     assert drawn.returncode == 0, drawn.stderr
