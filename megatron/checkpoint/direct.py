@@ -19,18 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 ALIGN = 4096  # of offsets, lengths and addresses: every disk's sector divides it
-_PAGE, _HUGE = 64 << 10, 2 << 20
 Bytes = NDArray[np.uint8]
-
-
-def memory(size: int) -> Bytes:
-    """`size` bytes; large ones begin on a page and lie in huge pages, of which the kernel hands out 512 at once."""
-    if size < _PAGE:
-        return np.empty(size, np.uint8)
-    block = mmap.mmap(-1, size)
-    if size >= _HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
-        block.madvise(mmap.MADV_HUGEPAGE)
-    return np.frombuffer(block, dtype=np.uint8)[:size]
 
 
 class Buffers:
@@ -44,7 +33,7 @@ class Buffers:
     def take(self) -> Bytes:
         """A buffer; waits while all are out."""
         found = self._free.get()
-        return memory(self._size) if found is None else found
+        return np.frombuffer(mmap.mmap(-1, self._size), dtype=np.uint8) if found is None else found
 
     def give(self, buffer: Bytes) -> None:
         """Back for the next one."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ def load_checkpoint(
     load_rng: bool = True,
     finetune: bool = False,
     verify: bool = True,
+    in_place: bool = False,
 ) -> dict[str, Any]:
     """Load a checkpoint of any mesh into a running engine; every rank must call this.
 
@@ -52,16 +53,19 @@ def load_checkpoint(
             those of the save; on another mesh they start anew from (seed, step, rank), which the log says.
         finetune: weights only; no optimizer, no random numbers, and an empty state (step 0).
         verify: compare the SHA-256 of all that this rank reads; sizes and save ids are compared in any case.
+        in_place: read straight into the engine's memory, for an engine that has nothing to lose: damage is found all the same
+            before this returns, but the engine then holds part of the damaged checkpoint, and must load another or end.
 
     Returns:
         The training state as it was saved; empty for `finetune`.
 
     Raises:
-        DamagedCheckpoint: on all ranks: a missing, damaged or unreadable file on any of them. No engine was changed.
+        DamagedCheckpoint: on all ranks: a missing, damaged or unreadable file on any of them. Unless `in_place`, no engine
+            was changed.
         CheckpointError: on all ranks: another model, no optimizer state.
     """
     path = Path(path)
-    wanted = _Options(load_optimizer and not finetune, load_rng and not finetune, verify)
+    wanted = _Options(load_optimizer and not finetune, load_rng and not finetune, verify, in_place)
     verdict = Verdict("the checkpoint could not be loaded", str(path))
     with verdict.watch():
         manifest = read_manifest(path)
@@ -79,6 +83,7 @@ class _Options:
     optimizer: bool
     rng: bool
     verify: bool
+    in_place: bool
 
 
 @dataclass(frozen=True)
@@ -108,35 +113,58 @@ def _check(path: Path, manifest: Manifest, engine: Engine, model_config: Mapping
 def _read(path: Path, manifest: Manifest, engine: Engine, options: _Options) -> _Found:
     """Read this rank's tensors; nothing of the engine is touched yet."""
     with Source(path, manifest, verify=options.verify) as source:
-        weights = _read_weights(source, engine)
-        optimizer = _read_optimizer(source, engine) if options.optimizer else None
+        weights = _read_weights(source, engine, options.in_place)
+        optimizer = _read_optimizer(source, engine, options.in_place) if options.optimizer else None
         file = saved_streams(manifest, engine.mesh) if options.rng else None
         rng = source.whole_file(file) if file else None
     return _Found(weights, optimizer, rng, options.rng)
 
 
-def _read_weights(source: Source, engine: Engine) -> dict[str, Tensor]:
-    mesh, names = engine.mesh, list(engine.parameters())
+def _home(tensor: Tensor, in_place: bool) -> Tensor | None:
+    """Where a tensor of the engine may be read to."""
+    return tensor.detach() if in_place and tensor.device.type == "cpu" and tensor.is_contiguous() else None
+
+
+def _read_weights(source: Source, engine: Engine, in_place: bool) -> dict[str, Tensor]:
+    mesh, own = engine.mesh, engine.parameters()
     place = Place(mesh.pp_rank, mesh.tp_rank)
-    wanted = (source.wanted_weight(name, local_slice(engine.specs[name], mesh), place) for name in names)
-    return dict(zip(names, source.tensors(wanted), strict=True))
+    wanted = (
+        replace(source.wanted_weight(name, local_slice(engine.specs[name], mesh), place), into=_home(param, in_place))
+        for name, param in own.items()
+    )
+    return dict(zip(own, source.tensors(wanted), strict=True))
 
 
-def _read_optimizer(source: Source, engine: Engine) -> dict[str, OptimizerSlice]:
+def _read_optimizer(source: Source, engine: Engine, in_place: bool) -> dict[str, OptimizerSlice]:
     """The ranges that this rank's engine owns, filled from the ranges that were stored."""
     mesh = engine.mesh
     place = Place(mesh.pp_rank, mesh.tp_rank)
     plans: dict[str, OptimizerReads] = {}
-    for name, own in engine.optimizer_slices().items():
+    slices = engine.optimizer_slices()
+    for name, own in slices.items():
         span = Span(local_slice(engine.specs[name], mesh), own.start, own.stop)
         plans[name] = source.optimizer_reads(name, span, place)
-    return read_slices(source, plans)
+    # In fp32 a master may be the weight itself, which is read from its own file and copied before.
+    weights = {param.data_ptr() for param in engine.parameters().values()}
+    homes = {
+        (name, kind): _home(tensor, in_place and tensor.data_ptr() not in weights)
+        for name, own in slices.items()
+        for kind, tensor in {"master": own.master, **own.moments}.items()
+    }
+    return read_slices(source, plans, homes)
 
 
-def read_slices(source: Source, plans: Mapping[str, OptimizerReads]) -> dict[str, OptimizerSlice]:
-    """The optimizer slices that `plans` describes, on the CPU."""
-    result = {}
-    tensors = source.tensors(_flat(name, plan, reads) for name, plan in plans.items() for reads in _all(plan))
+def read_slices(
+    source: Source, plans: Mapping[str, OptimizerReads], homes: Mapping[tuple[str, str], Tensor | None] | None = None
+) -> dict[str, OptimizerSlice]:
+    """The optimizer slices that `plans` describes, on the CPU.
+
+    homes: (name, "master" or a moment) -> memory to read to, see `Wanted`.
+    """
+    result, into = {}, homes or {}
+    tensors = source.tensors(
+        _flat(name, plan, reads, into.get((name, kind))) for name, plan in plans.items() for kind, reads in _all(plan).items()
+    )
     for name, plan in plans.items():
         master = next(tensors)
         moments = {moment: next(tensors) for moment in plan.moments}
@@ -144,12 +172,12 @@ def read_slices(source: Source, plans: Mapping[str, OptimizerReads]) -> dict[str
     return result
 
 
-def _all(plan: OptimizerReads) -> list[tuple[Read, ...]]:
-    return [plan.master, *plan.moments.values()]
+def _all(plan: OptimizerReads) -> dict[str, tuple[Read, ...]]:
+    return {"master": plan.master, **plan.moments}
 
 
-def _flat(name: str, plan: OptimizerReads, reads: tuple[Read, ...]) -> Wanted:
-    return Wanted(name, (plan.span.stop - plan.span.start,), torch.float32, reads)
+def _flat(name: str, plan: OptimizerReads, reads: tuple[Read, ...], into: Tensor | None) -> Wanted:
+    return Wanted(name, (plan.span.stop - plan.span.start,), torch.float32, reads, into)
 
 
 def _hand_over(engine: Engine, manifest: Manifest, found: _Found) -> None:

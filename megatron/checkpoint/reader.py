@@ -20,7 +20,6 @@ from torch import Tensor
 
 from megatron.checkpoint.blocks import FileEntry, read_into
 from megatron.checkpoint.damage import DamagedCheckpoint
-from megatron.checkpoint.direct import memory
 from megatron.checkpoint.tensors import CODES, threads
 
 _DTYPES = {code: dtype for dtype, code in CODES.items()}
@@ -156,8 +155,11 @@ class Reader:
             raise _damaged(self.path, f"it has no tensor '{name}'")
         return row
 
-    def start(self, name: str, start: int = 0, stop: int | None = None) -> Pending:
+    def start(self, name: str, start: int = 0, stop: int | None = None, into: Tensor | None = None) -> Pending:
         """Begin to read elements `[start, stop)` of a flattened tensor.
+
+        Args:
+            into: contiguous memory of that dtype and size to read to, where that is possible; otherwise to new memory.
 
         Raises:
             DamagedCheckpoint: the name is absent or the tensor shorter.
@@ -174,7 +176,8 @@ class Reader:
         low, high = first, last
         if blocks:
             low, high = min(first, self.entry.bounds(blocks[0])[0]), max(last, self.entry.bounds(blocks[-1])[1])
-        raw = torch.from_numpy(memory(high - low))
+        fits = into is not None and (low, high) == (first, last) and into.dtype == dtype and into.numel() == stop - start
+        raw = into.view(-1).view(torch.uint8) if fits and into is not None else torch.empty(high - low, dtype=torch.uint8)
         view = raw.numpy().data if high > low else memoryview(b"")
         if high - low >= _HINT:  # the disk begins, whatever the threads are busy with
             os.posix_fadvise(self._fd, low, high - low, os.POSIX_FADV_WILLNEED)

@@ -32,12 +32,21 @@ _AHEAD = 256 << 20  # bytes that are being read while earlier ones are put toget
 
 @dataclass(frozen=True)
 class Wanted:
-    """A tensor to be read: its name for messages, local shape, dtype, and the reads that fill it."""
+    """A tensor to be read: its name for messages, local shape, dtype, the reads that fill it, and where it is to go.
+
+    into: memory for it (see `Reader.start`), used where the tensor lies in the file as it is wanted; None for new memory.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     reads: tuple[Read, ...]
+    into: Tensor | None = None
+
+    @property
+    def is_one_run(self) -> bool:
+        """Whether one piece of one file is the tensor as it stands."""
+        return len(self.reads) == 1 and len(self.reads[0].copies) == 1
 
 
 class Source:
@@ -119,7 +128,8 @@ class Source:
         queue: deque[tuple[Wanted, list[Pending], int]] = deque()
         ahead = 0
         for item in wanted:
-            started = [self.reader(read.file).start(read.key, read.start, read.stop) for read in item.reads]
+            into = item.into if item.is_one_run else None
+            started = [self.reader(read.file).start(read.key, read.start, read.stop, into) for read in item.reads]
             size = sum(pending.size for pending in started)
             queue.append((item, started, size))
             ahead += size
@@ -136,7 +146,7 @@ class Source:
         for read, piece in zip(item.reads, pieces, strict=True):
             if piece.dtype != item.dtype:
                 raise DamagedCheckpoint(f"'{item.name}' has another dtype than manifest.json says", where=read.file)
-        if len(pieces) == 1 and len(item.reads[0].copies) == 1 and pieces[0].numel() == math.prod(item.shape):
+        if item.is_one_run and pieces[0].numel() == math.prod(item.shape):
             return pieces[0].view(item.shape)  # one run that is all of it
         result = torch.empty(item.shape, dtype=item.dtype).view(-1)
         for read, piece in zip(item.reads, pieces, strict=True):

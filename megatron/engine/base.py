@@ -171,7 +171,7 @@ class Engine(ABC):
 
     @abstractmethod
     def optimizer_slices(self) -> dict[str, OptimizerSlice]:
-        """What this data-parallel rank owns, as views where the engine keeps it so: the next step changes them.
+        """What this data-parallel rank owns: views of what the next step changes.
 
         Zero moments and step 0 before the first step.
         """
@@ -220,9 +220,11 @@ class Engine(ABC):
 def copy_all(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
     """Copy each second tensor into the first, which needs no gradient; on a CPU with all cores of this process.
 
-    Copying gives the interpreter's lock back, and a gigabyte of it is a good part of a resume.
+    Copying gives the interpreter's lock back, and a gigabyte of it is a good part of a resume. A pair that is one place in
+    memory is done.
     """
-    work = sorted(pairs, key=lambda pair: -pair[0].numel())
+    apart = [(target, source) for target, source in pairs if target.data_ptr() != source.data_ptr()]
+    work = sorted(apart, key=lambda pair: -pair[0].numel())
     if not work or work[0][0].device.type != "cpu" or sum(target.numel() for target, _ in work) < _WORTH_THREADS:
         for target, source in work:
             target.copy_(source)

@@ -92,7 +92,7 @@ class FusedAdamW(torch.optim.AdamW):
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
                 continue
-            states = [self._state_of(p) for p in params]
+            states = [self.state_of(p) for p in params]
             steps = [state["step"] for state in states]
             torch._foreach_add_(steps, 1)
             torch._fused_adamw_(
@@ -114,7 +114,9 @@ class FusedAdamW(torch.optim.AdamW):
             if found is not None:  # a step that was not taken is not counted
                 torch._foreach_sub_(steps, [found] * len(steps))
 
-    def _state_of(self, param: Tensor) -> dict[str, Tensor]:
+    @torch.no_grad()
+    def state_of(self, param: Tensor) -> dict[str, Tensor]:
+        """`step` and moments of a tensor, made at the first request."""
         state = self.state[param]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)

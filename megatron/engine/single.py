@@ -156,10 +156,8 @@ class SingleEngine(Engine):
         return {name: self._slice(master) for name, master in self._masters.items()}
 
     def _slice(self, master: Tensor) -> OptimizerSlice:
-        state = self.optimizer.state.get(master, {})
-        flat = master.detach().view(-1)
-        moments = {m: state[m].view(-1) if m in state else torch.zeros_like(flat) for m in MOMENTS}
-        return OptimizerSlice(0, flat.numel(), flat, moments, int(state["step"]) if "step" in state else 0)
+        state, flat = self.optimizer.state_of(master), master.detach().view(-1)
+        return OptimizerSlice(0, flat.numel(), flat, {m: state[m].view(-1) for m in MOMENTS}, int(state["step"]))
 
     def load_optimizer_slices(self, slices: Mapping[str, OptimizerSlice]) -> None:
         """Masters and moments; the compute weights follow from the masters."""
@@ -168,13 +166,10 @@ class SingleEngine(Engine):
             check_slice(name, (0, master.numel()), slices[name])
         pairs = []
         for name, master in self._masters.items():
-            part, state = slices[name], self.optimizer.state[master]
-            for moment in MOMENTS:
-                if moment not in state:
-                    state[moment] = torch.empty_like(master, requires_grad=False)
-                pairs.append((state[moment].view(-1), part.moments[moment]))
-            state["step"] = torch.tensor(float(part.step), device=self.device)
+            part, state = slices[name], self.optimizer.state_of(master)
+            pairs += [(state[moment].view(-1), part.moments[moment]) for moment in MOMENTS]
             pairs.append((master.detach().view(-1), part.master))
+            state["step"].fill_(part.step)
         copy_all(pairs)
         with torch.no_grad():
             self._copy_masters_down()

@@ -99,11 +99,10 @@ class ZeroEngine(Engine):
         """This data-parallel rank's pieces; see `Engine`."""
         slices = {}
         for name, own in self._owned().items():
-            state = self._zero.optimizer.state.get(own.flat, {})
+            state = self._zero.optimizer.state_of(own.flat)
+            moments = {m: own.of(state[m]) for m in MOMENTS}
             master = own.of(own.flat.detach())
-            moments = {m: own.of(state[m]) if m in state else torch.zeros_like(master) for m in MOMENTS}
-            step = int(state["step"]) if "step" in state else 0
-            slices[name] = OptimizerSlice(own.start, own.start + own.numel, master, moments, step)
+            slices[name] = OptimizerSlice(own.start, own.start + own.numel, master, moments, int(state["step"]))
         return slices
 
     def load_optimizer_slices(self, slices: Mapping[str, OptimizerSlice]) -> None:
@@ -114,12 +113,9 @@ class ZeroEngine(Engine):
             check_slice(name, (own.start, own.start + own.numel), slices[name])
         pairs = []
         for name, own in owned.items():
-            part, state = slices[name], self._zero.optimizer.state[own.flat]
-            for moment in MOMENTS:
-                if moment not in state:
-                    state[moment] = torch.zeros_like(own.flat)
-                pairs.append((own.of(state[moment]), part.moments[moment]))
-            state["step"] = torch.tensor(float(part.step), device=own.flat.device)
+            part, state = slices[name], self._zero.optimizer.state_of(own.flat)
+            pairs += [(own.of(state[moment]), part.moments[moment]) for moment in MOMENTS]
+            state["step"].fill_(part.step)
             pairs.append((own.of(own.flat.detach()), part.master))
         copy_all(pairs)
 

@@ -90,8 +90,9 @@ class Run:
         return {"model_config": self.config.to_dict(), "config_texts": {"a.yml": "x: 1\n"}}
 
     def resume(self, folder: Path, **options: Any) -> tuple[str, ...]:
-        """Go on from what is in the folder; what was skipped."""
-        found = resume(folder, self.engine, save_dir=folder, model_config=self.config.to_dict(), **options)
+        """Go on from what is in the folder, as a run does when it begins; what was skipped."""
+        options = {"model_config": self.config.to_dict(), "in_place": True, **options}
+        found = resume(folder, self.engine, save_dir=folder, **options)
         self.iteration = found.state.get("iteration", 0)
         self.cursor = found.state.get("consumed_samples", 0)
         return found.skipped

@@ -37,7 +37,7 @@ from megatron.checkpoint.background import Saver
 from megatron.checkpoint.load import load_checkpoint
 from megatron.checkpoint.save import save_checkpoint
 from megatron.checkpoint.tensors import threads, write_files
-from megatron.engine.base import MOMENTS, Engine, EngineSettings, MicroBatch, OptimizerSlice, StepResult
+from megatron.engine.base import MOMENTS, Engine, EngineSettings, MicroBatch, OptimizerSlice, StepResult, copy_all
 from megatron.files import write_json
 from megatron.model.build import param_specs
 from megatron.model.config import ModelConfig
@@ -79,10 +79,9 @@ class State(Engine):
 
     def load_optimizer_slices(self, slices: Mapping[str, OptimizerSlice]) -> None:
         """Into the tensors that are there."""
-        for name, part in slices.items():
-            self.optimizer[name]["master"].view(-1).copy_(part.master)
-            for moment in MOMENTS:
-                self.optimizer[name][moment].view(-1).copy_(part.moments[moment])
+        own = self.optimizer_slices()
+        pairs = [(own[name].master, part.master) for name, part in slices.items()]
+        copy_all([*pairs, *((own[n].moments[m], part.moments[m]) for n, part in slices.items() for m in MOMENTS)])
 
     def refresh_master_from_weights(self) -> None:
         """Not here."""
@@ -173,7 +172,7 @@ class Methods:
             dcp_load(self.empty.state_dict(), checkpoint_id=self.tree, no_dist=True)
 
         def own(verify: bool) -> None:
-            load_checkpoint(step, self.empty, model_config=self.config.to_dict(), verify=verify, load_rng=False)
+            load_checkpoint(step, self.empty, model_config=self.config.to_dict(), verify=verify, load_rng=False, in_place=True)
 
         return {
             "torch.load": (self.file, foreign),
