@@ -80,6 +80,12 @@ def _lines(axes: Any, rows: Sequence[Row], x: Callable[[Row], float], y: Callabl
     axes.grid(alpha=0.3)
 
 
+def _doubling(axes: Any) -> None:
+    """An x axis on which each doubling is a step, with plain numbers."""
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+
+
 def _bytes(line: Row) -> float:
     return float(line["state_bytes"])
 
@@ -122,7 +128,7 @@ def draw(rows: Sequence[Row], output: Path, title: str) -> list[Path]:
     state, slices = (output.with_name(f"{output.name}-{kind}.png") for kind in ("state", "slices"))
     figure, axes = plt.subplots(figsize=(7, 4.5))
     _lines(axes, rows, _bytes, lambda line: float(line["accuracy"]))
-    axes.set_xscale("log", base=2)
+    _doubling(axes)
     axes.set_xlabel("state per sequence, bytes (attention at the longest test length)")
     axes.set_ylabel("accuracy, mean over test slices")
     axes.set_title(title)
@@ -134,7 +140,7 @@ def draw(rows: Sequence[Row], output: Path, title: str) -> list[Path]:
     figure, grid = plt.subplots(1, len(drawn), figsize=(1 + 3.2 * len(drawn), 3.8), sharey=True, squeeze=False)
     for axes, (heading, y) in zip(grid[0], drawn, strict=True):
         _lines(axes, rows, x, y)
-        axes.set_xscale("log", base=2)
+        _doubling(axes)
         axes.set_xlabel(name)
         axes.set_title(heading, fontsize=10)
     grid[0][0].set_ylabel("accuracy")
