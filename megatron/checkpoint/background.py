@@ -27,7 +27,7 @@ from torch import Tensor
 from megatron.checkpoint.layout import tag_of
 from megatron.checkpoint.save import SaveOptions, Snapshot, save_checkpoint, take_snapshot, write_snapshot
 from megatron.checkpoint.shards import Holdings
-from megatron.engine.base import Engine
+from megatron.engine.base import Engine, copy_all
 from megatron.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -46,18 +46,24 @@ class HostCopy:
     def __call__(self, holdings: Holdings) -> None:
         """Replace all tensors of `holdings` by copies that no training step touches."""
         kept: dict[tuple[str, str], Tensor] = {}
+        pairs = []
         for file, tensors in holdings.files.items():
             for name, tensor in tensors.items():
-                kept[file, name] = tensors[name] = self._copy(self._buffers.get((file, name)), tensor)
+                buffer = kept[file, name] = tensors[name] = self._buffer((file, name), tensor)
+                if tensor.is_cuda:
+                    buffer.copy_(tensor.detach(), non_blocking=True)
+                else:
+                    pairs.append((buffer, tensor.detach()))
         self._buffers = kept
+        copy_all(pairs)
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # the copies from the device run beside each other until here
 
-    @staticmethod
-    def _copy(buffer: Tensor | None, tensor: Tensor) -> Tensor:
-        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
-            buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-        return buffer.copy_(tensor.detach(), non_blocking=tensor.is_cuda)
+    def _buffer(self, key: tuple[str, str], tensor: Tensor) -> Tensor:
+        found = self._buffers.get(key)
+        if found is None or found.shape != tensor.shape or found.dtype != tensor.dtype:
+            found = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        return found
 
 
 class _Job:
