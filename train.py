@@ -1,6 +1,6 @@
 """Train: `python train.py configs/x.yml` for one process; `deepy.py` or `torchrun` start this file on many.
 
-`--dry-run` says what the run needs and starts nothing.
+`--dry-run` says what the run needs and whether it fits, and starts nothing.
 """
 
 from __future__ import annotations
@@ -17,16 +17,20 @@ def main(argv: list[str]) -> int:
     """Read the config on this rank, then train; the exit code."""
     parser = make_parser("Train a language model from YAML files.")
     parser.add_argument("--dry-run", action="store_true", help="print parameters, FLOPs and memory, start nothing")
+    parser.add_argument("--device-memory", type=float, metavar="GIB", help="memory of one rank that --dry-run judges by")
+    parser.add_argument("--mfu", type=float, default=0.4, help="share of the device's peak for --dry-run's time (default 0.4)")
     arguments = parser.parse_intermixed_args(argv)
     env = read_rank_environment()
     run = config_from_args(arguments, world_size=None if arguments.dry_run else env.world_size)
     if not run.world_size:  # a plan without global_num_gpus: as many processes as one copy of the model needs
         run = config_from_args(arguments, world_size=run.parallel.pipe_stages * run.parallel.tensor_ranks)
     from megatron.assemble import dry_run, train
+    from megatron.launch.preflight import DOES_NOT_FIT
 
     if arguments.dry_run:
-        print(dry_run(run))
-        return 0
+        found = dry_run(run, arguments.device_memory, arguments.mfu)
+        print(found.text)
+        return 0 if found.fits or not found.binding else DOES_NOT_FIT
     return train(run, env, ["python", *sys.argv]).exit_code
 
 

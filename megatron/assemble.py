@@ -24,8 +24,9 @@ from megatron.engine.base import Engine
 from megatron.engine.build import build_engine
 from megatron.errors import UserError
 from megatron.feeding import Feeding
+from megatron.launch.capacity import limits
 from megatron.launch.environment import RankEnvironment, close_process_group, init_process_group
-from megatron.launch.preflight import report
+from megatron.launch.preflight import Report, report
 from megatron.model.config import ModelConfig
 from megatron.model.cost import count_parameters, train_flops
 from megatron.observe.console import Console, Opening
@@ -56,14 +57,16 @@ from megatron.training.state import TrainState
 from megatron.training.watchdog import Watchdog
 
 
-def dry_run(run: RunConfig) -> str:
-    """What the run needs, without data and without allocating: see `launch/preflight.py`."""
+def dry_run(run: RunConfig, device_memory: float | None = None, mfu: float = 0.4) -> Report:
+    """What the run needs, without data and without allocating: see `launch/preflight.py`. device_memory: GiB of a rank."""
     if run.tokenizer.padded_vocab_size:
         rows, origin = run.tokenizer.padded_vocab_size, "padded_vocab_size"
     else:
         tokenizer = tokenizer_of(run)
         rows, origin = vocabulary_rows(run, tokenizer), f"{tokenizer.name} of {tokenizer.vocab_size} entries, padded"
-    return report(run_shape(run, origin), model_config(run, rows))
+    shape = run_shape(run, origin)
+    there = limits(device_memory, run.logging.peak_theoretical_tflops, mfu, shape.world)
+    return report(shape, model_config(run, rows), there)
 
 
 def restore(run: RunConfig, engine: Engine, config: ModelConfig) -> dict[str, Any]:

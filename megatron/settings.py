@@ -160,20 +160,20 @@ def masking(run: RunConfig, rows: int) -> Masking | None:
 
 def run_shape(run: RunConfig, vocabulary: str) -> RunShape:
     """What the dry run is told. vocabulary: a word on where the number of rows comes from."""
-    settings, parallel = engine_settings(run), run.parallel
+    parallel, c, iters = run.parallel, run.checkpoint, run.training.train_iters
+    world = parallel.pipe_stages * parallel.tensor_ranks * max(1, parallel.data_parallel_size)
+    rule = SaveRule(c.checkpoint_factor, c.checkpoint_scale, frozenset(c.extra_save_iters or ()), iters, c.save is not None)
     return RunShape(
         pp=parallel.pipe_stages,
         tp=parallel.tensor_ranks,
         dp=max(1, parallel.data_parallel_size),
-        zero_stage=settings.zero_stage,
-        dtype=settings.dtype,
-        fp32_gradients=settings.fp32_grad_accum,
-        micro_batch=settings.micro_batch,
+        settings=engine_settings(run),
+        deepspeed=parallel.engine == "deepspeed" or (parallel.engine == "auto" and world > 1),
         global_batch=run.batch.train_batch_size,
-        seq_length=settings.seq_length,
-        train_iters=run.training.train_iters,
-        checkpoint_interval=settings.activation_checkpoint_interval,
+        train_iters=iters,
         vocabulary=vocabulary,
+        keep=c.keep_last_n_checkpoints,
+        saves=len({iters, *filter(rule.due, range(1, iters + 1))}) if rule.enabled else 0,
     )
 
 

@@ -211,7 +211,7 @@ def test_mistakes_reach_the_user_as_one_message_and_an_exit_code(config: Path) -
 
 
 def test_dry_run(config: Path) -> None:
-    text = run("deepy.py", "train.py", "configs/metala.yml", "--dry-run")
+    text = run("deepy.py", "train.py", "configs/metala.yml", "--dry-run", "--device-memory", "80")
     assert "360,058,880" in text and "memory per rank" in text and "FLOPs per token" in text
 
 

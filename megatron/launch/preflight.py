@@ -1,130 +1,190 @@
-"""`--dry-run`: what a run needs, from the config alone; nothing is started and nothing is allocated.
+"""`--dry-run`: what a run needs and whether it fits, from the config alone; nothing is started and nothing is allocated.
 
-The model is built on torch's meta device and cut by the same plans as in training, so parameters per rank are exact.
-Activations are an estimate from what autograd keeps per token.
+Parameters per rank are exact: the model is cut by the same plans as in training. Memory comes from running its stages on fake
+tensors (`engine/footprint.py`); `tools/bench/dry_run.py` compares it with measured peaks. When the run does not fit, one change
+that makes it fit is named: the first of a list that costs more the further down it stands.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
+from megatron.engine.base import DTYPES, EngineSettings
+from megatron.engine.footprint import Footprint, rank_footprint
 from megatron.errors import ConfigError
-from megatron.model.build import param_specs
 from megatron.model.config import ModelConfig
 from megatron.model.cost import count_parameters, forward_flops, train_flops
+from megatron.model.memory import state_bytes
 from megatron.observe.console import human
-from megatron.parallel.plan import ParamSpec, slice_of
+from megatron.parallel.mesh import Mesh
 
-_GIB = 2**30
-_BYTES = {"fp32": 4, "bfloat16": 2, "fp16": 2}
+DOES_NOT_FIT = 8  # exit code of a dry run whose limit was given, or is that of this machine's accelerators
+_GIB, _MIB = 2**30, 2**20
+# Room for what no tensor of ours takes: the CUDA context and NCCL, or the interpreter and its libraries.
+_RESERVE = 1.0
+_STATE_TOKENS = 4096
 
 
 @dataclass(frozen=True)
 class RunShape:
-    """The numbers of a run that decide its size: mesh, precision, batch, length.
+    """The numbers of a run that decide its size.
 
-    checkpoint_interval: blocks per recomputed piece, 0 keeps all activations. vocabulary: where the row count comes from.
+    settings: as the engine gets them. deepspeed: which engine. vocabulary: where the row count comes from. keep: checkpoints
+    that stay, None for all; saves: how many are written.
     """
 
     pp: int
     tp: int
     dp: int
-    zero_stage: int
-    dtype: str
-    fp32_gradients: bool
-    micro_batch: int
+    settings: EngineSettings
+    deepspeed: bool
     global_batch: int
-    seq_length: int
     train_iters: int
-    checkpoint_interval: int
     vocabulary: str
+    keep: int | None = None
+    saves: int = 0
+
+    @property
+    def world(self) -> int:
+        """Processes."""
+        return self.pp * self.tp * self.dp
 
 
 @dataclass(frozen=True)
-class RankMemory:
-    """GiB on the fullest rank, by part."""
+class Limits:
+    """What there is. memory_gib: of one rank; said: where that number comes from; binding: whether not to fit is an error.
 
-    weights: float
-    gradients: float
-    optimizer: float
-    activations: float
-    logits: float
-
-    @property
-    def total(self) -> float:
-        """All parts together."""
-        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
-
-
-def _stage_parameters(specs: dict[str, ParamSpec], config: ModelConfig, pp: int, tp: int) -> list[int]:
-    """Local parameters of each pipeline stage when blocks are spread evenly; a tied matrix is held at both ends."""
-    per_block = math.ceil(config.num_layers / pp)
-    counts = [0] * pp
-    for spec in specs.values():
-        block = spec.stage - 2
-        stage = 0 if spec.stage == 0 else pp - 1 if block >= config.num_layers else block // per_block
-        size = math.prod(slice_of(spec.shape, spec.cut, 0, tp).local_shape)
-        counts[stage] += size
-        if spec.stage == 0 and config.tie_embeddings and pp > 1:
-            counts[-1] += size
-    return counts
-
-
-def rank_memory(run: RunShape, config: ModelConfig, specs: dict[str, ParamSpec]) -> RankMemory:
-    """Memory of the fullest rank of this run's mesh."""
-    held = max(_stage_parameters(specs, config, run.pp, run.tp))
-    width = _BYTES[run.dtype]
-    owned, weights, gradients = (held / run.dp if run.zero_stage >= stage else held for stage in (1, 3, 2))
-    gradient = 4 if run.fp32_gradients else width
-    master = 0 if width == 4 else 4
-    tokens = run.micro_batch * run.seq_length
-    blocks = math.ceil(config.num_layers / run.pp)
-    in_flight = run.pp  # 1F1B keeps as many micro batches on the first stage as there are stages
-    one_block = _block_activations(config, run.tp) * tokens * width
-    if run.checkpoint_interval:
-        kept = blocks * config.hidden_size * tokens * width * in_flight + one_block * run.checkpoint_interval
-    else:
-        kept = blocks * one_block * in_flight
-    logits = tokens * config.vocab_size / run.tp * (width + 4 + 4)  # as computed, in fp32, and its gradient
-    parts = (weights * width, gradients * gradient, owned * (8 + master), kept, logits)
-    return RankMemory(*(x / _GIB for x in parts))
-
-
-def _block_activations(config: ModelConfig, tp: int) -> float:
-    """Elements per token that one block keeps for its backward: two norms and residuals whole, mixer and MLP cut by tp.
-
-    The mixer is counted as ten widths, which is what MetaLA keeps (convolution, q, z, v, g and the normed output twice).
+    tflops: peak of one device, None where unknown; mfu: share of it that is reached.
     """
-    mlp = (3 if config.mlp == "gated" else 2) * config.mlp_width
-    return 4 * config.hidden_size + (10 * config.hidden_size + mlp) / tp
+
+    memory_gib: float
+    said: str
+    binding: bool
+    tflops: float | None = None
+    mfu: float = 0.4
 
 
-def report(run: RunShape, config: ModelConfig) -> str:
-    """What the run needs, as text.
+@dataclass(frozen=True)
+class Report:
+    """Text of the dry run; fits: whether the fullest rank stays within the limit; binding: whether that limit was meant."""
+
+    text: str
+    fits: bool
+    binding: bool
+
+
+def fullest(run: RunShape, config: ModelConfig) -> Footprint:
+    """The rank that takes most; ranks differ by pipeline stage: the first, one between and the last are looked at.
+
+    Raises:
+        ConfigError: the model cannot be cut over the mesh.
+    """
+    stages = sorted({0, run.pp // 2, run.pp - 1})
+    meshes = [Mesh.shape_only(run.pp, run.tp, run.world, stage * run.dp * run.tp) for stage in stages]
+    return max((rank_footprint(config, mesh, run.settings, run.deepspeed) for mesh in meshes), key=lambda f: f.total)
+
+
+def _changes(run: RunShape, config: ModelConfig) -> Iterator[tuple[str, RunShape]]:
+    """(what to write, the run with it), the cheapest first."""
+    s = run.settings
+    if not s.activation_checkpoint_interval:
+        yield "checkpoint_activations: true", replace(run, settings=replace(s, activation_checkpoint_interval=1))
+    if not s.loss_chunk_tokens:
+        yield "loss_chunk_tokens: 1024", replace(run, settings=replace(s, loss_chunk_tokens=1024))
+    for part in (2, 4, 8):
+        if s.micro_batch % part == 0:
+            smaller = replace(s, micro_batch=s.micro_batch // part, gradient_accumulation=s.gradient_accumulation * part)
+            text = f"train_micro_batch_size_per_gpu: {smaller.micro_batch}, gradient_accumulation_steps: "
+            yield text + str(smaller.gradient_accumulation), replace(run, settings=smaller)
+    for stage in (1, 2, 3):
+        if run.dp > 1 and run.pp == 1 and stage > max(s.zero_stage, 1):
+            yield f'zero_optimization: {{"stage": {stage}}}', replace(run, settings=replace(s, zero_stage=stage))
+    for size in (2, 4, 8):
+        if config.num_heads % (run.tp * size) == 0:
+            wide = replace(run, tp=run.tp * size, deepspeed=True)
+            yield f"model_parallel_size: {wide.tp} ({wide.world} processes)", wide
+    for size in (2, 4, 8):
+        if config.num_layers >= run.pp * size and s.zero_stage < 2:
+            long = replace(run, pp=run.pp * size, deepspeed=True)
+            yield f"pipe_parallel_size: {long.pp} ({long.world} processes)", long
+
+
+def advice(run: RunShape, config: ModelConfig, room: float) -> str:
+    """One change after which the fullest rank takes at most `room` bytes; empty when none of the known ones does."""
+    for text, changed in _changes(run, config):
+        try:
+            took = fullest(changed, config).total
+        except ConfigError:
+            continue  # not possible for this model
+        if took <= room:
+            return f"{text} takes {took / _GIB:.2f} GiB"
+    return ""
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 7200:
+        return f"{seconds / 60:.1f} minutes"
+    return f"{seconds / 3600:.1f} hours" if seconds < 172_800 else f"{seconds / 86_400:.1f} days"
+
+
+def _disk(run: RunShape, total: int) -> str:
+    """Weights as they are computed with, and per parameter an fp32 master and two moments."""
+    one = total * (DTYPES[run.settings.dtype].itemsize + 12)
+    kept = run.saves if run.keep is None else min(run.keep, run.saves)
+    return f"{one / _GIB:.2f} GiB per checkpoint, {kept} kept of {run.saves} written: {kept * one / _GIB:.2f} GiB"
+
+
+def _time(run: RunShape, flops: float, limits: Limits) -> str:
+    if not limits.tflops:
+        return "unknown: give the device's peak with peak_theoretical_tflops"
+    seconds = flops / (run.world * limits.tflops * 1e12 * limits.mfu)
+    return f"{_duration(seconds)} at {limits.mfu:.0%} of {limits.tflops:g} TFLOP/s on each of {run.world} devices"
+
+
+def _memory_rows(found: Footprint, run: RunShape) -> dict[str, str]:
+    whole = found.activations
+    other = "recomputed" if not run.settings.activation_checkpoint_interval else "as configured"
+    kept = f"activations {whole / _MIB:,.0f} ({found.recomputed / _MIB:,.0f} if every block is recomputed)"
+    if run.settings.activation_checkpoint_interval:
+        kept = f"activations {whole / _MIB:,.0f} ({other}, blocks are recomputed)"
+    return {
+        "memory per rank": f"{found.total / _GIB:.2f} GiB at the fullest moment of a step",
+        "  of it, in MiB": f"weights {found.weights / _MIB:,.0f}, gradients {found.gradients / _MIB:,.0f}, optimizer "
+        f"{found.optimizer / _MIB:,.0f}, {kept}, logits and loss {found.logits / _MIB:,.0f}, workspace "
+        f"{found.workspace / _MIB:,.0f}; each at its own largest",
+    }
+
+
+def report(run: RunShape, config: ModelConfig, limits: Limits) -> Report:
+    """What the run needs, and whether it fits.
 
     Raises:
         ConfigError: the model cannot be built, or its sizes do not divide over the mesh.
     """
     total, inner = count_parameters(config)
-    try:
-        memory = rank_memory(run, config, param_specs(config))
-    except ValueError as error:
-        raise ConfigError("the model cannot be cut over this mesh", why=str(error), hint="change model_parallel_size") from None
-    step = run.global_batch * run.seq_length
-    training = train_flops(config, run.seq_length)
-    mixers = "+".join(dict.fromkeys(config.layer_types))
-    forward = human(forward_flops(config, run.seq_length))
+    found, s = fullest(run, config), run.settings
+    step, training = run.global_batch * s.seq_length, train_flops(config, s.seq_length)
+    flops = run.train_iters * step * training
+    forward = human(forward_flops(config, s.seq_length))
+    state = sum(sum(of.values()) for of in state_bytes(config, _STATE_TOKENS).values())
+    room = (limits.memory_gib - _RESERVE) * _GIB
+    fits = found.total <= room
+    verdict = f"{'fits' if fits else 'does not fit'} into {limits.memory_gib:.1f} GiB less {_RESERVE:g} ({limits.said})"
     rows = {
-        "model": f"{mixers}, {config.num_layers} layers x {config.hidden_size}, "
+        "model": f"{'+'.join(dict.fromkeys(config.layer_types))}, {config.num_layers} layers x {config.hidden_size}, "
         f"vocabulary {config.vocab_size} ({run.vocabulary})",
-        "parameters": f"{total:,} in all, {inner:,} without embeddings",
-        "FLOPs per token": f"{forward} forward, {human(training)} with backward, at {run.seq_length} tokens",
-        "mesh": f"pipeline {run.pp} x data {run.dp} x tensor {run.tp}, ZeRO stage {run.zero_stage}, {run.dtype}",
-        "batch": f"{run.global_batch} sequences = {human(step)} tokens per step, micro batch {run.micro_batch}",
-        "training": f"{human(run.train_iters * step)} tokens in {run.train_iters} steps, "
-        f"{run.train_iters * step * training:.3g} FLOPs",
-        "memory per rank": f"{memory.total:.2f} GiB: weights {memory.weights:.2f}, gradients {memory.gradients:.2f}, optimizer "
-        f"{memory.optimizer:.2f}, activations {memory.activations:.2f} (estimate), logits {memory.logits:.2f}",
+        "parameters": f"{total:,} in all, {inner:,} without embeddings; {found.parameters:,} on the fullest rank",
+        "FLOPs per token": f"{forward} forward, {human(training)} with backward, at {s.seq_length} tokens",
+        "mesh": f"pipeline {run.pp} x data {run.dp} x tensor {run.tp}, ZeRO stage {s.zero_stage}, {s.dtype}",
+        "batch": f"{run.global_batch} sequences = {human(step)} tokens per step, micro batch {s.micro_batch}",
+        "training": f"{human(run.train_iters * step)} tokens in {run.train_iters} steps, {flops:.3g} FLOPs",
+        "time": _time(run, flops, limits),
+        "disk": _disk(run, total),
+        **_memory_rows(found, run),
+        "generation state": f"{state / _MIB:.2f} MiB per sequence of {_STATE_TOKENS} tokens",
+        "verdict": verdict,
     }
-    return "\n".join(f"{name:17} {text}" for name, text in rows.items())
+    if not fits:
+        rows["one change"] = advice(run, config, room) or "none of those known here: a smaller model, or more devices"
+    return Report("\n".join(f"{name:17} {text}" for name, text in rows.items()), fits, limits.binding)
