@@ -1,0 +1,179 @@
+"""Tables of results in the shape of the papers' tables, with the published figures beside ours (`benchmarks/published`).
+
+A column is a task at a budget: `based_fda_twice@1000`, `based_fda@full` (the document is not cut, or to 2,000 tokens and more),
+or just `piqa`. Only figures of one column are comparable, and only as far as data, metric and harness version agree; each
+published row names its source.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron.errors import DataError
+from megatron.files import atomic_open, write_text
+
+# MetaLA's paper: acc_norm for HellaSwag, ARC-c and OBQA, F1 for CB, accuracy elsewhere; recall tasks: contains
+_METRICS = ("contains", "acc", "exact_match", "f1", "word_perplexity", "perplexity")
+_SPECIAL = {"hellaswag": "acc_norm", "arc_challenge": "acc_norm", "openbookqa": "acc_norm", "cb": "f1"}
+_SHARES = {"contains", "acc", "acc_norm", "exact_match", "f1"}
+_FULL = 2000
+
+
+@dataclass
+class Row:
+    """One line of a table; ours when `source` is empty. cells: column -> value (percent for shares)."""
+
+    name: str
+    source: str = ""
+    cells: dict[str, float] = field(default_factory=dict)
+
+    def average(self, columns: Sequence[str]) -> float | None:
+        """Mean over the columns, None when one is missing."""
+        values = [self.cells.get(column) for column in columns]
+        return sum(v for v in values if v is not None) / len(values) if values and None not in values else None
+
+
+def column_of(task: str, context: int | None) -> str:
+    """The column of a task; the budget counts for recall tasks only."""
+    if not task.startswith("based_"):
+        return task
+    return f"{task}@{'full' if not context or context >= _FULL else context}"
+
+
+def headline(task: str, values: Mapping[str, Any]) -> float | None:
+    """The figure that papers print for a task: percent of a share, else the value; None when there is none of ours."""
+    given = {key.split(",")[0]: value for key, value in values.items() if isinstance(value, (int, float))}
+    for metric in (_SPECIAL.get(task, _METRICS[0]), *_METRICS):
+        if metric in given:
+            return 100.0 * given[metric] if metric in _SHARES else float(given[metric])
+    return None
+
+
+def read_results(paths: Iterable[Path]) -> list[Row]:
+    """Our rows out of result files and folders of them: ours, and those that the `lm_eval` command writes.
+
+    Raises:
+        DataError: a path without any result.
+    """
+    rows: dict[str, Row] = {}
+    for path in paths:
+        files = sorted(path.rglob("*.json")) if path.is_dir() else [path]
+        found = [content for file in files if (content := _content(file)) is not None]
+        if not found:
+            raise DataError("no results of lm-eval were found", where=str(path))
+        for name, context, results in found:
+            row = rows.setdefault(name, Row(name))
+            for task, values in results.items():
+                value = headline(task, values)
+                if value is not None:
+                    row.cells[column_of(task, context)] = value
+    return list(rows.values())
+
+
+def _content(file: Path) -> tuple[str, int | None, Mapping[str, Any]] | None:
+    """(model, context_length, results) of one file; None when it is something else."""
+    try:
+        data = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    if not isinstance(data, dict) or not isinstance(data.get("results"), dict):
+        return None
+    if "lm_eval" in data:
+        return str(data.get("model")), data.get("context_length"), data["results"]
+    given = (data.get("config") or {}).get("model_args") or {}
+    name = data.get("model_name") or (given.get("pretrained") if isinstance(given, dict) else given) or file.stem
+    settings: list[Mapping[str, Any]] = [c.get("metadata") or {} for c in (data.get("configs") or {}).values()]
+    context = next((int(s["context_length"]) for s in settings if "context_length" in s), 1000)
+    return Path(str(name)).name, context, data["results"]
+
+
+def read_published(file: Path) -> dict[str, list[Row]]:
+    """Table -> its rows, in the order of the file."""
+    tables: dict[str, dict[str, Row]] = {}
+    with open(file, encoding="utf-8", newline="") as handle:
+        for line in csv.DictReader(handle):
+            name = f"{line['model']} {line['parameters']}/{line['tokens']}"
+            row = tables.setdefault(line["table"], {}).setdefault(name, Row(name, line["source"]))
+            row.cells[line["column"]] = float(line["value"])
+    return {table: list(rows.values()) for table, rows in tables.items()}
+
+
+def columns_of(rows: Iterable[Row]) -> list[str]:
+    """All columns, in order of appearance."""
+    return list(dict.fromkeys(column for row in rows for column in row.cells))
+
+
+def cells(rows: Sequence[Row], columns: Sequence[str]) -> list[list[str]]:
+    """The table as text, heading first; an average, apart for prompts read twice, stands where no column of it is missing."""
+    twice = [column for column in columns if "_twice" in column]
+    groups = {"average": [column for column in columns if column not in twice], "average twice": twice}
+    groups = {name: members for name, members in groups.items() if members}
+    lines = [["model", *columns, *groups, "source"]]
+    for row in rows:
+        values = [row.cells.get(column) for column in columns] + [row.average(members) for members in groups.values()]
+        lines.append([row.name, *("" if v is None else f"{v:.2f}" for v in values), row.source or "ours"])
+    return lines
+
+
+def write_tables(rows: Sequence[Row], columns: Sequence[str], stem: Path, title: str) -> list[Path]:
+    """`stem`.md, .csv and .png.
+
+    Raises:
+        DataError: matplotlib is not installed.
+    """
+    lines = cells(rows, columns)
+    marked = [lines[0], ["---", *["---:"] * (len(lines[0]) - 2), "---"], *lines[1:]]
+    markdown = [f"# {title}", "", *(f"| {' | '.join(line)} |" for line in marked), ""]
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(lines)
+    made = [stem.with_name(f"{stem.name}{ending}") for ending in (".md", ".csv", ".png")]
+    write_text(made[0], "\n".join(markdown))
+    write_text(made[1], text.getvalue())
+    draw(lines, sum(not row.source for row in rows), made[2], title)
+    return made
+
+
+def draw(lines: Sequence[Sequence[str]], ours: int, image: Path, title: str) -> None:
+    """The table as a picture: each column shaded from its lowest to its highest value, our rows (the first) in bold."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise DataError("no picture: matplotlib is not installed", why=str(error), hint="pip install matplotlib") from error
+    body = [line[:-1] for line in lines[1:]]
+    heads = [word.replace("based_", "").replace("_twice", "\ntwice").replace("@", "\n@") for word in lines[0][:-1]]
+    figure = Figure(figsize=(2.6 + 0.95 * len(heads), 1.4 + 0.27 * len(lines)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.axis("off")
+    axes.set_title(title, fontsize=10)
+    shades = [[(1.0, 1.0, 1.0), *(_shade(body, i, j) for j in range(1, len(heads)))] for i in range(len(body))]
+    widths = [0.24, *[0.76 / (len(heads) - 1)] * (len(heads) - 1)]
+    table = axes.table(body, cellColours=shades, colLabels=heads, colWidths=widths, loc="center", cellLoc="center")
+    table.auto_set_font_size(False)
+    table.set_fontsize(7.5)
+    for (i, j), cell in table.get_celld().items():
+        cell.set_edgecolor("#d9d9d9")
+        if i == 0:
+            cell.set_height(cell.get_height() * 2.2)
+        if j == 0 and i:
+            cell.get_text().set_horizontalalignment("left")
+        if i == 0 or i <= ours:
+            cell.get_text().set_fontweight("bold")
+    with atomic_open(image) as handle:
+        figure.savefig(handle, format="png", dpi=140, bbox_inches="tight")
+
+
+def _shade(body: Sequence[Sequence[str]], i: int, j: int) -> tuple[float, float, float]:
+    """White for the lowest value of a column, blue for its highest."""
+    values = [float(line[j]) for line in body if line[j]]
+    if not body[i][j] or max(values) == min(values):
+        return (1.0, 1.0, 1.0)
+    share = (float(body[i][j]) - min(values)) / (max(values) - min(values))
+    return (1 - 0.45 * share, 1 - 0.25 * share, 1.0)
