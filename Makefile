@@ -7,7 +7,7 @@ RUN ?= runs/metala-quickstart
 # Test processes; parallel tests start up to four more of their own, so more than the cores does not help.
 JOBS ?= 2
 
-.PHONY: train test test-fast lint format docs install install-dev clean
+.PHONY: gpu-wheels train test test-fast lint format docs install install-dev clean
 
 $(VENV)/.installed: requirements/requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -36,6 +36,13 @@ test: $(VENV)/.installed-dev
 
 test-fast: $(VENV)/.installed-dev
 	$(PY) -m pytest -n $(JOBS) --dist loadfile -m "not slow"
+
+# What a GPU machine without internet lacks besides torch, triton, transformers and numpy: see tools/bench/metala_gpu.py
+GPU_PYTHON ?= 3.12
+gpu-wheels: $(VENV)/.installed
+	$(VENV)/bin/pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: --python-version $(GPU_PYTHON) \
+		--platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
+		-d wheels -r requirements/requirements-gpu-machine.txt
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff format --check .

@@ -16,6 +16,9 @@ from megatron.ops.tuning import Tiles, metala_cuts, padded
 
 EPS = 1e-5
 ROUND = {"none": 0, "bf16": 1, "fp16": 2}
+# How a matrix product of elements of so many bytes is formed: three tf32 products for fp32 (an error of about 1e-6; exact fp32
+# products have no tensor cores and do not fit into registers), and nothing to choose in 16 bits.
+PRECISION = {2: "tf32", 4: "tf32x3"}
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 # Fewer sequential programs than this leave most of a GPU's 100 to 150 multiprocessors idle.
 _FEW_PROGRAMS = 100
@@ -66,7 +69,7 @@ class Inputs:
         _, _, h, k, v = self.sizes
         dtype = self.v.dtype
         widths = {"H": h, "K": k, "V": v, "BK": padded(k), "BV": block_v or padded(v)}
-        numerics = {"DT": _DTYPES[dtype], "PREC": "ieee" if dtype == torch.float32 else "tf32", "ROUND": self.gate_round}
+        numerics = {"DT": _DTYPES[dtype], "PREC": PRECISION[dtype.itemsize], "ROUND": self.gate_round}
         flags = {"HAS_SEG": self.segment_ids is not None, "HAS_MASK": self.mask is not None}
         return {**widths, **numerics, **flags, "num_warps": tiles.warps, "num_stages": tiles.stages}
 

@@ -7,10 +7,6 @@ and its gradient add two more roundings. Kernel errors in bf16 are measured from
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
@@ -21,15 +17,8 @@ from megatron.ops.conv import causal_conv
 from megatron.ops.conv_triton import conv_forward, conv_step_in_place
 from megatron.ops.metala import metala, metala_step
 from megatron.ops.metala_step_triton import metala_step_in_place
+from tests.ops.fused_cases import device_matrix
 from tests.ops.triton_bf16 import emulate_bf16
-
-ROOT = Path(__file__).resolve().parents[2]
-NO_GPU = not torch.cuda.is_available()
-DEVICES = [
-    pytest.param("cpu", marks=pytest.mark.skipif(not NO_GPU, reason="on a GPU machine kernels are compiled, not interpreted")),
-    pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(NO_GPU, reason="no CUDA device")]),
-]
-device_matrix = pytest.mark.parametrize("device", DEVICES)
 
 
 def draw(k: int, v: int, t: int, dtype: torch.dtype, gate_mean: float, device: str) -> list[Tensor]:
@@ -201,12 +190,3 @@ def test_custom_operators_are_whole(device: str) -> None:
     torch.library.opcheck(torch.ops.linear_neox.metala_forward.default, (*leaves, None, None, 0), test_utils=checks)
     x, w = torch.randn(2, 9, 8, device=device, requires_grad=True), torch.randn(8, 1, 4, device=device, requires_grad=True)
     torch.library.opcheck(torch.ops.linear_neox.conv_forward.default, (x, w, None, None, None, None, True), test_utils=checks)
-
-
-@pytest.mark.slow
-def test_kernels_compile_for_hopper_within_their_limits() -> None:
-    """Ahead of time, without a GPU: registers hold, shared memory fits; limits and reasons in tools/bench/kernels_aot.py."""
-    command = [sys.executable, "tools/bench/kernels_aot.py", "--widths", "64x128", "96x192", "--norms", "1024"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=500)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("kernel=") == 22

@@ -18,6 +18,7 @@ from megatron.model.loss import token_loss
 from megatron.parallel.collectives import CopyToTP
 from megatron.parallel.linear_loss import linear_token_loss
 from megatron.parallel.mesh import Mesh
+from tests.ops.fused_cases import device_matrix
 from tests.parallel.ranks import run_ranks
 
 
@@ -52,10 +53,11 @@ def test_equals_the_plain_loss(block: int, masked: bool) -> None:
     assert max(relative(a, b) for a, b in zip(got, plain(x, matrix, labels, weights), strict=True)) < 1e-12
 
 
+@device_matrix
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_fp32_on_both_paths(backend: str) -> None:
+def test_fp32_on_both_paths(backend: str, device: str) -> None:
     pytest.importorskip("triton", reason="the fused kernels need Triton")
-    x, matrix, labels, mask = draw(torch.float32)
+    x, matrix, labels, mask = (t.to(device) for t in draw(torch.float32))
     loss = linear_token_loss(x, matrix, labels, mask, block=16, backend=backend)
     got = [loss, *torch.autograd.grad(loss * 3, (x, matrix))]
     assert max(relative(a, b) for a, b in zip(got, plain(x, matrix, labels, mask), strict=True)) < 2e-6
