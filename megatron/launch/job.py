@@ -230,7 +230,7 @@ def _hosts_job(
         arguments.append(f"--launcher_args={shlex.join(extra)}")
     arguments += [f"--launcher={launcher}", "--force_multi", "--no_local_rank"]
     if launcher == "pdsh":
-        words = [machine.python, "-SE", KEEPER, "--watch-stdin", *words]
+        words = [machine.python, "-SE", KEEPER, "--watch-stdin", *map(_for_remote_shell, words)]
         arguments.append("--no_python")
     environment = {"DS_ENV_FILE": f"{scratch}/environment"} | ({} if machine.accelerators else {"DS_ACCELERATOR": "cpu"})
     if launcher == "pdsh":
@@ -240,6 +240,11 @@ def _hosts_job(
     command = (machine.python, "-m", "deepspeed.launcher.runner", *arguments, "--log_level=critical", *words)
     total = sum(map(len, hosts.values()))
     return Job("hosts", command, environment, total, hosts, files, launcher, first if address == ADDRESS else None)
+
+
+def _for_remote_shell(word: str) -> str:
+    """pdsh's words pass a shell on the host. DeepSpeed quotes those with blanks, in double quotes, and no others."""
+    return re.sub(r"([\\$`])", r"\\\1", word) if " " in word else shlex.quote(word)
 
 
 def _launcher_args(options: LaunchOptions, machine: Machine, hosts: Hosts) -> list[str]:

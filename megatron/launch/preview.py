@@ -73,7 +73,7 @@ def runner_command(job: Job, environ: Mapping[str, str] | None = None) -> tuple[
             "--node_rank=%n",
         )
         node += (f"--master_addr={options['master_addr']}", f"--master_port={options['master_port']}")
-        node += ("--no_python", "--no_local_rank")
+        node += ("--no_python", "--no_local_rank", "--enable_each_rank_log=None")
         words = tuple('"{}"'.format(word.replace('"', '\\"')) if " " in word else word for word in script[1:])
         return ("pdsh", "-S", "-f", "1024", "-w", ",".join(job.hosts), *extra, *node, script[0], *words)
     hosts = parse_hostfile(next(text for path, text in job.files.items() if path.endswith("/hostfile")), "hostfile")

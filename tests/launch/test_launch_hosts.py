@@ -90,6 +90,7 @@ def hostfile(hosts: TwoHosts, folder: Path, slots: int) -> str:
 
 def test_pdsh_pipeline_over_two_hosts(hosts: TwoHosts, folder: Path, config: Path, expected: dict[int, float]) -> None:
     more = settings("pdsh", folder, hostfile=hostfile(hosts, folder, 1), pipe_parallel_size=2)
+    more += ["--set", 'attention_config=[[["metala"],2]]', "--set", 'wandb_run_name=a $b (c) "d"']  # through a remote shell
     run_inside(hosts, folder, "pdsh", sys.executable, "deepy.py", "train.py", str(config), *more)
     compare(folder / "pdsh", expected)
     assert (folder / "pdsh/launch/environment").read_text().count("SECRET") == 0
