@@ -18,7 +18,6 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +42,7 @@ CODES: dict[torch.dtype, str] = {
     torch.bool: "BOOL",
 }
 _FILES_AT_ONCE = 32  # open at a time, so that a deep model does not run out of descriptors
+_PIECE = 2 << 20  # bytes of one write: small enough that they are still in the processor's cache when the disk fetches them
 _STEP = 256 << 10  # bytes copied and hashed at once, so that the hash finds them in the processor's cache
 _DIRECT_FROM = 256 << 10  # bytes of a file that is worth a way past the page cache
 WAITING = 3  # threads beyond one per core: that many may wait for the disk
@@ -107,19 +107,26 @@ def _chunks(pieces: Iterator[Bytes]) -> Iterator[tuple[int, list[Bytes]]]:
         yield offset, group
 
 
-def _gather(group: list[Bytes], target: Bytes, hashing: bool) -> tuple[int, list[str]]:
-    """Copy a chunk's parts into `target`; their bytes together, and the hash of each. Neither holds the interpreter's lock."""
-    at, found = 0, list[str]()
+def _write_chunk(file: _Open, offset: int, group: list[Bytes], buffer: Bytes, hashing: bool) -> Blocks:
+    """Write a chunk's parts through `buffer`; where each ends, and its hash. The work needs no interpreter's lock."""
+    found: Blocks = []
+    held = 0  # bytes of the buffer that are filled
     for part in group:
-        digest = hashlib.sha256() if hashing else None
-        for begin in range(0, len(part), _STEP):
-            piece = target[at : at + min(_STEP, len(part) - begin)]
-            np.copyto(piece, part[begin : begin + _STEP])
+        digest, begin = hashlib.sha256() if hashing else None, 0
+        while begin < len(part):
+            piece = part[begin : begin + min(_STEP, len(buffer) - held)]
+            target = buffer[held : held + len(piece)]
+            np.copyto(target, piece)
             if digest is not None:
-                digest.update(piece.data)
-            at += len(piece)
-        found.append(digest.hexdigest() if digest else "")
-    return at, found
+                digest.update(target.data)
+            begin, held = begin + len(piece), held + len(piece)
+            if held == len(buffer):
+                write_at(file.fd, offset, buffer.data)
+                offset, held = offset + held, 0
+        found.append((offset + held, digest.hexdigest() if digest else ""))
+    if held:  # what is written beyond the end is cut off when the file is whole
+        write_at(file.fd, offset, buffer[: -(-held // ALIGN) * ALIGN if file.direct else held].data)
+    return found
 
 
 @dataclass
@@ -139,7 +146,7 @@ class _Writer:
         self.folder, self.metadata, self.hashing = folder, metadata, hashing
         count = threads() + WAITING
         self.work, self.sync = ThreadPoolExecutor(count, "write"), ThreadPoolExecutor(_SYNCS, "sync")
-        self.buffers = Buffers(count, BLOCK)
+        self.buffers = Buffers(count, _PIECE)
         self.room = threading.BoundedSemaphore(2 * count)
         self.open: dict[str, _Open] = {}
         self.entries: dict[str, FileEntry] = {}
@@ -148,11 +155,7 @@ class _Writer:
     def _task(self, file: _Open, offset: int, group: list[Bytes]) -> Blocks:
         buffer = self.buffers.take()
         try:
-            size, found = _gather(group, buffer, self.hashing)
-            end = -(-size // ALIGN) * ALIGN if file.direct else size  # the rest is cut off when the file is whole
-            write_at(file.fd, offset, buffer[:end].data)
-            ends = accumulate((len(part) for part in group), initial=offset)
-            return list(zip(islice(ends, 1, None), found, strict=True))
+            return _write_chunk(file, offset, group, buffer, self.hashing)
         except BaseException as error:
             self.failed = error
             raise
