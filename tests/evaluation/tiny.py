@@ -30,7 +30,7 @@ def tiny_config(*mixers: str, **changes: Any) -> ModelConfig:
     return ModelConfig(num_layers=len(mixers), layer_types=mixers, **(values | changes))
 
 
-def trained_checkpoint(folder: Path, config: ModelConfig, steps: int = 40) -> Path:
+def trained_checkpoint(folder: Path, config: ModelConfig, steps: int = 120) -> Path:
     """A `global_step` folder of a model that has read `TEXT` for some steps."""
     torch.manual_seed(0)
     with torch.device("meta"):
@@ -79,13 +79,18 @@ def write_standard(root: Path) -> Path:
 def write_recall(root: Path) -> Path:
     """Records of all recall data sets with the fields that the tasks read, white space and all."""
     cue = "Summary of information above..."
-    pairs = [("name", "Anna"), ("city", "Paris"), ("city", "Rome"), ("colour", "x")]
+    pairs = [
+        ("name", "Anna"),
+        ("city", "Paris"),
+        ("city", "Rome"),
+        ("colour", ""),
+    ]  # one character of white space is no anchor: dropped
     body = "Name: Anna\nCity: Paris\nthe cat sat on the mat in Rome. "
     swde = [{"text": f"\n{body * (i + 1)}{cue} {k}:", "key": k, "value": f" {v}"} for i, (k, v) in enumerate(pairs)]
-    fda = [{"text": f"{body}\n{k}:", "key": k, "value": f"{v} "} for k, v in pairs]
+    fda = [{"text": f"\n{body}\n{k}:", "key": k, "value": f"{v} "} for k, v in pairs]
     squad = [
         {"text": f" {body}the cat sat on the ", "value": "mat", "question": "Where?", "context": f"{body}Question: Where?"},
-        {"text": f"{body}Anna is in", "value": " Paris", "question": "Where is Anna?", "context": body},
+        {"text": f"{body}Anna is in", "value": " the text ", "question": "Where is Anna?", "context": body},
     ]
     cloze = {"question": "the cat sat on the", "orig_question": "Where did the cat sit?:", "answers": ["mat", "floor"]}
     qa = [{"context": f"[DOC] [TLE] {body}the cat sat on the", **cloze}, {"context": f"{body} [PAR] ", **cloze}]
