@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,7 +134,8 @@ class _Parts:
     engine: Engine
 
 
-def _build(run: RunConfig, env: RankEnvironment) -> _Parts:
+def _build(run: RunConfig, env: RankEnvironment, connected: Callable[[], object]) -> _Parts:
+    """connected: called when all ranks have found each other."""
     tokenizer = tokenizer_of(run)
     rows = vocabulary_rows(run, tokenizer)
     config = model_config(run, rows)
@@ -142,6 +143,7 @@ def _build(run: RunConfig, env: RankEnvironment) -> _Parts:
     feeding.check()
     settings = engine_settings(run)
     init_process_group(env, run.parallel.distributed_backend, settings.timeout_s)
+    connected()
     mesh = Mesh.create(run.parallel.pipe_stages, run.parallel.tensor_ranks, env.world_size, env.rank)
     if settings.objective.tally is not None:
         settings.objective.tally.group = mesh.tp_group
@@ -202,7 +204,6 @@ def train(run: RunConfig, env: RankEnvironment, command: Sequence[str]) -> Run:
     folder = RunFolder(Path(run.logging.run_dir), Path(run.logging.log_dir) if run.logging.log_dir else None)
     with ExitStack() as stack:
         stack.callback(signals.stop)
-        signals.start()
         if env.is_main:
             create_run_folder(folder.root, print_config(run), command, run.logging.log_dir)
             stack.enter_context(copy_console(folder.logs))
@@ -211,7 +212,8 @@ def train(run: RunConfig, env: RankEnvironment, command: Sequence[str]) -> Run:
         logging.basicConfig(level=level, format="[%(asctime)s] %(message)s", datefmt="%Y-%m-%d %H:%M:%S", stream=sys.stdout)
         for line in run.warnings:
             console.say(f"warning: {line}")
-        parts = _build(run, env)
+        # Until then a signal ends the process as it ends any: a rank that waits for another cannot vote.
+        parts = _build(run, env, signals.start)
         stack.callback(close_process_group)
         stack.callback(parts.engine.close)
         saved = restore(run, parts.engine, parts.config)

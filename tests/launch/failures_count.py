@@ -97,7 +97,7 @@ def measure(hosts: TwoHosts, folder: Path, fault: str, early: bool = False) -> d
         "command_ended_s": round(back, 1),
         "no_process_left_s": round(clean, 1),
         "exit_code": code,
-        "last_words": text.split("the first error of the job:\n")[-1].splitlines()[:3],
+        "last_words": text.partition("the first error of the job:\n")[2].splitlines()[:3],
         "traceback": "Traceback" in text,
     }
 
