@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,12 @@ DEVICES = [
     pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(NO_GPU, reason="no CUDA device")]),
 ]
 device_matrix = pytest.mark.parametrize("device", DEVICES)
+
+
+def mostly_slow(names: str, fast: Sequence[Any], slow: Sequence[Any]) -> pytest.MarkDecorator:
+    """Parametrize over both; the second only in the whole suite: the interpreter takes seconds for each."""
+    marked = [pytest.param(*(x if isinstance(x, tuple) else (x,)), marks=pytest.mark.slow) for x in slow]
+    return pytest.mark.parametrize(names.split(",") if "," in names else names, [*fast, *marked])
 
 
 def relative(got: Tensor, exact: Tensor) -> float:

@@ -16,7 +16,7 @@ pytest.importorskip("triton", reason="the fused kernels need Triton: pip install
 
 from megatron.ops import metala_launch
 from megatron.ops.metala import metala
-from tests.ops.fused_cases import borders, device_matrix, relative, results
+from tests.ops.fused_cases import borders, device_matrix, mostly_slow, relative, results
 
 
 def leaves_for(t: int, k: int, gate_mean: float, device: str) -> list[Tensor]:
@@ -42,7 +42,7 @@ def worst(leaves: list[Tensor], documents: bool) -> float:
 
 
 @device_matrix
-@pytest.mark.parametrize("t", [1, 15, 16, 63, 64, 65, 128, 200])
+@mostly_slow("t", [1, 65], [15, 16, 63, 64, 128, 200])
 @pytest.mark.parametrize("documents", [False, True])
 def test_any_length_with_states_and_documents(device: str, t: int, documents: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A part per chunk, the hardest cut: every border of a chunk is one of a part, the last part may be one token long."""
@@ -51,6 +51,7 @@ def test_any_length_with_states_and_documents(device: str, t: int, documents: bo
 
 
 @device_matrix
+@pytest.mark.slow
 @pytest.mark.parametrize(("parts", "gate_mean"), [(2, 4.0), (3, -4.0), (4, -20.0)])
 def test_parts_of_several_chunks(device: str, parts: int, gate_mean: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three chunks to a part and a shorter last one; slow and fast decays (a part may leave nothing of its start)."""
@@ -58,6 +59,7 @@ def test_parts_of_several_chunks(device: str, parts: int, gate_mean: float, monk
     assert worst(leaves_for(330, 16, gate_mean, device), True) < 3e-5
 
 
+@pytest.mark.slow
 @device_matrix
 def test_it_happens_by_itself_in_a_long_lonely_sequence(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A row of two heads and nine chunks is cut in two by the rule itself, and the join runs."""

@@ -17,7 +17,7 @@ from megatron.ops.conv import causal_conv
 from megatron.ops.conv_triton import conv_forward, conv_step_in_place
 from megatron.ops.metala import metala, metala_step
 from megatron.ops.metala_step_triton import metala_step_in_place
-from tests.ops.fused_cases import device_matrix
+from tests.ops.fused_cases import device_matrix, mostly_slow
 from tests.ops.triton_bf16 import emulate_bf16
 
 
@@ -59,7 +59,7 @@ def errors(
 
 
 @device_matrix
-@pytest.mark.parametrize("t", [1, 15, 63, 64, 65, 200])
+@mostly_slow("t", [1, 65], [15, 63, 64, 200])
 @pytest.mark.parametrize("documents", [False, True])
 def test_fp32_any_length_with_states_and_documents(device: str, t: int, documents: bool) -> None:
     leaves = draw(32, 64, t, torch.float32, 2.0, device)
@@ -68,13 +68,13 @@ def test_fp32_any_length_with_states_and_documents(device: str, t: int, document
 
 
 @device_matrix
-@pytest.mark.parametrize(("k", "v"), [(16, 32), (24, 48), (64, 128), (80, 160), (96, 192), (128, 256)])
+@mostly_slow("k,v", [(16, 32), (24, 48)], [(64, 128), (80, 160), (96, 192), (128, 256)])
 def test_fp32_head_widths_powers_of_two_or_not(device: str, k: int, v: int) -> None:
     assert max(errors(draw(k, v, 70, torch.float32, 4.0, device))) < 1e-5
 
 
 @device_matrix
-@pytest.mark.parametrize("gate_mean", [4.0, 2.0, -4.0, -20.0])
+@mostly_slow("gate_mean", [-4.0], [4.0, 2.0, -20.0])
 def test_fp32_gates(device: str, gate_mean: float) -> None:
     assert max(errors(draw(32, 64, 130, torch.float32, gate_mean, device), with_state=True)) < 1e-5
 
@@ -92,7 +92,7 @@ def test_fp32_padding(device: str) -> None:
 
 @device_matrix
 @pytest.mark.parametrize(("gate_mean", "state"), [(4.0, False), (2.0, True), (-4.0, False)])
-@pytest.mark.parametrize(("k", "v"), [(32, 64), (64, 128)])
+@mostly_slow("k,v", [(32, 64)], [(64, 128)])
 def test_bf16(device: str, gate_mean: float, state: bool, k: int, v: int) -> None:
     if device == "cpu":
         emulate_bf16()
@@ -144,7 +144,7 @@ def test_decode_step_in_place_with_slots(device: str) -> None:
 
 
 @device_matrix
-@pytest.mark.parametrize("t", [1, 2, 3, 64, 65])
+@mostly_slow("t", [1, 2, 3], [64, 65])
 @pytest.mark.parametrize("width", [2, 4])
 @pytest.mark.parametrize("extras", [False, True])
 def test_convolution(device: str, t: int, width: int, extras: bool) -> None:

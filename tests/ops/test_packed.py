@@ -110,6 +110,7 @@ def test_a_layer_is_the_same_layer_on_both_paths() -> None:
         assert max(relative(a, b) for a, b in zip(other, found[0], strict=True)) < 1e-5
 
 
+@pytest.mark.slow
 def test_model_of_the_fused_path_traces_as_one_graph() -> None:
     """`torch.compile(fullgraph=True)` would stop at anything that it cannot keep, a Python branch on an address included."""
     config = ModelConfig(32, 32, 1, 2, 48, ("metala",))
