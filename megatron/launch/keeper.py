@@ -90,7 +90,10 @@ def main(arguments: list[str]) -> int:
     keeper = Keeper([sys.executable, "-u", *arguments[watch:]])
     if watch:
         threading.Thread(target=keeper.watch_stdin, daemon=True).start()
-    return keeper.wait()
+    code = keeper.wait()
+    if watch:  # the launching command counts these: pdsh that is killed makes DeepSpeed's runner end with 0
+        os.write(2, f"keeper: rank {os.environ.get('RANK', '0')} ended with {code}\n".encode())
+    return code
 
 
 if __name__ == "__main__":

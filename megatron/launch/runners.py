@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import glob
 import os
+import re
 import shutil
 import signal
 import socket
@@ -36,6 +37,7 @@ _LEFT = {
 # After the first host has ended with an error, the others have so long to end by themselves (their connections break at once).
 HOST_GRACE_S = 12.0
 _SSH_FAILED = 255
+_RANK_END = re.compile(rb"(?:\S+: )?keeper: rank (\d+) ended with (\d+)$")
 
 
 def visible_devices(environ: Mapping[str, str] | None = None) -> tuple[str, ...]:
@@ -133,7 +135,8 @@ class _Follower:
     """Passes the job's stderr on, and ends a job of several hosts when one of them has failed."""
 
     def __init__(self, child: subprocess.Popen[bytes], job: Job) -> None:
-        self._child, self._codes, self._timer = child, list[int](), threading.Timer(HOST_GRACE_S, self.end_group)
+        self._child, self._job, self._codes, self._ranks = child, job, list[int](), dict[int, int]()
+        self._timer = threading.Timer(HOST_GRACE_S, self.end_group)
         self._timer.daemon = True
         self._first = FirstError(self._host_ended if job.launcher == "pdsh" else None)
         assert child.stderr is not None
@@ -142,6 +145,9 @@ class _Follower:
 
     def _read(self, stream: IO[bytes]) -> None:
         for line in stream:
+            if match := _RANK_END.match(line.rstrip()):
+                self._ranks[int(match.group(1))] = int(match.group(2))
+                continue
             os.write(sys.stderr.fileno(), line)
             self._first.hear(line.decode(errors="replace").rstrip("\n"))
 
@@ -164,6 +170,8 @@ class _Follower:
             ours = [c for c in told if c < 128]
             # A cut connection (255) is a lost rank; codes of ours say more than "ended by signal 9".
             code = ours[0] if ours else 22 if _SSH_FAILED in told else told[0]
+        elif self._job.launcher == "pdsh" and not code and len(self._ranks) < self._job.processes:
+            code = 22  # the launcher says that all is well, but not every rank has reported its end
         return code, self._first.text()
 
 

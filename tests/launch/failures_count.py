@@ -122,7 +122,7 @@ def main() -> int:
             hosts.close()
     facts = {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count(), "faults": rows}
     arguments.output.write_text(json.dumps(facts, indent=1) + "\n")
-    return int(any(row["no_process_left_s"] > 30 for row in rows))
+    return int(any(row["no_process_left_s"] > 30 or not row["exit_code"] for row in rows))
 
 
 if __name__ == "__main__":

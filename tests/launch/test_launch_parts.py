@@ -15,7 +15,8 @@ from megatron.errors import ConfigError, LaunchError
 from megatron.launch import exports
 from megatron.launch.follow import FirstError
 from megatron.launch.hosts import choose_hosts, parse_hostfile
-from megatron.launch.job import KEEPER
+from megatron.launch.job import KEEPER, Job
+from megatron.launch.runners import run_job
 
 POOL = {"a": 4, "b": 2}
 
@@ -190,6 +191,13 @@ def test_keeper_kills_a_rank_that_is_stopped(how: str) -> None:
         process.terminate()
     assert process.wait(timeout=10) == 137
     assert time.monotonic() - begin < 5
+
+
+@pytest.mark.parametrize(("reported", "code"), [((0, 1), 0), ((0,), 22)])
+def test_a_job_whose_ranks_have_not_all_reported_has_not_ended_well(reported: tuple[int, ...], code: int) -> None:
+    lines = "".join(f"hosta: keeper: rank {rank} ended with 0\n" for rank in reported)
+    command = (sys.executable, "-c", f"import sys; sys.stderr.write({lines!r})")
+    assert run_job(Job("hosts", command, {}, 2, launcher="pdsh")) == (code, "")
 
 
 def test_a_rank_dies_with_its_keeper() -> None:
