@@ -149,8 +149,7 @@ def harness(run: RunConfig, names: Sequence[str], env: RankEnvironment) -> None:
 
 def _options(run: RunConfig, model: ModelConfig) -> HarnessOptions:
     """How the model is run."""
-    from megatron.evaluation.batching import Prefix
-    from megatron.evaluation.options import HarnessOptions
+    from megatron.evaluation.options import HarnessOptions, Prefix
 
     asked, mode = run.evaluation, run.generation.prompt_mode
     prefix = Prefix(model.layer_options.get("jrt", {}).get("prefix_length", 0), mode, asked.eval_prefix_scope)

@@ -4,13 +4,7 @@ Scoring pads on the right, which no causal mixer can see; rows whose prefix laye
 only when their prefixes have one length, so padding is never inside one. Generation pads on the left with a mask that every
 mixer honours exactly. Requests that read the same tokens (the one-token choices of a question) share one row.
 
-A prefix model reads part of its input in both directions, and there are two readings of "the prefix" when a given continuation
-is scored:
-
-    context  the prompt alone: the continuation is predicted without being seen, as in generation
-    whole    the first tokens of prompt and continuation together, filled up to the prefix's length: what the released JRT
-             harness does, and what `lm_eval --model hf` does with any prefix model. Each token of the continuation is then
-             among the keys of its own prediction.
+What a prefix model is given is in `options.Prefix`.
 """
 
 from __future__ import annotations
@@ -20,33 +14,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from megatron.errors import ConfigError
 from megatron.evaluation.forward import Rows
-from megatron.generation.prompts import FILLER, MODES, fill_prompt, filler_mask, left_pad
-
-SCOPES = ("context", "whole")
-
-
-@dataclass(frozen=True)
-class Prefix:
-    """How a prefix model is given its text; `length` 0 is a model without prefix layers.
-
-    mode: plain | left_pad | read_twice, see `generation/prompts.py`. scope: see the head of this file.
-    """
-
-    length: int = 0
-    mode: str = "plain"
-    scope: str = "context"
-    filler: int = FILLER
-
-    def __post_init__(self) -> None:
-        if self.mode not in MODES or self.scope not in SCOPES:
-            raise ConfigError(f"unknown prompt mode '{self.mode}' or prefix scope '{self.scope}'", hint=f"{MODES}, {SCOPES}")
-        if self.mode != "plain" and not self.length:
-            raise ConfigError(
-                f"prompt_mode '{self.mode}' fills a prefix, and this model has none",
-                hint="prompt_mode: plain (models without jrt layers read a prompt as it is)",
-            )
+from megatron.evaluation.options import Prefix
+from megatron.generation.prompts import fill_prompt, filler_mask, left_pad
 
 
 @dataclass

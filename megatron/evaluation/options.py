@@ -1,4 +1,4 @@
-"""What an evaluation is told, as plain values; nothing here needs lm-eval."""
+"""What an evaluation is told, as plain values; nothing here needs lm-eval or torch, so a slip in a command shows at once."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron.evaluation.batching import Prefix
+from megatron.errors import ConfigError
 
 STANDARD = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa", "lambada_openai")
 SUPERGLUE = ("boolq", "cb", "copa", "multirc", "record", "sglue_rte", "wic", "wsc")
@@ -18,6 +18,41 @@ GROUPS = {
     "recall": RECALL,
     "recall_twice": tuple(f"{name}_twice" for name in RECALL),
 }
+
+
+SCOPES = ("context", "whole")
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """How a prefix model is given its text; `length` 0 is a model without prefix layers.
+
+    Such a model reads the first `length` tokens in both directions. When a given continuation is scored, that can be
+
+        context  the prompt alone: the continuation is predicted without being seen, as in generation
+        whole    the first tokens of prompt and continuation together, filled up to the length: what the released JRT harness
+                 does, and what `lm_eval --model hf` does with any prefix model. Each token of the continuation is then among
+                 the keys of its own prediction.
+
+    mode: plain | left_pad | read_twice, how a shorter text is filled, see `generation/prompts.py`. filler: what left_pad puts
+    in front, GPT-2's space.
+    """
+
+    length: int = 0
+    mode: str = "plain"
+    scope: str = "context"
+    filler: int = 220
+
+    def __post_init__(self) -> None:
+        from megatron.generation.prompts import MODES
+
+        if self.mode not in MODES or self.scope not in SCOPES:
+            raise ConfigError(f"unknown prompt mode '{self.mode}' or prefix scope '{self.scope}'", hint=f"{MODES}, {SCOPES}")
+        if self.mode != "plain" and not self.length:
+            raise ConfigError(
+                f"prompt_mode '{self.mode}' fills a prefix, and this model has none",
+                hint="prompt_mode: plain (models without jrt layers read a prompt as it is)",
+            )
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,12 @@ from lm_eval.api.instance import Instance
 
 from megatron.data.tokenizers import build_tokenizer
 from megatron.errors import ConfigError
-from megatron.evaluation.batching import Prefix, prompt_rows, score_batches, score_row, score_tensors, share_rows
+from megatron.evaluation.batching import prompt_rows, score_batches, score_row, score_tensors, share_rows
 from megatron.evaluation.forward import Forward, Rows
 from megatron.evaluation.harness import HarnessLM
-from megatron.evaluation.options import HarnessOptions
+from megatron.evaluation.options import HarnessOptions, Prefix
 from megatron.generation.load import filled_model
+from megatron.generation.prompts import FILLER
 from megatron.layers.base import Context
 from megatron.model.build import param_specs
 from megatron.model.config import ModelConfig
@@ -48,6 +49,7 @@ def test_rows_of_prefix_models() -> None:
     assert (plain.tokens, plain.prefix) == ([1, 2, 4], 2)
     whole = score_row([1, 2], [4, 5], 99, Prefix(6, "left_pad", "whole"))  # six tokens with the continuation, as released
     assert (whole.tokens, whole.prefix, whole.hidden, whole.spans) == ([220, 220, 1, 2, 4], 5, 2, [(0, 3, [4, 5])])
+    assert Prefix().filler == FILLER
     with pytest.raises(ConfigError, match="this model has none"):
         Prefix(0, "left_pad")
     with pytest.raises(ConfigError, match="unknown prompt mode"):

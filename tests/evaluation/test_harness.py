@@ -19,10 +19,9 @@ from lm_eval.api.model import LM
 
 from megatron.data.tokenizers import build_tokenizer
 from megatron.errors import ConfigError, DataError
-from megatron.evaluation.batching import Prefix
 from megatron.evaluation.forward import open_forward
 from megatron.evaluation.harness import HarnessLM
-from megatron.evaluation.options import HarnessOptions, Request
+from megatron.evaluation.options import HarnessOptions, Prefix, Request
 from megatron.evaluation.suite import measure, score_lines, summary, task_manager
 from megatron.evaluation.tasks.cut import Tokens
 from megatron.export.hf import export_checkpoint
