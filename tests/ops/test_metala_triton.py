@@ -103,6 +103,13 @@ def test_bf16(device: str, gate_mean: float, state: bool, k: int, v: int) -> Non
 
 
 @device_matrix
+def test_fp16(device: str) -> None:
+    """Three more bits than bf16: a quarter of its limits."""
+    found = errors(draw(32, 64, 70, torch.float16, 2.0, device), with_state=True)
+    assert max(found[:2]) <= 1.25e-3 and max(found[2:]) <= 5e-3, found
+
+
+@device_matrix
 def test_gate_rounding_switch(device: str) -> None:
     """The kernel rounds where the plain path rounds; a logit near a rounding border may fall on the other side, hence 2e-2."""
     if device == "cpu":
