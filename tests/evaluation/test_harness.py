@@ -21,8 +21,8 @@ from megatron.data.tokenizers import build_tokenizer
 from megatron.errors import ConfigError, DataError
 from megatron.evaluation.forward import open_forward
 from megatron.evaluation.harness import HarnessLM
-from megatron.evaluation.options import HarnessOptions, Prefix, Request
-from megatron.evaluation.suite import measure, score_lines, summary, task_manager
+from megatron.evaluation.options import RECALL, HarnessOptions, Prefix, Request
+from megatron.evaluation.suite import OWN_TASKS, counts_of, load_tasks, measure, score_lines, summary, task_manager
 from megatron.evaluation.tasks.cut import Tokens
 from megatron.export.hf import export_checkpoint
 from megatron.parallel.mesh import Mesh
@@ -191,6 +191,24 @@ def test_what_is_left_out_is_reported(folder: Path, alone: dict[str, Any]) -> No
     kept = summary(alone, {"model": "tiny"})
     assert json.loads(json.dumps(kept))["recall"]["based_swde_twice"] == counts and "samples" not in kept
     assert kept["versions"]["swde"] == 1
+
+
+@pytest.mark.slow
+def test_every_recall_task_loads_from_local_data(folder: Path) -> None:
+    names = sorted(file.stem for file in OWN_TASKS.glob("*.yaml") if not file.stem.startswith("contains"))
+    assert len(names) == 22 and set(RECALL) | {f"{name}_twice" for name in RECALL} <= set(names)
+    tasks = load_tasks(request(folder, *names))["tasks"]
+    assert list(tasks) == names
+    for name, task in tasks.items():
+        docs = list(task.validation_docs())
+        assert 1 <= len(docs) <= 4 and all(doc["prompt"] and doc["answers"] for doc in docs), name
+        prompt, metrics = docs[0]["prompt"], set(task.aggregation())
+        assert metrics == ({"contains", "exact", "f1"} if name.startswith(("based_squad", "based_tri")) else {"contains"})
+        if name.endswith("_twice"):
+            assert prompt.count("the cat sat on the mat") == 2 and "\n" in prompt, name
+        elif name.startswith("based_") and "squad" not in name:
+            assert prompt.endswith((" Name:", "the cat sat on the")) and prompt.count("the cat sat on the mat") == 1, name
+    assert counts_of(tasks["based_fda"])["dropped"] == 1 and counts_of(tasks["based_drop"])["dropped"] == 0
 
 
 @pytest.mark.slow
