@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +17,14 @@ from torch import Tensor
 
 from megatron.engine.base import EngineSettings
 from megatron.engine.build import build_engine
+from megatron.engine.single import SingleEngine
 from megatron.generation.decode import TokenStep
 from megatron.layers.base import Context
 from megatron.layers.metala import MetaLA
 from megatron.model.build import build_model, param_specs
 from megatron.model.config import ModelConfig
 from megatron.model.init import materialise
+from megatron.model.stages import BlockStage, NormStage
 from megatron.ops import dispatch
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.plan import slice_of
@@ -84,35 +86,48 @@ def layer_rows(device: str, dtype: torch.dtype, clock: Clock, cases: list[tuple[
     return rows
 
 
-def training(device: str, config: ModelConfig, backend: str, length: int, micro_batch: int) -> dict[str, float]:
-    """Tokens per second and peak GiB of optimizer steps of one micro batch (weights bf16, masters and Adam fp32)."""
-    on_gpu = device != "cpu"
-    settings = EngineSettings(
-        dtype="bf16" if on_gpu else "fp32",
-        micro_batch=micro_batch,
-        seq_length=length,
-        kernel_backend=backend,
-        loss_chunk_tokens=4096 if on_gpu else 8,
-    )
-    if on_gpu:
+class Trainee:
+    """A model with its optimizer (weights bf16, masters and Adam fp32), built once and run with every operator."""
+
+    def __init__(self, device: str, config: ModelConfig, length: int) -> None:
+        self.on_gpu, self.device, self.vocab, self.length = device != "cpu", device, config.vocab_size, length
+        chunk, dtype = (4096, "bf16") if self.on_gpu else (8, "fp32")
+        settings = EngineSettings(dtype=dtype, seq_length=length, loss_chunk_tokens=chunk)
+        engine = build_engine("single", config, Mesh.single(), settings)
+        assert isinstance(engine, SingleEngine)
+        self.engine = engine
+
+    def use(self, backend: str) -> None:
+        """Run the blocks and the final norm on this path from now on."""
+        for module in self.engine.stages:
+            if isinstance(module, (BlockStage, NormStage)):
+                module.backend = backend
+
+    def forget(self) -> None:
+        """Drop what a step that ran out of memory has left."""
+        for tensor in (*self.engine.parameters().values(), *self.engine._masters.values()):
+            tensor.grad = None
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    engine = build_engine("single", config, Mesh.single(), settings)
-    x = torch.randint(0, config.vocab_size, (micro_batch, length + 1), generator=torch.Generator().manual_seed(0))
-    batch = Batch(x[:, :-1].contiguous(), x[:, 1:].contiguous(), torch.ones(micro_batch, length))
-    ms = Clock(device, 2.0 if on_gpu else 0.0, 8)(lambda: engine.train_step(iter([batch]), 1e-4))
-    found = {"micro_batch": micro_batch, "tokens_per_s": micro_batch * length / ms * 1e3}
-    return found | ({"peak_gib": torch.cuda.max_memory_allocated() / 2**30} if on_gpu else {})
 
+    def measure(self, micro_batch: int) -> dict[str, float]:
+        """Tokens per second and peak GiB of optimizer steps of one micro batch."""
+        if self.on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        x = torch.randint(0, self.vocab, (micro_batch, self.length + 1), generator=torch.Generator().manual_seed(0))
+        batch = Batch(x[:, :-1].contiguous(), x[:, 1:].contiguous(), torch.ones(micro_batch, self.length))
+        ms = Clock(self.device, 2.0 if self.on_gpu else 0.0, 8)(lambda: self.engine.train_step(iter([batch]), 1e-4))
+        found = {"micro_batch": micro_batch, "tokens_per_s": micro_batch * self.length / ms * 1e3}
+        return found | ({"peak_gib": torch.cuda.max_memory_allocated() / 2**30} if self.on_gpu else {})
 
-def largest_that_fits(run: Callable[[int], dict[str, float]], sizes: tuple[int, ...]) -> dict[str, Any]:
-    """The first of these micro batches that does not run out of memory."""
-    for size in sizes:
-        try:
-            return run(size)
-        except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
-    return {"error": f"out of memory at micro batch {sizes[-1]}"}
+    def largest_that_fits(self, sizes: tuple[int, ...]) -> dict[str, Any]:
+        """The first of these micro batches that does not run out of memory."""
+        for size in sizes:
+            try:
+                return self.measure(size)
+            except torch.OutOfMemoryError:
+                pass  # what it held is freed only after the exception is gone
+            self.forget()
+        return {"error": f"out of memory at micro batch {sizes[-1]}"}
 
 
 def filled(config: ModelConfig, device: str, dtype: torch.dtype) -> Any:
@@ -171,12 +186,13 @@ def model_rows(
     for name, (d, layers, heads, mlp) in models.items():
         config = ModelConfig(vocab, d, layers, heads, mlp, ("metala",) * layers)
         row: dict[str, Any] = {"model": name, "length": length}
+        trainee = Trainee(device, config, length)
         for variant, which in backends(device).items():
             with running(which) as backend:
-                row[variant] = largest_that_fits(
-                    lambda size: training(device, config, backend, length, size),  # noqa: B023
-                    micro_batches,
-                )
+                trainee.use(backend)
+                row[variant] = trainee.largest_that_fits(micro_batches)
+        trainee.forget()
+        del trainee
         row["token step"] = {"batch": decode_batch, "ours": decoding(device, config, "triton", decode_batch)}
         if device != "cpu" and fla_version():
             row["token step"]["fla GLA"] = peer_decoding(config, decode_batch)

@@ -41,10 +41,18 @@ def around(o: Tensor, q: Tensor, key: Tensor, v: Tensor, g: Tensor, w: Tensor) -
     return F.layer_norm(o, o.shape[-1:], eps=1e-5) * F.silu(g)
 
 
+def glue(compiled: bool) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """What stands in front of and behind the scan; compiled for each shape, as a training run of one shape would have it."""
+    if not compiled:
+        return gate_and_key, around
+    torch._dynamo.config.recompile_limit = 64  # beyond its default of 8 shapes it would silently run eagerly
+    return torch.compile(gate_and_key, dynamic=False), torch.compile(around, dynamic=False)
+
+
 def by_fla(compiled: bool) -> Variant:
     """`chunk_gla` and the glue, eager or compiled (the kernels themselves stay outside of torch.compile, as they ask for)."""
     chunk_gla = importlib.import_module("fla.ops.gla").chunk_gla
-    front, back = (torch.compile(gate_and_key), torch.compile(around)) if compiled else (gate_and_key, around)
+    front, back = glue(compiled)
 
     def run(packed: Tensor, w: Tensor) -> Tensor:
         q, z, v, g = cut_packed(packed, w)
@@ -91,7 +99,7 @@ def fla_step() -> Callable[[Any, Tensor, Tensor], tuple[Tensor, Tensor]]:
 def use_fla_in_layers(compiled: bool) -> Callable[..., Any]:
     """What a whole model runs as its MetaLA path to be measured: arguments and results as `metala` in `ops/metala.py`."""
     chunk_gla = importlib.import_module("fla.ops.gla").chunk_gla
-    front, back = (torch.compile(gate_and_key), torch.compile(around)) if compiled else (gate_and_key, around)
+    front, back = glue(compiled)
 
     def run(q: Tensor, z: Tensor, v: Tensor, g: Tensor, w: Tensor, *_: Any) -> tuple[Tensor, Tensor | None]:
         log_decay, key = front(z)

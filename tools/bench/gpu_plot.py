@@ -19,11 +19,11 @@ def draw(result: dict[str, Any], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, panels = plt.subplots(1, 2, figsize=(13, 4.2), layout="constrained")
-    names = [name for name in COLOURS if name in rows[0]]
+    names = [name for name in COLOURS if any(name in row for row in rows)]
     for panel, part in zip(panels, ("forward", "backward"), strict=True):
         for i, name in enumerate(names):
             places = [at + 0.8 * (i - (len(names) - 1) / 2) / len(names) for at in range(len(rows))]
-            heights = [row[name][f"{part}_ms"] for row in rows]
+            heights = [row[name][f"{part}_ms"] if name in row else float("nan") for row in rows]
             panel.bar(places, heights, 0.8 / len(names), label=name, color=COLOURS[name])
         for at, row in enumerate(rows):
             floor = max(row[f"floor {part}"].values())
