@@ -37,6 +37,8 @@ CLOZE = {"question": "He was born in", "orig_question": "Where was he born?:", "
         ("drop", "default", {"context": "A man.he was born inHe was born in", **CLOZE}, "A man. He was born in"),
         ("drop", "twice", {"context": "A man", **CLOZE}, "Where was he born? A man.\nA man. He was born in"),
         ("triviaqa", "default", {"context": "[DOC] [TLE] A [PAR]man.", **CLOZE}, "A man. He was born in"),
+        ("triviaqa", "default", {"context": "A man. He was born in[PAR]", **CLOZE}, "A man. He was born in"),
+        ("triviaqa", "default", {"context": "A man. He was born in [PAR]", **CLOZE}, "A man. He was born in. He was born in"),
         ("triviaqa", "twice", {"context": "[DOC] A man.", **CLOZE}, "Where was he born?: A man.\nA man. He was born in"),
         ("swde", "verbatim", {"text": " x: \n"}, " x: \n"),
         ("fda", "stripped", {"text": " x: \n"}, "x:"),

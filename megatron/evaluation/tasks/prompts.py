@@ -79,8 +79,11 @@ def nq(record: Record) -> str:
 
 def drop(record: Record) -> str:
     """As `nq`, the question taken off as often as it stands there, whatever its case."""
-    question = record["question"].strip()
-    return f"{_without_ending(record['context'].strip(), question).strip().strip('.')}. {question}"
+    return _cloze(record["context"].strip(), record["question"].strip())
+
+
+def _cloze(context: str, question: str) -> str:
+    return f"{_without_ending(context, question).strip().strip('.')}. {question}"
 
 
 def _cloze_twice(context: str, question: str, asked: str) -> str:
@@ -94,8 +97,8 @@ def nq_twice(record: Record) -> str:
 
 
 def triviaqa(record: Record) -> str:
-    """As `drop`, without the marks of paragraphs, documents and titles."""
-    return drop({**record, "context": _TRIVIA_MARKS.sub("", record["context"].strip())})
+    """As `drop`, without the marks of paragraphs, documents and titles; a question in front of a mark and a space stays."""
+    return _cloze(_TRIVIA_MARKS.sub("", record["context"].strip()), record["question"].strip())
 
 
 def triviaqa_twice(record: Record) -> str:
