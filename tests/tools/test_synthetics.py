@@ -13,10 +13,13 @@ from typing import Any
 
 import pytest
 
+from megatron.config.load import load_config
 from megatron.errors import ConfigError
 from megatron.evaluation.recall import Training, run_point
 from megatron.evaluation.sweep import group, points_of, solved
 from megatron.evaluation.sweep_results import Results, read_lines
+from megatron.feeding import Feeding
+from megatron.settings import tokenizer_of
 
 ROOT = Path(__file__).resolve().parents[2]
 SWEEP: dict[str, Any] = {
@@ -130,15 +133,14 @@ def test_a_killed_sweep_goes_on_and_is_drawn(tmp_path: Path) -> None:
         time.sleep(0.02)
     os.killpg(first.pid, signal.SIGKILL)
     first.wait()
-    kept = output.read_text().splitlines()
+    kept, whole = output.read_text().splitlines(), len(read_lines(output))
     done = tool("synthetics", sweep, "--output", str(output), "--workers", "1")
     assert done.returncode == 0, done.stderr
     lines = read_lines(output)
     assert sorted(line["key"] for line in lines) == sorted(p.key() for p in points_of(SWEEP)), "each point once"
-    assert output.read_text().splitlines()[: len(read_lines(output)) and 1] == kept[:1], "what was finished stays as it was"
-    idle = tool("synthetics", sweep, "--output", str(output), "--workers", "1")
+    assert output.read_text().splitlines()[0] == kept[0] and whole < 6
+    assert f"{whole} finished" in done.stdout and done.stdout.count("accuracy") == 6 - whole, "none of them was run again"
     assert not output.with_name("out.jsonl.claims").exists(), "locks go with the last open point"
-    assert "6 finished" in idle.stdout and len(read_lines(output)) == 6
     drawn = tool("figures_recall", str(output), "--output", str(tmp_path / "figure"))
     assert drawn.returncode == 0, drawn.stderr
     table = (tmp_path / "figure.md").read_text().splitlines()
@@ -146,9 +148,21 @@ def test_a_killed_sweep_goes_on_and_is_drawn(tmp_path: Path) -> None:
     assert all((tmp_path / f"figure-{kind}.png").stat().st_size > 5_000 for kind in ("state", "slices"))
 
 
+def test_one_source_of_data(tmp_path: Path) -> None:
+    values = {"synthetic": SWEEP["data"], "data_path": "data/x", "num_layers": 1, "hidden_size": 8, "num_attention_heads": 1}
+    values |= {"seq_length": 24, "train_iters": 1, "train_micro_batch_size_per_gpu": 1, "attention_config": ["metala"]}
+    path = tmp_path / "two.yml"
+    path.write_text(json.dumps(values), encoding="utf-8")
+    run = load_config([path], world_size=1)
+    tokenizer = tokenizer_of(run)
+    assert tokenizer.vocab_size == 32 and tokenizer.name == "NumberTokenizer"
+    with pytest.raises(ConfigError, match="synthetic and data_path are both given"):
+        Feeding(run, tokenizer, 32).check()
+
+
 @pytest.mark.slow
 def test_a_training_run_on_a_synthetic_task(tmp_path: Path) -> None:
-    """`train.py` with two slices of different lengths: accuracy in the metrics, resume to the bit, refusals."""
+    """`train.py` with two slices of different lengths: accuracy in the metrics, resume to the bit."""
     config = {
         "synthetic": {
             "task": "mqar",
@@ -173,7 +187,7 @@ def test_a_training_run_on_a_synthetic_task(tmp_path: Path) -> None:
         "log_interval": 1,
         "checkpoint_factor": 6,
         "hidden_dropout": 0,
-        **{f: str(tmp_path / "run" / f) for f in ("save", "load")},
+        **{key: str(tmp_path / "run" / "checkpoints") for key in ("save", "load")},
         "run_dir": str(tmp_path / "run"),
     }
     path = tmp_path / "mqar.yml"
@@ -194,8 +208,6 @@ def test_a_training_run_on_a_synthetic_task(tmp_path: Path) -> None:
     assert half.returncode == 0 and "accuracy: " in half.stdout, half.stderr
     whole = train()
     assert whole.returncode == 0, whole.stderr
-    again = train(*(f"{f}={tmp_path}/other{'' if f == 'run_dir' else '/' + f}" for f in ("save", "load", "run_dir")))
+    again = train(f"run_dir={tmp_path}/other", *(f"{key}={tmp_path}/other/checkpoints" for key in ("save", "load")))
     assert again.returncode == 0, again.stderr
     assert losses("run") == losses("other") and len(losses("run")) == 12
-    both = train("data_path=data/x")
-    assert both.returncode == 2 and "both given" in both.stderr and "Traceback" not in both.stderr
