@@ -33,13 +33,12 @@ def packed_bias(bias: Tensor | None, rows: int) -> Tensor | None:
 def joined_rows(weights: Sequence[Tensor]) -> Tensor:
     """The rows of all weights [n_i, d] as one [sum n_i, d]: a view where they follow each other in memory, else a copy."""
     first, d = weights[0], weights[0].shape[1]
-    place = first.data_ptr()
+    place, home = first.storage_offset(), first.untyped_storage()._cdata
     for weight in weights:
-        # one storage is asked for, and not neighbouring addresses alone: a view must not reach into another allocation
-        same = weight.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-        if not same or weight.data_ptr() != place or not weight.is_contiguous():
+        # places in one storage, no addresses: these exist for tensors without memory too, and neighbours may be strangers
+        if weight.untyped_storage()._cdata != home or weight.storage_offset() != place or not weight.is_contiguous():
             return torch.cat([w.detach() for w in weights])
-        place += weight.numel() * weight.element_size()
+        place += weight.numel()
     return first.detach().as_strided((sum(w.shape[0] for w in weights), d), (d, 1))
 
 

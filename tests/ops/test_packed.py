@@ -5,9 +5,12 @@ fp32 limits as in test_metala_triton.py: 1e-5 of the norm.
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton", reason="the fused kernels need Triton: pip install triton")
 
@@ -85,6 +88,17 @@ def test_weights_that_lie_together_are_read_in_place() -> None:
     assert torch.equal(joined_rows(apart), torch.cat(before))
     assert torch.equal(joined_rows(parameters[::-1]), torch.cat(before[::-1]))
     lay_together([torch.nn.Parameter(torch.empty(2, 2, device="meta"))])  # nothing to move, nothing to fail
+
+
+def test_tensors_without_memory_pass() -> None:
+    """The dry run measures a model on fake tensors, which have no addresses."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with FakeTensorMode():
+            x, *weights = (torch.randn(*shape, requires_grad=True) for shape in ((2, 8), (4, 8), (6, 8)))
+            y = packed_linear(x, weights, None, "torch")
+            y.sum().backward()
+        assert y.shape == (2, 10) and weights[1].grad.shape == (6, 8)
 
 
 def test_a_layer_is_the_same_layer_on_both_paths() -> None:
