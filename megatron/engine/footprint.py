@@ -35,6 +35,7 @@ from megatron.training.objectives import objective_loss
 # Mixers choose their chunk by the lowest log decay of the batch; this is what fresh weights give.
 _TYPICAL = -1.0
 _LARGEST_BUCKET = 500_000_000  # elements, as in `deepspeed_config.py`
+_LIVE = 1_000_000_000
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,9 @@ def _measure(run: Callable[[Tensor], Tensor], modules: Sequence[nn.Module], x: T
         torch.autograd.backward([out], [grad] if grad is not None else None)
         backward = live.peak - before
     params = {id(p): p for module in modules for p in module.parameters()}
-    made = sum(p.grad.untyped_storage().nbytes() for p in params.values() if p.grad is not None)
+    # Gradients of parameters that one product made are pieces of one storage.
+    storages = [p.grad.untyped_storage() for p in params.values() if p.grad is not None]
+    made = sum({storage._cdata: storage.nbytes() for storage in storages}.values())
     for param in params.values():
         param.grad = None
     return _Piece(kept, forward, backward, made)
@@ -236,6 +239,7 @@ def rank_footprint(config: ModelConfig, mesh: Mesh, settings: EngineSettings, de
         if settings.activation_checkpoint_interval != 1:
             blocks = [stage for stage in local.stages if isinstance(stage, BlockStage)]
             recomputed = sum(piece.kept for piece in _block_pieces(config, settings, blocks, 1))
+            recomputed += chain.pieces[0].kept if local.first else 0
     table.cache_clear()
     count = sum(p.numel() for p in local.parameters)
     return _assemble(chain, count, recomputed, mesh, settings, deepspeed)
@@ -296,7 +300,10 @@ def _plain_buffers(count: int, width: int, accumulates: bool) -> _Buffers:
 def _deepspeed_buffers(count: int, mesh: Mesh, settings: EngineSettings) -> _Buffers:
     """DeepSpeed's ZeRO optimizers: masters in fp32 always, also of fp32 weights; gradients pass through a bucket."""
     stage, width = max(settings.zero_stage, 1), DTYPES[settings.dtype].itemsize
-    sums = _share(count, mesh, stage >= 2) * (4 if settings.fp32_grad_accum else width)
-    bucket = min(count, _LARGEST_BUCKET) * width
+    wide = 4 if settings.fp32_grad_accum else width
+    sums = _share(count, mesh, stage >= 2) * wide
+    bucket = min(count, _LARGEST_BUCKET) * wide
+    if stage == 3:  # gathered weights stay until a billion are alive (stage3_max_live_parameters)
+        bucket += min(count, _LIVE) * width
     own = -(-count // mesh.dp)
     return _Buffers(own * 12, sums, bucket, sums + own * 4, settings.gradient_accumulation > 1)

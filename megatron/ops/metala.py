@@ -179,7 +179,7 @@ class _MetaLA(torch.autograd.Function):
     ) -> Any:
         b, s = q.shape[:2]
         c = chunk_for(float(F.logsigmoid(wide(z.amin()))) / TAU, s)
-        y, kept = torch.empty_like(v), []
+        y, kept, tensors = torch.empty_like(v), [], list[Tensor]()
         finals: list[Tensor] = []
         for runs in _blocks(b, s, q.device):
             current = None if state is None else state[runs[0].rows]
@@ -189,23 +189,28 @@ class _MetaLA(torch.autograd.Function):
                 out, saved = _block_forward(q_part, z_part, v_part, g_part, w, current, ids, block.previous(segment_ids), c)
                 y[block.rows, block.tokens] = out
                 current = saved.final
-                kept.append((block, saved) if any(ctx.needs_input_grad) else None)
+                if any(ctx.needs_input_grad):
+                    kept.append(block)
+                    tensors += saved
             assert current is not None  # every row group has at least one run
             finals.append(current)
-        ctx.save_for_backward(z, w, segment_ids)
+        # All through autograd's hands: it frees them after the backward, and recomputation keeps none of them.
+        ctx.save_for_backward(z, w, segment_ids, *tensors)
         ctx.kept, ctx.has_state, ctx.like = kept, state is not None, (q.dtype, v.dtype, g.dtype, q.shape, v.shape)
         return y, torch.cat(finals) if len(finals) > 1 else finals[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, dfinal: Tensor | None) -> Any:
-        z, w, segment_ids = ctx.saved_tensors
+        z, w, segment_ids, *tensors = ctx.saved_tensors
+        size = len(_Saved._fields)
         q_type, v_type, g_type, q_shape, v_shape = ctx.like
         dq, dz = (torch.empty(q_shape, dtype=t, device=z.device) for t in (q_type, z.dtype))
         dv, dg = (torch.empty(v_shape, dtype=t, device=z.device) for t in (v_type, g_type))
         dw, dstates = torch.zeros_like(w, dtype=wide(w).dtype), []
         current: Tensor | None = None
-        for block, saved in reversed(ctx.kept):
+        for place, block in reversed(list(enumerate(ctx.kept))):
+            saved = _Saved(*tensors[place * size : (place + 1) * size])
             if block.tokens.stop == z.shape[1]:
                 current = None if dfinal is None else dfinal[block.rows]
             ids = None if segment_ids is None else block.of(segment_ids)

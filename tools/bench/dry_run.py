@@ -120,7 +120,7 @@ def _give_memory_back() -> None:
     """Every large block is mapped for itself and unmapped when it is freed."""
     torch.set_flush_denormal(True)
     mallopt = ctypes.CDLL(None).mallopt
-    mallopt(_M_MMAP_THRESHOLD, 64 * 1024)
+    mallopt(_M_MMAP_THRESHOLD, 4096)
     mallopt(_M_TRIM_THRESHOLD, 64 * 1024)
 
 
