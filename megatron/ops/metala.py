@@ -268,11 +268,18 @@ def metala(
 
 
 @path("metala_packed", "reference")
-@path("metala_packed", "torch")
-def metala_cut(
+def metala_packed_reference(
     packed: Tensor, w: Tensor, state: Tensor | None, mask: Tensor | None, segment_ids: Tensor | None, gate_round: str
 ) -> tuple[Tensor, Tensor]:
-    """The plain form of `metala_packed`: cut, then the chunked torch path."""
+    """`metala_reference` of the pieces."""
+    return metala_reference(*cut_packed(packed, w), w, state, mask, segment_ids, gate_round)
+
+
+@path("metala_packed", "torch")
+def metala_packed_torch(
+    packed: Tensor, w: Tensor, state: Tensor | None, mask: Tensor | None, segment_ids: Tensor | None, gate_round: str
+) -> tuple[Tensor, Tensor]:
+    """`metala_torch` of the pieces."""
     return metala_torch(*cut_packed(packed, w), w, state, mask, segment_ids, gate_round)
 
 
