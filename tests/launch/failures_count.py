@@ -68,6 +68,7 @@ FAULTS: dict[str, Callable[[TwoHosts], None]] = {"kill": kill, "stop": stop, "cu
 
 def measure(hosts: TwoHosts, folder: Path, fault: str, early: bool = False) -> dict[str, Any]:
     """Start a run, break it, and time how it ends. early: break it before the ranks have found each other."""
+    folder.mkdir(exist_ok=True)
     config, name = write_run(folder / "data", train_iters=1_000_000), f"{fault}{'-early' if early else ''}"
     hostfile = folder / "hostfile"
     hostfile.write_text("".join(f"{host} slots=1\n" for host in hosts.names))

@@ -13,12 +13,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.launch.failures_count import measure
 from tests.launch.lab import ROOT, OneNodeSlurm, TwoHosts, clean_environment, finish, missing, scratch_folder, start
 from tests.launch.tiny_run import STEPS, losses, write_run
 from tests.parallel.rank_server import free_port
 
 pytestmark = pytest.mark.slow
 LIMIT_S = 200
+SECRET = "do-not-show-this"
 MULTI = ("ip", "sshd", "ssh", "pdsh", "mpirun", "unshare")
 
 
@@ -74,10 +76,19 @@ def compare(run_dir: Path, expected: dict[int, float], first: int = 1) -> None:
 
 def run_inside(hosts: TwoHosts, folder: Path, name: str, *command: str) -> str:
     """Run a command on the first host to its end; nothing of it may be left on either."""
-    log = folder / f"{name}.log"
-    process = start([*hosts.inside(hosts.names[0]), *command], hosts.environment(), log)
+    log, built = folder / f"{name}.log", folder / "extensions"
+    for op in ("deepspeed_shm_comm", "fused_adam", "cpu_adam"):  # locks that builds killed long ago have left
+        (built / "py311_cpu" / op).mkdir(parents=True, exist_ok=True)
+        (built / "py311_cpu" / op / "lock").touch()
+    env = hosts.environment(TORCH_EXTENSIONS_DIR=str(built), WANDB_API_KEY=SECRET, MLFLOW_TRACKING_TOKEN=SECRET)
+    process = start([*hosts.inside(hosts.names[0]), *command], env, log)
     code, text = finish(process, log, LIMIT_S)
     assert code == 0, text[-6000:]
+    written = [
+        path.read_text() for path in (folder / name).rglob("*") if path.suffix in ("", ".txt", ".yml") and path.is_file()
+    ]
+    assert written
+    assert all(SECRET not in part for part in (text, *written))
     assert [hosts.pids(host) for host in hosts.names] == [{}, {}]
     return text
 
@@ -93,7 +104,7 @@ def test_pdsh_pipeline_over_two_hosts(hosts: TwoHosts, folder: Path, config: Pat
     more += ["--set", 'attention_config=[[["metala"],2]]', "--set", 'wandb_run_name=a $b (c) "d"']  # through a remote shell
     run_inside(hosts, folder, "pdsh", sys.executable, "deepy.py", "train.py", str(config), *more)
     compare(folder / "pdsh", expected)
-    assert (folder / "pdsh/launch/environment").read_text().count("SECRET") == 0
+    assert f"TORCH_EXTENSIONS_DIR={folder}" in (folder / "pdsh/launch/environment").read_text(), "locks were in the way"
 
 
 def test_pdsh_four_ranks_go_on_from_the_checkpoint_of_two(
@@ -150,6 +161,16 @@ def test_an_unreachable_host_is_named_before_anything_starts(hosts: TwoHosts, fo
     assert code == 5
     assert "1 of 2 hosts cannot be reached: nowhere" in text
     assert "Traceback" not in text
+
+
+@pytest.mark.parametrize("fault", ["kill", "cut"])
+def test_a_failure_ends_all_ranks_on_all_hosts(fault: str, hosts: TwoHosts, folder: Path) -> None:
+    """The other faults, and the times, are `tests/launch/failures_count.py`'s."""
+    found = measure(hosts, folder / "faults", fault)
+    assert found["exit_code"] == 22
+    assert found["no_process_left_s"] < 30
+    words = "\n".join(found["last_words"])
+    assert ("watchdog of rank 0, hang_timeout 5 s: lost: rank 1" if fault == "cut" else "rank 1 is lost") in words
 
 
 def test_srun_through_deepy(slurm: OneNodeSlurm, folder: Path, config: Path, expected: dict[int, float]) -> None:
