@@ -129,7 +129,7 @@ def run_point(point: Point) -> dict[str, Any]:
     Raises:
         ConfigError: the point describes no data or no model.
     """
-    started = time.monotonic()
+    started, before = time.monotonic(), time.process_time()
     config, plan = point.config(), Training(**point.training)
     train = SyntheticDataset(read_slices(point.data, "train"), plan.seed, "train", plan.batch_size)
     test = _test_set(point, plan.batch_size, plan.seed)
@@ -155,7 +155,14 @@ def run_point(point: Point) -> dict[str, Any]:
             history.append({"step": taken, "loss": loss, "accuracy": measured.mean, "slices": measured.slices})
             if measured.mean >= plan.early_stop or not math.isfinite(loss):
                 break
-    return _line(point, config, test, history, {"planned": steps, "seconds": time.monotonic() - started})
+    line = _line(point, config, test, history)
+    times = {"seconds": time.monotonic() - started, "processor_seconds": time.process_time() - before}
+    return {
+        **line,
+        "planned_steps": steps,
+        **{name: round(value, 2) for name, value in times.items()},
+        "torch": torch.__version__,
+    }
 
 
 def _step(local: LocalModel, optimizer: torch.optim.Optimizer, examples: Examples, clipping: float) -> float:
@@ -170,9 +177,8 @@ def _step(local: LocalModel, optimizer: torch.optim.Optimizer, examples: Example
     return float(loss.detach())
 
 
-def _line(
-    point: Point, config: ModelConfig, test: SyntheticDataset, history: Sequence[Mapping[str, Any]], told: Mapping[str, Any]
-) -> dict[str, Any]:
+def _line(point: Point, config: ModelConfig, test: SyntheticDataset, history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What was measured: the best accuracy with its slices, and how it came about."""
     best = max(history, key=lambda row: row["accuracy"])
     parts = state_bytes(config, max(store.task.seq_length for store in test.stores))
     return {
@@ -185,10 +191,8 @@ def _line(
         ],
         "final_accuracy": history[-1]["accuracy"],
         "steps": history[-1]["step"],
-        "planned_steps": told["planned"],
         "state_bytes": total(parts),
         "state": parts,
         "parameters": count_parameters(config)[0],
-        "seconds": round(told["seconds"], 2),
         "history": [{k: round(v, 5) for k, v in row.items() if k != "slices"} for row in history],
     }

@@ -79,6 +79,7 @@ def test_a_point_is_a_function_of_its_parameters_and_learns() -> None:
     assert line["accuracy"] >= 0.99 and line["steps"] < line["planned_steps"] == 240
     assert [line["history"], line["slices"]] == [again["history"], again["slices"]]
     assert line["state"] == {"base_conv": {"convolution": 2 * 32 * 2}} and line["state_bytes"] == 128
+    assert line["processor_seconds"] > 0 and line["seconds"] > 0
     assert line["history"][-1]["accuracy"] == line["accuracy"] >= Training(learning_rate=1.0).early_stop
 
 
