@@ -231,9 +231,13 @@ def test_the_command(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     }
     (folder / "tiny.yml").write_text(json.dumps(values), encoding="utf-8")
     monkeypatch.chdir(folder)
-    command.main(["tiny.yml", "--eval_tasks", "piqa,based_swde", "fda", "--data-dir", "data", "--limit", "2"])
+    shots = ["--set", "eval_num_fewshot=1"]
+    command.main(
+        ["tiny.yml", "--eval_tasks", "piqa,based_swde", "lambada_openai", "--data-dir", "data", "--limit", "2", *shots]
+    )
     written = json.loads(next((folder / "run").glob("eval_lm-eval_*.json")).read_text())
-    assert set(written["results"]) == {"piqa", "based_swde", "fda"} and written["limit"] == 2
+    assert set(written["results"]) == {"piqa", "based_swde", "lambada_openai"} and written["limit"] == 2
+    assert (written["n-shot"]["piqa"], written["n-shot"]["based_swde"]) == (1, 0)
     assert written["n-samples"]["piqa"]["effective"] == 2 and written["lm_eval"] == "0.4.13"
     assert "based_swde: 4 records, 1 dropped" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="this model has none"):
