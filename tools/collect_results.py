@@ -50,7 +50,7 @@ def main() -> None:
         for name, (lines, columns) in chosen(rows, read_published(PUBLISHED), arguments.table).items():
             stem = arguments.output.with_name(f"{arguments.output.name}-{name}")
             title = "all results" if name == "all" else f"{lines[-1].source}, and ours"
-            for path in write_tables(lines, columns, stem, title):
+            for path in write_tables(lines, columns, stem, title, averages=name != "all"):
                 print(f"wrote {path}")
 
 

@@ -109,11 +109,11 @@ def columns_of(rows: Iterable[Row]) -> list[str]:
     return list(dict.fromkeys(column for row in rows for column in row.cells))
 
 
-def cells(rows: Sequence[Row], columns: Sequence[str]) -> list[list[str]]:
+def cells(rows: Sequence[Row], columns: Sequence[str], averages: bool = True) -> list[list[str]]:
     """The table as text, heading first; an average, apart for prompts read twice, stands where no column of it is missing."""
     twice = [column for column in columns if "_twice" in column]
     groups = {"average": [column for column in columns if column not in twice], "average twice": twice}
-    groups = {name: members for name, members in groups.items() if members}
+    groups = {name: members for name, members in groups.items() if members and averages}
     lines = [["model", *columns, *groups, "source"]]
     for row in rows:
         values = [row.cells.get(column) for column in columns] + [row.average(members) for members in groups.values()]
@@ -121,13 +121,13 @@ def cells(rows: Sequence[Row], columns: Sequence[str]) -> list[list[str]]:
     return lines
 
 
-def write_tables(rows: Sequence[Row], columns: Sequence[str], stem: Path, title: str) -> list[Path]:
-    """`stem`.md, .csv and .png.
+def write_tables(rows: Sequence[Row], columns: Sequence[str], stem: Path, title: str, averages: bool = True) -> list[Path]:
+    """`stem`.md, .csv and .png; averages make sense where all columns are shares.
 
     Raises:
         DataError: matplotlib is not installed.
     """
-    lines = cells(rows, columns)
+    lines = cells(rows, columns, averages)
     marked = [lines[0], ["---", *["---:"] * (len(lines[0]) - 2), "---"], *lines[1:]]
     markdown = [f"# {title}", "", *(f"| {' | '.join(line)} |" for line in marked), ""]
     text = io.StringIO()

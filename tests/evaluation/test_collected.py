@@ -59,6 +59,7 @@ def test_averages_stand_where_nothing_is_missing() -> None:
         ["a", "1.00", "3.00", "7.00", "2.00", "7.00", "ours"],
         ["b", "1.00", "", "5.00", "", "5.00", "paper"],
     ]
+    assert cells(rows[:1], ["x"], averages=False) == [["model", "x", "source"], ["a", "1.00", "ours"]]
 
 
 def test_published_averages_are_those_that_the_papers_print() -> None:
