@@ -148,14 +148,14 @@ def draw(lines: Sequence[Sequence[str]], ours: int, image: Path, title: str) -> 
         raise DataError("no picture: matplotlib is not installed", why=str(error), hint="pip install matplotlib") from error
     body = [line[:-1] for line in lines[1:]]
     heads = [word.replace("based_", "").replace("_twice", "\ntwice").replace("@", "\n@") for word in lines[0][:-1]]
-    figure = Figure(figsize=(2.6 + 0.95 * len(heads), 1.4 + 0.27 * len(lines)), layout="constrained")
+    figure = Figure(figsize=(2.6 + 0.95 * len(heads), 0.8 + 0.2 * len(lines)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     axes.axis("off")
     axes.set_title(title, fontsize=10)
     shades = [[(1.0, 1.0, 1.0), *(_shade(body, i, j) for j in range(1, len(heads)))] for i in range(len(body))]
     widths = [0.24, *[0.76 / (len(heads) - 1)] * (len(heads) - 1)]
-    table = axes.table(body, cellColours=shades, colLabels=heads, colWidths=widths, loc="center", cellLoc="center")
+    table = axes.table(body, cellColours=shades, colLabels=heads, colWidths=widths, loc="upper center", cellLoc="center")
     table.auto_set_font_size(False)
     table.set_fontsize(7.5)
     for (i, j), cell in table.get_celld().items():
