@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from megatron.layers.base import Context, Layer, LayerConfig, State
 from megatron.ops.conv import causal_conv, conv_step_, next_history
 from megatron.ops.dispatch import chosen
-from megatron.ops.metala import metala, metala_packed, metala_step, metala_step_
+from megatron.ops.metala import metala, metala_step, metala_step_
+from megatron.ops.metala_packed import metala_packed
 from megatron.ops.packed import cut_packed, lay_together, packed_linear
 
 

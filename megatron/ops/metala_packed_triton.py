@@ -76,5 +76,5 @@ metala_packed_forward.register_autograd(_gradient, setup_context=_setup)
 def metala_packed_fused(
     packed: Tensor, w: Tensor, state: Tensor | None, mask: Tensor | None, segment_ids: Tensor | None, gate_round: str
 ) -> tuple[Tensor, Tensor]:
-    """The fused path over a packed projection; arguments and results as `metala_packed` in `ops/metala.py`."""
+    """The fused path over a packed projection; arguments and results as `metala_packed` in `ops/metala_packed.py`."""
     return metala_packed_forward(packed, w, state, *plain(mask, segment_ids), launch.ROUND[gate_round])

@@ -19,7 +19,7 @@ from megatron.layers.metala import MetaLA
 from megatron.model.build import build_model, param_specs
 from megatron.model.config import ModelConfig
 from megatron.model.init import materialise
-from megatron.ops.metala import metala_packed
+from megatron.ops.metala_packed import metala_packed
 from megatron.ops.packed import cut_packed, joined_rows, lay_together, packed_linear
 from megatron.ops.packed_linear_triton import packed_linear_forward
 from megatron.parallel.plan import slice_of

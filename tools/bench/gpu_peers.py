@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron.ops.metala import metala_packed
+from megatron.ops.metala_packed import metala_packed
 from megatron.ops.packed import cut_packed
 
 Variant = Callable[[Tensor, Tensor], Tensor]

@@ -35,7 +35,8 @@ from torch import Tensor
 
 from megatron.files import write_json
 from megatron.ops import metala_launch
-from megatron.ops.metala import metala_packed, metala_step_
+from megatron.ops.metala import metala_step_
+from megatron.ops.metala_packed import metala_packed
 from megatron.ops.packed import cut_packed
 from megatron.ops.tuning import METALA
 from tools.bench.gpu_models import layer_rows, model_rows
