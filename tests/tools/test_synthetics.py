@@ -149,6 +149,28 @@ def test_a_killed_sweep_goes_on_and_is_drawn(tmp_path: Path) -> None:
     assert all((tmp_path / f"figure-{kind}.png").stat().st_size > 5_000 for kind in ("state", "slices"))
 
 
+@pytest.mark.slow
+def test_figures_of_sets(tmp_path: Path) -> None:
+    """A panel for the shorter and one for the longer set in front; results of two tasks are not mixed."""
+    lines = []
+    for number, (name, accuracy) in enumerate((("based", 0.5), ("based", 0.25), ("jrt", 1.0))):
+        sides = [{"first": 2, "second": 12, "accuracy": accuracy}, {"first": 12, "second": 2, "accuracy": 1.0}]
+        line = {"key": str(number), "name": name, "data": {"task": "set_disjointness"}, "model": {"hidden_size": 32}}
+        line |= {"training": {"learning_rate": 10.0**-number}, "tags": {"hidden_size": 32}, "slices": sides, "steps": 7}
+        lines.append({**line, "accuracy": (accuracy + 1) / 2, "state_bytes": 1000, "parameters": 10})
+    results = tmp_path / "sets.jsonl"
+    results.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    drawn = tool("figures_recall", str(results))
+    assert drawn.returncode == 0, drawn.stderr
+    rows = (tmp_path / "sets.md").read_text().splitlines()
+    assert "| 2:12 | 12:2 |" in rows[0] and len(rows) == 2 + 2, "the better rate of each model"
+    assert rows[2].endswith("| 1 | 7 | 50.0 | 100.0 | 75.0 |") and rows[3].endswith("| 0.01 | 7 | 100.0 | 100.0 | 100.0 |")
+    assert (tmp_path / "sets-slices.png").stat().st_size > 5_000
+    results.write_text(results.read_text() + json.dumps({**lines[0], "data": {"task": "mqar"}}) + "\n", encoding="utf-8")
+    mixed = tool("figures_recall", str(results))
+    assert mixed.returncode == 3 and "several tasks" in mixed.stderr
+
+
 def test_one_source_of_data(tmp_path: Path) -> None:
     values = {"synthetic": SWEEP["data"], "data_path": "data/x", "num_layers": 1, "hidden_size": 8, "num_attention_heads": 1}
     values |= {"seq_length": 24, "train_iters": 1, "train_micro_batch_size_per_gpu": 1, "attention_config": ["metala"]}
