@@ -99,19 +99,26 @@ def main() -> None:
 
         from megatron.evaluation.report import plot_lengths
 
-        started = time.monotonic()
+        started, trained_now = time.monotonic(), 0.0
         models: dict[str, Any] = {}
         for name in a.models:
+            before = time.monotonic()
             models[name] = trained(name, a.config, a.runs, a.extra)
+            trained_now += time.monotonic() - before
             models[name] |= evaluated(a.runs / name, a.config, a)
-        facts = {"command": f"python tools/extrapolation.py {' '.join(sys.argv[1:])}".strip(), "config": a.config}
+        facts: dict[str, Any] = {
+            "command": f"python tools/extrapolation.py {' '.join(sys.argv[1:])}".strip(),
+            "config": a.config,
+        }
         facts |= {
             "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
             "torch": torch.__version__,
         }
         a.output.parent.mkdir(parents=True, exist_ok=True)
         facts["evaluation_processor_seconds"] = round(time.process_time(), 1)
-        facts["seconds"] = round(time.monotonic() - started, 1)
+        facts["evaluation_seconds"] = round(time.monotonic() - started - trained_now, 1)
+        # of all models, those included whose training an earlier, interrupted run had finished
+        facts["seconds"] = round(facts["evaluation_seconds"] + sum(found["train_seconds"] for found in models.values()), 1)
         write_json(a.output.with_suffix(".json"), {**facts, "stride": a.stride, "models": models})
         curves = {name: found["non-overlapping"] for name, found in models.items()}
         print(plot_lengths(curves, a.output.with_suffix(".png"), "trained at 128 tokens, non-overlapping evaluation", 128))

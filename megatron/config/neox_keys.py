@@ -54,7 +54,7 @@ _ROWS: tuple[NeoxKey, ...] = (
     NeoxKey("master_addr", "str", None, "implemented", "Address of the machine that runs rank 0."),
     NeoxKey(
         "launcher",
-        "Literal['pdsh', 'openmpi', 'mpich', 'mvapich', 'slurm', 'torchrun', 'none']",
+        "Literal['pdsh', 'openmpi', 'mvapich', 'slurm']",
         "pdsh",
         "implemented",
         "How processes are started: DeepSpeed's runners pdsh, openmpi, mpich, slurm; torchrun; none (this process).",
@@ -1384,7 +1384,9 @@ _ROWS: tuple[NeoxKey, ...] = (
         "implemented",
         "Beginning of the names of an evaluation's files; unset: eval in run_dir.",
     ),
-    NeoxKey("eval_tasks", "list", None, "implemented", "What eval.py measures: perplexity, groups of tasks, and tasks of lm-eval."),
+    NeoxKey(
+        "eval_tasks", "list", None, "implemented", "What eval.py measures: perplexity, groups of tasks, and tasks of lm-eval."
+    ),
     # other
     NeoxKey(
         "distributed_backend",
