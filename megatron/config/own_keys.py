@@ -39,8 +39,8 @@ OWN_KEYS: dict[str, str] = {
     "eval_max_length": "Tokens that lm-eval tasks let the model read at most; unset: seq_length.",
     "eval_num_fewshot": "Examples in front of each question of lm-eval tasks; unset: what the task says.",
     "eval_data_dir": "Folder of local data sets for lm-eval tasks, each under its hub name.",
-    "eval_context_length": "Recall tasks: tokens for document and answer (50), the document is cut around its answer; 0: no cut.",
-    "eval_prefix_scope": "JRT models: the prefix is the prompt (context) or also the scored text (whole, as the released code).",
+    "eval_context_length": "Recall tasks: tokens for document and answer (50), the document cut around its answer; 0: no cut.",
+    "eval_prefix_scope": "JRT models: the prefix is the prompt (context) or also the scored text (whole, as released).",
     "eval_stop_at_eod": "Generation of lm-eval tasks ends at an end of document; the released Based and JRT code goes on.",
     "engine": "`deepspeed`, `single` (plain PyTorch, one process), or `auto`.",
     "reset_state_at_eod": (
@@ -96,7 +96,7 @@ OWN_KEYS: dict[str, str] = {
         "22 (lost); ten times as long until the first step is done. 0 is off."
     ),
     "launcher_args": "More arguments for mpirun, srun or pdsh, as one string.",
-    "export_env": "Names or patterns of environment variables that go to every rank beside the usual ones; secrets are refused.",
+    "export_env": "Names or patterns of environment variables that go to every rank beside the usual ones; no secrets.",
     "run_dir": "Folder of the run: config, metrics, logs, plots. Unset: the parent of save, or runs/<config name>.",
 }
 

@@ -1,4 +1,4 @@
-"""`loss_chunk_tokens` through the engines: three steps equal the plain loss's, on one process, over tensor ranks and a pipeline.
+"""`loss_chunk_tokens` through the engines: three steps equal the plain loss's: one process, tensor ranks, a pipeline.
 
 fp32: losses within 2e-6, gradient norms within 2e-5 relative: the same sums in another order.
 """
