@@ -16,15 +16,24 @@ from megatron.generation.load import load_model
 from megatron.generation.sample import Sampling, generate
 
 PROGRAM = """
-import importlib.abc, sys
+import importlib.machinery, sys
 
-class Nothing(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
+class Hidden(importlib.machinery.PathFinder):
+    # what is installed, but these, which look as if they were not: also to importlib.util.find_spec
+
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
         if name.split(".")[0] in {"megatron", "deepspeed"}:
-            raise ModuleNotFoundError(f"{name} is hidden from this process", name=name)
-        return None
+            return None
+        return super().find_spec(name, path, target)
 
-sys.meta_path.insert(0, Nothing())
+sys.meta_path[:] = [Hidden if finder is importlib.machinery.PathFinder else finder for finder in sys.meta_path]
+for name in ("megatron", "deepspeed"):
+    try:
+        __import__(name)
+    except ModuleNotFoundError:
+        continue
+    raise SystemExit(f"{name} can be imported")
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 folder = sys.argv[1]
