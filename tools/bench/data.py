@@ -83,9 +83,9 @@ def tokenisation(folder: Path, megabytes: int, repeats: int) -> dict[str, Any]:
     from tokenizers import Tokenizer
 
     text, vocab_file, texts = make_text(folder, megabytes)
-    library = Tokenizer.from_file(str(vocab_file))
 
     def encode(part: list[str]) -> int:
+        library = Tokenizer.from_file(str(vocab_file))  # a new one each time, as in a job: its cache of words begins empty
         batches = (part[at : at + 256] for at in range(0, len(part), 256))
         return sum(len(encoding.ids) for batch in batches for encoding in library.encode_batch_fast(batch))
 
