@@ -22,7 +22,8 @@ import os
 import sys
 import types
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -91,8 +92,23 @@ def _join_world(mesh: Mesh, timeout_s: float) -> None:
     deepspeed.init_distributed(dist_backend=dist.get_backend(), dist_init_required=False, verbose=False)
 
 
+@dataclass(frozen=True)
+class _BeforeLoss:
+    """What the last stage gives to its loss; of a type that DeepSpeed does not look into."""
+
+    flow: Flow
+
+
 class _Pipeline(PipelineModule):
-    """This rank's stages as DeepSpeed wants them, with our partition, our tied weights and our recomputation."""
+    """This rank's stages as DeepSpeed wants them, with our partition, our tied weights and our recomputation.
+
+    The output matrix belongs to the loss: DeepSpeed keeps what the last stage returns until the same buffer is used again, in
+    the next step even, and logits are large. `begin_backward` is what DeepSpeed does when a gradient reaches the last stage's
+    output; the matrix has its gradient by then, which DeepSpeed would drop (in bf16) as a leftover. It is therefore called when
+    the gradient of the loss begins.
+    """
+
+    begin_backward: Callable[[], None]
 
     def __init__(self, local: LocalModel, mesh: Mesh, settings: EngineSettings, parts: LossParts) -> None:
         self._local, self._mesh, self._settings, self._parts = local, mesh, settings, parts
@@ -103,14 +119,20 @@ class _Pipeline(PipelineModule):
         self.parts = self._local.bounds
         self._set_bounds(start=self.parts[self._mesh.pp_rank], stop=self.parts[self._mesh.pp_rank + 1])
 
-    def forward(self, forward_input: Flow) -> Flow | Tensor:
-        """Tuple of tensors through this rank's stages; the last stage gives logits."""
+    def forward(self, forward_input: Flow) -> Flow | _BeforeLoss:
+        """Tuple of tensors through this rank's stages; in the last one, up to the output matrix."""
         interval, keep_rng = self._settings.activation_checkpoint_interval, self._local.config.hidden_dropout > 0
-        return run_stages(self.forward_funcs, forward_input, interval, keep_rng)
+        last = self._mesh.pp_rank == self._mesh.pp - 1
+        flow = run_stages(self.forward_funcs[: -1 if last else None], forward_input, interval, keep_rng)
+        assert isinstance(flow, tuple)
+        return _BeforeLoss(flow) if last else flow
 
-    def _loss(self, logits: Tensor, targets: tuple[Tensor, Tensor]) -> Tensor:
-        loss, parts = local_loss(self._settings, self._local, self._mesh, logits, *targets)
+    def _loss(self, hidden: _BeforeLoss, targets: tuple[Tensor, Tensor]) -> Tensor:
+        seen = self.forward_funcs[-1](hidden.flow)
+        loss, parts = local_loss(self._settings, self._local, self._mesh, seen, *targets)
         self._parts.add(parts)
+        if loss.requires_grad:
+            loss.register_hook(lambda _: self.begin_backward())
         return loss
 
     def _index_tied_modules(self) -> dict[str, Any]:
@@ -171,6 +193,7 @@ class DeepSpeedEngine(ZeroEngine):
         with _quiet():
             pipeline = _Pipeline(self.local, mesh, settings, self._parts)
         self._engine, self._zero = start_deepspeed(pipeline, self, optimizer)
+        pipeline.begin_backward = self._engine._backward_prologue
         self._let_the_loss_veto()
 
     def _let_the_loss_veto(self) -> None:

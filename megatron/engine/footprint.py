@@ -224,8 +224,13 @@ def _kind(block: BlockStage) -> str:
     return f"{type(block.body.token_mixer).__name__} {shapes}"  # type: ignore[union-attr]
 
 
-def rank_footprint(config: ModelConfig, mesh: Mesh, settings: EngineSettings, deepspeed: bool) -> Footprint:
+def rank_footprint(
+    config: ModelConfig, mesh: Mesh, settings: EngineSettings, deepspeed: bool, resident: bool = False
+) -> Footprint:
     """Memory of the rank `mesh.rank`. mesh: sizes only (`Mesh.shape_only`). deepspeed: which engine's buffers are counted.
+
+    resident: count DeepSpeed's bucket only as far as it is filled, as the resident set of a CPU process does. An accelerator
+    gives all of it at once.
 
     Raises:
         ConfigError: the model cannot be cut over the mesh.
@@ -242,19 +247,24 @@ def rank_footprint(config: ModelConfig, mesh: Mesh, settings: EngineSettings, de
             recomputed += chain.pieces[0].kept if local.first else 0
     table.cache_clear()
     count = sum(p.numel() for p in local.parameters)
-    return _assemble(chain, count, recomputed, mesh, settings, deepspeed)
+    if deepspeed:
+        buffers = _deepspeed_buffers(count, mesh, settings, resident)
+    else:
+        buffers = _plain_buffers(count, DTYPES[settings.dtype].itemsize, settings.gradient_accumulation > 1)
+    weights = _share(count, mesh, deepspeed and settings.zero_stage == 3) * DTYPES[settings.dtype].itemsize
+    return _assemble(chain, weights, buffers, recomputed, count, mesh, settings)
 
 
-def _assemble(chain: _Chain, count: int, recomputed: int, mesh: Mesh, settings: EngineSettings, deepspeed: bool) -> Footprint:
+def _assemble(
+    chain: _Chain, weights: int, shards: _Buffers, recomputed: int, count: int, mesh: Mesh, settings: EngineSettings
+) -> Footprint:
     """The fullest moment of a step from its pieces."""
-    pieces, width = chain.pieces, DTYPES[settings.dtype].itemsize
+    pieces = chain.pieces
     accumulates = settings.gradient_accumulation > 1
     flight = min(mesh.pp - mesh.pp_rank, settings.gradient_accumulation)
     held = [piece.kept for piece in pieces]
     activations = sum(held[:-1] if chain.has_head else held) + (flight - 1) * sum(held)
     made = sum(piece.gradients for piece in pieces)
-    shards = _deepspeed_buffers(count, mesh, settings) if deepspeed else _plain_buffers(count, width, accumulates)
-    weights = _share(count, mesh, deepspeed and settings.zero_stage == 3) * width
     standing = weights + shards.optimizer + shards.standing + settings.gradient_accumulation * chain.tokens
     best, kept_then = 0, 0
     later = 0  # gradients that the pieces behind have made by now; the running sums of narrow weights are among `standing`
@@ -265,7 +275,7 @@ def _assemble(chain: _Chain, count: int, recomputed: int, mesh: Mesh, settings: 
             moment += made - later
         if moment > best:
             best, kept_then = moment, before + piece.kept
-        later += piece.gradients
+        later += 0 if shards.bucket_takes else piece.gradients
     peak = standing + max(best, shards.step)
     logits = pieces[-1].backward - pieces[-1].gradients if chain.has_head else 0
     workspace = max(0, peak - standing - kept_then - made) + shards.standing
@@ -276,7 +286,8 @@ def _assemble(chain: _Chain, count: int, recomputed: int, mesh: Mesh, settings: 
 class _Buffers:
     """Bytes of an engine. standing: buffers that live through the whole step; step: the most while the optimizer runs.
 
-    in_place: gradients of micro batches are summed where autograd leaves them.
+    in_place: gradients of micro batches are summed where autograd leaves them. bucket_takes: what autograd made becomes a view
+    of a bucket, which is counted in `standing`.
     """
 
     optimizer: int
@@ -284,6 +295,7 @@ class _Buffers:
     standing: int
     step: int
     in_place: bool
+    bucket_takes: bool = False
 
 
 def _share(count: int, mesh: Mesh, yes: bool) -> int:
@@ -297,7 +309,7 @@ def _plain_buffers(count: int, width: int, accumulates: bool) -> _Buffers:
     return _Buffers(count * 12, count * 4, count * 4 if accumulates else 0, count * (width + (0 if accumulates else 4)), False)
 
 
-def _deepspeed_buffers(count: int, mesh: Mesh, settings: EngineSettings) -> _Buffers:
+def _deepspeed_buffers(count: int, mesh: Mesh, settings: EngineSettings, resident: bool) -> _Buffers:
     """DeepSpeed's ZeRO optimizers: masters in fp32 always, also of fp32 weights; gradients pass through a bucket."""
     stage, width = max(settings.zero_stage, 1), DTYPES[settings.dtype].itemsize
     wide = 4 if settings.fp32_grad_accum else width
@@ -305,5 +317,9 @@ def _deepspeed_buffers(count: int, mesh: Mesh, settings: EngineSettings) -> _Buf
     bucket = min(count, _LARGEST_BUCKET) * wide
     if stage == 3:  # gathered weights stay until a billion are alive (stage3_max_live_parameters)
         bucket += min(count, _LIVE) * width
-    own = -(-count // mesh.dp)
-    return _Buffers(own * 12, sums, bucket, sums + own * 4, settings.gradient_accumulation > 1)
+    own, accumulates = -(-count // mesh.dp), settings.gradient_accumulation > 1
+    if stage == 3 or wide != width:
+        return _Buffers(own * 12, sums, bucket, sums + own * 4, accumulates)
+    if resident:
+        return _Buffers(own * 12, sums, 0, bucket + own * 8, accumulates)
+    return _Buffers(own * 12, sums, bucket, own * 8, in_place=False, bucket_takes=True)

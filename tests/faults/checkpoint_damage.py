@@ -1,6 +1,6 @@
 """Random damages to the files of a checkpoint: each must be named, and a resume must step back to the checkpoint before.
 
-    python tests/faults/checkpoint_damage.py --count 1000 [--seed 5]
+    python tests/faults/checkpoint_damage.py --count 1000 [--seed 5] [--output result.json]
 
 Kinds: a flipped bit, a cut, zeroes, a longer file, a deletion, two stretches swapped, the same file of another save of the same
 state. `damages` must name the file, and the tensor when the bytes were inside one; a resume must load the older checkpoint.
@@ -27,6 +27,7 @@ from megatron.checkpoint.manifest import read_manifest
 from megatron.checkpoint.resume import resume
 from megatron.checkpoint.save import save_checkpoint
 from tests.checkpoint.fakes import MODEL, FakeEngine
+from tests.faults.report import store
 
 KINDS = ("flip", "cut", "zero", "grow", "delete", "swap", "other")
 
@@ -136,10 +137,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=5)
+    parser.add_argument("--output", type=Path, help="JSON to put the count into")
     args = parser.parse_args()
     logging.disable(logging.WARNING)  # a line per resume
     found = run(args.count, args.seed)
     print(json.dumps(found, indent=1))
+    store(args.output, "random damages", " ".join(["python tests/faults/checkpoint_damage.py", *sys.argv[1:]]), found)
     raise SystemExit(bool(found["not"] or found["left"]))
 
 

@@ -1,6 +1,6 @@
 """Save on one mesh, resume on another, real ranks: weights and optimizer bit-equal once gathered, the next loss within 1e-6.
 
-    python tests/faults/checkpoint_meshes.py [--dtype fp32] [--quick]
+    python tests/faults/checkpoint_meshes.py [--dtype fp32] [--quick] [--output result.json]
 
 Every mesh of at most four ranks saves after three steps and then takes a fourth, the unbroken run. Every mesh then resumes from
 all of them in turn and takes the fourth step. Gathering is done here with plain index arrays, not with the code under test.
@@ -22,6 +22,7 @@ import numpy as np
 from megatron.checkpoint.save import save_checkpoint
 from megatron.parallel.plan import slice_of
 from tests.faults.checkpoint_run import Run, model_of
+from tests.faults.report import store
 from tests.parallel.ranks import run_ranks
 
 Mesh3 = tuple[int, int, int]  # pipeline, data, tensor
@@ -133,12 +134,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--dtype", default="fp32", choices=("fp32", "bf16"))
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--output", type=Path, help="JSON to put the count into")
     args = parser.parse_args()
     saved_on = MESHES[:4] if args.quick else MESHES
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as base:
         found = run_pairs(Path(base), saved_on, MESHES, args.dtype)
     print(json.dumps(found, indent=1))
+    command = " ".join(["python tests/faults/checkpoint_meshes.py", *sys.argv[1:]])
+    store(args.output, f"mesh pairs {args.dtype}", command, found)
     limit = 1e-6 if args.dtype == "fp32" else 5e-3  # bf16: partial sums meet in another order
     raise SystemExit(bool(found["differ"]) or found["worst relative difference of the next loss"] > limit)
 

@@ -1,6 +1,6 @@
 """Stop after every step and resume: losses, gradient norms, weights, optimizer, random states and sample ids equal to the bit.
 
-    python tests/faults/checkpoint_resume.py --steps 50 --mixers all
+    python tests/faults/checkpoint_resume.py --steps 50 --mixers all [--output result.json]
 
 The unbroken run saves after every step. Then, for every step k, an engine with another seed resumes from it and goes on: at k
 its whole state must have the digest of the unbroken run, and so must each following step (`--follow`, all by default).
@@ -24,6 +24,7 @@ import torch
 from megatron.checkpoint.save import save_checkpoint
 from megatron.registry import layer_names
 from tests.faults.checkpoint_run import Run, model_of
+from tests.faults.report import store
 
 Step = tuple[str, str, list[int], str]
 
@@ -66,6 +67,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--follow", type=int, default=1000, help="steps compared after each resume")
     parser.add_argument("--mixers", nargs="+", default=["metala"])
+    parser.add_argument("--output", type=Path, help="JSON to put the count into")
     args = parser.parse_args()
     torch.set_num_threads(1)
     mixers = list(layer_names()) if args.mixers == ["all"] else args.mixers
@@ -78,7 +80,10 @@ def main() -> None:
         result[mixer] = {"resumes": count, "steps compared": compared, "differ": len(wrong)}
         bad += wrong
         print(mixer, json.dumps(result[mixer]), flush=True)
-    print(json.dumps({**result, "minutes": round((time.monotonic() - begin) / 60, 1), "details": bad[:5]}, indent=1))
+    found = {**result, "minutes": round((time.monotonic() - begin) / 60, 1), "details": bad[:5]}
+    print(json.dumps(found, indent=1))
+    command = " ".join(["python tests/faults/checkpoint_resume.py", *sys.argv[1:]])
+    store(args.output, f"resume after every step of {args.steps}", command, found)
     raise SystemExit(bool(bad))
 
 

@@ -93,9 +93,22 @@ def cases() -> list[Case]:
         Case("metala DeepSpeed, one rank", metala, base, kind="deepspeed"),
         Case("metala DP 2, ZeRO-1", _model("metala", hidden=768, layers=2), short, dp=2),
         Case("metala DP 2, ZeRO-1, bf16", _model("metala", hidden=768, layers=2), replace(short, dtype="bf16"), dp=2),
+        Case(
+            "metala DP 2, ZeRO-1, many weights, few tokens",
+            _model("metala", 3, 1024),
+            replace(base, micro_batch=1, seq_length=64),
+            dp=2,
+        ),
         Case("metala TP 2", metala, base, tp=2),
         Case("metala PP 2", metala, deep, pp=2),
         Case("metala PP 2, recomputed", metala, replace(deep, activation_checkpoint_interval=1), pp=2),
+        Case(
+            "metala PP 2, large vocabulary",
+            _model("metala", layers=2, vocab=32768),
+            replace(short, gradient_accumulation=2),
+            pp=2,
+        ),
+        Case("metala PP 2, bf16", metala, replace(bf16, gradient_accumulation=2), pp=2),
         Case("based TP 2, recomputed", _model("based"), recompute, tp=2),
         Case("metala DP 2, ZeRO-2", _model("metala", hidden=768, layers=2), replace(short, zero_stage=2), dp=2),
         Case("metala DP 2, ZeRO-3", _model("metala", hidden=768, layers=2), replace(short, zero_stage=3), dp=2),
@@ -173,7 +186,9 @@ def run_case(case: Case) -> dict[str, Any]:
         pids.append(pid)
     os.close(writer)
     prints = [
-        rank_footprint(case.model, Mesh.shape_only(case.pp, case.tp, case.world, rank), case.settings, case.deepspeed)
+        rank_footprint(
+            case.model, Mesh.shape_only(case.pp, case.tp, case.world, rank), case.settings, case.deepspeed, resident=True
+        )
         for rank in sorted({0, case.world - 1})
     ]
     with os.fdopen(reader, "rb") as results:
