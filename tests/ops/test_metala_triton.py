@@ -1,8 +1,8 @@
 """The fused kernels against the token-by-token reference in fp64: on the CPU by Triton's interpreter, the same list on a GPU.
 
 fp32: relative norm 1e-5 (a few hundred fp32 operations per output, exp2 and log2 of the interpreter or of the GPU).
-bf16: outputs 5e-3 and gradients 1e-2 at trained-like gates, the limits of our kernel spec; twice that where an initial state
-and its gradient add two more roundings. Kernel errors in bf16 are measured from the same bf16 inputs.
+bf16: outputs 5e-3 and gradients 1e-2 at all gates, with an initial state or without: eight bits round by up to 4e-3, and a
+gradient takes two or three roundings. Kernel errors in bf16 are measured from the same bf16 inputs.
 """
 
 from __future__ import annotations
@@ -95,15 +95,15 @@ def test_fp32_padding(device: str) -> None:
 
 
 @device_matrix
-@pytest.mark.parametrize(("gate_mean", "state"), [(4.0, False), (2.0, True), (-4.0, False)])
+@pytest.mark.parametrize("state", [False, True])
+@pytest.mark.parametrize("gate_mean", [4.0, 2.0, -4.0])
 @mostly_slow("k,v", [(32, 64)], [(64, 128)])
 def test_bf16(device: str, gate_mean: float, state: bool, k: int, v: int) -> None:
     if device == "cpu":
         emulate_bf16()
     found = errors(draw(k, v, 130, torch.bfloat16, gate_mean, device), with_state=state)
-    slack = 2.0 if state else 1.0
     assert found[0] <= 5e-3 and found[1] <= 5e-3, found
-    assert max(found[2:]) <= 1e-2 * slack, found
+    assert max(found[2:]) <= 1e-2, found
 
 
 @device_matrix
