@@ -26,6 +26,8 @@ from megatron.launch.runners import explain_failure, run_job, this_machine, usab
 
 def _parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__ or "")
+    parser.usage = "deepy.py SCRIPT CONFIG [CONFIG ...] [options]"
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--print-launch", action="store_true", help="print the command and environment of the job and stop")
     parser.add_argument("--print-job", choices=KINDS, help="print a job file for a cluster and stop")
     parser.add_argument("--image", default=None, help="container image of --print-job kubernetes and skypilot")
@@ -66,6 +68,9 @@ def _ready(job: Job, options: LaunchOptions) -> Job:
 
 def main(argv: list[str]) -> int:
     """Read the configuration, plan the job, run it; the job's exit code."""
+    if argv and argv[0] in ("-h", "--help"):
+        _parser().print_help()
+        return 0
     script, rest = _split(argv)
     arguments, _ = _parser().parse_known_intermixed_args([word for word in argv if word is not script])
     run = config_from_args(arguments)

@@ -16,7 +16,7 @@ from megatron.config.load import load_config
 from megatron.config.schema import RunConfig
 from megatron.errors import ConfigError
 
-# NeoX's flags (those of its deepy.py) -> the key they set is the name without dashes.
+# NeoX's flags (those of its deepy.py), then those of DeepSpeed's launcher -> the key they set is the name without dashes.
 _FLAGS: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
     (("--wandb_group",), {"help": "group of the W&B run"}),
     (("--wandb_run_name",), {"help": "name of the W&B run"}),
@@ -27,6 +27,14 @@ _FLAGS: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
     (("-H", "--hostfile"), {"help": "file with one `host slots=N` per line"}),
     (("-i", "--sample_input_file"), {"help": "file with one prompt per line"}),
     (("-o", "--sample_output_file"), {"help": "where generated samples go"}),
+    (("--launcher",), {"help": "pdsh, openmpi, mpich, slurm, torchrun or none"}),
+    (("--launcher_args",), {"help": "more arguments for the launcher, as one string: --launcher_args='...'"}),
+    (("--include",), {"help": "hosts and slots to use: host1@host2:0,2"}),
+    (("--exclude",), {"help": "hosts and slots to leave out"}),
+    (("--num_nodes",), {"type": int, "help": "the first so many hosts"}),
+    (("--num_gpus",), {"type": int, "help": "processes on each host"}),
+    (("--master_addr",), {"help": "where rank 0 listens"}),
+    (("--master_port",), {"type": int, "help": "its port"}),
 )
 
 

@@ -70,6 +70,13 @@ def test_flags_and_set() -> None:
     assert run.provenance["hostfile"] == "--hostfile" and run.provenance["iteration"] == "--set"
 
 
+def test_flags_of_deepspeeds_launcher() -> None:
+    argv = [QUICK, "--launcher", "openmpi", "--num_gpus", "2", "--num-nodes", "3", "--include", "a@b:0", "--launcher_args=-x A"]
+    launch = config_from_args(make_parser("test").parse_args(argv), check=False).launch
+    assert (launch.launcher, launch.num_gpus, launch.num_nodes, launch.include) == ("openmpi", 2, 3, "a@b:0")
+    assert launch.launcher_args == "-x A"
+
+
 def test_print_and_explain_stop(capsys: pytest.CaptureFixture[str]) -> None:
     parser = make_parser("test")
     for argv, words in (([QUICK, "--print-config"], "num_layers: 4"), (["--explain", "seed"], "Seed of weights")):

@@ -62,6 +62,12 @@ def test_deepy_imports_neither_torch_nor_deepspeed() -> None:
     assert "deepspeed.launcher.launch" in done.stdout
 
 
+def test_help_and_a_missing_script() -> None:
+    asked, bare = start("deepy.py", "--help"), start("deepy.py")
+    assert asked.returncode == 0 and "--launcher" in asked.stdout
+    assert bare.returncode == 5 and "deepy.py train.py configs/" in bare.stderr and "Traceback" not in bare.stderr
+
+
 def test_a_bad_config_starts_nothing() -> None:
     done = deepy("--set", "num_gpuss=2")
     assert done.returncode == 2
