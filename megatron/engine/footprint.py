@@ -104,6 +104,9 @@ class _Piece:
     gradients: int
 
 
+Known = dict[tuple[object, ...], _Piece]
+
+
 def _measure(run: Callable[[Tensor], Tensor], modules: Sequence[nn.Module], x: Tensor) -> _Piece:
     """Run a piece forward and backward; `x` is its input, which the piece before keeps."""
     live = _Live()
@@ -180,7 +183,7 @@ class _Chain:
     tokens: int  # bytes of one micro batch as it comes from the data
 
 
-def _chain(config: ModelConfig, mesh: Mesh, settings: EngineSettings, local: _Local) -> _Chain:
+def _chain(config: ModelConfig, mesh: Mesh, settings: EngineSettings, local: _Local, known: Known) -> _Chain:
     """Measure each kind of block once, the embedding and the head."""
     b, s = settings.micro_batch, settings.seq_length
     dtype, interval = DTYPES[settings.dtype], settings.activation_checkpoint_interval
@@ -190,7 +193,7 @@ def _chain(config: ModelConfig, mesh: Mesh, settings: EngineSettings, local: _Lo
         size = b * s * config.hidden_size * dtype.itemsize
         table = sum(p.numel() * dtype.itemsize for p in local.stages[0].parameters())
         pieces.append(_Piece(size, size, size * 2 + table, table))
-    pieces += _block_pieces(config, settings, blocks, interval)
+    pieces += _block_pieces(config, settings, blocks, interval, known)
     if local.last:
         tail = [stage for stage in local.stages[len(local.stages) - 2 :] if not isinstance(stage, BlockStage)]
         x = torch.empty(b, s, config.hidden_size, dtype=dtype, requires_grad=True)
@@ -198,18 +201,19 @@ def _chain(config: ModelConfig, mesh: Mesh, settings: EngineSettings, local: _Lo
     return _Chain(pieces, local.last, b * s * (8 + 8 + 4))
 
 
-def _block_pieces(config: ModelConfig, settings: EngineSettings, blocks: Sequence[BlockStage], interval: int) -> list[_Piece]:
+def _block_pieces(
+    config: ModelConfig, settings: EngineSettings, blocks: Sequence[BlockStage], interval: int, known: Known
+) -> list[_Piece]:
     """Runs of `interval` blocks (1 without recomputation); equal ones are measured once."""
-    known: dict[tuple[str, ...], _Piece] = {}
+    shape = (settings.micro_batch, settings.seq_length, config.hidden_size)
     pieces = []
     for at in range(0, len(blocks), interval or 1):
         part = blocks[at : at + (interval or 1)]
-        kinds = tuple(_kind(block) for block in part)
-        if kinds not in known:
-            shape = (settings.micro_batch, settings.seq_length, config.hidden_size)
+        key = (*shape, settings.dtype, interval, settings.kernel_backend, *(_kind(block) for block in part))
+        if key not in known:
             x = torch.empty(*shape, dtype=DTYPES[settings.dtype], requires_grad=True)
-            known[kinds] = _measure(lambda x, part=part: _through(part, x, interval), part, x)  # type: ignore[misc]
-        pieces.append(known[kinds])
+            known[key] = _measure(lambda x, part=part: _through(part, x, interval), part, x)  # type: ignore[misc]
+        pieces.append(known[key])
     return pieces
 
 
@@ -225,33 +229,50 @@ def _kind(block: BlockStage) -> str:
 
 
 def rank_footprint(
-    config: ModelConfig, mesh: Mesh, settings: EngineSettings, deepspeed: bool, resident: bool = False
+    config: ModelConfig,
+    mesh: Mesh,
+    settings: EngineSettings,
+    deepspeed: bool,
+    *,
+    resident: bool = False,
+    known: Known | None = None,
+    within: float | None = None,
 ) -> Footprint:
-    """Memory of the rank `mesh.rank`. mesh: sizes only (`Mesh.shape_only`). deepspeed: which engine's buffers are counted.
+    """Memory of the rank `mesh.rank`.
 
-    resident: count DeepSpeed's bucket only as far as it is filled, as the resident set of a CPU process does. An accelerator
-    gives all of it at once.
+    Args:
+        mesh: sizes only (`Mesh.shape_only`).
+        deepspeed: which engine's buffers are counted.
+        resident: count DeepSpeed's bucket only as far as it is filled, as the resident set of a CPU process does. An
+            accelerator gives all of it at once.
+        known: what was measured before, for other meshes and settings of the same `config`; grows.
+        within: bytes. A rank whose weights and optimizer alone take more is not measured further (`total` is those alone), and
+            `recomputed` is not looked for.
 
     Raises:
         ConfigError: the model cannot be cut over the mesh.
     """
+    known = {} if known is None else known
     table.cache_clear()  # tables are cached: fake ones must not meet true ones
     with FakeTensorMode(), torch.device("cpu"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of looking at addresses of fake tensors
         local = _local(config, mesh, settings)
-        chain = _chain(config, mesh, settings, local)
-        recomputed = sum(piece.kept for piece in chain.pieces[: -1 if chain.has_head else None])
-        if settings.activation_checkpoint_interval != 1:
+        count, width = sum(p.numel() for p in local.parameters), DTYPES[settings.dtype].itemsize
+        if deepspeed:
+            buffers = _deepspeed_buffers(count, mesh, settings, resident)
+        else:
+            buffers = _plain_buffers(count, width, settings.gradient_accumulation > 1)
+        weights = _share(count, mesh, deepspeed and settings.zero_stage == 3) * width
+        least = weights + buffers.optimizer + buffers.standing
+        if within is not None and least > within:
+            return Footprint(weights, buffers.gradients, buffers.optimizer, 0, 0, 0, least, count, 0)
+        chain = _chain(config, mesh, settings, local, known)
+        recomputed = 0
+        if within is None:
             blocks = [stage for stage in local.stages if isinstance(stage, BlockStage)]
-            recomputed = sum(piece.kept for piece in _block_pieces(config, settings, blocks, 1))
+            recomputed = sum(piece.kept for piece in _block_pieces(config, settings, blocks, 1, known))
             recomputed += chain.pieces[0].kept if local.first else 0
     table.cache_clear()
-    count = sum(p.numel() for p in local.parameters)
-    if deepspeed:
-        buffers = _deepspeed_buffers(count, mesh, settings, resident)
-    else:
-        buffers = _plain_buffers(count, DTYPES[settings.dtype].itemsize, settings.gradient_accumulation > 1)
-    weights = _share(count, mesh, deepspeed and settings.zero_stage == 3) * DTYPES[settings.dtype].itemsize
     return _assemble(chain, weights, buffers, recomputed, count, mesh, settings)
 
 

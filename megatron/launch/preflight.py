@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from megatron.engine.base import DTYPES, EngineSettings
-from megatron.engine.footprint import Footprint, rank_footprint
+from megatron.engine.footprint import Footprint, Known, rank_footprint
 from megatron.errors import ConfigError
 from megatron.model.config import ModelConfig
 from megatron.model.cost import count_parameters, forward_flops, train_flops
@@ -74,15 +74,18 @@ class Report:
     binding: bool
 
 
-def fullest(run: RunShape, config: ModelConfig) -> Footprint:
+def fullest(run: RunShape, config: ModelConfig, known: Known, within: float | None = None) -> Footprint:
     """The rank that takes most; ranks differ by pipeline stage: the first, one between and the last are looked at.
+
+    known, within: see `rank_footprint`.
 
     Raises:
         ConfigError: the model cannot be cut over the mesh.
     """
     stages = sorted({0, run.pp // 2, run.pp - 1})
     meshes = [Mesh.shape_only(run.pp, run.tp, run.world, stage * run.dp * run.tp) for stage in stages]
-    return max((rank_footprint(config, mesh, run.settings, run.deepspeed) for mesh in meshes), key=lambda f: f.total)
+    found = [rank_footprint(config, mesh, run.settings, run.deepspeed, known=known, within=within) for mesh in meshes]
+    return max(found, key=lambda f: f.total)
 
 
 def _changes(run: RunShape, config: ModelConfig) -> Iterator[tuple[str, RunShape]]:
@@ -110,11 +113,11 @@ def _changes(run: RunShape, config: ModelConfig) -> Iterator[tuple[str, RunShape
             yield f"pipe_parallel_size: {long.pp} ({long.world} processes)", long
 
 
-def advice(run: RunShape, config: ModelConfig, room: float) -> str:
+def advice(run: RunShape, config: ModelConfig, room: float, known: Known) -> str:
     """One change after which the fullest rank takes at most `room` bytes; empty when none of the known ones does."""
     for text, changed in _changes(run, config):
         try:
-            took = fullest(changed, config).total
+            took = fullest(changed, config, known, within=room).total
         except ConfigError:
             continue  # not possible for this model
         if took <= room:
@@ -163,7 +166,8 @@ def report(run: RunShape, config: ModelConfig, limits: Limits) -> Report:
         ConfigError: the model cannot be built, or its sizes do not divide over the mesh.
     """
     total, inner = count_parameters(config)
-    found, s = fullest(run, config), run.settings
+    known: Known = {}
+    found, s = fullest(run, config, known), run.settings
     step, training = run.global_batch * s.seq_length, train_flops(config, s.seq_length)
     flops = run.train_iters * step * training
     forward = human(forward_flops(config, s.seq_length))
@@ -186,5 +190,5 @@ def report(run: RunShape, config: ModelConfig, limits: Limits) -> Report:
         "verdict": verdict,
     }
     if not fits:
-        rows["one change"] = advice(run, config, room) or "none of those known here: a smaller model, or more devices"
+        rows["one change"] = advice(run, config, room, known) or "none of those known here: a smaller model, or more devices"
     return Report("\n".join(f"{name:17} {text}" for name, text in rows.items()), fits, limits.binding)

@@ -108,8 +108,8 @@ def test_the_cheapest_change_that_makes_it_fit_is_named() -> None:
     assert not made.fits
     assert "checkpoint_activations: true takes" in made.text
     small = replace(RUN, settings=replace(SETTINGS, activation_checkpoint_interval=1, loss_chunk_tokens=16))
-    assert advice(small, MODEL, of(small.settings).total - 1).startswith("train_micro_batch_size_per_gpu: 2, gradient_acc")
-    assert advice(replace(RUN, pp=4, tp=4, settings=replace(small.settings, micro_batch=1)), MODEL, 1.0) == ""
+    assert advice(small, MODEL, of(small.settings).total - 1, {}).startswith("train_micro_batch_size_per_gpu: 2, gradient_acc")
+    assert advice(replace(RUN, pp=4, tp=4, settings=replace(small.settings, micro_batch=1)), MODEL, 1.0, {}) == ""
 
 
 def test_limits_of_this_machine_do_not_bind_and_given_ones_do() -> None:
