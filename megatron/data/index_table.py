@@ -117,9 +117,11 @@ def _legacy(path: Path, head: bytes, length: int) -> tuple[np.dtype[Any], NDArra
     total = int(sizes.sum())
     if int(places[-1]) != total:
         raise damaged(f"the last offset is {places[-1]}", f"the sizes add up to {total}", path)
-    with np.errstate(over="ignore"):  # a wrong offset may overflow here; it is found when compared with the sizes
-        offsets = places[:-1] * dtype.itemsize
-    return dtype, sizes.astype(np.int32), offsets, doc_idx
+    beyond = (places < 0) | (places > total)
+    if beyond.any():  # times the bytes of a token it could overflow to the right number
+        wrong = int(np.argmax(beyond))
+        raise damaged(f"the offset of sequence {wrong} is {places[wrong]} tokens", f"there are {total} tokens", path)
+    return dtype, sizes.astype(np.int32), places[:-1] * dtype.itemsize, doc_idx
 
 
 def _prove_offsets(sizes: NDArray[np.int32], offsets: NDArray[np.int64], item: int, path: Path) -> int:

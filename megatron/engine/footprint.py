@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron.engine.base import DTYPES, EngineSettings
+from megatron.engine.buffers import Buffers, deepspeed_buffers, plain_buffers, share
 from megatron.engine.stages import balanced_bounds, check_mesh, run_stages, stage_costs
 from megatron.model.build import build_model, param_specs
 from megatron.model.config import ModelConfig
@@ -34,8 +35,6 @@ from megatron.training.objectives import objective_loss
 
 # Mixers choose their chunk by the lowest log decay of the batch; this is what fresh weights give.
 _TYPICAL = -1.0
-_LARGEST_BUCKET = 500_000_000  # elements, as in `deepspeed_config.py`
-_LIVE = 1_000_000_000
 
 
 @dataclass(frozen=True)
@@ -259,10 +258,10 @@ def rank_footprint(
         local = _local(config, mesh, settings)
         count, width = sum(p.numel() for p in local.parameters), DTYPES[settings.dtype].itemsize
         if deepspeed:
-            buffers = _deepspeed_buffers(count, mesh, settings, resident)
+            buffers = deepspeed_buffers(count, mesh, settings, resident)
         else:
-            buffers = _plain_buffers(count, width, settings.gradient_accumulation > 1)
-        weights = _share(count, mesh, deepspeed and settings.zero_stage == 3) * width
+            buffers = plain_buffers(count, width, settings.gradient_accumulation > 1)
+        weights = share(count, mesh, deepspeed and settings.zero_stage == 3) * width
         least = weights + buffers.optimizer + buffers.standing
         if within is not None and least > within:
             return Footprint(weights, buffers.gradients, buffers.optimizer, 0, 0, 0, least, count, 0)
@@ -277,7 +276,7 @@ def rank_footprint(
 
 
 def _assemble(
-    chain: _Chain, weights: int, shards: _Buffers, recomputed: int, count: int, mesh: Mesh, settings: EngineSettings
+    chain: _Chain, weights: int, shards: Buffers, recomputed: int, count: int, mesh: Mesh, settings: EngineSettings
 ) -> Footprint:
     """The fullest moment of a step from its pieces."""
     pieces = chain.pieces
@@ -301,46 +300,3 @@ def _assemble(
     logits = pieces[-1].backward - pieces[-1].gradients if chain.has_head else 0
     workspace = max(0, peak - standing - kept_then - made) + shards.standing
     return Footprint(weights, shards.gradients, shards.optimizer, activations, logits, workspace, peak, count, recomputed)
-
-
-@dataclass(frozen=True)
-class _Buffers:
-    """Bytes of an engine. standing: buffers that live through the whole step; step: the most while the optimizer runs.
-
-    in_place: gradients of micro batches are summed where autograd leaves them. bucket_takes: what autograd made becomes a view
-    of a bucket, which is counted in `standing`.
-    """
-
-    optimizer: int
-    gradients: int
-    standing: int
-    step: int
-    in_place: bool
-    bucket_takes: bool = False
-
-
-def _share(count: int, mesh: Mesh, yes: bool) -> int:
-    return -(-count // mesh.dp) if yes else count
-
-
-def _plain_buffers(count: int, width: int, accumulates: bool) -> _Buffers:
-    """`single.py`: narrow weights have masters and fp32 sums of their gradients."""
-    if width == 4:
-        return _Buffers(count * 8, count * 4, 0, count * 4, True)
-    return _Buffers(count * 12, count * 4, count * 4 if accumulates else 0, count * (width + (0 if accumulates else 4)), False)
-
-
-def _deepspeed_buffers(count: int, mesh: Mesh, settings: EngineSettings, resident: bool) -> _Buffers:
-    """DeepSpeed's ZeRO optimizers: masters in fp32 always, also of fp32 weights; gradients pass through a bucket."""
-    stage, width = max(settings.zero_stage, 1), DTYPES[settings.dtype].itemsize
-    wide = 4 if settings.fp32_grad_accum else width
-    sums = _share(count, mesh, stage >= 2) * wide
-    bucket = min(count, _LARGEST_BUCKET) * wide
-    if stage == 3:  # gathered weights stay until a billion are alive (stage3_max_live_parameters)
-        bucket += min(count, _LIVE) * width
-    own, accumulates = -(-count // mesh.dp), settings.gradient_accumulation > 1
-    if stage == 3 or wide != width:
-        return _Buffers(own * 12, sums, bucket, sums + own * 4, accumulates)
-    if resident:
-        return _Buffers(own * 12, sums, 0, bucket + own * 8, accumulates)
-    return _Buffers(own * 12, sums, bucket, own * 8, in_place=False, bucket_takes=True)

@@ -87,6 +87,7 @@ def _streams(form: Form) -> tuple[tuple[int, int, int], list[float], list[float]
     return (mesh.pp_rank, mesh.dp_rank, mesh.tp_rank), drawn, losses
 
 
+@pytest.mark.slow
 def test_dropout_differs_per_data_rank_and_repeats_per_seed() -> None:
     form = Form(dropout=0.2)
     by_place = {place: (drawn, losses) for place, drawn, losses in run_ranks(_streams, 4, form)}

@@ -36,8 +36,8 @@ def test_single_process(tied: bool, objective: Objective) -> None:
     assert close(got, want) and got["eval"] == pytest.approx(want["eval"], rel=2e-6)
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize(("pp", "tp"), [(1, 2), (2, 1)])
+@pytest.mark.parametrize("tied", [pytest.param(True, marks=pytest.mark.slow), False])
+@pytest.mark.parametrize(("pp", "tp"), [pytest.param(1, 2, marks=pytest.mark.slow), (2, 1)])
 def test_bf16_keeps_the_gradient_of_the_output_matrix(pp: int, tp: int, tied: bool) -> None:
     """DeepSpeed clears gradients when one reaches the output of a stage: the matrix behind it has its own by then.
 

@@ -24,7 +24,11 @@ SETTINGS = EngineSettings(gradient_accumulation=2, gradient_clipping=0.5)
     ("mesh", "work"),
     [
         ((1, 1, 2), [("metala", Form(2)), ("metala", Form(3, recompute=True, tied=False)), ("based", Form(3))]),
-        ((1, 2, 2), [("metala", Form(2, tied=False)), ("metala", Form(3, recompute=True)), ("jrt", Form(3, sequence=True))]),
+        pytest.param(
+            (1, 2, 2),
+            [("metala", Form(2, tied=False)), ("metala", Form(3, recompute=True)), ("jrt", Form(3, sequence=True))],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_equal_to_one_process(mesh: Mesh3, work: list[Cell]) -> None:

@@ -33,6 +33,7 @@ def real_ranks(trials: int, faults: str) -> None:
     assert json.loads(done.stdout.splitlines()[-1])["named and left in time"] == trials
 
 
+@pytest.mark.slow
 def test_faults_on_real_ranks_are_named_in_time() -> None:
     """The slow suite adds loops and errors in the data."""
     real_ranks(3, "stop,kill,loop")

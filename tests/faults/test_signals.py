@@ -24,6 +24,7 @@ from tests.training.runs import make_engine, micros, options, train
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_random_moments_on_real_ranks() -> None:
     """Two of the hundred trials that the command runs by default."""
     done = subprocess.run(

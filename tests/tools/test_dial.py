@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -32,6 +34,7 @@ def test_state_of_based_and_its_dial(tmp_path: Path) -> None:
     assert (tmp_path / "d.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_models_without_knobs() -> None:
     """Mamba's is constant; attention keeps every token: 2 x 1,024 numbers per layer and token."""
     assert f"{46 * (2048 * 16 * 4 + 3 * 2048 * 2):,}" in dial("configs/mamba-360m.yml")
