@@ -99,6 +99,7 @@ def test_widest_mesh_and_documents(segments: bool) -> None:
     assert not segments or relative(want, oracle()["losses"][:4]) > 1e-4, "borders must matter in this test"
 
 
+@pytest.mark.slow
 def test_mamba_without_mlp_on_two_by_two() -> None:
     got = run_ranks(job, 4, 2, 2, "deepspeed", SETTINGS, MAMBA, 8, True, timeout=120)[0]
     assert relative(got["losses"], oracle(segments=True, mamba=True)["losses"]) <= 1e-5

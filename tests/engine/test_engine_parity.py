@@ -57,6 +57,7 @@ def test_eight_ranks_equal_one_process() -> None:
     assert relative(got["losses"], oracle(True)["losses"]) <= 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["tp2pp2", "dp2"])
 def test_bf16_follows_one_process(mesh: str) -> None:
     """bf16 rounds activations differently per layout: 20 losses within 0.5 %."""

@@ -69,7 +69,8 @@ def _state(stage: int) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
 def test_state_of_each_rank(stage: int) -> None:
     ranks = run_ranks(_state, 2, stage)
     for got in ranks:
