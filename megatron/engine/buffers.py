@@ -8,10 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron.engine.base import DTYPES, EngineSettings
+from megatron.engine.deepspeed_config import LARGEST_BUCKET
 from megatron.parallel.mesh import Mesh
 
-_LARGEST_BUCKET = 500_000_000  # elements, as in `deepspeed_config.py`
-_LIVE = 1_000_000_000
+_LIVE = 1_000_000_000  # elements
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,9 @@ class Buffers:
     bucket_takes: bool = False
 
 
-def share(count: int, mesh: Mesh, yes: bool) -> int:
-    """Elements of one data-parallel rank, of `count`, where they are shared out."""
-    return -(-count // mesh.dp) if yes else count
+def share(count: int, mesh: Mesh) -> int:
+    """Elements of one data-parallel rank where `count` of them are shared out."""
+    return -(-count // mesh.dp)
 
 
 def plain_buffers(count: int, width: int, accumulates: bool) -> Buffers:
@@ -46,11 +46,11 @@ def deepspeed_buffers(count: int, mesh: Mesh, settings: EngineSettings, resident
     """DeepSpeed's ZeRO optimizers: masters in fp32 always, also of fp32 weights; gradients pass through a bucket."""
     stage, width = max(settings.zero_stage, 1), DTYPES[settings.dtype].itemsize
     wide = 4 if settings.fp32_grad_accum else width
-    sums = share(count, mesh, stage >= 2) * wide
-    bucket = min(count, _LARGEST_BUCKET) * wide
+    own, accumulates = share(count, mesh), settings.gradient_accumulation > 1
+    sums = (own if stage >= 2 else count) * wide
+    bucket = min(count, LARGEST_BUCKET) * wide
     if stage == 3:  # gathered weights stay until a billion are alive (stage3_max_live_parameters)
         bucket += min(count, _LIVE) * width
-    own, accumulates = -(-count // mesh.dp), settings.gradient_accumulation > 1
     if stage == 3 or wide != width:
         return Buffers(own * 12, sums, bucket, sums + own * 4, accumulates)
     if resident:

@@ -10,7 +10,7 @@ from megatron.parallel.mesh import Mesh
 
 _FP16_KEYS = ("loss_scale", "initial_scale_power", "loss_scale_window", "hysteresis", "min_loss_scale")
 # DeepSpeed allocates the whole bucket at every step; its default of 5e8 elements is 2 GB however small the model is.
-_LARGEST_BUCKET = 500_000_000
+LARGEST_BUCKET = 500_000_000
 
 
 def check_zero_stage(stage: int, pipeline: int) -> None:
@@ -57,7 +57,7 @@ def deepspeed_config(settings: EngineSettings, mesh: Mesh, on_accelerator: bool,
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {
             "stage": max(settings.zero_stage, 1),
-            "reduce_bucket_size": min(max(local_params, 1), _LARGEST_BUCKET),
+            "reduce_bucket_size": min(max(local_params, 1), LARGEST_BUCKET),
         },
         # Recomputation is done in `engine/stages.py`, non-reentrant; DeepSpeed's own stays off.
         # Whole activations go to the next stage: the partitioned form adds collectives and unwraps one-tensor tuples.

@@ -261,7 +261,7 @@ def rank_footprint(
             buffers = deepspeed_buffers(count, mesh, settings, resident)
         else:
             buffers = plain_buffers(count, width, settings.gradient_accumulation > 1)
-        weights = share(count, mesh, deepspeed and settings.zero_stage == 3) * width
+        weights = (share(count, mesh) if deepspeed and settings.zero_stage == 3 else count) * width
         least = weights + buffers.optimizer + buffers.standing
         if within is not None and least > within:
             return Footprint(weights, buffers.gradients, buffers.optimizer, 0, 0, 0, least, count, 0)

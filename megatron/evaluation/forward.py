@@ -8,7 +8,7 @@ vocabulary: rows that pad the table would change them, and an exported folder ha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from megatron.model.build import build_model, param_specs
 from megatron.model.config import ModelConfig
 from megatron.model.lm import LanguageModel, embed, run_blocks, step_blocks
 from megatron.parallel.mesh import Mesh, rank_of
+from megatron.parallel.plan import ParamSpec
 from megatron.parallel.tensor import local_slice, shard_model
 
 _STOP, _SCORE, _PREFILL, _ADVANCE = range(4)
@@ -279,7 +280,7 @@ def open_forward(
     with torch.device("meta"):
         model = build_model(config)
     shard_model(model, specs, mesh)
-    names = _own_names(config, mesh)
+    names = _own_names(config, specs, mesh)
     place = Place(mesh.pp_rank, mesh.tp_rank)
     with Source(checkpoint, manifest) as source:
         missing = names - set(manifest.weights)
@@ -295,12 +296,12 @@ def open_forward(
     return Forward(model.eval(), mesh, size, device, backend), manifest
 
 
-def _own_names(config: ModelConfig, mesh: Mesh) -> set[str]:
+def _own_names(config: ModelConfig, specs: Mapping[str, ParamSpec], mesh: Mesh) -> set[str]:
     """Logical names of the parameters that this rank runs."""
     start, stop = block_range(config.num_layers, mesh.pp, mesh.pp_rank)
     tied = {_EMBEDDING} if config.tie_embeddings else set()
     found = set()
-    for name, spec in param_specs(config).items():
+    for name, spec in specs.items():
         block = spec.stage - 2
         ends = (spec.stage == 0 and mesh.pp_rank == 0) or (block >= config.num_layers and mesh.pp_rank == mesh.pp - 1)
         if ends or (start <= block < stop and spec.stage >= 2):

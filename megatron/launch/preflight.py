@@ -146,16 +146,14 @@ def _time(run: RunShape, flops: float, limits: Limits) -> str:
 
 
 def _memory_rows(found: Footprint, run: RunShape) -> dict[str, str]:
-    whole = found.activations
-    other = "recomputed" if not run.settings.activation_checkpoint_interval else "as configured"
-    kept = f"activations {whole / _MIB:,.0f} ({found.recomputed / _MIB:,.0f} if every block is recomputed)"
+    note = f"{found.recomputed / _MIB:,.0f} if every block is recomputed"
     if run.settings.activation_checkpoint_interval:
-        kept = f"activations {whole / _MIB:,.0f} ({other}, blocks are recomputed)"
+        note = "as configured, blocks are recomputed"
     return {
         "memory per rank": f"{found.total / _GIB:.2f} GiB at the fullest moment of a step",
         "  of it, in MiB": f"weights {found.weights / _MIB:,.0f}, gradients {found.gradients / _MIB:,.0f}, optimizer "
-        f"{found.optimizer / _MIB:,.0f}, {kept}, logits and loss {found.logits / _MIB:,.0f}, workspace "
-        f"{found.workspace / _MIB:,.0f}; each at its own largest",
+        f"{found.optimizer / _MIB:,.0f}, activations {found.activations / _MIB:,.0f} ({note}), logits and loss "
+        f"{found.logits / _MIB:,.0f}, workspace {found.workspace / _MIB:,.0f}; each at its own largest",
     }
 
 

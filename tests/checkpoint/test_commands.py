@@ -4,7 +4,6 @@ also on another mesh; an explicit step does not.
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -12,40 +11,16 @@ from pathlib import Path
 import pytest
 
 from megatron.checkpoint.report import diff
-from megatron.data.indexed import IndexedWriter, dtype_for_vocab
+from tests.tiny_run import losses, write_run
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def write_config(folder: Path) -> Path:
     """A tiny run that saves after steps 10 and 20."""
-    with IndexedWriter(str(folder / "text"), dtype_for_vocab(512)) as writer:
-        for i in range(40):
-            writer.add_document([*f"{i} the cat sat on the mat and the dog ate the log. ".encode() * 3, 0])
-    values = {
-        "data_path": str(folder / "text"),
-        "tokenizer_type": "CharLevelTokenizer",
-        "num_layers": 2,
-        "hidden_size": 32,
-        "num_attention_heads": 2,
-        "seq_length": 32,
-        "attention_config": [[["metala"], 2]],
-        "norm": "simplermsnorm",
-        "activation": "silu",
-        "mlp_type": "llama",
-        "intermediate_size": 64,
-        "use_bias_in_mlp": False,
-        "make_vocab_size_divisible_by": 64,
-        "optimizer": {"type": "Adam", "params": {"lr": 0.003}},
-        "train_micro_batch_size_per_gpu": 4,
-        "train_iters": 20,
-        "eval_iters": 0,
-        "log_interval": 1,
-        "checkpoint_factor": 10,
-    }
-    path = folder / "tiny.yml"
-    path.write_text(json.dumps(values), encoding="utf-8")
-    return path
+    llama = {"norm": "simplermsnorm", "activation": "silu", "mlp_type": "llama", "intermediate_size": 64}
+    llama |= {"use_bias_in_mlp": False, "make_vocab_size_divisible_by": 64}
+    return write_run(folder, train_micro_batch_size_per_gpu=4, train_iters=20, checkpoint_factor=10, **llama)
 
 
 def train(config: Path, name: str, *overrides: str, code: int = 0) -> str:
@@ -58,12 +33,6 @@ def train(config: Path, name: str, *overrides: str, code: int = 0) -> str:
     text = done.stdout + done.stderr
     assert done.returncode == code, text
     return text
-
-
-def losses(folder: Path) -> dict[int, float]:
-    """Step -> loss."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return {row["iteration"]: row["train/lm_loss"] for row in rows if "train/lm_loss" in row}
 
 
 @pytest.mark.slow

@@ -27,7 +27,7 @@ from megatron.checkpoint.manifest import read_manifest
 from megatron.checkpoint.resume import resume
 from megatron.checkpoint.save import save_checkpoint
 from tests.checkpoint.fakes import MODEL, FakeEngine
-from tests.faults.report import store
+from tests.faults.report import as_typed, store
 
 KINDS = ("flip", "cut", "zero", "grow", "delete", "swap", "other")
 
@@ -142,7 +142,7 @@ def main() -> None:
     logging.disable(logging.WARNING)  # a line per resume
     found = run(args.count, args.seed)
     print(json.dumps(found, indent=1))
-    store(args.output, "random damages", " ".join(["python tests/faults/checkpoint_damage.py", *sys.argv[1:]]), found)
+    store(args.output, "random damages", as_typed(__file__), found)
     raise SystemExit(bool(found["not"] or found["left"]))
 
 

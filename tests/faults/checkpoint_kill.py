@@ -30,7 +30,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tests.faults.report import store
+from tests.faults.report import as_typed, store
 from tests.parallel.rank_server import die_with_parent, free_port
 
 WORLD, PP = 4, 2
@@ -281,7 +281,7 @@ def main() -> None:
     }
     print(json.dumps(found, indent=1), flush=True)
     name = f"kill -9 inside a save, {args.mode}" + (", past the page cache" if args.direct else "")
-    store(args.output, name, " ".join(["python tests/faults/checkpoint_kill.py", *sys.argv[1:]]), found)
+    store(args.output, name, as_typed(__file__), found)
     raise SystemExit(bool(r.wrong or r.older or r.failed))
 
 

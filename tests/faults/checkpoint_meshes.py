@@ -22,7 +22,7 @@ import numpy as np
 from megatron.checkpoint.save import save_checkpoint
 from megatron.parallel.plan import slice_of
 from tests.faults.checkpoint_run import Run, model_of
-from tests.faults.report import store
+from tests.faults.report import as_typed, store
 from tests.parallel.ranks import run_ranks
 
 Mesh3 = tuple[int, int, int]  # pipeline, data, tensor
@@ -141,8 +141,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as base:
         found = run_pairs(Path(base), saved_on, MESHES, args.dtype)
     print(json.dumps(found, indent=1))
-    command = " ".join(["python tests/faults/checkpoint_meshes.py", *sys.argv[1:]])
-    store(args.output, f"mesh pairs {args.dtype}", command, found)
+    store(args.output, f"mesh pairs {args.dtype}", as_typed(__file__), found)
     limit = 1e-6 if args.dtype == "fp32" else 5e-3  # bf16: partial sums meet in another order
     raise SystemExit(bool(found["differ"]) or found["worst relative difference of the next loss"] > limit)
 

@@ -24,7 +24,7 @@ import torch
 from megatron.checkpoint.save import save_checkpoint
 from megatron.registry import layer_names
 from tests.faults.checkpoint_run import Run, model_of
-from tests.faults.report import store
+from tests.faults.report import as_typed, store
 
 Step = tuple[str, str, list[int], str]
 
@@ -82,8 +82,7 @@ def main() -> None:
         print(mixer, json.dumps(result[mixer]), flush=True)
     found = {**result, "minutes": round((time.monotonic() - begin) / 60, 1), "details": bad[:5]}
     print(json.dumps(found, indent=1))
-    command = " ".join(["python tests/faults/checkpoint_resume.py", *sys.argv[1:]])
-    store(args.output, f"resume after every step of {args.steps}", command, found)
+    store(args.output, f"resume after every step of {args.steps}", as_typed(__file__), found)
     raise SystemExit(bool(bad))
 
 

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+
+def as_typed(file: str) -> str:
+    """The command line that this process was started with, for a script of this folder (its `__file__`)."""
+    return " ".join(["python", f"tests/faults/{Path(file).name}", *sys.argv[1:]])
 
 
 def store(file: Path | None, name: str, command: str, report: Mapping[str, Any]) -> None:

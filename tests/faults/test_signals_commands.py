@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -13,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from megatron.checkpoint.layout import whole_steps
-from megatron.data.indexed import IndexedWriter, dtype_for_vocab
 from megatron.launch.runners import children
 from tests.parallel.rank_server import free_port
+from tests.tiny_run import write_run
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,33 +22,16 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
     """A tiny run without an end."""
-    with IndexedWriter(str(tmp_path / "text_document"), dtype_for_vocab(512)) as writer:
-        for i in range(40):
-            writer.add_document([*f"{i} the cat sat on the mat. ".encode() * 4, 0])
-    values = {
-        "data_path": str(tmp_path / "text_document"),
-        "tokenizer_type": "CharLevelTokenizer",
-        "num_layers": 2,
-        "hidden_size": 32,
-        "num_attention_heads": 2,
-        "seq_length": 32,
-        "attention_config": [[["metala"], 2]],
-        "optimizer": {"type": "Adam", "params": {"lr": 0.003}},
-        "train_micro_batch_size_per_gpu": 2,
-        "train_iters": 100_000,
-        "eval_interval": 50,
-        "eval_iters": 2,
-        "log_interval": 1,
-        "checkpoint_factor": 100_000,
-        "hidden_dropout": 0.0,
-        "master_port": free_port(),
-        "run_dir": str(tmp_path / "run"),
-        "save": str(tmp_path / "save"),
-        "load": str(tmp_path / "save"),
-    }
-    path = tmp_path / "tiny.yml"
-    path.write_text(json.dumps(values), encoding="utf-8")
-    return path
+    return write_run(
+        tmp_path,
+        train_iters=100_000,
+        eval_interval=50,
+        eval_iters=2,
+        master_port=free_port(),
+        run_dir=str(tmp_path / "run"),
+        save=str(tmp_path / "save"),
+        load=str(tmp_path / "save"),
+    )
 
 
 def _rows(metrics: Path) -> int:

@@ -15,8 +15,9 @@ import pytest
 
 from tests.launch.failures_count import measure
 from tests.launch.lab import ROOT, OneNodeSlurm, TwoHosts, clean_environment, finish, missing, scratch_folder, start
-from tests.launch.tiny_run import STEPS, losses, write_run
+from tests.launch.tiny_run import STEPS, write_run
 from tests.parallel.rank_server import free_port
+from tests.tiny_run import losses
 
 pytestmark = pytest.mark.slow
 LIMIT_S = 200
