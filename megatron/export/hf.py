@@ -22,10 +22,11 @@ from megatron.checkpoint.load import read_full_weights
 from megatron.checkpoint.manifest import Manifest, read_manifest
 from megatron.checkpoint.tensors import nbytes, write_tensors
 from megatron.errors import ExportError
-from megatron.export.card import model_card
+from megatron.export.card import Stated, Subject, model_card
 from megatron.export.families import Family, family_of
 from megatron.export.native import to_native
 from megatron.export.pack import PackPlan, pack
+from megatron.export.proved import PROVED_TRANSFORMERS
 from megatron.export.tokenizer import export_tokenizer
 from megatron.export.verify import make_probe, verify_folder
 from megatron.files import fsync_folder, write_json, write_text
@@ -73,6 +74,7 @@ def export_checkpoint(
     dtype: str = "auto",
     max_shard_bytes: int = 5_000_000_000,
     keep_padding: bool = False,
+    stated: Stated | None = None,
 ) -> Exported:
     """Write the Hugging Face folder `output` from a `global_step<N>` folder of any mesh.
 
@@ -80,12 +82,15 @@ def export_checkpoint(
         dtype: auto (as stored) | float32 | bfloat16 | float16 | float64. max_shard_bytes: weights per file.
         keep_padding: keep the vocabulary rows that only pad the table; by default the rows beyond the tokenizer's size,
             which no text can reach, are cut off and `vocab_size` is the true size.
+        stated: what a person adds to the model card: license, languages, data sets, measured figures.
 
     Raises:
         ExportError: `output` exists and is not empty, the dtype is unknown, or the folder's logits differ.
         CheckpointError: the checkpoint is absent or damaged.
     """
     checkpoint, output = Path(checkpoint), Path(output)
+    stated = stated or Stated()
+    stated.check()
     _check_arguments(output, dtype)
     manifest = read_manifest(checkpoint)
     config = model_config_of(manifest, str(checkpoint))
@@ -100,7 +105,7 @@ def export_checkpoint(
     temporary.mkdir()
     try:
         title = str((manifest.facts.get("run") or {}).get("name") or output.name)
-        content = _Content(checkpoint, manifest, config, weights, family, title, notes)
+        content = _Content(checkpoint, manifest, config, weights, family, title, notes, stated)
         difference = _write(temporary, content, max_shard_bytes)
         if output.is_dir():
             output.rmdir()
@@ -145,6 +150,7 @@ class _Content:
     family: Family
     title: str
     notes: list[str]
+    stated: Stated
 
     @property
     def tokenizer_facts(self) -> Mapping[str, Any]:
@@ -176,8 +182,9 @@ def _write(folder: Path, content: _Content, max_shard_bytes: int) -> float:
     notes.append(f"logits compared with the checkpoint's in fp32: largest difference {difference:.1e} of the largest logit")
     total = sum(t.numel() for t in weights.values())
     has_tokenizer = (folder / "tokenizer.json").is_file() or (folder / "tokenizer_config.json").is_file()
-    card = model_card(content.title, config, total, content.manifest, content.dtype, notes, has_tokenizer)
-    write_text(folder / "README.md", card if family.native is None else card.replace(", trust_remote_code=True", ""))
+    native = family.native is not None
+    subject = Subject(content.title, config, total, content.manifest, content.dtype, notes, has_tokenizer, native)
+    write_text(folder / "README.md", model_card(subject, content.stated))
     return difference
 
 
@@ -234,6 +241,7 @@ def _config_json(
     fields = family.fields(config)
     if family.native is None:
         fields["auto_map"] = family.auto_map
+        fields["proved_transformers"] = list(PROVED_TRANSFORMERS)
     elif length:
         fields[family.native.length_key] = length
     settings = family.config_class(**fields, **_token_ids(facts), architectures=[f"{family.prefix}ForCausalLM"], dtype=dtype)
