@@ -5,6 +5,7 @@ What only a person can know (license, languages, data sets on the hub) is given 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -171,6 +172,7 @@ def _datasets(subject: Subject, stated: Stated) -> list[str]:
 def front_matter(subject: Subject, stated: Stated) -> ModelCardData:
     """The metadata that the hub reads."""
     kinds = list(dict.fromkeys(subject.config.layer_types))
+    finite = [score for score in stated.scores if math.isfinite(score.value)]  # the hub reads no infinity
     linear = ["linear-attention"] if any(_file_of(kind) in _LINEAR for kind in kinds) else []
     return ModelCardData(
         license=stated.license,
@@ -181,8 +183,8 @@ def front_matter(subject: Subject, stated: Stated) -> ModelCardData:
         pipeline_tag="text-generation",
         tags=["linear-neox", "pretraining", *linear, *(kind.replace("_", "-") for kind in kinds)],
         datasets=_datasets(subject, stated) or None,
-        model_name=_cell(subject.title) if stated.scores else None,
-        eval_results=[score.metadata() for score in stated.scores] or None,
+        model_name=" ".join(subject.title.split()) if finite else None,
+        eval_results=[score.metadata() for score in finite] or None,
     )
 
 

@@ -12,14 +12,18 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.export.hub_server import TOKEN, running_hub
+
 ROOT = Path(__file__).resolve().parents[2]
 FACTS = {"tokenizer": {"type": "CharLevelTokenizer", "vocab_size": 512, "eod": 0, "pad": 1}, "seq_length": 64}
 
 pytestmark = pytest.mark.slow
 
 
-def run(*words: object, cwd: Path, text: str = "") -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HOME": str(cwd / "home")}
+def run(*words: object, cwd: Path, text: str = "", **variables: str) -> subprocess.CompletedProcess[str]:
+    """One command; nobody is logged in to the Hub, whose address leads nowhere, unless `variables` say otherwise."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HOME": str(cwd / "home"), "HF_ENDPOINT": "http://127.0.0.1:9"}
+    environment = {k: v for k, v in environment.items() if k not in ("HF_TOKEN", "HF_HUB_OFFLINE")} | variables
     command = [sys.executable, str(ROOT / str(words[0])), *map(str, words[1:])]
     return subprocess.run(
         command, cwd=cwd, env=environment, input=text, capture_output=True, text=True, timeout=300, check=False
@@ -46,6 +50,63 @@ def test_mistakes_are_one_message_and_exit_codes(checkpoint: Path, tmp_path: Pat
     assert lost.returncode == 4 and "not a checkpoint" in lost.stderr and "Traceback" not in lost.stderr
     lost = run("tools/convert_from_hf.py", "--input", checkpoint, "--output", tmp_path / "ck", cwd=tmp_path)
     assert lost.returncode == 6 and "checkpoint of ours" in lost.stderr and "Traceback" not in lost.stderr
+
+
+def test_push_dry_and_for_real(checkpoint: Path, tmp_path: Path) -> None:
+    scores = {"checkpoint": str(checkpoint), "lm_eval": "0.4.13", "results": {"piqa": {"acc,none": 0.625}}}
+    (tmp_path / "scores.json").write_text(json.dumps(scores))
+    card = ("--license", "mit", "--language", "en", "--dataset", "ada/books", "--eval-results", "scores.json")
+    convert = ("tools/convert_to_hf.py", "--checkpoint", checkpoint, "--output", "hf", *card, "--push-to-hub", "ada/tiny")
+    dry = run(*convert, "--private", "--dry-run", cwd=tmp_path)
+    assert dry.returncode == 0, dry.stderr
+    assert "logits compared" in dry.stdout and "repository: ada/tiny\nvisibility: private\n" in dry.stdout
+    assert "model.safetensors" in dry.stdout and "dry run: nothing was sent" in dry.stdout
+    readme = (tmp_path / "hf" / "README.md").read_text()
+    for fact in ("license: mit", "language:\n- en", "datasets:\n- ada/books", "model-index:", "| piqa | acc | 0.6250 |"):
+        assert fact in readme
+    push = ("tools/convert_to_hf.py", "--folder", "hf", "--push-to-hub", "tiny", "--private")
+    nobody = run(*push, cwd=tmp_path)
+    assert nobody.returncode == 6 and "hf auth login" in nobody.stderr and "Traceback" not in nobody.stderr
+    nowhere = run(*push, cwd=tmp_path, HF_TOKEN=TOKEN)
+    assert nowhere.returncode == 6 and "the Hub cannot be asked" in nowhere.stderr and "Traceback" not in nowhere.stderr
+    with running_hub() as hub:
+        done = run(*push, "--commit-message", "Step 0", cwd=tmp_path, HF_TOKEN=TOKEN, HF_ENDPOINT=hub.url)
+        assert done.returncode == 0, done.stderr
+        repo = hub.repos["ada/tiny"]
+        assert repo.private and repo.commits == [("main", "Step 0")]
+        sent = {name: text for name, text in repo.branches["main"].items() if name != ".gitattributes"}
+        assert sent == {path.name: path.read_bytes() for path in (tmp_path / "hf").iterdir()}
+        assert 'from_pretrained("ada/tiny", trust_remote_code=True)' in done.stdout and "(private)" in done.stdout
+        again = run(*push[:4], "stranger/tiny", cwd=tmp_path, HF_TOKEN=TOKEN, HF_ENDPOINT=hub.url)
+    assert again.returncode == 6 and "may not write there" in again.stderr and "Traceback" not in again.stderr
+    assert all(TOKEN not in out for out in (nowhere.stderr, done.stdout, done.stderr, again.stdout, again.stderr))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((), "give --checkpoint and --output"),
+        (("--folder", "hf"), "--folder: only together with --push-to-hub"),
+        (("--checkpoint", "c", "--output", "o", "--private", "--dry-run"), "--private, --dry-run: only together"),
+        (("--folder", "hf", "--push-to-hub", "a/b", "--license", "mit", "--dtype", "float16"), "--license, --dtype would have"),
+    ],
+)
+def test_push_options_that_would_do_nothing(words: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    lost = run("tools/convert_to_hf.py", *words, cwd=tmp_path)
+    assert lost.returncode == 2 and message in " ".join(lost.stderr.split())
+
+
+def test_a_push_that_cannot_be_is_refused_before_the_export(checkpoint: Path, tmp_path: Path) -> None:
+    convert = ("tools/convert_to_hf.py", "--checkpoint", checkpoint, "--output", "hf")
+    for more, message in (
+        (("--push-to-hub", "a b", "--dry-run"), "'a b' is no repository of the Hub"),
+        (("--push-to-hub", "a/b"), "no token for the Hugging Face Hub"),
+        (("--license", "Apache 2"), "no license identifier"),
+        (("--eval-results", "none.json"), "the results cannot be read"),
+    ):
+        lost = run(*convert, *more, cwd=tmp_path)
+        assert lost.returncode == 6 and message in lost.stderr and "Traceback" not in lost.stderr
+        assert not (tmp_path / "hf").exists()
 
 
 def config(tmp_path: Path, **more: object) -> Path:
