@@ -224,7 +224,7 @@ def checkpoint_facts(run: RunConfig, tokenizer: Tokenizer) -> dict[str, Any]:
             "fingerprint": tokenizer.fingerprint(),
         },
         "seq_length": run.model.seq_length,
-        "data": run.data.data_path or list(run.data.train_data_paths or ()),
+        "data": run.data.data_path or list(run.data.train_data_paths or run.data.train_stream or ()),
         "run": {
             "name": run.name,
             "global batch": run.batch.train_batch_size,

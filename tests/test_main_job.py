@@ -267,6 +267,8 @@ def test_text_streamed_while_training(config: Path, tmp_path: Path) -> None:
     text.write_text("".join(json.dumps({"body": f"{i} {TEXT}"}) + "\n" for i in range(60)), encoding="utf-8")
     stream = ("data_path=null", f"train_stream=[{text}]", "stream_key=body", "eval_iters=0", "train_iters=6")
     _stopped_and_resumed(config, tmp_path, *stream)
+    manifest = json.loads((tmp_path / "whole" / "checkpoints" / "global_step6" / "manifest.json").read_text())
+    assert manifest["facts"]["data"] == [str(text)]
 
 
 def test_resume_on_other_data_is_refused(config: Path, corpus: Path, tmp_path: Path) -> None:
