@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron.ops.precision import outside_autocast
+
 _CPU_ROWS = 256
 
 
@@ -24,6 +26,7 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+@outside_autocast
 class _WeightedCrossEntropy(torch.autograd.Function):
     """sum(w * -log softmax(x)[label]) over rows: logits [t, n], labels [t] (in range), weights [t] in fp32 or fp64.
 
@@ -55,6 +58,15 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         return gradient, None, None
 
 
+def _traced_cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    """The same sum for the compiler, which makes blocks by itself."""
+    x = _wide(logits)
+    peak = x.amax(-1, keepdim=True).detach()
+    total = (x - peak).exp().sum(-1, keepdim=True)
+    picked = x.gather(1, labels.unsqueeze(1))
+    return ((total.log() + (peak - picked)).squeeze(1) * weights).sum()
+
+
 def token_loss(logits: Tensor, labels: Tensor, loss_mask: Tensor | None = None) -> Tensor:
     """Mean cross entropy over the tokens that count, in fp32 (fp64 for fp64 logits).
 
@@ -66,5 +78,6 @@ def token_loss(logits: Tensor, labels: Tensor, loss_mask: Tensor | None = None) 
     weights = counts.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
     if loss_mask is not None:
         weights = weights * loss_mask.reshape(-1).to(weights.dtype)
-    total = _WeightedCrossEntropy.apply(logits.reshape(-1, logits.shape[-1]), flat.masked_fill(~counts, 0), weights)
+    entropy = _traced_cross_entropy if torch.compiler.is_compiling() else _WeightedCrossEntropy.apply
+    total = entropy(logits.reshape(-1, logits.shape[-1]), flat.masked_fill(~counts, 0), weights)
     return total / weights.sum().clamp_min(1e-9)

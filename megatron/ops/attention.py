@@ -5,7 +5,7 @@
 
 `window` counts previous tokens: a query sees window + 1 keys (flash-attn's and GPT-NeoX's convention). The bias is relative to
 scaled scores, is formed in fp32 from distances and never dropped out. A query without any visible key (padding) gets finite,
-meaningless numbers.
+meaningless numbers. Under autocast q, k and v are taken in its format, as by PyTorch's own operator, before all else.
 Shapes: q [b, s, h, k], keys and values [b, n, g, k] with h a multiple of g (grouped queries), the last s of the n keys being
 the queries' own; slopes [h] or [b, h].
 """
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron.ops.dispatch import choose, path
+from megatron.ops.precision import autocast_dtype, outside_autocast
 
 _SHORT = 16
 """Up to so many queries the bias is written out; beyond, ALiBi rides in extra columns and no [h, s, n] tensor exists."""
@@ -85,18 +86,24 @@ def _bias(slopes: Tensor, query: Tensor, key: Tensor) -> Tensor:
     return slopes.reshape(-1, slopes.shape[-1], 1, 1) * -distance.to(slopes.dtype)
 
 
-@path("attention", "reference")
-def attention_reference(q: Tensor, k: Tensor, v: Tensor, rule: Rule, places: Places | None, contiguous: bool) -> Tensor:
-    """The formula above, written out in fp32 (fp64 for fp64)."""
+@outside_autocast
+def attention_weights(q: Tensor, k: Tensor, rule: Rule, places: Places | None) -> Tensor:
+    """Softmax weights [b, h, s, n] by the formula above, in fp32 (fp64 for fp64), before dropout."""
     b, s, h, _ = q.shape
     where = _counted(b, s, k.shape[1], q.device) if places is None else places
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    group = h // k.shape[2]
-    keys, values = (t.to(wide).repeat_interleave(group, dim=2) for t in (k, v))
+    keys = k.to(wide).repeat_interleave(h // k.shape[2], dim=2)
     scores = torch.einsum("bshk,bnhk->bhsn", q.to(wide), keys) * rule.scale
     if rule.slopes is not None:
         scores = scores + _bias(rule.slopes.to(wide), where.query, where.key)
-    weights = scores.masked_fill(~visible(where, rule.window), -torch.inf).softmax(-1)
+    return scores.masked_fill(~visible(where, rule.window), -torch.inf).softmax(-1)
+
+
+@path("attention", "reference")
+def attention_reference(q: Tensor, k: Tensor, v: Tensor, rule: Rule, places: Places | None, contiguous: bool) -> Tensor:
+    """The formula above, written out."""
+    weights = attention_weights(q, k, rule, places)
+    values = v.to(weights.dtype).repeat_interleave(q.shape[2] // k.shape[2], dim=2)
     if rule.dropout:
         weights = F.dropout(weights, rule.dropout)
     return torch.einsum("bhsn,bnhk->bshk", weights, values).to(q.dtype)
@@ -222,4 +229,12 @@ def attention(
     places: None when every row counts 0, 1, ... and its last s keys are the queries' own. contiguous: the real tokens of every
     row stand next to each other among its keys.
     """
+    narrow = autocast_dtype(q.device)
+    if narrow is not None and q.dtype != torch.float64:
+        q, k, v = q.to(narrow), k.to(narrow), v.to(narrow)
+    return _attention(q, k, v, rule, places, contiguous, backend)
+
+
+@outside_autocast
+def _attention(q: Tensor, k: Tensor, v: Tensor, rule: Rule, places: Places | None, contiguous: bool, backend: str) -> Tensor:
     return choose("attention", backend, q.device)(q, k, v, rule, places, contiguous)

@@ -24,6 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron.ops.opaque import opaque
+from megatron.ops.precision import outside_autocast
+
 CHUNK = 64
 _BOUND = 40.0
 
@@ -159,7 +162,22 @@ def backward_chunks(
     return dq, dk, dv, dl, current
 
 
+@outside_autocast
 class _ChunkedScan(torch.autograd.Function):
+    @staticmethod
+    def like(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor,
+        state: Tensor | None,
+        segment_ids: Tensor | None,
+        scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        """See `opaque`."""
+        b, _, h, width = q.shape
+        return v.new_empty(v.shape), v.new_empty(b, h, width, v.shape[-1])
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -170,7 +188,7 @@ class _ChunkedScan(torch.autograd.Function):
         state: Tensor | None,
         segment_ids: Tensor | None,
         scale: float,
-    ) -> Any:
+    ) -> tuple[Tensor, Tensor]:
         s = q.shape[1]
         ctx.c, ctx.scale, ctx.has_state = chunk_for(float(log_decay.amin()), s), scale, state is not None
         qc, kc, vc, lc = (to_chunks(x, ctx.c) for x in (q, k, v, log_decay))
@@ -190,6 +208,9 @@ class _ChunkedScan(torch.autograd.Function):
         return *(from_chunks(g, s) for g in grads), dstate if ctx.has_state else None, None, None
 
 
+_chunked_scan = opaque("chunked_scan", _ChunkedScan)
+
+
 def scan_chunked(
     q: Tensor,
     k: Tensor,
@@ -204,4 +225,4 @@ def scan_chunked(
 
     Returns `o [b, s, h, v]` and the state after the last token `[b, h, k, v]`.
     """
-    return _ChunkedScan.apply(q, k, v, log_decay, state, segment_ids, scale)
+    return _chunked_scan(q, k, v, log_decay, state, segment_ids, scale)

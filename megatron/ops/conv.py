@@ -3,7 +3,9 @@
     y_t = act( bias + sum_j W[:, j] * x_{t - (w-1) + j} )      tap w-1 is the current token
 
 Zero history before the first token unless `history` is given; taps do not reach over a document border. The plain form is a
-sum of shifted products: on a CPU it beats a grouped `conv1d`, which wants the channels outermost.
+sum of shifted products: on a CPU it beats a grouped `conv1d`, which wants the channels outermost. x and the weights may differ
+in format (autocast makes x bf16 and leaves them fp32): products and sums are formed in the wider one, y and the gradient of x
+come in x's.
 Shapes: x [b, s, d], weight [d, 1, w] (the layout of `nn.Conv1d(groups=d)`), history [b, w-1, d].
 """
 
@@ -17,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron.ops.dispatch import choose, path
+from megatron.ops.precision import outside_autocast
 
 
 def _reach(segment_ids: Tensor, s: int, width: int, shift: int, dtype: torch.dtype) -> Tensor:
@@ -40,9 +43,10 @@ def conv_reference(
         if segment_ids is not None and shift:
             part = part * _reach(segment_ids, s, width, shift, x.dtype)
         total = total + part
-    return F.silu(total) if activation == "silu" else total
+    return (F.silu(total) if activation == "silu" else total).to(x.dtype)
 
 
+@outside_autocast
 class _ShortConv(torch.autograd.Function):
     """No bias, no borders: the case of training. Keeps x and the sum before the activation."""
 
@@ -60,7 +64,9 @@ class _ShortConv(torch.autograd.Function):
                 total[:, :n].addcmul_(history[:, width - 1 - shift : width - 1 - shift + n], taps[width - 1 - shift])
         ctx.save_for_backward(x, weight, history, total)
         ctx.silu = silu
-        return F.silu(total) if silu else total.clone() if ctx.needs_input_grad[0] else total
+        if silu:
+            return F.silu(total).to(x.dtype)
+        return total.to(x.dtype, copy=ctx.needs_input_grad[0])
 
     @staticmethod
     @once_differentiable
@@ -68,7 +74,7 @@ class _ShortConv(torch.autograd.Function):
         x, weight, history, total = ctx.saved_tensors
         s, width = x.shape[1], weight.shape[-1]
         taps = weight[:, 0].t().contiguous()
-        dt = torch.ops.aten.silu_backward(dy.contiguous(), total) if ctx.silu else dy
+        dt = torch.ops.aten.silu_backward(dy.contiguous().to(total.dtype), total) if ctx.silu else dy
         dx = dt * taps[-1]
         dw = torch.zeros_like(taps)
         dw[-1] = (dt * x).sum((0, 1))
@@ -83,15 +89,15 @@ class _ShortConv(torch.autograd.Function):
                 n, tap = min(shift, s), width - 1 - shift
                 dh[:, tap : tap + n].addcmul_(dt[:, :n], taps[tap])
                 dw[tap] += (dt[:, :n] * history[:, tap : tap + n]).sum((0, 1))
-        return dx, dw.t().unsqueeze(1), dh, None
+        return dx.to(x.dtype), dw.t().unsqueeze(1), dh, None
 
 
 @path("conv", "torch")
 def conv_torch(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, history: Tensor | None, segment_ids: Tensor | None
 ) -> Tensor:
-    """The case of training by a hand-written backward; bias or borders take the plain form."""
-    if bias is not None or segment_ids is not None:
+    """The case of training by a hand-written backward; bias, borders and the compiler, which fuses it, take the plain form."""
+    if bias is not None or segment_ids is not None or torch.compiler.is_compiling():
         return conv_reference(x, weight, bias, activation, history, segment_ids)
     return _ShortConv.apply(x, weight, None if history is None else history.to(x.dtype), activation == "silu")
 
@@ -130,7 +136,7 @@ def conv_step_torch(
         state.copy_(kept)
     else:
         state[slots] = kept
-    return F.silu(total) if activation == "silu" else total
+    return (F.silu(total) if activation == "silu" else total).to(x.dtype)
 
 
 def conv_step_(

@@ -11,6 +11,7 @@ from torch import Tensor
 from megatron.ops import conv_kernels as kernels
 from megatron.ops.conv import conv_reference
 from megatron.ops.dispatch import path
+from megatron.ops.precision import outside_autocast
 
 _TOKENS, _CHANNELS, _WARPS = 32, 32, 4  # larger tiles spill in the backward, which holds w x w shifted rows
 
@@ -105,6 +106,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(*tensors)
 
 
+@outside_autocast
 def _gradient(ctx: Any, dy: Tensor) -> Any:
     x, weight, bias, gate, history, segment_ids = ctx.saved_tensors
     dx, dweight, db, dgate = conv_backward(dy, x, weight, bias, gate, history, segment_ids, ctx.silu)

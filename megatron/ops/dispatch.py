@@ -3,7 +3,7 @@
 An operator registers its paths here under its name; `chosen` picks one from the override (`kernel_backend` in the YAML) and
 the device. The fused path of operator x lives in `ops/x_triton.py`, its adapter to flash-linear-attention in `ops/x_fla.py`;
 both are imported when a GPU or the override asks for them and may be absent (a packed folder, a machine without the package).
-The choice is logged once per operator and reason, so that a run says what it computes with.
+The choice is logged once per operator and reason, so that a run says what it computes with. A compiler takes it for a constant.
 """
 
 from __future__ import annotations
@@ -57,6 +57,16 @@ def _has_adapter(op: str) -> bool:
         return False
 
 
+def _constant_when_compiled(function: Callable[..., str]) -> Callable[..., str]:
+    """`torch.compiler.assume_constant_result` without importing the compiler, which costs every process seconds at its start.
+
+    A graph can hold no import and no log line; what they lead to is the same in every pass.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@_constant_when_compiled
 def chosen(op: str, asked: str, device: torch.device) -> str:
     """Name of the path of `op` to run on `device`.
 

@@ -24,6 +24,8 @@ from torch.autograd.function import once_differentiable
 
 from megatron.ops.chunk import backward_chunks, chunk_for, forward_chunks, from_chunks, prepare, scan_chunked, to_chunks
 from megatron.ops.dispatch import choose, path
+from megatron.ops.opaque import opaque
+from megatron.ops.precision import outside_autocast, sum_dtype
 from megatron.ops.scan import scan_recurrent
 
 TAU = 16.0
@@ -169,13 +171,22 @@ def _block_backward(
     return from_chunks(dq, s), from_chunks(dl, s), from_chunks(dv, s), from_chunks(dg, s), dw, dstate
 
 
+@outside_autocast
 class _MetaLA(torch.autograd.Function):
     """The chunked form, block by block, with one hand-written backward over all stages; fp32 (or fp64) inside."""
 
     @staticmethod
+    def like(
+        q: Tensor, z: Tensor, v: Tensor, g: Tensor, w: Tensor, state: Tensor | None, segment_ids: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """See `opaque`."""
+        b, _, h, k = q.shape
+        return v.new_empty(v.shape), v.new_empty(b, h, k, v.shape[-1], dtype=sum_dtype(q.dtype))
+
+    @staticmethod
     def forward(
         ctx: Any, q: Tensor, z: Tensor, v: Tensor, g: Tensor, w: Tensor, state: Tensor | None, segment_ids: Tensor | None
-    ) -> Any:
+    ) -> tuple[Tensor, Tensor]:
         b, s = q.shape[:2]
         c = chunk_for(float(F.logsigmoid(wide(z.amin()))) / TAU, s)
         y, kept, tensors = torch.empty_like(v), [], list[Tensor]()
@@ -225,6 +236,9 @@ class _MetaLA(torch.autograd.Function):
         return dq, dz, dv, dg, dw.to(w.dtype), dstate, None
 
 
+_metala = opaque("metala", _MetaLA)
+
+
 @path("metala", "torch")
 def metala_torch(
     q: Tensor,
@@ -239,7 +253,7 @@ def metala_torch(
 ) -> tuple[Tensor, Tensor]:
     """Chunked torch path. Masks and rounding, used in scoring, go through the pieces under autograd."""
     if mask is None and gate_round == "none":
-        return _MetaLA.apply(q, z, v, g, w, state, segment_ids)
+        return _metala(q, z, v, g, w, state, segment_ids)
     log_decay, key = decay_and_key(z, gate_round, mask)
     qw, vw = wide(q), wide(v)
     o, final = scan_chunked(qw, key, vw, log_decay, scale=q.shape[-1] ** -0.5, state=state, segment_ids=segment_ids)
@@ -266,6 +280,7 @@ def metala(
     return choose("metala", backend, q.device)(q, z, v, g, w, state, mask, segment_ids, gate_round)
 
 
+@outside_autocast
 def metala_step(
     q: Tensor, z: Tensor, v: Tensor, g: Tensor, w: Tensor, state: Tensor, gate_round: str = "none"
 ) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from megatron.ops import metala_launch as launch
 from megatron.ops.dispatch import path
 from megatron.ops.metala_triton import plain
 from megatron.ops.packed import cut_packed
+from megatron.ops.precision import outside_autocast
 
 
 @torch.library.custom_op("linear_neox::metala_packed_forward", mutates_args=())
@@ -63,6 +64,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(*tensors)
 
 
+@outside_autocast
 def _gradient(ctx: Any, dy: Tensor, dfinal: Tensor | None) -> Any:
     saved = ctx.saved_tensors
     dpacked, dw, dstate = metala_packed_backward(dy, dfinal, *saved, ctx.gate_round)

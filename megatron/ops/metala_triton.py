@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megatron.ops import metala_launch as launch
 from megatron.ops.dispatch import path
+from megatron.ops.precision import outside_autocast
 
 
 @torch.library.custom_op("linear_neox::metala_forward", mutates_args=())
@@ -75,6 +76,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(*tensors)
 
 
+@outside_autocast
 def _gradient(ctx: Any, dy: Tensor, dfinal: Tensor | None) -> Any:
     saved = ctx.saved_tensors
     dq, dz, dv, dg, dw, dstate = metala_backward(dy, dfinal, *saved, ctx.gate_round)

@@ -12,6 +12,7 @@ import triton
 from torch import Tensor
 
 from megatron.ops import norm_kernels as kernels
+from megatron.ops.precision import outside_autocast
 from megatron.ops.tuning import norm_cut, padded
 
 # Parts of the weights' gradients: some four programs per multiprocessor; a fixed number, so that sums do not depend on the GPU.
@@ -81,6 +82,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.set_materialize_grads(False)
 
 
+@outside_autocast
 def _gradient(ctx: Any, dy: Tensor | None, dtotal: Tensor | None) -> Any:
     s, weight, bias = ctx.saved_tensors
     dy = torch.zeros_like(s) if dy is None else dy

@@ -1,7 +1,8 @@
 """Several linear maps of one input as one matrix product, and the pieces of a packed MetaLA projection.
 
 The maps stay separate parameters with their released names: their rows are put one below the other when they are used. Where
-they already lie so in memory (`lay_together`, or ZeRO's flat buffer) they are read in place.
+they already lie so in memory (`lay_together`, or ZeRO's flat buffer) they are read in place. Under autocast and in a compiled
+graph, where memory has no places, the rows are joined by plain operators.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron.ops.dispatch import choose, path
+from megatron.ops.precision import autocast_dtype, outside_autocast
 
 
 def cut_packed(packed: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -42,6 +44,7 @@ def joined_rows(weights: Sequence[Tensor]) -> Tensor:
     return first.detach().as_strided((sum(w.shape[0] for w in weights), d), (d, 1))
 
 
+@outside_autocast
 class _PackedLinear(torch.autograd.Function):
     """One product forward, two backward. Joined rows are not kept: joining again costs less than a second copy of weights."""
 
@@ -73,11 +76,24 @@ def packed_linear_reference(x: Tensor, weights: Sequence[Tensor], bias: Tensor |
 @path("packed_linear", "torch")
 def packed_linear_torch(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None) -> Tensor:
     """The plain form of `packed_linear`."""
+    if torch.compiler.is_compiling():
+        return _joined_linear(x, weights, bias)
     return _PackedLinear.apply(x, bias, *weights)
 
 
+def _joined_linear(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None) -> Tensor:
+    """`packed_linear` out of operators that autocast and the compiler know."""
+    rows = torch.cat(list(weights))
+    return F.linear(x, rows, packed_bias(bias, rows.shape[0]))
+
+
 def packed_linear(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, backend: str = "auto") -> Tensor:
-    """`x [..., d]` times the rows of all `weights` [n_i, d], side by side: [..., sum n_i]; `bias` belongs to the last map."""
+    """`x [..., d]` times the rows of all `weights` [n_i, d], side by side: [..., sum n_i]; `bias` belongs to the last map.
+
+    Under autocast it is `F.linear`: inputs and result are in autocast's format.
+    """
+    if autocast_dtype(x.device) is not None:
+        return _joined_linear(x, weights, bias)
     return choose("packed_linear", backend, x.device)(x, weights, bias)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron.ops.dispatch import path
 from megatron.ops.packed import joined_rows, packed_bias
+from megatron.ops.precision import outside_autocast
 
 
 @torch.library.custom_op("linear_neox::packed_linear", mutates_args=())
@@ -44,6 +45,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(x, *weights)
 
 
+@outside_autocast
 def _gradient(ctx: Any, dy: Tensor) -> Any:
     x, *weights = ctx.saved_tensors
     dx = packed_linear_input_gradient(dy, weights) if ctx.needs_input_grad[0] else None

@@ -22,9 +22,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron.ops.dispatch import choose, path
-from megatron.ops.precision import in_sum_dtype
+from megatron.ops.opaque import opaque
+from megatron.ops.precision import in_sum_dtype, outside_autocast, sum_dtype
 from megatron.ops.taylor import TAYLOR_CHUNK, empty_taylor_state, normalised, taylor_chunked, taylor_quadratic
-from megatron.ops.taylor_features import taylor_features, taylor_features_backward
+from megatron.ops.taylor_features import feature_count, taylor_features, taylor_features_backward
 
 
 def _values_beside_one(v: Tensor, weight: Tensor) -> Tensor:
@@ -33,8 +34,15 @@ def _values_beside_one(v: Tensor, weight: Tensor) -> Tensor:
     return (u * weight[..., None, None].to(u.dtype)).transpose(1, 2)
 
 
+@outside_autocast
 class _PrefixState(torch.autograd.Function):
     """sum_j phi(k_j)^T [v_j | 1] w_j, chunk by chunk; keeps its inputs alone."""
+
+    @staticmethod
+    def like(k: Tensor, v: Tensor, weight: Tensor) -> Tensor:
+        """See `opaque`."""
+        b, _, h, f = k.shape
+        return k.new_empty(b, h, feature_count(f), v.shape[-1] + 1, dtype=sum_dtype(k.dtype))
 
     @staticmethod
     def forward(ctx: Any, k: Tensor, v: Tensor, weight: Tensor) -> Tensor:
@@ -62,12 +70,16 @@ class _PrefixState(torch.autograd.Function):
         return dk, dv, None
 
 
+_prefix_state = opaque("prefix_state", _PrefixState)
+
+
 def _padded(x: Tensor, s: int) -> Tensor:
     """`[b, m, ...]` -> `[b, s, ...]` with zeros behind."""
     return F.pad(x, [0, 0] * (x.dim() - 2) + [0, s - x.shape[1]])
 
 
 @path("prefix_taylor", "reference")
+@outside_autocast
 def prefix_quadratic(
     q: Tensor,
     k: Tensor,
@@ -89,7 +101,7 @@ def prefix_quadratic(
     u = _values_beside_one(v2, torch.ones_like(inside))
     sums = sums + ((1 + scores + scores * scores / 2) * seen @ u).transpose(1, 2)
     last = inside if segment_ids is None else inside * (segment_ids[:, :m] == segment_ids[:, -1:]).to(inside.dtype)
-    return normalised(sums).to(v.dtype), end + _PrefixState.apply(k2, v2, last)
+    return normalised(sums).to(v.dtype), end + _prefix_state(k2, v2, last)
 
 
 @path("prefix_taylor", "torch")
@@ -106,7 +118,7 @@ def prefix_chunked(
 ) -> tuple[Tensor, Tensor]:
     """One prefix state and one causal scan that starts from it; see the head of this file for documents."""
     if segment_ids is None:
-        start = _PrefixState.apply(k2, v2, inside)
+        start = _prefix_state(k2, v2, inside)
         return taylor_chunked(q, k, v, start if state is None else start + state, keep, None, None, True)
     s, m = q.shape[1], k2.shape[1]
     sums, end = taylor_chunked(q, k, v, state, keep, None, segment_ids, False)

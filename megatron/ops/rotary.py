@@ -43,6 +43,8 @@ def _table(length: int, width: int, base: float, dtype: torch.dtype, device: tor
 
 def rotary_table(length: int, width: int, base: float, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """cos and sin [length, ceil(width / 2)] of positions 0, 1, ...; all layers of a model share the last few tables."""
+    if torch.compiler.is_compiling():  # a table is part of the graph, which shares it by itself
+        return rotary_angles(torch.arange(length, device=device), width, base, dtype)
     cos, sin = _table(64 * -(-length // 64), width, base, dtype, device)
     return cos[:length], sin[:length]
 

@@ -15,7 +15,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megatron.ops.precision import outside_autocast
 
+
+@outside_autocast
 def scan_recurrent(
     q: Tensor,
     k: Tensor,
@@ -39,6 +42,7 @@ def scan_recurrent(
     return torch.stack(outputs, dim=1) if outputs else v.new_zeros(v.shape), current
 
 
+@outside_autocast
 def scan_quadratic(
     q: Tensor,
     k: Tensor,

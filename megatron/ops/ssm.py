@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron.ops.dispatch import choose, path
-from megatron.ops.precision import in_sum_dtype, sum_dtype
+from megatron.ops.opaque import opaque
+from megatron.ops.precision import in_sum_dtype, outside_autocast, sum_dtype
 
 SSM_CHUNK = 32
 
@@ -79,11 +80,20 @@ def _states(span: _Span, start: Tensor) -> tuple[Tensor, Tensor]:
     return decay, h
 
 
+@outside_autocast
 class _SelectiveScan(torch.autograd.Function):
+    @staticmethod
+    def like(
+        u: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, state: Tensor | None, segment_ids: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """See `opaque`."""
+        wide = sum_dtype(u.dtype)
+        return u.new_empty(u.shape, dtype=wide), u.new_empty(u.shape[0], *a.shape, dtype=wide)
+
     @staticmethod
     def forward(
         ctx: Any, u: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, state: Tensor | None, segment_ids: Tensor | None
-    ) -> Any:
+    ) -> tuple[Tensor, Tensor]:
         wide = sum_dtype(u.dtype)
         y = torch.empty(u.shape, dtype=wide, device=u.device)
         current = torch.zeros(u.shape[0], *a.shape, dtype=wide, device=u.device) if state is None else state.to(wide)
@@ -130,12 +140,15 @@ class _SelectiveScan(torch.autograd.Function):
         return du, ddt, da.to(a.dtype), db, dc, after if ctx.has_state else None, None
 
 
+_selective_scan = opaque("selective_scan", _SelectiveScan)
+
+
 @path("selective_scan", "torch")
 def selective_scan_chunked(
     u: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, state: Tensor | None, segment_ids: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The chunked form at the head of this file."""
-    return _SelectiveScan.apply(u, dt, a, b, c, state, segment_ids)
+    return _selective_scan(u, dt, a, b, c, state, segment_ids)
 
 
 def selective_scan(
@@ -153,6 +166,7 @@ def selective_scan(
     return choose("selective_scan", backend, u.device)(u, dt, a, b, c, state, segment_ids)
 
 
+@outside_autocast
 def selective_step(u: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """One token: u, dt [b, d]; B, C [b, n]; state [b, d, n]. Returns y [b, d] and the new state."""
     u, dt, a, b, c = (in_sum_dtype(x) for x in (u, dt, a, b, c))

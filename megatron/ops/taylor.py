@@ -23,8 +23,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron.ops.dispatch import choose, path
-from megatron.ops.precision import in_sum_dtype, sum_dtype
-from megatron.ops.taylor_features import TaylorMap, feature_count, taylor_features, taylor_features_backward
+from megatron.ops.opaque import opaque
+from megatron.ops.precision import in_sum_dtype, outside_autocast, sum_dtype
+from megatron.ops.taylor_features import (
+    TaylorMap,
+    feature_count,
+    features_by_definition,
+    taylor_features,
+    taylor_features_backward,
+)
 
 TAYLOR_CHUNK = 128
 TAYLOR_EPS = 1e-12
@@ -48,6 +55,7 @@ def _values(v: Tensor, keep: Tensor | None) -> Tensor:
 
 
 @path("taylor", "reference")
+@outside_autocast
 def taylor_quadratic(
     q: Tensor,
     k: Tensor,
@@ -74,26 +82,15 @@ def taylor_quadratic(
     sums = torch.cat(
         [torch.einsum("bhij,bjhv->bihv", pairs * fall, u[..., :-1]), torch.einsum("bhij,bjhv->bihv", pairs, u[..., -1:])], -1
     )
-    phi_k = _features_by_definition(ks)
+    phi_k = features_by_definition(ks)
     weight = torch.cat([fall[:, :, -1:].expand(-1, -1, v.shape[-1], -1), seen[:, None, -1:].expand(-1, q.shape[2], 1, -1)], 2)
     final = torch.einsum("bjhe,bjhv,bhvj->bhev", phi_k, u, weight.to(u.dtype))
     if state is not None:
         reach = torch.cat([running[..., None].exp().expand(-1, -1, -1, v.shape[-1]), torch.ones_like(running[..., None])], -1)
         reach = reach * first[..., None, None]
-        sums = sums + torch.einsum("bihe,bhev->bihv", _features_by_definition(qs), state) * reach
+        sums = sums + torch.einsum("bihe,bhev->bihv", features_by_definition(qs), state) * reach
         final = final + state * reach[:, -1].unsqueeze(-2)
     return (normalised(sums).to(v.dtype) if divide else sums), final
-
-
-def _features_by_definition(y: Tensor) -> Tensor:
-    """phi by a gather under autograd, in the order of `taylor_features`; y is scaled already."""
-    f = y.shape[-1]
-    i = torch.arange(f, device=y.device)
-    rings = [(i, (i + r) % f) for r in range((f - 1) // 2 + 1)]
-    if f % 2 == 0:
-        rings.append((i[: f // 2], i[f // 2 :]))
-    pairs = [y[..., a] * y[..., b] * (0.5**0.5 if n == 0 else 1.0) for n, (a, b) in enumerate(rings)]
-    return torch.cat([torch.ones_like(y[..., :1]), y, *pairs], -1)
 
 
 class _Piece(NamedTuple):
@@ -215,7 +212,25 @@ def _piece_backward(piece: _Piece, state: Tensor, dsums: Tensor, dend: Tensor) -
     return dq.mul_(scale), dk.mul_(scale), du, dstart
 
 
+@outside_autocast
 class _TaylorScan(torch.autograd.Function):
+    @staticmethod
+    def like(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        state: Tensor | None,
+        keep: Tensor | None,
+        log_decay: Tensor | None,
+        segment_ids: Tensor | None,
+        divide: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """See `opaque`."""
+        b, s, h, f = q.shape
+        width = v.shape[-1]
+        y = v.new_empty(b, s, h, width) if divide else v.new_empty(b, s, h, width + 1, dtype=sum_dtype(v.dtype))
+        return y, q.new_empty(b, h, feature_count(f), width + 1, dtype=sum_dtype(q.dtype))
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -227,7 +242,7 @@ class _TaylorScan(torch.autograd.Function):
         log_decay: Tensor | None,
         segment_ids: Tensor | None,
         divide: bool,
-    ) -> Any:
+    ) -> tuple[Tensor, Tensor]:
         given = _Inputs(q, k, v, keep, log_decay, segment_ids, TAYLOR_CHUNK)
         b, s, h, f = q.shape
         width, wide = v.shape[-1], sum_dtype(v.dtype)
@@ -278,6 +293,9 @@ class _TaylorScan(torch.autograd.Function):
         return dq, dk, dv, dstate if ctx.has_state else None, None, None, None, None
 
 
+_taylor_scan = opaque("taylor_scan", _TaylorScan)
+
+
 @path("taylor", "torch")
 def taylor_chunked(
     q: Tensor,
@@ -290,7 +308,7 @@ def taylor_chunked(
     divide: bool,
 ) -> tuple[Tensor, Tensor]:
     """The chunked form at the head of this file, O(s) in time and memory."""
-    return _TaylorScan.apply(q, k, v, state, keep, log_decay, segment_ids, divide)
+    return _taylor_scan(q, k, v, state, keep, log_decay, segment_ids, divide)
 
 
 def taylor(
@@ -309,10 +327,12 @@ def taylor(
     return choose("taylor", backend, q.device)(q, k, v, state, keep, log_decay, segment_ids, divide)
 
 
+@outside_autocast
 def taylor_step(q: Tensor, k: Tensor, v: Tensor, state: Tensor, log_decay: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """One token: q, k [b, h, f]; v [b, h, v]; state [b, h, e, v + 1]; log_decay [h]. Returns y [b, h, v] and the new state."""
     scale = q.shape[-1] ** -0.25
-    phi_q, phi_k = (TaylorMap.apply(in_sum_dtype(x) * scale) for x in (q, k))
+    features = features_by_definition if torch.compiler.is_compiling() else TaylorMap.apply
+    phi_q, phi_k = (features(in_sum_dtype(x) * scale) for x in (q, k))
     if log_decay is not None:
         fall = log_decay.to(state.dtype).exp()[:, None, None]
         state = state * torch.cat([fall.expand(-1, 1, v.shape[-1]), torch.ones_like(fall)], -1)

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron.ops.precision import outside_autocast
+
 
 def feature_count(f: int) -> int:
     """Length of phi(x) for x of length `f`."""
@@ -58,6 +60,7 @@ def taylor_features_backward(y: Tensor, dphi: Tensor) -> Tensor:
     return dy
 
 
+@outside_autocast
 class TaylorMap(torch.autograd.Function):
     """`taylor_features` for autograd: keeps y alone."""
 
@@ -72,6 +75,17 @@ class TaylorMap(torch.autograd.Function):
     def backward(ctx: Any, dphi: Tensor) -> Tensor:
         """See `taylor_features_backward`."""
         return taylor_features_backward(ctx.saved_tensors[0], dphi)
+
+
+def features_by_definition(y: Tensor) -> Tensor:
+    """`taylor_features` by gathers, which autograd and the compiler see through."""
+    f = y.shape[-1]
+    i = torch.arange(f, device=y.device)
+    rings = [(i, (i + r) % f) for r in range((f - 1) // 2 + 1)]
+    if f % 2 == 0:
+        rings.append((i[: f // 2], i[f // 2 :]))
+    pairs = [y[..., a] * y[..., b] * (0.5**0.5 if n == 0 else 1.0) for n, (a, b) in enumerate(rings)]
+    return torch.cat([torch.ones_like(y[..., :1]), y, *pairs], -1)
 
 
 def unpacked_features(phi: Tensor, f: int) -> Tensor:

@@ -15,6 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from megatron.ops.precision import outside_autocast
+
 
 def all_reduce(x: Tensor, group: ProcessGroup | None, op: Any = dist.ReduceOp.SUM) -> Tensor:
     """A new tensor: the reduction of `x` over `group`; `x` itself when there is no group.
@@ -33,6 +35,7 @@ def tp_sum(x: Tensor, group: ProcessGroup, wide: bool) -> Tensor:
     return all_reduce(x.float(), group).to(x.dtype) if wide and x.element_size() < 4 else all_reduce(x, group)
 
 
+@outside_autocast
 class _Copy(torch.autograd.Function):
     """Identity forward, sum of gradients backward."""
 
@@ -46,6 +49,7 @@ class _Copy(torch.autograd.Function):
         return tp_sum(grads[0], ctx.group, ctx.wide), None, None
 
 
+@outside_autocast
 class _Reduce(torch.autograd.Function):
     """Sum forward, identity backward."""
 

@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from megatron.ops.cross_entropy import row_gradient_, row_stats
+from megatron.ops.precision import autocast_dtype, outside_autocast
 from megatron.parallel.collectives import all_reduce
 from megatron.parallel.loss import check_labels
 
@@ -44,6 +45,7 @@ def _accumulate(sum_: Tensor, left: Tensor, right: Tensor) -> None:
         sum_.add_(left.t() @ right)
 
 
+@outside_autocast
 class _LinearCrossEntropy(torch.autograd.Function):
     """sum(weights * ce(x @ matrix^T)): x [t, d], matrix [n, d], labels [t] (global; any where the weight is 0), weights [t]."""
 
@@ -106,6 +108,8 @@ def linear_token_loss(
 ) -> Tensor:
     """Mean cross entropy of `x [b, s, d]` times `matrix [n / tp, d]` over the counted tokens: as `token_loss` of their product.
 
+    Under autocast the product is formed in its format, as any other of its region.
+
     Args:
         labels: [b, s] global ids, -100 = ignored. loss_mask: [b, s] of weights, None for all ones. block: tokens at a time.
         group: tensor-parallel group; None for one device.
@@ -114,6 +118,9 @@ def linear_token_loss(
         DataError: a counted label is outside the padded vocabulary (on a CPU).
     """
     size = 1 if group is None else dist.get_world_size(group)
+    narrow = autocast_dtype(x.device)
+    if narrow is not None and x.dtype != torch.float64:
+        x, matrix = x.to(narrow), matrix.to(narrow)
     flat = labels.reshape(-1)
     counts = flat != -100
     weights = counts.to(torch.float64 if x.dtype == torch.float64 else torch.float32)

@@ -15,9 +15,11 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron.errors import DataError
+from megatron.ops.precision import outside_autocast
 from megatron.parallel.collectives import all_reduce
 
 
+@outside_autocast
 class _CrossEntropy(torch.autograd.Function):
     """logits_local [t, n_local], labels [t] (global ids) -> losses [t], fp32."""
 

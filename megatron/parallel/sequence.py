@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from megatron.errors import ConfigError
+from megatron.ops.precision import outside_autocast
 from megatron.parallel.collectives import tp_sum
 from megatron.parallel.plan import ParamSpec
 
@@ -43,6 +44,7 @@ def scatter_sum(x: Tensor, group: ProcessGroup, wide: bool) -> Tensor:
     return piece.transpose(0, 1).contiguous().to(x.dtype)
 
 
+@outside_autocast
 class _Gather(torch.autograd.Function):
     """Gather forward, reduce-scatter backward."""
 
@@ -56,6 +58,7 @@ class _Gather(torch.autograd.Function):
         return scatter_sum(grads[0], ctx.group, ctx.wide), None, None
 
 
+@outside_autocast
 class _ScatterSum(torch.autograd.Function):
     """Reduce-scatter forward, gather backward."""
 
