@@ -22,10 +22,10 @@ COPY requirements/ requirements/
 ENTRYPOINT ["/usr/bin/tini", "--"]
 CMD ["python", "deepy.py", "--help"]
 
-# The CPU build of torch comes from PyTorch's own index; the rest from PyPI.
+# The CPU build of torch comes from PyTorch's own index; the rest from PyPI. constraints.txt has every version.
 FROM base AS cpu
-RUN pip install --index-url https://download.pytorch.org/whl/cpu torch==2.13.0 \
-    && pip install -r requirements/requirements.txt -r requirements/requirements-mpi.txt \
+RUN pip install --no-deps --index-url https://download.pytorch.org/whl/cpu -c requirements/constraints.txt torch \
+    && pip install -c requirements/constraints.txt -r requirements/requirements.txt -r requirements/requirements-mpi.txt \
         -r requirements/requirements-wandb.txt -r requirements/requirements-tensorboard.txt
 COPY . .
 ENV DS_ACCELERATOR=cpu
@@ -33,8 +33,7 @@ ENV DS_ACCELERATOR=cpu
 # PyPI's torch brings the CUDA libraries with it; the host gives the driver. Optional kernels of others (requirements-cuda.txt) need a
 # CUDA toolkit to compile and are left out.
 FROM base AS cuda
-RUN pip install torch==2.13.0 \
-    && pip install -r requirements/requirements.txt -r requirements/requirements-mpi.txt \
+RUN pip install -c requirements/constraints.txt -r requirements/requirements.txt -r requirements/requirements-mpi.txt \
         -r requirements/requirements-wandb.txt -r requirements/requirements-tensorboard.txt
 COPY . .
 ENV NVIDIA_VISIBLE_DEVICES=all \

@@ -4,18 +4,21 @@ VENV := .venv
 PY := $(VENV)/bin/python
 CONFIG ?= configs/metala-quickstart.yml
 RUN ?= runs/metala-quickstart
+# The exact set of this project's own environments, every package of it; requirements*.txt are the ranges for everybody else.
+CONSTRAINTS := requirements/constraints.txt
+INSTALL := $(VENV)/bin/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
 # Test processes; parallel tests start up to four more of their own, so more than the cores does not help.
 JOBS ?= 2
 
-.PHONY: gpu-wheels train test test-fast lint format docs install install-dev clean
+.PHONY: gpu-wheels train test test-fast test-oldest test-newest lock lint format docs install install-dev clean
 
-$(VENV)/.installed: requirements/requirements.txt
+$(VENV)/.installed: requirements/requirements.txt $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements/requirements.txt
+	$(INSTALL) -r requirements/requirements.txt
 	touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed requirements/requirements-dev.txt requirements/requirements-data.txt requirements/requirements-eval.txt
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements/requirements-dev.txt
+$(VENV)/.installed-dev: $(VENV)/.installed $(wildcard requirements/requirements-*.txt)
+	$(INSTALL) -r requirements/requirements.txt -r requirements/requirements-dev.txt
 	touch $@
 
 install: $(VENV)/.installed
@@ -37,12 +40,28 @@ test: $(VENV)/.installed-dev
 test-fast: $(VENV)/.installed-dev
 	$(PY) -m pytest -n $(JOBS) --dist loadfile -m "not slow"
 
+# The compatibility part of the suite at both ends of the ranges, each in an environment of its own; what was proved is written to
+# docs/compatibility.md. `python tools/compatibility.py --help` runs one combination, or all.
+test-oldest: $(VENV)/.installed-dev
+	$(PY) tools/compatibility.py --oldest
+
+test-newest: $(VENV)/.installed-dev
+	$(PY) tools/compatibility.py --newest
+
+# constraints.txt anew: the newest release of every package that the ranges admit, for Python 3.10 and later; and the lower ends, for
+# Python 3.10. See "Raising a version" in CONTRIBUTING.md.
+LOCK = $(VENV)/bin/uv pip compile --quiet --no-python-downloads --upgrade --annotation-style line --custom-compile-command "make lock"
+lock: $(VENV)/.installed-dev
+	$(LOCK) --python-version 3.10 --universal -o $(CONSTRAINTS) requirements/requirements.txt requirements/requirements-dev.txt
+	$(LOCK) --python-version 3.10 --python-platform x86_64-manylinux_2_28 --resolution lowest-direct -o requirements/oldest.txt \
+		requirements/requirements.txt requirements/requirements-test.txt
+
 # What a GPU machine without internet lacks besides torch, triton, transformers and numpy: see tools/bench/metala_gpu.py
 GPU_PYTHON ?= 3.12
 gpu-wheels: $(VENV)/.installed
 	$(VENV)/bin/pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: --python-version $(GPU_PYTHON) \
 		--platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
-		-d wheels -r requirements/requirements-gpu-machine.txt
+		-c $(CONSTRAINTS) -d wheels -r requirements/requirements-gpu-machine.txt
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff format --check .

@@ -78,7 +78,8 @@ def check_values(source: Source, problems: Problems) -> tuple[dict[str, Any], se
 @functools.cache
 def _adapter(key: str) -> TypeAdapter[Any]:
     info = catalog()[key]
-    annotation: Any = Annotated[(info.annotation, *info.limits)] if info.limits else info.annotation
+    parts = (info.annotation, *info.limits)
+    annotation: Any = Annotated[parts] if info.limits else info.annotation
     return TypeAdapter(annotation, config=ConfigDict(strict=True))
 
 

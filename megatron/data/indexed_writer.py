@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -93,7 +93,7 @@ class IndexedWriter:
             drop_sidecars(self.prefix)
             fsync_folder(self.idx_path.parent)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> IndexedWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

@@ -1,0 +1,105 @@
+"""Folders exported under one transformers, used under another: all pairs, every family, one verdict per pair and family."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tools.compat.combinations import ROOT, Combination
+from tools.compat.environments import NotAvailable, make_environment, python_of
+from tools.compat.suite import commit, describe, environment_of_tests
+
+Tokens = list[list[int]]
+
+
+def verdict(expected: Tokens | str, found: Mapping[str, Tokens] | str, beams: Tokens | None) -> str:
+    """What is wrong with one family under one pair, or "equal".
+
+    Args:
+        expected: the trainer's greedy tokens, or why the folder was not exported.
+        found: way -> tokens of the folder, see `use_folders.py`, or why it could not be used.
+        beams: tokens of the beam search of another pair, None for the first.
+
+    Returns:
+        "equal", or the sentences of what differs.
+    """
+    if isinstance(expected, str):
+        return expected
+    if isinstance(found, str):
+        return f"use: {found}"
+    wrong = []
+    if found["greedy"] != expected:
+        wrong.append("greedy tokens differ from the trainer's")
+    if found["greedy without cache"] != expected:
+        wrong.append("greedy tokens without cache differ from the trainer's")
+    if found["beams"] != found["beams without cache"]:
+        wrong.append("beams with and without cache differ")
+    if beams is not None and found["beams"] != beams:
+        wrong.append("beams differ from those of the first pair")
+    return "; ".join(wrong) or "equal"
+
+
+def _run(program: str, script: str, home: Path, *words: str) -> str | None:
+    """Run a script of this folder in an environment; returns the end of its error output when it failed."""
+    environment = {**environment_of_tests(), "HF_HOME": str(home)}
+    command = [program, str(ROOT / "tools" / "compat" / script), *words]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    return None if done.returncode == 0 else done.stderr.strip().rpartition("\n")[2]
+
+
+def _used(program: str, folder: Path, output: Path, families: Sequence[str], what: dict[str, Any]) -> dict[str, Any]:
+    """Family -> what `use_folders.py` found, or why it found nothing."""
+    asked = json.dumps({**what, "families": list(families)})
+    error = _run(program, "use_folders.py", output.with_name(f"{output.stem}-home"), str(folder), str(output), asked)
+    return dict.fromkeys(families, error) if error else json.loads(output.read_text(encoding="utf-8"))
+
+
+def run_cross(
+    combinations: Sequence[Combination], families: Sequence[str], prompts: Sequence[str], length: int
+) -> dict[str, Any]:
+    """Every pair of exporting and using combination.
+
+    Args:
+        combinations: one per version of transformers.
+        families: names of `families.FAMILIES`.
+        prompts: texts of different lengths.
+        length: most new tokens.
+
+    Returns:
+        `rows`: per pair `exported`, `used` (versions of transformers) and `families` (name -> verdict); `missing`: version ->
+        why it could not be had; and facts of the run.
+    """
+    programs: dict[str, str] = {}
+    missing: dict[str, str] = {}
+    beams: dict[str, Tokens] = {}
+    for combination in combinations:
+        try:
+            programs[combination.transformers] = python_of(make_environment(combination))
+        except NotAvailable as error:
+            missing[combination.transformers] = str(error)
+    rows = []
+    what = {"prompts": list(prompts), "length": length}
+    with tempfile.TemporaryDirectory(prefix="cross-") as place:
+        for exporter, program in programs.items():
+            folder = Path(place) / exporter
+            failure = _run(program, "export_folders.py", Path(place) / f"{exporter}-home", str(folder))
+            expected: dict[str, Any] = dict.fromkeys(families, f"export: {failure}")
+            if failure is None:
+                expected = json.loads((folder / "expected.json").read_text(encoding="utf-8"))
+            exported = [name for name in families if not isinstance(expected[name], str)]
+            for user, other in programs.items():
+                found = _used(other, folder, Path(place) / f"{exporter}-{user}.json", exported, what)
+                verdicts = {}
+                for name in families:
+                    got = found.get(name, "not exported")
+                    verdicts[name] = verdict(expected[name], got, beams.get(name))
+                    if not isinstance(got, str):
+                        beams.setdefault(name, got["beams"])
+                rows.append({"exported": exporter, "used": user, "families": verdicts})
+                print(f"exported under {exporter}, used under {user}: {verdicts}", flush=True)
+    head = {key: value for key, value in describe(combinations[0]).items() if key in ("python", "torch", "date")}
+    return {**head, "commit": commit(), "prompts": len(prompts), "tokens": length, "rows": rows, "missing": missing}
