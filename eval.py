@@ -165,7 +165,7 @@ def _request(run: RunConfig, names: Sequence[str], tokenizer: Tokenizer) -> Requ
     asked = run.evaluation
     settings = {
         "context_length": asked.eval_context_length,
-        "tokenizer": Tokens(tokenizer.tokenize, tokenizer.detokenize),
+        "tokenizer": Tokens(tokenizer.tokenize_piece, tokenizer.detokenize),
     }
     folder = Path(asked.eval_data_dir).absolute() if asked.eval_data_dir else None
     return Request(tuple(names), asked.eval_limit, asked.eval_num_fewshot, folder, settings)

@@ -211,16 +211,17 @@ def schedule_of(run: RunConfig) -> Callable[[int], float]:
 
 def checkpoint_facts(run: RunConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     """What an export and a later resume want to know of a run besides its tensors."""
-    try:
-        eod: int | None = tokenizer.eod
-    except DataError:  # a vocabulary without an end of document can train, it cannot stop a generation
-        eod = None
+    special: dict[str, int | None] = {} if tokenizer.bos is None else {"bos": tokenizer.bos}
+    for key in ("eod", "pad"):
+        try:
+            special[key] = getattr(tokenizer, key)
+        except DataError:  # a vocabulary without an end of document can train, it cannot stop a generation
+            special[key] = None
     return {
         "tokenizer": {
             "type": tokenizer.name,
             "vocab_size": tokenizer.vocab_size,
-            "eod": eod,
-            "pad": tokenizer.pad,
+            **special,
             "fingerprint": tokenizer.fingerprint(),
         },
         "seq_length": run.model.seq_length,

@@ -153,6 +153,8 @@ class _Run:
     def run(self) -> EncodeSummary:
         """Read, encode, write, publish."""
         started = time.monotonic()
+        for line in self.encoder.tokenizer.remarks(self.job.append_eod):
+            log.warning(line)
         if self.journal is None or not self.journal["complete"]:
             if self.journal is not None:
                 log.info("going on behind document %d of an interrupted run", self.summary.documents)

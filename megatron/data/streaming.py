@@ -224,6 +224,8 @@ def open_stream_dataset(
 ) -> StreamDataset:
     """A stream of files, folders or `hf:` data sets (`readers.expand_inputs`), from the saved cursor on."""
     sources = expand_inputs(inputs)
+    for line in tokenizer.remarks(append_eod=True):
+        log.warning(line)
     start = None if saved is None else StreamDataset.cursor_from(saved)
     return StreamDataset(
         lambda place: iter(RowReader(sources, [key], place)),

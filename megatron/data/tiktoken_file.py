@@ -48,6 +48,11 @@ class TiktokenTokenizer(Tokenizer):
     Special tokens of the settings are recognised in text, as the JSON tokenizers do; ids between them and up to `vocab_size`
     are reserved and never come out of a text.
 
+    Attributes:
+        ranks: token bytes -> id.
+        pattern: how a text is cut before bytes are merged.
+        special_tokens: text -> id.
+
     Raises:
         DataError: the file is not one, its ranks have gaps or repeat, or the settings contradict it.
     """
@@ -59,7 +64,8 @@ class TiktokenTokenizer(Tokenizer):
         super().__init__([vocab_file, side] if side.is_file() else [vocab_file])
         ranks = _read_ranks(vocab_file)
         settings = _settings(side, len(ranks))
-        self._ranks, self._special, self._vocab_size = len(ranks), settings.special_tokens, settings.vocab_size
+        self.ranks, self.pattern, self.special_tokens = ranks, settings.pattern, settings.special_tokens
+        self._vocab_size = settings.vocab_size
         from tiktoken import Encoding
 
         try:
@@ -80,15 +86,15 @@ class TiktokenTokenizer(Tokenizer):
     @property
     def eod(self) -> int:
         """Id of `<|endoftext|>`."""
-        if EOD_TEXT not in self._special:
+        if EOD_TEXT not in self.special_tokens:
             why = "it ends every document"
             raise DataError(f"the tokenizer has no token {EOD_TEXT}", where=str(self._files[0]), why=why)
-        return self._special[EOD_TEXT]
+        return self.special_tokens[EOD_TEXT]
 
     @property
     def pad(self) -> int:
         """Id of `<|padding|>`, or the eod."""
-        return self._special.get(PAD_TEXT, self.eod)
+        return self.special_tokens.get(PAD_TEXT, self.eod)
 
     def tokenize(self, text: str) -> list[int]:
         """Ids of `text`."""
@@ -100,9 +106,9 @@ class TiktokenTokenizer(Tokenizer):
 
     def detokenize(self, ids: Sequence[int]) -> str:
         """Text of `ids`; reserved ids become U+FFFD."""
-        known = set(self._special.values())
+        known = set(self.special_tokens.values())
         pieces = (
-            self._backend.decode_single_token_bytes(i) if i < self._ranks or i in known else "\ufffd".encode() for i in ids
+            self._backend.decode_single_token_bytes(i) if i < len(self.ranks) or i in known else "\ufffd".encode() for i in ids
         )
         return b"".join(pieces).decode("utf-8", errors="replace")
 
@@ -146,6 +152,8 @@ def _settings(side: Path, ranks: int) -> _Settings:
             where=str(side),
             why=f"{wrong or 'two of them'}: ids must differ and lie in {ranks}..{size - 1}",
         )
+    if "" in special:
+        raise DataError("a special token is empty", where=str(side), why="it would be found at every place of every text")
     return _Settings(given.get("pattern", pattern), dict(special), size)
 
 

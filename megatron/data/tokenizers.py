@@ -5,13 +5,12 @@ Libraries are imported by the class that needs them.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from megatron.data.hf_tokenizers import GPT2BPETokenizer, HFGPT2Tokenizer, HFTokenizer
 from megatron.data.tiktoken_file import TiktokenTokenizer
-from megatron.data.tokenizer_base import EOD_TEXT, PAD_TEXT, Tokenizer, unreadable
+from megatron.data.tokenizer_base import EOD_TEXT, PAD_TEXT, Template, Tokenizer, unreadable
 from megatron.errors import DataError
 
 __all__ = [
@@ -23,6 +22,7 @@ __all__ = [
     "HFGPT2Tokenizer",
     "HFTokenizer",
     "SPMTokenizer",
+    "Template",
     "TiktokenTokenizer",
     "Tokenizer",
     "build_tokenizer",
@@ -30,102 +30,11 @@ __all__ = [
 ]
 
 
-class HFTokenizer(Tokenizer):
-    """A JSON file of the `tokenizers` library (NeoX's `HFTokenizer`: Pythia, GPT-NeoX-20B)."""
-
-    name = "HFTokenizer"
-
-    def __init__(self, vocab_file: Path) -> None:
-        super().__init__([vocab_file])
-        from tokenizers import Tokenizer as Backend
-
-        try:
-            self._backend = Backend.from_file(str(vocab_file))
-        except Exception as error:  # the library raises bare Exception
-            raise unreadable(vocab_file, "a tokenizers JSON", error) from None
-        self._eod_text, self._pad_text = EOD_TEXT, PAD_TEXT
-
-    @property
-    def vocab_size(self) -> int:
-        """Ids, added special tokens included."""
-        return int(self._backend.get_vocab_size(with_added_tokens=True))
-
-    @property
-    def eod(self) -> int:
-        """Id that ends a document."""
-        token = self._backend.token_to_id(self._eod_text)
-        if token is None:
-            raise DataError(
-                f"the tokenizer has no token {self._eod_text}",
-                where=str(self._files[0]),
-                why="it ends every document",
-                hint=f"add {self._eod_text} as a special token, or use another tokenizer",
-            )
-        return int(token)
-
-    @property
-    def pad(self) -> int:
-        """Id to fill short rows with."""
-        token = self._backend.token_to_id(self._pad_text)
-        return self.eod if token is None else int(token)
-
-    def tokenize(self, text: str) -> list[int]:
-        """Ids of `text`."""
-        return list(self._backend.encode(text).ids)
-
-    def tokenize_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of several texts, in order, on the threads of the library."""
-        return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts))]
-
-    def detokenize(self, ids: Sequence[int]) -> str:
-        """Text of `ids`."""
-        return str(self._backend.decode(list(ids), skip_special_tokens=False))
-
-
-class GPT2BPETokenizer(HFTokenizer):
-    """GPT-2's pair of files: vocabulary (JSON) and merges (text)."""
-
-    name = "GPT2BPETokenizer"
-
-    def __init__(self, vocab_file: Path, merge_file: Path) -> None:
-        Tokenizer.__init__(self, [vocab_file, merge_file])
-        self._backend = _gpt2_backend(vocab_file, merge_file)
-        self._eod_text, self._pad_text = EOD_TEXT, PAD_TEXT
-
-
-class HFGPT2Tokenizer(HFTokenizer):
-    """A Hugging Face tokenizer folder: `tokenizer.json`, or `vocab.json` with `merges.txt`; a padding token is added if
-    missing.
-
-    The end-of-document token is the folder's `eos_token` (from `tokenizer_config.json` or `special_tokens_map.json`).
-    """
-
-    name = "HFGPT2Tokenizer"
-
-    def __init__(self, folder: Path) -> None:
-        whole, pair = folder / "tokenizer.json", [folder / "vocab.json", folder / "merges.txt"]
-        settings = [path for path in (folder / "tokenizer_config.json", folder / "special_tokens_map.json") if path.is_file()]
-        if whole.is_file():
-            super().__init__(whole)
-            self._files = [whole, *settings]
-        elif all(path.is_file() for path in pair):
-            Tokenizer.__init__(self, [*pair, *settings])
-            self._backend = _gpt2_backend(*pair)
-        else:
-            raise DataError(
-                "the folder holds no tokenizer",
-                where=str(folder),
-                why="it has neither tokenizer.json nor vocab.json with merges.txt",
-                hint="save one there: AutoTokenizer.from_pretrained(NAME).save_pretrained(FOLDER)",
-            )
-        self._eod_text = _special(settings, "eos_token") or EOD_TEXT
-        self._pad_text = _special(settings, "pad_token") or PAD_TEXT
-        if self._backend.token_to_id(self._pad_text) is None:
-            self._backend.add_special_tokens([self._pad_text])
-
-
 class SPMTokenizer(Tokenizer):
-    """A SentencePiece model. The end of a document is the piece `<|endoftext|>`, else the unknown id, as in NeoX."""
+    """A SentencePiece model. The end of a document is the piece `<|endoftext|>`, else the unknown id, as in NeoX.
+
+    A model file has no template: its begin and end pieces are added by whoever asks for them, and nobody does here.
+    """
 
     name = "SPMTokenizer"
 
@@ -241,32 +150,3 @@ def _folder(path: str | Path | None) -> Path:
             hint="save the tokenizer to a folder first: AutoTokenizer.from_pretrained(NAME).save_pretrained(FOLDER)",
         )
     return Path(path)
-
-
-def _gpt2_backend(vocab_file: Path, merge_file: Path) -> Any:
-    """Byte-level BPE from GPT-2's files; only `<|endoftext|>` is special, all else in the text is plain text."""
-    from tokenizers import AddedToken, decoders, models, pre_tokenizers
-    from tokenizers import Tokenizer as Backend
-
-    try:
-        backend = Backend(models.BPE.from_file(str(vocab_file), str(merge_file)))
-    except Exception as error:  # the library raises bare Exception
-        raise unreadable(vocab_file, f"a GPT-2 vocabulary that fits {merge_file}", error) from None
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    if backend.token_to_id(EOD_TEXT) is not None:
-        backend.add_special_tokens([AddedToken(EOD_TEXT, normalized=False)])
-    return backend
-
-
-def _special(settings: Sequence[Path], key: str) -> str | None:
-    """A special token's text in HF's settings, where it is a string or an object with `content`."""
-    for path in settings:
-        try:
-            value = json.loads(path.read_text("utf-8")).get(key)
-        except (ValueError, AttributeError) as error:
-            raise unreadable(path, "HF tokenizer settings", error) from None
-        value = value.get("content") if isinstance(value, dict) else value
-        if isinstance(value, str):
-            return value
-    return None

@@ -47,7 +47,11 @@ def prepare_wikitext103(request: CorpusRequest) -> PreparedCorpus:
             words = json.loads((folder / "tokenizer.json").read_text("utf-8"))["model"]["vocab"]
             return _write_splits(folder, archive, len(words), lambda text: _words(text, words))
         tokenizer = build_tokenizer(request.tokenizer_type, request.vocab_file, request.merge_file)
-        return _write_splits(folder, archive, tokenizer.vocab_size, lambda text: [*tokenizer.tokenize(text), tokenizer.eod])
+
+        def line(text: str) -> list[int]:
+            return [*tokenizer.tokenize_piece(text), tokenizer.eod]
+
+        return _write_splits(folder, archive, tokenizer.vocab_size, line)
 
     return _prepared("wikitext103", request, WIKITEXT_URL, HFTokenizer.name, make)
 

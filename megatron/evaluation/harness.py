@@ -46,6 +46,11 @@ class HarnessLM(TemplateLM):
         return self.tokens.eod
 
     @property
+    def prefix_token_id(self) -> int:
+        """What a text without a context is scored after."""
+        return self.eot_token_id if self.tokens.bos is None else self.tokens.bos
+
+    @property
     def max_length(self) -> int:
         """Tokens read at most."""
         return self.options.max_length
@@ -56,12 +61,19 @@ class HarnessLM(TemplateLM):
         return f"{self.tokens.name}-{self.tokens.fingerprint()[:16]}"
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Ids of a text; our tokenizers add no special tokens."""
-        return self.tokens.tokenize(string)
+        """Ids of a text, in front of them what the tokenizer's template starts a text with, unless the text does or False.
+
+        What the template ends a text with is never there: it would stand between a context and its continuation.
+        """
+        template = self.tokens.template
+        if add_special_tokens is None and template.before:
+            add_special_tokens = not string.startswith(self.tokens.detokenize([self.prefix_token_id]))
+        return self.tokens.tokenize_piece(string) if add_special_tokens is False else self.tokens.tokenize_prompt(string)
 
     def tok_decode(self, ids: Sequence[int]) -> str:
-        """Text of generated ids, without end-of-document and padding."""
-        special = {self.tokens.eod, self.tokens.pad}
+        """Text of generated ids, without end-of-document, padding and what a template adds."""
+        template = self.tokens.template
+        special = {self.tokens.eod, self.tokens.pad, *template.before, *template.after}
         return self.tokens.detokenize([i for i in ids if i not in special])
 
     def _loglikelihood_tokens(

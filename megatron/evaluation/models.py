@@ -77,7 +77,7 @@ def open_model(path: Path, options: ModelOptions) -> tuple[LM, Mapping[str, Any]
     reach = forward.config.layer_options.get("jrt", {}).get("prefix_length", 0)
     prefix = Prefix(reach, options.prompt_mode, options.prefix_scope)
     asked = HarnessOptions(length, options.batch_size, prefix=prefix, stop_at_eod=options.stop_at_eod)
-    return HarnessLM(forward, tokenizer, asked), {"tokenizer": Tokens(tokenizer.tokenize, tokenizer.detokenize)}
+    return HarnessLM(forward, tokenizer, asked), {"tokenizer": Tokens(tokenizer.tokenize_piece, tokenizer.detokenize)}
 
 
 def _exported(path: Path, options: ModelOptions, device: str) -> tuple[LM, Mapping[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -61,12 +62,11 @@ def _joined(indexed: IndexedDataset, documents: range, limit: int | None, where:
 
 
 def measured(tokens: NDArray[Any], tokenizer: Tokenizer) -> Stream:
-    """The stream with the words and bytes of its text; ends of documents are no text."""
-    try:
-        eod: int | None = tokenizer.eod
-    except DataError:
-        eod = None
-    ends = np.flatnonzero(tokens == eod) if eod is not None else np.zeros(0, dtype=np.int64)
+    """The stream with the words and bytes of its text; ends of documents and what a template adds are no text."""
+    borders = [*tokenizer.template.before, *tokenizer.template.after]
+    with contextlib.suppress(DataError):  # a vocabulary without an end of document
+        borders.append(tokenizer.eod)
+    ends = np.flatnonzero(np.isin(tokens, borders))
     words = size = start = 0
     for end in [*ends.tolist(), len(tokens)]:
         text = tokenizer.detokenize(tokens[start:end].tolist())

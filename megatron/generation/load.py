@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -16,6 +16,8 @@ from megatron.layers.base import Layer
 from megatron.model.build import build_model
 from megatron.model.config import ModelConfig
 from megatron.model.lm import LanguageModel
+
+_VOCABULARY = {"HFTokenizer": ".json", "GPT2BPETokenizer": ".json", "SPMTokenizer": ".model", "TiktokenTokenizer": ".tiktoken"}
 
 
 def filled_model(
@@ -79,11 +81,22 @@ def stored_tokenizer(folder: Path, kind: str | None = None) -> Tokenizer | None:
         DataError: the files are damaged or of another kind.
     """
     files = sorted(folder.iterdir()) if folder.is_dir() else []
-    suffixes = {path.suffix for path in files}
     if kind is None and files:
-        kind = "SPMTokenizer" if ".model" in suffixes else "GPT2BPETokenizer" if ".txt" in suffixes else "HFTokenizer"
+        kind = _kind_of(files)
     if kind is None or not (files or kind == "CharLevelTokenizer"):
         return None
-    vocabulary = next((path for path in files if path.suffix in (".json", ".model")), None)
-    merges = next((path for path in files if path.suffix == ".txt"), None)
-    return build_tokenizer(kind, folder if kind == "HFGPT2Tokenizer" else vocabulary, merges)
+    if kind == "HFGPT2Tokenizer":
+        return build_tokenizer(kind, folder)
+    mine = [path for path in files if path.suffix == _VOCABULARY.get(kind)] or files
+    vocabulary = min(mine, key=lambda path: len(path.name), default=None)  # a rank file's settings have its name and more
+    others = [path for path in files if path != vocabulary]
+    return build_tokenizer(kind, vocabulary, others[0] if others else None)
+
+
+def _kind_of(files: Sequence[Path]) -> str:
+    """The `tokenizer_type` that files of these names are of."""
+    names, suffixes = {path.name for path in files}, {path.suffix for path in files}
+    if names & {"tokenizer_config.json", "special_tokens_map.json"} and names & {"tokenizer.json", "merges.txt"}:
+        return "HFGPT2Tokenizer"
+    kinds = {".tiktoken": "TiktokenTokenizer", ".model": "SPMTokenizer", ".txt": "GPT2BPETokenizer", ".bpe": "GPT2BPETokenizer"}
+    return next((kind for suffix, kind in kinds.items() if suffix in suffixes), "HFTokenizer")

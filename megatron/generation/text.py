@@ -28,8 +28,8 @@ class TextTokenizer(Protocol):
     def eod(self) -> int:
         """Id of the border between documents."""
 
-    def tokenize(self, text: str) -> list[int]:
-        """Text -> ids."""
+    def tokenize_prompt(self, text: str) -> list[int]:
+        """Text -> ids that do not end it."""
 
     def detokenize(self, ids: Sequence[int]) -> str:
         """Ids -> text."""
@@ -51,7 +51,7 @@ class Writer:
 
     def _batch(self, contexts: Sequence[str], first: int) -> Iterator[dict[str, Any]]:
         begun = time.perf_counter()
-        prompts = [self.tokenizer.tokenize(text) if text else [] for text in contexts]
+        prompts = [self.tokenizer.tokenize_prompt(text) for text in contexts]
         results = generate(
             self.model,
             prompts,

@@ -13,8 +13,9 @@ import pytest
 from megatron.data.batches import Batches
 from megatron.data.readers import RowReader
 from megatron.data.streaming import StreamDataset, open_stream_dataset
-from megatron.data.tokenizers import CharLevelTokenizer
+from megatron.data.tokenizers import CharLevelTokenizer, build_tokenizer
 from megatron.errors import DataError
+from tests.data.hf_files import SENTENCE, around, write
 
 LENGTH = 16
 
@@ -113,6 +114,20 @@ def test_the_end_and_the_past(source: str) -> None:
         _open(source, vocab_size=100)
     with pytest.raises(DataError, match="out of range"):
         StreamDataset(lambda place: iter(()), CharLevelTokenizer(), 0, 5)
+
+
+def test_a_stream_holds_what_the_template_adds(source: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As a corpus does, and without what else the file stores."""
+    (Path(source) / "a.jsonl").write_text(json.dumps({"body": SENTENCE * 20}) + "\n")
+    path = write(tmp_path / "t.json", lambda made: (around("<s>", "")(made), made.enable_truncation(8)))
+    plain = build_tokenizer("HFTokenizer", write(tmp_path / "plain.json")).tokenize(SENTENCE * 20)
+    sample = open_stream_dataset([f"{source}/a.jsonl"], build_tokenizer("HFTokenizer", path), 122, 2, key="body")[0]
+    assert sample.tolist() == [270, *plain, 0] and len(plain) == 121
+    assert [record.message for record in caplog.records] == [
+        "the tokenizer's file stores truncation to 8 tokens, which is not used",
+        "the tokenizer's template adds <s> at the start of each document;"
+        " the end-of-document token <|endoftext|> is appended behind it",
+    ]
 
 
 def test_a_bad_row_is_named(source: str) -> None:

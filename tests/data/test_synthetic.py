@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,9 @@ from megatron.data.synthetic.mad import FuzzyRecall, Memorization, SelectiveCopy
 from megatron.data.synthetic.needle import NEEDLE, QUESTION, NeedleNumbers, compose_needles
 from megatron.data.synthetic.recall import MultiQueryRecall, SetDisjointness, compose_mqar, compose_sets
 from megatron.data.synthetic.task import Examples, Ids, checked, distinct, first_places, weighted_distinct
-from megatron.data.tokenizers import CharLevelTokenizer
+from megatron.data.tokenizers import CharLevelTokenizer, build_tokenizer
 from megatron.errors import ConfigError
+from tests.data.hf_files import around, write
 
 X = -100
 
@@ -208,6 +210,16 @@ def test_the_text_needle_reads_as_text() -> None:
         city = text.split("What is the pass key of ")[1].split("?")[0]
         assert f"The pass key of {city} is{answer}. " in text and text.endswith(answer[:-1])
         assert 60 < text.index("The pass key of") < 190
+
+
+def test_the_text_needle_holds_no_special_tokens(tmp_path: Path) -> None:
+    """Its sentences stand in the middle of an example; none of them begins or ends a text."""
+    plain, around_it = (
+        checked(TASKS["needle_text"], {"length": 120}, tokenizer=build_tokenizer("HFTokenizer", path))
+        for path in (write(tmp_path / "plain.json"), write(tmp_path / "t.json", around("<s>", "</s>")))
+    )
+    made, wanted = (task.draw(np.random.default_rng(6), 5) for task in (around_it, plain))
+    assert (made.inputs == wanted.inputs).all() and (made.labels == wanted.labels).all() and made.inputs.max() < 270
 
 
 def test_motifs_have_one_value_per_key() -> None:

@@ -41,6 +41,7 @@ def test_face(kind: str, size: int, eod: int, pad: int, golden: Path) -> None:
     assert tokenizer.detokenize(tokenizer.tokenize(TEXT)) == TEXT
     texts = [TEXT, "", "a b", "<|endoftext|>"]
     assert tokenizer.tokenize_batch(texts) == [tokenizer.tokenize(text) for text in texts]
+    assert tokenizer.tokenize_prompt(TEXT) == tokenizer.tokenize_piece(TEXT) == tokenizer.tokenize(TEXT)
     assert all(path.is_file() for path in tokenizer.files())
 
 
@@ -48,6 +49,9 @@ def test_sentencepiece(golden: Path) -> None:
     tokenizer = _build("SPMTokenizer", golden)
     assert tokenizer.detokenize(tokenizer.tokenize("hello the world")) == "hello the world"
     assert tokenizer.eod > 0
+    # the model has begin and end pieces; they are nobody's template
+    assert tokenizer.tokenize_prompt("the") == tokenizer.tokenize_piece("the") == tokenizer.tokenize("the")
+    assert {1, 2}.isdisjoint(tokenizer.tokenize("the")) and tokenizer.remarks(append_eod=True) == []
     plain = build_tokenizer("SPMTokenizer", golden / "tokenizers/spm_plain.model")
     assert plain.eod == 0  # the unknown id, as in NeoX
     assert plain.fingerprint() != tokenizer.fingerprint()
@@ -110,6 +114,7 @@ def test_rank_file(tmp_path: Path) -> None:
     assert (plain.name, plain.vocab_size, plain.eod, plain.pad) == ("TiktokenTokenizer", 261, 260, 260)
     assert plain.tokenize("the the<|endoftext|>é") == [257, 258, 260, 259]
     assert plain.tokenize_batch([TEXT, ""]) == [plain.tokenize(TEXT), []]
+    assert plain.tokenize_prompt(TEXT) == plain.tokenize_piece(TEXT) == plain.tokenize(TEXT)
     assert plain.detokenize(plain.tokenize(TEXT)) == TEXT
     side = tmp_path / "small.tiktoken.json"
     special = {"<|endoftext|>": 270, "<|padding|>": 265}
@@ -146,6 +151,7 @@ def test_a_file_of_the_released_size(tmp_path: Path) -> None:
         ('{"special_tokens": {"<|endoftext|>": 5}}', "do not fit"),
         ('{"special_tokens": {"a": 260, "b": 260}}', "do not fit"),
         ('{"vocab_size": 100}', "do not fit"),
+        ('{"special_tokens": {"": 260, "<|endoftext|>": 261}}', "a special token is empty"),
         ('{"pattern": "("}', "not a rank file with its settings"),
     ],
 )

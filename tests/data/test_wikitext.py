@@ -14,6 +14,7 @@ from megatron.data.corpus_request import CorpusRequest
 from megatron.data.indexed import IndexedDataset
 from megatron.data.tokenizers import build_tokenizer
 from megatron.errors import DataError
+from tests.data.hf_files import around, write
 
 TRAIN = " \n = First Article = \n \n The cat sat . \n = = Part = = \n the cat \n \n = Second = \n A cat\n"
 TEST = " = Third = \n cat dog \n"
@@ -61,6 +62,16 @@ def test_another_tokenizer(archive: Path, tmp_path: Path) -> None:
     done = prepare("wikitext103", CorpusRequest(tmp_path / "data", "CharLevelTokenizer", source=archive))
     first = IndexedDataset(done.data_path / "train_text_document").get(0)
     assert bytes(first[:-1].tolist()).decode() == TRAIN[: TRAIN.index(" = Second")] and first[-1] == 0
+
+
+def test_lines_are_no_documents(archive: Path, tmp_path: Path) -> None:
+    """A tokenizer that starts and ends texts does neither at every line."""
+    found = []
+    for name, change in (("plain", None), ("template", around("<s>", "</s>"))):
+        vocab_file = str(write(tmp_path / f"{name}.json", change))
+        done = prepare("wikitext103", CorpusRequest(tmp_path / name, "HFTokenizer", vocab_file, source=archive))
+        found.append(IndexedDataset(done.data_path / "train_text_document").get(0).tolist())
+    assert found[0] == found[1] and max(found[0]) < 270
 
 
 def test_an_unpacked_folder(archive: Path, tmp_path: Path) -> None:

@@ -109,7 +109,7 @@ def test_what_cannot_be_expressed_is_said_and_not_written(
     other = json.loads((source / "v.json").read_text())
     other["pre_tokenizer"]["add_prefix_space"] = True
     wrong = Backend.from_str(json.dumps(other))
-    monkeypatch.setattr("megatron.export.tokenizer._backend", lambda *_: wrong)
+    monkeypatch.setattr("megatron.export.tokenizer.prompt_backend", lambda *_: wrong)
     note = export_tokenizer(source, {"type": "HFTokenizer"}, output, None)[0]
     assert "no exact form" in note and (output / "v.json").is_file() and not (output / "tokenizer.json").exists()
 

@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron.data.tokenizers import CharLevelTokenizer
+from megatron.data.tokenizers import CharLevelTokenizer, build_tokenizer
 from megatron.errors import DataError
 from megatron.generation import text
 from megatron.generation.load import filled_model
 from megatron.generation.sample import Sampling
 from megatron.model.build import param_specs
 from megatron.model.config import ModelConfig
+from tests.data.hf_files import around, write
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +46,26 @@ def test_results_do_not_depend_on_batches(writer: text.Writer) -> None:
     contexts = ["one", "another prompt", "x", "", "last"]
     large = text.Writer(writer.model, writer.tokenizer, writer.sampling, batch_size=8)
     assert [r["text"] for r in writer.continue_texts(contexts)] == [r["text"] for r in large.continue_texts(contexts)]
+
+
+def test_a_template_does_not_end_prompts(writer: text.Writer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a model reads starts as the template says, and ends with the text; an empty one is the template's start."""
+    seen: list[list[int]] = []
+    real = text.generate
+
+    def spy(model: object, prompts: list[list[int]], *args: object, **options: object) -> object:
+        seen.extend(prompts)
+        return real(model, prompts, *args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(text, "generate", spy)
+    plain = build_tokenizer("HFTokenizer", write(tmp_path / "plain.json"))
+    contexts, wanted = ["the cat", "x", ""], []
+    for before, after in (("<s>", "</s>"), ("", "<|endoftext|>"), ("", "")):
+        change = around(before, after) if before or after else None
+        tokenizer = build_tokenizer("HFTokenizer", write(tmp_path / "t.json", change))
+        list(text.Writer(writer.model, tokenizer, writer.sampling).continue_texts(contexts))
+        wanted += [[270] * bool(before) + plain.tokenize(context) for context in contexts]
+    assert seen == wanted and seen[2] == [270] and seen[5] == seen[8] == []
 
 
 def test_unconditional(writer: text.Writer) -> None:

@@ -131,14 +131,14 @@ class NeedleText(Task):
         assert tokenizer is not None
         picks = rng.integers([len(_WHO), len(_DID), len(_WHAT), len(_WHEN)], size=(64, 4))
         hay = [" ".join((_WHO[a], _DID[b], _WHAT[c], _WHEN[d])) + ". " for a, b, c, d in picks]
-        sentences = [np.array(ids, dtype=np.int64) for ids in tokenizer.tokenize_batch(hay)]
+        sentences = [np.array(tokenizer.tokenize_piece(text), dtype=np.int64) for text in hay]
         inputs, labels = np.zeros((count, self.length), dtype=np.int64), blank_labels(count, self.length)
         for row in range(count):
             city = _CITIES[int(rng.integers(len(_CITIES)))]
             number = "".join(map(str, rng.integers(10, size=self.digits)))
             depth = self.depth if self.depth >= 0 else float(rng.random())
             parts = (f"The pass key of {city} is {number}. ", f"What is the pass key of {city}? It is", f" {number}")
-            needle, question, answer = (np.array(tokenizer.tokenize(part), dtype=np.int64) for part in parts)
+            needle, question, answer = (np.array(tokenizer.tokenize_piece(part), dtype=np.int64) for part in parts)
             missing = self.length + 1 - len(needle) - len(question) - len(answer)
             need(missing >= 0, self, f"needle and question alone are {self.length + 1 - missing} tokens")
             text = np.concatenate([_haystack(rng, sentences, missing, depth, needle), question, answer])

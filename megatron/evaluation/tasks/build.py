@@ -136,7 +136,10 @@ def _tokens(name: str) -> Tokens:
     from transformers import AutoTokenizer
 
     loaded = AutoTokenizer.from_pretrained(name)
-    return Tokens(loaded.encode, lambda ids: str(loaded.decode(list(ids), skip_special_tokens=True)))
+    return Tokens(
+        lambda text: loaded.encode(text, add_special_tokens=False),
+        lambda ids: str(loaded.decode(list(ids), skip_special_tokens=True)),
+    )
 
 
 def contains(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
