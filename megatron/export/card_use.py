@@ -60,8 +60,9 @@ SMOOTHING_REMEDY = "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model.config.model_type] =
 _SMOOTHING = f"""### Label smoothing
 
 With `TrainingArguments(label_smoothing_factor=...)`, `Trainer` computes the loss itself and shifts the labels only for
-classes that it finds in a table of its own, where no model with code in its folder stands: it would be trained to repeat its
-input. Put the class there before training (that of the model itself, before PEFT wraps it):
+classes that it finds in a table of transformers, which lists no model with code in its folder: such a model is trained to
+repeat its input. This one enters itself in the table when it is made. For other models, or where the entry was lost (an
+object sent to another process), one line before training does the same, on the model itself, before PEFT wraps it:
 
 ```python
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from megatron.export.hf_model import DecoderForCausalLM, DecoderModel
+from megatron.export.hf_backbone import DecoderModel
+from megatron.export.hf_model import DecoderForCausalLM
 from megatron.export.linear_config import LinearLMConfig
 
 

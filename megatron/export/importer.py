@@ -132,7 +132,9 @@ def _tie(weights: dict[str, Tensor], settings: Mapping[str, Any], notes: list[st
 
 def _model_config(family: Family, settings: Mapping[str, Any], weights: Mapping[str, Tensor], notes: list[str]) -> ModelConfig:
     try:
-        said = {name: value for name, value in settings.items() if name not in ("model_type", "auto_map")}
+        usual = family.config_class.attribute_map  # our exports repeat sizes under these; the official names decide
+        repeated = {name for name, official in usual.items() if official in settings}
+        said = {name: value for name, value in settings.items() if name not in {"model_type", "auto_map", *repeated}}
         fields = family.config_class(**said).model_fields()
         if family is METALA:
             fields |= _metala_fields(settings, weights, notes)
@@ -213,8 +215,11 @@ def _facts(source: Path, family: Family, settings: Mapping[str, Any], config: Mo
     """What an export needs again: ids of special tokens and where the model came from."""
     tokenizer = {"vocab_size": config.vocab_size}
     for key, field in (("eod", "eos_token_id"), ("pad", "pad_token_id"), ("bos", "bos_token_id")):
-        if isinstance(settings.get(field), int):
-            tokenizer[key] = settings[field]
+        number = settings.get(field)
+        if isinstance(number, int) and 0 <= number < config.vocab_size:
+            tokenizer[key] = number
+        elif isinstance(number, int):
+            notes.append(f"{field} of config.json is {number}, which the vocabulary of {config.vocab_size} does not have")
     facts = {"imported_from": source.resolve().name, "family": family.name, "tokenizer": tokenizer, "inferred": list(notes)}
     for key in ("max_position_embeddings", "max_seq_len", "seq_length"):
         if family.native is not None and isinstance(settings.get(key), int):

@@ -9,12 +9,14 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from megatron.export.proved import warn_if_unproved
+
 
 class LinearLMConfig(PretrainedConfig):
     """Any model of ours: `architecture` holds the fields of its `ModelConfig`; sizes are also given under their usual names."""
 
     model_type = "linear_lm"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012 - transformers adds to the list
 
     def __init__(
         self,
@@ -38,6 +40,7 @@ class LinearLMConfig(PretrainedConfig):
         for name in ("hidden_size", "num_hidden_layers", "num_attention_heads"):
             kwargs.pop(name, None)
         kwargs["tie_word_embeddings"] = fields.get("tie_embeddings", True)
+        warn_if_unproved(kwargs.get("proved_transformers"))
         super().__init__(**kwargs)
 
     def model_fields(self) -> dict[str, Any]:

@@ -6,9 +6,12 @@ as plain attributes and is not disturbed by them.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from transformers import PretrainedConfig
+
+from megatron.export.proved import warn_if_unproved
 
 
 class MetaLAConfig(PretrainedConfig):
@@ -21,7 +24,7 @@ class MetaLAConfig(PretrainedConfig):
     """
 
     model_type = "metala"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012 - transformers adds to the list
     attribute_map = {  # noqa: RUF012 - transformers reads it as a plain dict
         "hidden_size": "decoder_embed_dim",
         "num_hidden_layers": "decoder_layers",
@@ -68,7 +71,23 @@ class MetaLAConfig(PretrainedConfig):
         self.gate_round = gate_round
         kwargs |= {"pad_token_id": pad_token_id, "bos_token_id": bos_token_id, "eos_token_id": eos_token_id}
         kwargs["tie_word_embeddings"] = tie_word_embeddings
+        for usual, own in self.attribute_map.items():
+            self._take(usual, own, kwargs.pop(usual, None))
+        warn_if_unproved(kwargs.get("proved_transformers"))
         super().__init__(**kwargs)
+
+    def _take(self, usual: str, own: str, value: Any) -> None:
+        """A size under its usual name; one that contradicts the official name is refused."""
+        default = inspect.signature(type(self).__init__).parameters[own].default
+        if value is None or value == getattr(self, own):
+            return
+        if getattr(self, own) != default:
+            raise ValueError(f"{own} is {getattr(self, own)} and {usual}, another name of it, is {value}")
+        setattr(self, own, value)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields; sizes also under their usual names, where tools such as PEFT look for them."""
+        return {**super().to_dict(), **{usual: getattr(self, own) for usual, own in self.attribute_map.items()}}
 
     def model_fields(self) -> dict[str, Any]:
         """The fields of our `ModelConfig` that say the same."""

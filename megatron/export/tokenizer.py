@@ -62,7 +62,7 @@ def export_tokenizer(source: Path, facts: Mapping[str, Any], output: Path, seq_l
         tokenizer = stored_tokenizer(source, facts.get("type"))
         if tokenizer is None:
             return ["tokenizer: none in the checkpoint; the folder holds the model alone"]
-        _write(tokenizer, output, seq_length)
+        largest = _write(tokenizer, output, seq_length, facts.get("vocab_size"))
     except UserError as error:
         for name in _WRITTEN:
             (output / name).unlink(missing_ok=True)
@@ -71,6 +71,8 @@ def export_tokenizer(source: Path, facts: Mapping[str, Any], output: Path, seq_l
         if isinstance(tokenizer, HFGPT2Tokenizer) and path.name not in _SETTINGS:
             shutil.copyfile(path, output / path.name)
     notes = [f"tokenizer: {tokenizer.name}, {tokenizer.vocab_size} ids, equal to training on {len(SAMPLES)} sample texts"]
+    if largest is not None:
+        notes.append(f"tokenizer: its ids {facts['vocab_size']} to {largest} have no row in the model")
     if tokenizer.template.after:
         ends = " ".join(tokenizer.detokenize([number]) for number in tokenizer.template.after)
         notes.append(
@@ -80,19 +82,21 @@ def export_tokenizer(source: Path, facts: Mapping[str, Any], output: Path, seq_l
     return notes
 
 
-def _write(tokenizer: Tokenizer, output: Path, seq_length: int | None) -> None:
-    """Write `tokenizer.json` and `tokenizer_config.json`, and prove them.
+def _write(tokenizer: Tokenizer, output: Path, seq_length: int | None, rows: int | None) -> int | None:
+    """Write `tokenizer.json` and `tokenizer_config.json`, and prove them; returns the largest id if it has no row in the model.
 
     Raises:
         ExportError: they would give other ids than training.
     """
-    backend = prompt_backend(tokenizer)
+    backend = prompt_backend(tokenizer, rows)
     wrong = next((text for text in SAMPLES if backend.encode(text).ids != tokenizer.tokenize_prompt(text)), None)
     if wrong is not None:
         raise ExportError(f"{tokenizer.name} has no exact form", why=f"ids differ on {wrong[:24]!r}")
     backend.save(str(output / "tokenizer.json"))
     write_json(output / "tokenizer_config.json", _settings(tokenizer, backend, seq_length))
     _prove(backend, output)
+    largest = max(backend.get_vocab(with_added_tokens=True).values())
+    return None if rows is None or largest < rows else largest
 
 
 def _prove(backend: Backend, output: Path) -> None:
@@ -152,6 +156,8 @@ def _settings(tokenizer: Tokenizer, backend: Backend, seq_length: int | None) ->
     for key, name in (("bos_token", "bos"), ("eos_token", "eod"), ("pad_token", "pad")):
         with contextlib.suppress(DataError):  # a vocabulary without an end of document has no id to name
             number = getattr(tokenizer, name)
+            if name == "pad" and backend.id_to_token(number) is None:  # the one that reading the folder added has no row
+                number = tokenizer.eod
             if number is not None and (text := backend.id_to_token(number)) is not None:
                 settings[key] = text
     return settings

@@ -14,20 +14,24 @@ from typing import Any
 from tokenizers import Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
-from megatron.data.hf_tokenizers import HFTokenizer
+from megatron.data.hf_tokenizers import HFGPT2Tokenizer, HFTokenizer
 from megatron.data.tiktoken_file import TiktokenTokenizer
 from megatron.data.tokenizers import EOD_TEXT, PAD_TEXT, SPMTokenizer, Template, Tokenizer
 from megatron.errors import ExportError
 
 
-def prompt_backend(tokenizer: Tokenizer) -> Backend:
+def prompt_backend(tokenizer: Tokenizer, rows: int | None = None) -> Backend:
     """The object for a tokenizer of any kind; whether it gives the same ids is for the caller to prove.
+
+    Args:
+        tokenizer: any.
+        rows: of the model's embedding, if known; a padding token that reading a folder added is left out where it has none.
 
     Raises:
         ExportError: there is no such object.
     """
     if isinstance(tokenizer, HFTokenizer):
-        return _without_end(tokenizer)
+        return _without_end(tokenizer, rows)
     if isinstance(tokenizer, TiktokenTokenizer):
         return _rank_backend(tokenizer)
     if isinstance(tokenizer, SPMTokenizer):
@@ -37,9 +41,12 @@ def prompt_backend(tokenizer: Tokenizer) -> Backend:
     raise ExportError(f"a {tokenizer.name} has no tokenizer.json", why="no rule is known for it")
 
 
-def _without_end(tokenizer: HFTokenizer) -> Backend:
+def _without_end(tokenizer: HFTokenizer, rows: int | None) -> Backend:
     """The tokenizer as it is, but nothing is added behind a text."""
     content = json.loads(tokenizer.to_json())
+    added_pad = tokenizer.added_pad if isinstance(tokenizer, HFGPT2Tokenizer) else None
+    if rows is not None and added_pad is not None and added_pad >= rows:
+        content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] != added_pad]
     if tokenizer.template.after:
         content["post_processor"] = _start_only(content["post_processor"], tokenizer)
     return Backend.from_str(json.dumps(content))

@@ -3,8 +3,9 @@
 A mixer turns `x [b, s, d]` (already normed) into `y [b, s, d]`; norms, residuals and the MLP belong to the block around it.
 It is written for one device. Two things make it run on many without a line about ranks in it:
 
-* it never uses the global number of heads in `forward`: head counts come from the shapes of its own parameters, which
-  `parallel/tensor.py` cuts by the layer's `plan()`;
+* it never uses the global number of heads in `forward`: head counts come from its own parameters and the sizes of its own
+  modules (`q_proj.out_features`), which `parallel/tensor.py` cuts by the layer's `plan()`. It calls its modules and does not
+  read their weights, so that adapters, quantised weights and hooks of an exported model act (`ops/modules.py`);
 * it calls `self.split(u)` once where work on separate heads begins and `self.join(y)` once where their partial sums meet.
   Both are the identity on one device; under tensor parallelism they carry the two all-reduces of Megatron.
 
@@ -15,7 +16,7 @@ Files of this folder import torch, this page and `megatron.ops` only: `export/` 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -46,9 +47,11 @@ class Context:
     segment_ids: [b, s] integers that grow by one at each document border; None when documents are not told apart.
     backend: which path of `ops/` is asked for: auto | reference | torch | triton | fla.
     prefix_length: tokens at the start of a sequence that prefix layers (`jrt`) read in both directions; None: as they are set.
+    prefix_per_document: the prefix is counted from the start of each document instead of the sequence.
     in_place: `step` may overwrite the states that it is given (buffers of a captured graph); without it they are left alone.
     prefix_mask: [b, s], 0 for filler in front of a prompt as JRT decodes it: prefix layers hide its keys, all others take it
         for text (`mask` is what hides a token everywhere).
+    attentions: where layers that have attention weights leave them, [b, h, s, keys], when a list is given.
     """
 
     mask: Tensor | None = None
@@ -57,6 +60,14 @@ class Context:
     prefix_length: int | None = None
     prefix_mask: Tensor | None = None
     in_place: bool = False
+    prefix_per_document: bool = False
+    attentions: list[Tensor] | None = None
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Context:
+        """The same on another device: what accelerate calls where a model's layers lie on several."""
+        tensors = (self.mask, self.segment_ids, self.prefix_mask)
+        mask, ids, filler = (None if t is None else t.to(device, non_blocking=non_blocking) for t in tensors)
+        return replace(self, mask=mask, segment_ids=ids, prefix_mask=filler)
 
 
 class Layer(nn.Module):

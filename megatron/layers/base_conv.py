@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron.layers.base import Context, Layer, LayerConfig, State
-from megatron.ops.conv import causal_conv, next_history
+from megatron.ops.conv import next_history
+from megatron.ops.modules import ShortConv, row_linear
 
 
 class BaseConv(Layer):
@@ -42,13 +42,8 @@ class BaseConv(Layer):
         self.width, self.expand = config.conv_width, config.expand
         self.conv_proj = nn.Linear(d, inner, bias=config.bias)
         self.gate_proj = nn.Linear(d, inner, bias=config.bias)
-        self.conv1d = nn.Conv1d(inner, inner, config.conv_width, groups=inner, bias=False)
+        self.conv1d = ShortConv(inner, config.conv_width)
         self.out_proj = nn.Linear(inner, d, bias=config.bias)
-
-    def _out(self, y: Tensor) -> Tensor:
-        """The output bias is added once, after the partial sums have met."""
-        y = self.join(F.linear(y, self.out_proj.weight))
-        return y if self.out_proj.bias is None else y + self.out_proj.bias
 
     def forward(self, x: Tensor, ctx: Context, state: State | None = None) -> tuple[Tensor, State | None]:
         """`x [b, s, d]` -> `y [b, s, d]`; see `Layer.forward`."""
@@ -57,20 +52,21 @@ class BaseConv(Layer):
         if ctx.mask is not None:
             a = a * ctx.mask[..., None].to(a.dtype)
         history = None if state is None else state["conv"]
-        c = causal_conv(a, self.conv1d.weight, history=history, segment_ids=ctx.segment_ids, backend=ctx.backend)
-        y = self._out(c * self.gate_proj(x))
+        c = self.conv1d(a, history, ctx.segment_ids, ctx.backend)
+        y = row_linear(self.out_proj, c * self.gate_proj(x), self.join)
         return y, None if state is None else {"conv": next_history(a, history, self.width, ctx.mask)}
 
     def step(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
         """`x [b, d]` -> `y [b, d]`; see `Layer.step`."""
         x = self.split(x)
-        window = torch.cat([state["conv"].to(x.dtype), self.conv_proj(x).unsqueeze(1)], dim=1)
-        c = F.silu((window * self.conv1d.weight[:, 0].t()).sum(1))
-        return self._out(c * self.gate_proj(x)), {"conv": window[:, 1:]}
+        a, history = self.conv_proj(x).unsqueeze(1), state["conv"]
+        c = self.conv1d(a, history, backend=ctx.backend).squeeze(1)
+        y = row_linear(self.out_proj, c * self.gate_proj(x), self.join)
+        return y, {"conv": next_history(a, history, self.width)}
 
     def init_state(self, batch: int, dtype: torch.dtype, device: torch.device | str) -> State:
         """conv [b, width - 1, expand * d] in the model's dtype."""
-        return {"conv": torch.zeros(batch, self.width - 1, self.conv1d.weight.shape[0], dtype=dtype, device=device)}
+        return {"conv": torch.zeros(batch, self.width - 1, self.conv1d.out_channels, dtype=dtype, device=device)}
 
     def plan(self) -> Mapping[str, str]:
         """By channel of the convolution."""

@@ -65,7 +65,7 @@ class Based(Layer):
         """log(1 - 2^(c - head)) of the heads held here `[h]`, rounded to fp32 as the released buffer is; None without decay."""
         if self.decay_proj is None:
             return None
-        count = self.decay_proj.weight.shape[0]
+        count = self.decay_proj.out_features
         first = self.first_head * self.heads // self.config.num_heads  # `first_head` counts the model's heads
         head = torch.arange(first, first + count, device=device, dtype=torch.float64)
         return torch.log1p(-torch.exp2(self.decay_const - head)).float()
@@ -100,7 +100,7 @@ class Based(Layer):
 
     def init_state(self, batch: int, dtype: torch.dtype, device: torch.device | str) -> State:
         """recurrent [b, h, e, v + 1] in fp32 (fp64 for an fp64 model); the last column is the denominator."""
-        heads = self.proj_q.weight.shape[0] // self.feature_width
+        heads = self.proj_q.out_features // self.feature_width
         return {"recurrent": empty_taylor_state(batch, heads, self.feature_width, self.value_dim, dtype, device)}
 
     def plan(self) -> Mapping[str, str]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron.layers.base import Context, Layer, LayerConfig, State
@@ -57,15 +58,20 @@ class PrefixBased(Layer):
     def _inside(self, ctx: Context, x: Tensor, state: State | None) -> Tensor:
         """[b, m]: 1 where a token of x [b, s, d] belongs to the prefix; real tokens are counted, padding is not.
 
-        m is the prefix's length, or s where padding lets it lie anywhere.
+        m is the prefix's length, or s where padding or documents let it lie anywhere.
         """
         b, s = x.shape[:2]
         length = self.prefix_length if ctx.prefix_length is None else ctx.prefix_length
-        if ctx.mask is None or length == 0:
+        own = ctx.segment_ids if ctx.prefix_per_document else None
+        if (ctx.mask is None and own is None) or length == 0:
             inside = torch.ones(b, min(length, s), device=x.device)
         else:
-            present = ctx.mask.to(x.device).float()
-            inside = present * (present.cumsum(1) <= length)
+            present = torch.ones(b, s, device=x.device) if ctx.mask is None else ctx.mask.to(x.device).float()
+            count = present.cumsum(1)
+            if own is not None:  # what earlier documents have counted is taken off
+                border = F.pad(own[:, 1:] != own[:, :-1], (1, 0))
+                count = count - torch.where(border, count - present, 0).cummax(1).values
+            inside = present * (count <= length)
         if state is not None:
             # the constant feature of the denominator counts the tokens that a state has read
             inside = inside * (state["recurrent"][:, 0, 0, -1:] == 0)
@@ -105,7 +111,7 @@ class PrefixBased(Layer):
 
     def init_state(self, batch: int, dtype: torch.dtype, device: torch.device | str) -> State:
         """recurrent [b, h, e, v + 1] in fp32 (fp64 for an fp64 model), as `Based`."""
-        heads = self.proj_q.weight.shape[0] // self.feature_width
+        heads = self.proj_q.out_features // self.feature_width
         return {"recurrent": empty_taylor_state(batch, heads, self.feature_width, self.value_dim, dtype, device)}
 
     def plan(self) -> Mapping[str, str]:

@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron.layers.base import Context, Layer, LayerConfig, State
-from megatron.ops.conv import causal_conv, next_history
+from megatron.ops.conv import next_history
+from megatron.ops.modules import ShortConv, row_linear
 from megatron.ops.precision import in_sum_dtype, sum_dtype
 from megatron.ops.ssm import selective_scan, selective_step
 
@@ -67,7 +68,7 @@ class Mamba(Layer):
         self.dt_rank = config.dt_rank or math.ceil(d / 16)
         self.in_proj = nn.Linear(d, inner, bias=bias)
         self.gate_proj = nn.Linear(d, inner, bias=bias)
-        self.conv1d = nn.Conv1d(inner, inner, config.conv_width, groups=inner, bias=config.use_bias_in_conv)
+        self.conv1d = ShortConv(inner, config.conv_width, config.use_bias_in_conv)
         self.x_proj = nn.Linear(inner, self.dt_rank + 2 * config.state_size, bias=False)
         self.dt_proj = nn.Linear(self.dt_rank, inner, bias=True)
         self.A_log = nn.Parameter(torch.zeros(inner, config.state_size))
@@ -77,14 +78,13 @@ class Mamba(Layer):
 
     def _selection(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Step sizes [..., channels] and B, C [..., n] of u [..., channels]."""
-        low = self.channel_sum(F.linear(u, self.x_proj.weight))
+        low = self.channel_sum(self.x_proj(u))
         dt, b, c = low.split([self.dt_rank, self.states, self.states], -1)
         return F.softplus(in_sum_dtype(self.dt_proj(dt))), b, c
 
     def _out(self, y: Tensor, u: Tensor, z: Tensor) -> Tensor:
         y = (y + in_sum_dtype(self.D) * in_sum_dtype(u)).to(z.dtype) * F.silu(z)
-        y = self.join(F.linear(y, self.out_proj.weight))
-        return y if self.out_proj.bias is None else y + self.out_proj.bias
+        return row_linear(self.out_proj, y, self.join)
 
     def forward(self, x: Tensor, ctx: Context, state: State | None = None) -> tuple[Tensor, State | None]:
         """`x [b, s, d]` -> `y [b, s, d]`; see `Layer.forward`."""
@@ -93,8 +93,7 @@ class Mamba(Layer):
         if ctx.mask is not None:
             a = a * ctx.mask[..., None].to(a.dtype)
         history = None if state is None else state["conv"]
-        bias = self.conv1d.bias
-        u = causal_conv(a, self.conv1d.weight, bias, history=history, segment_ids=ctx.segment_ids, backend=ctx.backend)
+        u = self.conv1d(a, history, ctx.segment_ids, ctx.backend)
         dt, b, c = self._selection(u)
         if ctx.mask is not None:
             dt = dt * ctx.mask[..., None].to(dt.dtype)
@@ -114,12 +113,11 @@ class Mamba(Layer):
     def step(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
         """`x [b, d]` -> `y [b, d]` with one state update; see `Layer.step`."""
         x = self.split(x)
-        window = torch.cat([state["conv"].to(x.dtype), self.in_proj(x).unsqueeze(1)], dim=1)
-        u = (window * self.conv1d.weight[:, 0].t()).sum(1)
-        u = F.silu(u if self.conv1d.bias is None else u + self.conv1d.bias)
+        a, history = self.in_proj(x).unsqueeze(1), state["conv"]
+        u = self.conv1d(a, history, backend=ctx.backend).squeeze(1)
         dt, b, c = self._selection(u)
         y, after = selective_step(u, dt, -in_sum_dtype(self.A_log).exp(), b, c, state["ssm"])
-        return self._out(y, u, self.gate_proj(x)), {"ssm": after, "conv": window[:, 1:]}
+        return self._out(y, u, self.gate_proj(x)), {"ssm": after, "conv": next_history(a, history, self.width)}
 
     def init_state(self, batch: int, dtype: torch.dtype, device: torch.device | str) -> State:
         """ssm [b, channels, n] in fp32 (fp64 for an fp64 model), conv [b, width - 1, channels] in the model's dtype."""

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from megatron.layers.base import Context, Layer, LayerConfig, State
-from megatron.ops.conv import causal_conv, conv_step_, next_history
+from megatron.ops.conv import conv_step_, next_history
 from megatron.ops.dispatch import chosen
 from megatron.ops.metala import metala, metala_step, metala_step_
 from megatron.ops.metala_packed import metala_packed
+from megatron.ops.modules import ShortConv, are_plain
 from megatron.ops.packed import cut_packed, lay_together, packed_linear
 
 
@@ -49,7 +50,7 @@ class MetaLA(Layer):
             raise ValueError(f"metala_gate_round is none, bf16 or fp16, got {config.gate_round!r}")
         self.key_dim, self.value_dim = d // (2 * h), d // h
         self.width, self.gate_round = config.conv_width, config.gate_round
-        self.conv1d = nn.Conv1d(d, d, config.conv_width, groups=d, bias=False)
+        self.conv1d = ShortConv(d, config.conv_width)
         self.q_proj = nn.Linear(d, d // 2, bias=False)
         self.k_gate = nn.Linear(d, d // 2, bias=False)
         self.v_proj = nn.Linear(d, d, bias=False)
@@ -85,9 +86,11 @@ class MetaLA(Layer):
     def _mix(self, u: Tensor, ctx: Context, recurrent: Tensor | None) -> tuple[Tensor, Tensor]:
         """The operator on the projections of `u [b, s, d]`: y [b, s, h, v] and the last state.
 
-        They are one product, whose gradient comes back in one piece; the paths that are to be an independent check have four.
+        They are one product, whose gradient comes back in one piece. The paths that are to be an independent check have four,
+        and so have projections that are more than plain matrices (adapters, quantised weights, hooks).
         """
-        if chosen("metala", ctx.backend, u.device) in ("triton", "torch"):
+        plain = are_plain(self.q_proj, self.k_gate, self.v_proj, self.g_proj)
+        if plain and chosen("metala", ctx.backend, u.device) in ("triton", "torch"):
             return metala_packed(
                 self._packed(u, ctx.backend),
                 self.aug_balance.view(-1, self.key_dim),
@@ -111,7 +114,7 @@ class MetaLA(Layer):
         if ctx.mask is not None:
             x = x * ctx.mask[..., None].to(x.dtype)
         history = None if state is None else state["conv"]
-        u = causal_conv(x, self.conv1d.weight, history=history, segment_ids=ctx.segment_ids, backend=ctx.backend)
+        u = self.conv1d(x, history, ctx.segment_ids, ctx.backend)
         y, recurrent = self._mix(self.split(u), ctx, None if state is None else state["recurrent"])
         y = self.join(self.out_proj(y.flatten(-2)))
         if state is None:
@@ -126,10 +129,11 @@ class MetaLA(Layer):
             parts = cut_packed(self._packed(u, ctx.backend), w)
             y = metala_step_(*parts, w, state["recurrent"], gate_round=self.gate_round, backend=ctx.backend)
             return self.join(self.out_proj(y.flatten(-2))), state
-        window = torch.cat([state["conv"].to(x.dtype), x.unsqueeze(1)], dim=1)
-        u = torch.nn.functional.silu((window * self.conv1d.weight[:, 0].t()).sum(1))
+        x, history = x.unsqueeze(1), state["conv"]
+        u = self.conv1d(x, history, backend=ctx.backend).squeeze(1)
         y, recurrent = metala_step(*self._heads(self.split(u), None), state["recurrent"], self.gate_round)
-        return self.join(self.out_proj(y.flatten(-2))), {"recurrent": recurrent, "conv": window[:, 1:]}
+        y = self.join(self.out_proj(y.flatten(-2)))
+        return y, {"recurrent": recurrent, "conv": next_history(x, history, self.width)}
 
     def init_state(self, batch: int, dtype: torch.dtype, device: torch.device | str) -> State:
         """recurrent [b, h, k, v] in fp32 (fp64 for an fp64 model), conv [b, width - 1, d] in the model's dtype."""
@@ -137,7 +141,7 @@ class MetaLA(Layer):
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         return {
             "recurrent": torch.zeros(batch, heads, self.key_dim, self.value_dim, dtype=wide, device=device),
-            "conv": torch.zeros(batch, self.width - 1, self.conv1d.weight.shape[0], dtype=dtype, device=device),
+            "conv": torch.zeros(batch, self.width - 1, self.conv1d.out_channels, dtype=dtype, device=device),
         }
 
     def plan(self) -> Mapping[str, str]:

@@ -65,18 +65,18 @@ class SlidingAttention(Layer):
         q, k, v = (p(u).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
         rule = Rule(1 / math.sqrt(self.head_dim), o.window, dropout=o.dropout if self.training else 0.0)
         how = Mixing(rule, self.rotary, o.rotary_base)
-        y, state = mix(q, k, v, how, state, ctx.mask, ctx.segment_ids, ctx.backend)
+        y, state = mix(q, k, v, how, state, ctx.mask, ctx.segment_ids, ctx.backend, ctx.attentions)
         return self.join(self.out_proj(y.flatten(-2))), state
 
     def step(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
         """`x [b, d]` -> `y [b, d]`: one query over the window; see `Layer.step`."""
-        y, after = self.forward(x.unsqueeze(1), Context(backend=ctx.backend), state)
+        y, after = self.forward(x.unsqueeze(1), Context(backend=ctx.backend, attentions=ctx.attentions), state)
         assert after is not None
         return y.squeeze(1), after
 
     def init_state(self, batch: int, dtype: torch.dtype, device: torch.device | str) -> State:
         """An empty window: see `ops/attention_cache.py`."""
-        groups = self.k_proj.weight.shape[0] // self.head_dim
+        groups = self.k_proj.out_features // self.head_dim
         return empty_cache(batch, groups, self.head_dim, self.options.window, dtype, device)
 
     def plan(self) -> Mapping[str, str]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from megatron.layers.base import Context, Layer, LayerConfig, State
 from megatron.ops.attention import Rule, alibi_slopes
 from megatron.ops.attention_cache import Mixing, empty_cache, mix
+from megatron.ops.modules import row_linear
 from megatron.ops.rotary import rotary_width
 
 
@@ -90,7 +91,7 @@ class SoftmaxAttention(Layer):
         """ALiBi's slopes [h] of the heads held here, fp32 constants out of the whole model's list; None without ALiBi."""
         if self.options.positions != "alibi":
             return None
-        held = self.q_proj.weight.shape[0] // self.head_dim
+        held = self.q_proj.out_features // self.head_dim
         every = alibi_slopes(self.options.num_heads, self.options.bias_max)[self.first_head : self.first_head + held]
         return torch.tensor([m / self.options.slope_factor for m in every], dtype=torch.float32, device=device)
 
@@ -113,19 +114,18 @@ class SoftmaxAttention(Layer):
     def forward(self, x: Tensor, ctx: Context, state: State | None = None) -> tuple[Tensor, State | None]:
         """`x [b, s, d]` -> `y [b, s, d]`; see `Layer.forward`."""
         q, k, v = self._heads(self.split(x))
-        y, state = mix(q, k, v, self._how(x), state, ctx.mask, ctx.segment_ids, ctx.backend)
-        y = self.join(F.linear(y.flatten(-2), self.out_proj.weight))
-        return y if self.out_proj.bias is None else y + self.out_proj.bias, state
+        y, state = mix(q, k, v, self._how(x), state, ctx.mask, ctx.segment_ids, ctx.backend, ctx.attentions)
+        return row_linear(self.out_proj, y.flatten(-2), self.join), state
 
     def step(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
         """`x [b, d]` -> `y [b, d]`: one query over everything remembered; see `Layer.step`."""
-        y, after = self.forward(x.unsqueeze(1), Context(backend=ctx.backend), state)
+        y, after = self.forward(x.unsqueeze(1), Context(backend=ctx.backend, attentions=ctx.attentions), state)
         assert after is not None
         return y.squeeze(1), after
 
     def init_state(self, batch: int, dtype: torch.dtype, device: torch.device | str) -> State:
         """No keys and values yet: see `ops/attention_cache.py`; constant in size with a window, growing without."""
-        groups = self.k_proj.weight.shape[0] // self.head_dim
+        groups = self.k_proj.out_features // self.head_dim
         return empty_cache(batch, groups, self.head_dim, self.options.window, dtype, device)
 
     def plan(self) -> Mapping[str, str]:

@@ -40,7 +40,9 @@ class Block(nn.Module):
 
     def _inner(self, x: Tensor) -> torch.dtype:
         """What the halves read: the format of the weights where the stream is wider than they are."""
-        return next(self.token_mixer.parameters()).dtype if self.wide else x.dtype
+        if not self.wide:
+            return x.dtype
+        return next((p.dtype for p in self.token_mixer.parameters() if p.is_floating_point()), x.dtype)
 
     def _add(self, x: Tensor, normed: Tensor, mixed: Tensor, backend: str) -> Tensor:
         """x and what both halves add to it."""
@@ -51,7 +53,7 @@ class Block(nn.Module):
             after = x + mixed
             inner = normed if self.channel_norm is None else self.channel_norm(x, self._inner(x), backend)
         else:
-            after, inner = self.channel_norm.add(x, mixed, self._inner(x), backend)
+            after, inner = self.channel_norm(x, self._inner(x), backend, added=mixed)
         return after + self._drop(self.channel_mixer(inner))
 
     def forward(self, x: Tensor, ctx: Context, state: State | None = None) -> tuple[Tensor, State | None]:

@@ -14,17 +14,17 @@ from megatron.layers.base import Context, State
 from megatron.model.norm import Norm
 
 
-class Embedding(nn.Module):
+class Embedding(nn.Embedding):
     """`weight [n, d]`; ids of rows that other tensor-parallel ranks hold look up zero, and `join` adds the parts.
 
-    first_row is the first vocabulary row held here; `scale` multiplies the result (sqrt(d) where the model says so).
-    places: rows of the learned position table, 0 for none; `norm` is applied last. Both are in `finish`.
+    first_row is the first vocabulary row held here; `embed_scale` multiplies the result (sqrt(d) where the model says so; PEFT
+    reads the attribute by this name). places: rows of the learned position table, 0 for none; `norm` is applied last. Both are
+    in `finish`. It is an `nn.Embedding` whose values are not set, so that transformers and PEFT resize and adapt it as one.
     """
 
     def __init__(self, rows: int, size: int, scale: float = 1.0, places: int = 0, norm: Norm | None = None) -> None:
-        super().__init__()
-        self.rows, self.scale, self.first_row = rows, scale, 0
-        self.weight = nn.Parameter(torch.empty(rows, size))
+        super().__init__(rows, size, _weight=torch.empty(rows, size))
+        self.embed_scale, self.first_row = scale, 0
         self.positions = nn.Parameter(torch.empty(places, size)) if places else None
         self.norm = norm
         self.join: nn.Module = nn.Identity()
@@ -32,14 +32,14 @@ class Embedding(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """`tokens [b, s]` -> `[b, s, d]`, without positions."""
         held = self.weight.shape[0]
-        if held == self.rows:
+        if held == self.num_embeddings:
             x = F.embedding(tokens, self.weight)
         else:
             local = tokens - self.first_row
             outside = (local < 0) | (local >= held)
             x = F.embedding(local.masked_fill(outside, 0), self.weight)
             x = self.join(x.masked_fill(outside.unsqueeze(-1), 0))
-        return x if self.scale == 1.0 else x * self.scale
+        return x if self.embed_scale == 1.0 else x * self.embed_scale
 
     def finish(self, x: Tensor, ctx: Context, state: State | None = None) -> tuple[Tensor, State | None]:
         """Add the learned positions to `x [b, s, d]` and norm it; what the next call must know comes back with it.
@@ -47,10 +47,12 @@ class Embedding(nn.Module):
         Padding is not counted and each document starts at 0.
 
         Raises:
-            ValueError: the text is longer than the position table.
+            ValueError: the text is longer than the position table, or the table was offloaded.
         """
         if self.positions is not None:
             s, rows = x.shape[1], self.positions.shape[0]
+            if self.positions.is_meta and not x.is_meta:
+                raise ValueError("learned positions are not in memory: a device map must not offload embed_tokens")
             if s > rows:
                 raise ValueError(f"{s} tokens, but the model has learned {rows} positions (max_position_embeddings)")
             places, after = numbered(x.shape[0], s, ctx, None if state is None else state["seen"], x.device)
@@ -77,17 +79,21 @@ def numbered(b: int, s: int, ctx: Context, seen: Tensor | None, device: torch.de
     return places - start, count[:, -1] - start[:, -1]
 
 
-class Head(nn.Module):
-    """Logits over the vocabulary rows held here: `x [..., d]` -> `[..., n]`. `weight` may be the embedding's."""
+class Head(nn.Linear):
+    """Logits over the vocabulary rows held here: `x [..., d]` -> `[..., n]`. `weight` may be the embedding's.
+
+    An `nn.Linear` whose values are not set, so that transformers and PEFT resize and adapt it as one.
+    """
 
     def __init__(self, rows: int, size: int, tied_to: Embedding | None) -> None:
-        super().__init__()
+        super().__init__(size, rows, bias=False, device="meta")
         self.split: nn.Module = nn.Identity()
         self.weight = nn.Parameter(torch.empty(rows, size)) if tied_to is None else tied_to.weight
 
     def seen(self, x: Tensor) -> Tensor:
         """What the matrix multiplies: x in the weight's dtype, behind the entry of a tensor-parallel region."""
-        return self.split(x.to(self.weight.dtype))
+        dtype = self.weight.dtype
+        return self.split(x.to(dtype) if dtype.is_floating_point else x)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits in x's dtype; the loss upcasts them."""

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron.ops.modules import row_linear
+
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "swish": F.silu,
@@ -47,8 +49,7 @@ class MLP(nn.Module):
         inner = self.act(self.l1(x))
         if self.l2 is not None:
             inner = inner * self.l2(x)
-        y = self.join(F.linear(inner, self.l3.weight))
-        return y if self.l3.bias is None else y + self.l3.bias
+        return row_linear(self.l3, inner, self.join)
 
     def plan(self) -> dict[str, str]:
         """Hidden width is split; see `parallel/plan.py`."""

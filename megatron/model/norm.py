@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -24,14 +26,11 @@ class Norm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size)) if gain else None
         self.bias = nn.Parameter(torch.zeros(size)) if kind == "layernorm" else None
 
-    def forward(self, x: Tensor, dtype: torch.dtype | None = None, backend: str = "auto") -> Tensor:
-        """Normed x in `dtype` (x's by default)."""
+    def forward(self, x: Tensor, dtype: torch.dtype | None = None, backend: str = "auto", added: Tensor | None = None) -> Any:
+        """Normed x [..., d] in `dtype` (x's by default); with `added`, (x + added in x's dtype, its norm)."""
         centred = "layernorm" in self.kind
-        return norm(x, self.weight, self.bias, centred=centred, eps=self.eps, dtype=dtype, backend=backend)
-
-    def add(self, x: Tensor, added: Tensor, dtype: torch.dtype | None = None, backend: str = "auto") -> tuple[Tensor, Tensor]:
-        """x + added in x's dtype, and its norm in `dtype` (x's by default)."""
-        centred = "layernorm" in self.kind
+        if added is None:
+            return norm(x, self.weight, self.bias, centred=centred, eps=self.eps, dtype=dtype, backend=backend)
         return add_norm(x, added, self.weight, self.bias, centred=centred, eps=self.eps, dtype=dtype, backend=backend)
 
     def extra_repr(self) -> str:

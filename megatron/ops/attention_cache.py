@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from megatron.ops.attention import Places, Rule, attention
+from megatron.ops.attention import Places, Rule, attention, attention_weights
 from megatron.ops.rotary import rotary_angles, rotary_table, rotate
 
 
@@ -60,21 +60,23 @@ def mix(
     mask: Tensor | None = None,
     segment_ids: Tensor | None = None,
     backend: str = "auto",
+    attentions: list[Tensor] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor] | None]:
     """Attention of new tokens over themselves and the state: q [b, s, h, k], k and v [b, s, g, k] -> y [b, s, h, k], new state.
 
     mask [b, s]: 0 for padding. segment_ids [b, s]: document numbers; the state belongs to the first one's document.
+    attentions: takes the weights [b, h, s, keys] where a list is given.
     """
     b, s = q.shape[:2]
     if state is None and mask is None and segment_ids is None:
         q, k = _turn(q, k, how, None)
-        return attention(q, k, v, _rule(how, None, s), backend=backend), None
+        return _attend(q, k, v, _rule(how, None, s), None, False, backend, attentions), None
     query = _numbered(b, s, state, mask, q.device)
     q, k = _turn(q, k, how, query)
     own = query if mask is None else query.masked_fill(mask == 0, -1)
     if state is None:
         places = Places(query, own, segment_ids, segment_ids)
-        return attention(q, k, v, _rule(how, places, s), places, contiguous=True, backend=backend), None
+        return _attend(q, k, v, _rule(how, places, s), places, True, backend, attentions), None
     keys, values = torch.cat([state["keys"].to(k.dtype), k], 1), torch.cat([state["values"].to(v.dtype), v], 1)
     past = state["places"]
     places = Places(query, torch.cat([past, own], 1))
@@ -82,8 +84,25 @@ def mix(
         known = segment_ids[:, :1].expand(-1, past.shape[1])
         places = replace(places, query_segment=segment_ids, key_segment=torch.cat([known, segment_ids], 1))
     first = past.shape[1] == 0 and mask is None and segment_ids is None
-    y = attention(q, keys, values, _rule(how, places, s), None if first else places, contiguous=mask is None, backend=backend)
+    rule, where = _rule(how, places, s), None if first else places
+    y = _attend(q, keys, values, rule, where, mask is None, backend, attentions)
     return y, _remember(keys, values, places, how.rule.window, state["seen"], mask, s)
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rule: Rule,
+    places: Places | None,
+    contiguous: bool,
+    backend: str,
+    attentions: list[Tensor] | None,
+) -> Tensor:
+    """`attention`; its weights are formed a second time, and only where they are asked for."""
+    if attentions is not None:
+        attentions.append(attention_weights(q, k, rule, places).to(q.dtype))
+    return attention(q, k, v, rule, places, contiguous=contiguous, backend=backend)
 
 
 def _turn(q: Tensor, k: Tensor, how: Mixing, places: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -103,6 +122,8 @@ def _rule(how: Mixing, places: Places | None, s: int) -> Rule:
         return how.rule
     if places is None:
         return replace(how.rule, slopes=slopes * min(1.0, how.train_length / s))
+    if places.key_segment is not None:
+        raise ValueError("slopes that shrink with a row's length (train_length) cannot tell its documents apart")
     length = places.key.amax(1, keepdim=True) + 1
     return replace(how.rule, slopes=slopes * (how.train_length / length.clamp_min(how.train_length)))
 

@@ -71,9 +71,19 @@ def shard_model(
         part = take(param.detach(), local_slice(specs[name], mesh))
         new[id(param)] = nn.Parameter(part.clone(), requires_grad=param.requires_grad)
     replace_parameters([model], new)
+    set_part_sizes(model)
     _set_collectives(model, specs, mesh, fp32_allreduce)
     if sequence_parallel and mesh.tp_group is not None:
         cut_sequence(model, specs, mesh.tp_group, fp32_allreduce)
+
+
+def set_part_sizes(model: nn.Module) -> None:
+    """Let matrices and convolutions say the sizes of their parts, which mixers read their head counts from."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.out_features, module.in_features = module.weight.shape
+        elif isinstance(module, nn.Conv1d):
+            module.out_channels = module.in_channels = module.groups = module.weight.shape[0]
 
 
 def _set_collectives(model: nn.Module, specs: Mapping[str, ParamSpec], mesh: Mesh, wide: bool) -> None:

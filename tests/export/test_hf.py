@@ -122,8 +122,8 @@ def test_half_precision_checkpoint_keeps_its_dtype(make_checkpoint: Make, tmp_pa
     ("right", "wrong", "what"),
     [
         ("TAU = 16.0", "TAU = 15.0", "whole pass"),
-        ("cache.states, cache.seen = states, cache.seen", "cache.seen = cache.seen", "steps through the cache"),
-        ("return mask", "return None", "left padding"),
+        ("held.states, held.seen = new + tail, held.seen", "held.seen = held.seen", "steps through the cache"),
+        ("return None if all_shown else shown", "return None", "left padding"),
     ],
 )
 def test_a_folder_that_differs_is_removed(

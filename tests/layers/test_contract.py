@@ -132,6 +132,7 @@ def test_parts_by_plan_sum_to_the_whole(layer: Layer, size: int) -> None:
     """Ranks that hold their own heads and meet where the layer says `join` are the layer: the maths knows nothing of ranks."""
     from megatron.model.init import cut
     from megatron.parallel.plan import slice_of
+    from megatron.parallel.tensor import set_part_sizes
 
     x = inputs()
     whole, _ = layer(x, Context())
@@ -144,6 +145,7 @@ def test_parts_by_plan_sum_to_the_whole(layer: Layer, size: int) -> None:
             owner, _, leaf = name.rpartition(".")
             piece = cut(p.data, slice_of(tuple(p.shape), layer.plan()[name], rank, size))  # type: ignore[arg-type]
             setattr(part.get_submodule(owner), leaf, torch.nn.Parameter(piece))
+        set_part_sizes(part)
         for module in list(part.modules()):
             if "join" in module._modules:
                 module.join = Meeting(barrier, parts, rank)
