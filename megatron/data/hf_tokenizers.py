@@ -115,6 +115,10 @@ class HFGPT2Tokenizer(HFTokenizer):
 
     The end-of-document token is the folder's `eos_token` (from `tokenizer_config.json` or `special_tokens_map.json`). Ids come
     from `tokenizer.json` alone: `add_bos_token` and `add_eos_token` of the settings do not change its template.
+
+    Attributes:
+        settings: of the folder.
+        added_pad: id of the padding token that was added, None if the folder has one.
     """
 
     name = "HFGPT2Tokenizer"
@@ -136,8 +140,10 @@ class HFGPT2Tokenizer(HFTokenizer):
         Tokenizer.__init__(self, [*files, *settings])
         self.settings = _merged(settings)
         pad_text = _special(self.settings, "pad_token") or PAD_TEXT
-        if backend.token_to_id(pad_text) is None:
+        missing = backend.token_to_id(pad_text) is None
+        if missing:
             backend.add_special_tokens([pad_text])
+        self.added_pad: int | None = backend.token_to_id(pad_text) if missing else None
         self._take(backend, _special(self.settings, "eos_token") or EOD_TEXT, pad_text)
 
     @property

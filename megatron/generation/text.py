@@ -51,7 +51,7 @@ class Writer:
 
     def _batch(self, contexts: Sequence[str], first: int) -> Iterator[dict[str, Any]]:
         begun = time.perf_counter()
-        prompts = [self.tokenizer.tokenize_prompt(text) for text in contexts]
+        prompts = [self._ids(text) for text in contexts]
         results = generate(
             self.model,
             prompts,
@@ -73,6 +73,13 @@ class Writer:
             if self.sampling.return_logits:
                 record["logits"] = [row.tolist() for row in result.logits]
             yield record
+
+    def _ids(self, text: str) -> list[int]:
+        ids, rows = self.tokenizer.tokenize_prompt(text), self.model.config.vocab_size
+        if max(ids, default=0) >= rows:
+            why = f"the tokenizer gives the id {max(ids)}, the model has rows for {rows}"
+            raise DataError(f"the model does not know a token of the prompt {text[:40]!r}", why=why)
+        return ids
 
 
 def read_prompts(path: Path, prompt_end: str = "\n") -> list[str]:

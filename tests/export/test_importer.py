@@ -93,6 +93,14 @@ def test_tokenizer_is_copied(folder: Path, tmp_path: Path) -> None:
     assert (again.folder / "words.tiktoken").is_file() and any("lie in the folder as they were" in n for n in again.notes)
 
 
+def test_special_ids_outside_the_vocabulary_are_left_out(folder: Path, tmp_path: Path) -> None:
+    change(folder, eos_token_id=5, pad_token_id=-1, bos_token_id=4096)
+    made = import_folder(folder, tmp_path / "ck")
+    facts = read_manifest(made.checkpoint).facts["tokenizer"]
+    assert facts == {"vocab_size": made.config.vocab_size, "eod": 5}
+    assert [note.split(" of ")[0] for note in made.notes if "does not have" in note] == ["pad_token_id", "bos_token_id"]
+
+
 @pytest.mark.parametrize(
     ("edit", "word"),
     [

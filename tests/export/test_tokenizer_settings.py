@@ -159,6 +159,25 @@ def test_a_folder_gets_the_padding_token_of_training(tmp_path: Path) -> None:
     assert loaded.pad_token_id == tokenizer.pad == 270 and loaded(["a", "a cat"], padding=True)["input_ids"][0][0] == 270
 
 
+@pytest.mark.parametrize("rows", [270, 271])
+def test_no_padding_token_without_a_row(rows: int, tmp_path: Path) -> None:
+    """Reading an imported folder adds one behind a vocabulary whose model has no row for it."""
+    source, output = folders(tmp_path)
+    write(source / "tokenizer.json")
+    (source / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>", "pad_token": "[PAD]"}))
+    notes = export_tokenizer(source, {"type": "HFGPT2Tokenizer", "vocab_size": rows}, output, None)
+    loaded = AutoTokenizer.from_pretrained(output)
+    assert (len(loaded), loaded.pad_token_id) == ((270, 0) if rows == 270 else (271, 270)) and len(notes) == 1
+    assert loaded(["a", "a cat"], padding=True)["input_ids"][0][0] < rows
+
+
+def test_ids_that_the_model_has_no_row_for(tmp_path: Path) -> None:
+    source, output = folders(tmp_path)
+    write(source / "t.json")
+    notes = export_tokenizer(source, {"type": "HFTokenizer", "vocab_size": 200}, output, None)
+    assert notes[1:] == ["tokenizer: its ids 200 to 269 have no row in the model"]
+
+
 def test_ids_with_a_gap(tmp_path: Path) -> None:
     source, output = folders(tmp_path)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -66,6 +67,19 @@ def test_a_template_does_not_end_prompts(writer: text.Writer, tmp_path: Path, mo
         list(text.Writer(writer.model, tokenizer, writer.sampling).continue_texts(contexts))
         wanted += [[270] * bool(before) + plain.tokenize(context) for context in contexts]
     assert seen == wanted and seen[2] == [270] and seen[5] == seen[8] == []
+
+
+def test_a_prompt_of_another_vocabulary(writer: text.Writer, tmp_path: Path) -> None:
+    def edit(content: dict[str, Any]) -> None:
+        content["model"]["vocab"]["Zz"] = 600
+        content["model"]["merges"].append(["Z", "z"])
+
+    tokenizer = build_tokenizer("HFTokenizer", write(tmp_path / "t.json", edit=edit))
+    other = text.Writer(writer.model, tokenizer, writer.sampling)
+    assert len(list(other.continue_texts(["the cat"]))) == 1
+    with pytest.raises(DataError, match="does not know a token of the prompt 'Zz'") as caught:
+        list(other.continue_texts(["Zz"]))
+    assert caught.value.why == "the tokenizer gives the id 600, the model has rows for 512"
 
 
 def test_unconditional(writer: text.Writer) -> None:
