@@ -181,8 +181,8 @@ def _write(folder: Path, content: _Content, max_shard_bytes: int) -> float:
     del model  # the folder's own copy comes next
     difference = verify_folder(folder, family.name, family.prefix, probe, family.native is not None)
     notes.append(
-        f"logits compared with the checkpoint's in fp32, under transformers {transformers.__version__}: a whole pass, left-padded"
-        f" rows, steps, `generate` with and without the cache{'' if family.native else ', two documents in a row'};"
+        f"logits compared with the checkpoint's in fp32, under transformers {transformers.__version__}: a whole pass,"
+        f" left-padded rows, steps, `generate` with and without the cache{'' if family.native else ', two documents in a row'};"
         f" largest difference {difference:.1e} of the largest logit"
     )
     total = sum(t.numel() for t in weights.values())

@@ -200,7 +200,9 @@ class DecoderModel(DecoderPreTrainedModel):
         x, tail = embed(self._embedding(), x, ctx, before)
         new: list[State] = []
         weights: list[Tensor | None] = []
-        single = held is not None and x.shape[1] == 1 and ctx.mask is None and not torch.is_grad_enabled()
+        # the first token of all goes through `forward`, where a prefix is formed
+        started = held is not None and held.seen > 0
+        single = started and x.shape[1] == 1 and ctx.mask is None and not torch.is_grad_enabled()
         for i, block in enumerate(self.blocks()):
             if hidden is not None:
                 hidden.append(x)

@@ -54,7 +54,7 @@ class BaseConv(Layer):
         history = None if state is None else state["conv"]
         c = self.conv1d(a, history, ctx.segment_ids, ctx.backend)
         y = row_linear(self.out_proj, c * self.gate_proj(x), self.join)
-        return y, None if state is None else {"conv": next_history(a, history, self.width, ctx.mask)}
+        return y, None if state is None else {"conv": next_history(a, history, self.width, ctx.mask, ctx.segment_ids)}
 
     def step(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
         """`x [b, d]` -> `y [b, d]`; see `Layer.step`."""

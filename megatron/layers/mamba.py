@@ -108,7 +108,10 @@ class Mamba(Layer):
             backend=ctx.backend,
         )
         y = self._out(y, u, z)
-        return y, None if state is None else {"ssm": after, "conv": next_history(a, history, self.width, ctx.mask)}
+        return y, None if state is None else {
+            "ssm": after,
+            "conv": next_history(a, history, self.width, ctx.mask, ctx.segment_ids),
+        }
 
     def step(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
         """`x [b, d]` -> `y [b, d]` with one state update; see `Layer.step`."""

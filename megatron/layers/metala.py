@@ -119,7 +119,7 @@ class MetaLA(Layer):
         y = self.join(self.out_proj(y.flatten(-2)))
         if state is None:
             return y, None
-        return y, {"recurrent": recurrent, "conv": next_history(x, history, self.width, ctx.mask)}
+        return y, {"recurrent": recurrent, "conv": next_history(x, history, self.width, ctx.mask, ctx.segment_ids)}
 
     def step(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
         """`x [b, d]` -> `y [b, d]` with one state update; see `Layer.step`."""

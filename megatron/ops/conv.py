@@ -156,17 +156,26 @@ def conv_step_(
     return choose("conv_step", backend, x.device)(x, weight, state, bias, slots, activation)
 
 
-def next_history(x: Tensor, history: Tensor | None, width: int, mask: Tensor | None = None) -> Tensor:
+def next_history(
+    x: Tensor, history: Tensor | None, width: int, mask: Tensor | None = None, segment_ids: Tensor | None = None
+) -> Tensor:
     """The last `width - 1` real inputs `[b, width-1, d]`, which are the history of the token that follows.
 
-    With a mask the window ends at each row's last real token, so that padding on either side leaves it right.
+    With a mask [b, s] the window ends at each row's last real token, so that padding on either side leaves it right. With
+    segment_ids [b, s] inputs of earlier documents are 0: the token that follows belongs to the document of that last token.
     """
     b, s, d = x.shape
     past = x.new_zeros(b, width - 1, d) if history is None else history.to(x.dtype)
     padded = torch.cat([past, x], dim=1)
-    if mask is None:
+    if mask is None and segment_ids is None:
         return padded[:, s:].clone()
     place = torch.arange(1, s + 1, device=x.device)
-    ends = (mask.bool() * place).amax(dim=1)  # 0 when a row has no token at all: the old window stays
+    # 0 when a row has no token at all: the old window stays
+    ends = torch.full((b,), s, device=x.device) if mask is None else (mask.bool() * place).amax(dim=1)
     index = ends[:, None] + torch.arange(width - 1, device=x.device)
-    return padded.gather(1, index[..., None].expand(-1, -1, d))
+    window = padded.gather(1, index[..., None].expand(-1, -1, d))
+    if segment_ids is None:
+        return window
+    owners = torch.cat([segment_ids[:, :1].expand(-1, width - 1), segment_ids], dim=1)
+    last = owners.gather(1, ends[:, None] + width - 2) if width > 1 else owners[:, :1]
+    return window * (owners.gather(1, index) == last).unsqueeze(-1).to(x.dtype)

@@ -106,6 +106,19 @@ def test_documents_are_kept_apart(layer: Layer) -> None:
         assert (y[:, a:b] - layer(x[:, a:b], Context())[0]).abs().max() <= TOLERANCE
 
 
+@pytest.mark.parametrize("length", [1, 2, 40])
+def test_what_follows_documents_continues_the_last_one(layer: Layer, length: int) -> None:
+    """Also where it is shorter than a convolution's taps or a window: nothing of the document before it is in the state."""
+    x = inputs()
+    ids = (torch.arange(S - 1) >= S - 1 - length).long().expand(B, -1)
+    _, state = layer(x[:, :-1], Context(segment_ids=ids), layer.init_state(B, x.dtype, "cpu"))
+    _, alone = layer(x[:, S - 1 - length : -1], Context(), layer.init_state(B, x.dtype, "cpu"))
+    assert state is not None and alone is not None
+    y, _ = layer.step(x[:, -1], state, Context())
+    want, _ = layer.step(x[:, -1], alone, Context())
+    assert (y - want).abs().max() <= TOLERANCE
+
+
 def test_plan_and_rules_name_every_parameter(layer: Layer) -> None:
     names = {name for name, _ in layer.named_parameters()}
     assert set(layer.plan()) == names and set(layer.init_rules()) == names
