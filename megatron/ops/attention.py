@@ -114,15 +114,20 @@ def attention_torch(q: Tensor, k: Tensor, v: Tensor, rule: Rule, places: Places 
     """PyTorch's scaled_dot_product_attention; windows in blocks, so that their cost does not grow with the square of s."""
     s, n, w = q.shape[1], k.shape[1], rule.window
     # in blocks a query meets its block and the window, else (behind a mask) every key: copies are worth it from half of them on
-    if w is not None and s > _SHORT and 2 * (max(w, 64) + w) <= n and (places is None or contiguous):
+    if w is not None and not _any_length() and s > _SHORT and 2 * (max(w, 64) + w) <= n and (places is None or contiguous):
         return _banded(q, k, v, rule, places)
-    if w is not None and places is None and w < n - 1:
+    if w is not None and places is None and (_any_length() or w < n - 1):
         places = _counted(1, s, n, q.device)
     if places is None:
         y = _sdpa(*_heads_first(q, k, v), None, None, rule)
     else:
         y = _sdpa(*_heads_first(q, k, v), visible(places, w), places, rule)
     return y.transpose(1, 2)
+
+
+def _any_length() -> bool:
+    """Whether the form must not depend on the length: an exported graph, where one serves them all and a window is a mask."""
+    return torch.compiler.is_exporting()
 
 
 def _heads_first(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -133,7 +138,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, places: Places |
     """[b, h, s, k] attention; mask None is the causal triangle over s = n, or a single query that sees all."""
     s, n, width = q.shape[2], k.shape[2], q.shape[3]
     bias = None
-    if rule.slopes is not None and s > _SHORT:
+    if rule.slopes is not None and (_any_length() or s > _SHORT):
         key = torch.arange(n, device=k.device).unsqueeze(0) if places is None else places.key
         q, k = alibi_columns(q, k, rule.slopes, key, rule.scale)
         v = F.pad(v, (0, q.shape[-1] - width))  # the fused kernels want one width for all three
@@ -142,9 +147,11 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, places: Places |
         bias = _bias(rule.slopes, where.query, where.key)
         seen = visible(where, rule.window) if mask is None else mask
         mask = bias.masked_fill(~seen, -torch.inf).to(q.dtype)
-    causal = mask is None and s > 1
-    if mask is None and s != n and s > 1:
-        raise ValueError(f"{s} queries over {n} keys need their places")
+    causal = False
+    if mask is None and s > 1:  # a branch: a compiler for lengths not known yet has no truth value to hand on
+        causal = True
+        if s != n:
+            raise ValueError(f"{s} queries over {n} keys need their places")
     grouped = k.shape[1] != q.shape[1]
     y = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, dropout_p=rule.dropout, is_causal=causal, scale=rule.scale, enable_gqa=grouped

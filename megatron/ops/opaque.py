@@ -73,7 +73,7 @@ def opaque(name: str, function: Any) -> Callable[..., Any]:
     def gradient(upstream: list[Tensor], wanted: list[bool], *given: Any) -> list[Tensor]:
         kept = _Kept(wanted)
         function.forward(kept, *given)
-        found = function.backward(kept, *upstream)
+        found = _listed(function.backward(kept, *upstream))
         asked = [(x, g) for x, g, want in zip(given, found, wanted, strict=True) if want]
         return _owned([torch.zeros_like(x) if g is None else g.to(x.dtype) for x, g in asked], [*given, *upstream])
 

@@ -24,81 +24,15 @@ from megatron.ops.packed import packed_linear
 from megatron.ops.precision import outside_autocast
 from megatron.ops.prefix import prefix_taylor
 from megatron.ops.scan import scan_quadratic, scan_recurrent
-from megatron.ops.ssm import selective_scan, selective_step
+from megatron.ops.ssm import selective_step
 from megatron.ops.taylor import taylor, taylor_step
 from megatron.parallel.linear_loss import linear_token_loss
 from tests.ops.fused_cases import relative
+from tests.ops.operator_cases import CASES, EXTRAS, Draw, Run
 
 ROOT = Path(__file__).resolve().parents[2]
 HALVES = pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
-Run = Callable[..., tuple[Tensor, ...]]
-Case = tuple[list[Tensor], Run]
-
-
-class Draw:
-    """Random tensors of one seed."""
-
-    def __init__(self) -> None:
-        self.generator = torch.Generator().manual_seed(0)
-
-    def __call__(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.randn(*shape, generator=self.generator).to(dtype)
-
-    def extras(self, t: int, wanted: bool) -> dict[str, Tensor]:
-        """Documents [2, t], and a mask [2, t] that hides the start of the second row."""
-        if not wanted:
-            return {}
-        mask = torch.ones(2, t)
-        mask[1, : t // 3] = 0
-        return {"segment_ids": (torch.rand(2, t, generator=self.generator) < 0.1).cumsum(1), "mask": mask}
-
-
-def _metala(t: int, half: torch.dtype, extras: bool) -> Case:
-    draw = Draw()
-    more = draw.extras(t, extras)
-    leaves = [draw(2, t, 48, dtype=half), draw(2, 4), draw(2, 2, 4, 8)]
-    return leaves, lambda packed, w, state: metala_packed(packed, w, state=state, **more)
-
-
-def _taylor(t: int, half: torch.dtype, extras: bool) -> Case:
-    draw = Draw()
-    more = draw.extras(t, extras)
-    rates = -torch.tensor([0.1, 0.01]) * torch.ones(1, t, 1)
-    leaves = [*(draw(2, t, 2, w, dtype=half) for w in (4, 4, 6)), draw(2, 2, 15, 7).abs()]
-    ids, keep = more.get("segment_ids"), more.get("mask")
-    return leaves, lambda q, k, v, state: taylor(q, k, v, state=state, log_decay=rates, segment_ids=ids, keep=keep)
-
-
-def _prefix(t: int, half: torch.dtype, extras: bool) -> Case:
-    draw = Draw()
-    more, m = draw.extras(t, extras), min(t, 5)
-    leaves = [draw(2, n, 2, w, dtype=half) for n, w in ((t, 4), (t, 4), (t, 6), (m, 4), (m, 6))] + [draw(2, 2, 15, 7).abs()]
-    ids, keep, inside = more.get("segment_ids"), more.get("mask"), torch.ones(2, m)
-    return leaves, lambda q, k, v, k2, v2, state: prefix_taylor(
-        q, k, v, k2, v2, inside, state=state, segment_ids=ids, keep=keep
-    )
-
-
-def _ssm(t: int, half: torch.dtype, extras: bool) -> Case:
-    draw = Draw()
-    ids = draw.extras(t, extras).get("segment_ids")
-    u, dt, a = draw(2, t, 6, dtype=half), draw(2, t, 6).abs(), -draw(6, 3).exp()
-    leaves = [u, dt, a, *(draw(2, t, 3, dtype=half) for _ in range(2)), draw(2, 6, 3)]
-    return leaves, lambda u, dt, a, b, c, state: selective_scan(u, dt, a, b, c, state=state, segment_ids=ids)
-
-
-def _conv(t: int, half: torch.dtype, extras: bool) -> Case:
-    draw = Draw()
-    ids = draw.extras(t, extras).get("segment_ids")
-    leaves = [draw(2, t, 6, dtype=half), draw(6, 1, 4), draw(2, 3, 6, dtype=half), draw(6)]
-    bias = (lambda b: b) if extras else (lambda b: None)
-    return leaves, lambda x, w, history, b: (
-        causal_conv(x, w, bias(b), history=history, segment_ids=ids) + 0 * b.sum().to(x.dtype),
-    )
-
-
-CASES = {"metala": _metala, "taylor": _taylor, "prefix_taylor": _prefix, "selective_scan": _ssm, "conv": _conv}
 
 
 def scaled(outputs: tuple[Tensor, ...], factor: float = 1.0) -> Tensor:
@@ -119,9 +53,9 @@ def differentiated(leaves: list[Tensor], run: Run, forward: bool, backward: bool
 
 @HALVES
 @pytest.mark.parametrize("t", [1, 37, 150])
-@pytest.mark.parametrize("extras", [False, True], ids=["plain", "documents"])
+@pytest.mark.parametrize("extras", EXTRAS)
 @pytest.mark.parametrize("case", CASES)
-def test_operators_are_the_same_inside_and_outside(case: str, extras: bool, t: int, half: torch.dtype) -> None:
+def test_operators_are_the_same_inside_and_outside(case: str, extras: str, t: int, half: torch.dtype) -> None:
     leaves, run = CASES[case](t, half, extras)
     plain = differentiated(leaves, run, False, False, half)
     for forward, backward in ((True, False), (True, True), (False, True)):
@@ -138,7 +72,7 @@ def test_operators_are_the_same_inside_and_outside(case: str, extras: bool, t: i
 @pytest.mark.parametrize("case", CASES)
 def test_a_scaled_fp16_loss_scales_gradients(case: str) -> None:
     """As GradScaler does: the backward after the region, of a loss times 2^10; fp16 gradients lose no digits by it."""
-    leaves, run = CASES[case](37, torch.float16, False)
+    leaves, run = CASES[case](37, torch.float16, "plain")
     given = [x.detach().requires_grad_() for x in leaves]
     with torch.autocast("cpu", torch.float16):
         outputs = run(*given)
@@ -240,7 +174,7 @@ def test_kernels_do_not_see_autocast(op: str) -> None:
     pytest.importorskip("triton")
     if torch.cuda.is_available():
         pytest.skip("on a GPU machine kernels are compiled, not interpreted")
-    leaves, _ = CASES[op](9, torch.bfloat16, False)
+    leaves, _ = CASES[op](9, torch.bfloat16, "plain")
     leaves = [torch.randn(1, 9, 2 * 96), torch.randn(2, 16), torch.randn(1, 2, 16, 32)] if op == "metala" else leaves[:3]
     run: Run = (
         (lambda packed, w, state: metala_packed(packed, w, state=state, backend="triton"))
