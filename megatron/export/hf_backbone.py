@@ -14,7 +14,16 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from megatron.export.hf_cache import RecurrentCache, resolve_cache
-from megatron.export.hf_inputs import Documents, check_mask, check_unknown, compaction, filler_mask, moved, values_visible
+from megatron.export.hf_inputs import (
+    Compaction,
+    Documents,
+    check_mask,
+    check_unknown,
+    compaction,
+    filler_mask,
+    moved,
+    values_visible,
+)
 from megatron.export.hf_outputs import CACHE_FIELD, DecoderModelOutput
 from megatron.layers.base import Context, Layer, State
 from megatron.model.block import Block
@@ -164,7 +173,8 @@ class DecoderModel(DecoderPreTrainedModel):
             x, hidden = move.undo(x), None if hidden is None else [move.undo(h) for h in hidden]
         kept = held if use_cache or (use_cache is None and self._caches()) else None
         states = None if hidden is None else tuple(hidden)
-        more: dict[str, Any] = {CACHE_FIELD: kept, "hidden_states": states, "attentions": weights}
+        shown = None if weights is None else tuple(_as_given(w, move, seen) for w in weights)
+        more: dict[str, Any] = {CACHE_FIELD: kept, "hidden_states": states, "attentions": shown}
         output = DecoderModelOutput(x, **more)
         return output if asked(return_dict, self.config, "return_dict") else output.to_tuple()
 
@@ -221,6 +231,14 @@ class DecoderModel(DecoderPreTrainedModel):
         if held is not None and held.states is not None:
             held.states, held.seen = new + tail, held.seen + x.shape[1]
         return x, tuple(weights) if ctx.attentions is not None else None
+
+
+def _as_given(weights: Tensor | None, move: Compaction | None, seen: int) -> Tensor | None:
+    """Attention weights [b, h, s, keys] over the tokens as the call gave them, without a new state's empty places."""
+    if weights is None:
+        return None
+    kept = weights if seen else weights[..., weights.shape[3] - weights.shape[2] :]
+    return kept if move is None else move.undo_weights(kept)
 
 
 def asked(value: bool | None, config: PretrainedConfig, name: str) -> bool:

@@ -192,6 +192,13 @@ class Compaction:
         """Rows of x [b, s, ...] in the order in which they were given."""
         return _gathered(x, self.place)
 
+    def undo_weights(self, weights: Tensor) -> Tensor:
+        """Attention weights [b, h, s, keys], of which the last s keys are those of this pass, in the order given."""
+        s, keys = weights.shape[2:]
+        past, own = weights.split([keys - s, s], 3)
+        own = own.gather(3, self.place[:, None, None].expand_as(own))
+        return self.undo(torch.cat([past, own], 3).transpose(1, 2)).transpose(1, 2)
+
 
 def _gathered(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(1, index.reshape(*index.shape, *[1] * (x.dim() - 2)).expand(-1, -1, *x.shape[2:]))

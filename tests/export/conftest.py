@@ -1,7 +1,9 @@
-"""Tiny checkpoints with every parameter randomised, and a private place for the code that transformers copies."""
+"""Tiny checkpoints with every parameter randomised, exported folders of every family, and a private place for copied code."""
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +12,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from megatron.checkpoint.save import save_weights
+from megatron.export.hf import export_checkpoint
 from megatron.model.build import param_specs
 from megatron.model.config import ModelConfig
+from tests.export.families import FAMILIES, family_weights
 from tests.export.modules_cache import use_private_modules_cache
 
 TINY = ModelConfig(vocab_size=64, hidden_size=32, num_layers=2, num_heads=2, mlp_width=48, layer_types=("metala", "metala"))
@@ -54,3 +59,58 @@ def make_checkpoint(tmp_path: Path) -> Callable[..., Path]:
         )
 
     return make
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """family -> its exported folder, made once per process; nothing may be written into it."""
+    use_private_modules_cache()
+    root = tmp_path_factory.mktemp("families")
+
+    @functools.cache
+    def folder(family: str) -> Path:
+        config = FAMILIES[family]
+        extra: dict[str, Any] = {"facts": {}, "state": {"consumed_tokens": 1, "consumed_samples": 1}}
+        checkpoint = save_weights(
+            root / "checkpoints" / family,
+            family_weights(config),
+            param_specs(config),
+            model_config=config.to_dict(),
+            iteration=7,
+            **extra,
+        )
+        return export_checkpoint(checkpoint, root / family).folder
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def load_family(exported: Callable[[str], Path]) -> Callable[..., Any]:
+    """(family, dtype = fp32) -> the model of its folder in evaluation mode, a new one with each call."""
+
+    @functools.cache
+    def original(family: str, dtype: torch.dtype) -> Any:
+        return AutoModelForCausalLM.from_pretrained(exported(family), trust_remote_code=True, dtype=dtype).eval()
+
+    def load(family: str, dtype: torch.dtype = torch.float32) -> Any:
+        return copy.deepcopy(original(family, dtype))
+
+    return load
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    """Each family in turn, so that a test's name reads as feature and family."""
+    return request.param
+
+
+@pytest.fixture
+def folder(family: str, exported: Callable[[str], Path]) -> Path:
+    """The family's folder; nothing may be written into it."""
+    return exported(family)
+
+
+@pytest.fixture
+def load(family: str, load_family: Callable[..., Any]) -> Callable[..., Any]:
+    """(dtype = fp32) -> a new model of the family in evaluation mode."""
+    return functools.partial(load_family, family)
