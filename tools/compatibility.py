@@ -56,12 +56,19 @@ def read_results() -> dict[str, Any]:
 
 
 def write_results(results: dict[str, Any]) -> None:
-    """Both files, after every combination: a run that is stopped keeps what it has."""
+    """Both files; after every combination, so that a run that is stopped keeps what it has."""
     write_json(RESULTS, results)
     write_text(PAGE, page(results))
 
 
-def run_combinations(combinations: Sequence[Combination], results: dict[str, Any], remove: bool, tests: Sequence[str]) -> bool:
+def record(row: dict[str, Any]) -> None:
+    """Put a row in the place of the one of the same combination; what another run wrote in the meantime stays."""
+    results = read_results()
+    others = [old for old in results["rows"] if any(old[key] != row[key] for key in KEY)]
+    write_results({**results, "rows": [*others, row]})
+
+
+def run_combinations(combinations: Sequence[Combination], remove: bool, tests: Sequence[str]) -> bool:
     """Run and record each combination; returns whether none failed."""
     good = True
     for combination in combinations:
@@ -73,9 +80,7 @@ def run_combinations(combinations: Sequence[Combination], results: dict[str, Any
         print(f"{combination.name}: {said}", flush=True)
         good = good and not row.get("failed")
         if tuple(tests) == SUITE:
-            others = [old for old in results["rows"] if any(old[key] != row[key] for key in KEY)]
-            results["rows"] = [*others, row]
-            write_results(results)
+            record(row)
     return good
 
 
@@ -101,14 +106,14 @@ def main() -> int:
         raise UserError(
             "nothing was asked for", hint="--oldest, --newest, --all, --cross, --page or one combination; see --help"
         )
-    results = read_results()
-    good = run_combinations(combinations, results, arguments.remove, arguments.tests)
+    good = run_combinations(combinations, arguments.remove, arguments.tests)
     if arguments.cross:
         from tools.compat.families import FAMILIES, NEW_TOKENS, PROMPTS
 
-        results["cross"] = cross = run_cross(CROSS, list(FAMILIES), PROMPTS, NEW_TOKENS)
+        cross = run_cross(CROSS, list(FAMILIES), PROMPTS, NEW_TOKENS)
+        write_results({**read_results(), "cross": cross})
         good = good and not cross["missing"] and all(set(row["families"].values()) == {"equal"} for row in cross["rows"])
-    write_results(results)
+    write_results(read_results())
     return 0 if good else 1
 
 

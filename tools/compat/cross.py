@@ -16,13 +16,13 @@ from tools.compat.suite import commit, describe, environment_of_tests
 Tokens = list[list[int]]
 
 
-def verdict(expected: Tokens | str, found: Mapping[str, Tokens] | str, beams: Tokens | None) -> str:
+def verdict(expected: Mapping[str, Tokens] | str, found: Mapping[str, Tokens] | str, first: Mapping[str, Tokens] | None) -> str:
     """What is wrong with one family under one pair, or "equal".
 
     Args:
-        expected: the trainer's greedy tokens, or why the folder was not exported.
+        expected: "greedy" and "greedy without cache" -> the trainer's tokens, or why the folder was not exported.
         found: way -> tokens of the folder, see `use_folders.py`, or why it could not be used.
-        beams: tokens of the beam search of another pair, None for the first.
+        first: what the first pair found, None for the first.
 
     Returns:
         "equal", or the sentences of what differs.
@@ -31,15 +31,12 @@ def verdict(expected: Tokens | str, found: Mapping[str, Tokens] | str, beams: To
         return expected
     if isinstance(found, str):
         return f"use: {found}"
-    wrong = []
-    if found["greedy"] != expected:
-        wrong.append("greedy tokens differ from the trainer's")
-    if found["greedy without cache"] != expected:
-        wrong.append("greedy tokens without cache differ from the trainer's")
-    if found["beams"] != found["beams without cache"]:
+    wrong = [f"{way} differs from the trainer's" for way in ("greedy", "greedy without cache") if found[way] != expected[way]]
+    same_text = expected["greedy"] == expected["greedy without cache"]
+    if same_text and found["beams"] != found["beams without cache"]:
         wrong.append("beams with and without cache differ")
-    if beams is not None and found["beams"] != beams:
-        wrong.append("beams differ from those of the first pair")
+    if first is not None:
+        wrong += [f"{way} differ from the first pair's" for way in ("beams", "beams without cache") if found[way] != first[way]]
     return "; ".join(wrong) or "equal"
 
 
@@ -75,7 +72,7 @@ def run_cross(
     """
     programs: dict[str, str] = {}
     missing: dict[str, str] = {}
-    beams: dict[str, Tokens] = {}
+    first: dict[str, dict[str, Tokens]] = {}
     for combination in combinations:
         try:
             programs[combination.transformers] = python_of(make_environment(combination))
@@ -96,9 +93,9 @@ def run_cross(
                 verdicts = {}
                 for name in families:
                     got = found.get(name, "not exported")
-                    verdicts[name] = verdict(expected[name], got, beams.get(name))
+                    verdicts[name] = verdict(expected[name], got, first.get(name))
                     if not isinstance(got, str):
-                        beams.setdefault(name, got["beams"])
+                        first.setdefault(name, got)
                 rows.append({"exported": exporter, "used": user, "families": verdicts})
                 print(f"exported under {exporter}, used under {user}: {verdicts}", flush=True)
     head = {key: value for key, value in describe(combinations[0]).items() if key in ("python", "torch", "date")}

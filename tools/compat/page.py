@@ -22,9 +22,11 @@ _CROSS = """
 ## Folders from one transformers to another
 
 Each family's folder is exported under the transformers of the row and used under that of the column: {prompts} prompts in one
-batch padded on the left, {tokens} new tokens each, fp64. "Equal" says that the greedy tokens are the trainer's own, with and
-without the cache, and that beams are the same with and without the cache and under every pair. Python {python}, torch {torch},
-{date}, commit {commit}. Families: {families}.
+batch padded on the left, {tokens} new tokens each, fp64. "Equal" says that the greedy tokens with the cache are those of the
+trainer's own decode, those without the cache are the trainer's when it runs the whole text again for each token, and beams with
+the cache and without it are the same under every pair; and equal to each other, where the trainer's two ways are (JRT's differ
+for prompts shorter than its prefix, which then grows with the text). Python {python}, torch {torch}, {date}, commit {commit}.
+Families: {families}.
 """
 
 
