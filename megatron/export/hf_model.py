@@ -68,19 +68,30 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
         return resized
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> Any:
-        """Start from an empty cache of ours, so that a prompt can be read in pieces (`prefill_chunk_size`).
+        """Start from a cache of ours where a prompt is read in pieces (`prefill_chunk_size`); else `forward` makes it.
 
         The first piece holds the whole prefix of prefix layers (JRT), which is formed in one pass.
         """
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)  # type: ignore[misc]
+        if getattr(generation_config, "is_assistant", False):
+            RecurrentCache().activate_past_recording()
+        if not generation_config.prefill_chunk_size:
+            return
         if generation_config.use_cache and model_kwargs.get(CACHE_ARGUMENT) is None:
             model_kwargs[CACHE_ARGUMENT] = RecurrentCache()
-        if getattr(generation_config, "is_assistant", False):
-            model_kwargs[CACHE_ARGUMENT].activate_past_recording()
         prefix, mask = self._prefix(model_kwargs.get("prefix_length")), model_kwargs.get("attention_mask")
-        if generation_config.prefill_chunk_size and prefix:
+        if prefix:
             padding = 0 if mask is None else int((mask == 0).sum(1).max())
             generation_config.prefill_chunk_size = max(generation_config.prefill_chunk_size, prefix + padding)
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, inputs_embeds: Tensor | None = None, **kwargs: Any) -> Any:
+        """As transformers does it, with the cache under its old name: by it PEFT knows a first step, and puts learned prompts
+        in front of every other step where it does not find it.
+        """
+        inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+        if inputs.get("cache") is not None:
+            inputs["past_key_values"] = inputs.pop("cache")
+        return inputs
 
     def floating_point_ops(self, input_dict: dict[str, Any], exclude_embeddings: bool = True) -> int:
         """FLOPs of a training step on `input_ids` [b, s], as Trainer logs them: forward and twice that for the backward."""
