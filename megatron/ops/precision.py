@@ -30,11 +30,9 @@ def in_sum_dtype(x: Tensor) -> Tensor:
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """The format that autocast gives matrix products on `device`; None where it is off or does not exist."""
+    """The format that autocast gives matrix products on `device`; None where it is off, and for tensors without memory."""
     kind = device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
-        return None
-    return torch.get_autocast_dtype(kind)
+    return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None
 
 
 def outside_autocast(made: Made) -> Made:
