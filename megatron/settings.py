@@ -135,7 +135,7 @@ def objective(run: RunConfig) -> Objective:
                 why="the model would be trained to predict tokens that it sees",
                 hint="objective: jrt (masked tokens in the prefix) or objective: prefix",
             )
-        return Objective(tally=tally)
+        return Objective(tally=tally, mean_over=t.loss_mean_over)
     if seen and length != seen:
         raise ConfigError(
             f"objective_prefix_length {length} is not jrt_prefix_length {seen}",
@@ -144,7 +144,7 @@ def objective(run: RunConfig) -> Objective:
         )
     if length >= run.model.seq_length:
         raise ConfigError(f"a prefix of {length} tokens leaves nothing of seq_length {run.model.seq_length} to predict")
-    return Objective(t.objective, length, t.objective_masked_weight, tally)
+    return Objective(t.objective, length, t.objective_masked_weight, tally, t.loss_mean_over)
 
 
 def masking(run: RunConfig, rows: int) -> Masking | None:

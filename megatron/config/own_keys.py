@@ -30,6 +30,10 @@ OWN_KEYS: dict[str, str] = {
     ),
     "objective_mask_rate": "Share of the prefix's tokens that objective jrt hides.",
     "objective_mask_token": "Id that stands for a hidden token; unset: the last row of the padded vocabulary.",
+    "loss_mean_over": (
+        "What the loss is a mean over: the counted tokens of the `global_batch`, whatever micro batches and ranks hold them, "
+        "or, as in GPT-NeoX, each `micro_batch` by itself, whose means are averaged. They differ where tokens are masked."
+    ),
     "embedding_scale": "Multiply embeddings by the square root of hidden_size.",
     "eval_lengths": "Lengths at which `eval.py --eval_tasks perplexity` reads the text; unset: seq_length alone.",
     "eval_stride": "Tokens scored per pass of a sliding evaluation; unset: the length (non-overlapping).",

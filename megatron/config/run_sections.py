@@ -155,6 +155,7 @@ class TrainingSection(Section):
     objective_masked_weight: float = Field(default=0.25, ge=0)
     objective_mask_rate: float = Field(default=0.15, gt=0, lt=1)
     objective_mask_token: int | None = Field(default=None, ge=0)
+    loss_mean_over: Literal["global_batch", "micro_batch"] = "global_batch"
     kernel_backend: Literal["auto", "reference", "torch", "triton", "fla"] = "auto"
     loss_chunk_tokens: int = Field(default=0, ge=0)
 

@@ -88,7 +88,7 @@ class EngineSettings:
 class StepResult:
     """One optimizer step, the same on every rank.
 
-    loss: mean over the global batch's micro batches. grad_norm: global L2 norm before clipping (inf if not finite).
+    loss: of the global batch, see `training/objectives.py`. grad_norm: global L2 norm before clipping (inf if not finite).
     skipped: weights and optimizer were left as they were, because loss or norm were not finite or above the engine's limits.
     """
 
@@ -167,7 +167,7 @@ class Engine(ABC):
 
     @abstractmethod
     def eval_loss(self, batches: Iterator[MicroBatch], count: int) -> float:
-        """Mean loss over `count` micro batches of every data-parallel rank; the same number on all ranks."""
+        """The loss over `count` micro batches of every data-parallel rank, as in training; the same number on all ranks."""
 
     @abstractmethod
     def optimizer_slices(self) -> dict[str, OptimizerSlice]:

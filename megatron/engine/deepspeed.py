@@ -39,7 +39,7 @@ from megatron.engine.zero import ZeroEngine
 from megatron.model.config import ModelConfig
 from megatron.model.stages import Flow
 from megatron.parallel.mesh import Mesh, rank_of, set_default_timeout
-from megatron.training.objectives import LossParts
+from megatron.training.objectives import LossParts, global_divisors
 
 _MUON = "deepspeed.runtime.zero.muon"
 
@@ -109,6 +109,7 @@ class _Pipeline(PipelineModule):
     """
 
     begin_backward: Callable[[], None]
+    divisors: Tensor | None = None  # of the step, see `global_divisors`
 
     def __init__(self, local: LocalModel, mesh: Mesh, settings: EngineSettings, parts: LossParts) -> None:
         self._local, self._mesh, self._settings, self._parts = local, mesh, settings, parts
@@ -129,7 +130,7 @@ class _Pipeline(PipelineModule):
 
     def _loss(self, hidden: _BeforeLoss, targets: tuple[Tensor, Tensor]) -> Tensor:
         seen = self.forward_funcs[-1](hidden.flow)
-        loss, parts = local_loss(self._settings, self._local, self._mesh, seen, *targets)
+        loss, parts = local_loss(self._settings, self._local, self._mesh, seen, *targets, self.divisors)
         self._parts.add(parts)
         if loss.requires_grad:
             loss.register_hook(lambda _: self.begin_backward())
@@ -191,9 +192,9 @@ class DeepSpeedEngine(ZeroEngine):
         _join_world(mesh, settings.timeout_s)
         optimizer = self._build(config, mesh, settings, device)
         with _quiet():
-            pipeline = _Pipeline(self.local, mesh, settings, self._parts)
-        self._engine, self._zero = start_deepspeed(pipeline, self, optimizer)
-        pipeline.begin_backward = self._engine._backward_prologue
+            self._pipeline = _Pipeline(self.local, mesh, settings, self._parts)
+        self._engine, self._zero = start_deepspeed(self._pipeline, self, optimizer)
+        self._pipeline.begin_backward = self._engine._backward_prologue
         self._let_the_loss_veto()
 
     def _let_the_loss_veto(self) -> None:
@@ -211,8 +212,10 @@ class DeepSpeedEngine(ZeroEngine):
         self._zero.optimizer.skip = self._skip
 
     def _feed(self, batches: Iterator[MicroBatch], count: int) -> Iterator[tuple[Flow, tuple[Tensor, Tensor]]]:
-        """(inputs of the first stage, targets of the last) per micro batch."""
-        for batch in take_micro_batches(batches, count):
+        """(inputs of the first stage, targets of the last) per micro batch, all of which are counted first."""
+        taken = take_micro_batches(batches, count)
+        self._pipeline.divisors = global_divisors(self.settings.objective, taken, self.mesh, self.device)
+        for batch in taken:
             segments = () if batch.segment_ids is None else (batch.segment_ids.contiguous(),)
             yield (batch.tokens.contiguous(), *segments), (batch.labels.contiguous(), batch.loss_mask.contiguous())
 
@@ -229,7 +232,7 @@ class DeepSpeedEngine(ZeroEngine):
         return StepResult(loss.detach(), self._engine.get_global_grad_norm(), skipped)
 
     def eval_loss(self, batches: Iterator[MicroBatch], count: int) -> float:
-        """Mean loss over `count` micro batches of every data-parallel rank."""
+        """Loss over `count` micro batches of every data-parallel rank; see `Engine.eval_loss`."""
         feed = iter(list(self._feed(batches, count)))
         loss = float(self._engine.eval_batch(feed, num_micro_batches=count))
         self._engine.module.train()

@@ -36,11 +36,24 @@ def check_output(settings: EngineSettings) -> None:
 
 
 def local_loss(
-    settings: EngineSettings, local: LocalModel, mesh: Mesh, logits: Tensor, labels: Tensor, mask: Tensor
+    settings: EngineSettings,
+    local: LocalModel,
+    mesh: Mesh,
+    logits: Tensor,
+    labels: Tensor,
+    mask: Tensor,
+    divisors: Tensor | None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """(mean loss of one micro batch, its parts), from what the last stage gives.
+    """(loss of one micro batch, its parts), from what the last stage gives.
 
-    logits: this tensor rank's columns [b, s, n], or with `loss_chunk_tokens` the hidden states [b, s, d] that make them.
+    Args:
+        settings: the engine's.
+        local: this rank's part of the model.
+        mesh: the ranks.
+        logits: this tensor rank's columns [b, s, n], or with `loss_chunk_tokens` the hidden states [b, s, d] that make them.
+        labels: [b, s].
+        mask: weights [b, s].
+        divisors: of the step, see `global_divisors`.
     """
     group, block = mesh.tp_group, settings.loss_chunk_tokens
     if group is None:
@@ -51,9 +64,9 @@ def local_loss(
         def of_hidden(x: Tensor, y: Tensor, w: Tensor | None) -> Tensor:
             return linear_token_loss(x, matrix, y, w, group, block=block, backend=settings.kernel_backend)
 
-        return objective_loss(settings.objective, logits, labels, mask, of_hidden)
+        return objective_loss(settings.objective, logits, labels, mask, of_hidden, divisors)
 
     def mean(x: Tensor, y: Tensor, w: Tensor | None) -> Tensor:
         return token_loss(x, y, w) if group is None or w is None else vocab_parallel_token_loss(x, y, w, group)
 
-    return objective_loss(settings.objective, logits, labels, mask, mean)
+    return objective_loss(settings.objective, logits, labels, mask, mean, divisors)

@@ -7,7 +7,7 @@ while a layer computes; `weights` puts them together from the pieces and so is a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -23,7 +23,7 @@ from megatron.engine.zero import Owned, ZeroEngine
 from megatron.model.config import ModelConfig
 from megatron.parallel.collectives import all_reduce
 from megatron.parallel.mesh import Mesh
-from megatron.training.objectives import LossParts
+from megatron.training.objectives import LossParts, global_divisors
 
 
 class _Whole(nn.Module):
@@ -33,14 +33,15 @@ class _Whole(nn.Module):
         super().__init__()
         self.stages = nn.ModuleList(local.stages)
         self._local, self._mesh, self._settings, self._parts = local, mesh, settings, parts
+        self.divisors: Tensor | None = None  # of the step
 
     def forward(self, tokens: Tensor, labels: Tensor, mask: Tensor, segments: Tensor | None) -> Tensor:
-        """Mean loss of a micro batch; all arguments [b, s]."""
+        """Loss of a micro batch; all arguments [b, s]."""
         flow = (tokens,) if segments is None else (tokens, segments)
         interval, keep_rng = self._settings.activation_checkpoint_interval, self._local.config.hidden_dropout > 0
         logits = run_stages(list(self.stages), flow, interval, keep_rng)
         assert isinstance(logits, Tensor)
-        loss, parts = local_loss(self._settings, self._local, self._mesh, logits, labels, mask)
+        loss, parts = local_loss(self._settings, self._local, self._mesh, logits, labels, mask, self.divisors)
         self._parts.add(parts)
         return loss
 
@@ -54,14 +55,20 @@ class ShardedEngine(ZeroEngine):
         grid = one_stage_grid(mesh, settings.timeout_s)
         optimizer = self._build(config, mesh, settings, device)
         self._shapes = {name: tuple(p.shape) for name, p in self._parameters.items()}
-        model = _Whole(self.local, mesh, settings, self._parts)
-        self._engine, self._zero = start_deepspeed(model, self, optimizer, grid)
+        self._model = _Whole(self.local, mesh, settings, self._parts)
+        self._engine, self._zero = start_deepspeed(self._model, self, optimizer, grid)
         self._zero.optimizer.skip = self._skip
 
     @property
     def num_local_params(self) -> int:
         """Parameters of this rank's tensor-parallel part, however they are sharded."""
         return sum(int(getattr(p, "ds_numel", p.numel())) for p in self._parameters.values())
+
+    def _take(self, batches: Iterator[MicroBatch], count: int) -> Sequence[MicroBatch]:
+        """The next `count` micro batches, counted."""
+        taken = take_micro_batches(batches, count)
+        self._model.divisors = global_divisors(self.settings.objective, taken, self.mesh, self.device)
+        return taken
 
     def _run(self, batch: MicroBatch) -> Tensor:
         """The loss of one micro batch."""
@@ -77,7 +84,7 @@ class ShardedEngine(ZeroEngine):
     def train_step(self, batches: Iterator[MicroBatch], lr: float) -> StepResult:
         """One optimizer step; see `Engine.train_step`."""
         count = self.gradient_accumulation
-        taken = take_micro_batches(batches, count)
+        taken = self._take(batches, count)
         set_learning_rate(self._zero, lr)
         self.phase("forward/backward")
         self._engine.train()
@@ -98,10 +105,10 @@ class ShardedEngine(ZeroEngine):
 
     @torch.no_grad()
     def eval_loss(self, batches: Iterator[MicroBatch], count: int) -> float:
-        """Mean loss over `count` micro batches of every data-parallel rank."""
+        """Loss over `count` micro batches of every data-parallel rank; see `Engine.eval_loss`."""
         self._engine.eval()
         total = torch.zeros((), device=self.device)
-        for batch in take_micro_batches(batches, count):
+        for batch in self._take(batches, count):
             total += self._run(batch).detach()
         self._engine.train()
         return float(self._mean(total, count))

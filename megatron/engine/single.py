@@ -32,7 +32,7 @@ from megatron.engine.stages import build_local, run_stages
 from megatron.engine.veto import veto
 from megatron.model.config import ModelConfig
 from megatron.parallel.mesh import Mesh
-from megatron.training.objectives import LossParts
+from megatron.training.objectives import LossParts, global_divisors
 
 # DeepSpeed adds this to the norm before it divides; the two engines must clip alike.
 CLIP_EPS = 1e-6
@@ -63,8 +63,8 @@ class SingleEngine(Engine):
         """Logical name -> parameter."""
         return self._parameters
 
-    def _loss(self, batch: MicroBatch) -> Tensor:
-        """Mean loss of one micro batch."""
+    def _loss(self, batch: MicroBatch, divisors: Tensor | None) -> Tensor:
+        """Loss of one micro batch; divisors: of the step."""
         flow = [batch.tokens.to(self.device)]
         if batch.segment_ids is not None:
             flow.append(batch.segment_ids.to(self.device))
@@ -72,7 +72,7 @@ class SingleEngine(Engine):
         config, interval = self.local.config, self.settings.activation_checkpoint_interval
         logits = run_stages(self.local.stages, tuple(flow), interval, keep_rng=config.hidden_dropout > 0)
         assert isinstance(logits, Tensor)
-        loss, parts = local_loss(self.settings, self.local, self.mesh, logits, labels, mask)
+        loss, parts = local_loss(self.settings, self.local, self.mesh, logits, labels, mask, divisors)
         self._parts.add(parts)
         return loss
 
@@ -83,8 +83,10 @@ class SingleEngine(Engine):
         self.stages.train()
         total = torch.zeros((), device=self.device)
         self._parts.reset()
-        for batch in take_micro_batches(batches, count):
-            loss = self._loss(batch)
+        taken = take_micro_batches(batches, count)
+        divisors = global_divisors(self.settings.objective, taken, self.mesh, self.device)
+        for batch in taken:
+            loss = self._loss(batch, divisors)
             (loss * (self.loss_scale.value / count)).backward()
             total += loss.detach()
             if self._low:
@@ -145,9 +147,11 @@ class SingleEngine(Engine):
 
     @torch.no_grad()
     def eval_loss(self, batches: Iterator[MicroBatch], count: int) -> float:
-        """Mean loss over `count` micro batches."""
+        """Loss over `count` micro batches; see `Engine.eval_loss`."""
         self.stages.eval()
-        total = sum(float(self._loss(batch)) for batch in take_micro_batches(batches, count))
+        taken = take_micro_batches(batches, count)
+        divisors = global_divisors(self.settings.objective, taken, self.mesh, self.device)
+        total = sum(float(self._loss(batch, divisors)) for batch in taken)
         self.stages.train()
         return total / count
 

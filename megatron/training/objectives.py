@@ -6,36 +6,54 @@
 
 The two means of `jrt` are added, not averaged: the paper's formula divides by 1 + weight, the code that trained the released
 models does not. `data/masking.py` makes the batches: labels of masked positions are the hidden tokens themselves.
+
+Each mean is over the counted tokens of the global batch, so that loss and gradient do not depend on how masked tokens are dealt
+to micro batches and ranks: an engine counts them before a step (`global_divisors`, one all-reduce of one or two numbers). With
+`mean_over: micro_batch` it is GPT-NeoX's mean of the micro batches' own means.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from megatron.errors import ConfigError
+from megatron.parallel.collectives import all_reduce
+from megatron.parallel.mesh import Mesh
 from megatron.training.accuracy import Tally
 
 NAMES = ("causal", "prefix", "jrt")
+MEANS = ("global_batch", "micro_batch")
 MeanLoss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+class Counted(Protocol):
+    """What is counted of a micro batch: labels and loss_mask [b, s]."""
+
+    labels: Tensor
+    loss_mask: Tensor
 
 
 @dataclass(frozen=True)
 class Objective:
     """An objective. prefix_length: tokens of the prefix; masked_weight: of the masked tokens' mean in `jrt`.
 
-    tally: counts right answers in evaluations, where they are asked for.
+    tally: counts right answers in evaluations, where they are asked for. mean_over: what each mean runs over, see the module.
     """
 
     name: str = "causal"
     prefix_length: int = 0
     masked_weight: float = 0.25
     tally: Tally | None = field(default=None, compare=False, repr=False)
+    mean_over: str = "global_batch"
 
     def __post_init__(self) -> None:
+        if self.mean_over not in MEANS:
+            raise ConfigError(f"unknown loss_mean_over '{self.mean_over}'", hint="one of " + ", ".join(MEANS))
         if self.name not in NAMES:
             raise ConfigError(f"unknown objective '{self.name}'", hint="one of " + ", ".join(NAMES))
         if self.name != "causal" and self.prefix_length < 1:
@@ -47,6 +65,12 @@ class Objective:
     def parts(self) -> tuple[str, ...]:
         """Names of what is logged beside the loss."""
         return ("ntp_loss", "mlm_loss") if self.name == "jrt" else ()
+
+    @property
+    def places(self) -> tuple[slice, ...]:
+        """Positions of a row that each term's mean is over."""
+        after = slice(self.prefix_length, None)
+        return {"causal": (slice(None),), "prefix": (after,), "jrt": (after, slice(0, self.prefix_length))}[self.name]
 
 
 class LossParts:
@@ -71,28 +95,65 @@ class LossParts:
         return torch.stack([self._sums.get(name, zero).float() for name in self.names])
 
 
+def counted(labels: Tensor, loss_mask: Tensor | None) -> Tensor:
+    """Weight of the tokens that count, in fp64: labels [b, s] with -100 = ignored, loss_mask [b, s] of weights or None."""
+    weights = (labels != -100).double()
+    return (weights if loss_mask is None else weights * loss_mask).sum()
+
+
+def global_divisors(objective: Objective, batches: Sequence[Counted], mesh: Mesh, device: torch.device) -> Tensor | None:
+    """What the sum of each term is divided by in every micro batch [terms], fp64; None for `mean_over: micro_batch`.
+
+    Engines average over micro batches and data-parallel ranks; divided by this, that average is the mean over all counted
+    tokens of the global batch. A collective of the data-parallel group.
+
+    Args:
+        objective: its terms.
+        batches: this rank's micro batches of the step.
+        mesh: whose data-parallel ranks hold the others.
+        device: where the loss is computed.
+    """
+    if objective.mean_over == "micro_batch":
+        return None
+    counts = torch.zeros(len(objective.places), dtype=torch.float64)
+    for batch in batches:
+        counts += torch.stack([counted(batch.labels[:, at], batch.loss_mask[:, at]) for at in objective.places]).cpu()
+    total = all_reduce(counts.to(device), mesh.dp_group)
+    return total / (len(batches) * mesh.dp)
+
+
 def objective_loss(
-    objective: Objective, logits: Tensor, labels: Tensor, loss_mask: Tensor | None, mean: MeanLoss
+    objective: Objective,
+    logits: Tensor,
+    labels: Tensor,
+    loss_mask: Tensor | None,
+    mean: MeanLoss,
+    divisors: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """(loss, its parts, detached and unweighted).
 
     Args:
-        logits: [b, s, n], or one rank's columns where `mean` knows that. labels: [b, s]. loss_mask: [b, s] or None.
+        objective: the terms of the loss.
+        logits: [b, s, n], or one rank's columns where `mean` knows that.
+        labels: [b, s].
+        loss_mask: [b, s] or None.
         mean: mean loss over the counted tokens of (logits, labels, loss_mask).
+        divisors: [terms] from `global_divisors`; None divides each term by what counts in it here.
     """
     if objective.tally is not None:
         at = slice(objective.prefix_length, None)
         objective.tally.look(logits[:, at], labels[:, at], None if loss_mask is None else loss_mask[:, at])
-    if objective.name == "causal":
-        return mean(logits, labels, loss_mask), {}
-    m = objective.prefix_length
 
-    def part(at: slice) -> Tensor:
-        return mean(logits[:, at], labels[:, at], None if loss_mask is None else loss_mask[:, at])
+    def term(number: int, at: slice) -> Tensor:
+        y, w = labels[:, at], None if loss_mask is None else loss_mask[:, at]
+        value = mean(logits[:, at], y, w)
+        if divisors is None:
+            return value
+        return value * (counted(y, w) / divisors[number].clamp_min(1e-9)).to(value.dtype)
 
-    after = part(slice(m, None))
-    if objective.name == "prefix":
-        return after, {}
-    masked = part(slice(0, m))
+    terms = [term(number, at) for number, at in enumerate(objective.places)]
+    if objective.name != "jrt":
+        return terms[0], {}
+    after, masked = terms
     parts = {"ntp_loss": after.detach(), "mlm_loss": masked.detach()}
     return after + objective.masked_weight * masked, parts

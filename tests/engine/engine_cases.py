@@ -46,17 +46,23 @@ def model_config(tied: bool = True, **changes: Any) -> ModelConfig:
     return replace(config, **changes)
 
 
-def micro_batches(mesh: Mesh, segments: bool = False, start: int = 0) -> Iterator[MicroBatchCase]:
-    """Endless micro batches: GLOBAL samples each over all data ranks, learnable (every second token repeats), uneven masks."""
+def micro_batches(mesh: Mesh, segments: bool = False, start: int = 0, masks: str = "even") -> Iterator[MicroBatchCase]:
+    """Endless micro batches: GLOBAL samples each over all data ranks, learnable (every second token repeats).
+
+    masks: even, as many counted tokens in every row; uneven, from none to all, prefix and rest alike.
+    """
     size = GLOBAL // mesh.dp
     number = start
     while True:
         g = torch.Generator().manual_seed(number)
         x = torch.randint(0, VOCAB, (GLOBAL, SEQ + 1), generator=g)
         x[:, 1::2] = x[:, :-1:2]
-        # Equal counts per row: a mean of means must not depend on how rows are dealt out.
         mask = torch.ones(GLOBAL, SEQ)
-        mask[:, number % SEQ] = 0.0
+        if masks == "even":
+            mask[:, number % SEQ] = 0.0
+        else:
+            share = torch.tensor([0.0, 0.1, 0.5, 1.0]).roll(number)[:, None]
+            mask = (torch.rand(GLOBAL, SEQ, generator=g) < share).float()
         seg = (torch.arange(SEQ) >= SEQ // 2).int().expand(GLOBAL, SEQ) if segments else None
         rows = slice(mesh.dp_rank * size, (mesh.dp_rank + 1) * size)
         yield MicroBatchCase(x[rows, :-1], x[rows, 1:], mask[rows], None if seg is None else seg[rows])

@@ -14,6 +14,7 @@ from megatron.launch.environment import read_rank_environment
 from megatron.model.config import ModelConfig
 from megatron.parallel.mesh import Mesh
 from megatron.registry import layer_info, layer_names
+from megatron.training.objectives import Objective
 from tests.engine.engine_cases import CURVE, GLOBAL, SEQ, join, micro_batches, model_config
 from tests.parallel.ranks import run_ranks
 
@@ -33,7 +34,11 @@ def mixers() -> list[str]:
 
 @dataclass(frozen=True)
 class Form:
-    """What a cell varies besides mixer and mesh. dropout and bf16 are used by tests beside the grid."""
+    """What a cell varies besides mixer and mesh. dropout and bf16 are used by tests beside the grid.
+
+    batch: even masks; `masked`, rows with none to all of their tokens counted; `packed`, that and two documents in a row;
+    `jrt`, uneven masks under the compound objective.
+    """
 
     zero_stage: int = 1
     recompute: bool = False
@@ -42,8 +47,10 @@ class Form:
     dropout: float = 0.0
     sequence: bool = False
     seed: int = 1234
+    batch: str = "even"
 
 
+BATCHES = ("even", "masked", "packed", "jrt")
 FORMS = [Form(zero, recompute, tied) for zero in (0, 1) for recompute in (False, True) for tied in (True, False)]
 Mesh3 = tuple[int, int, int]  # pipeline, tensor, data
 Cell = tuple[str, Form]  # on a mesh
@@ -57,10 +64,11 @@ def possible(mixer: str, mesh: Mesh3, form: Form) -> bool:
 def covering() -> dict[Mesh3, list[Cell]]:
     """One form for each mixer on each mesh, so that every possible pair of choices (also ZeRO-2, 3, sequence) is in a cell."""
     every = [
-        replace(form, zero_stage=form.zero_stage + more, sequence=cut)
+        replace(form, zero_stage=form.zero_stage + more, sequence=cut, batch=batch)
         for form in FORMS
         for more in (0, 2)
         for cut in (False, True)
+        for batch in BATCHES
     ]
     left = {pair for mesh in MESHES for mixer in mixers() for form in every for pair in _pairs(mixer, mesh, form)}
     chosen: dict[Mesh3, list[Cell]] = {}
@@ -76,7 +84,7 @@ def covering() -> dict[Mesh3, list[Cell]]:
 
 def _pairs(mixer: str, mesh: Mesh3, form: Form) -> set[tuple[Any, Any]]:
     """Every two choices that meet in a cell; none if it is impossible."""
-    own = (mixer, mesh, *((name, getattr(form, name)) for name in ("zero_stage", "recompute", "tied", "sequence")))
+    own = (mixer, mesh, *((name, getattr(form, name)) for name in ("zero_stage", "recompute", "tied", "sequence", "batch")))
     return set(combinations(own, 2)) if possible(mixer, mesh, form) else set()
 
 
@@ -87,7 +95,9 @@ def model(mixer: str, form: Form) -> ModelConfig:
 
 def settings(form: Form) -> EngineSettings:
     """Two micro batches a step, clipping at work."""
-    more = {"sequence_parallel": True} if form.sequence else {}
+    more: dict[str, Any] = {"sequence_parallel": True} if form.sequence else {}
+    if form.batch == "jrt":
+        more["objective"] = Objective("jrt", prefix_length=SEQ // 3)
     return EngineSettings(
         seed=form.seed,
         dtype=form.dtype,
@@ -100,11 +110,16 @@ def settings(form: Form) -> EngineSettings:
     )
 
 
-def _train(engine: Engine) -> dict[str, Any]:
-    batches = micro_batches(engine.mesh)
-    results = [engine.train_step(batches, learning_rate(step, CURVE)) for step in range(STEPS)]
+def _train(engine: Engine, form: Form) -> dict[str, Any]:
+    how: dict[str, Any] = {"segments": form.batch == "packed", "masks": "even" if form.batch == "even" else "uneven"}
+    batches = micro_batches(engine.mesh, **how)
+    results, parts = [], []
+    for step in range(STEPS):
+        results.append(engine.train_step(batches, learning_rate(step, CURVE)))
+        parts += list(engine.loss_parts.values())
+    held_out = engine.eval_loss(micro_batches(engine.mesh, start=1000, **how), 3)
     return {
-        "losses": [float(r.loss) for r in results],
+        "losses": [*(float(r.loss) for r in results), *parts, held_out],
         "norms": [float(r.grad_norm) for r in results],
         "weights": {name: w.float().clone() for name, w in engine.weights().items()},
         "replicas": engine.replica_names,
@@ -125,7 +140,7 @@ def cells(kind: str, pp: int, tp: int, work: list[Cell]) -> list[dict[str, Any] 
         except ConfigError as error:
             found.append(str(error))
             continue
-        found.append(_train(engine))
+        found.append(_train(engine, form))
         engine.close()
     return found
 

@@ -3,7 +3,8 @@
     python -m tests.engine.grid_count --part grid [--output benchmarks/results/mesh-grid.json]
 
 Parts: grid (every mixer x mesh x ZeRO 0, 1 x recomputation x tied), sharded (ZeRO 2, 3 on the meshes without a pipeline),
-sequence (sequence parallelism on the meshes with tensor ranks), bf16. A part takes some minutes; the JSON keeps the others.
+sequence (sequence parallelism on the meshes with tensor ranks), bf16; masked, packed and jrt are the grid again with uneven
+masks, documents in a row, and the compound objective. A part takes some minutes; the JSON keeps the others.
 Exit code 1 when a cell is outside the tolerances of `grid_cases.py`.
 """
 
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.engine.grid_cases import (
+    BATCHES,
     FORMS,
     LOSS,
     LOSS_BF16,
@@ -39,6 +41,8 @@ def forms_of(part: str) -> list[Form]:
         return FORMS
     if part == "sharded":
         return [replace(form, zero_stage=form.zero_stage + 2) for form in FORMS]
+    if part in BATCHES:
+        return [replace(form, batch=part) for form in FORMS]
     if part == "sequence":
         return [replace(form, sequence=True) for form in FORMS]
     return [Form(dtype="bf16"), Form(zero_stage=3, dtype="bf16"), Form(dtype="bf16", sequence=True)]
@@ -47,7 +51,7 @@ def forms_of(part: str) -> list[Form]:
 def main() -> int:
     """Run a part, print and store its count."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--part", choices=("grid", "sharded", "sequence", "bf16"), required=True)
+    parser.add_argument("--part", choices=("grid", "sharded", "sequence", "bf16", *BATCHES[1:]), required=True)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     limits = (LOSS_BF16, None, None) if args.part == "bf16" else (LOSS, NORM, WEIGHT)
