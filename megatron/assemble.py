@@ -90,13 +90,16 @@ def restore(run: RunConfig, engine: Engine, config: ModelConfig) -> dict[str, An
 
 
 class _Plot(Hook):
-    """Draws loss.png at the end of a run from its metrics file."""
+    """Draws loss.png at the end of a run from its metrics file; whoever asked the run to leave is not kept waiting for it."""
 
     def __init__(self, folder: RunFolder, title: str, console: Console) -> None:
         self.folder, self.title, self.console = folder, title, console
 
     def on_end(self, run: Run, outcome: str) -> None:
         if not self.folder.metrics.is_file():
+            return
+        if run.exit_code:
+            self.console.say(f"{self.folder.plot.name} is not drawn now; python tools/summary.py {self.folder.root} draws it")
             return
         try:
             self.console.say(f"plot {plot_metrics(self.folder.metrics, self.folder.plot, self.title)}")

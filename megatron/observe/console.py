@@ -69,9 +69,12 @@ class Opening:
 
 
 def progress_line(
-    iteration: int, total: int, values: Mapping[str, float], *, mean_loss: float | None, skipped: int, eta_s: float
+    iteration: int, total: int, values: Mapping[str, float], *, mean_loss: float | None, skipped: int, nan: int, eta_s: float
 ) -> str:
-    """One progress line; `values` has the metrics of the step under their full names, absent ones are left out."""
+    """One progress line; `values` has the metrics of the step under their full names, absent ones are left out.
+
+    skipped, nan: steps since the last line that left the weights alone, and those whose loss was no finite number.
+    """
     fields = [
         f"samples/sec: {values['runtime/samples_per_sec']:.3f}",
         f"iteration {iteration:8d}/{total:8d}",
@@ -87,7 +90,7 @@ def progress_line(
         fields.append(f"loss scale: {values['train/loss_scale']:.1f}")
     fields += [
         f"number of skipped iterations: {skipped:3d}",
-        f"number of nan iterations: {0:3d}",
+        f"number of nan iterations: {nan:3d}",
         f"grad norm: {values['train/grad_norm']:.3f}",
         f"tokens/s: {values['runtime/tokens_per_sec']:.0f}",
         f"data wait (ms): {values['runtime/data_wait'] * 1000:.1f}",

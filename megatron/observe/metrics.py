@@ -6,6 +6,7 @@ softmax-transformer formula of GPT-NeoX: a linear layer must not look faster by 
 
 from __future__ import annotations
 
+import math
 import resource
 from dataclasses import dataclass
 
@@ -39,22 +40,25 @@ class Interval:
     loss_sum: float = 0.0
     counted: int = 0
     skipped: int = 0
+    nan: int = 0
 
     def add(self, *, seconds: float, wait_s: float, tokens: int, samples: int, loss: float, skipped: bool) -> None:
-        """Count one step; the loss of a skipped one does not enter the mean."""
+        """Count one step; the loss of a skipped one does not enter the mean, nor does one that is not finite."""
         self.steps += 1
         self.seconds += seconds
         self.wait_s += wait_s
         self.tokens += tokens
         self.samples += samples
         self.skipped += int(skipped)
-        if not skipped:
+        finite = math.isfinite(loss)
+        self.nan += int(not finite)
+        if finite and not skipped:
             self.loss_sum += loss
             self.counted += 1
 
     @property
     def mean_loss(self) -> float | None:
-        """Mean loss of the steps that were not skipped, None when all were."""
+        """Mean loss of the steps that count, None when there are none."""
         return self.loss_sum / self.counted if self.counted else None
 
     def metrics(self, cost: CostModel) -> dict[str, float]:

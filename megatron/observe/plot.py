@@ -1,4 +1,7 @@
-"""loss.png from metrics.jsonl: training and validation loss, and below them learning rate and gradient norm."""
+"""loss.png from metrics.jsonl: training and validation loss, and below them accuracy, learning rate and gradient norm.
+
+A panel is drawn for what was logged; a curve of few points shows each of them, so that one point is seen.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,8 @@ from megatron.errors import DataError
 from megatron.files import atomic_open
 from megatron.observe.jsonl import read_rows
 
-_TRAIN, _SMOOTH, _VALID, _RATE, _NORM = "#9ecae1", "#08519c", "#d94801", "#31a354", "#756bb1"
+_STEP, _MEAN, _SMOOTH, _VALID, _TEST, _RATE, _NORM = "#c6dbef", "#6baed6", "#08519c", "#d94801", "#7f2704", "#31a354", "#756bb1"
+_FEW = 12  # points up to which each is marked
 
 
 def series(rows: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
@@ -19,9 +23,8 @@ def series(rows: list[dict[str, Any]], name: str) -> tuple[list[int], list[float
 
 
 def smooth(values: list[float], window: int) -> list[float]:
-    """Centred running mean over `window` points (fewer at the ends): it does not lag behind a falling loss."""
-    half = window // 2
-    parts = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
+    """Running mean over the last `window` points (fewer at the start): it knows nothing of what comes after a step."""
+    parts = (values[max(0, i + 1 - window) : i + 1] for i in range(len(values)))
     return [sum(part) / len(part) for part in parts]
 
 
@@ -39,13 +42,20 @@ def plot_metrics(metrics_file: str | Path, image: str | Path, title: str = "") -
         from matplotlib.figure import Figure
     except ImportError as error:
         raise DataError("no plot: matplotlib is not installed", why=str(error), hint="pip install matplotlib") from error
-    figure = Figure(figsize=(9, 7.5), layout="constrained")
+    accuracy = any(series(rows, f"{split}/accuracy")[0] for split in ("validation", "test"))
+    lines = [("train/learning_rate", _RATE, "learning rate"), ("train/grad_norm", _NORM, "gradient norm")]
+    lines = [line for line in lines if series(rows, line[0])[0]]
+    heights = [3.0, *([1.5] if accuracy else []), *(1.0 for _ in lines)]
+    figure = Figure(figsize=(9, 1.2 + 1.25 * sum(heights)), layout="constrained")
     FigureCanvasAgg(figure)
-    loss, rate, norm = figure.subplots(3, 1, sharex=True, height_ratios=(3, 1, 1))
-    _draw_loss(loss, rows)
-    _draw_line(rate, *series(rows, "train/learning_rate"), _RATE, "learning rate")
-    _draw_line(norm, *series(rows, "train/grad_norm"), _NORM, "gradient norm")
-    norm.set_xlabel("iteration")
+    panels = list(figure.subplots(len(heights), 1, sharex=True, height_ratios=heights, squeeze=False)[:, 0])
+    _draw_loss(panels[0], rows)
+    if accuracy:
+        _draw_accuracy(panels[1], rows)
+    for axes, (name, color, label) in zip(panels[len(panels) - len(lines) :], lines, strict=True):
+        _draw_line(axes, *series(rows, name), color, label)
+    panels[-1].set_xlabel("iteration")
+    panels[-1].xaxis.get_major_locator().set_params(integer=True)
     if title:
         figure.suptitle(title, fontsize=12)
     image = Path(image)
@@ -61,32 +71,54 @@ def _style(axes: Any, label: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def _marks(values: list[float]) -> dict[str, Any]:
+    """A line through one point is nothing to see."""
+    return {"marker": "o", "markersize": 4} if len(values) <= _FEW else {}
+
+
 def _draw_line(axes: Any, steps: list[int], values: list[float], color: str, label: str) -> None:
-    axes.plot(steps, values, color=color, linewidth=1.3)
+    axes.plot(steps, values, color=color, linewidth=1.3, **_marks(values))
     axes.set_ylim(bottom=0)
     _style(axes, label)
 
 
 def _draw_loss(axes: Any, rows: list[dict[str, Any]]) -> None:
+    """The logged steps, the means over the intervals between them where those are others, and a running mean of the better."""
     steps, losses = series(rows, "train/lm_loss")
-    axes.plot(steps, losses, color=_TRAIN, linewidth=1, label="training")
+    axes.plot(steps, losses, color=_STEP, linewidth=1, label="training, logged step", **_marks(losses))
+    mean_steps, means = series(rows, "train/lm_loss_mean")
+    if means and (mean_steps, means) != (steps, losses):
+        axes.plot(mean_steps, means, color=_MEAN, linewidth=1.2, label="training, mean of the interval", **_marks(means))
+        steps, losses = mean_steps, means
     if len(losses) >= 20:
-        axes.plot(
-            steps,
-            smooth(losses, max(5, len(losses) // 15)),
-            color=_SMOOTH,
-            linewidth=1.8,
-            label="training, running mean",
-        )
-    valid_steps, valid = series(rows, "validation/lm_loss")
-    if valid:
-        axes.plot(valid_steps, valid, color=_VALID, linewidth=1.6, marker="o", markersize=4, label="validation")
-        axes.annotate(
-            f"{valid[-1]:.3f}", (valid_steps[-1], valid[-1]), xytext=(-4, 8), textcoords="offset points", color=_VALID
-        )
+        window = max(5, len(losses) // 40)
+        label = f"training, running mean of {window} points"
+        axes.plot(steps, smooth(losses, window), color=_SMOOTH, linewidth=1.8, label=label)
+    _draw_held_out(axes, rows, "lm_loss", ".3f")
     _style(axes, "loss (nats per token)")
     axes.legend(frameon=False)
     _token_axis(axes, rows)
+
+
+def _draw_accuracy(axes: Any, rows: list[dict[str, Any]]) -> None:
+    """Share of right answers; a task that has them (synthetic data) is learnt when this is 1, whatever the loss says."""
+    _draw_held_out(axes, rows, "accuracy", ".1%")
+    axes.set_ylim(-0.03, 1.08)
+    _style(axes, "accuracy")
+    axes.legend(frameon=False)
+
+
+def _draw_held_out(axes: Any, rows: list[dict[str, Any]], metric: str, form: str) -> None:
+    """Validation as a line with its last value, the final test as one point."""
+    steps, values = series(rows, f"validation/{metric}")
+    if values:
+        axes.plot(steps, values, color=_VALID, linewidth=1.6, marker="o", markersize=4, label="validation")
+        axes.annotate(
+            format(values[-1], form), (steps[-1], values[-1]), xytext=(-4, 8), textcoords="offset points", color=_VALID
+        )
+    steps, values = series(rows, f"test/{metric}")
+    if values:
+        axes.plot(steps, values, color=_TEST, linestyle="none", marker="D", markersize=5, label="test")
 
 
 def _token_axis(axes: Any, rows: list[dict[str, Any]]) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from megatron.observe.jsonl import JsonLines
 
@@ -26,17 +26,25 @@ class Sink(Protocol):
 
 
 class TensorBoard:
-    """Event files in `folder`; events beyond the step that a run resumes from are hidden by TensorBoard itself."""
+    """Event files in `folder`; events beyond the step that a run resumes from are hidden by TensorBoard itself.
+
+    One point per metric and step: a validation repeats the numbers of its step, of which the first stays.
+    """
 
     def __init__(self, folder: str | Path, resume_from: int = 0) -> None:
         from torch.utils.tensorboard import SummaryWriter  # needs the extra `tensorboard`
 
         self._writer = SummaryWriter(log_dir=str(folder), purge_step=resume_from + 1 if resume_from else None)
+        self._iteration = -1
+        self._written: set[str] = set()
 
     def write(self, iteration: int, values: Mapping[str, float]) -> None:
         """See `Sink`."""
+        if iteration != self._iteration:
+            self._iteration, self._written = iteration, set()
         for name, value in values.items():
-            if math.isfinite(value):
+            if math.isfinite(value) and name not in self._written:
+                self._written.add(name)
                 self._writer.add_scalar(name, value, iteration)
 
     def close(self) -> None:
@@ -46,7 +54,10 @@ class TensorBoard:
 
 @dataclass(frozen=True)
 class WandbOptions:
-    """NeoX's `wandb_*` keys. folder: where its files go. config: the run's configuration, shown beside the plots."""
+    """NeoX's `wandb_*` keys. folder: where its files go. config: the run's configuration, shown beside the plots.
+
+    mode: `online`, `offline` (nothing is sent, no account is needed; `wandb sync` sends it later), None: as WANDB_MODE says.
+    """
 
     folder: str | Path
     project: str = "neox"
@@ -54,6 +65,7 @@ class WandbOptions:
     name: str | None = None
     team: str | None = None
     host: str | None = None
+    mode: Literal["online", "offline"] | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -73,6 +85,7 @@ class Wandb:
             group=options.group,
             name=options.name,
             entity=options.team,
+            mode=options.mode,
             dir=str(folder),
             id=known,
             resume="allow" if known else None,

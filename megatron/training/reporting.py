@@ -55,6 +55,7 @@ class Reporting(Hook):
             values,
             mean_loss=self._interval.mean_loss,
             skipped=self._interval.skipped,
+            nan=self._interval.nan,
             eta_s=self._remaining.seconds(run.options.train_iters - step.iteration),
         )
         self.console.say(line)

@@ -25,7 +25,7 @@ VALUES = {
 
 
 def test_the_fields_and_their_order() -> None:
-    line = progress_line(20, 100, VALUES, mean_loss=4.123456, skipped=2, eta_s=25)
+    line = progress_line(20, 100, VALUES, mean_loss=4.123456, skipped=2, nan=1, eta_s=25)
     names = [field.split(":")[0].strip() for field in line.strip(" |").split("|")]
     assert names == [
         "samples/sec",
@@ -44,7 +44,14 @@ def test_the_fields_and_their_order() -> None:
         "progress",
         "ETA",
     ]
-    for piece in ("learning rate: 6.000E-04", "12.3TFLOPS", "MFU: 12.3%", "lm_loss: 4.123456E+00", "progress: 20.0%"):
+    for piece in (
+        "learning rate: 6.000E-04",
+        "12.3TFLOPS",
+        "MFU: 12.3%",
+        "lm_loss: 4.123456E+00",
+        "progress: 20.0%",
+        "number of skipped iterations:   2 | number of nan iterations:   1 |",
+    ):
         assert piece in line
     found = re.search(r"iteration\s+(\d+)/\s*(\d+) \|.*lm_loss: (\S+) \|.*ETA: (\S+) \|", line)
     assert found and found.groups() == ("20", "100", "4.123456E+00", "0:00:25")
@@ -52,7 +59,7 @@ def test_the_fields_and_their_order() -> None:
 
 def test_what_is_unknown_is_left_out() -> None:
     values = {k: v for k, v in VALUES.items() if k not in ("runtime/model_flops_utilization", "train/loss_scale")}
-    line = progress_line(1, 2, values, mean_loss=None, skipped=1, eta_s=0)
+    line = progress_line(1, 2, values, mean_loss=None, skipped=1, nan=0, eta_s=0)
     assert "MFU" not in line and "lm_loss" not in line and "loss scale" not in line
     assert "\x1b" not in line
 
@@ -91,6 +98,13 @@ def test_throughput() -> None:
     assert interval.mean_loss == 1.0
     assert "runtime/model_flops_utilization" not in interval.metrics(CostModel(1.0))
     assert 0.01 < max_memory_gib() < 1000
+
+
+def test_losses_that_are_no_numbers_are_counted_and_left_out_of_the_mean() -> None:
+    interval = Interval()
+    for loss, skipped in ((2.0, False), (float("nan"), True), (float("inf"), True), (9.0, True), (4.0, False)):
+        interval.add(seconds=1.0, wait_s=0.0, tokens=1, samples=1, loss=loss, skipped=skipped)
+    assert (interval.nan, interval.skipped, interval.mean_loss) == (2, 3, 3.0)
 
 
 def test_remaining_time_forgets_a_slow_start() -> None:

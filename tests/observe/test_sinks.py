@@ -74,11 +74,27 @@ def test_tensorboard_events_are_readable(tmp_path: Path) -> None:
     assert points == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.03), (5, 5.03), (6, 6.03), (7, 7.03)]
 
 
+def test_tensorboard_has_one_point_per_step(tmp_path: Path) -> None:
+    """A validation comes with the numbers of its step, which were written before."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    sinks = Sinks.open(SinkOptions(tmp_path / "m.jsonl", tensorboard_dir=tmp_path / "tb"))
+    for step in (1, 2):
+        sinks.write(step, {"train/lm_loss": step})
+        sinks.write(step, {"train/lm_loss": step, "validation/lm_loss": 10 * step})
+    sinks.write(3, {"train/lm_loss": 3, "validation/lm_loss": 30})  # a step that no log interval asked for
+    sinks.close()
+    events = accumulator.EventAccumulator(str(tmp_path / "tb"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("train/lm_loss")] == [(1, 1), (2, 2), (3, 3)]
+    assert [(e.step, e.value) for e in events.Scalars("validation/lm_loss")] == [(1, 10), (2, 20), (3, 30)]
+
+
 _WANDB = """
 import sys
 from megatron.observe.sinks import SinkOptions, Sinks, WandbOptions
 folder, resume = sys.argv[1], int(sys.argv[2])
-options = WandbOptions(folder + "/wandb_logs", project="test", group="g", name="n", config={"lr": 0.5})
+options = WandbOptions(folder + "/wandb_logs", project="test", group="g", name="n", config={"lr": 0.5},
+                       mode=sys.argv[3] or None)
 sinks = Sinks.open(SinkOptions(folder + "/m.jsonl", resume, wandb=options))
 assert "Weights & Biases" in sinks.names()
 for step in range(resume + 1, resume + 4):
@@ -87,12 +103,19 @@ sinks.close()
 """
 
 
-def test_wandb_offline(tmp_path: Path) -> None:
+@pytest.mark.parametrize("by", ["variable", "key"])
+def test_wandb_offline(by: str, tmp_path: Path) -> None:
+    """As WANDB_MODE says, or the configuration, which needs no variable and no account."""
     pytest.importorskip("wandb")
+    unset = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
     for resume in (0, 3):
         done = subprocess.run(
-            [sys.executable, "-c", _WANDB, str(tmp_path), str(resume)],
-            env={**os.environ, "WANDB_MODE": "offline", "PYTHONPATH": str(Path(__file__).parents[2])},
+            [sys.executable, "-c", _WANDB, str(tmp_path), str(resume), "offline" if by == "key" else ""],
+            env={
+                **unset,
+                **({"WANDB_MODE": "offline"} if by == "variable" else {}),
+                "PYTHONPATH": str(Path(__file__).parents[2]),
+            },
             capture_output=True,
             text=True,
             timeout=120,
