@@ -91,7 +91,8 @@ def perplexity(run: RunConfig) -> None:
     for length in asked.eval_lengths or (run.model.seq_length,):
         stride = min(asked.eval_stride or length, length)
         try:
-            found = score(model, stream.tokens, tokenizer.eod, length, stride, backend=run.training.kernel_backend)
+            how: dict[str, Any] = {"backend": run.training.kernel_backend, "vocab_size": tokenizer.vocab_size}
+            found = score(model, stream.tokens, tokenizer.eod, length, stride, **how)
             rows.append(found.report(stream.words, stream.size))
         except ValueError as error:  # learned positions end somewhere
             rows.append({"length": length, "stride": stride, "error": str(error)})

@@ -75,7 +75,8 @@ def evaluated(folder: Path, config: str, a: argparse.Namespace) -> dict[str, Any
         rows = []
         for length in lengths:
             step = length if kind == "non-overlapping" else a.stride
-            rows.append(score(model, stream.tokens, tokenizer.eod, length, step).report(stream.words, stream.size))
+            made = score(model, stream.tokens, tokenizer.eod, length, step, vocab_size=tokenizer.vocab_size)
+            rows.append(made.report(stream.words, stream.size))
             print(f"  {folder.name} {kind} {length}: {rows[-1]['perplexity']:.3f} in {rows[-1]['seconds']} s", flush=True)
         found[kind] = rows
     return found

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megatron.errors import ConfigError
+from megatron.errors import ConfigError, DataError
 from megatron.layers.base import Context
 from megatron.model.lm import LanguageModel, embed, run_blocks
 
@@ -100,8 +100,8 @@ def _groups(found: Iterator[Window], tokens_per_batch: int) -> Iterator[list[Win
         yield batch
 
 
-def _nll(model: LanguageModel, inputs: Tensor, targets: Tensor, backend: str) -> float:
-    """Summed -log p of `targets [b, t]`, the last t positions of `inputs [b, s]`."""
+def _nll(model: LanguageModel, inputs: Tensor, targets: Tensor, backend: str, vocab_size: int | None) -> float:
+    """Summed -log p of `targets [b, t]`, the last t positions of `inputs [b, s]`, over the first `vocab_size` ids."""
     ctx = Context(backend=backend)
     inner = model.model
     x, _ = embed(inner.embed_tokens, inner.embed_tokens(inputs), ctx, None)
@@ -109,7 +109,7 @@ def _nll(model: LanguageModel, inputs: Tensor, targets: Tensor, backend: str) ->
     rows = inner.final_norm(x[:, -targets.shape[1] :]).flatten(0, 1)
     total = 0.0
     for part, wanted in zip(rows.split(2048), targets.flatten().split(2048), strict=True):
-        logits = model.lm_head(part)
+        logits = model.lm_head(part)[..., :vocab_size]
         wide = logits if logits.dtype == torch.float64 else logits.float()
         total += F.cross_entropy(wide, wanted, reduction="none").double().sum().item()
     return total
@@ -125,27 +125,41 @@ def score(
     *,
     tokens_per_batch: int = 8192,
     backend: str = "auto",
+    vocab_size: int | None = None,
 ) -> Score:
     """Score every token of `stream` once.
 
     Args:
-        first: what stands before the stream. length: tokens that a pass reads at most. stride: tokens scored per pass; None is
-            `length`, the non-overlapping evaluation. tokens_per_batch: equal passes run side by side up to this many tokens.
+        model: in evaluation mode.
+        stream: token ids.
+        first: what stands before the stream.
+        length: tokens that a pass reads at most.
+        stride: tokens scored per pass; None is `length`, the non-overlapping evaluation.
+        tokens_per_batch: equal passes run side by side up to this many tokens.
+        backend: see `Context`.
+        vocab_size: ids of the tokenizer; rows beyond, which pad the vocabulary, take no probability. None for all rows.
 
     Raises:
         ConfigError: an empty stream, or a stride that does not fit.
+        DataError: a token is outside `vocab_size`.
         ValueError: the model cannot read so long a text (learned positions).
     """
     tokens = np.asarray(stream)
     if not len(tokens):
         raise ConfigError("there is no token to score")
+    if vocab_size is not None and int(tokens.max()) >= vocab_size:
+        raise DataError(
+            f"token id {int(tokens.max())} is outside the tokenizer's {vocab_size} ids",
+            why="the data were made with another tokenizer",
+            hint="check tokenizer_type and vocab_file against the ones used for data_path",
+        )
     stride = stride or length
     device = next(model.parameters()).device
     started, total, passes = time.monotonic(), 0.0, 0
     for batch in _groups(windows(len(tokens), length, stride), tokens_per_batch):
         read = np.stack([_preceding(tokens, w, first) for w in batch]).astype(np.int64)
         wanted = np.stack([tokens[w.new : w.stop] for w in batch]).astype(np.int64)
-        total += _nll(model, torch.from_numpy(read).to(device), torch.from_numpy(wanted).to(device), backend)
+        total += _nll(model, torch.from_numpy(read).to(device), torch.from_numpy(wanted).to(device), backend, vocab_size)
         passes += len(batch)
     return Score(length, stride, len(tokens), passes, total, time.monotonic() - started)
 

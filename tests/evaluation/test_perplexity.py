@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron.errors import ConfigError
+from megatron.errors import ConfigError, DataError
 from megatron.evaluation.perplexity import Window, score, windows
 from megatron.model.build import build_model
 from megatron.model.config import ModelConfig
@@ -83,6 +83,17 @@ def test_report_per_word_and_per_byte() -> None:
     assert report["bits_per_byte"] == pytest.approx(found.nll / math.log(2) / 120)
     assert report["perplexity"] == pytest.approx(report["word_perplexity"] ** 0.5)
     assert "word_perplexity" not in found.report()
+
+
+def test_rows_that_pad_the_vocabulary_take_no_probability() -> None:
+    made = model("metala")
+    tokens = [t % 20 for t in stream(40)]
+    found = score(made, tokens, 0, 20, vocab_size=20)
+    with torch.no_grad():
+        made.lm_head.weight[20:] = 100.0  # whatever they hold
+    assert score(made, tokens, 0, 20, vocab_size=20).nll == found.nll < score(made, tokens, 0, 20).nll
+    with pytest.raises(DataError, match="outside the tokenizer's 20 ids"):
+        score(made, [*tokens, 20], 0, 20, vocab_size=20)
 
 
 def test_refusals() -> None:
