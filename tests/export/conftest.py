@@ -18,7 +18,7 @@ from megatron.checkpoint.save import save_weights
 from megatron.export.hf import export_checkpoint
 from megatron.model.build import param_specs
 from megatron.model.config import ModelConfig
-from tests.export.families import FAMILIES, family_weights
+from tests.export.families import FAMILIES, WIDE, family_weights
 from tests.export.modules_cache import use_private_modules_cache
 
 TINY = ModelConfig(vocab_size=64, hidden_size=32, num_layers=2, num_heads=2, mlp_width=48, layer_types=("metala", "metala"))
@@ -63,13 +63,13 @@ def make_checkpoint(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """family -> its exported folder, made once per process; nothing may be written into it."""
+    """family, or <family>_wide -> its exported folder, made once per process; nothing may be written into it."""
     use_private_modules_cache()
     root = tmp_path_factory.mktemp("families")
 
     @functools.cache
     def folder(family: str) -> Path:
-        config = FAMILIES[family]
+        config = (FAMILIES | WIDE)[family]
         extra: dict[str, Any] = {"facts": {}, "state": {"consumed_tokens": 1, "consumed_samples": 1}}
         checkpoint = save_weights(
             root / "checkpoints" / family,

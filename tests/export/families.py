@@ -31,6 +31,17 @@ _CHANGES: dict[str, dict[str, Any]] = {
 FAMILIES = {name: replace(_SMALL, **changes) for name, changes in _CHANGES.items()}
 """Name -> model. `jrt` reads the first eight tokens in both directions: its prompts are at least as long in these tests."""
 
+
+def _wide(config: ModelConfig) -> ModelConfig:
+    options = {
+        kind: {**o, **({"feature_width": 16} if "feature_width" in o else {})} for kind, o in config.layer_options.items()
+    }
+    return replace(config, hidden_size=64, mlp_width=64, layer_options=options)
+
+
+WIDE = {f"{name}_wide": _wide(config) for name, config in FAMILIES.items()}
+"""The same with projections that are multiples of 32 by 64, but for Mamba's narrow ones: the blocks of bitsandbytes."""
+
 TOKENS = torch.randint(2, 64, (2, 12), generator=torch.Generator().manual_seed(1))
 """Two rows without padding."""
 PADDED = torch.cat([torch.full((1, 3), 9), TOKENS[1:, :9]], 1)
@@ -45,7 +56,7 @@ def family_weights(config: ModelConfig) -> dict[str, Tensor]:
     generator, made = torch.Generator().manual_seed(0), {}
     for name, spec in param_specs(config).items():
         value = torch.randn(spec.shape, generator=generator)
-        made[name] = value * (0.25 if len(spec.shape) > 1 else 0.2) + (1.0 if "norm" in name else 0.0)
+        made[name] = value * (8 / config.hidden_size if len(spec.shape) > 1 else 0.2) + (1.0 if "norm" in name else 0.0)
     return made
 
 
