@@ -59,12 +59,37 @@ def _writer(run: RunConfig) -> Writer:
     return Writer(model, tokenizer, sampling)
 
 
+def _kind(run: RunConfig) -> str:
+    """What is asked for: `text_gen_type`, which prompts named on the command line beat, and which is said otherwise.
+
+    Raises:
+        ConfigError: the command line names prompts and a kind that takes none.
+    """
+    asked, origin = run.generation, run.provenance
+    kind, source = asked.text_gen_type, asked.sample_input_file
+    if kind is None:
+        return "input-file" if source else "unconditional"
+    if source is None or kind == "input-file":
+        return kind
+    typed = {key for key in ("text_gen_type", "sample_input_file") if str(origin.get(key, "")).startswith("-")}
+    if len(typed) == 2:
+        raise ConfigError(f"text_gen_type: {kind} takes no prompts, and {source} holds some", hint="leave one of them out")
+    if "sample_input_file" in typed:
+        print(f"prompts of {source}, though text_gen_type is {kind} ({origin['text_gen_type']})", file=sys.stderr)
+        return "input-file"
+    where = origin.get("sample_input_file")
+    print(f"{source} is not read ({where}): text_gen_type is {kind}; -i {source} reads it", file=sys.stderr)
+    return kind
+
+
 def generate(run: RunConfig) -> None:
     """Do what `text_gen_type` says."""
     from megatron.generation import text
 
-    asked, writer = run.generation, _writer(run)
-    kind = asked.text_gen_type or ("input-file" if asked.sample_input_file else "unconditional")
+    asked, kind = run.generation, _kind(run)
+    if not asked.prompt_end:
+        raise ConfigError("prompt_end is empty", why="nothing would tell one prompt from the next", hint='prompt_end: "\\n"')
+    writer = _writer(run)
     if kind == "interactive":
         text.interactive(writer, sys.stdin, sys.stdout, asked.prompt_end)
         return
@@ -75,7 +100,10 @@ def generate(run: RunConfig) -> None:
         source = Path(asked.sample_input_file)
         if run.provenance.get("sample_output_file") == "default":
             output = text.default_output(source)
-        results = text.from_file(writer, source, asked.prompt_end)
+        prompts = text.read_prompts(source, asked.prompt_end)
+        if blank := prompts.count(""):
+            print(f"{blank} of {len(prompts)} prompts are blank: their texts start from nothing", file=sys.stderr)
+        results = writer.continue_texts(prompts)
     else:
         results = text.unconditional(writer, asked.num_samples)
     count = text.write_results(results, output)

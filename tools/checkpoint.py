@@ -1,13 +1,13 @@
 """Checkpoints from the command line: look into one, verify, compare, re-cut, import.
 
     python tools/checkpoint.py inspect runs/x/checkpoints/global_step1000 [--tensors]
-    python tools/checkpoint.py verify  runs/x/checkpoints                 every checkpoint of a save folder, every byte
+    python tools/checkpoint.py verify  runs/x                             every checkpoint of a run, every byte
     python tools/checkpoint.py diff    A B                                exit code 1 when they differ, as diff(1)
     python tools/checkpoint.py reshard A --output DIR --pp 2 --dp 1 --tp 2
     python tools/checkpoint.py import  NEOX/global_step1000 [a.yml ...] --output DIR
 
-A PATH is a `global_step<N>` folder, or a save folder, whose latest is taken then. `import` reads GPT-NeoX/DeepSpeed folders;
-without config files it takes those that lie in their `configs/`.
+A PATH is a `global_step<N>` folder, or a save or run folder, whose newest is taken then. `import` reads
+GPT-NeoX/DeepSpeed folders; without config files it takes those that lie in their `configs/`.
 """
 
 from __future__ import annotations
@@ -21,31 +21,27 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from megatron.errors import CheckpointError, exit_on_error
 
 
-def chosen(path: Path) -> Path:
-    """A checkpoint's folder: `path` itself, or the latest one in it."""
-    from megatron.checkpoint.find import find_checkpoint
-
-    if path.name.startswith("global_step"):
-        return path
-    found = find_checkpoint(path)
-    assert found is not None  # without a save folder to compare with, a missing checkpoint is an error
-    return found
-
-
 def inspect(args: argparse.Namespace) -> int:
     """Print a page about one checkpoint."""
+    from megatron.checkpoint.find import newest_checkpoint
     from megatron.checkpoint.report import inspect as page
 
-    print(page(chosen(args.path), args.tensors))
+    print(page(newest_checkpoint(args.path), args.tensors))
     return 0
 
 
 def verify(args: argparse.Namespace) -> int:
-    """Read every byte of one checkpoint, or of all in a save folder; the number of damaged ones decides the exit code."""
-    from megatron.checkpoint.layout import step_folders
+    """Read every byte of one checkpoint, or of all in a save or run folder; a damaged one decides the exit code."""
+    from megatron.checkpoint.find import no_checkpoint, place_of
+    from megatron.checkpoint.layout import MANIFEST, iteration_of, step_folders
     from megatron.checkpoint.load import damages
 
-    folders = list(step_folders(args.path).values()) or [args.path]
+    place = place_of(args.path)
+    folders = list(step_folders(place).values())
+    if not folders:
+        if not place.is_dir() or (iteration_of(place.name) is None and not (place / MANIFEST).is_file()):
+            raise no_checkpoint(place)
+        folders = [place]
     bad = 0
     for folder in folders:
         found = damages(folder)
@@ -58,10 +54,11 @@ def verify(args: argparse.Namespace) -> int:
 
 def diff(args: argparse.Namespace) -> int:
     """Print what differs between two checkpoints."""
+    from megatron.checkpoint.find import newest_checkpoint
     from megatron.checkpoint.report import diff as lines
 
     count = 0
-    for line in lines(chosen(args.path), chosen(args.other)):
+    for line in lines(newest_checkpoint(args.path), newest_checkpoint(args.other)):
         print(line)
         count += 1
     print(f"{count} differences" if count else "equal, to the bit")
@@ -70,9 +67,10 @@ def diff(args: argparse.Namespace) -> int:
 
 def reshard(args: argparse.Namespace) -> int:
     """Write a checkpoint again for another mesh."""
+    from megatron.checkpoint.find import newest_checkpoint
     from megatron.checkpoint.reshard import reshard as write
 
-    made = write(chosen(args.path), args.output, pp=args.pp, dp=args.dp, tp=args.tp)
+    made = write(newest_checkpoint(args.path), args.output, pp=args.pp, dp=args.dp, tp=args.tp)
     print(f"wrote {made}, cut for {args.pp} pipeline x {args.dp} data x {args.tp} tensor")
     return 0
 

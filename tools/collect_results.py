@@ -3,7 +3,8 @@
     python tools/collect_results.py runs/eval --output runs/eval/table [--table jrt-1]
 
 Without `--table` there is one table of all that was measured, and one per published table (`benchmarks/published/scores.csv`)
-that shares a column with it. `--table NAME` makes that one alone, also without any results of ours.
+that shares a column with it. `--table NAME` makes that one alone, also without any results of ours. Figures of a part of the
+examples (`--limit`) carry a star.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron.errors import ConfigError, exit_on_error
-from megatron.evaluation.collected import Row, columns_of, read_published, read_results, write_tables
+from megatron.evaluation.collected import Row, columns_of, footnotes, read_published, read_results, write_tables
 
 PUBLISHED = Path(__file__).resolve().parents[1] / "benchmarks" / "published" / "scores.csv"
 
@@ -52,6 +53,8 @@ def main() -> None:
             title = "all results" if name == "all" else f"{lines[-1].source}, and ours"
             for path in write_tables(lines, columns, stem, title, averages=name != "all"):
                 print(f"wrote {path}")
+        for note in footnotes(rows, columns_of(rows)):
+            print(note)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Export a checkpoint (any tensor x pipeline layout) for transformers, and push it to the Hub."
     )
-    parser.add_argument("--checkpoint", type=Path, help="RUN/checkpoints/global_stepN")
+    parser.add_argument("--checkpoint", type=Path, help="RUN/checkpoints/global_stepN, or RUN/checkpoints for its newest")
     parser.add_argument("--output", type=Path, help="new folder to write")
     parser.add_argument("--dtype", default="auto", help="auto (as stored), float32, bfloat16, float16 or float64")
     parser.add_argument("--max-shard-size", type=float, default=5.0, help="GB of weights per file")
@@ -63,20 +63,24 @@ def _checked(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> 
 
 def _export(arguments: argparse.Namespace) -> Path:
     """Export, say what was made."""
+    from megatron.checkpoint.find import newest_checkpoint
     from megatron.export.card import Stated
     from megatron.export.hf import export_checkpoint
     from megatron.export.scores import read_scores
 
+    checkpoint = newest_checkpoint(arguments.checkpoint)
+    if checkpoint != arguments.checkpoint:
+        print(f"checkpoint {checkpoint}", flush=True)
     stated = Stated(
         license=arguments.license,
         license_name=arguments.license_name,
         license_link=arguments.license_link,
         languages=tuple(arguments.language),
         datasets=tuple(arguments.dataset),
-        scores=read_scores(arguments.eval_results, arguments.checkpoint),
+        scores=read_scores(arguments.eval_results, checkpoint),
     )
     made = export_checkpoint(
-        arguments.checkpoint,
+        checkpoint,
         arguments.output,
         dtype=arguments.dtype,
         max_shard_bytes=int(arguments.max_shard_size * 1e9),

@@ -97,6 +97,38 @@ def find_checkpoint(load_dir: str | Path, iteration: int | None = None, save_dir
     )
 
 
+def place_of(path: str | Path) -> Path:
+    """What a person means by a path: a checkpoint or a save folder is itself, a run folder its `checkpoints/`."""
+    folder = Path(path)
+    named = iteration_of(folder.name) is not None or (folder / MANIFEST).is_file() or (folder / LATEST).is_file()
+    inner = folder / "checkpoints"
+    return inner if not named and not step_folders(folder) and inner.is_dir() else folder
+
+
+def newest_checkpoint(path: str | Path) -> Path:
+    """The checkpoint that a command is to use: `path` itself, or the newest (as `latest` says) of a save or run folder.
+
+    Raises:
+        CheckpointError: there is none; the message says what lies there.
+    """
+    folder = place_of(path)
+    if iteration_of(folder.name) is not None or (folder / MANIFEST).is_file():
+        return folder
+    if not folder.is_dir() or _latest(folder) is None:
+        raise no_checkpoint(folder)
+    found = find_checkpoint(folder)
+    assert found is not None  # without a save folder to compare with, a missing checkpoint is an error
+    return found
+
+
+def no_checkpoint(folder: Path) -> CheckpointError:
+    """The error of a command that was given a folder without any checkpoint."""
+    hint = "RUN/checkpoints takes the newest of a run, RUN/checkpoints/global_step<N> that one"
+    if not step_folders(folder) and any(folder.glob("*.safetensors")) and (folder / "config.json").is_file():
+        hint = "this is a Hugging Face folder; tools/convert_from_hf.py makes a checkpoint of it"
+    return CheckpointError("this is not a checkpoint, and holds none", where=str(folder), why=contents(folder), hint=hint)
+
+
 @dataclass(frozen=True)
 class Candidates:
     """Checkpoints to try, the best first. notes: what was left out already and why. explicit: there is no second choice."""

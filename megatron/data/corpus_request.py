@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+BUILT_IN = ("pystdlib", "wikitext103", "enwik8")  # what `prepare_data.py` makes, each in a folder of its name
+
+
+def command_that_makes(path: str | Path) -> str | None:
+    """The command whose result `path` would be, None where it does not lie in the folder of a built-in corpus."""
+    folder = Path(path).parent
+    if folder.name not in BUILT_IN:
+        return None
+    place = "" if folder.parent == Path("data") else f" --data-dir {shlex.quote(str(folder.parent))}"
+    return f"python prepare_data.py {folder.name}{place}"
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron.data.checksums import check_ends
+from megatron.data.corpus_request import command_that_makes
 from megatron.data.index_table import damaged, read_table
 from megatron.data.indexed_writer import IndexedWriter
 from megatron.data.token_format import BLOCK, data_file, dtype_for_vocab, index_file
@@ -26,6 +27,8 @@ def _require(path: Path, prefix: str | Path) -> None:
     if path.is_file():
         return
     hint = "make the pair with tools/datasets/preprocess_data.py or prepare_data.py; data_path is the common name of both files"
+    if command := command_that_makes(path):
+        hint = f"{command} makes it"
     if str(prefix).endswith((".bin", ".idx")):
         hint = f"give the prefix without its suffix: {str(prefix)[:-4]}"
     raise DataError("a token file is missing", where=str(path), why="no file of that name", hint=hint)

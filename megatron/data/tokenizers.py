@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron.data.corpus_request import command_that_makes
 from megatron.data.hf_tokenizers import GPT2BPETokenizer, HFGPT2Tokenizer, HFTokenizer
 from megatron.data.tiktoken_file import TiktokenTokenizer
 from megatron.data.tokenizer_base import EOD_TEXT, PAD_TEXT, Template, Tokenizer, unreadable
@@ -136,8 +137,9 @@ def _file(path: str | Path | None, key: str, tokenizer_type: str) -> Path:
     if path is None:
         raise DataError(f"{tokenizer_type} needs {key}", why="no path is given")
     if not Path(path).is_file():
-        kind = "a folder" if Path(path).is_dir() else "no such file"
-        raise DataError("the tokenizer's file cannot be read", where=str(path), why=kind, hint=f"correct {key}")
+        kind, command = "a folder" if Path(path).is_dir() else "no such file", command_that_makes(path)
+        hint = f"{command} makes it" if command else f"correct {key}"
+        raise DataError("the tokenizer's file cannot be read", where=str(path), why=kind, hint=hint)
     return Path(path)
 
 

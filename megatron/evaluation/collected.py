@@ -27,11 +27,24 @@ _FULL = 2000
 
 @dataclass
 class Row:
-    """One line of a table; ours when `source` is empty. cells: column -> value (percent for shares)."""
+    """One line of a table; ours when `source` is empty. cells: column -> value (percent for shares).
+
+    limited: columns measured on a part of the examples only -> how many, such as `100 of 1838`.
+    """
 
     name: str
     source: str = ""
     cells: dict[str, float] = field(default_factory=dict)
+    limited: dict[str, str] = field(default_factory=dict)
+
+    def take(self, column: str, value: float, part: str | None) -> None:
+        """A measured figure, in the place of an earlier one; of one on all examples and one on a part, the former stays."""
+        if part is not None and column in self.cells and column not in self.limited:
+            return
+        self.cells[column] = value
+        self.limited.pop(column, None)
+        if part is not None:
+            self.limited[column] = part
 
     def average(self, columns: Sequence[str]) -> float | None:
         """Mean over the columns, None when one is missing."""
@@ -67,17 +80,33 @@ def read_results(paths: Iterable[Path]) -> list[Row]:
         found = [content for file in files if (content := _content(file)) is not None]
         if not found:
             raise DataError("no results of lm-eval were found", where=str(path))
-        for name, context, results in found:
+        for name, context, data in found:
             row = rows.setdefault(name, Row(name))
-            for task, values in results.items():
+            for task, values in data["results"].items():
                 value = headline(task, values)
                 if value is not None:
-                    row.cells[column_of(task, context)] = value
+                    row.take(column_of(task, context), value, part_of(data, task))
     return list(rows.values())
 
 
+def part_of(data: Mapping[str, Any], task: str) -> str | None:
+    """How many examples a `--limit` left, `100 of 1838`; None where all were measured (recall tasks skip some by rule).
+
+    data: the content of a result file, of ours (`limit`, or inside `settings`) or of the `lm_eval` command (inside `config`).
+    """
+    places = [data, data.get("settings"), data.get("config")]
+    limit = next((place["limit"] for place in places if isinstance(place, dict) and place.get("limit") is not None), None)
+    if limit is None:
+        return None
+    counted = (data.get("n-samples") or {}).get(task) or {}
+    kept, whole = counted.get("effective"), counted.get("original")
+    if not whole:
+        return f"limit {limit}"
+    return None if kept == whole else f"{kept} of {whole}"
+
+
 def _content(file: Path) -> tuple[str, int | None, Mapping[str, Any]] | None:
-    """(model, context_length, results) of one file; None when it is something else."""
+    """(model, context_length, the whole content) of one file; None when it is something else."""
     try:
         data = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError):
@@ -85,12 +114,12 @@ def _content(file: Path) -> tuple[str, int | None, Mapping[str, Any]] | None:
     if not isinstance(data, dict) or not isinstance(data.get("results"), dict):
         return None
     if "lm_eval" in data:
-        return str(data.get("model")), data.get("context_length"), data["results"]
+        return str(data.get("model")), data.get("context_length"), data
     given = (data.get("config") or {}).get("model_args") or {}
     name = data.get("model_name") or (given.get("pretrained") if isinstance(given, dict) else given) or file.stem
     settings: list[Mapping[str, Any]] = [c.get("metadata") or {} for c in (data.get("configs") or {}).values()]
     context = next((int(s["context_length"]) for s in settings if "context_length" in s), 1000)
-    return Path(str(name)).name, context, data["results"]
+    return Path(str(name)).name, context, data
 
 
 def read_published(file: Path) -> dict[str, list[Row]]:
@@ -110,15 +139,30 @@ def columns_of(rows: Iterable[Row]) -> list[str]:
 
 
 def cells(rows: Sequence[Row], columns: Sequence[str], averages: bool = True) -> list[list[str]]:
-    """The table as text, heading first; an average, apart for prompts read twice, stands where no column of it is missing."""
+    """The table as text, heading first; an average, apart for prompts read twice, stands where no column of it is missing.
+
+    A figure of a part of the examples, and an average with such a figure in it, carries a `*`.
+    """
     twice = [column for column in columns if "_twice" in column]
     groups = {"average": [column for column in columns if column not in twice], "average twice": twice}
     groups = {name: members for name, members in groups.items() if members and averages}
     lines = [["model", *columns, *groups, "source"]]
     for row in rows:
-        values = [row.cells.get(column) for column in columns] + [row.average(members) for members in groups.values()]
-        lines.append([row.name, *("" if v is None else f"{v:.2f}" for v in values), row.source or "ours"])
+        figures = [(row.cells.get(column), column in row.limited) for column in columns]
+        figures += [(row.average(members), any(m in row.limited for m in members)) for members in groups.values()]
+        shown = ["" if value is None else f"{value:.2f}{'*' * part}" for value, part in figures]
+        lines.append([row.name, *shown, row.source or "ours"])
     return lines
+
+
+def footnotes(rows: Sequence[Row], columns: Sequence[str]) -> list[str]:
+    """What the stars of a table mean: `* tiny: piqa on 100 of 1838 examples`."""
+    notes = []
+    for row in rows:
+        parts = [f"{column} on {row.limited[column]}" for column in columns if column in row.limited]
+        if parts:
+            notes.append(f"* {row.name}: {', '.join(parts)} examples; not comparable with whole figures")
+    return notes
 
 
 def write_tables(rows: Sequence[Row], columns: Sequence[str], stem: Path, title: str, averages: bool = True) -> list[Path]:
@@ -129,17 +173,19 @@ def write_tables(rows: Sequence[Row], columns: Sequence[str], stem: Path, title:
     """
     lines = cells(rows, columns, averages)
     marked = [lines[0], ["---", *["---:"] * (len(lines[0]) - 2), "---"], *lines[1:]]
+    notes = footnotes(rows, columns)
     markdown = [f"# {title}", "", *(f"| {' | '.join(line)} |" for line in marked), ""]
+    markdown += [line for note in notes for line in (note.replace("*", "\\*", 1), "")]
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(lines)
     made = [stem.with_name(f"{stem.name}{ending}") for ending in (".md", ".csv", ".png")]
     write_text(made[0], "\n".join(markdown))
     write_text(made[1], text.getvalue())
-    draw(lines, sum(not row.source for row in rows), made[2], title)
+    draw(lines, sum(not row.source for row in rows), made[2], title, notes)
     return made
 
 
-def draw(lines: Sequence[Sequence[str]], ours: int, image: Path, title: str) -> None:
+def draw(lines: Sequence[Sequence[str]], ours: int, image: Path, title: str, notes: Sequence[str] = ()) -> None:
     """The table as a picture: each column shaded from its lowest to its highest value, our rows (the first) in bold."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -166,14 +212,16 @@ def draw(lines: Sequence[Sequence[str]], ours: int, image: Path, title: str) -> 
             cell.get_text().set_horizontalalignment("left")
         if i == 0 or i <= ours:
             cell.get_text().set_fontweight("bold")
+    if notes:
+        figure.supxlabel("\n".join(notes), fontsize=7, x=0.01, ha="left")
     with atomic_open(image) as handle:
         figure.savefig(handle, format="png", dpi=140, bbox_inches="tight")
 
 
 def _shade(body: Sequence[Sequence[str]], i: int, j: int) -> tuple[float, float, float]:
     """White for the lowest value of a column, blue for its highest."""
-    values = [float(line[j]) for line in body if line[j]]
+    values = [float(line[j].rstrip("*")) for line in body if line[j]]
     if not body[i][j] or max(values) == min(values):
         return (1.0, 1.0, 1.0)
-    share = (float(body[i][j]) - min(values)) / (max(values) - min(values))
+    share = (float(body[i][j].rstrip("*")) - min(values)) / (max(values) - min(values))
     return (1 - 0.45 * share, 1 - 0.25 * share, 1.0)

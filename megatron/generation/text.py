@@ -83,7 +83,11 @@ class Writer:
 
 
 def read_prompts(path: Path, prompt_end: str = "\n") -> list[str]:
-    """Prompts of a UTF-8 file, split at `prompt_end`, stripped, empty ones dropped; a bad file raises DataError."""
+    """Prompts of a UTF-8 file, each ended by `prompt_end` and stripped; a bad file raises DataError.
+
+    A blank one between others is kept as "", so that results stand in the order of the file: it continues nothing, as
+    `unconditional` does. Only what follows the last end counts as no prompt where it is blank.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -93,8 +97,9 @@ def read_prompts(path: Path, prompt_end: str = "\n") -> list[str]:
             "the prompt file is not UTF-8", where=f"{path}, byte {error.start}", hint="convert it: iconv -t utf-8"
         ) from None
     prompts = [part.strip() for part in text.split(prompt_end)]
-    prompts = [part for part in prompts if part]
-    if not prompts:
+    if not prompts[-1]:
+        prompts.pop()
+    if not any(prompts):
         raise DataError("the prompt file holds no prompt", where=str(path), why=f"prompts are divided by {prompt_end!r}")
     return prompts
 
@@ -123,16 +128,12 @@ def unconditional(writer: Writer, num_samples: int) -> Iterator[dict[str, Any]]:
     return writer.continue_texts([""] * num_samples)
 
 
-def from_file(writer: Writer, source: Path, prompt_end: str = "\n") -> Iterator[dict[str, Any]]:
-    """Continue every prompt of a file."""
-    return writer.continue_texts(read_prompts(source, prompt_end))
-
-
 def interactive(writer: Writer, source: IO[str], screen: IO[str], prompt_end: str = "\n") -> int:
     """Read prompts from `source` (lines joined until `prompt_end`), print each continuation; returns how many, ends at EOF."""
     count = 0
     while (context := _ask(source, screen, prompt_end)) is not None:
         if not context.strip():
+            screen.write("(a blank context is not continued; end with Ctrl-D)\n")
             continue
         for record in writer.continue_texts([context]):
             note = f"  ({record['message']})" if record["message"] else ""

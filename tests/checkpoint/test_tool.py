@@ -9,6 +9,7 @@ from types import ModuleType
 import pytest
 import torch
 
+from megatron.checkpoint.find import newest_checkpoint
 from megatron.checkpoint.load import load_checkpoint, verify_checkpoint
 from megatron.checkpoint.manifest import read_manifest
 from megatron.checkpoint.report import diff, inspect
@@ -127,3 +128,43 @@ def test_reshard_refuses(path: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="truncated"):
         reshard(path, tmp_path / "new", pp=1, dp=1, tp=2)
     assert not list((tmp_path / "new").iterdir())
+
+
+def test_a_run_folder_means_its_newest_checkpoint(
+    path: Path, tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    later = save_checkpoint(path.parent, FakeEngine(), {"iteration": 9, "consumed_samples": 72}, model_config=MODEL)
+    run_folder = tmp_path / "run"
+    run_folder.mkdir()
+    path.parent.rename(run_folder / "checkpoints")
+    newest = run_folder / "checkpoints" / later.name
+    for asked in (run_folder, run_folder / "checkpoints", newest):
+        assert newest_checkpoint(asked) == newest
+        assert run(tool, monkeypatch, "inspect", asked) == 0
+        assert "step 9" in capsys.readouterr().out
+    assert run(tool, monkeypatch, "verify", run_folder) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"{newest.with_name(name)}: whole" for name in ("global_step7", "global_step9")
+    ]
+    assert run(tool, monkeypatch, "diff", run_folder, newest) == 0
+    (newest.parent / "latest").write_text("global_step7")
+    assert newest_checkpoint(run_folder).name == "global_step7", "as `latest` says"
+
+
+@pytest.mark.parametrize("command", ["verify", "inspect"])
+def test_what_is_no_checkpoint_is_said(
+    command: str, tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "some.yml").touch()
+    for asked, why in (
+        (tmp_path, "it holds: some.yml"),
+        (tmp_path / "none", "does not exist; beside it: some.yml"),
+        (tmp_path / "some.yml", "this is a file"),
+    ):
+        assert run(tool, monkeypatch, command, asked) == 4
+        said = capsys.readouterr().err
+        assert "holds none" in said and why in said and "RUN/checkpoints takes the newest" in said
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).touch()
+    assert run(tool, monkeypatch, command, tmp_path) == 4
+    assert "tools/convert_from_hf.py" in capsys.readouterr().err

@@ -7,11 +7,22 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megatron.errors import DataError
-from megatron.evaluation.collected import Row, cells, column_of, columns_of, headline, read_published, read_results
+from megatron.evaluation.collected import (
+    Row,
+    cells,
+    column_of,
+    columns_of,
+    footnotes,
+    headline,
+    part_of,
+    read_published,
+    read_results,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 PUBLISHED = ROOT / "benchmarks" / "published" / "scores.csv"
@@ -62,6 +73,40 @@ def test_averages_stand_where_nothing_is_missing() -> None:
     assert cells(rows[:1], ["x"], averages=False) == [["model", "x", "source"], ["a", "1.00", "ours"]]
 
 
+@pytest.mark.parametrize(
+    ("facts", "part"),
+    [
+        ({"limit": 100}, "100 of 1838"),
+        ({"settings": {"limit": 100}}, "100 of 1838"),
+        ({"config": {"limit": 100.0}}, "100 of 1838"),
+        ({"limit": None, "settings": {"limit": None}}, None),
+        ({}, None),
+    ],
+)
+def test_limited_figures_are_known_in_every_kind_of_file(facts: dict[str, Any], part: str | None) -> None:
+    counted = {"n-samples": {"piqa": {"effective": 100, "original": 1838}}}
+    assert part_of({**facts, **counted}, "piqa") == part
+    assert part_of({"limit": 5000, "n-samples": {"piqa": {"effective": 1838, "original": 1838}}}, "piqa") is None
+    assert part_of({"limit": 7}, "piqa") == "limit 7"
+
+
+def test_limited_figures_are_marked_with_their_averages() -> None:
+    row = Row("a", "", {"x": 1.0, "y_twice@9": 7.0}, {"x": "2 of 9"})
+    assert cells([row], columns_of([row]))[1] == ["a", "1.00*", "7.00", "1.00*", "7.00", "ours"]
+    assert footnotes([row], ["x", "y_twice@9"]) == ["* a: x on 2 of 9 examples; not comparable with whole figures"]
+
+
+def test_a_whole_figure_beats_a_limited_one_in_any_order() -> None:
+    for order in ((None, "2 of 9"), ("2 of 9", None)):
+        row = Row("a")
+        for part in order:
+            row.take("x", 1.0 if part is None else 2.0, part)
+        assert (row.cells, row.limited) == ({"x": 1.0}, {})
+    row.take("y", 3.0, "limit 1")
+    row.take("y", 4.0, "limit 2")
+    assert (row.cells["y"], row.limited) == (4.0, {"y": "limit 2"})
+
+
 def test_published_averages_are_those_that_the_papers_print() -> None:
     """JRT Table 1 prints 42.5 and 51.1 for its first row, MetaLA's tables 49.22, 49.99 and 55.52 for its own last ones."""
     tables = read_published(PUBLISHED)
@@ -77,6 +122,19 @@ def test_published_averages_are_those_that_the_papers_print() -> None:
         row = next(row for row in tables[table] if row.name == name)
         assert row.average(columns_of(tables[table])) == pytest.approx(printed, abs=0.06), table
     assert len(tables["based"]) == 6 and all(row.source for rows in tables.values() for row in rows)
+
+
+def test_the_command_marks_limited_figures(results: Path, tmp_path: Path) -> None:
+    content = json.loads((results / "a.json").read_text())
+    content |= {"limit": 10, "n-samples": {"hellaswag": {"original": 10042, "effective": 10}}}
+    (results / "a.json").write_text(json.dumps(content))
+    command = [sys.executable, str(ROOT / "tools" / "collect_results.py"), str(results), "--output", str(tmp_path / "t")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "* tiny: hellaswag on 10 of 10042 examples" in done.stdout
+    text = (tmp_path / "t-all.md").read_text()
+    assert "| 30.00* |" in text and "\\* tiny: hellaswag on 10 of 10042 examples" in text
+    assert "30.00*" in (tmp_path / "t-all.csv").read_text()
 
 
 def test_command(results: Path, tmp_path: Path) -> None:

@@ -31,10 +31,10 @@ def writer() -> text.Writer:
 
 def test_prompt_file(writer: text.Writer, tmp_path: Path) -> None:
     source = tmp_path / "prompts.txt"
-    source.write_text("one\n\n  two words \nthree\n" + "x" * 22 + "\n", encoding="utf-8")
+    source.write_text("one\n  two words \nthree\n" + "x" * 22 + "\n", encoding="utf-8")
     output = text.default_output(source)
     assert output.name == "prompts.txt.output.jsonl"
-    assert text.write_results(text.from_file(writer, source), output) == 4
+    assert text.write_results(writer.continue_texts(text.read_prompts(source)), output) == 4
     records = [json.loads(line) for line in output.read_text("utf-8").splitlines()]
     assert [r["context"] for r in records] == ["one", "two words", "three", "x" * 22]
     for record in records:
@@ -93,10 +93,28 @@ def test_prompt_end_may_be_any_text(tmp_path: Path) -> None:
     assert text.read_prompts(tmp_path / "p", "###") == ["first line\nsecond line", "next"]
 
 
+@pytest.mark.parametrize(
+    ("content", "end", "prompts"),
+    [
+        ("one\n\n \ntwo\n", "\n", ["one", "", "", "two"]),
+        ("\none", "\n", ["", "one"]),
+        ("one\n\n", "\n", ["one", ""]),
+        ("one\n  ", "\n", ["one"]),
+        ("one###\n###two###\n", "###", ["one", "", "two"]),
+    ],
+)
+def test_blank_prompts_are_kept(writer: text.Writer, tmp_path: Path, content: str, end: str, prompts: list[str]) -> None:
+    """The results stand in the order of the file, one for each prompt that it ends."""
+    (tmp_path / "p").write_text(content, encoding="utf-8")
+    assert text.read_prompts(tmp_path / "p", end) == prompts
+    assert [r["context"] for r in writer.continue_texts(prompts)] == prompts
+
+
 def test_interactive(writer: text.Writer) -> None:
     screen = io.StringIO()
     count = text.interactive(writer, io.StringIO("hello\n\nworld\nunfinished"), screen)
     assert count == 3 and screen.getvalue().count("Context >>> ") == 5 and screen.getvalue().count(" tokens, ") == 3
+    assert screen.getvalue().count("a blank context is not continued") == 1
     several = io.StringIO()
     assert text.interactive(writer, io.StringIO("two\nlines END\nmore END"), several, " END") == 2
 
