@@ -160,10 +160,13 @@ def save_weights(
     """Make a checkpoint of full weights without an engine (imports of other formats): one process, no optimizer state.
 
     Raises:
-        CheckpointError: it cannot be written, or a shape differs from its spec.
+        CheckpointError: it cannot be written, a shape differs from its spec, or a weight is not finite.
     """
     holdings, verdict = Holdings(), save_verdict(Path(folder), iteration)
     with verdict.watch():
+        for name, tensor in weights.items():
+            if not bool(torch.isfinite(tensor).all()):
+                raise CheckpointError(f"'{name}' holds inf or NaN", why="such weights can neither be trained nor measured")
         add_weights(holdings, weights, specs, Mesh.single())
     verdict.settle()
     companions = Companions(model_config, config_texts or {}, tokenizer or {}, facts or {})

@@ -188,6 +188,12 @@ class Engine(ABC):
     def refresh_master_from_weights(self) -> None:
         """After `load_weights` without an optimizer state: fp32 masters become the weights, moments start at zero."""
 
+    def first_not_finite(self) -> str | None:
+        """Name of the first parameter whose master weights or moments, as far as this rank owns them, hold inf or NaN."""
+        owned = [(name, t) for name, own in self.optimizer_slices().items() for t in (own.master, *own.moments.values())]
+        finite = torch.stack([torch.isfinite(t).all() for _, t in owned]).tolist() if owned else []
+        return next((name for (name, _), good in zip(owned, finite, strict=True) if not good), None)
+
     @abstractmethod
     def describe(self) -> str:
         """One line: which engine runs and why."""

@@ -113,6 +113,7 @@ class _Loop:
         self.skipped = False
         self.pending: Judgement | None = None  # of the last step, until the ranks have agreed that it was skipped
         self.validated_at: int | None = None
+        self.checked_at: int | None = None
 
     def before(self) -> None:
         """What is due before the first step: a save of step 0, a validation of the untrained model."""
@@ -128,6 +129,7 @@ class _Loop:
         if self.run.stop is None and self.validated_at != self.run.state.iteration:
             self.validate()
         if self.run.state.iteration > 0 and self.run.last_save != self.run.state.iteration:
+            self.check_weights()
             self.save()
         if self.run.stop is None and self.actions.test is not None:
             self._evaluated(self.actions.test())
@@ -237,12 +239,28 @@ class _Loop:
         """Save, unless the run has no place to save to."""
         if self.actions.save is None or not self.run.options.save_rule.enabled:
             return
+        self.check_weights()
         begin = time.perf_counter()
         self.control.phase("save")
         path = self.actions.save(self.run.state)
         self.run.last_save, seconds = self.run.state.iteration, time.perf_counter() - begin
         self.control.took(save_s=seconds)
         self.hooks.tell("on_save", self.run, path, seconds)
+
+    def check_weights(self) -> None:
+        """Weights or moments that are not finite are no state to save, and no end of a run.
+
+        Raises:
+            TrainingError: on all ranks, when one of them holds such numbers.
+        """
+        if self.checked_at == self.run.state.iteration:
+            return
+        self.control.phase("save")
+        bad = self.run.engine.first_not_finite()
+        if any(self.control.ballot.vote([int(bad is not None)])):
+            place = "" if bad is None else f": {bad}"
+            raise self._stopped(f"weights or optimizer state are not finite{place}", self.run.state.iteration)
+        self.checked_at = self.run.state.iteration
 
     def validate(self) -> None:
         """Validate, if the run has validation data."""

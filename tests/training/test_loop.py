@@ -160,6 +160,29 @@ def test_bad_numbers_in_the_weights_stop_the_run(tmp_path: Path, result: StepRes
     train(make_engine(), tmp_path, options(4), resume=True)
 
 
+@pytest.mark.parametrize("where", ["weight", "moment"])
+def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, where: str) -> None:
+    """Finite loss, finite norm, spoilt by the update itself: the good checkpoint stays, and the run ends with an error."""
+    engine = make_engine()
+    real, calls = engine.train_step, []
+
+    def train_step(batches: Any, lr: float) -> StepResult:
+        result = real(batches, lr)
+        calls.append(lr)
+        if len(calls) == 4:
+            own = next(iter(engine.optimizer_slices().values()))
+            (own.master if where == "weight" else own.moments["exp_avg_sq"])[3] = float("inf")
+        return result
+
+    engine.train_step = train_step  # type: ignore[method-assign]
+    with pytest.raises(TrainingError, match="step 4: weights or optimizer state are not finite: model.embed_tokens.weight"):
+        train(engine, tmp_path, options(20, save_rule=SaveRule(factor=2, train_iters=20)))
+    assert sorted(whole_steps(tmp_path)) == [2]
+    engine.train_step = real  # type: ignore[method-assign]
+    with pytest.raises(TrainingError, match="not finite"):
+        train(engine, None, options(1))
+
+
 def test_skipped_steps_do_not_advance_the_schedule_and_have_a_limit(tmp_path: Path) -> None:
     engine = _failing(make_engine(), 2, StepResult(3.0, float("inf"), True))
     with pytest.raises(TrainingError, match="4 steps were skipped within 1000, 3 are allowed"):
