@@ -1,4 +1,4 @@
-"""Weights that are not finite: never a checkpoint, never in the place of a good one, never the end of a run with exit code 0."""
+"""Weights that are not finite: never a checkpoint, never in the place of a good one, never a run that ends with code 0."""
 
 from __future__ import annotations
 
