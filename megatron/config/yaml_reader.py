@@ -2,7 +2,7 @@
 
 Lines are what make a message useful (`configs/a.yml:12`), and PyYAML forgets them, so the node tree is walked once for
 places and for keys written twice, and then handed to the safe constructor. Differences from plain YAML 1.1: `1e-4` is a
-number (NeoX users lose runs to that string), and a key that appears twice is an error instead of silently winning.
+number (NeoX users lose runs to that string), and a key that appears with two values is an error instead of silently winning.
 """
 
 from __future__ import annotations
@@ -113,25 +113,35 @@ def _read_text(path: Path, problems: Problems) -> str | None:
 
 
 def _merge(source: Source, values: dict[str, Any], places: dict[str, str], problems: Problems) -> None:
-    for key in values:
-        if key in source.values:
+    """Add a file's values. A key of two files is an error unless both say the same: who is right could not be told."""
+    for key, value in values.items():
+        if key in source.values and not _equal(source.values[key], value):
             problems.add(
                 f"the key {key} is given twice",
                 f"{source.places[key]} and {places[key]}",
-                "keep one of them (a hyphen equals an underscore), or use --set to override a file",
+                "keep one of them (a hyphen equals an underscore); a file that names data and folders needs no site file",
             )
     source.values.update(values)
     source.places.update(places)
 
 
+def _equal(first: Any, second: Any) -> bool:
+    """The same value of the same type: 1 is not true."""
+    return type(first) is type(second) and bool(first == second)
+
+
 def _walk(node: yaml.MappingNode, prefix: str, label: str, places: dict[str, str], problems: Problems) -> None:
-    """Note the place of each key, nested ones with dots, and report a key written twice in one mapping."""
+    """Note the place of each key, nested ones with dots, and report a key with two values in one mapping."""
+    scalars: dict[str, tuple[str, str]] = {}
     for key_node, value_node in node.value:
         key = str(key_node.value)
         dotted = f"{prefix}{key}" if prefix else normalise_key(key)
         place = f"{label}:{key_node.start_mark.line + 1}"
-        if dotted in places and key != "<<":
+        scalar = (value_node.tag, value_node.value) if isinstance(value_node, yaml.ScalarNode) else None
+        if dotted in places and key != "<<" and (scalar is None or scalars.get(dotted) != scalar):
             problems.add(f"the key {dotted} is given twice", f"{places[dotted]} and {place}", "keep one of them")
         places[dotted] = place
+        if scalar is not None:
+            scalars[dotted] = scalar
         if isinstance(value_node, yaml.MappingNode) and dotted.count(".") < _DEEPEST:
             _walk(value_node, f"{dotted}.", label, places, problems)
