@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import argparse
 import os
+import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from megatron.config.cli import config_from_args, make_parser
 from megatron.errors import LaunchError, exit_on_error
 from megatron.launch.exports import user_file, withheld
-from megatron.launch.hosts import read_hostfile
+from megatron.launch.hosts import find_pool
 from megatron.launch.job import SYSTEM_HOSTFILE, Job, plan_job
 from megatron.launch.jobfiles import KINDS, job_file, shape_of
 from megatron.launch.options import LaunchOptions
@@ -28,6 +30,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__ or "")
     parser.usage = "deepy.py SCRIPT CONFIG [CONFIG ...] [options]"
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = "`deepy.py SCRIPT --help` lists the flags of SCRIPT as well, such as --dry-run of train.py."
     parser.add_argument("--print-launch", action="store_true", help="print the command and environment of the job and stop")
     parser.add_argument("--print-job", choices=KINDS, help="print a job file for a cluster and stop")
     parser.add_argument("--image", default=None, help="container image of --print-job kubernetes and skypilot")
@@ -66,10 +69,19 @@ def _ready(job: Job, options: LaunchOptions) -> Job:
     return job.with_address(found[job.address_from]) if job.address_from else job
 
 
+def _print_help(argv: list[str]) -> None:
+    """Every flag that the command takes: its own, and those of the script if it is one of ours (which answer --help alike)."""
+    _parser().print_help()
+    script = next((word for word in argv if word.endswith(".py") and Path(word).is_file()), None)
+    if script is not None and Path(script).resolve().parent == Path(__file__).resolve().parent:
+        print(f"\n{script} takes these as well:\n", flush=True)
+        subprocess.run([sys.executable, script, "--help"], check=False)
+
+
 def main(argv: list[str]) -> int:
     """Read the configuration, plan the job, run it; the job's exit code."""
-    if argv and argv[0] in ("-h", "--help"):
-        _parser().print_help()
+    if {"-h", "--help"} & set(argv):
+        _print_help(argv)
         return 0
     script, rest = _split(argv)
     arguments, _ = _parser().parse_known_intermixed_args([word for word in argv if word is not script])
@@ -79,22 +91,27 @@ def main(argv: list[str]) -> int:
         shape = shape_of(options, run.name, run.logging.run_dir, (script, *rest), gpus=not arguments.cpu)
         print(job_file(arguments.print_job, options, shape, arguments.image, arguments.accelerator), end="")
         return 0
-    hostfile = options.hostfile or (SYSTEM_HOSTFILE if Path(SYSTEM_HOSTFILE).is_file() else None)
+    alone = "--dry-run" in rest
+    pool, missing = find_pool(options.hostfile, (os.environ.get("DLTS_HOSTFILE"), SYSTEM_HOSTFILE))
+    if missing:
+        print(f"warning: {missing}", file=sys.stderr)
+        options = replace(options, hostfile=None)
     job = plan_job(
         options,
         this_machine(),
         script,
         rest,
         port=usable_port(options.master_port),
-        pool=read_hostfile(hostfile) if hostfile else None,
+        pool=pool,
         environ={**os.environ, **user_file(os.environ, Path.home())},
         scratch=f"{run.logging.run_dir}/launch",
-        alone="--dry-run" in rest,
+        alone=alone,
     )
     if arguments.print_launch:
         print(describe(job))
         return 0
-    config_from_args(arguments, world_size=job.processes)  # batch sizes and mesh are checked before anything starts
+    if not alone:  # a plan is for the mesh that it names, not for the one process that makes it
+        config_from_args(arguments, world_size=job.processes)  # batch sizes and mesh are checked before anything starts
     code, first = run_job(_ready(job, options))
     if code:
         print(f"error: {explain_failure(job, code)}", file=sys.stderr)

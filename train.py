@@ -22,8 +22,9 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_intermixed_args(argv)
     env = read_rank_environment()
     run = config_from_args(arguments, world_size=None if arguments.dry_run else env.world_size)
-    if not run.world_size:  # a plan without global_num_gpus: as many processes as one copy of the model needs
-        run = config_from_args(arguments, world_size=run.parallel.pipe_stages * run.parallel.tensor_ranks)
+    if not run.world_size:  # a plan without global_num_gpus: num_nodes x num_gpus, else what one copy of the model needs
+        asked = (run.launch.num_gpus or 0) * max(1, run.launch.num_nodes)
+        run = config_from_args(arguments, world_size=asked or run.parallel.pipe_stages * run.parallel.tensor_ranks)
     from megatron.assemble import dry_run, train
     from megatron.launch.preflight import DOES_NOT_FIT
 

@@ -20,11 +20,12 @@ SITE = "local_setup.yml"
 COMPLETE = {"alibi-wt103", "based-quickstart", "extrapolation", "jrt-quickstart", "metala-quickstart"}
 MODELS = sorted({path.stem for path in CONFIGS.glob("*.yml")} - COMPLETE - {"local_setup"})
 SITE_KEYS = {"data_path", "data_impl", "tokenizer_type", "vocab_file", "merge_file", "save", "load", "run_dir", "log_dir"}
-SITE_KEYS |= {f"{part}_data_paths" for part in ("train", "valid", "test")} | {"tensorboard_dir", "use_wandb", "hostfile", "split"}
+SITE_KEYS |= {"tensorboard_dir", "use_wandb", "hostfile", "split"}
+SITE_KEYS |= {f"{part}_data_paths" for part in ("train", "valid", "test")}
 
 
 def _short(run: RunConfig) -> RunConfig:
-    """The same run on sequences of 64 tokens, with a vocabulary that is known: its dry run takes a second instead of a minute."""
+    """The same run on sequences of 64 tokens, with a vocabulary that is known: its dry run takes seconds and not a minute."""
     model = run.model.model_copy(update={"seq_length": 64})
     layers = {**run.layers, "jrt": {**run.layers["jrt"], "prefix_length": 32}} if "jrt" in run.layers else run.layers
     rows = run.tokenizer.padded_vocab_size or 4096

@@ -7,7 +7,7 @@ typing error in a host file is a message instead of a traceback of the launcher.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron.errors import ConfigError, LaunchError
@@ -50,6 +50,23 @@ def read_hostfile(path: str) -> dict[str, int]:
     except (OSError, UnicodeDecodeError) as error:
         raise LaunchError(f"cannot read the host file {path}", why=str(error), hint="hostfile: path of the file") from error
     return parse_hostfile(text, path)
+
+
+def find_pool(asked: str | None, usual: Sequence[str | None] = ()) -> tuple[dict[str, int] | None, str]:
+    """(host -> slots, or None for this machine alone; a warning where the file that is asked for does not exist).
+
+    As DeepSpeed and with it GPT-NeoX do it, whose published YAMLs name a host file that exists on nobody's machine.
+
+    Args:
+        asked: host file of the configuration. usual: files that are read unasked where they exist, the first of them.
+
+    Raises:
+        LaunchError: a file that exists cannot be read or is wrong.
+    """
+    there = [path for path in (asked, *usual) if path and Path(path).exists()]
+    if asked and asked not in there:
+        return None, f"there is no host file {asked}: the run uses this machine alone"
+    return (read_hostfile(there[0]) if there else None), ""
 
 
 def _filter(text: str, pool: Mapping[str, int], key: str) -> Hosts:
