@@ -8,22 +8,29 @@ job as a file for Slurm, Kubernetes or SkyPilot.
 from __future__ import annotations
 
 import argparse
+import getpass
 import os
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron.config.cli import config_from_args, make_parser
 from megatron.errors import LaunchError, exit_on_error
-from megatron.launch.exports import user_file, withheld
+from megatron.launch.exports import is_secret, user_file, withheld
 from megatron.launch.hosts import find_pool
 from megatron.launch.job import SYSTEM_HOSTFILE, Job, plan_job
-from megatron.launch.jobfiles import KINDS, job_file, shape_of
+from megatron.launch.jobfiles import KINDS, job_file
 from megatron.launch.options import LaunchOptions
+from megatron.launch.places import places_of, slug
 from megatron.launch.preview import describe
 from megatron.launch.reach import addresses
 from megatron.launch.runners import explain_failure, run_job, this_machine, usable_port
+from megatron.launch.shape import Site, shape_of
+
+if TYPE_CHECKING:
+    from megatron.config.schema import RunConfig
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -33,15 +40,23 @@ def _parser() -> argparse.ArgumentParser:
     parser.epilog = "`deepy.py SCRIPT --help` lists the flags of SCRIPT as well, such as --dry-run of train.py."
     parser.add_argument("--print-launch", action="store_true", help="print the command and environment of the job and stop")
     parser.add_argument("--print-job", choices=KINDS, help="print a job file for a cluster and stop")
-    parser.add_argument("--image", default=None, help="container image of --print-job kubernetes and skypilot")
-    parser.add_argument("--cpu", action="store_true", help="--print-job for machines without GPUs")
-    parser.add_argument("--accelerator", default="H100", help="device type of --print-job skypilot (default H100)")
+    job = parser.add_argument_group("job files", "of --print-job, what the configuration does not know of a cluster")
+    job.add_argument("--image", help="container image (kubernetes, skypilot)")
+    job.add_argument("--cpu", action="store_true", help="for machines without GPUs")
+    job.add_argument("--accelerator", default="H100", help="device type (skypilot; default H100)")
+    job.add_argument("--time", help="time limit (slurm; default: that of the key time_limit and ten minutes)")
+    job.add_argument("--partition", help="partition, or several with commas (slurm)")
+    job.add_argument("--cpus-per-task", type=int, metavar="N", help="cores of each process (default 4 beside a GPU, else 1)")
+    job.add_argument(
+        "--storage", help="beginning of the names of claims (linear-neox), or of buckets and volumes (... and you)"
+    )
     return parser
 
 
 def _split(argv: list[str]) -> tuple[str, list[str]]:
     """(the script, its arguments): all but the script and the options of this command alone."""
     own = {"--print-launch": 0, "--print-job": 1, "--image": 1, "--accelerator": 1, "--cpu": 0}
+    own |= {"--time": 1, "--partition": 1, "--cpus-per-task": 1, "--storage": 1}
     script, rest, skip = None, [], 0
     for word in argv:
         name = word.partition("=")[0]
@@ -69,6 +84,35 @@ def _ready(job: Job, options: LaunchOptions) -> Job:
     return job.with_address(found[job.address_from]) if job.address_from else job
 
 
+def _job_text(arguments: argparse.Namespace, run: RunConfig, options: LaunchOptions, command: tuple[str, ...]) -> str:
+    """The file of --print-job."""
+    files = [Path(arguments.conf_dir or "") / name for name in arguments.conf_file]
+    files = [path if path.is_file() else path.with_name(f"{path.name}.yml") for path in files]
+    named = {name: os.environ[name] for name in options.export_env if name in os.environ}
+    shape = shape_of(
+        options,
+        run.name,
+        run.logging.run_dir,
+        command,
+        gpus=not arguments.cpu,
+        places=places_of(run, [(str(path), path.read_text("utf-8")) for path in files]),
+        save_s=int(run.reliability.hang_timeout) or 1800,  # a save that lasts longer counts as a hang
+        time_limit=run.reliability.time_limit,
+        variables={name: value for name, value in named.items() if not is_secret(name, value)},
+    )
+    owner = slug(f"linear-neox-{getpass.getuser()}" if arguments.print_job == "skypilot" else "linear-neox")
+    site = Site(
+        image=arguments.image,
+        accelerator=arguments.accelerator,
+        time=arguments.time,
+        partition=arguments.partition,
+        cpus=arguments.cpus_per_task,
+        storage=arguments.storage or owner,
+        python=sys.executable,
+    )
+    return job_file(arguments.print_job, options, shape, site)
+
+
 def _print_help(argv: list[str]) -> None:
     """Every flag that the command takes: its own, and those of the script if it is one of ours (which answer --help alike)."""
     _parser().print_help()
@@ -88,8 +132,7 @@ def main(argv: list[str]) -> int:
     run = config_from_args(arguments)
     options = LaunchOptions.from_sections(run.launch, run.parallel)
     if arguments.print_job:
-        shape = shape_of(options, run.name, run.logging.run_dir, (script, *rest), gpus=not arguments.cpu)
-        print(job_file(arguments.print_job, options, shape, arguments.image, arguments.accelerator), end="")
+        print(_job_text(arguments, run, options, (script, *rest)), end="")
         return 0
     alone = "--dry-run" in rest
     pool, missing = find_pool(options.hostfile, (os.environ.get("DLTS_HOSTFILE"), SYSTEM_HOSTFILE))

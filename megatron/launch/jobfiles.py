@@ -1,163 +1,99 @@
 """The job as a file for a cluster: `sbatch` of Slurm, a JobSet of Kubernetes, a task of SkyPilot.
 
 The same processes, mesh and arguments as `deepy.py` would start by itself. Ranks find each other through the variables that the
-cluster sets; secrets are named, never written. Exit codes 21, 22 and 75 (docs/reliability.md) mean "start me again".
+cluster sets; secrets are named, never written. Exit codes 21, 22 and 75 (docs/reliability.md) mean "start me again". No value
+of a configuration reaches a shell or a file's syntax unquoted.
 """
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
-from dataclasses import dataclass
 
 from megatron.errors import ConfigError
+from megatron.launch.containers import kubernetes, skypilot
 from megatron.launch.options import LaunchOptions
+from megatron.launch.shape import AGAIN, Shape, Site
+from megatron.training.signals import seconds_of
 
 KINDS = ("slurm", "kubernetes", "skypilot")
-_AGAIN = (21, 22, 75)
-_SECRETS = ("WANDB_API_KEY", "HF_TOKEN")
+_MARGIN_S = 600  # between a run's own time limit and the cluster's: start-up, and the signal five minutes before the end
 
 
-@dataclass(frozen=True)
-class Shape:
-    """name: of the run. nodes x slots processes; gpus: whether a slot is a GPU. command: script and arguments."""
-
-    name: str
-    nodes: int
-    slots: int
-    gpus: bool
-    run_dir: str
-    command: tuple[str, ...]
-    port: int
-
-
-def shape_of(options: LaunchOptions, name: str, run_dir: str, command: tuple[str, ...], gpus: bool) -> Shape:
-    """Nodes and slots of a job: `num_nodes` x `num_gpus`, else as many slots as one copy of the model needs.
+def job_file(kind: str, options: LaunchOptions, shape: Shape, site: Site | None = None) -> str:
+    """Text of the file.
 
     Raises:
-        ConfigError: they do not hold the mesh.
+        ConfigError: a value cannot stand in it.
     """
-    nodes = max(1, options.num_nodes)
-    slots = options.num_gpus or -(-options.model_processes // nodes)
-    if nodes * slots % options.model_processes:
-        raise ConfigError(
-            f"{nodes} nodes x {slots} slots cannot hold pipe_parallel_size {options.pipe_parallel_size} x "
-            f"model_parallel_size {options.model_parallel_size}",
-            hint="set num_nodes and num_gpus",
-        )
-    return Shape(
-        re.sub(r"[^a-z0-9-]+", "-", name.lower()).strip("-") or "run", nodes, slots, gpus, run_dir, command, options.master_port
-    )
-
-
-def job_file(kind: str, options: LaunchOptions, shape: Shape, image: str | None = None, accelerator: str = "H100") -> str:
-    """Text of the file. image: container image; accelerator: SkyPilot's name of the device."""
-    image = image or ("linear-neox:cuda" if shape.gpus else "linear-neox:cpu")
+    site = site or Site()
     if kind == "slurm":
-        return _slurm(options, shape)
-    return _kubernetes(shape, image) if kind == "kubernetes" else _skypilot(shape, image, accelerator)
+        return _slurm(options, shape, site)
+    return kubernetes(shape, site) if kind == "kubernetes" else skypilot(shape, site)
 
 
-def _slurm(options: LaunchOptions, shape: Shape) -> str:
-    lines = [f"--job-name={shape.name}", f"--nodes={shape.nodes}", f"--ntasks-per-node={shape.slots}"]
-    lines += [f"--gpus-per-node={shape.slots}"] if shape.gpus else []
-    lines += [f"--{key}={json.dumps(v)}" for key in ("account", "comment") if (v := getattr(options, key))]
-    # USR1 five minutes before the time limit: all ranks save and leave with 75, and the job puts itself back into the queue.
-    lines += ["--signal=USR1@300", "--requeue", "--open-mode=append", f"--output={shape.run_dir}/logs/slurm-%j.txt"]
-    head = "".join(f"#SBATCH {line}\n" for line in lines)
-    again = "|".join(map(str, _AGAIN))
-    extra = f" {options.launcher_args}" if options.launcher_args else ""
+def _directive(key: str, value: object) -> str:
+    """One option of sbatch, whose parser knows double quotes and backslashes.
+
+    Raises:
+        ConfigError: the value has a line end or another control sign.
+    """
+    text = str(value)
+    if not text.isprintable():
+        raise ConfigError(f"{key} {text!r} cannot stand in a job file", why="it has a line end or another control sign")
+    quoted = re.sub(r'(["\\])', r"\\\1", text)
+    return f"#SBATCH --{key}={text}\n" if re.fullmatch(r"[\w%+=:,./@-]+", text) else f'#SBATCH --{key}="{quoted}"\n'
+
+
+def _time(shape: Shape, site: Site) -> str | None:
+    """Slurm's time limit: as asked, else of the run's own limit with room to end by itself."""
+    if site.time is not None:
+        if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", site.time):
+            hint = "minutes, 3:50:00, or 1-06:00:00 with days first"
+            raise ConfigError(f"--time {site.time!r} is not a time of Slurm", hint=hint)
+        return site.time
+    seconds = seconds_of(shape.time_limit)
+    if seconds is None:
+        return None
+    minutes = -(-int(seconds + _MARGIN_S) // 60)
+    days, hours = minutes // 1440, minutes // 60 % 24
+    return (f"{days}-" if days else "") + f"{hours:02d}:{minutes % 60:02d}:00"
+
+
+def _slurm(options: LaunchOptions, shape: Shape, site: Site) -> str:
+    logs = f"{shape.run_dir}/logs"
+    values: dict[str, object | None] = {
+        "job-name": shape.name,
+        "nodes": shape.nodes,
+        "ntasks-per-node": shape.slots,
+        "cpus-per-task": site.cores(shape.gpus),
+        "gpus-per-node": shape.slots if shape.gpus else None,
+        "time": _time(shape, site),
+        "partition": site.partition,
+        "account": options.account,
+        "comment": options.comment,
+        # USR1 five minutes before the time limit: all ranks save and leave with 75, and the job queues itself again
+        "signal": "USR1@300",
+        "open-mode": "append",
+        "output": logs.replace("%", "%%") + "/slurm-%j.txt",
+    }
+    head = "".join(_directive(key, value) for key, value in values.items() if value not in (None, ""))
+    again = "|".join(map(str, AGAIN))
+    variables = {"DS_ACCELERATOR": "cpu", **shape.variables} if not shape.gpus else dict(shape.variables)
+    lines = [f'export PATH={shlex.quote(site.python.rpartition("/")[0])}:"$PATH"'] if site.python else []
+    lines += [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
+    extra = f" {shlex.join(shlex.split(options.launcher_args))}" if options.launcher_args else ""
+    newline = "\n"
     return f"""#!/bin/bash
-# Written by deepy.py --print-job slurm. Submit: mkdir -p {shape.run_dir}/logs && sbatch THIS_FILE
-{head}
+# Written by deepy.py --print-job slurm. Submit: mkdir -p {shlex.quote(logs)} && sbatch THIS_FILE
+{head}#SBATCH --requeue
+
 set -uo pipefail
 cd "${{SLURM_SUBMIT_DIR:-.}}"
-export OMP_NUM_THREADS="${{SLURM_CPUS_PER_TASK:-1}}"
-srun --kill-on-bad-exit=1{extra} python -u {shlex.join(shape.command)}
+{newline.join([*lines, ""])}export OMP_NUM_THREADS="${{SLURM_CPUS_PER_TASK:-1}}"
+# srun takes the cores of a process from its own option only
+srun --kill-on-bad-exit=1 --cpus-per-task="${{SLURM_CPUS_PER_TASK:-1}}"{extra} python -u {shlex.join(shape.command)}
 code=$?
 case $code in {again}) scontrol requeue "$SLURM_JOB_ID" ;; esac
 exit $code
 """
-
-
-def _yaml(value: object, indent: int = 0) -> str:
-    """Block YAML of dictionaries, lists and scalars; strings are written as JSON, which is YAML."""
-    pad = "  " * indent
-    if isinstance(value, dict):
-        rows = []
-        for key, item in value.items():
-            deeper = isinstance(item, dict | list) and item
-            if isinstance(item, str) and "\n" in item:
-                body = "\n".join("  " * (indent + 1) + line for line in item.rstrip("\n").split("\n"))
-                rows.append(f"{pad}{key}: |\n{body}")
-            else:
-                rows.append(f"{pad}{key}:" + ("\n" + _yaml(item, indent + 1) if deeper else f" {json.dumps(item)}"))
-        return "\n".join(rows)
-    if isinstance(value, list):
-        return "\n".join(f"{pad}- " + (_yaml(v, indent + 1).lstrip() if isinstance(v, dict) else json.dumps(v)) for v in value)
-    return pad + json.dumps(value)
-
-
-def _kubernetes(shape: Shape, image: str) -> str:
-    resources = {"nvidia.com/gpu": shape.slots} if shape.gpus else {"cpu": shape.slots}
-    secrets = [
-        {"name": name, "valueFrom": {"secretKeyRef": {"name": "linear-neox", "key": name, "optional": True}}}
-        for name in _SECRETS
-    ]
-    torchrun = ["torchrun", f"--nnodes={shape.nodes}", f"--nproc_per_node={shape.slots}", "--node_rank=$(JOB_COMPLETION_INDEX)"]
-    torchrun += [f"--master_addr={shape.name}-ranks-0-0.{shape.name}", f"--master_port={shape.port}", *shape.command]
-    container = {
-        "name": "trainer",
-        "image": image,
-        "command": torchrun,
-        "ports": [{"containerPort": shape.port}],
-        "env": [{"name": "OMP_NUM_THREADS", "value": "1"}, *secrets],
-        "resources": {"limits": resources},
-        "volumeMounts": [{"name": "shm", "mountPath": "/dev/shm"}, {"name": "runs", "mountPath": "/workspace/runs"}],
-    }
-    volumes = [
-        {"name": "shm", "emptyDir": {"medium": "Memory"}},
-        {"name": "runs", "persistentVolumeClaim": {"claimName": "linear-neox-runs"}},
-    ]
-    job = {
-        "parallelism": shape.nodes,
-        "completions": shape.nodes,
-        "completionMode": "Indexed",
-        "backoffLimit": 0,
-        "template": {"spec": {"restartPolicy": "Never", "containers": [container], "volumes": volumes}},
-    }
-    body = {
-        "apiVersion": "jobset.x-k8s.io/v1alpha2",
-        "kind": "JobSet",
-        "metadata": {"name": shape.name},
-        "spec": {
-            # All pods start anew when one fails; the run goes on from its last checkpoint.
-            "failurePolicy": {"maxRestarts": 10},
-            "network": {"enableDNSHostnames": True},
-            "replicatedJobs": [{"name": "ranks", "replicas": 1, "template": {"spec": job}}],
-        },
-    }
-    return f"# Written by deepy.py --print-job kubernetes. Submit: kubectl apply -f THIS_FILE\n{_yaml(body)}\n"
-
-
-def _skypilot(shape: Shape, image: str, accelerator: str) -> str:
-    resources: dict[str, object] = (
-        {"accelerators": f"{accelerator}:{shape.slots}"} if shape.gpus else {"cpus": f"{shape.slots}+"}
-    )
-    run = (
-        'first="$(echo "$SKYPILOT_NODE_IPS" | head -n 1)"\n'
-        f'torchrun --nnodes="$SKYPILOT_NUM_NODES" --nproc_per_node={shape.slots} --node_rank="$SKYPILOT_NODE_RANK" \\\n'
-        f'  --master_addr="$first" --master_port={shape.port} {shlex.join(shape.command)}\n'
-    )
-    body = {
-        "name": shape.name,
-        "num_nodes": shape.nodes,
-        "resources": {**resources, "image_id": f"docker:{image}", "job_recovery": {"recover_on_exit_codes": list(_AGAIN)}},
-        "workdir": ".",
-        "secrets": dict.fromkeys(_SECRETS),
-        "run": run,
-    }
-    return (
-        f"# Written by deepy.py --print-job skypilot. Submit: sky jobs launch THIS_FILE --secret WANDB_API_KEY\n{_yaml(body)}\n"
-    )

@@ -6,6 +6,7 @@ Losses are compared to 1e-5 relative: fp32 sums in another order, over ten steps
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -184,13 +185,22 @@ def test_srun_through_deepy(slurm: OneNodeSlurm, folder: Path, config: Path, exp
 
 
 def test_sbatch_of_the_written_job_file(slurm: OneNodeSlurm, folder: Path, config: Path, expected: dict[int, float]) -> None:
-    more = settings("sbatch", folder, num_gpus=2, num_nodes=1, pipe_parallel_size=2)
-    (folder / "sbatch" / "logs").mkdir(parents=True)
+    """Slurm's own parser reads the options, also a folder's name with all that it could stumble over."""
+    name = """sbatch 'a' "b" $(c) %j#"""
+    comment = 'a "c" \\ d # e'
+    more = settings(
+        name, folder, num_gpus=2, num_nodes=1, pipe_parallel_size=2, comment=json.dumps(comment), time_limit="10:00"
+    )
+    (folder / name / "logs").mkdir(parents=True)
     command = [sys.executable, "deepy.py", "train.py", str(config), *more, "--print-job", "slurm", "--cpu"]
     text = subprocess.run(command, cwd=ROOT, env=clean_environment(), capture_output=True, text=True, check=True).stdout
     (folder / "job.sbatch").write_text(text)
     log = folder / "sbatch.log"
     code, said = finish(start(["sbatch", "--wait", str(folder / "job.sbatch")], slurm.environment(), log), log, LIMIT_S)
-    output = "".join(p.read_text() for p in (folder / "sbatch" / "logs").glob("slurm-*.txt"))
+    output = "".join(p.read_text() for p in (folder / name / "logs").glob("slurm-*.txt"))
     assert code == 0, said + output[-6000:]
-    compare(folder / "sbatch", expected)
+    compare(folder / name, expected)
+    asked = ["scontrol", "show", "job", "-o"]
+    job = subprocess.run(asked, env=slurm.environment(), capture_output=True, text=True, check=True).stdout
+    for part in ("TimeLimit=00:20:00", "CPUs/Task=1", f"Comment={comment}", "NumTasks=2"):
+        assert part in job, job

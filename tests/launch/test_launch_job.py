@@ -14,7 +14,6 @@ import pytest
 
 from megatron.errors import ConfigError, LaunchError
 from megatron.launch.job import KEEPER, Job, plan_job
-from megatron.launch.jobfiles import KINDS, job_file, shape_of
 from megatron.launch.options import LaunchOptions, Machine
 from megatron.launch.preview import describe
 from megatron.launch.runners import chosen_devices, usable_port
@@ -72,39 +71,6 @@ def test_print_launch(name: str) -> None:
     text = describe(planned)
     assert "do-not-show" not in text
     check_golden(f"{name}.txt", text)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("gpus", [True, False])
-def test_job_files(kind: str, gpus: bool) -> None:
-    options = LaunchOptions(
-        num_nodes=2, num_gpus=8, model_parallel_size=4, account="me", comment='a "big" run', master_port=29501
-    )
-    shape = shape_of(options, "MetaLA 1b", "runs/a", ("train.py", *ARGS, "--set", "a=b c"), gpus)
-    check_golden(f"{kind}-{'gpu' if gpus else 'cpu'}.txt", job_file(kind, options, shape))
-
-
-@pytest.mark.parametrize("kind", ["kubernetes", "skypilot"])
-def test_job_files_are_yaml_with_the_whole_command(kind: str) -> None:
-    import yaml
-
-    options = LaunchOptions(num_nodes=2, num_gpus=8)
-    shape = shape_of(options, "a", "runs/a", ("train.py", "--set", "a=b c"), True)
-    body = yaml.safe_load(job_file(kind, options, shape))
-    if kind == "kubernetes":
-        pod = body["spec"]["replicatedJobs"][0]["template"]["spec"]
-        container = pod["template"]["spec"]["containers"][0]
-        assert container["command"][-3:] == ["train.py", "--set", "a=b c"]
-        assert pod["parallelism"] == 2
-        assert container["resources"]["limits"] == {"nvidia.com/gpu": 8}
-    else:
-        assert "train.py --set 'a=b c'" in body["run"]
-        assert (body["num_nodes"], body["resources"]["accelerators"]) == (2, "H100:8")
-
-
-def test_job_file_refuses_a_mesh_that_does_not_fit() -> None:
-    with pytest.raises(ConfigError, match="cannot hold"):
-        shape_of(LaunchOptions(num_nodes=1, num_gpus=3, model_parallel_size=2), "a", "r", (), True)
 
 
 def test_dry_run_is_one_process_whatever_the_mesh() -> None:
