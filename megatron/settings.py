@@ -250,6 +250,7 @@ def sink_options(run: RunConfig, folder: RunFolder, resume_from: int) -> SinkOpt
             name=log.wandb_run_name,
             team=log.wandb_team,
             host=log.wandb_host,
+            mode=log.wandb_mode,
             config=run.flat(),
         )
     return SinkOptions(folder.metrics, resume_from, log.tensorboard_dir, wandb)

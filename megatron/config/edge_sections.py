@@ -23,6 +23,7 @@ class LoggingSection(Section):
     wandb_project: str = "neox"
     wandb_host: str = "https://api.wandb.ai"
     wandb_init_all_ranks: bool = False
+    wandb_mode: Literal["online", "offline"] | None = None
     peak_theoretical_tflops: float | None = Field(default=None, gt=0)
     log_grad_norm: bool = False
     log_param_norm: bool = False

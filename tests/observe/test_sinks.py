@@ -10,8 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from megatron.config.load import load_config
 from megatron.observe.jsonl import read_rows
+from megatron.observe.runfolder import RunFolder
 from megatron.observe.sinks import SinkOptions, Sinks
+from megatron.settings import sink_options
+from tests.tiny_run import write_run
 
 
 class Broken:
@@ -101,6 +105,23 @@ for step in range(resume + 1, resume + 4):
     sinks.write(step, {"train/lm_loss": 2.0 / step})
 sinks.close()
 """
+
+
+@pytest.mark.parametrize("mode", ["offline", "online", None])
+def test_the_keys_of_wandb_arrive(mode: str | None, tmp_path: Path) -> None:
+    values = {"use_wandb": True, "wandb_mode": mode, "wandb_project": "p", "wandb_group": "g", "wandb_team": "t"}
+    values |= {"wandb_run_name": "n", "wandb_host": "https://here", "run_dir": str(tmp_path)}
+    run = load_config([str(write_run(tmp_path, **values))], check=False)
+    found = sink_options(run, RunFolder(tmp_path), 0).wandb
+    assert found is not None
+    assert (found.mode, found.project, found.group, found.team, found.name, found.host) == (
+        mode,
+        "p",
+        "g",
+        "t",
+        "n",
+        "https://here",
+    )
 
 
 @pytest.mark.parametrize("by", ["variable", "key"])
