@@ -33,13 +33,17 @@ class OptionInfo:
 
 @dataclass(frozen=True)
 class LayerInfo:
-    """Where a mixer lives: module, class, its names in `attention_config`, its options, and which of them NeoX's keys set."""
+    """Where a mixer lives: module, class, its names in `attention_config`, its options, and which of them NeoX's keys set.
+
+    uses_heads: whether the number of heads means anything to it.
+    """
 
     module: str
     class_name: str
     names: tuple[str, ...]
     options: dict[str, OptionInfo]
     neox_keys: dict[str, str]
+    uses_heads: bool = True
 
 
 def nearest(name: str, known: list[str], count: int = 3) -> str:
@@ -85,7 +89,9 @@ def _read(path: Path, module: str) -> list[LayerInfo]:
         assert isinstance(node, ast.ClassDef)
         config = next((c for c in node.body if isinstance(c, ast.ClassDef) and c.name == "Config"), None)
         neox_keys = _class_attribute(config, "neox_keys") if config else None
-        found.append(LayerInfo(module, node.name, tuple(names), _options(config) if config else {}, neox_keys or {}))
+        options = _options(config) if config else {}
+        uses_heads = _class_attribute(node, "uses_heads") is not False
+        found.append(LayerInfo(module, node.name, tuple(names), options, neox_keys or {}, uses_heads))
     return found
 
 

@@ -90,6 +90,7 @@ def model_config(run: RunConfig, rows: int) -> ModelConfig:
         learned_positions=m.max_position_embeddings if m.pos_emb == "learned" else 0,
         parallel_residual=m.gpt_j_residual,
         shared_norm=m.gpt_j_residual and m.gpt_j_tied,
+        mixer_init=m.mixer_init,
     )
 
 

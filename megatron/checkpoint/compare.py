@@ -10,7 +10,9 @@ from typing import Any
 from megatron.checkpoint.manifest import Manifest
 from megatron.errors import CheckpointError
 
-_FREE_FIELDS = frozenset({"hidden_dropout", "init_method", "output_init_method", "init_std"})  # not the maths of the weights
+_FREE_FIELDS = frozenset(  # not the maths of the weights
+    {"hidden_dropout", "init_method", "output_init_method", "init_std", "mixer_init"}
+)
 
 
 def check_names(path: Path, manifest: Manifest, specs: set[str]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from megatron import registry
 from megatron.config import kinds
 from megatron.config.neox_keys import NEOX_KEYS, NeoxKey, Status
-from megatron.config.own_keys import OLD_KEYS, OWN_KEYS
+from megatron.config.own_keys import OLD_ALIASES, OLD_KEYS, OWN_KEYS
 from megatron.config.schema import key_fields
 
 
@@ -69,6 +69,8 @@ def catalog() -> dict[str, KeyInfo]:
             found[row.name] = _plain(row, "NeoX")
     for name, (kind, reason) in OLD_KEYS.items():
         found[name] = _plain(NeoxKey(name, kind, None, "refused", "A key of older NeoX files.", reason), "older NeoX")
+    for name, (kind, target) in OLD_ALIASES.items():
+        found[name] = _plain(NeoxKey(name, kind, None, "alias", f"Older spelling of {target}.", target), "older NeoX")
     _add_layer_options(found)
     return found
 

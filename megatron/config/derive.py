@@ -16,6 +16,7 @@ from megatron.config import pattern
 from megatron.config.batch import BatchError, solve_batch
 from megatron.config.problems import Problems
 from megatron.config.schema import key_fields
+from megatron.registry import layer_info, layer_names
 
 
 @dataclass
@@ -99,6 +100,18 @@ def _mixers(draft: Draft) -> None:
         draft.derive("mlp_type", "llama", "MetaLA's blocks have LLaMA's MLP; activation is silu")
     if "mlp_type" not in draft.values and set(types) == {"mamba"}:
         draft.derive("mlp_type", "none", "Mamba's blocks have no MLP")
+    if "use_bias_in_mlp" not in draft.values and draft.get("mlp_type") == "llama":
+        draft.derive("use_bias_in_mlp", False, "mlp_type llama has no biases in the released code")
+    said = [key for key in ("init_method", "output_layer_init_method") if key in draft.values]
+    if "mixer_init" not in draft.values and "mamba" in types and said:
+        draft.derive("mixer_init", "methods", f"{said[0]} is given, and holds for every mixer as in GPT-NeoX")
+    if "num_attention_heads" not in draft.values and not any(uses_heads(name) for name in types):
+        draft.derive("num_attention_heads", 1, "no layer has heads")
+
+
+def uses_heads(layer_type: str) -> bool:
+    """Does the number of heads mean anything to this mixer? One that is not known counts as having heads."""
+    return layer_type not in layer_names() or layer_info(layer_type).uses_heads
 
 
 def _documents(draft: Draft) -> None:

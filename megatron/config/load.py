@@ -16,7 +16,7 @@ from megatron.config.catalog import catalog
 from megatron.config.derive import Draft, derive_all
 from megatron.config.problems import Problems
 from megatron.config.schema import RunConfig, key_fields, sections
-from megatron.config.values import apply_overrides, check_values, resolve_aliases
+from megatron.config.values import apply_overrides, check_values, move_extra_arguments, resolve_aliases
 from megatron.config.yaml_reader import Source, read_files
 
 # Values inside the optimizer dictionary that people look for under their own name.
@@ -50,6 +50,7 @@ def load_config(
         problems.add("no config file is given", hint="for example configs/metala-quickstart.yml")
     source = read_files(files, conf_dir, problems)
     problems_before = len(problems.items)
+    move_extra_arguments(source, problems)
     resolve_aliases(source, problems)
     apply_overrides(source, overrides or {}, override_labels or {}, problems)
     values, bad = check_values(source, problems)

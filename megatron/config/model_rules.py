@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from megatron import registry
+from megatron.config.derive import uses_heads
 from megatron.config.pattern import PatternError
 from megatron.config.rule import Rule
 from megatron.config.schema import RunConfig
@@ -22,6 +23,14 @@ def _unread(run: RunConfig) -> list[str]:
     found = [key for key in _ATTENTION_KEYS if run.get(key) and not any(key in i.neox_keys.values() for i in infos)]
     positions = run.model.pos_emb in ("rotary", "alibi") and not any("positions" in i.options for i in infos)
     return found + ["pos_emb"] * positions
+
+
+def _heads(run: RunConfig) -> bool:
+    """Has a layer heads, so that their number must divide?"""
+    try:
+        return any(uses_heads(name) for name in dict.fromkeys(run.model.layer_types))
+    except PatternError:
+        return True
 
 
 MODEL_RULES: tuple[Rule, ...] = (
@@ -48,13 +57,13 @@ MODEL_RULES: tuple[Rule, ...] = (
     ),
     Rule(
         ("hidden_size", "num_attention_heads"),
-        lambda r: bool(r.model.num_attention_heads) and r.model.hidden_size % r.model.num_attention_heads != 0,
+        lambda r: bool(r.model.num_attention_heads) and r.model.hidden_size % r.model.num_attention_heads != 0 and _heads(r),
         lambda r: f"hidden_size {r.model.hidden_size} is not a multiple of num_attention_heads {r.model.num_attention_heads}",
         "every head needs the same whole width",
     ),
     Rule(
         ("num_attention_heads", "model_parallel_size"),
-        lambda r: r.model.num_attention_heads % r.parallel.tensor_ranks != 0,
+        lambda r: r.model.num_attention_heads % r.parallel.tensor_ranks != 0 and _heads(r),
         lambda r: (
             f"num_attention_heads {r.model.num_attention_heads} is not a multiple of model_parallel_size"
             f" {r.parallel.tensor_ranks}"

@@ -71,6 +71,7 @@ class ModelSection(Section):
     init_method: Init = "normal"
     output_layer_init_method: Init = "scaled_normal"
     init_method_std: float = Field(default=0.02, ge=0)
+    mixer_init: Literal["own", "methods"] = "own"
     embedding_scale: bool = False
     residual_fp32: bool = False
     hidden_dropout: float = Field(default=0.0, ge=0, lt=1)

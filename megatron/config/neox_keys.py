@@ -285,8 +285,8 @@ _ROWS: tuple[NeoxKey, ...] = (
         "dict",
         None,
         "refused",
-        "Anything else for DeepSpeed's configuration.",
-        "unknown effects are not passed on; use the key of the feature",
+        "Further entries of DeepSpeed's configuration; one that is a key of this table acts as if it stood at the top level.",
+        "other entries are not passed on, since their effect is not known; use the key of the feature",
     ),
     # model
     NeoxKey(
@@ -313,7 +313,9 @@ _ROWS: tuple[NeoxKey, ...] = (
         "implemented",
         "MLP width as a multiple of hidden_size; excludes intermediate_size.",
     ),
-    NeoxKey("num_attention_heads", "int", None, "implemented", "Heads of the token mixers."),
+    NeoxKey(
+        "num_attention_heads", "int", None, "implemented", "Heads of the token mixers; mamba and base_conv layers have none."
+    ),
     NeoxKey(
         "num_kv_heads",
         "int",
@@ -548,7 +550,13 @@ _ROWS: tuple[NeoxKey, ...] = (
         "implemented",
         "Biases of softmax attention's projections; other mixers have those of their published form.",
     ),
-    NeoxKey("use_bias_in_mlp", "bool", True, "implemented", "Biases of the MLP."),
+    NeoxKey(
+        "use_bias_in_mlp",
+        "bool",
+        True,
+        "implemented",
+        "Biases of the MLP; false when unset and mlp_type is llama, whose published code has none.",
+    ),
     NeoxKey("soft_prompt_tuning", "dict", None, "refused", "Learned prompt vectors.", "broken in NeoX and not built"),
     NeoxKey(
         "mamba_selective_scan_fusion",

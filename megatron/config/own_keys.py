@@ -16,8 +16,9 @@ OWN_KEYS: dict[str, str] = {
     "residual_fp32": "Keep the residual stream between blocks in fp32 whatever the weights are in.",
     "warmup_start_lr": "Rate of the first step; the warm-up climbs from it in a line (timm). Unset: NeoX's, from near 0.",
     "weight_decay_rule": (
-        "Which parameters decay: `neox`, all but biases and norms; `based`, all but biases and the embedding, so gains of "
-        "norms too, as Based and JRT were trained."
+        "Which parameters decay: `neox`, all but biases, norms and what a mixer exempts (Mamba's A, D, MetaLA's aug_balance); "
+        "`metala`, the same but aug_balance too, as in MetaLA's released code; `based`, all but biases and the embedding, so "
+        "gains of norms too, as Based and JRT were trained."
     ),
     "objective": (
         "`causal`: the next token everywhere; `prefix`: after the prefix alone; `jrt`: that and hidden tokens of the prefix."
@@ -33,6 +34,10 @@ OWN_KEYS: dict[str, str] = {
     "loss_mean_over": (
         "What the loss is a mean over: the counted tokens of the `global_batch`, whatever micro batches and ranks hold them, "
         "or, as in GPT-NeoX, each `micro_batch` by itself, whose means are averaged. They differ where tokens are masked."
+    ),
+    "mixer_init": (
+        "How mixers with a rule of their own for initial values (mamba: PyTorch's uniform rule) are drawn: `own`, by it; "
+        "`methods`, by init_method and output_layer_init_method as in GPT-NeoX. Unset: methods where one of those two is given."
     ),
     "embedding_scale": "Multiply embeddings by the square root of hidden_size.",
     "eval_lengths": "Lengths at which `eval.py --eval_tasks perplexity` reads the text; unset: seq_length alone.",
@@ -115,6 +120,11 @@ OLD_KEYS: dict[str, tuple[str, str]] = {
     "decay_lr_to": ("float", "NeoX does not know it; write min_lr = decay_lr_to x lr"),
     "save_interval": ("int", "NeoX does not know it any more; write checkpoint_factor"),
     "warmup_iters": ("int", "NeoX does not know it; write warmup = warmup_iters / lr_decay_iters"),
+}
+
+# other spelling -> (type, the key): names of NeoX's past that published files, such as Pythia's, still hold.
+OLD_ALIASES: dict[str, tuple[str, str]] = {
+    "gas": ("int", "gradient_accumulation_steps"),
 }
 
 # Values of implemented keys that are not built: key -> value -> why and what to use.

@@ -63,7 +63,7 @@ class OptimizerSection(Section):
 
     optimizer: Options = Field(default_factory=lambda: {"type": "Adam", "params": {"lr": 1e-3}})
     weight_decay: float = Field(default=0.1, ge=0)
-    weight_decay_rule: Literal["neox", "based"] = "neox"
+    weight_decay_rule: Literal["neox", "metala", "based"] = "neox"
     gradient_clipping: float = Field(default=1.0, ge=0)
     fp32_allreduce: bool = False
 

@@ -16,6 +16,8 @@ from megatron.config.problems import Problems
 from megatron.config.yaml_reader import BAD_YAML, Source, normalise_key, parse_scalar
 from megatron.registry import nearest
 
+_EXTRA = "deepspeed_extra_args"
+
 
 def resolve_aliases(source: Source, problems: Problems) -> None:
     """Move NeoX's derived copies (`lr`, `zero_stage`, ...) to the key they copy; two different values are an error."""
@@ -33,10 +35,33 @@ def resolve_aliases(source: Source, problems: Problems) -> None:
             _assign(source, target, value, place)
 
 
+def move_extra_arguments(source: Source, problems: Problems) -> None:
+    """Entries of `deepspeed_extra_args` that are keys here act as if they stood at the top level; the others are left there."""
+    extra = source.values.get(_EXTRA)
+    if not isinstance(extra, dict):
+        return
+    left = {}
+    for raw_key, value in extra.items():
+        key, place = normalise_key(str(raw_key)), source.places.get(f"{_EXTRA}.{raw_key}", source.places.get(_EXTRA, ""))
+        if key not in catalog() or key == _EXTRA:
+            left[raw_key] = value
+        elif source.values.get(key) not in (None, value):
+            message = f"{key} is {source.values[key]!r} and {value!r} in {_EXTRA}, and they are the same setting"
+            problems.add(message, f"{source.places.get(key, '')} and {place}", f"remove it from {_EXTRA}")
+        else:
+            source.values[key] = value
+            moved = {k.removeprefix(f"{_EXTRA}."): v for k, v in source.places.items() if k.startswith(f"{_EXTRA}.{raw_key}.")}
+            source.places |= {key: place, **moved}
+    if left:
+        source.values[_EXTRA] = left
+    else:
+        del source.values[_EXTRA]
+
+
 def apply_overrides(source: Source, overrides: Mapping[str, Any], labels: Mapping[str, str], problems: Problems) -> None:
     """Put command-line values over the files. Dotted keys reach into dictionaries, text is read as YAML."""
     for raw_key, raw_value in overrides.items():
-        head, _, rest = str(raw_key).partition(".")
+        head, _, rest = str(raw_key).removeprefix(f"{_EXTRA}.").partition(".")
         key, place = normalise_key(head), labels.get(raw_key, "--set")
         info = catalog().get(key)
         if info is not None and info.status == "alias" and not rest:

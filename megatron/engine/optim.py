@@ -33,14 +33,15 @@ def check_optimizer_type(name: str) -> None:
     )
 
 
-DECAY_RULES = ("neox", "based")
+DECAY_RULES = ("neox", "metala", "based")
 
 
 def decays(spec: ParamSpec, rule: str) -> bool:
     """Whether weight decay applies to a parameter.
 
-    `neox`: to all but biases, norms and what a layer excludes. `based` (the recipes of Based and JRT, whose code only knew
-    torch's own norms): to gains of norms too, and not to the embedding, hence not to a tied output matrix.
+    `neox`: to all but biases, norms and what a layer excludes. `metala`: to MetaLA's `aug_balance` too, as in its released
+    code: GPT-NeoX's grouping sees a parameter that is neither a bias nor a norm. `based` (the recipes of Based and JRT, whose
+    code only knew torch's own norms): to gains of norms too, and not to the embedding, hence not to a tied output matrix.
 
     Raises:
         ConfigError: there is no such rule.
@@ -49,6 +50,8 @@ def decays(spec: ParamSpec, rule: str) -> bool:
         raise ConfigError(f"unknown weight_decay_rule '{rule}'", hint="one of " + ", ".join(DECAY_RULES))
     if rule == "neox":
         return spec.decay
+    if rule == "metala":
+        return spec.decay or spec.name.endswith(".aug_balance")
     return spec.role != "embedding" and (spec.decay or spec.name.endswith("_norm.weight"))
 
 

@@ -25,6 +25,7 @@ from megatron.parallel.mesh import Mesh
 from megatron.parallel.plan import ParamSpec
 from megatron.parallel.sequence import check_sequence_parallel, sum_replicated_gradients
 from megatron.parallel.tensor import local_slice, shard_model
+from megatron.registry import layer_info
 
 EMBEDDING = "model.embed_tokens.weight"
 _DEFAULT_METHOD = "type:transformer|mlp"
@@ -155,7 +156,7 @@ class LocalModel:
 
 def check_mesh(config: ModelConfig, mesh: Mesh) -> None:
     """Raise ConfigError when the model cannot be cut as the mesh asks, before anything is built."""
-    if config.num_heads % mesh.tp:
+    if config.num_heads % mesh.tp and any(layer_info(name).uses_heads for name in config.layer_types):
         raise ConfigError(
             f"{config.num_heads} heads cannot be split over model_parallel_size {mesh.tp}",
             why="tensor parallelism gives every rank whole heads",

@@ -73,12 +73,14 @@ class Context:
 class Layer(nn.Module):
     """Base of all token mixers.
 
-    Class attributes: `names`, the words that select it in `attention_config` (the first is the prefix of its options).
+    Class attributes: `names`, the words that select it in `attention_config` (the first is the prefix of its options);
+    `uses_heads`, whether the number of heads means anything to it: a model of others may have any, and is cut by channels.
     `first_head` is the number, in the whole model, of the first head held here; `parallel/tensor.py` sets it. Only a layer
     whose heads differ by their number (ALiBi's slopes) reads it.
     """
 
     names: ClassVar[tuple[str, ...]] = ()
+    uses_heads: ClassVar[bool] = True
     Config: ClassVar[type[LayerConfig]] = LayerConfig
 
     def __init__(self, config: LayerConfig) -> None:

@@ -24,6 +24,7 @@ class BaseConv(Layer):
     """The gated convolution mixer; its state is the last inputs of the convolution."""
 
     names: ClassVar[tuple[str, ...]] = ("base_conv",)
+    uses_heads: ClassVar[bool] = False
 
     @dataclass(frozen=True)
     class Config(LayerConfig):

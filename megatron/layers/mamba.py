@@ -43,6 +43,7 @@ class Mamba(Layer):
     """The Mamba-1 mixer; heads have no meaning in it."""
 
     names: ClassVar[tuple[str, ...]] = ("mamba",)
+    uses_heads: ClassVar[bool] = False
 
     @dataclass(frozen=True)
     class Config(LayerConfig):
@@ -137,8 +138,12 @@ class Mamba(Layer):
         return {name: whole.get(name, "column") for name, _ in self.named_parameters()}
 
     def init_rules(self) -> Mapping[str, str]:
-        """The original's: PyTorch's uniform rule for matrices, A = -(1 .. n), D = 1, step sizes of 0.001 to 0.1."""
+        """The original's: PyTorch's uniform rule for matrices, A = -(1 .. n), D = 1, step sizes of 0.001 to 0.1.
+
+        `mixer_init: methods` draws the matrices, but that of the step sizes, as GPT-NeoX does: by its two init methods.
+        """
         roles = {"A_log": "log_range", "D": "ones", "dt_proj.bias": "step_size", "out_proj.weight": "uniform_output"}
+        roles |= dict.fromkeys(("in_proj.weight", "gate_proj.weight", "x_proj.weight"), "uniform_input")
         roles["conv1d.bias"] = f"uniform {self.width**-0.5}"
         return {n: roles.get(n, "zeros" if n.endswith("bias") else "conv") for n, _ in self.named_parameters()}
 

@@ -18,8 +18,9 @@ class ModelConfig:
     simplermsnorm (no gain) | non_parametric_layernorm. mlp is gated (l3(act(l1 x) * l2 x)), plain (l3 act(l1 x)) or none (a
     block is a mixer alone, as in Mamba). residual_fp32 keeps the stream between blocks in fp32 whatever the weights are in.
     learned_positions: rows of the position table beside the embedding, 0 for none; embedding_norm: a norm after it.
-    parallel_residual: mixer and MLP side by side; shared_norm: one norm feeds both. layer_options holds, per mixer name, the
-    options that differ from that mixer's defaults.
+    parallel_residual: mixer and MLP side by side; shared_norm: one norm feeds both. mixer_init: `own`, mixers that have a rule
+    of their own for initial values (Mamba) keep it, or `methods`, the init methods hold for them too. layer_options holds, per
+    mixer name, the options that differ from that mixer's defaults.
     """
 
     vocab_size: int
@@ -45,6 +46,7 @@ class ModelConfig:
     embedding_norm: bool = False
     parallel_residual: bool = False
     shared_norm: bool = False
+    mixer_init: str = "own"
 
     def __post_init__(self) -> None:
         if self.shared_norm and not self.parallel_residual:

@@ -65,15 +65,28 @@ def _step_size(value: Tensor, _: ModelConfig, generator: torch.Generator) -> Non
     value.copy_(dt + torch.log(-torch.expm1(-dt)))
 
 
+def _uniform_input(value: Tensor, config: ModelConfig, generator: torch.Generator) -> None:
+    """PyTorch's uniform rule, of Mamba's input matrices; or `init_method` where that is to hold for every mixer."""
+    bound = 1 / math.sqrt(value.shape[-1])
+    if config.mixer_init == "methods":
+        _draw(config.init_method, value, config, generator)
+    else:
+        value.uniform_(-bound, bound, generator=generator)
+
+
 def _uniform_output(value: Tensor, config: ModelConfig, generator: torch.Generator) -> None:
-    """PyTorch's uniform rule, smaller by the root of the depth: Mamba's output matrix."""
+    """PyTorch's uniform rule, smaller by the root of the depth: Mamba's output matrix; or `output_init_method`, as above."""
     bound = 1 / math.sqrt(value.shape[-1] * config.num_layers)
-    value.uniform_(-bound, bound, generator=generator)
+    if config.mixer_init == "methods":
+        _draw(config.output_init_method, value, config, generator)
+    else:
+        value.uniform_(-bound, bound, generator=generator)
 
 
 _RECURRENT: dict[str, Callable[[Tensor, ModelConfig, torch.Generator], None]] = {
     "log_range": _log_range,
     "step_size": _step_size,
+    "uniform_input": _uniform_input,
     "uniform_output": _uniform_output,
 }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -64,3 +66,19 @@ def test_initial_values_are_the_originals() -> None:
         assert 0.9 * bound < float(values[name].abs().max()) <= bound, name
     assert torch.equal(values["D"], torch.ones(128))
     assert not specs["model.layers.1.token_mixer.A_log"].decay and not specs["model.layers.1.token_mixer.D"].decay
+
+
+def test_init_methods_hold_where_the_config_says_so() -> None:
+    """GPT-NeoX draws the matrices of Mamba by its init methods, but that of the step sizes; all else is as it was."""
+    config = ModelConfig(64, 256, 4, 1, 1, ("mamba",) * 4, mlp="none", norm="rmsnorm", init_method="small_init")
+    neox = replace(config, output_init_method="single_residual_scaled_normal", mixer_init="methods")
+    specs = {n.rpartition("token_mixer.")[2]: s for n, s in param_specs(config).items() if "layers.1.token_mixer" in n}
+    own, drawn = ({n: initial_value(s, c, 7) for n, s in specs.items()} for c in (config, neox))
+    spread = {"in_proj.weight": (2 / (5 * 256)) ** 0.5, "gate_proj.weight": (2 / (5 * 256)) ** 0.5}
+    spread |= {"x_proj.weight": (2 / (5 * 256)) ** 0.5, "out_proj.weight": 0.02 / 4**0.5}
+    for name in specs:
+        if name in spread:
+            assert abs(float(drawn[name].std()) / spread[name] - 1) < 0.02, name
+            assert float(drawn[name].abs().max()) > 3 * spread[name], "not uniform"
+        else:
+            assert torch.equal(own[name], drawn[name]), name
