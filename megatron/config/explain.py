@@ -1,8 +1,8 @@
-"""Answers "what is this key?": for one key, for a whole run, and as two generated files.
+"""Answers "what is this key?": for one key, for a whole run, and as generated files.
 
 `configs/arguments.md` is the page for people and `configs/schema.json` the one for editors (completion and checking in
-YAML). Both come from the catalog the reader itself uses; a test fails when they are stale. Write them anew with
-`python -m megatron.config.explain`.
+YAML); `pages.py` adds docs/neox.md and docs/keys.md. All come from the catalog the reader itself uses; a test fails when they
+are stale. Write them anew with `python -m megatron.config.explain`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from megatron.config import kinds
 from megatron.config.catalog import KeyInfo, catalog
 from megatron.config.frozen import thaw
 from megatron.config.own_keys import REFUSED_VALUES
+from megatron.config.pages import write_pages
 from megatron.config.schema import RunConfig
 from megatron.config.yaml_reader import normalise_key
 from megatron.errors import ConfigError
@@ -114,10 +115,11 @@ def schema() -> dict[str, Any]:
 
 
 def main() -> None:
-    """Write both generated files."""
+    """Write all generated files."""
     write_arguments_page(_FOLDER / "arguments.md")
     write_schema(_FOLDER / "schema.json")
-    print(f"wrote {_FOLDER / 'arguments.md'} and {_FOLDER / 'schema.json'}: {len(catalog())} keys")
+    pages = ", ".join(str(path) for path in write_pages())
+    print(f"wrote {_FOLDER / 'arguments.md'}, {_FOLDER / 'schema.json'} ({len(catalog())} keys), {pages}")
 
 
 def _origin(key: str, run: RunConfig) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 from megatron.config import checks
 from megatron.config.catalog import catalog
 from megatron.config.derive import Draft, derive_all
+from megatron.config.old_keys import translate_old_keys
 from megatron.config.problems import Problems
 from megatron.config.schema import RunConfig, key_fields, sections
 from megatron.config.values import apply_overrides, check_values, move_extra_arguments, resolve_aliases
@@ -52,6 +53,7 @@ def load_config(
     problems_before = len(problems.items)
     move_extra_arguments(source, problems)
     resolve_aliases(source, problems)
+    translate_old_keys(source)
     apply_overrides(source, overrides or {}, override_labels or {}, problems)
     values, bad = check_values(source, problems)
     draft = Draft(_run_name(files), _split(values)[0], _provenance(source, values), problems)

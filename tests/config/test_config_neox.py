@@ -28,6 +28,41 @@ def test_gas_is_the_old_name_of_gradient_accumulation_steps(load_values: Load) -
     assert load_values(overrides={"gas": "2"}, world_size=1).batch.gradient_accumulation_steps == 2
 
 
+@pytest.mark.parametrize(
+    ("changes", "key", "expected"),
+    [
+        ({"save_interval": 7, "save": "x"}, "checkpoint_factor", 7),
+        ({"decay_lr_to": 0.25}, "min_lr", 0.00025),
+        ({"warmup_iters": 5, "lr_decay_iters": 20}, "warmup", 0.25),
+        ({"warmup_iters": 5}, "warmup", 0.5),
+        ({"attention_config": None, "num_kv_heads": 2, "attention_type": "groupedquery"}, "num_kv_heads", 2),
+        ({"attention_config": None, "attention_type": "multihead"}, "num_kv_heads", None),
+        ({"attention_config": None, "attention_type": "multiquery"}, "num_kv_heads", 1),
+    ],
+)
+def test_keys_that_neox_dropped_mean_what_they_meant(
+    load_values: Load, changes: dict[str, Any], key: str, expected: Any
+) -> None:
+    run = load_values(changes)
+    assert run.get(key) == expected and run.warnings == ()
+    assert run.provenance[key].partition(":")[0].endswith("run.yml") or expected is None
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"decay_lr_to": 0.25, "min_lr": 0.0},
+        {"warmup_iters": 5, "warmup": 0.1},
+        {"attention_config": None, "attention_type": "groupedquery"},
+        {"attention_config": None, "attention_type": "sparse"},
+        {"attention_config": None, "attention_type": "multihead", "num_kv_heads": 2},
+    ],
+)
+def test_keys_that_neox_dropped_are_refused_where_they_cannot_be_read(load_values: Load, changes: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"is not supported"):
+        load_values(changes)
+
+
 def test_known_keys_inside_deepspeed_extra_args_act_as_at_the_top_level(load_values: Load) -> None:
     run = load_values({"deepspeed_extra_args": {"comms_logger": {"enabled": True}, "gradient_clipping": 0.5}})
     assert run.optimizer.gradient_clipping == 0.5
