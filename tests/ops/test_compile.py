@@ -24,7 +24,7 @@ from megatron.layers.base import Context
 from megatron.model.loss import token_loss
 from megatron.ops.opaque import opaque
 from megatron.ops.precision import outside_autocast
-from tests.ops.fused_cases import relative, results
+from tests.ops.fused_cases import mostly_slow, relative, results
 from tests.ops.operator_cases import CASES, EXTRAS, Draw
 from tools.bench.compile_cpu import KINDS, distance, gradients, step_of, toy
 
@@ -49,17 +49,19 @@ def tokens_of(b: int, s: int) -> Tensor:
     return torch.randint(0, 64, (b, s), generator=torch.Generator().manual_seed(s))
 
 
-@pytest.mark.parametrize("extras", EXTRAS)
-@pytest.mark.parametrize("case", CASES)
-def test_operators_are_one_node(case: str, extras: str) -> None:
+FAST = [(case, "documents" if case == "metala" else "padding", 37) for case in CASES]
+SLOW = [(case, extras, t) for case in CASES for extras in EXTRAS for t in (1, 37, 150) if (case, extras, t) not in FAST]
+
+
+@mostly_slow("case,extras,t", FAST, SLOW)
+def test_operators_are_one_node(case: str, extras: str, t: int) -> None:
     """Outputs and every gradient, that of the initial state included, at one token, a chunk's part and several chunks."""
-    for t in (1, 37, 150):
-        leaves, run = CASES[case](t, torch.float64, extras)
-        leaves = [x.double().requires_grad_() for x in leaves]
-        assert close(results(torch.compile(run, **WHOLE), leaves), results(run, leaves)), t
+    leaves, run = CASES[case](t, torch.float64, extras)
+    leaves = [x.double().requires_grad_() for x in leaves]
+    assert close(results(torch.compile(run, **WHOLE), leaves), results(run, leaves))
 
 
-@pytest.mark.parametrize("case", CASES)
+@mostly_slow("case", ["metala", "prefix_taylor"], ["taylor", "selective_scan", "conv"])
 def test_only_the_gradients_that_are_asked_for_are_formed(case: str) -> None:
     leaves, run = CASES[case](9, torch.float64, "plain")
     for i in range(len(leaves)):
@@ -74,7 +76,7 @@ def test_only_the_gradients_that_are_asked_for_are_formed(case: str) -> None:
         assert grads[0] is None or relative(grads[0], grads[1]) < LIMIT
 
 
-@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("half", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("case", CASES)
 def test_operators_under_autocast_and_compiled(case: str, half: torch.dtype) -> None:
     """The same bits as eager: mixed formats go through the operators as they are."""
@@ -102,7 +104,7 @@ def fast_and_slow(fast: tuple[str, ...]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("kind", [k if k in fast else pytest.param(k, marks=pytest.mark.slow) for k in KINDS])
 
 
-@fast_and_slow(("hybrid",))
+@fast_and_slow(("jrt",))
 def test_a_training_step_is_one_graph_at_any_length(kind: str) -> None:
     """Forward, loss and backward; the second length makes the graph one of any length, so that the third needs no new one."""
     model = toy(kind).double()
@@ -114,7 +116,7 @@ def test_a_training_step_is_one_graph_at_any_length(kind: str) -> None:
     assert counted.frame_count <= 2
 
 
-@fast_and_slow(("metala", "based"))
+@fast_and_slow(("metala",))
 def test_padding_documents_and_states_stay_in_the_graph(kind: str) -> None:
     """A pass that goes on from a state, padded on the left, and one of several documents; the states that come out too."""
     model, tokens = toy(kind).double(), tokens_of(2, 20)
