@@ -2,10 +2,11 @@
 
     python tools/launch_eval.py --model runs/a/checkpoints hf/b --task recall piqa --output runs/eval [--limit 100] [-p]
 
-A model is a checkpoint folder (its newest checkpoint), one `global_stepN` folder, or an exported folder, which is measured by
-lm-eval's own `hf` model; `NAME=PATH` names it. With `-p` every device has a process (`--processes` on a machine without any),
-and models share them; without it there is one. What has a result file with the same settings is not run again. A job that
-fails leaves the others alone; its log says why. `tools/collect_results.py` makes tables of the output folder.
+A model is a checkpoint folder (its newest checkpoint), one `global_stepN` folder, an exported folder, which is measured by
+lm-eval's own `hf` model, or OWNER/NAME of the Hub (megatron/evaluation/hub_models.py); `NAME=PATH` names it. With `-p` every
+device has a process (`--processes` on a machine without any), and models share them; without it there is one. What has a result
+file with the same settings is not run again. A job that fails leaves the others alone; its log says why.
+`tools/collect_results.py` makes tables of the output folder.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import Queue
 from typing import Any
@@ -26,16 +27,18 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron.errors import ConfigError, LaunchError, UserError, exit_on_error
+from megatron.evaluation.hub_models import RELEASED_LENGTH, fetch, is_hub_name
 from megatron.evaluation.options import GROUPS
 from megatron.files import write_json
 
 
 @dataclass(frozen=True)
 class Model:
-    """A name for files and tables, and what is measured."""
+    """A name for files and tables, and what is measured; hub: its name on the Hub, until it has been fetched."""
 
     name: str
     path: Path
+    hub: str | None = None
 
 
 @dataclass(frozen=True)
@@ -47,13 +50,22 @@ class Job:
 
 
 def named(words: Sequence[str]) -> list[Model]:
-    """`NAME=PATH` or a path, whose name is its last parts; two models of one name are refused."""
+    """`NAME=PATH` or a path, whose name is its last parts; two models of one name are refused.
+
+    What is no folder and can be OWNER/NAME is a model of the Hub.
+    """
     found: list[Model] = []
     for word in words:
         name, _, path = word.rpartition("=")
         place = Path(path).absolute()
+        if not place.is_dir() and is_hub_name(path):
+            found.append(Model(name or path.replace("/", "-"), Path(path), hub=path))
+            continue
         if not place.is_dir():
-            raise ConfigError(f"there is no model folder {path}", hint="--model runs/NAME/checkpoints, or an exported folder")
+            raise ConfigError(
+                f"there is no model folder {path}",
+                hint="--model runs/NAME/checkpoints, an exported folder, or OWNER/NAME of the Hub",
+            )
         parts = [part for part in place.parts[-3:] if part not in ("/", "runs", "checkpoints")]
         found.append(Model(name or "-".join(parts), place))
     names = [model.name for model in found]
@@ -105,7 +117,7 @@ def run_job(job: Job, output: Path, settings: Mapping[str, Any], data_dir: str |
     log = output / "logs" / f"{job.model.name}-{job.tasks[0]}-{len(job.tasks)}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     order: dict[str, Any] = {"name": job.model.name, "path": str(job.model.path), "tasks": job.tasks, "output": str(output)}
-    order |= {"settings": dict(settings), "data_dir": data_dir}
+    order |= {"settings": dict(settings), "data_dir": data_dir, "imported": job.model.path.parent.name == "imported"}
     environment = dict(os.environ) | ({} if device is None else {"CUDA_VISIBLE_DEVICES": device})
     started = time.monotonic()
     with open(log, "w", encoding="utf-8") as handle:
@@ -124,6 +136,9 @@ def work(order: Mapping[str, Any]) -> None:
 
     settings, model = dict(order["settings"]), Model(order["name"], Path(order["path"]))
     limit, shots, context = (settings.pop(key) for key in ("limit", "num_fewshot", "context_length"))
+    if order["imported"] and settings["max_length"] is None:
+        print(f"the model says no length: {RELEASED_LENGTH} tokens are read at most (--max-length)", flush=True)
+        settings["max_length"] = RELEASED_LENGTH
     lm, metadata = open_model(model.path, ModelOptions(**settings))
     facts = {"model": model.name, "place": str(place_of(model.path)), "settings": order["settings"], "context_length": context}
     failed: list[str] = []
@@ -148,7 +163,7 @@ def work(order: Mapping[str, Any]) -> None:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("-m", "--model", nargs="+", action="extend", default=[], metavar="[NAME=]PATH")
+    p.add_argument("-m", "--model", nargs="+", action="extend", default=[], metavar="[NAME=]PATH|OWNER/NAME")
     p.add_argument("-t", "--task", nargs="+", action="extend", default=[], help=f"tasks of lm-eval, or {', '.join(GROUPS)}")
     p.add_argument("--output", type=Path, default=Path("runs/eval"), help="folder of the result files")
     p.add_argument("--limit", type=int, help="examples per task")
@@ -174,6 +189,7 @@ def launch(a: argparse.Namespace) -> None:
     models, tasks = named(a.model), list(dict.fromkeys(name for task in a.task for name in GROUPS.get(task, (task,))))
     if not models or not tasks:
         raise ConfigError("name at least one --model and one --task")
+    models = [replace(m, path=fetch(m.hub, a.output.absolute()), hub=None) if m.hub else m for m in models]
     kept = ("limit", "num_fewshot", "context_length", "batch_size", "max_length", "dtype", "prompt_mode", "prefix_scope")
     settings = {key: getattr(a, key) for key in kept} | {"stop_at_eod": not a.no_eod_stop}
     places = {}
