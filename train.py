@@ -36,5 +36,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    with exit_on_error():
+    with exit_on_error(screen_is_result=False):
         leave(main(sys.argv[1:]))

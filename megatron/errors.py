@@ -12,6 +12,8 @@ import os
 import sys
 from collections.abc import Iterator
 
+from megatron.streams import steady_streams
+
 
 class UserError(Exception):
     """A mistake with one clear message.
@@ -74,15 +76,33 @@ class TrainingError(UserError):
 
 
 @contextlib.contextmanager
-def exit_on_error() -> Iterator[None]:
-    """Around a command's body: print a `UserError` once and exit with its code, no traceback."""
-    try:
-        yield
-    except UserError as error:
-        rank = os.environ.get("RANK")
-        head = f"error (rank {rank})" if rank and int(os.environ.get("WORLD_SIZE", "1")) > 1 else "error"
-        print(f"{head}: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(error.exit_code) from None
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
-        raise SystemExit(130) from None
+def exit_on_error(screen_is_result: bool = True) -> Iterator[None]:
+    """Around a command's body: print a `UserError` once and exit with its code, no traceback.
+
+    Streams that are closed or lost end nothing (`streams.py`).
+
+    Args:
+        screen_is_result: somebody wants what the command prints, so that a full disk under it is an error at the end.
+    """
+    with steady_streams() as screen:
+        try:
+            yield
+            screen.flush()
+        except SystemExit as end:
+            screen.flush()
+            if end.code or not screen_is_result or screen.unwritable is None:
+                raise
+        except UserError as error:
+            rank = os.environ.get("RANK")
+            head = f"error (rank {rank})" if rank and int(os.environ.get("WORLD_SIZE", "1")) > 1 else "error"
+            print(f"{head}: {error}", file=sys.stderr, flush=True)
+            raise SystemExit(error.exit_code) from None
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr, flush=True)
+            raise SystemExit(130) from None
+        if screen.unwritable is not None:
+            print(
+                f"{'error' if screen_is_result else 'warning'}: stdout was lost: {screen.unwritable.strerror}", file=sys.stderr
+            )
+            if screen_is_result:
+                raise SystemExit(DataError.exit_code)

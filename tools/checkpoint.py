@@ -130,8 +130,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     """Parse and run one command."""
-    args = make_parser().parse_args()
     with exit_on_error():
+        args = make_parser().parse_args()
         raise SystemExit(args.work(args))
 
 

@@ -42,8 +42,8 @@ def main() -> None:
     parser.add_argument("results", nargs="*", type=Path, help="result files, or folders of them")
     parser.add_argument("--output", type=Path, default=Path("runs/eval/table"), help="beginning of the files' names")
     parser.add_argument("--table", help="make this published table alone")
-    arguments = parser.parse_args()
     with exit_on_error():
+        arguments = parser.parse_args()
         if not arguments.results and arguments.table is None:
             raise ConfigError("name results, or a --table of published figures")
         rows = read_results(arguments.results)

@@ -120,9 +120,9 @@ def _push(arguments: argparse.Namespace, destination: Destination) -> None:
 def main() -> None:
     """Parse the command line, export, publish."""
     parser = _parser()
-    arguments = parser.parse_args()
-    _checked(parser, arguments)
     with exit_on_error():
+        arguments = parser.parse_args()
+        _checked(parser, arguments)
         if not arguments.push_to_hub:
             _export(arguments)
             return

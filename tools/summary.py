@@ -69,8 +69,8 @@ def main() -> None:
     """Print the summary of one run folder."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("run", type=Path, help="run folder, such as runs/metala-quickstart")
-    arguments = parser.parse_args()
     with exit_on_error():
+        arguments = parser.parse_args()
         print(summary(arguments.run))
 
 

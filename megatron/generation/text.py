@@ -139,6 +139,8 @@ def interactive(writer: Writer, source: IO[str], screen: IO[str], prompt_end: st
             note = f"  ({record['message']})" if record["message"] else ""
             screen.write(f"{record['text']}\n[{record['length']} tokens, {record['duration_seconds']:.2f} s]{note}\n")
         count += 1
+        if getattr(screen, "lost", None):  # nobody reads along
+            break
     screen.write("\n")
     return count
 

@@ -148,7 +148,8 @@ class _Follower:
             if match := _RANK_END.match(line.rstrip()):
                 self._ranks[int(match.group(1))] = int(match.group(2))
                 continue
-            os.write(sys.stderr.fileno(), line)
+            with contextlib.suppress(OSError):  # nobody hears it; the job must not wait for a pipe that fills
+                os.write(sys.stderr.fileno(), line)
             self._first.hear(line.decode(errors="replace").rstrip("\n"))
 
     def _host_ended(self, host: str, code: int) -> None:

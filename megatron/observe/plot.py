@@ -32,7 +32,7 @@ def plot_metrics(metrics_file: str | Path, image: str | Path, title: str = "") -
     """Draw `image` (PNG) from a metrics file.
 
     Raises:
-        DataError: the file has no training loss, or matplotlib is not installed.
+        DataError: the file has no training loss, matplotlib is not installed, or the image cannot be written.
     """
     rows = read_rows(metrics_file)
     if not series(rows, "train/lm_loss")[0]:
@@ -59,8 +59,11 @@ def plot_metrics(metrics_file: str | Path, image: str | Path, title: str = "") -
     if title:
         figure.suptitle(title, fontsize=12)
     image = Path(image)
-    with atomic_open(image) as handle:
-        figure.savefig(handle, format="png", dpi=130)
+    try:
+        with atomic_open(image) as handle:
+            figure.savefig(handle, format="png", dpi=130)
+    except OSError as error:
+        raise DataError("no plot: it cannot be written", where=str(image), why=error.strerror) from error
     return image
 
 

@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shlex
 import socket
 import sys
@@ -85,7 +86,7 @@ def create_run_folder(
 
 
 def _keep_other_config(run: RunFolder, config_text: str) -> None:
-    if not run.config.is_file() or run.config.read_text(encoding="utf-8") == config_text:
+    if not run.config.is_file() or run.config.read_bytes() == config_text.encode():
         return
     number = 1
     while (kept := run.root / f"config.{number}.yml").exists():
@@ -119,14 +120,29 @@ class _Tee:
 def copy_console(folder: str | Path) -> Iterator[None]:
     """Inside, stdout and stderr are copied to the end of `<folder>/<host>_stdout.txt` and `_stderr.txt`, as in NeoX."""
     folder, host = Path(folder), socket.gethostname()
-    folder.mkdir(parents=True, exist_ok=True)
     out, err = sys.stdout, sys.stderr
-    with (
-        open(folder / f"{host}_stdout.txt", "a", encoding="utf-8", buffering=1) as out_copy,
-        open(folder / f"{host}_stderr.txt", "a", encoding="utf-8", buffering=1) as err_copy,
-    ):
-        sys.stdout, sys.stderr = _Tee(out, out_copy), _Tee(err, err_copy)  # type: ignore[assignment]
+    with contextlib.ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            copies = [_open_end(folder / f"{host}_{name}.txt") for name in ("stdout", "stderr")]
+        except OSError as error:
+            raise ConfigError(
+                "the console cannot be copied", where=str(folder), why=str(error), hint="correct log_dir"
+            ) from error
+        for copy in copies:
+            stack.callback(_close, copy)
+        sys.stdout, sys.stderr = _Tee(out, copies[0]), _Tee(err, copies[1])  # type: ignore[assignment]
         try:
             yield
         finally:
             sys.stdout, sys.stderr = out, err
+
+
+def _open_end(path: Path) -> TextIO:
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666), "a", encoding="utf-8", buffering=1)
+
+
+def _close(copy: TextIO) -> None:
+    """What a full disk did not take stays in the buffer and fails once more here."""
+    with contextlib.suppress(OSError):
+        copy.close()

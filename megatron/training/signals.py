@@ -8,6 +8,7 @@ within `ECHO_S` of the first are the same request: a terminal sends Ctrl-C to ev
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -128,7 +129,8 @@ def _nothing(number: int, frame: FrameType | None) -> None:
 def _say(text: str) -> None:
     """To stderr, without the interpreter's buffers: the main thread may hold them."""
     rank = os.environ.get("RANK", "0")
-    os.write(sys.__stderr__.fileno() if sys.__stderr__ is not None else 2, f"rank {rank}: {text}\n".encode())
+    with contextlib.suppress(OSError):
+        os.write(sys.__stderr__.fileno() if sys.__stderr__ is not None else 2, f"rank {rank}: {text}\n".encode())
 
 
 class TimeLimit:

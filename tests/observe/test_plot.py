@@ -126,6 +126,13 @@ def test_nothing_to_plot_is_said(tmp_path: Path) -> None:
     assert not (tmp_path / "x.png").exists()
 
 
+def test_a_picture_that_cannot_be_written_is_said(metrics: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match="no plot: it cannot be written"):
+        plot_metrics(metrics, tmp_path / "file" / "x.png")
+
+
 def test_without_matplotlib(metrics: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
     with pytest.raises(DataError, match="matplotlib is not installed(.|\n)*pip install matplotlib"):

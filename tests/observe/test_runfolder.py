@@ -64,3 +64,24 @@ def test_streams_are_given_back_after_an_error(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), copy_console(tmp_path):
         raise RuntimeError
     assert sys.stdout is out
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
+def test_a_full_disk_under_the_copies_ends_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("stdout", "stderr"):
+        (tmp_path / f"{socket.gethostname()}_{name}.txt").symlink_to("/dev/full")
+    with copy_console(tmp_path):
+        print("heard all the same")
+    assert capsys.readouterr().out == "heard all the same\n"
+
+
+def test_a_place_for_copies_that_is_none_is_one_message(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="the console cannot be copied"), copy_console(tmp_path / "file" / "logs"):
+        pass
+
+
+def test_a_config_that_is_no_text_is_kept_aside(tmp_path: Path) -> None:
+    (tmp_path / "config.yml").write_bytes(b"\xff\xfe")
+    create_run_folder(tmp_path, "a: 1\n", ["x"])
+    assert (tmp_path / "config.1.yml").read_bytes() == b"\xff\xfe" and (tmp_path / "config.yml").read_text() == "a: 1\n"
