@@ -33,8 +33,8 @@ from megatron.files import sha256_of, write_json, write_text
 
 PYSTDLIB_VOCABULARY = 4096
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
-# NeoX downloads these; the names deserve a better answer than "unknown".
-_DOWNLOADS = frozenset(
+# What NeoX downloads besides; the names deserve a better answer than "unknown".
+NEOX_CORPORA = frozenset(
     {
         "arxiv",
         "books1",
@@ -70,13 +70,13 @@ def prepare(name: str, request: CorpusRequest) -> PreparedCorpus:
         except OSError as error:
             where = error.filename or str(request.data_dir)
             raise DataError("the corpus cannot be written", where=where, why=error.strerror) from None
-    if name in _DOWNLOADS:
+    if name in NEOX_CORPORA:
         raise DataError(
             f"data set {name!r} is not built in",
             why=f"built in are {', '.join(CORPORA)}",
             hint="turn your copy into token files with tools/datasets/preprocess_data.py --input FILE",
         )
-    near = difflib.get_close_matches(name, [*CORPORA, *sorted(_DOWNLOADS)], n=3)
+    near = difflib.get_close_matches(name, [*CORPORA, *sorted(NEOX_CORPORA)], n=3)
     raise DataError(
         f"data set {name!r} is unknown",
         why=f"nearest: {', '.join(near)}" if near else None,

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron.data import corpora
-from megatron.data.corpora import CorpusRequest, prepare, python_sources
+from megatron.data.corpora import CorpusRequest, PreparedCorpus, prepare, python_sources
 from megatron.data.indexed import IndexedDataset
 from megatron.data.tokenizers import build_tokenizer
 from megatron.data.train_tokenizer import train_byte_level_bpe
@@ -121,6 +121,28 @@ def test_trained_tokenizer_is_lossless_on_other_text(tmp_path: Path) -> None:
 def _command(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(REPOSITORY / "prepare_data.py"), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+
+
+def test_without_a_name_the_command_says_what_it_makes_and_what_else_there_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import prepare_data
+
+    def made(name: str, request: CorpusRequest) -> PreparedCorpus:
+        receipt = {"seconds": 1, "documents": 1, "bytes": 1, "tokens": 1, "vocab_size": 1, "undecodable_files": 0}
+        return PreparedCorpus(request.data_dir / name / "x", "HFTokenizer", None, None, receipt, True)
+
+    monkeypatch.setattr(prepare_data, "prepare", made)
+    prepare_data.main(["-d", str(tmp_path)])  # as GPT-NeoX's README types it
+    said = capsys.readouterr().out
+    assert "no data set was named, so pystdlib is made" in said and f"made {tmp_path}/pystdlib" in said
+    assert "enwik8, wikitext103" in said or "wikitext103, enwik8" in said
+    neox = {"enron", "pile_subset", "pile", "github", "arxiv", "europarl", "freelaw", "nih", "pubmed", "books1", "books3"}
+    neox |= {"hackernews", "openwebtext2", "stackexchange", "ubuntu_irc", "youtube_subtitles", "c4", "c4_openwebtext"}
+    assert all(f"{name}," in said or f"{name}\n" in said for name in neox)
+    prepare_data.main(["enwik8", "-d", str(tmp_path)])
+    said = capsys.readouterr().out
+    assert "no data set was named" not in said and f"made {tmp_path}/enwik8" in said
 
 
 def test_command_refuses_clearly(tmp_path: Path) -> None:
