@@ -26,7 +26,7 @@ def start(command: list[str], out: str = "kept", err: str = "kept", stdin: str =
     done = subprocess.run(
         ["bash", "-c", f'exec "$@"{words}', "bash", *command],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": ""},
         stdin=subprocess.DEVNULL,
         stdout=write if out == "gone" else subprocess.PIPE,
         stderr=write if err == "gone" else subprocess.PIPE,

@@ -17,8 +17,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=f"Import a Hugging Face folder: {known}.")
     parser.add_argument("--input", type=Path, required=True, help="folder with config.json and the weights")
     parser.add_argument("--output", type=Path, required=True, help="checkpoint folder to write (`load` of a run)")
-    arguments = parser.parse_args()
     with exit_on_error():
+        arguments = parser.parse_args()
         from megatron.export.importer import import_folder
 
         made = import_folder(arguments.input, arguments.output)

@@ -17,8 +17,8 @@ def main() -> None:
     parser.add_argument("--input", type=Path, required=True, help="global_stepN folder of GPT-NeoX, any tensor-parallel size")
     parser.add_argument("--config", nargs="+", required=True, help="the YAML files that the model was trained with")
     parser.add_argument("--output", type=Path, required=True, help="checkpoint folder to write (`load` of a run)")
-    arguments = parser.parse_args()
     with exit_on_error():
+        arguments = parser.parse_args()
         from megatron.checkpoint.save import save_weights
         from megatron.config.load import load_config
         from megatron.export.foreign import load_foreign_pickle

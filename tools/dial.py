@@ -109,8 +109,8 @@ def main() -> None:
     parser.add_argument("--features", type=int, nargs="+", default=[4, 8, 16, 24, 32])
     parser.add_argument("--tokens", type=int, default=2048, help="length of the text for layers that keep all of it")
     parser.add_argument("--output", type=Path, default=None, help="JSON and PNG of this name are written")
-    args = parser.parse_args()
     with exit_on_error():
+        args = parser.parse_args()
         run(args)
 
 

@@ -94,8 +94,8 @@ def main() -> None:
     parser.add_argument("--set", dest="extra", action="append", default=[], metavar="KEY=VALUE", help="for the training")
     parser.add_argument("--runs", type=Path, default=Path("runs/extrapolation"))
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "alibi-extrapolation")
-    a = parser.parse_args()
     with exit_on_error():
+        a = parser.parse_args()
         import torch
 
         from megatron.evaluation.report import plot_lengths

@@ -183,8 +183,8 @@ def main() -> None:
     parser.add_argument("results", type=Path)
     parser.add_argument("--output", type=Path, default=None, help="beginning of the names; default: beside the results")
     parser.add_argument("--title", default=None)
-    args = parser.parse_args()
     with exit_on_error():
+        args = parser.parse_args()
         run(args)
 
 

@@ -91,8 +91,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes, one thread each")
     parser.add_argument("--output", type=Path, default=None, help="JSON lines; default runs/synthetics/NAME.jsonl")
     parser.add_argument("--list", action="store_true", help="say which points are open and stop")
-    args = parser.parse_args()
     with exit_on_error():
+        args = parser.parse_args()
         run(args)
 
 
