@@ -1,4 +1,4 @@
-"""Start a script on the processes that a configuration asks for: `python deepy.py train.py configs/metala.yml`.
+"""Start a script on the processes that a configuration asks for: `deepy.py train.py -d configs metala.yml local_setup.yml`.
 
 The habits are GPT-NeoX's. This command imports neither torch nor deepspeed: a mistake in the YAML shows in a fraction
 of a second, and one process needs no launcher at all. `--print-launch` says what would be run, `--print-job` writes the same
@@ -69,7 +69,9 @@ def _split(argv: list[str]) -> tuple[str, list[str]]:
         else:
             rest.append(word)
     if script is None or not Path(script).is_file():
-        raise LaunchError(f"no such script: {script or '(none given)'}", hint="python deepy.py train.py configs/metala.yml")
+        raise LaunchError(
+            f"no such script: {script or '(none given)'}", hint="python deepy.py train.py configs/metala-quickstart.yml"
+        )
     return script, rest
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 
+from megatron.config.checks import require_data
 from megatron.config.cli import config_from_args, make_parser
 from megatron.errors import exit_on_error
 from megatron.launch.environment import read_rank_environment
@@ -32,6 +33,7 @@ def main(argv: list[str]) -> int:
         found = dry_run(run, arguments.device_memory, arguments.mfu)
         print(found.text)
         return 0 if found.fits or not found.binding else DOES_NOT_FIT
+    require_data(run)
     return train(run, env, ["python", *sys.argv]).exit_code
 
 

@@ -12,7 +12,7 @@ from megatron.config.load import load_config
 from megatron.config.problems import Problems
 from megatron.config.schema import RunConfig
 from megatron.config.yaml_reader import read_files
-from megatron.errors import ConfigError
+from megatron.errors import ConfigError, DataError
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 SITE = "local_setup.yml"
@@ -59,6 +59,12 @@ def test_a_complete_run_starts_alone_and_says_so_beside_a_site_file(name: str) -
     with pytest.raises(ConfigError, match=r"save is given twice|problems") as caught:
         load_config([f"{name}.yml", SITE], conf_dir=CONFIGS, world_size=1)
     assert "needs no site file" in str(caught.value)
+
+
+def test_a_model_file_alone_says_that_it_needs_a_site_file() -> None:
+    with pytest.raises(DataError, match="no training data is named") as caught:
+        train.main(["-d", str(CONFIGS), "metala"])
+    assert "configs/local_setup.yml" in str(caught.value.hint)
 
 
 @pytest.mark.slow

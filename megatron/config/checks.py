@@ -17,6 +17,7 @@ from megatron.config.own_keys import REFUSED_VALUES
 from megatron.config.problems import Problems
 from megatron.config.rules import RULES
 from megatron.config.schema import RunConfig
+from megatron.errors import DataError
 
 
 def check_run(run: RunConfig, problems: Problems, *, unknown_keys: bool = False) -> None:
@@ -27,6 +28,21 @@ def check_run(run: RunConfig, problems: Problems, *, unknown_keys: bool = False)
             problems.add(rule.message(run), place_of(run, *rule.keys), rule.hint)
     _check_mixers(run, problems)
     _check_layer_options(run, problems)
+
+
+def require_data(run: RunConfig) -> None:
+    """Refuse to train a model file that was started without the site file that names its data.
+
+    Raises:
+        DataError: no data is named; a tokenizer that is missing too would hide it.
+    """
+    data = run.data
+    if not (data.data_path or data.train_data_paths or data.train_stream or data.synthetic):
+        raise DataError(
+            "no training data is named",
+            hint="add a file that names data, tokenizer and folders, such as configs/local_setup.yml "
+            "(python prepare_data.py pystdlib makes what it names), or set data_path",
+        )
 
 
 def ignored_keys(values: Mapping[str, Any], provenance: Mapping[str, str]) -> tuple[str, ...]:
