@@ -12,7 +12,8 @@ import pytest
 from tests.tiny_run import write_run
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = sorted(p for p in (*ROOT.glob("*.py"), *(ROOT / "tools").rglob("*.py")) if "exit_on_error()" in p.read_text("utf-8"))
+FILES = {p: p.read_text("utf-8") for p in (*ROOT.glob("*.py"), *(ROOT / "tools").rglob("*.py"))}
+COMMANDS = sorted(p for p, text in FILES.items() if "exit_on_error(" in text and '__name__ == "__main__"' in text)
 FULL = Path("/dev/full")
 
 
