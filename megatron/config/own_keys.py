@@ -107,7 +107,8 @@ OWN_KEYS: dict[str, str] = {
     "launcher_args": "More arguments for mpirun, srun or pdsh, as one string.",
     "export_env": "Names or patterns of environment variables that go to every rank beside the usual ones; no secrets.",
     "wandb_mode": (
-        "`offline`: W&B's files are written to the run folder, without an account or a network, and `wandb sync` sends them later; "
+        "`offline`: W&B's files are written to the run folder, without an account or a network, and `wandb sync` sends them "
+        "later; "
         "`online`: they are sent. Unset: as the variable WANDB_MODE says."
     ),
     "run_dir": "Folder of the run: config, metrics, logs, plots. Unset: the parent of save, or runs/<config name>.",

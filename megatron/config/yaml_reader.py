@@ -18,8 +18,10 @@ import yaml
 
 from megatron.config.problems import Problems
 
-# What PyYAML raises on bad text: its own errors, and ValueError for dates and numbers that are none (2024-99-99).
-BAD_YAML = (yaml.YAMLError, ValueError, RecursionError)
+# What PyYAML raises on bad text: its own errors, ValueError for dates and numbers that are none (2024-99-99), and what its
+# constructors of tagged values stumble over (`!!bool maybe`, `!!timestamp x`).
+BAD_YAML = (yaml.YAMLError, ValueError, RecursionError, KeyError, AttributeError, TypeError)
+_MOST_VALUES = 100_000  # values of a file with its anchors written out; thousands of times what a configuration needs
 _DEEPEST = 8  # levels whose lines are noted; an anchor that contains itself would go on for ever
 
 _EXPONENT = re.compile(r"^[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+$")
@@ -48,7 +50,37 @@ def normalise_key(key: str) -> str:
 
 def parse_scalar(text: str) -> Any:
     """The value of a `--set KEY=VALUE` text, by the rules of the files."""
-    return ConfigLoader(text).get_single_data()
+    loader = ConfigLoader(text)
+    node = loader.get_single_node()
+    if node is None:
+        return None
+    _check_size(node)
+    return loader.construct_document(node)
+
+
+def _check_size(root: yaml.Node) -> None:
+    """Refuse anchors that a few lines make into millions of values, or into themselves, before anything is made of them.
+
+    Raises:
+        YAMLError: too many values, or values without end.
+    """
+    sizes: dict[int, int] = {}
+    open_nodes: set[int] = set()
+
+    def size(node: yaml.Node) -> int:
+        if isinstance(node, yaml.ScalarNode):
+            return 1
+        if id(node) in open_nodes:
+            raise yaml.YAMLError("an anchor contains itself")
+        if id(node) not in sizes:
+            open_nodes.add(id(node))
+            pairs = isinstance(node, yaml.MappingNode)
+            sizes[id(node)] = 1 + sum(size(part) for item in node.value for part in (item if pairs else (item,)))
+            open_nodes.discard(id(node))
+        return sizes[id(node)]
+
+    if (count := size(root)) > _MOST_VALUES:
+        raise yaml.YAMLError(f"{count:,} values with all anchors written out; at most {_MOST_VALUES:,} are read")
 
 
 def resolve_path(name: str | Path, conf_dir: str | Path | None) -> Path:
@@ -87,13 +119,16 @@ def parse_text(text: str, label: str, problems: Problems) -> tuple[dict[str, Any
             found = "is empty" if node is None else "is not a list of `key: value` lines"
             problems.add(f"the config file {found}", label)
             return {}, {}
+        _check_size(node)
         places: dict[str, str] = {}
         _walk(node, "", label, places, problems)
         raw = loader.construct_document(node)
     except BAD_YAML as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{label}:{mark.line + 1}" if mark else label
-        problems.add(f"not valid YAML: {getattr(error, 'problem', None) or error}", place)
+        known = isinstance(error, (yaml.YAMLError, ValueError, RecursionError))
+        told = getattr(error, "problem", None) or (error if known else "a value that its tag does not allow")
+        problems.add(f"not valid YAML: {told}", place)
         return {}, {}
     return {normalise_key(str(key)): value for key, value in raw.items()}, places
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -148,6 +150,43 @@ def test_bad_files_say_where(text: str, words: str, line: str) -> None:
     with pytest.raises(ConfigError, match=words) as caught:
         _read(text)
     assert str(caught.value.where).startswith(f"a.yml{line}")
+
+
+_NINE = ",".join("*{0}" for _ in range(9))
+_LETTERS = "abcdefghij"
+LIST_BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"{new}: &{new} [{_NINE.format(old)}]\n" for old, new in itertools.pairwise(_LETTERS)
+)
+MAP_BOMB = "a: &a {x: 1}\n" + "".join(
+    f"{new}: &{new} {{{','.join(f'k{i}: *{old}' for i in range(9))}}}\n" for old, new in itertools.pairwise(_LETTERS)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (LIST_BOMB, "values with all anchors written out"),
+        (MAP_BOMB, "values with all anchors written out"),
+        ("attention_config: &a [*a]", "an anchor contains itself"),
+        ("a: {b: &b {c: *b}}", "an anchor contains itself"),
+        ('a: !!bool "maybe"', "a value that its tag does not allow"),
+        ("a: !!timestamp x", "a value that its tag does not allow"),
+        ("a: !!int x", "not valid YAML"),
+        ("a: !!omap 1", "not valid YAML"),
+        ("a: " + "[" * 20_000, "not valid YAML"),
+    ],
+)
+def test_bombs_and_bad_tags_are_refused_at_once(text: str, words: str) -> None:
+    started = time.monotonic()
+    with pytest.raises(ConfigError, match=words):
+        _read(text)
+    with pytest.raises((yaml.YAMLError, ValueError, RecursionError, KeyError, AttributeError, TypeError)):
+        parse_scalar(text)
+    assert time.monotonic() - started < 5
+
+
+def test_anchors_of_usual_size_are_read() -> None:
+    assert _read("a: &a {x: 1}\nb: *a\nc: [*a, *a]\n") == {"a": {"x": 1}, "b": {"x": 1}, "c": [{"x": 1}, {"x": 1}]}
 
 
 def test_missing_file_names_near_ones(tmp_path: Path) -> None:
