@@ -203,6 +203,13 @@ def _license(stated: Stated) -> str:
     return f"[{name}]({stated.license_link})" if stated.license_link else f"`{name}`"
 
 
+def _prefix(config: ModelConfig) -> int:
+    """Tokens that prefix layers of the model read in both directions; 0 without such layers."""
+    if not any(_file_of(kind) == "jrt" for kind in config.layer_types):
+        return 0
+    return int(config.layer_options.get("jrt", {}).get("prefix_length", 0))
+
+
 def model_card(subject: Subject, stated: Stated) -> str:
     """The text of README.md.
 
@@ -223,7 +230,7 @@ def model_card(subject: Subject, stated: Stated) -> str:
 
 {_kind_of_model(subject.config)}, exported from the checkpoint of step {subject.manifest.iteration:,}.
 
-{how_to_use(subject.tokenizer, subject.native)}
+{how_to_use(subject.tokenizer, subject.native, _prefix(subject.config))}
 ## Versions
 
 Folders of this kind were proved with `transformers` {lowest} to {newest}; this one was compared with its checkpoint under

@@ -72,12 +72,22 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 """
 
 
-def how_to_use(tokenizer: bool, native: bool) -> str:
+_PREFIX = """### The prefix
+
+The first {length} tokens of a text are read in both directions (JRT); `prefix_length=N` sets another number for a call, 0 reads
+from left to right. A prompt should fill the prefix: with the cache, later tokens are read from left to right, and without it a
+longer text would form a longer prefix. Labels inside the prefix are tokens that the model sees: set them to -100 in
+fine-tuning, or train with `prefix_length=0`.
+"""
+
+
+def how_to_use(tokenizer: bool, native: bool, prefix: int = 0) -> str:
     """The part of the card between the first sentence and the facts.
 
     Args:
         tokenizer: whether the folder holds one.
         native: whether transformers' own classes load the folder; what is said of code in the folder is left out then.
+        prefix: tokens that prefix layers read in both directions; 0 without such layers.
 
     Returns:
         Markdown that ends with a line break.
@@ -94,5 +104,5 @@ def how_to_use(tokenizer: bool, native: bool) -> str:
         show="print(tokenizer.decode(output[0]))" if tokenizer else "print(output)",
     )
     batches = _BATCHES + (_BATCHES_TEXT if tokenizer else "")
-    own = () if native else (_PACKING,)
+    own = () if native else (_PACKING, *((_PREFIX.format(length=prefix),) if prefix else ()))
     return "\n".join([load, batches, *own, _FINE_TUNING, *(() if native else (_SMOOTHING,))])

@@ -18,10 +18,12 @@ from megatron.export.hf_inputs import (
     Compaction,
     Documents,
     check_mask,
+    check_tokens,
     check_unknown,
     compaction,
     filler_mask,
     moved,
+    tokens_before,
     values_visible,
 )
 from megatron.export.hf_outputs import CACHE_FIELD, DecoderModelOutput
@@ -91,8 +93,12 @@ class DecoderModel(DecoderPreTrainedModel):
         return self.embed_tokens
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the token embedding."""
-        self.embed_tokens = value
+        """Replace the token embedding; a plain `nn.Embedding` gives its table to ours, which has positions and scale too."""
+        if type(value) is nn.Embedding:
+            own = self._embedding()
+            own.weight, own.num_embeddings = value.weight, value.num_embeddings
+        else:
+            self.embed_tokens = value
 
     def blocks(self) -> list[Block]:
         """The residual blocks, in order."""
@@ -103,11 +109,11 @@ class DecoderModel(DecoderPreTrainedModel):
         return [block.token_mixer for block in self.blocks()]
 
     def _embedding(self) -> Embedding:
-        """The embedding itself, inside what PEFT may have put around it."""
+        """The embedding itself, or, inside what PEFT has put around it, the copy that is in use."""
         module = self.embed_tokens
-        while not isinstance(module, Embedding) and isinstance(inner := getattr(module, "base_layer", None), nn.Module):
-            module = inner
-        return cast(Embedding, module)
+        if isinstance(module, Embedding) or hasattr(module, "finish"):  # a wrapper that answers for the copy in use
+            return cast(Embedding, module)
+        return next(inner for inner in module.modules() if isinstance(inner, Embedding))
 
     def forward(
         self,
@@ -149,14 +155,14 @@ class DecoderModel(DecoderPreTrainedModel):
             TypeError: an unknown argument.
             ValueError: a value that would not be honoured.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give either input_ids or inputs_embeds")
+        check_tokens(input_ids, inputs_embeds)
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         held = self._cache(resolve_cache(past_key_values, cache), use_cache, x)
         seen = 0 if held is None else held.seen
         check_unknown(kwargs, seen, x.shape[1])
-        mask = check_mask(attention_mask, x)
-        documents = Documents(position_ids, cu_seq_lens_q, cu_seq_lens_k, seq_idx).segment_ids(mask, x, seen)
+        self._check_prefix(prefix_length, prefix_mask)
+        mask, before = check_mask(attention_mask, x, seen), tokens_before(attention_mask, x, seen)
+        documents = Documents(position_ids, cu_seq_lens_q, cu_seq_lens_k, seq_idx).segment_ids(mask, x, seen, before)
         ctx = Context(
             mask=mask,
             segment_ids=documents,
@@ -167,7 +173,7 @@ class DecoderModel(DecoderPreTrainedModel):
         )
         hidden: list[Tensor] | None = [] if asked(output_hidden_states, self.config, "output_hidden_states") else None
         self._check_places(position_ids, ctx, held, x)
-        move = compaction(mask, attention_mask, seen)
+        move = compaction(mask, before)
         x, weights = self._pass(x if move is None else move.apply(x), moved(ctx, move), held, hidden)
         if move is not None:
             x, hidden = move.undo(x), None if hidden is None else [move.undo(h) for h in hidden]
@@ -191,6 +197,17 @@ class DecoderModel(DecoderPreTrainedModel):
         if held.batch_size() != len(x):
             raise ValueError(f"the cache is of another batch size than the {len(x)} rows given")
         return held
+
+    def prefix_length(self) -> int | None:
+        """Tokens that prefix layers (JRT) read in both directions as they are set; None without such layers."""
+        lengths = [int(mixer.prefix_length) for mixer in self.mixers() if hasattr(mixer, "prefix_length")]
+        return max(lengths) if lengths else None
+
+    def _check_prefix(self, length: int | None, mask: Tensor | None) -> None:
+        if (length is not None or mask is not None) and self.prefix_length() is None:
+            raise ValueError("prefix_length and prefix_mask are for models with prefix layers (jrt), of which this has none")
+        if length is not None and (not isinstance(length, int) or length < 0):
+            raise ValueError(f"prefix_length must be a number of tokens, got {length!r}")
 
     def _check_places(self, position_ids: Tensor | None, ctx: Context, held: RecurrentCache | None, x: Tensor) -> None:
         """Learned positions are numbered here; refuse position_ids that number otherwise."""

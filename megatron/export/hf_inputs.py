@@ -16,8 +16,8 @@ from torch import Tensor
 
 from megatron.layers.base import Context
 
-_REPEATED = ("max_length_q", "max_length_k")
-"""Known arguments that repeat what `cu_seq_lens_q` says."""
+_WITHOUT_EFFECT = ("max_length_q", "max_length_k", "tokenizer", "assistant_tokenizer")
+"""Known arguments that repeat what `cu_seq_lens_q` says, or that `generate` uses itself and hands on."""
 
 
 def values_visible(x: Tensor) -> bool:
@@ -38,7 +38,7 @@ def check_unknown(arguments: Mapping[str, Any], seen: int, length: int) -> None:
         ValueError: `cache_position`, `token_type_ids` or `is_causal` says something that will not happen.
     """
     for name, value in arguments.items():
-        if value is None or name in _REPEATED:
+        if value is None or name in _WITHOUT_EFFECT:
             continue
         if name == "cache_position":
             places = torch.arange(seen, seen + length, device=value.device)
@@ -54,8 +54,27 @@ def check_unknown(arguments: Mapping[str, Any], seen: int, length: int) -> None:
             raise TypeError(f"forward() got an unknown argument '{name}'; nothing here would honour it")
 
 
-def check_mask(attention_mask: Tensor | None, x: Tensor) -> Tensor | None:
+def check_tokens(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> None:
+    """One of the two, in its shape, with something in it.
+
+    Raises:
+        ValueError: neither or both, another number of dimensions, no row or no token.
+    """
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("give either input_ids or inputs_embeds")
+    given = inputs_embeds if input_ids is None else input_ids
+    name, dims = ("inputs_embeds", 3) if input_ids is None else ("input_ids", 2)
+    if given is not None and (given.dim() != dims or 0 in given.shape):
+        raise ValueError(f"{name} must have {dims} dimensions, rows and tokens first, none of them 0; got {tuple(given.shape)}")
+
+
+def check_mask(attention_mask: Tensor | None, x: Tensor, seen: int = 0) -> Tensor | None:
     """The part [b, s] of a 0/1 mask that belongs to x [b, s, d]; None when it hides nothing, which is the faster case.
+
+    Args:
+        attention_mask: [b, s], or [b, seen + s] with the columns of earlier passes in front.
+        x: the embedded tokens.
+        seen: tokens in the cache.
 
     Raises:
         ValueError: another shape, or values besides 0 and 1 (additive masks, document numbers).
@@ -67,6 +86,10 @@ def check_mask(attention_mask: Tensor | None, x: Tensor) -> Tensor | None:
         raise ValueError(f"attention_mask must be [batch, length] of 0 and 1, got {shape} for x {tuple(x.shape)}")
     if attention_mask.shape[0] != x.shape[0]:
         raise ValueError(f"attention_mask has {attention_mask.shape[0]} rows for {x.shape[0]} rows of tokens")
+    if attention_mask.shape[1] not in (x.shape[1], seen + x.shape[1]):
+        raise ValueError(
+            f"attention_mask has {attention_mask.shape[1]} columns for {x.shape[1]} tokens behind {seen} in the cache"
+        )
     mask = attention_mask[:, -x.shape[1] :].to(x.device)
     if not values_visible(mask):
         return mask != 0
@@ -93,13 +116,14 @@ class Documents:
     cu_seq_lens_k: Tensor | None = None
     seq_idx: Tensor | None = None
 
-    def segment_ids(self, mask: Tensor | None, x: Tensor, seen: int) -> Tensor | None:
+    def segment_ids(self, mask: Tensor | None, x: Tensor, seen: int, before: Tensor | None = None) -> Tensor | None:
         """Document numbers [b, s] of x [b, s, d], growing by one at each border; None where there is one document.
 
         Args:
             mask: 1 for tokens, None for all; padding belongs to the document before it.
             x: the embedded tokens.
             seen: tokens in the cache, whose document the first token continues.
+            before: from `tokens_before`.
 
         Raises:
             ValueError: shapes that do not fit, positions that neither count on nor restart, or borders that contradict each
@@ -108,7 +132,7 @@ class Documents:
         if x.shape[1] == 1:
             return None
         told = {
-            "position_ids": _borders_of_positions(self.position_ids, mask, x, seen),
+            "position_ids": _borders_of_positions(self.position_ids, mask, x, before),
             "cu_seq_lens": self._borders_of_offsets(x, seen),
             "seq_idx": _borders_of_numbers(self.seq_idx, x),
         }
@@ -155,7 +179,9 @@ def _borders_of_numbers(seq_idx: Tensor | None, x: Tensor) -> Tensor | None:
     return F.pad(numbers[:, 1:] != numbers[:, :-1], (1, 0))
 
 
-def _borders_of_positions(position_ids: Tensor | None, mask: Tensor | None, x: Tensor, seen: int) -> Tensor | None:
+def _borders_of_positions(
+    position_ids: Tensor | None, mask: Tensor | None, x: Tensor, continued: Tensor | None
+) -> Tensor | None:
     """[b, s]: True where a document begins after the first token; positions of padding are not looked at."""
     if position_ids is None:
         return None
@@ -169,7 +195,10 @@ def _borders_of_positions(position_ids: Tensor | None, mask: Tensor | None, x: T
     if values_visible(x):
         if bool((later & (places > previous + 1)).any()):
             raise ValueError("position_ids must count up by one inside a document; they skip some")
-        if seen and bool((shown & (before < 0) & (places == 0)).any()):
+        if bool((border & (places != 0)).any()):
+            raise ValueError("position_ids must count up by one, or restart at 0 where a document begins")
+        first = shown & (before < 0) & (places == 0)
+        if continued is not None and bool((first & (continued > 0)[:, None]).any()):
             raise ValueError("position_ids restart with the first token of a pass whose cache holds another document")
     return border
 
@@ -204,7 +233,16 @@ def _gathered(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(1, index.reshape(*index.shape, *[1] * (x.dim() - 2)).expand(-1, -1, *x.shape[2:]))
 
 
-def compaction(mask: Tensor | None, attention_mask: Tensor | None, seen: int) -> Compaction | None:
+def tokens_before(attention_mask: Tensor | None, x: Tensor, seen: int) -> Tensor | None:
+    """Tokens [b] that each row's state has read before x [b, s, d], padding left out where the mask tells it; None for none."""
+    if not seen:
+        return None
+    if attention_mask is not None and attention_mask.shape[1] > x.shape[1]:
+        return attention_mask[:, : -x.shape[1]].sum(1).to(x.device)
+    return torch.full((x.shape[0],), seen, device=x.device)
+
+
+def compaction(mask: Tensor | None, before: Tensor | None) -> Compaction | None:
     """How to close the holes of a mask [b, s]; None where there are none.
 
     Padding on the right, and on the left of an empty state, is what mixers handle themselves. Anything else would stand between
@@ -212,16 +250,13 @@ def compaction(mask: Tensor | None, attention_mask: Tensor | None, seen: int) ->
 
     Args:
         mask: of this pass, None when it hides nothing.
-        attention_mask: as given, [b, s] or with the columns of earlier passes before them.
-        seen: tokens in the cache.
+        before: from `tokens_before`.
     """
-    if mask is None or attention_mask is None:
+    if mask is None:
         return None
     if values_visible(mask):
         runs = (mask & ~F.pad(mask[:, :-1], (1, 0))).sum(1)
-        continued = torch.full_like(runs, seen)  # how many tokens the row's state has read, where that is told
-        if attention_mask.shape[1] > mask.shape[1]:
-            continued = attention_mask[:, : -mask.shape[1]].sum(1).to(mask.device)
+        continued = torch.zeros_like(runs) if before is None else before
         if not bool(((runs > 1) | ((runs == 1) & ~mask[:, 0] & (continued > 0))).any()):
             return None
     order = (~mask).long().argsort(dim=1, stable=True)
@@ -244,9 +279,45 @@ def moved(ctx: Context, move: Compaction | None) -> Context:
 
 
 def filler_mask(prefix_mask: Tensor | None, x: Tensor, seen: int) -> Tensor | None:
-    """JRT's filler in front of the prompt; of no meaning in passes after the one that read the prompt."""
+    """JRT's filler in front of the prompt [b, prompt], as [b, s] of the pass that reads the prompt; None in later passes.
+
+    Raises:
+        ValueError: another shape or other values than 0 and 1, or filler behind a pass that reads the prompt in pieces.
+    """
     if prefix_mask is None or seen:
         return None
-    if prefix_mask.shape != x.shape[:2]:
-        raise ValueError(f"prefix_mask must be {tuple(x.shape[:2])}, got {tuple(prefix_mask.shape)}")
-    return prefix_mask.to(x.device)
+    if prefix_mask.dim() != 2 or prefix_mask.shape[0] != x.shape[0]:
+        raise ValueError(f"prefix_mask must be [{x.shape[0]}, prompt] of 0 and 1, got {tuple(prefix_mask.shape)}")
+    given = prefix_mask.to(x.device)
+    if values_visible(given) and not bool(((given == 0) | (given == 1)).all()):
+        raise ValueError("prefix_mask must hold 0 (filler) and 1 (text) only")
+    if values_visible(given) and bool((given[:, x.shape[1] :] == 0).any()):
+        raise ValueError("prefix_mask hides tokens behind this pass: the filler must be read in one piece")
+    return F.pad(given, (0, max(0, x.shape[1] - given.shape[1])), value=1)[:, : x.shape[1]]  # what follows the prompt is text
+
+
+def check_generation(arguments: Mapping[str, Any], cache: Any, prompt: int | None) -> None:
+    """Refuse what `generate` would get wrong without a word.
+
+    Args:
+        arguments: what `generate` will hand to `forward`.
+        cache: the `RecurrentCache` that it goes on from, None for a new text.
+        prompt: columns of an attention mask of ones, which newer transformers leave out of the arguments.
+
+    Raises:
+        ValueError: padding behind a prompt, several documents in a prompt, or a cache that has read the whole prompt.
+    """
+    mask = arguments.get("attention_mask")
+    packed = [name for name in ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k") if arguments.get(name) is not None]
+    if packed:
+        raise ValueError(f"generate continues one document per row; {packed[0]} tells of several")
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        prompt = mask.shape[1]
+        if bool(((mask[:, -1] == 0) & (mask != 0).any(1)).any()):
+            raise ValueError("generate continues a row's last column, which is padding here: use padding_side='left'")
+    seen = 0 if cache is None else cache.get_seq_length()
+    if seen and prompt is not None and seen >= prompt:
+        raise ValueError(
+            f"the cache has read {seen} tokens and the prompt has {prompt}: there is nothing new to read. Continue from a "
+            "cache with the text that it has read and at least one token more; keep a copy (cache.fork()) for other texts"
+        )

@@ -8,6 +8,7 @@ every version.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from transformers import GenerationMixin, PretrainedConfig
 
 from megatron.export.hf_backbone import DecoderModel, DecoderPreTrainedModel, asked
 from megatron.export.hf_cache import RecurrentCache, resolve_cache
+from megatron.export.hf_inputs import check_generation, values_visible
 from megatron.export.hf_outputs import CACHE_ARGUMENT, CACHE_FIELD, DecoderLMOutput
 from megatron.export.hf_register import register_causal_lm
 from megatron.model.embed import Head
@@ -73,13 +75,16 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
         The first piece holds the whole prefix of prefix layers (JRT), which is formed in one pass.
         """
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)  # type: ignore[misc]
+        prompt = getattr(generation_config, "_mask_length", None)
+        check_generation(model_kwargs, resolve_cache(model_kwargs.get(CACHE_ARGUMENT), None), prompt)
         if getattr(generation_config, "is_assistant", False):
             RecurrentCache().activate_past_recording()
         if not generation_config.prefill_chunk_size:
             return
         if generation_config.use_cache and model_kwargs.get(CACHE_ARGUMENT) is None:
             model_kwargs[CACHE_ARGUMENT] = RecurrentCache()
-        prefix, mask = self._prefix(model_kwargs.get("prefix_length")), model_kwargs.get("attention_mask")
+        own, asked_for, mask = self.model.prefix_length(), model_kwargs.get("prefix_length"), model_kwargs.get("attention_mask")
+        prefix = own if asked_for is None else asked_for
         if prefix:
             padding = 0 if mask is None else int((mask == 0).sum(1).max())
             generation_config.prefill_chunk_size = max(generation_config.prefill_chunk_size, prefix + padding)
@@ -102,11 +107,6 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
         )
         head = 0 if exclude_embeddings else self.config.vocab_size * self.config.hidden_size
         return int(3 * rows * length * (mixers + 2 * (matrices + head)))
-
-    def _prefix(self, asked: int | None) -> int:
-        """Tokens that prefix layers read in both directions; 0 without such layers."""
-        lengths = [int(mixer.prefix_length) for mixer in self.model.mixers() if hasattr(mixer, "prefix_length")]
-        return asked if lengths and asked is not None else max(lengths, default=0)
 
     def forward(
         self,
@@ -163,18 +163,38 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
         elif logits_to_keep:
             hidden = hidden[:, -logits_to_keep:]
         logits = self.lm_head(hidden)
-        loss = None if labels is None else _shifted_loss(logits, labels, num_items_in_batch)
+        loss = None if labels is None else self._loss(logits, labels, attention_mask, num_items_in_batch, prefix_length)
         more = {CACHE_FIELD: getattr(inner, CACHE_FIELD), "hidden_states": inner.hidden_states}
         output = DecoderLMOutput(loss, logits, **more, attentions=inner.attentions)
         return output if asked(return_dict, self.config, "return_dict") else output.to_tuple()
 
+    def _loss(
+        self, logits: Tensor, labels: Tensor, mask: Tensor | None, count: Tensor | int | None, prefix_length: int | None
+    ) -> Tensor:
+        """Cross entropy of logits [b, s, n] with the labels [b, s] one place on: mean, or sum / count.
 
-def _shifted_loss(logits: Tensor, labels: Tensor, count: Tensor | int | None) -> Tensor:
-    """Cross entropy of logits [b, s, n] with the labels [b, s] one place on: mean, or sum / count."""
-    if logits.shape[1] != labels.shape[1]:
-        raise ValueError(f"labels for {labels.shape[1]} positions, logits for {logits.shape[1]}: leave logits_to_keep at 0")
-    following = labels[:, 1:].to(logits.device)
-    loss = token_loss(logits[:, :-1], following)
-    if count is None:
-        return loss
-    return loss * (following != -100).sum() / (count.to(loss.device) if isinstance(count, Tensor) else count)
+        What stands behind padding is predicted from nothing and does not count.
+        """
+        if labels.shape != logits.shape[:2]:
+            raise ValueError(f"labels must be {tuple(logits.shape[:2])} as the logits, got {tuple(labels.shape)}")
+        following = labels[:, 1:].to(logits.device)
+        if mask is not None:
+            shown = mask[:, -labels.shape[1] : -1].to(logits.device) != 0
+            following = following.masked_fill(~shown, -100)
+        if values_visible(following):
+            wrong = (following != -100) & ((following < 0) | (following >= logits.shape[-1]))
+            if following.is_floating_point() or bool(wrong.any()):
+                raise ValueError(f"labels must be token ids of the {logits.shape[-1]} in the vocabulary, or -100")
+            prefix = self.model.prefix_length() if prefix_length is None else prefix_length
+            if prefix and bool((following[:, : prefix - 1] != -100).any()):
+                warnings.warn(_SEEN_LABELS.format(prefix), stacklevel=2)
+        loss = token_loss(logits[:, :-1], following)
+        if count is None:
+            return loss
+        return loss * (following != -100).sum() / (count.to(loss.device) if isinstance(count, Tensor) else count)
+
+
+_SEEN_LABELS = (
+    "labels inside the prefix of {} tokens, which prefix layers (JRT) read in both directions: the model sees what it is to "
+    "predict, and its loss there is copying. Set these labels to -100, or give prefix_length=0 to train it left to right"
+)

@@ -37,12 +37,28 @@ class LinearLMConfig(PretrainedConfig):
         self.num_hidden_layers = fields["num_layers"]
         self.num_attention_heads = fields["num_heads"]
         self.use_cache = use_cache
-        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads"):
-            kwargs.pop(name, None)
+        for name in _SIZES:
+            if (value := kwargs.pop(name, None)) is not None:
+                _check_size(name, value, getattr(self, name))
         kwargs["tie_word_embeddings"] = fields.get("tie_embeddings", True)
         warn_if_unproved(kwargs.get("proved_transformers"))
         super().__init__(**kwargs)
 
     def model_fields(self) -> dict[str, Any]:
-        """The fields of our `ModelConfig`."""
+        """The fields of our `ModelConfig`.
+
+        Raises:
+            ValueError: a size was changed beside `architecture`.
+        """
+        for name, own in _SIZES.items():
+            _check_size(name, getattr(self, name), self.architecture[own])
         return {**self.architecture, "vocab_size": self.vocab_size, "tie_embeddings": self.tie_word_embeddings}
+
+
+_SIZES = {"hidden_size": "hidden_size", "num_hidden_layers": "num_layers", "num_attention_heads": "num_heads"}
+"""Usual name of a size -> its name in `architecture`, which decides."""
+
+
+def _check_size(name: str, value: Any, own: Any) -> None:
+    if value != own:
+        raise ValueError(f"{name} {value} is not what `architecture` says, {own}: change the field there")

@@ -176,8 +176,9 @@ _Use = Callable[[Any, Probe, bool], tuple[Tensor, Tensor] | None]
 """(the folder's model, probe, native) -> (its logits, the trainer's); None where there is nothing to compare."""
 
 
-def _extra(probe: Probe, native: bool) -> dict[str, Any]:
-    return {} if native else {"prefix_length": probe.prefix}
+def _extra(model: Any, probe: Probe, native: bool) -> dict[str, Any]:
+    """The prefix of the probe's padded passes, where the model has layers that read one."""
+    return {} if native or model.model.prefix_length() is None else {"prefix_length": probe.prefix}
 
 
 def _whole_pass(model: Any, probe: Probe, native: bool) -> tuple[Tensor, Tensor]:
@@ -185,7 +186,7 @@ def _whole_pass(model: Any, probe: Probe, native: bool) -> tuple[Tensor, Tensor]
 
 
 def _left_padding(model: Any, probe: Probe, native: bool) -> tuple[Tensor, Tensor]:
-    logits = model(probe.tokens, attention_mask=probe.mask, use_cache=False, **_extra(probe, native)).logits
+    logits = model(probe.tokens, attention_mask=probe.mask, use_cache=False, **_extra(model, probe, native)).logits
     shown = probe.mask[..., None] if native else 1
     return logits * shown, probe.padded * shown
 
@@ -193,7 +194,7 @@ def _left_padding(model: Any, probe: Probe, native: bool) -> tuple[Tensor, Tenso
 def _cached_steps(model: Any, probe: Probe, native: bool) -> tuple[Tensor, Tensor]:
     tokens, mask = probe.tokens, probe.mask
     prompt = tokens.shape[1] - 8
-    out = model(tokens[:, :prompt], attention_mask=mask[:, :prompt], use_cache=True, **_extra(probe, native))
+    out = model(tokens[:, :prompt], attention_mask=mask[:, :prompt], use_cache=True, **_extra(model, probe, native))
     rows = [out.logits[:, -1]]
     for i in range(prompt, tokens.shape[1]):
         cache = {_CACHE: getattr(out, _CACHE)}
@@ -233,7 +234,7 @@ def _generated(model: Any, probe: Probe, native: bool, use_cache: bool) -> tuple
         output_logits=True,
         return_dict_in_generate=True,
         logits_processor=transformers.LogitsProcessorList([_Follow(probe.chosen, probe.tokens.shape[1])]),
-        **_extra(probe, native),
+        **_extra(model, probe, native),
     )
     return torch.stack(out.logits, 1), probe.following
 

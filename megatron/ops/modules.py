@@ -67,5 +67,5 @@ class ShortConv(nn.Conv1d):
         if x.shape[1] == 1 and history is not None and segment_ids is None and not torch.is_grad_enabled():
             window = torch.cat([history.to(x.dtype), x], dim=1)
             total = (window * self.weight[:, 0].t()).sum(1, keepdim=True)
-            return F.silu(total if self.bias is None else total + self.bias)
+            return F.silu(total if self.bias is None else total + self.bias).to(x.dtype)
         return causal_conv(x, self.weight, self.bias, history=history, segment_ids=segment_ids, backend=backend)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from huggingface_hub import ModelCard
 from megatron.checkpoint.manifest import Manifest
 from megatron.errors import ExportError
 from megatron.export.card import Stated, Subject, model_card
+from megatron.export.hf import export_checkpoint
 from megatron.export.proved import PROVED_TRANSFORMERS
 from megatron.export.scores import Score
 from tests.export.conftest import TINY
@@ -136,3 +138,13 @@ def test_code_blocks_are_python() -> None:
         assert len(blocks) >= 2
         for block in blocks:
             compile(block, "card", "exec")
+
+
+@pytest.mark.parametrize(("changes", "said"), [({}, False), ({"layer_types": ("jrt", "jrt")}, True)])
+def test_a_prefix_is_explained(
+    make_checkpoint: Callable[..., Path], tmp_path: Path, changes: dict[str, Any], said: bool
+) -> None:
+    options = {"layer_options": {"jrt": {"feature_width": 4, "prefix_length": 24}}} if said else {}
+    folder = export_checkpoint(make_checkpoint(**changes, **options), tmp_path / "hf").folder
+    card = (folder / "README.md").read_text()
+    assert ("### The prefix" in card) == said and ("The first 24 tokens" in card) == said

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -247,6 +248,8 @@ def test_documents_in_padded_rows(model: Any) -> None:
     ("arguments", "word"),
     [
         ({"position_ids": torch.tensor([[0, 1, 3, 4]])}, "skip"),
+        ({"position_ids": torch.tensor([[3, 2, 1, 0]])}, "restart at 0"),
+        ({"attention_mask": torch.ones(1, 7)}, "7 columns for 4 tokens"),
         ({"position_ids": torch.arange(3)[None]}, "position_ids must be"),
         ({"position_ids": torch.zeros(3, 1, 4, dtype=torch.long)}, "position_ids must be"),
         ({"cu_seq_lens_q": torch.tensor([0, 3])}, "rise from 0 to the 4 tokens"),
@@ -319,8 +322,15 @@ def test_loss(model: Any) -> None:
     whole = model(tokens, labels=tokens).loss
     parts = [model(row[None], labels=row[None], num_items_in_batch=torch.tensor(10)).loss for row in tokens]
     assert float(whole) == pytest.approx(float(sum(parts)), rel=1e-12)
-    with pytest.raises(ValueError, match="logits_to_keep"):
+    with pytest.raises(ValueError, match=r"labels must be \(2, 2\) as the logits"):
         model(tokens, labels=tokens, logits_to_keep=2)
+    for wrong in (tokens + 64, tokens - 64, tokens.double()):
+        with pytest.raises(ValueError, match="labels must be token ids of the 64"):
+            model(tokens, labels=wrong)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6])
+    padded = model(tokens, attention_mask=mask, labels=tokens.masked_fill(mask == 0, -100)).loss
+    rows = [model(row[None], labels=row[None], num_items_in_batch=8).loss for row in (tokens[0, 2:], tokens[1])]
+    assert float(padded) == pytest.approx(float(sum(rows)), rel=1e-12), "padding predicts nothing"
     with pytest.raises(ValueError, match="either"):
         model()
 
@@ -340,3 +350,96 @@ def test_without_the_output_matrix(model: Any) -> None:
     hidden = body(tokens).last_hidden_state
     assert float((model.lm_head(hidden) - model(tokens).logits).abs().max()) < CLOSE
     assert torch.equal(body(tokens, return_dict=False)[0], hidden)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_left_padded_prompts_in_pieces(model: Any, size: int) -> None:
+    """A row whose cache holds padding alone begins its text there, with position 0."""
+    tokens, mask = text(2, 8), torch.tensor([[1] * 8, [0, 0, 0, 0, 1, 1, 1, 1]])
+    common: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    want = model.generate(tokens, **common, eos_token_id=None)
+    assert torch.equal(model.generate(tokens, **common, eos_token_id=None, prefill_chunk_size=size), want)
+
+
+@torch.inference_mode()
+def test_what_generate_would_get_wrong_is_refused(model: Any) -> None:
+    tokens, common = text(2, 6), {"max_new_tokens": 2, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    with pytest.raises(ValueError, match="padding_side='left'"):
+        model.generate(tokens, attention_mask=torch.tensor([[1] * 6, [1, 1, 1, 1, 0, 0]]), **common)
+    with pytest.raises(ValueError, match="one document per row; seq_idx"):
+        model.generate(tokens, seq_idx=torch.tensor([[0, 0, 0, 1, 1, 1]] * 2), **common)
+    for length in (6, 4):
+        cache = model(tokens, use_cache=True).cache
+        with pytest.raises(ValueError, match=f"has read 6 tokens and the prompt has {length}"):
+            model.generate(tokens[:, :length], past_key_values=cache, **common)
+    for wrong in (torch.zeros(2, 0, dtype=torch.long), torch.zeros(0, 3, dtype=torch.long), torch.zeros(3, dtype=torch.long)):
+        with pytest.raises(ValueError, match="input_ids must have 2 dimensions"):
+            model(wrong)
+
+
+@torch.inference_mode()
+def test_stop_strings(model: Any) -> None:
+    """`generate` hands its tokenizer on to `forward`, where it has no meaning."""
+    assert model(text(1, 4), tokenizer=object(), assistant_tokenizer=object()).logits.shape == (1, 4, 64)
+
+
+@torch.inference_mode()
+def test_prefixes(model: Any) -> None:
+    tokens = text(1, 8)
+    if model.model.prefix_length() is None:
+        for arguments in ({"prefix_length": 2}, {"prefix_mask": torch.ones(1, 8)}):
+            with pytest.raises(ValueError, match="of which this has none"):
+                model(tokens, **arguments)
+        return
+    for wrong in (-1, 2.5, "a"):
+        with pytest.raises(ValueError, match="prefix_length must be"):
+            model(tokens, prefix_length=wrong)
+    with pytest.raises(ValueError, match="0 .filler. and 1"):
+        model(tokens, prefix_mask=torch.full((1, 8), 0.5))
+    filler = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1]])
+    common: dict[str, Any] = {"prefix_mask": filler, "max_new_tokens": 3, "do_sample": False, "eos_token_id": None}
+    want = model.generate(tokens, pad_token_id=0, **common)
+    assert torch.equal(model.generate(tokens, pad_token_id=0, use_cache=False, **common), want)
+
+
+def test_labels_that_a_prefix_model_sees_are_named(model: Any) -> None:
+    tokens, prefix = text(1, 8), model.model.prefix_length()
+    if prefix is not None:
+        with pytest.warns(UserWarning, match="labels inside the prefix of 3 tokens"):
+            model(tokens, labels=tokens)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(tokens, labels=tokens, **({} if prefix is None else {"prefix_length": 0}))
+        model(tokens, labels=tokens.masked_fill(torch.arange(8) < 3, -100))
+
+
+def test_sizes_of_a_configuration_are_not_swallowed(make_checkpoint: Make, tmp_path: Path) -> None:
+    from transformers import AutoConfig
+
+    folder = export_checkpoint(make_checkpoint(**LAYERS["jrt"]), tmp_path / "hf").folder
+    with pytest.raises(ValueError, match="num_hidden_layers 1 is not what `architecture` says, 2"):
+        AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, num_hidden_layers=1)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    with pytest.raises(ValueError, match="hidden_size 64"):
+        type(config)(architecture=config.architecture, hidden_size=64)
+    metala = export_checkpoint(make_checkpoint(name="other"), tmp_path / "metala").folder
+    official = AutoConfig.from_pretrained(metala, trust_remote_code=True)
+    assert type(official)(hidden_size=64).decoder_embed_dim == 64
+    with pytest.raises(ValueError, match="decoder_layers is 3 and num_hidden_layers"):
+        type(official)(decoder_layers=3, num_hidden_layers=4)
+
+
+def test_embeddings_that_others_put_in(model: Any) -> None:
+    own = model.get_input_embeddings()
+    plain = torch.nn.Embedding(64, 32, dtype=torch.float64)
+    model.set_input_embeddings(plain)
+    assert model.get_input_embeddings() is own and own.weight is plain.weight
+    assert model(text(1, 4)).logits.shape == (1, 4, 64)
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules="all-linear", trainable_token_indices=[3, 4], task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(model, config)
+    out = adapted(input_ids=text(1, 4), labels=text(1, 4))
+    out.loss.backward()
+    grown = [n for n, p in adapted.named_parameters() if "trainable_tokens" in n and p.grad is not None]
+    assert grown, "the new tokens are trained"
