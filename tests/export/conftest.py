@@ -18,7 +18,7 @@ from megatron.checkpoint.save import save_weights
 from megatron.export.hf import export_checkpoint
 from megatron.model.build import param_specs
 from megatron.model.config import ModelConfig
-from tests.export.families import FAMILIES, WIDE, family_weights
+from tests.export.families import FAMILIES, QUICK, WIDE, family_weights
 from tests.export.modules_cache import use_private_modules_cache
 
 TINY = ModelConfig(vocab_size=64, hidden_size=32, num_layers=2, num_heads=2, mlp_width=48, layer_types=("metala", "metala"))
@@ -98,7 +98,7 @@ def load_family(exported: Callable[[str], Path]) -> Callable[..., Any]:
     return load
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=[pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in FAMILIES])
 def family(request: pytest.FixtureRequest) -> str:
     """Each family in turn, so that a test's name reads as feature and family."""
     return request.param
