@@ -27,7 +27,7 @@ from tools.compat.combinations import ALL, CROSS, NEW_END, OLD_END, OTHERS, ROOT
 from tools.compat.cross import run_cross
 from tools.compat.environments import remove_environment
 from tools.compat.page import page
-from tools.compat.suite import run_suite
+from tools.compat.suite import run_failed_again, run_suite
 
 RESULTS = ROOT / "benchmarks" / "results" / "compatibility.json"
 PAGE = ROOT / "docs" / "compatibility.md"
@@ -84,6 +84,14 @@ def run_combinations(combinations: Sequence[Combination], remove: bool, tests: S
     return good
 
 
+def run_failures_again() -> bool:
+    """Run and record the failed tests of every row once more; returns whether none is left."""
+    for row in read_results()["rows"]:
+        if row.get("failed") and row["passed"]:
+            record(run_failed_again(row))
+    return not any(row.get("failed") for row in read_results()["rows"])
+
+
 def main() -> int:
     """The command; returns its exit code."""
     parser = argparse.ArgumentParser(
@@ -97,16 +105,18 @@ def main() -> int:
     parser.add_argument("--transformers", help="one combination: its transformers, also one beyond the range")
     parser.add_argument("--others", choices=sorted(OTHERS), default="exact", help="one combination: all other packages")
     parser.add_argument("--cross", action="store_true", help="folders exported under one transformers, used under another")
+    parser.add_argument("--failed-again", action="store_true", help="run the failed tests of every row once more")
     parser.add_argument("--tests", nargs="+", default=list(SUITE), help="other tests; their counts are not recorded")
     parser.add_argument("--remove", action="store_true", help="delete each environment afterwards")
     parser.add_argument("--page", action="store_true", help="only write docs/compatibility.md anew from the results")
     arguments = parser.parse_args()
     combinations = asked_for(arguments)
-    if not (combinations or arguments.cross or arguments.page):
-        raise UserError(
-            "nothing was asked for", hint="--oldest, --newest, --all, --cross, --page or one combination; see --help"
-        )
+    if not (combinations or arguments.cross or arguments.page or arguments.failed_again):
+        hint = "--oldest, --newest, --all, --cross, --failed-again, --page or one combination; see --help"
+        raise UserError("nothing was asked for", hint=hint)
     good = run_combinations(combinations, arguments.remove, arguments.tests)
+    if arguments.failed_again:
+        good = run_failures_again() and good
     if arguments.cross:
         from tools.compat.families import FAMILIES, NEW_TOKENS, PROMPTS
 

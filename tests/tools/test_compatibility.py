@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,26 @@ def test_every_range_of_a_user_has_both_ends_and_a_reason() -> None:
                 assert re.match(r"\S+(==|>=\S+,<)\S+\s+# \S", line), f"{file.name}: {line}"
 
 
+def proved_rows() -> list[dict[str, Any]]:
+    rows = json.loads(tool.RESULTS.read_text(encoding="utf-8"))["rows"]
+    return [row for row in rows if "unavailable" not in row and not row["failed"]]
+
+
+@pytest.mark.parametrize("name", ["torch", "transformers"])
+def test_the_ends_of_a_range_are_what_was_proved(name: str) -> None:
+    (specifier,) = [r.specifier for r in stated(FOLDER / "requirements.txt") if r.name == name]
+    ends = {s.operator: Version(s.version) for s in specifier}
+    proved = sorted(Version(row[name]) for row in proved_rows())
+    assert proved[0].release[:2] == ends[">="].release[:2], "the lower end was not proved: make test-oldest"
+    first_untested = (proved[-1].major, proved[-1].minor + 1)
+    assert ends["<"].release[:2] == first_untested, "the upper end is not the release after the newest proved one"
+
+
+def test_the_page_is_what_the_results_say() -> None:
+    results = json.loads(tool.RESULTS.read_text(encoding="utf-8"))
+    assert tool.PAGE.read_text(encoding="utf-8") == page(results), "python tools/compatibility.py --page"
+
+
 def test_every_path_of_the_compatibility_part_exists() -> None:
     assert all((ROOT / path).exists() for path in combinations.SUITE)
 
@@ -88,7 +109,8 @@ def test_every_path_of_the_compatibility_part_exists() -> None:
 def test_a_page_of_failures_pairs_and_what_could_not_be_had() -> None:
     base = {"torch": "2.13.0", "others": "exact", "date": "2026-01-02", "commit": "abc"}
     good = {"passed": 5, "failed": 0, "skipped": 1, "failures": [], "seconds": 7, "versions": {"torch": "2.13.0+cpu"}}
-    bad = {**good, "failed": 1, "failures": ["tests.export.test_use::test_x"]}
+    again = [{"passed": ["tests.export.test_use::test_y"], "date": "2026-01-03", "commit": "def"}]
+    bad = {**good, "failed": 1, "failures": ["tests.export.test_use::test_x"], "again": again}
     rows = [
         {**base, "python": "3.11", "transformers": "5.9.0", **good},
         {**base, "python": "3.12", "transformers": "5.24.0", **bad},
@@ -102,6 +124,7 @@ def test_a_page_of_failures_pairs_and_what_could_not_be_had() -> None:
     assert [line.split(" | ")[2] for line in lines if line.startswith("| 3.")] == ["5.9.0", "5.24.0", "5.24.0"]
     assert "| 3.12 | 2.13.0 | 5.24.0 | exact | 5 | 1 | 1 | 2026-01-02 | abc |" in lines
     assert "  - failed: `tests.export.test_use::test_x`" in lines and "needs Python 3.11" in text
+    assert "  - passed when run again (2026-01-03, def): `tests.export.test_use::test_y`" in lines
     assert "| exported under 5.9.0 | 1 of 2 equal |" in lines
     assert "- jrt, 5.9.0 to 5.24.0: beams with and without cache differ" in lines
     assert "- transformers 5.25.0: no such release" in lines
@@ -116,6 +139,28 @@ def test_counts_of_a_report(tmp_path: Path) -> None:
     inner = "".join(f'<testcase classname="t" name="{name}">{child}</testcase>' for name, child in cases.items())
     (tmp_path / "r.xml").write_text(f"<testsuites><testsuite>{inner}</testsuite></testsuites>", encoding="utf-8")
     assert suite.count(tmp_path / "r.xml") == {"passed": 2, "failed": 2, "skipped": 1, "failures": ["t::c", "t::d"]}
+
+
+def test_failed_tests_as_pytest_takes_them() -> None:
+    assert suite.node_of("tests.tools.test_compatibility::test_x[1-a]") == "tests/tools/test_compatibility.py::test_x[1-a]"
+    assert suite.node_of("tests.tools.test_compatibility.Class::test_x") == "tests/tools/test_compatibility.py"
+
+
+def test_failures_that_pass_when_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+
+    def second_run(environment: Path, tests: list[str]) -> dict[str, Any]:
+        asked.append(tests)
+        return {"seconds": 1, "passed": 1, "failed": 1, "skipped": 0, "failures": ["tests.model.test_loss::b"]}
+
+    monkeypatch.setattr(suite, "make_environment", lambda combination: Path("env"))
+    monkeypatch.setattr(suite, "_pytest", second_run)
+    failures = ["tests.model.test_loss::a", "tests.model.test_loss::b"]
+    first = {"passed": 5, "failed": 2, "skipped": 0, "failures": failures}
+    row = suite.run_failed_again({"python": "3.11", "torch": "2.13.0", "transformers": "5.24.0", "others": "exact", **first})
+    assert asked == [["tests/model/test_loss.py::a", "tests/model/test_loss.py::b"]]
+    assert (row["passed"], row["failed"], row["failures"]) == (6, 1, ["tests.model.test_loss::b"])
+    assert [again["passed"] for again in row["again"]] == [["tests.model.test_loss::a"]]
 
 
 def test_verdicts_of_a_pair() -> None:

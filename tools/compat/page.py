@@ -54,7 +54,10 @@ def _details(row: Mapping[str, Any]) -> str:
         return f"- {name}: {row['unavailable']}"
     versions = ", ".join(f"{n} {v}" for n, v in row["versions"].items() if n != "transformers")
     text = f"- {name}: {versions}; {row['seconds']} s."
-    return text + "".join(f"\n  - failed: `{test}`" for test in row["failures"])
+    text += "".join(f"\n  - failed: `{test}`" for test in row["failures"])
+    for again in row.get("again", ()):
+        text += "".join(f"\n  - passed when run again ({again['date']}, {again['commit']}): `{t}`" for t in again["passed"])
+    return text
 
 
 def _cross(cross: Mapping[str, Any]) -> list[str]:

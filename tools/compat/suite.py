@@ -66,6 +66,25 @@ def environment_of_tests() -> Mapping[str, str]:
     return {**kept, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
+def _pytest(environment: Path, tests: Sequence[str]) -> dict[str, Any]:
+    """Counts and seconds of one run of pytest in an environment."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        words = [python_of(environment), "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junit-xml={report}", *tests]
+        start = time.monotonic()
+        done = subprocess.run(words, cwd=ROOT, env=environment_of_tests(), check=False)
+        seconds = round(time.monotonic() - start)
+        if not report.is_file():
+            return {
+                "seconds": seconds,
+                "passed": 0,
+                "failed": 1,
+                "skipped": 0,
+                "failures": [f"pytest ended with {done.returncode}"],
+            }
+        return {"seconds": seconds, **count(report)}
+
+
 def run_suite(combination: Combination, tests: Sequence[str] = SUITE) -> dict[str, Any]:
     """One row of the results: the combination, its counts, or the reason why it could not be had.
 
@@ -83,12 +102,34 @@ def run_suite(combination: Combination, tests: Sequence[str] = SUITE) -> dict[st
         return {**row, "unavailable": str(error)}
     found = installed(environment)
     row["versions"] = {name: found[name] for name in ("torch", "transformers", *SHOWN) if name in found}
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "report.xml"
-        words = [python_of(environment), "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junit-xml={report}", *tests]
-        start = time.monotonic()
-        done = subprocess.run(words, cwd=ROOT, env=environment_of_tests(), check=False)
-        row["seconds"] = round(time.monotonic() - start)
-        if not report.is_file():
-            return {**row, "passed": 0, "failed": 1, "skipped": 0, "failures": [f"pytest ended with {done.returncode}"]}
-        return {**row, **count(report)}
+    return {**row, **_pytest(environment, tests)}
+
+
+def node_of(failure: str) -> str:
+    """A test of a report as pytest takes it: `tests.export.test_use::test_x[1]` is `tests/export/test_use.py::test_x[1]`.
+
+    A test in a class and a file that could not be imported are given as their file.
+    """
+    module, _, name = failure.partition("::")
+    path = module.replace(".", "/") + ".py"
+    while not (ROOT / path).is_file() and "/" in path:
+        path, name = path.rpartition("/")[0] + ".py", ""
+    return f"{path}::{name}" if name else path
+
+
+def run_failed_again(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Run the failed tests of a row once more in the same environment, such as those that a busy machine timed out.
+
+    Args:
+        row: what `run_suite` gave, with failures.
+
+    Returns:
+        The row with its counts corrected; `again` says which tests passed only then, on what day and with which commit.
+    """
+    combination = Combination(row["python"], row["torch"], row["transformers"], row["others"])
+    second = _pytest(make_environment(combination), [node_of(name) for name in row["failures"]])
+    passed = sorted(set(row["failures"]) - set(second["failures"])) if second["passed"] else []
+    again = {"passed": passed, "date": date.today().isoformat(), "commit": commit()}
+    left = [name for name in row["failures"] if name not in passed]
+    counts = {"passed": row["passed"] + len(passed), "failed": len(left), "failures": left}
+    return {**row, **counts, "again": [*row.get("again", ()), again]}
