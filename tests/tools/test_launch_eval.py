@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -80,7 +81,8 @@ def test_a_run_that_half_fails_and_goes_on(tmp_path: Path, capsys: pytest.Captur
     assert "2 of 2 results are there; 0 jobs" in capsys.readouterr().out
     written = json.loads((tmp_path / "out" / "tiny" / "based_fda_twice.json").read_text())
     assert written["recall"]["based_fda_twice"]["dropped"] == 1 and written["place"] == str(checkpoint)
-    order = {"name": "hf", "path": str(tmp_path / "hf"), "tasks": ["piqa", "based_fda_twice"], "output": str(tmp_path / "out")}
+    order: dict[str, Any] = {"name": "hf", "path": str(tmp_path / "hf"), "tasks": ["piqa", "based_fda_twice"]}
+    order |= {"output": str(tmp_path / "out"), "imported": False}
     tool.work(order | {"settings": written["settings"], "data_dir": str(tmp_path / "data")})
     rows = {row.name: row.cells for row in read_results([tmp_path / "out"])}
     assert rows["tiny"] == pytest.approx(rows["hf"]) and set(rows["hf"]) == {"piqa", "based_fda_twice@150"}
