@@ -7,7 +7,7 @@ reason. Checks of values need the values: they are made in eager mode and left o
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -234,8 +234,11 @@ def _gathered(x: Tensor, index: Tensor) -> Tensor:
 
 
 def tokens_before(attention_mask: Tensor | None, x: Tensor, seen: int) -> Tensor | None:
-    """Tokens [b] that each row's state has read before x [b, s, d], padding left out where the mask tells it; None for none."""
-    if not seen:
+    """Tokens [b] that each row's state has read before x [b, s, d], padding left out where the mask tells it; None for none.
+
+    None for a single token too, which has no gap and no border: a decode step does not sum the mask of all steps before it.
+    """
+    if not seen or x.shape[1] == 1:
         return None
     if attention_mask is not None and attention_mask.shape[1] > x.shape[1]:
         return attention_mask[:, : -x.shape[1]].sum(1).to(x.device)
@@ -268,13 +271,11 @@ def moved(ctx: Context, move: Compaction | None) -> Context:
     if move is None or ctx.mask is None:
         return ctx
     ids, filler = ctx.segment_ids, ctx.prefix_mask
-    return Context(
+    return replace(
+        ctx,
         mask=move.apply(ctx.mask),
         segment_ids=None if ids is None else move.apply(ids),
-        prefix_length=ctx.prefix_length,
         prefix_mask=None if filler is None else move.apply(filler),
-        prefix_per_document=True,
-        attentions=ctx.attentions,
     )
 
 
