@@ -31,10 +31,11 @@ from megatron.layers.base import Context, Layer, State
 from megatron.model.block import Block
 from megatron.model.build import build_mixer
 from megatron.model.config import ModelConfig
-from megatron.model.embed import Embedding, Head, numbered
+from megatron.model.embed import Embedding, Head
 from megatron.model.lm import Backbone, embed, empty_states
 from megatron.model.mlp import MLP
 from megatron.ops.modules import has_hooks
+from megatron.ops.places import numbered
 
 
 class DecoderLayer(GradientCheckpointingLayer, Block):
@@ -214,7 +215,7 @@ class DecoderModel(DecoderPreTrainedModel):
         if self._embedding().positions is None or position_ids is None or not values_visible(x):
             return
         state = None if held is None or held.states is None else held.states[-1]["seen"]
-        places, _ = numbered(x.shape[0], x.shape[1], ctx, state, x.device)
+        places, _ = numbered(x.shape[0], x.shape[1], ctx.mask, ctx.segment_ids, state, x.device)
         shown = torch.ones_like(places, dtype=torch.bool) if ctx.mask is None else ctx.mask
         if bool(((places != position_ids.to(x.device)) & shown).any()):
             raise ValueError("this model numbers positions itself: tokens that are shown, from 0 in each row and document")

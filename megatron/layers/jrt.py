@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron.layers.base import Context, Layer, LayerConfig, State
+from megatron.ops.places import numbered
 from megatron.ops.prefix import prefix_taylor
 from megatron.ops.taylor import TAYLOR_CHUNK, empty_taylor_state, taylor_step
 from megatron.ops.taylor_features import feature_count
@@ -66,12 +66,10 @@ class PrefixBased(Layer):
         if (ctx.mask is None and own is None) or length == 0:
             inside = torch.ones(b, min(length, s), device=x.device)
         else:
-            present = torch.ones(b, s, device=x.device) if ctx.mask is None else ctx.mask.to(x.device).float()
-            count = present.cumsum(1)
-            if own is not None:  # what earlier documents have counted is taken off
-                border = F.pad(own[:, 1:] != own[:, :-1], (1, 0))
-                count = count - torch.where(border, count - present, 0).cummax(1).values
-            inside = present * (count <= length)
+            places, _ = numbered(b, s, ctx.mask, own, None, x.device)
+            inside = (places < length).float()
+            if ctx.mask is not None:
+                inside = inside * ctx.mask.to(inside)
         if state is not None:
             # the constant feature of the denominator counts the tokens that a state has read
             inside = inside * (state["recurrent"][:, 0, 0, -1:] == 0)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from megatron.layers.base import Context, State
 from megatron.model.norm import Norm
+from megatron.ops.places import numbered
 
 
 class Embedding(nn.Embedding):
@@ -55,7 +56,8 @@ class Embedding(nn.Embedding):
                 raise ValueError("learned positions are not in memory: a device map must not offload embed_tokens")
             if s > rows:
                 raise ValueError(f"{s} tokens, but the model has learned {rows} positions (max_position_embeddings)")
-            places, after = numbered(x.shape[0], s, ctx, None if state is None else state["seen"], x.device)
+            seen = None if state is None else state["seen"]
+            places, after = numbered(x.shape[0], s, ctx.mask, ctx.segment_ids, seen, x.device)
             x = x + F.embedding(places, self.positions)
             state = None if state is None else {"seen": after}
         return x if self.norm is None else self.norm(x), state
@@ -63,20 +65,6 @@ class Embedding(nn.Embedding):
     def init_state(self, batch: int, device: torch.device | str) -> list[State]:
         """The empty state in a list of one, or an empty list when there is nothing to remember."""
         return [] if self.positions is None else [{"seen": torch.zeros(batch, dtype=torch.long, device=device)}]
-
-
-def numbered(b: int, s: int, ctx: Context, seen: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Place of each token within its row's document [b, s], after `seen [b]` tokens; and the tokens seen after these."""
-    tokens = torch.ones(b, s, dtype=torch.long, device=device) if ctx.mask is None else ctx.mask.to(torch.long)
-    count = tokens.cumsum(1)
-    if seen is not None:
-        count = count + seen[:, None]
-    places = (count - 1).clamp_min(0)
-    if ctx.segment_ids is None:
-        return places, count[:, -1]
-    border = F.pad(ctx.segment_ids[:, 1:] != ctx.segment_ids[:, :-1], (1, 0))
-    start = torch.where(border, places, 0).cummax(1).values
-    return places - start, count[:, -1] - start[:, -1]
 
 
 class Head(nn.Linear):
