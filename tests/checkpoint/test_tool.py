@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -18,21 +16,10 @@ from megatron.checkpoint.save import save_checkpoint
 from megatron.errors import CheckpointError
 from megatron.parallel.mesh import Mesh
 from tests.checkpoint.fakes import MODEL, FakeEngine
-
-FILE = Path(__file__).parents[2] / "tools" / "checkpoint.py"
-
-
-@pytest.fixture(scope="module")
-def tool() -> ModuleType:
-    """The command as a module."""
-    spec = importlib.util.spec_from_file_location("checkpoint_tool", FILE)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from tools import checkpoint as tool
 
 
-def run(tool: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     """Exit code of one command."""
     monkeypatch.setattr("sys.argv", ["checkpoint.py", *map(str, arguments)])
     with pytest.raises(SystemExit) as ended:
@@ -48,8 +35,8 @@ def path(tmp_path: Path) -> Path:
     return save_checkpoint(tmp_path / "a", FakeEngine(), state, model_config=MODEL, config_texts=texts)
 
 
-def test_inspect(path: Path, tool: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(tool, monkeypatch, "inspect", path.parent) == 0
+def test_inspect(path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, "inspect", path.parent) == 0
     page = capsys.readouterr().out
     for text in (
         "step 7",
@@ -63,22 +50,22 @@ def test_inspect(path: Path, tool: ModuleType, monkeypatch: pytest.MonkeyPatch, 
     assert "model.layers.0.token_mixer.q_proj.weight  bfloat16  8 x 8  column  stage 2  1 parts" in inspect(path, tensors=True)
 
 
-def test_verify(path: Path, tool: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify(path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     second = save_checkpoint(path.parent, FakeEngine(), {"iteration": 9}, model_config=MODEL)
-    assert run(tool, monkeypatch, "verify", path.parent) == 0
+    assert run(monkeypatch, "verify", path.parent) == 0
     file = path / "layer_02-model_00.safetensors"
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
     (path / "rng-rank0.safetensors").unlink()
     capsys.readouterr()
-    assert run(tool, monkeypatch, "verify", path.parent) == 4
+    assert run(monkeypatch, "verify", path.parent) == 4
     said = capsys.readouterr().out
     assert f"{path}: damaged" in said and f"{second}: whole" in said
     assert "layer_02-model_00.safetensors: 'model.layers.0." in said and "rng-rank0.safetensors: missing" in said
 
 
-def test_diff(path: Path, tool: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_diff(path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     engine = FakeEngine()
     engine.slices["model.scale"].moments["exp_avg"] += 1
     with torch.no_grad():
@@ -93,8 +80,8 @@ def test_diff(path: Path, tool: ModuleType, monkeypatch: pytest.MonkeyPatch, cap
         "model.scale exp_avg",
     ]
     assert "1 of 8 elements" in lines[3]
-    assert run(tool, monkeypatch, "diff", path, other) == 1
-    assert run(tool, monkeypatch, "diff", path, path) == 0
+    assert run(monkeypatch, "diff", path, other) == 1
+    assert run(monkeypatch, "diff", path, path) == 0
     assert "equal, to the bit" in capsys.readouterr().out
 
 
@@ -131,7 +118,7 @@ def test_reshard_refuses(path: Path, tmp_path: Path) -> None:
 
 
 def test_a_run_folder_means_its_newest_checkpoint(
-    path: Path, tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     later = save_checkpoint(path.parent, FakeEngine(), {"iteration": 9, "consumed_samples": 72}, model_config=MODEL)
     run_folder = tmp_path / "run"
@@ -140,20 +127,20 @@ def test_a_run_folder_means_its_newest_checkpoint(
     newest = run_folder / "checkpoints" / later.name
     for asked in (run_folder, run_folder / "checkpoints", newest):
         assert newest_checkpoint(asked) == newest
-        assert run(tool, monkeypatch, "inspect", asked) == 0
+        assert run(monkeypatch, "inspect", asked) == 0
         assert "step 9" in capsys.readouterr().out
-    assert run(tool, monkeypatch, "verify", run_folder) == 0
+    assert run(monkeypatch, "verify", run_folder) == 0
     assert capsys.readouterr().out.splitlines() == [
         f"{newest.with_name(name)}: whole" for name in ("global_step7", "global_step9")
     ]
-    assert run(tool, monkeypatch, "diff", run_folder, newest) == 0
+    assert run(monkeypatch, "diff", run_folder, newest) == 0
     (newest.parent / "latest").write_text("global_step7")
     assert newest_checkpoint(run_folder).name == "global_step7", "as `latest` says"
 
 
 @pytest.mark.parametrize("command", ["verify", "inspect"])
 def test_what_is_no_checkpoint_is_said(
-    command: str, tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "some.yml").touch()
     for asked, why in (
@@ -161,10 +148,10 @@ def test_what_is_no_checkpoint_is_said(
         (tmp_path / "none", "does not exist; beside it: some.yml"),
         (tmp_path / "some.yml", "this is a file"),
     ):
-        assert run(tool, monkeypatch, command, asked) == 4
+        assert run(monkeypatch, command, asked) == 4
         said = capsys.readouterr().err
         assert "holds none" in said and why in said and "RUN/checkpoints takes the newest" in said
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).touch()
-    assert run(tool, monkeypatch, command, tmp_path) == 4
+    assert run(monkeypatch, command, tmp_path) == 4
     assert "tools/convert_from_hf.py" in capsys.readouterr().err

@@ -32,14 +32,17 @@ def test_said_once_through_the_logger_of_transformers(
 ) -> None:
     # the module as proved.py holds it: up to 5.17, importing `pipeline` puts another one into sys.modules
     monkeypatch.setattr(proved.transformers, "__version__", "7.1.0")
-    logging.getLogger("transformers").addHandler(caplog.handler)
+    said_to = logging.getLogger("transformers")
+    # a library of another test may have switched propagation on, and the root's handler would hear the line a second time
+    monkeypatch.setattr(said_to, "propagate", False)
+    said_to.addHandler(caplog.handler)
     try:
         for _ in range(3):
             warn_if_unproved(["5.16.0", "5.24.0"])
         for nothing in (None, [], "5.16.0", ["7.0.0", "7.2.0"]):
             warn_if_unproved(nothing)
     finally:
-        logging.getLogger("transformers").removeHandler(caplog.handler)
+        said_to.removeHandler(caplog.handler)
     said = [record.getMessage() for record in caplog.records]
     assert said == [say_if_unproved("7.1.0", "5.16.0", "5.24.0")]
 

@@ -2,28 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
+import generate as command
 from megatron.config.cli import config_from_args, make_parser
 from megatron.errors import ConfigError
 from tests.tiny_run import write_run
-
-FILE = Path(__file__).parents[2] / "generate.py"
-
-
-@pytest.fixture(scope="module")
-def command() -> ModuleType:
-    """The command as a module."""
-    spec = importlib.util.spec_from_file_location("generate_command", FILE)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
 
 FROM_FILE = {"text_gen_type": "unconditional", "sample_input_file": "a.txt"}
 
@@ -46,7 +32,6 @@ def test_prompts_are_not_dropped_in_silence(
     words: list[str],
     kind: str,
     said: str,
-    command: ModuleType,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -56,12 +41,12 @@ def test_prompts_are_not_dropped_in_silence(
     assert said in heard and bool(heard) == bool(said)
 
 
-def test_prompts_and_a_kind_without_any_contradict(command: ModuleType, tmp_path: Path) -> None:
+def test_prompts_and_a_kind_without_any_contradict(tmp_path: Path) -> None:
     words = ["-i", "p.txt", "--set", "text_gen_type=unconditional"]
     with pytest.raises(ConfigError, match="takes no prompts, and p.txt holds some"):
         command.main([str(write_run(tmp_path)), *words])
 
 
-def test_an_empty_prompt_end_is_refused(command: ModuleType, tmp_path: Path) -> None:
+def test_an_empty_prompt_end_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="prompt_end is empty"):
         command.main([str(write_run(tmp_path, prompt_end="")), "-i", "p.txt"])

@@ -15,7 +15,6 @@ import copy
 import json
 import multiprocessing
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -30,10 +29,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 from torch import Tensor, nn
 
-from megatron.files import write_json
 from megatron.model.build import build_model
 from megatron.model.config import ModelConfig
 from megatron.model.loss import token_loss
+from tools.bench.cpu_result import save_result
 
 TOY = ModelConfig(vocab_size=64, hidden_size=32, num_layers=2, num_heads=2, mlp_width=48, layer_types=("metala", "metala"))
 WINDOW: Mapping[str, Mapping[str, Any]] = {"sliding": {"window": 5}}
@@ -158,17 +157,7 @@ def main() -> None:
     for kind in args.kinds:
         rows.append(measure_alone(kind, args))
         print(json.dumps(rows[-1]), flush=True)
-    result = {
-        "benchmark": "compile_cpu",
-        "device": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, {os.cpu_count()} cores",
-        "torch": torch.__version__,
-        "command": " ".join(["python", "tools/bench/compile_cpu.py", *sys.argv[1:]]),
-        "rows": rows,
-    }
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        write_json(args.output, result)
-        print(f"written: {args.output}")
+    save_result("compile_cpu", args.output, rows)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import sys
 import time
@@ -25,12 +23,12 @@ import torch
 from torch import Tensor, nn
 
 from megatron.engine.cpu import tune_cpu
-from megatron.files import write_json
 from megatron.model.build import build_model, param_specs
 from megatron.model.config import ModelConfig
 from megatron.model.init import materialise
 from megatron.model.loss import token_loss
 from megatron.parallel.plan import slice_of
+from tools.bench.cpu_result import save_result
 
 
 def our_model(args: argparse.Namespace) -> nn.Module:
@@ -120,18 +118,8 @@ def main() -> None:
     tune_cpu()
     tune_cpu()
     rows = compare(args)
-    result = {
-        "benchmark": "train_cpu",
-        "device": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, {os.cpu_count()} cores",
-        "torch": torch.__version__,
-        "command": " ".join(["python", "tools/bench/train_cpu.py", *sys.argv[1:]]),
-        "shape": {k: getattr(args, k) for k in ("hidden", "layers", "heads", "mlp", "vocab", "tokens")},
-        "rows": rows,
-    }
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        write_json(args.output, result)
-        print(f"written: {args.output}")
+    shape = {k: getattr(args, k) for k in ("hidden", "layers", "heads", "mlp", "vocab", "tokens")}
+    save_result("train_cpu", args.output, rows, shape=shape)
 
 
 if __name__ == "__main__":
