@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -22,6 +24,26 @@ with contextlib.suppress(ImportError):  # a GPU machine that runs the `gpu` test
     settings.register_profile("same", derandomize=True, deadline=None)
     settings.register_profile("random", deadline=None)
     settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The last lines: how many tests were skipped, reason by reason."""
+    reasons = Counter(
+        str(report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr).removeprefix("Skipped: ")
+        for report in terminalreporter.stats.get("skipped", [])
+    )
+    if reasons:
+        terminalreporter.section(f"{sum(reasons.values())} tests skipped, by reason")
+    for reason, count in reasons.most_common():
+        terminalreporter.line(f"{count:5}  {reason}")
+
+
+@pytest.fixture(scope="session")
+def golden_neox(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of files that the official GPT-NeoX code produced."""
+    from tests.golden.store import unpack  # torch is loaded where a test asks for golden files only
+
+    return unpack("neox", tmp_path_factory.mktemp("golden"))
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,6 @@ from megatron.config.load import load_config
 from megatron.config.schema import RunConfig
 
 ROOT = Path(__file__).resolve().parents[2]
-GOLDEN = ROOT.parent / "shared" / "golden" / "neox"
 
 # A complete tiny run: what the tests change one key at a time.
 BASE: dict[str, Any] = {
@@ -30,16 +29,9 @@ BASE: dict[str, Any] = {
 
 
 @pytest.fixture
-def golden() -> Callable[[str], Any]:
-    """Load one JSON file of the golden folder, or skip where it is absent."""
-
-    def load(name: str) -> Any:
-        path = GOLDEN / name
-        if not path.exists():
-            pytest.skip(f"no golden file {path}: ../shared is not beside this checkout")
-        return json.loads(path.read_text(encoding="utf-8"))
-
-    return load
+def golden(golden_neox: Path) -> Callable[[str], Any]:
+    """Load one JSON file of the golden folder."""
+    return lambda name: json.loads((golden_neox / name).read_text(encoding="utf-8"))
 
 
 @pytest.fixture

@@ -11,20 +11,15 @@ import pytest
 
 from megatron.data.indexed import IndexedWriter
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-GOLDEN = REPOSITORY.parent / "shared" / "golden" / "neox"
-
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes more than a few seconds")
 
 
 @pytest.fixture(scope="session")
-def golden() -> Path:
+def golden(golden_neox: Path) -> Path:
     """The folder of files that the official NeoX code produced."""
-    if not GOLDEN.is_dir():
-        pytest.skip(f"golden files are not on this machine: {GOLDEN}")
-    return GOLDEN
+    return golden_neox
 
 
 @pytest.fixture(scope="session")

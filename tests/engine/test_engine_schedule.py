@@ -12,19 +12,16 @@ import pytest
 from megatron.engine.schedule import ScheduleConfig, decay_horizon, learning_rate
 from megatron.errors import ConfigError
 
-GOLDEN = Path(__file__).parents[3] / "shared" / "golden" / "neox" / "lr"
-
 
 def curve(keys: dict[str, Any]) -> ScheduleConfig:
     horizon = decay_horizon(keys["train_iters"], keys["lr_decay_iters"], keys["lr_decay_fraction"])
     return ScheduleConfig(keys["lr"], horizon, keys["lr_decay_style"], keys["warmup"], keys["min_lr"])
 
 
-@pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"golden numbers are not at {GOLDEN}")
-def test_golden_curves() -> None:
-    cases = json.loads((GOLDEN / "manifest.json").read_text())["cases"]
+def test_golden_curves(golden_neox: Path) -> None:
+    cases = json.loads((golden_neox / "lr" / "manifest.json").read_text())["cases"]
     assert len(cases) == 32
-    with np.load(GOLDEN / "lr_values.npz") as values:
+    with np.load(golden_neox / "lr" / "lr_values.npz") as values:
         for case in cases:
             config = curve(case["config"])
             assert config.horizon == case["end_iter"]

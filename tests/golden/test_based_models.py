@@ -1,6 +1,6 @@
 """Released Based, JRT, Attention and Mamba layouts -> our checkpoint -> exported folder, against the official code's numbers.
 
-The fixtures were made by running the official model files (see `../shared/golden/models/README.md`, whose tolerances are used
+The fixtures were made by running the official model files (see README.md beside this file, whose tolerances are used
 for fp32). In fp64 all must agree to 1e-8. Cases that the originals give in fp32 only are held to those tolerances, and also
 to our own full pass in fp64. Our convolution states keep one input less than the official ones, our Taylor states are packed.
 """
@@ -8,15 +8,12 @@ to our own full pass in fp64. Our convolution states keep one input less than th
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -30,13 +27,12 @@ from megatron.model.loss import token_loss
 from megatron.ops.taylor_features import unpacked_features
 from megatron.training.objectives import Objective, objective_loss
 from tests.export.modules_cache import use_private_modules_cache
+from tests.golden.recorded import recorded
+from tests.golden.store import largest, load_numbers, model_folder, model_names, near
 
-GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden" / "models"
-NAMES = ("based_a", "based_b", "based_decay", "jrt_a", "attn_a", "attn_b", "mamba_a")
+NAMES = model_names("based", "jrt", "attn", "mamba")
 FP64, HIDDEN, STATE, GRAD = 1e-8, 1e-3, 1e-5, 1e-4
 JRT_MIXED = Objective("jrt", prefix_length=24)
-
-pytestmark = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"golden numbers are not on this machine ({GOLDEN})")
 
 
 @dataclass
@@ -44,6 +40,7 @@ class Fixture:
     """One golden model: the folder exported from its imported checkpoint, and the official inputs and outputs."""
 
     name: str
+    source: Path
     checkpoint: Path
     exported: Path
     config: ModelConfig
@@ -65,11 +62,12 @@ class Fixture:
 @pytest.fixture(scope="module", params=NAMES)
 def golden(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Fixture:
     use_private_modules_cache()
-    source, place = GOLDEN / request.param, tmp_path_factory.mktemp(request.param)
+    place = tmp_path_factory.mktemp(request.param)
+    source = model_folder(request.param, place)
     imported = import_folder(source, place / "checkpoints")
     export_checkpoint(imported.checkpoint, place / "hf")
-    files = [load_file(source / f"{part}.safetensors") for part in ("inputs", "outputs", "grads")]
-    return Fixture(request.param, imported.checkpoint, place / "hf", imported.config, *files)
+    files = [load_numbers(source / f"{part}.safetensors") for part in ("inputs", "outputs", "grads")]
+    return Fixture(request.param, source, imported.checkpoint, place / "hf", imported.config, *files)
 
 
 @pytest.fixture(params=[torch.float64, torch.float32], ids=["fp64", "fp32"])
@@ -77,47 +75,22 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param
 
 
-def near(got: Tensor, want: Tensor, limit: float) -> None:
-    assert got.shape == want.shape
-    difference = float((got.detach().double() - want.double()).abs().max())
-    assert difference <= limit, f"differs by {difference:.2e}, limit {limit:.0e}"
-
-
-@contextmanager
-def recorded(model: Any) -> Iterator[dict[str, Tensor]]:
-    """Outputs of every mixer and block, under the names of the fixture."""
-    seen: dict[str, Tensor] = {}
-    handles = []
-    for i, block in enumerate(model.model.layers):
-        for part, module in ((f"layer{i}.mixer_out", block.token_mixer), (f"layer{i}.out", block)):
-
-            def keep(_: Any, __: Any, output: Any, part: str = part) -> None:
-                seen[part] = output[0]
-
-            handles.append(module.register_forward_hook(keep))
-    yield seen
-    for handle in handles:
-        handle.remove()
-
-
 def check_states(fixture: Fixture, case: str, cache: Any) -> None:
     """Every state that the originals stored (in fp32) for this case."""
     wanted = {name.removeprefix(f"{case}.layer"): t for name, t in fixture.outputs.items() if name.startswith(f"{case}.layer")}
-    largest = max(
-        float(t.abs().max()) for n, t in fixture.outputs.items() if n.endswith(("k_state", "kv_state", "ssm")) or True
-    )
+    state_limit = STATE * largest([t for t in fixture.outputs.values() if t.is_floating_point()])
     for name, want in wanted.items():
         number, _, part = name.partition(".")
         state = cache.states[int(number)]
         if part == "conv":
             near(state["conv"].transpose(1, 2), want[..., 1:], HIDDEN)
         elif part == "ssm":
-            near(state["ssm"], want, STATE * largest)
+            near(state["ssm"], want, state_limit)
         elif part in ("k_state", "kv_state"):
             mixer = fixture.config.layer_types[int(number)]
             full = unpacked_features(state["recurrent"].transpose(-1, -2), fixture.config.layer_options[mixer]["feature_width"])
             full = full[:, :, -1:, None].transpose(2, 3) if part == "k_state" else full[:, :, None, :-1]
-            near(full, want, STATE * largest)
+            near(full, want, state_limit)
         else:
             assert part == "kv_cache"
             held = min(want.shape[1], state["keys"].shape[1])
@@ -194,12 +167,12 @@ def test_cache_is_of_constant_size(golden: Fixture) -> None:
 
 
 def golden_settings(golden: Fixture) -> dict[str, Any]:
-    return json.loads((GOLDEN / golden.name / "config.json").read_text())
+    return json.loads((golden.source / "config.json").read_text())
 
 
 def official_shapes(golden: Fixture) -> dict[str, Tensor]:
     """Every official parameter as numbers of its own, so that it can be told where its parts went."""
-    raw = torch.load(GOLDEN / golden.name / "pytorch_model.bin", weights_only=True)
+    raw = torch.load(golden.source / "pytorch_model.bin", weights_only=True)
     clean = {n.removeprefix("model.").replace("conv1.conv", "conv.conv"): t for n, t in raw.items() if "metrics" not in n}
     return {n: t for n, t in clean.items() if n not in ("lm_head.weight", "transformer.decay.decay")}
 

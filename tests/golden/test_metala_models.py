@@ -1,20 +1,17 @@
 """Released MetaLA layout -> our checkpoint -> exported folder, and every number of the official code comes out of that folder.
 
-The fixtures were made by running the official model files (see `../shared/golden/models/README.md`, whose tolerances are used
+The fixtures were made by running the official model files (see README.md beside this file, whose tolerances are used
 for fp32). In fp64 all must agree to 1e-8. Our convolution state keeps the last three inputs, the official one the last four.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -25,14 +22,13 @@ from megatron.generation.load import load_model
 from megatron.generation.sample import Sampling, generate
 from megatron.model.loss import token_loss
 from tests.export.modules_cache import use_private_modules_cache
+from tests.golden.recorded import recorded
+from tests.golden.store import largest, load_numbers, model_folder, model_names, near
 
-GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden" / "models"
-NAMES = ("metala_a", "metala_b", "metala_c")
+NAMES = model_names("metala")
 FP64 = 1e-8
 LOGITS = {"metala_a": 1e-3, "metala_b": 3e-4, "metala_c": 3e-4}
 HIDDEN, STATE, GRAD = 1e-3, 1e-5, 1e-4
-
-pytestmark = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"golden numbers are not on this machine ({GOLDEN})")
 
 
 @dataclass
@@ -56,11 +52,12 @@ class Fixture:
 @pytest.fixture(scope="module", params=NAMES)
 def golden(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Fixture:
     use_private_modules_cache()
-    source, place = GOLDEN / request.param, tmp_path_factory.mktemp(request.param)
+    place = tmp_path_factory.mktemp(request.param)
+    source = model_folder(request.param, place)
     checkpoint = import_folder(source, place / "checkpoints").checkpoint
     assert find_checkpoint(place / "checkpoints") == checkpoint
     export_checkpoint(checkpoint, place / "hf")
-    files = [load_file(source / f"{part}.safetensors") for part in ("inputs", "outputs", "grads")]
+    files = [load_numbers(source / f"{part}.safetensors") for part in ("inputs", "outputs", "grads")]
     return Fixture(request.param, checkpoint, place / "hf", *files)
 
 
@@ -69,34 +66,11 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param
 
 
-def near(got: Tensor, want: Tensor, limit: float) -> None:
-    assert got.shape == want.shape
-    difference = float((got.detach().double() - want.double()).abs().max())
-    assert difference <= limit, f"differs by {difference:.2e}, limit {limit:.0e}"
-
-
-@contextmanager
-def recorded(model: Any) -> Iterator[dict[str, Tensor]]:
-    """Outputs of every mixer and block, under the names of the fixture."""
-    seen: dict[str, Tensor] = {}
-    handles = []
-    for i, block in enumerate(model.model.layers):
-        for part, module in ((f"layer{i}.mixer_out", block.token_mixer), (f"layer{i}.out", block)):
-
-            def keep(_: Any, __: Any, output: Any, part: str = part) -> None:
-                seen[part] = output[0]
-
-            handles.append(module.register_forward_hook(keep))
-    yield seen
-    for handle in handles:
-        handle.remove()
-
-
 def check_states(fixture: Fixture, case: str, cache: Any) -> None:
     """Recurrent state and convolution window against the official caches (stored in fp32)."""
-    largest = max(float(t.abs().max()) for n, t in fixture.outputs.items() if ".state." in n)
+    state_limit = STATE * largest([t for n, t in fixture.outputs.items() if ".state." in n])
     for i, state in enumerate(cache.states):
-        near(state["recurrent"], fixture.outputs[f"{case}.state.{i}"], STATE * largest)
+        near(state["recurrent"], fixture.outputs[f"{case}.state.{i}"], state_limit)
         near(state["conv"].transpose(1, 2), fixture.outputs[f"{case}.conv_cache.{i}"][..., 1:], HIDDEN)
 
 

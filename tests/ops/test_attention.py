@@ -12,7 +12,6 @@ from torch import Tensor
 
 from megatron.ops.attention import Places, Rule, alibi_columns, alibi_slopes, attention, visible
 
-GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden" / "neox" / "alibi.json"
 B, H, K = 2, 4, 16
 
 
@@ -111,9 +110,8 @@ def test_key_index_form_equals_the_relative_form() -> None:
     assert (relative - other).abs().max() < 1e-13
 
 
-@pytest.mark.skipif(not GOLDEN.is_file(), reason=f"golden numbers are not on this machine ({GOLDEN})")
-def test_slopes_equal_the_golden_list_and_its_parts() -> None:
-    golden = json.loads(GOLDEN.read_text())
+def test_slopes_equal_the_golden_list_and_its_parts(golden_neox: Path) -> None:
+    golden = json.loads((golden_neox / "alibi.json").read_text())
     for n in range(1, 65):
         assert alibi_slopes(n) == pytest.approx(golden["slopes_float64_by_num_heads"][str(n)], rel=1e-15)
     parts = [
