@@ -82,6 +82,7 @@ def model_config(run: RunConfig, rows: int) -> ModelConfig:
         mlp_bias=m.use_bias_in_mlp,
         tie_embeddings=not m.no_weight_tying,
         embedding_scale=m.embedding_scale,
+        embedding_norm=m.embedding_norm,
         residual_fp32=m.residual_fp32,
         hidden_dropout=m.hidden_dropout,
         init_method=m.init_method,

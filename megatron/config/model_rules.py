@@ -8,7 +8,21 @@ from megatron.config.pattern import PatternError
 from megatron.config.rule import Rule
 from megatron.config.schema import RunConfig
 
-_POINTWISE = {"gelu", "relu", "softsign", "swish", "mish", "silu"}
+_POINTWISE = {
+    "gelu",
+    "relu",
+    "softsign",
+    "swish",
+    "mish",
+    "silu",
+    "elu",
+    "sigmoid",
+    "leak",
+    "1+elu",
+    "2+elu",
+    "sine",
+    "identity",
+}
 
 _ATTENTION_KEYS = ("num_kv_heads", "sliding_window_width", "use_qk_layernorm", "attention_dropout")
 

@@ -19,7 +19,10 @@ GATED = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu", "bilinear": "identi
 _LLAMA_MULTIPLE = 256
 
 Norm = Literal["layernorm", "rmsnorm", "non_parametric_layernorm", "simplermsnorm", "scalenorm", "te_rmsnorm", "te_layernorm"]
-Activation = Literal["gelu", "geglu", "relu", "softsign", "swish", "mish", "silu", "reglu", "swiglu", "bilinear", "glu"]
+Activation = Literal[
+    "gelu", "geglu", "relu", "softsign", "swish", "mish", "silu", "reglu", "swiglu", "bilinear", "glu",
+    "elu", "sigmoid", "leak", "1+elu", "2+elu", "sine", "identity",
+]  # fmt: skip
 Init = Literal[
     "normal",
     "scaled_normal",
@@ -57,6 +60,7 @@ class ModelSection(Section):
     norm: Norm = "layernorm"
     layernorm_epsilon: float = Field(default=1e-5, gt=0)
     rms_norm_epsilon: float = Field(default=1e-8, gt=0)
+    simplermsnorm_epsilon: float = Field(default=1e-6, gt=0)
     bias_gelu_fusion: bool = False
     use_bias_in_mlp: bool = True
     use_bias_in_attn_linear: bool = True
@@ -73,6 +77,7 @@ class ModelSection(Section):
     init_method_std: float = Field(default=0.02, ge=0)
     mixer_init: Literal["own", "methods"] = "own"
     embedding_scale: bool = False
+    embedding_norm: bool = False
     residual_fp32: bool = False
     hidden_dropout: float = Field(default=0.0, ge=0, lt=1)
     attention_dropout: float = Field(default=0.0, ge=0, lt=1)
@@ -93,9 +98,9 @@ class ModelSection(Section):
 
     @property
     def norm_eps(self) -> float:
-        """The epsilon that goes with `norm`; the weight-less RMSNorm has MetaLA's fixed 1e-6."""
+        """The epsilon that goes with `norm`."""
         if self.norm == "simplermsnorm":
-            return 1e-6
+            return self.simplermsnorm_epsilon
         return self.rms_norm_epsilon if self.norm == "rmsnorm" else self.layernorm_epsilon
 
     @property

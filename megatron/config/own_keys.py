@@ -39,6 +39,8 @@ OWN_KEYS: dict[str, str] = {
         "How mixers with a rule of their own for initial values (mamba: PyTorch's uniform rule) are drawn: `own`, by it; "
         "`methods`, by init_method and output_layer_init_method as in GPT-NeoX. Unset: methods where one of those two is given."
     ),
+    "simplermsnorm_epsilon": "Epsilon of `norm: simplermsnorm`, MetaLA's RMSNorm without a gain.",
+    "embedding_norm": "A norm of the kind `norm` after the embedding, as in Bloom.",
     "embedding_scale": "Multiply embeddings by the square root of hidden_size.",
     "eval_lengths": "Lengths at which `eval.py --eval_tasks perplexity` reads the text; unset: seq_length alone.",
     "eval_stride": "Tokens scored per pass of a sliding evaluation; unset: the length (non-overlapping).",

@@ -32,6 +32,7 @@ OTHER_DEFAULTS = {
 # Types that are stricter or wider than NeoX's: key -> why.
 OTHER_TYPES = {
     "norm": "one more choice, simplermsnorm",
+    "activation": "the functions of the released MetaLA code besides",
     "launcher": "mpich, torchrun and none besides",
     "text_gen_type": "NeoX accepts any text and fails later",
     "distributed_backend": "NeoX accepts any text and fails later",
