@@ -9,10 +9,12 @@ from typing import Any
 
 from megatron.checkpoint.manifest import Manifest
 from megatron.errors import CheckpointError
+from megatron.model.resolved import resolved_or_as_it_is
 
 _FREE_FIELDS = frozenset(  # not the maths of the weights
     {"hidden_dropout", "init_method", "output_init_method", "init_std", "mixer_init"}
 )
+_FREE_OPTION = ".dropout"  # of a mixer
 
 
 def check_names(path: Path, manifest: Manifest, specs: set[str]) -> None:
@@ -34,7 +36,7 @@ def _few(names: list[str]) -> str:
 
 
 def check_model(path: Path, manifest: Manifest, model_config: Mapping[str, Any]) -> list[str]:
-    """Compare this run's model with the saved one.
+    """Compare this run's model with the saved one, both resolved: how they were written does not matter.
 
     Returns:
         The differences that are allowed (dropout, initialisation), for the log.
@@ -42,8 +44,8 @@ def check_model(path: Path, manifest: Manifest, model_config: Mapping[str, Any])
     Raises:
         CheckpointError: the models differ in anything else; the message names the fields.
     """
-    differing = differences(dict(manifest.model_config), json.loads(json.dumps(dict(model_config))))
-    hard = [text for name, text in differing.items() if name not in _FREE_FIELDS]
+    differing = model_differences(manifest.model_config, model_config)
+    hard = [text for name, text in differing.items() if name not in _FREE_FIELDS and not name.endswith(_FREE_OPTION)]
     if hard:
         raise CheckpointError(
             "the checkpoint is of another model",
@@ -52,6 +54,12 @@ def check_model(path: Path, manifest: Manifest, model_config: Mapping[str, Any])
             hint="take the model section of the config that the checkpoint was trained with (it lies in configs/)",
         )
     return list(differing.values())
+
+
+def model_differences(saved: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, str]:
+    """Dotted field -> text, for every field in which two models differ once everything is said."""
+    a, b = (json.loads(json.dumps(resolved_or_as_it_is(values))) for values in (saved, own))
+    return differences(a, b)
 
 
 def differences(saved: Any, own: Any, name: str = "") -> dict[str, str]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron.checkpoint.boxes import Span
-from megatron.checkpoint.compare import differences
+from megatron.checkpoint.compare import differences, model_differences
 from megatron.checkpoint.load import read_slices
 from megatron.checkpoint.manifest import Manifest, read_manifest
 from megatron.checkpoint.source import Source
@@ -89,7 +89,8 @@ def diff(a: str | Path, b: str | Path) -> Iterator[str]:
     """
     first, second = read_manifest(a), read_manifest(b)
     for what in ("state", "model_config", "engine"):
-        for text in differences(dict(getattr(first, what)), dict(getattr(second, what))).values():
+        compare = model_differences if what == "model_config" else differences
+        for text in compare(dict(getattr(first, what)), dict(getattr(second, what))).values():
             yield f"{what}: " + text.replace(" in the checkpoint", " in the first").replace(" here", " in the second")
     for name in sorted(set(first.weights) ^ set(second.weights)):
         yield f"{name}: only in the {'first' if name in first.weights else 'second'}"

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron.errors import ExportError
 from megatron.model.config import ModelConfig
-from megatron.registry import layer_class
+from megatron.model.resolved import layer_options
 
 SOFTMAX = frozenset({"global", "flash", "alibi"})
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
@@ -62,12 +62,7 @@ def options_of(config: ModelConfig) -> dict[str, Any] | str:
         return f"it has {', '.join(others)} layers"
     found = []
     for name in dict.fromkeys(config.layer_types):
-        cls = layer_class(name)
-        made = cls.Config(config.hidden_size, config.num_heads, **config.layer_options.get(cls.names[0], {}))
-        values = {f.name: getattr(made, f.name) for f in fields(made)}
-        values |= {"kv_heads": values["kv_heads"] or config.num_heads, "dropout": 0.0}
-        if values["positions"] == "learned":
-            values["positions"] = "none"
+        values = layer_options(config, name) | {"dropout": 0.0}
         if values not in found:
             found.append(values)
     return found[0] if len(found) == 1 else "its attention layers differ from each other"

@@ -38,6 +38,13 @@ class LayerConfig:
     num_heads: int
     layer_index: int = 0
 
+    def resolved(self) -> LayerConfig:
+        """The same mixer with options that follow from others said, and options without effect at their defaults.
+
+        Two configurations of one mixer compute the same if and only if they are equal after this.
+        """
+        return self
+
 
 @dataclass(frozen=True)
 class Context:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -41,6 +41,11 @@ class Based(Layer):
         """Fixed decay of the numerators with a gate of the input (the released based-360M-30B)."""
         decay_const: float = -3.0
         """c of the decay rate 1 - 2^(c - head)."""
+
+        def resolved(self) -> LayerConfig:
+            """The number of heads said; without decay its constant at the default."""
+            constant = self.decay_const if self.decay else -3.0
+            return replace(self, heads=self.heads or self.num_heads, decay_const=constant)
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)

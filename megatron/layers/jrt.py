@@ -8,7 +8,7 @@ causal. `Context.prefix_length` says how long the prefix of a pass is, else the 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -36,6 +36,10 @@ class PrefixBased(Layer):
         """Heads of the linear attention; 0 takes num_attention_heads."""
         prefix_length: int = 0
         """Tokens at the start of a sequence that all tokens see (the released models: 1024); shorter prompts are all prefix."""
+
+        def resolved(self) -> LayerConfig:
+            """The number of heads said."""
+            return replace(self, heads=self.heads or self.num_heads)
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -61,6 +61,10 @@ class Mamba(Layer):
         """Bias of the convolution."""
         use_bias_in_linears: bool = False
         """Biases of the projections into and out of the layer."""
+
+        def resolved(self) -> LayerConfig:
+            """The width of the bottleneck said."""
+            return replace(self, dt_rank=self.dt_rank or math.ceil(self.hidden_size / 16))
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -45,6 +45,10 @@ class SlidingAttention(Layer):
         """Base of the rotary frequencies."""
         dropout: float = 0.0
         """Dropout on attention weights in training."""
+
+        def resolved(self) -> LayerConfig:
+            """Without rotation its base at the default."""
+            return self if self.rotary_fraction else replace(self, rotary_base=10000.0)
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -68,6 +68,17 @@ class SoftmaxAttention(Layer):
         """ALiBi: beyond this length slopes shrink by train_length / length (position interpolation); unset: never."""
         slope_factor: float = 1.0
         """ALiBi: all slopes are divided by this (position interpolation by a fixed factor)."""
+
+        def resolved(self) -> LayerConfig:
+            """Heads of keys and values as a number; numbers of a kind of positions that is not used at their defaults."""
+            plain = replace(self, kv_heads=self.kv_heads or self.num_heads)
+            if self.positions == "learned":  # the embedding adds them
+                plain = replace(plain, positions="none")
+            if self.positions != "rotary":
+                plain = replace(plain, rotary_fraction=1.0, rotary_base=10000.0)
+            if self.positions != "alibi":
+                plain = replace(plain, bias_max=8.0, train_length=None, slope_factor=1.0)
+            return plain
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
