@@ -43,7 +43,9 @@ def vocabulary_rows(run: RunConfig, tokenizer: Tokenizer) -> int:
     asked = run.tokenizer.padded_vocab_size
     if asked is None:
         return padded_vocab_size(tokenizer.vocab_size, run.model.make_vocab_size_divisible_by, run.parallel.tensor_ranks)
-    if asked < tokenizer.vocab_size:
+    # a padding token that the tokenizer's folder lacks needs no row where no sample is filled up with it
+    unused = getattr(tokenizer, "added_pad", None) is not None and run.data.pack_impl != "unpacked"
+    if asked < tokenizer.vocab_size - unused:
         raise ConfigError(
             f"padded_vocab_size {asked} is smaller than the tokenizer's {tokenizer.vocab_size} entries",
             where=run.provenance.get("padded_vocab_size"),
@@ -227,6 +229,7 @@ def checkpoint_facts(run: RunConfig, tokenizer: Tokenizer) -> dict[str, Any]:
             "fingerprint": tokenizer.fingerprint(),
         },
         "seq_length": run.model.seq_length,
+        "max_position_embeddings": run.model.max_position_embeddings,
         "data": run.data.data_path or list(run.data.train_data_paths or run.data.train_stream or ()),
         "run": {
             "name": run.name,

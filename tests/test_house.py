@@ -22,7 +22,8 @@ def module_of(path: Path) -> str:
 
 
 MODULES = {module_of(p): p for p in FILES}
-HIGH = ("megatron.assemble", "megatron.feeding", "megatron.settings")  # the composition root: knows parts and configuration
+# the composition root: knows parts and configuration
+HIGH = ("megatron.assemble", "megatron.feeding", "megatron.settings", "megatron.recipe", "megatron.continuing")
 
 
 @functools.cache

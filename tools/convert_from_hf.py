@@ -1,4 +1,4 @@
-"""Hugging Face folder -> checkpoint: the command around `megatron.export.importer`."""
+"""Hugging Face folder -> checkpoint and a YAML that trains it on: the command around `megatron.export.importer`."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=f"Import a Hugging Face folder: {known}.")
     parser.add_argument("--input", type=Path, required=True, help="folder with config.json and the weights")
     parser.add_argument("--output", type=Path, required=True, help="checkpoint folder to write (`load` of a run)")
+    parser.add_argument("--data", help="to train on: prefix of token files, or a file or folder of text (jsonl, txt, ...)")
     with exit_on_error():
         arguments = parser.parse_args()
         from megatron.export.importer import import_folder
+        from megatron.recipe import command, start_of, write_recipe
 
         made = import_folder(arguments.input, arguments.output)
         for note in made.notes:
@@ -29,7 +31,8 @@ def main() -> None:
             f"wrote {made.checkpoint}: {shape.num_layers} layers, hidden size {shape.hidden_size}, {shape.num_heads} heads,"
             f" MLP {shape.mlp_width}, vocabulary {shape.vocab_size:,}"
         )
-        print(f"use it: load: {arguments.output}, with finetune: true (it holds weights and no optimizer state)")
+        start = start_of(made.checkpoint, shape, arguments.input.resolve().name, arguments.data)
+        print(f"wrote {write_recipe(start)}, which trains on from these weights:\n  {command(start)}")
 
 
 if __name__ == "__main__":

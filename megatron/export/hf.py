@@ -172,7 +172,8 @@ def _write(folder: Path, content: _Content, max_shard_bytes: int) -> float:
         write_text(folder / name, text)
     renamed = weights if family.native is None else to_native(family.native.layout, config, weights)
     _write_weights(folder, renamed, max_shard_bytes)
-    facts, length = content.tokenizer_facts, content.manifest.facts.get("seq_length")
+    facts, told = content.tokenizer_facts, content.manifest.facts
+    length = told.get("max_position_embeddings") or told.get("seq_length")
     write_json(folder / "config.json", _config_json(config, family, facts, content.dtype, length))
     write_json(folder / "generation_config.json", _generation_json(facts))
     notes += export_tokenizer(content.checkpoint / "tokenizer", facts, folder, length)

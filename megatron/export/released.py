@@ -1,6 +1,7 @@
-"""The layouts of the released Based, JRT, Attention and Mamba models (hazyresearch/*), as our model and our parameter names.
+"""The layouts of the released Based, JRT, Attention and Mamba models (hazyresearch/*, state-spaces/*) as ours.
 
 Their config.json is a GPT2Config dump whose mixers are Hydra dictionaries, or Mamba's own dataclass; neither says a model type.
+Transformers' `mamba` has the tensors of the latter under all but one of the same names, and says its type.
 Tensors are believed before the config: which mixer a layer is, widths, biases, decay and the vocabulary's rows are read from
 them. Three of their parameters hold two of ours, one above the other: `fc1` (up, gate), `in_proj` (convolution, gate)
 and `Wqkv`. What was decided on the way is returned as notes.
@@ -30,13 +31,20 @@ _MIXERS = {
     "SlidingsMHA": "sliding",
 }
 """Last part of a Hydra target -> our mixer; the module paths changed over the years and say nothing."""
+_EMBEDDINGS = {
+    "transformer": "transformer.embeddings.word_embeddings.weight",
+    "backbone": "backbone.embedding.weight",
+    "transformers": "backbone.embeddings.weight",
+}
 _INERT = "transformer.decay.decay"
 """Logarithms of the decay rates."""
 _CHANGED_WINDOW = 4096
 
 
 def is_released(settings: Mapping[str, Any]) -> bool:
-    """Is this config.json one of those projects'?"""
+    """Is this config.json one of those projects', or of transformers' Mamba?"""
+    if settings.get("model_type") == "mamba":
+        return True
     if settings.get("model_type") not in (None, "gpt2"):
         return False
     return "ssm_cfg" in settings or ("n_embd" in settings and ("rms_norm" in settings or "mixer" in settings))
@@ -86,7 +94,7 @@ def read_released(
             for ours, part in _RENAME[kind](name, tensor):
                 found[f"model.layers.{i}.{ours}"] = part
     stem = "backbone" if mamba else "transformer"
-    embedding = "backbone.embedding.weight" if mamba else "transformer.embeddings.word_embeddings.weight"
+    embedding = _EMBEDDINGS["transformers" if settings.get("model_type") == "mamba" else stem]
     table = _need(reading.outer, embedding)
     found["model.embed_tokens.weight"] = table
     found["model.final_norm.weight"] = _need(reading.outer, f"{stem}.norm_f.weight" if mamba else f"{stem}.ln_f.weight")
@@ -211,6 +219,9 @@ def _attention(reading: _Reading, i: int) -> str:
 
 
 def _mamba(reading: _Reading, tensors: Mapping[str, Tensor]) -> str:
+    activation = reading.settings.get("hidden_act", "silu")
+    if activation not in ("silu", "swish"):
+        raise ExportError(f"Mamba with the activation '{activation}' is not built", where="config.json, hidden_act")
     inner, states = tensors["mixer.A_log"].shape
     values = {
         "state_size": states,
