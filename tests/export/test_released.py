@@ -13,11 +13,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import MambaConfig, MambaForCausalLM
 
 from megatron.checkpoint.load import read_full_weights
 from megatron.errors import ExportError
 from megatron.export.importer import import_folder
 from megatron.export.released import is_released
+from megatron.generation.load import load_model
 
 D, H, F, M, ROWS = 32, 4, 6, 48, 40
 MIXER = "based.models.mixers."
@@ -151,3 +153,23 @@ def test_refusals(tmp_path: Path, change: dict[str, Any], settings: dict[str, An
 def test_recognition() -> None:
     assert is_released(SETTINGS) and is_released({**SETTINGS, "model_type": "gpt2"}) and is_released({"ssm_cfg": {}})
     assert not is_released({"model_type": "gpt2", "n_embd": 768}) and not is_released({**SETTINGS, "model_type": "llama"})
+
+
+@pytest.mark.parametrize("change", [{}, {"use_bias": True, "use_conv_bias": False, "tie_word_embeddings": False, "expand": 3}])
+def test_mamba_of_transformers(change: dict[str, Any], tmp_path: Path) -> None:
+    sizes = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, "layer_norm_epsilon": 1e-3}
+    torch.manual_seed(0)
+    theirs = MambaForCausalLM(MambaConfig(**sizes, **change)).eval()
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            p.add_(torch.randn_like(p) * (0.2 if p.dim() > 1 else 0.1)).mul_(0.5 if "A_log" in name else 1.0)
+    theirs.save_pretrained(tmp_path / "mamba")
+    made = import_folder(tmp_path / "mamba", tmp_path / "ours")
+    tokens = torch.randint(0, 96, (2, 20), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        want, got = theirs(tokens).logits, load_model(made.checkpoint)[0](tokens)[0]
+    assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+    settings = json.loads((tmp_path / "mamba" / "config.json").read_text()) | {"hidden_act": "relu"}
+    (tmp_path / "mamba" / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ExportError, match="activation 'relu'"):
+        import_folder(tmp_path / "mamba", tmp_path / "other")
