@@ -26,7 +26,7 @@ from megatron.launch.options import LaunchOptions
 from megatron.launch.places import places_of, slug
 from megatron.launch.preview import describe
 from megatron.launch.reach import addresses
-from megatron.launch.runners import explain_failure, run_job, this_machine, usable_port
+from megatron.launch.runners import explain_failure, rendezvous_port, run_job, this_machine
 from megatron.launch.shape import Site, shape_of
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ def main(argv: list[str]) -> int:
         this_machine(),
         script,
         rest,
-        port=usable_port(options.master_port),
+        port=rendezvous_port(options, run.provenance.get("master_port", "default") != "default", len(pool or ())),
         pool=pool,
         environ={**os.environ, **user_file(os.environ, Path.home())},
         scratch=f"{run.logging.run_dir}/launch",

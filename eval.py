@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron.config.cli import config_from_args, make_parser
 from megatron.errors import ConfigError, DataError, exit_on_error
+from megatron.launch.ending import leaving
 from megatron.launch.environment import RankEnvironment, close_process_group, init_process_group, read_rank_environment
 
 if TYPE_CHECKING:
@@ -240,5 +241,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    with exit_on_error():
+    with leaving(), exit_on_error():
         main(sys.argv[1:])

@@ -10,8 +10,8 @@ import sys
 from megatron.config.checks import require_data
 from megatron.config.cli import config_from_args, make_parser
 from megatron.errors import exit_on_error
+from megatron.launch.ending import leaving
 from megatron.launch.environment import read_rank_environment
-from megatron.training.signals import leave
 
 
 def main(argv: list[str]) -> int:
@@ -38,5 +38,6 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    with exit_on_error(screen_is_result=False):
-        leave(main(sys.argv[1:]))
+    with leaving(), exit_on_error(screen_is_result=False):
+        if code := main(sys.argv[1:]):
+            raise SystemExit(code)

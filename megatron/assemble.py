@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from megatron.errors import UserError
 from megatron.feeding import Feeding
 from megatron.launch.capacity import limits
 from megatron.launch.environment import RankEnvironment, close_process_group, init_process_group
+from megatron.launch.lock import FolderLock
 from megatron.launch.preflight import Report, report
 from megatron.model.config import ModelConfig
 from megatron.model.cost import count_parameters, train_flops
@@ -208,6 +211,9 @@ def train(run: RunConfig, env: RankEnvironment, command: Sequence[str]) -> Run:
     with ExitStack() as stack:
         stack.callback(signals.stop)
         if env.is_main:
+            if save := run.checkpoint.save:  # before anything of an earlier run is touched
+                lock = FolderLock.take(save, shlex.join(command), partial(print, flush=True), lambda: bool(signals.received))
+                stack.callback(lock.release)
             create_run_folder(folder.root, print_config(run), command, run.logging.log_dir)
             stack.enter_context(copy_console(folder.logs))
         console = Console(None if env.is_main else stack.enter_context(open(os.devnull, "w")))

@@ -167,7 +167,7 @@ def _local_job(
     world = encode_world({"localhost": [int(name) if name.isdecimal() else name for name in names]})
     command: tuple[str, ...] = (machine.python, "-u", "-m", "deepspeed.launcher.launch", f"--world_info={world}")
     command += (f"--master_addr={options.master_addr or '127.0.0.1'}", f"--master_port={port}", "--no_local_rank")
-    command += ("--no_python", "--log_level=critical", machine.python, "-SE", KEEPER, *words)
+    command += ("--no_python", "--log_level=critical", machine.python, "-SE", KEEPER, "--watch-stdin", *words)
     return Job("local", command, environment, len(slots), {"localhost": slots}, launcher="deepspeed")
 
 

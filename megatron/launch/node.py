@@ -4,14 +4,13 @@
 
 torchrun would give its own code (1) for every end, so that nobody could tell a mistake in the configuration from a lost rank,
 and would kill ranks 30 seconds after a signal, in the middle of a save. Here a signal goes to every rank and is waited for as
-long as the cluster waits. When a rank fails, the others have `GRACE_S` to end by themselves. Standard library only.
+long as the cluster waits. When a rank fails, the others have `GRACE_S` to end by themselves. Imports nothing heavy.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import os
 import signal
 import subprocess
@@ -20,8 +19,9 @@ import time
 from collections.abc import Mapping, Sequence
 from types import FrameType
 
+from megatron.launch.ending import die_with_parent
+
 GRACE_S = 12.0
-_PR_SET_PDEATHSIG = 1
 _PASSED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
@@ -37,11 +37,6 @@ def verdict(codes: Sequence[int]) -> int:
     return next((code for code in failed if code < 128), failed[0] if failed else 0)
 
 
-def _die_with_parent() -> None:
-    """In the child: the kernel kills it when this process is killed."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
 class Ranks:
     """The processes of one node. environments: of each rank, beside that of this process."""
 
@@ -51,7 +46,7 @@ class Ranks:
         for number in _PASSED:
             signal.signal(number, self._pass_on)
         for own in environments:
-            self._running.append(subprocess.Popen(command, env={**os.environ, **own}, preexec_fn=_die_with_parent))
+            self._running.append(subprocess.Popen(command, env={**os.environ, **own}, preexec_fn=die_with_parent))
         for early in self._asked:
             self._send(early)
 

@@ -21,11 +21,11 @@ from types import FrameType
 from typing import IO
 
 from megatron.errors import LaunchError
-from megatron.launch.environment import DEFAULT_PORT
+from megatron.launch.ending import die_with_parent
 from megatron.launch.exports import launcher_environment
 from megatron.launch.follow import FirstError
-from megatron.launch.job import Job
-from megatron.launch.options import Machine
+from megatron.launch.job import KEEPER, Job
+from megatron.launch.options import LaunchOptions, Machine
 
 # What the codes of `megatron/training/control.py` and `watchdog.py` mean; those files import torch, this one must not.
 _LEFT = {
@@ -73,20 +73,24 @@ def this_machine() -> Machine:
     return Machine(visible_devices(), cores, sys.executable, socket.gethostname())
 
 
-def usable_port(wanted: int) -> int:
-    """`wanted`, or a free port when it is the default and another job on this machine has taken it."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", wanted))
-        except OSError:
-            if wanted != DEFAULT_PORT:
-                return wanted  # asked for by name: the error of the connecting ranks says what is wrong
-        else:
-            return wanted
+def free_port() -> int:
+    """A TCP port that nobody on this machine uses now, chosen anew by the kernel for each call."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         return int(probe.getsockname()[1])
+
+
+def rendezvous_port(options: LaunchOptions, given: bool, hosts: int) -> int:
+    """The port where the ranks meet: `master_port` where the configuration gives one, else a free one.
+
+    Ranks that one command starts are told it, over all hosts. torchrun on several hosts is started by a command on each, which
+    must agree without having met: on the default.
+
+    Args:
+        given: whether the configuration gives `master_port`. hosts: of the host file, 0 without one.
+    """
+    several = options.num_nodes > 1 or (options.num_nodes < 0 and hosts > 1)
+    return options.master_port if given or (options.runner == "torchrun" and several) else free_port()
 
 
 def write_files(job: Job) -> None:
@@ -121,14 +125,29 @@ def run_job(job: Job) -> tuple[int, str]:
         if job.route == "hosts":
             environment = launcher_environment(environment)
         # A session of its own: Ctrl-C in a terminal would reach the launcher too, which gives its ranks 30 s and exits with 1.
+        # Its standard input is our end's sign, whatever ends us: keepers (of ranks, or of a runner) wait for it.
         child = subprocess.Popen(
-            job.command, env=environment, start_new_session=True, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE
+            _kept(job),
+            env=environment,
+            start_new_session=True,
+            stdin=subprocess.DEVNULL if job.route == "torchrun" else subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            preexec_fn=None if job.route == "hosts" else die_with_parent,
         )
     except OSError as error:
         raise LaunchError(f"cannot start {job.command[0]}", why=str(error)) from error
     follower = _Follower(child, job)
     code = _wait(child, job, follower)
     return follower.finish(code)
+
+
+def _kept(job: Job) -> tuple[str, ...]:
+    """The command; a runner of several hosts, whose pdsh or mpirun would outlive it, below a keeper."""
+    if job.route != "hosts":
+        return job.command
+    # pdsh is never asked: DeepSpeed's runner would then kill every job on the hosts by name.
+    option = "--group-at-once" if job.launcher == "pdsh" else "--group"
+    return (job.command[0], "-SE", KEEPER, option, *job.command[1:])
 
 
 class _Follower:

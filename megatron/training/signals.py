@@ -149,11 +149,3 @@ class TimeLimit:
         if self._limit_s is None:
             return False
         return self._clock() - self._begin + 2 * self._step_s + 1.5 * self._save_s >= self._limit_s
-
-
-def leave(code: int) -> None:
-    """End the process with `code`; a run that was told to leave does not wait for threads that still read data."""
-    if code:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)

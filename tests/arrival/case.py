@@ -229,7 +229,6 @@ class Case:
             mock.patch.object(deepy, "run_job", keep),
             mock.patch.object(deepy, "addresses", reach),
             mock.patch.object(deepy, "this_machine", return_value=MACHINE),
-            mock.patch.object(deepy, "usable_port", lambda port: port),
             mock.patch.dict("os.environ", {"NCCL_DEBUG": "INFO", "MY_SETTING": "seen"}),
         ):
             assert deepy.main([str(Path(deepy.__file__).with_name("train.py")), str(self.path)]) == 0

@@ -12,9 +12,10 @@ import torch
 import torch.distributed as dist
 
 from megatron.errors import ConfigError, exit_on_error
+from megatron.launch.ending import leaving
 from megatron.launch.environment import close_process_group, init_process_group, read_rank_environment
 
-with exit_on_error():
+with leaving(), exit_on_error():
     env = read_rank_environment()
     init_process_group(env, "nccl", timeout_s=30)
     total = torch.tensor([float(env.rank + 1)])

@@ -16,7 +16,7 @@ from megatron.errors import ConfigError, LaunchError
 from megatron.launch.job import KEEPER, Job, plan_job
 from megatron.launch.options import LaunchOptions, Machine
 from megatron.launch.preview import describe
-from megatron.launch.runners import chosen_devices, usable_port
+from megatron.launch.runners import chosen_devices, rendezvous_port
 
 CPU = Machine(devices=(), cores=8, python="/py")
 GPU = Machine(devices=("0", "1", "2", "3"), cores=64, python="/py")
@@ -114,13 +114,33 @@ def test_options_come_from_config_sections() -> None:
     assert (options.num_gpus, options.master_port, options.model_processes) == (4, 1234, 2)
 
 
-def test_a_taken_default_port_is_replaced_and_a_wanted_one_kept() -> None:
-    with socket.socket() as taken:
-        taken.bind(("", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        assert usable_port(port) == port
-    assert usable_port(29500) > 0
+def test_without_a_port_in_the_configuration_two_jobs_get_two() -> None:
+    """Both free ports are bound at once, so that they cannot be one."""
+    plain = LaunchOptions()
+    with socket.socket() as first, socket.socket() as second:
+        first.bind(("", rendezvous_port(plain, given=False, hosts=0)))
+        second.bind(("", rendezvous_port(plain, given=False, hosts=0)))
+    many = {rendezvous_port(LaunchOptions(hostfile="h"), given=False, hosts=2) for _ in range(5)}
+    assert len(many) > 1 and 29500 not in many, "one command tells all hosts, so that the port may be any"
+
+
+@pytest.mark.parametrize(
+    ("options", "given", "hosts", "port"),
+    [
+        ({"master_port": 1234}, True, 0, 1234),
+        ({"master_port": 29500}, True, 0, 29500),
+        ({"master_port": 1234, "hostfile": "h"}, True, 2, 1234),
+        ({"launcher": "torchrun", "num_nodes": 2}, False, 0, 29500),
+        ({"launcher": "torchrun", "hostfile": "h"}, False, 2, 29500),
+    ],
+)
+def test_a_port_that_is_given_is_taken_and_torchrun_on_several_hosts_agrees(
+    options: dict[str, Any], given: bool, hosts: int, port: int
+) -> None:
+    assert rendezvous_port(LaunchOptions(**options), given, hosts) == port
+    if options.get("launcher") == "torchrun":
+        alone = LaunchOptions(launcher="torchrun", num_nodes=1, hostfile=options.get("hostfile"))
+        assert rendezvous_port(alone, given, hosts) != 29500
 
 
 @pytest.mark.parametrize(
