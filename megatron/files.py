@@ -1,18 +1,110 @@
-"""Files that are either whole or absent: write to a temporary name, fsync, rename, fsync the folder.
+"""Files that are either whole or absent, and files of others that are read without trusting them.
 
-All that must survive a kill or a full disk (checkpoints, indexes, `latest`, JSON results) is written through this module.
+All that must survive a kill or a full disk (checkpoints, indexes, `latest`, JSON results) is written through this module: to a
+temporary name, synced, renamed. JSON files are read through it: a pipe does not hang the reader, a huge file does not fill
+memory, and what Python's parser lets through or breaks on (nesting, numbers of thousands of digits, halves of characters) is
+one ValueError.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
+
+LARGEST_JSON = 1 << 30  # bytes; a manifest of thousands of ranks and a tokenizer of a million entries stay far below
+_DEEPEST_JSON = 64  # levels; ours and Hugging Face's have less than ten
+_LONGEST_NUMBER = 40  # digits; JSON of real programs has at most 20
+
+
+def open_regular(path: str | Path) -> int:
+    """A descriptor for reading a regular file, links followed.
+
+    Raises:
+        OSError: it cannot be opened, or is a pipe, socket, device or folder: opening a pipe would wait for its writer.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    if stat.S_ISREG(os.fstat(fd).st_mode):
+        return fd
+    os.close(fd)
+    raise OSError(errno.EINVAL, "not a regular file", str(path))
+
+
+def read_bytes(path: str | Path, limit: int = LARGEST_JSON) -> bytes:
+    """The content of a regular file.
+
+    Raises:
+        OSError: as `open_regular`, or the file is larger than `limit` bytes.
+    """
+    with os.fdopen(open_regular(path), "rb") as handle:
+        data = handle.read(limit + 1)
+    if len(data) > limit:
+        raise OSError(errno.EFBIG, f"larger than {limit:,} bytes", str(path))
+    return data
+
+
+def read_text(path: str | Path, limit: int = LARGEST_JSON) -> str:
+    """The text of a regular UTF-8 file; line ends as they are.
+
+    Raises:
+        OSError: as `read_bytes`. ValueError: it is not UTF-8.
+    """
+    data = read_bytes(path, limit)
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8: byte {error.start} is 0x{data[error.start]:02x}") from None
+
+
+def _number(digits: str) -> int:
+    if len(digits) > _LONGEST_NUMBER:
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)
+
+
+def parse_json(text: str | bytes | bytearray) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        ValueError: not JSON, nested too deep to be worked with, a number of absurd length, or a half of a surrogate pair.
+    """
+    try:
+        value = json.loads(text, parse_int=_number)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    level, depth = [value], 0
+    while level := [part for item in level for part in _parts(item) if isinstance(part, dict | list)]:
+        depth += 1
+        if depth > _DEEPEST_JSON:
+            raise ValueError(f"it is nested deeper than {_DEEPEST_JSON} levels")
+    if (b"\\ud" if isinstance(text, bytes | bytearray) else "\\ud") in text.lower():  # type: ignore[operator]
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("it holds half of a surrogate pair, which is no character") from None
+    return value
+
+
+def _parts(value: Any) -> Any:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
+
+
+def read_json(path: str | Path, limit: int = LARGEST_JSON) -> Any:
+    """The value of a JSON file.
+
+    Raises:
+        OSError: as `read_bytes`. ValueError: as `parse_json`, or it is not UTF-8.
+    """
+    return parse_json(read_text(path, limit))
 
 
 def fsync_folder(folder: Path) -> None:

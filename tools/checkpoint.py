@@ -32,8 +32,8 @@ def inspect(args: argparse.Namespace) -> int:
 
 def verify(args: argparse.Namespace) -> int:
     """Read every byte of one checkpoint, or of all in a save or run folder; a damaged one decides the exit code."""
-    from megatron.checkpoint.find import no_checkpoint, place_of
-    from megatron.checkpoint.layout import MANIFEST, iteration_of, step_folders
+    from megatron.checkpoint.find import latest_problem, no_checkpoint, place_of
+    from megatron.checkpoint.layout import LATEST, MANIFEST, iteration_of, step_folders
     from megatron.checkpoint.load import damages
 
     place = place_of(args.path)
@@ -42,7 +42,10 @@ def verify(args: argparse.Namespace) -> int:
         if not place.is_dir() or (iteration_of(place.name) is None and not (place / MANIFEST).is_file()):
             raise no_checkpoint(place)
         folders = [place]
-    bad = 0
+    bad, problem = 0, latest_problem(place)
+    if problem:
+        bad += 1
+        print(f"{place / LATEST}: damaged\n  {problem}")
     for folder in folders:
         found = damages(folder)
         bad += bool(found)
@@ -76,31 +79,42 @@ def reshard(args: argparse.Namespace) -> int:
 
 
 def import_neox(args: argparse.Namespace) -> int:
-    """Import the weights of a GPT-NeoX folder."""
+    """Import the weights of a GPT-NeoX folder, and write a YAML that trains them on."""
     from megatron.checkpoint.foreign import ForeignFolder
     from megatron.checkpoint.layout import iteration_of
     from megatron.checkpoint.neox import fitted, read_neox, vocabulary_rows
     from megatron.checkpoint.save import save_weights
     from megatron.config.load import load_config
     from megatron.model.build import param_specs
-    from megatron.settings import model_config
+    from megatron.recipe import command, start_of_run, write_recipe
+    from megatron.settings import model_config, tokenizer_records
 
     folder = ForeignFolder(args.path)
     files = args.configs or list(folder.config_files())
-    run = load_config(files, world_size=1, check=False, overrides={"model_parallel_size": 1, "pipe_parallel_size": 1})
+    if not files:
+        raise CheckpointError(
+            "the model's YAML files are not known",
+            where=str(args.path),
+            why="it has no folder configs/",
+            hint="give them behind the path: tools/checkpoint.py import NEOX/global_step1000 model.yml --output DIR",
+        )
+    run = load_config(files, check=False)
     config = fitted(model_config(run, vocabulary_rows(folder)), folder)
-    iteration = iteration_of(args.path.name) or 0
+    weights = dict(read_neox(folder, config))
+    tokenizer, facts = tokenizer_records(run)
     made = save_weights(
         args.output,
-        dict(read_neox(folder, config)),
+        weights,
         param_specs(config),
         model_config=config.to_dict(),
-        iteration=iteration,
+        iteration=iteration_of(args.path.name) or 0,
         config_texts=run.config_texts,
-        facts={"imported from": f"GPT-NeoX, {folder.tp} tensor ranks", "seq_length": run.model.seq_length},
+        tokenizer=tokenizer,
+        facts={"imported_from": f"GPT-NeoX, {folder.tp} tensor ranks", "seq_length": run.model.seq_length, **facts},
     )
     print(f"wrote {made}: weights of {config.num_layers} layers, joined from {folder.tp} tensor ranks")
-    print(f"use it: load: {args.output}, with finetune: true (it holds weights and no optimizer state)")
+    start = start_of_run(made, config, f"GPT-NeoX's {args.path.resolve().name}", run)
+    print(f"wrote {write_recipe(start)}, which trains on from these weights:\n  {command(start)}")
     return 0
 
 

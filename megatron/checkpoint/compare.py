@@ -7,8 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron.checkpoint.damage import DamagedCheckpoint
 from megatron.checkpoint.manifest import Manifest
-from megatron.errors import CheckpointError
+from megatron.errors import CheckpointError, ConfigError
+from megatron.model.build import param_specs
+from megatron.model.config import ModelConfig
 from megatron.model.resolved import resolved_or_as_it_is
 
 _FREE_FIELDS = frozenset(  # not the maths of the weights
@@ -17,18 +20,41 @@ _FREE_FIELDS = frozenset(  # not the maths of the weights
 _FREE_OPTION = ".dropout"  # of a mixer
 
 
-def check_names(path: Path, manifest: Manifest, specs: set[str]) -> None:
-    """Raise CheckpointError unless the checkpoint holds exactly this model's parameters."""
-    saved = set(manifest.weights)
-    if saved == specs:
-        return
-    missing, extra = sorted(specs - saved), sorted(saved - specs)
-    raise CheckpointError(
-        "the checkpoint holds other parameters than this model",
-        where=str(path),
-        why=f"{len(missing)} are missing{_few(missing)}, {len(extra)} are unknown{_few(extra)}",
-        hint="compare the model section of the config with the one in manifest.json",
-    )
+def check_names(path: Path, manifest: Manifest, shapes: Mapping[str, tuple[int, ...]], same_model: bool = False) -> None:
+    """Raise CheckpointError unless the checkpoint holds exactly this model's parameters.
+
+    Args:
+        shapes: name -> global shape of this model's. same_model: the saved model was compared and is this one: then parameters
+            that differ are damage, and an older checkpoint may have the right ones.
+    """
+    problem = _name_problem(manifest, shapes)
+    if problem:
+        raise (DamagedCheckpoint if same_model else CheckpointError)(
+            "the checkpoint holds other parameters than this model",
+            where=str(path),
+            why=problem,
+            hint="compare the model section of the config with the one in manifest.json",
+        )
+
+
+def _name_problem(manifest: Manifest, shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """Empty when the weights are those of `shapes`."""
+    missing, extra = sorted(set(shapes) - set(manifest.weights)), sorted(set(manifest.weights) - set(shapes))
+    if missing or extra:
+        return f"{len(missing)} are missing{_few(missing)}, {len(extra)} are unknown{_few(extra)}"
+    odd = [name for name, shape in shapes.items() if tuple(shape) != manifest.weights[name].shape]
+    return f"{len(odd)} have another shape{_few(odd)}" if odd else ""
+
+
+def model_problems(manifest: Manifest) -> list[str]:
+    """What is wrong between a manifest's model and its weights; nothing is said of a model that this release does not build."""
+    try:
+        config = ModelConfig.from_dict(manifest.model_config)
+        shapes = {name: spec.shape for name, spec in param_specs(config).items()}
+    except (CheckpointError, ConfigError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError):
+        return []
+    problem = _name_problem(manifest, shapes)
+    return [f"the weights are not those of its model: {problem}"] if problem else []
 
 
 def _few(names: list[str]) -> str:

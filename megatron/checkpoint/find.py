@@ -5,6 +5,7 @@ A wrong `load` is an error here; in NeoX a typo in it silently starts a fresh tr
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,9 @@ from megatron.checkpoint.layout import (
     whole_steps,
 )
 from megatron.errors import CheckpointError
+from megatron.files import read_text
+
+_LONGEST_TAG = 4096  # bytes of `latest`
 
 
 def _set_aside(folder: Path, step: int) -> Path | None:
@@ -46,12 +50,12 @@ def _step(folder: Path, step: int, asked: str) -> Path:
 def _latest(folder: Path) -> int | None:
     """The step that `latest` names; without that file (killed before it was first written) the newest step."""
     file = folder / LATEST
-    if not file.is_file():
+    if not os.path.lexists(file):
         steps = [*whole_steps(folder), *(s for s, p in side_folders(folder, "old") if (p / MANIFEST).is_file())]
         return max(steps, default=None)
     try:
-        tag = file.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
+        tag = read_text(file, _LONGEST_TAG).strip()
+    except (OSError, ValueError) as error:
         raise DamagedCheckpoint("cannot read `latest`", where=str(file), why=str(error)) from error
     step = iteration_of(tag)
     if step is None:
@@ -62,6 +66,17 @@ def _latest(folder: Path) -> int | None:
             hint=f"write one of the tags into it, or set `iteration`; {contents(folder)}",
         )
     return step
+
+
+def latest_problem(folder: Path) -> str:
+    """What is wrong with the `latest` of a save folder; empty when it names a folder that is there, or is not there itself."""
+    try:
+        step = _latest(folder)
+    except DamagedCheckpoint as error:
+        return f"{error.what}: {error.why}"
+    if not os.path.lexists(folder / LATEST) or step is None or (folder / tag_of(step)).is_dir():
+        return ""
+    return "" if _set_aside(folder, step) else f"it names {tag_of(step)}, which does not exist"
 
 
 def find_checkpoint(load_dir: str | Path, iteration: int | None = None, save_dir: str | Path | None = None) -> Path | None:
@@ -87,7 +102,7 @@ def find_checkpoint(load_dir: str | Path, iteration: int | None = None, save_dir
     if step is not None:
         return _step(folder, step, "`latest`")
     nothing_yet = not folder.exists() or folder.is_dir()
-    if save_dir is not None and nothing_yet and Path(save_dir).resolve() == folder.resolve():
+    if save_dir is not None and nothing_yet and os.path.realpath(save_dir) == os.path.realpath(folder):
         return None
     raise CheckpointError(
         "no checkpoint to load",

@@ -107,7 +107,7 @@ class ForeignFolder:
         stages: dict[int, list[dict[str, Tensor]]] = defaultdict(lambda: [{} for _ in files])
         for rank, file in enumerate(files):
             body = read_pickle(file)
-            module = body.get("module") if isinstance(body, dict) else None
+            module = body.get("module", body) if isinstance(body, dict) else None
             if not isinstance(module, dict):
                 raise CheckpointError("the file holds no weights", where=str(file), why="`module` is not a state dict")
             for name, value in module.items():

@@ -20,8 +20,11 @@ from pathlib import Path
 
 LATEST = "latest"
 MANIFEST = "manifest.json"
-_STEP = re.compile(r"global_step(\d+)")
-_SIDE = re.compile(r"global_step(\d+)\.(tmp|old|trash)-[0-9a-z]+")
+RNG = "rng-rank"
+# No leading zero (two folders would be one step), no digits of other scripts, none so long that arithmetic ends.
+_NUMBER = r"(0|[1-9][0-9]{0,17})"
+_STEP = re.compile(rf"global_step{_NUMBER}")
+_SIDE = re.compile(rf"global_step{_NUMBER}\.(tmp|old|trash)-[0-9a-z]+")
 
 
 def tag_of(iteration: int) -> str:
@@ -47,7 +50,7 @@ def optimizer_file(dp_rank: int, pp_rank: int, tp_rank: int) -> str:
 
 def rng_file(rank: int) -> str:
     """File of one rank's random number states."""
-    return f"rng-rank{rank}.safetensors"
+    return f"{RNG}{rank}.safetensors"
 
 
 def receipt_file(rank: int) -> str:
@@ -82,11 +85,11 @@ def side_folders(folder: Path, kind: str) -> list[tuple[int, Path]]:
 
 def contents(folder: Path, limit: int = 12) -> str:
     """One line that says what lies in `folder`, for error messages."""
-    if not folder.exists():
+    if not os.path.lexists(folder):
         near = [p.name for p in sorted(folder.parent.iterdir())] if folder.parent.is_dir() else []
         return f"the folder does not exist; beside it: {', '.join(near[:limit]) or 'nothing'}"
     if not folder.is_dir():
-        return "this is a file, not a folder"
+        return "this is a link to nothing" if folder.is_symlink() and not folder.exists() else "this is a file, not a folder"
     steps = list(step_folders(folder).values())
     names = [p.name for p in steps] or _names(folder)
     more = f" and {len(names) - limit} more" if len(names) > limit else ""

@@ -17,17 +17,18 @@ from torch import Tensor
 
 from megatron.checkpoint.agree import Verdict
 from megatron.checkpoint.boxes import Span
-from megatron.checkpoint.compare import check_model, check_names
+from megatron.checkpoint.compare import check_model, check_names, model_problems
 from megatron.checkpoint.damage import DamagedCheckpoint
+from megatron.checkpoint.layout import MANIFEST, RNG
 from megatron.checkpoint.manifest import Manifest, read_manifest
 from megatron.checkpoint.randomness import begin_streams, mesh_text, saved_streams
 from megatron.checkpoint.reader import damage_of
-from megatron.checkpoint.recut import OptimizerReads, Place, Read
+from megatron.checkpoint.recut import MASTER, OptimizerReads, Place, Read
 from megatron.checkpoint.shards import local_slice
 from megatron.checkpoint.source import Source, Wanted
 from megatron.engine.base import Engine, OptimizerSlice
 from megatron.errors import CheckpointError
-from megatron.parallel.random import restore_rng
+from megatron.parallel.random import check_rng, restore_rng
 
 _log = logging.getLogger(__name__)
 
@@ -101,7 +102,7 @@ def _check(path: Path, manifest: Manifest, engine: Engine, model_config: Mapping
         allowed = check_model(path, manifest, model_config)
         if engine.mesh.rank == 0 and allowed:
             _log.warning("differs from the checkpoint: %s", "; ".join(allowed))
-    check_names(path, manifest, set(engine.specs))
+    check_names(path, manifest, {name: spec.shape for name, spec in engine.specs.items()}, same_model=model_config is not None)
     if optimizer and not manifest.optimizer:
         hint = "set no_load_optim or finetune to start without"
         raise CheckpointError("the checkpoint holds no optimizer state", where=str(path), hint=hint)
@@ -117,7 +118,17 @@ def _read(path: Path, manifest: Manifest, engine: Engine, options: _Options) -> 
         optimizer = _read_optimizer(source, engine, options.in_place) if options.optimizer else None
         file = saved_streams(manifest, engine.mesh) if options.rng else None
         rng = source.whole_file(file) if file else None
+    if rng is not None:
+        _check_streams(path / str(file), rng)
     return _Found(weights, optimizer, rng, options.rng)
+
+
+def _check_streams(file: Path, rng: dict[str, Tensor]) -> None:
+    """Before the engine is touched: random numbers that cannot be restored are damage like any other."""
+    try:
+        check_rng(rng)
+    except CheckpointError as error:
+        raise DamagedCheckpoint(error.what, where=str(file), why=error.why) from error
 
 
 def _home(tensor: Tensor, in_place: bool) -> Tensor | None:
@@ -210,12 +221,52 @@ def read_full_weights(path: str | Path, names: Iterable[str] | None = None) -> d
 
 
 def damages(path: str | Path) -> list[str]:
-    """Everything that is wrong with a checkpoint, one line each: file, tensor, bytes. Reads every byte of it."""
+    """Everything that is wrong with a checkpoint, one line each: file, tensor, bytes. Reads every byte of it.
+
+    A resume, on whatever mesh, refuses nothing of which this says nothing, but another model: the manifest goes through the same
+    check, and every stored piece is looked up as a rank would read it.
+    """
     try:
         manifest = read_manifest(path)
-    except DamagedCheckpoint as error:
-        return [f"manifest.json: {error.what}: {error.why or ''}"]
-    return [line for name, entry in manifest.files.items() for line in damage_of(Path(path) / name, entry)]
+    except CheckpointError as error:
+        return [f"{MANIFEST}: {error.what}: {error.why or ''}"]
+    lines = [line for name, entry in manifest.files.items() for line in damage_of(Path(path) / name, entry)]
+    return lines or _unfit(Path(path), manifest)
+
+
+def _unfit(path: Path, manifest: Manifest) -> list[str]:
+    """What does not hold what the manifest says of it, in a checkpoint whose bytes are as they were written."""
+    lines = [f"{MANIFEST}: {problem}" for problem in model_problems(manifest)]
+    with Source(path, manifest, verify=False) as source:
+        for name, entry in manifest.weights.items():
+            for part in entry.parts:
+                form = (entry.slice_of(part).local_shape, getattr(torch, entry.dtype))
+                lines += _misfits(source, part.file, {name: form})
+        for name, parts in manifest.optimizer.items():
+            for own in parts:
+                flat = ((own.range_stop - own.range_start,), torch.float32)
+                lines += _misfits(source, own.file, {f"{kind}/{name}": flat for kind in (MASTER, *own.moments)})
+        for file in manifest.files:
+            try:
+                if file.startswith(RNG):
+                    check_rng(source.whole_file(file))
+            except CheckpointError as error:
+                lines.append(f"{file}: {error.what}" + (f": {error.why}" if error.why else ""))
+    return lines
+
+
+def _misfits(source: Source, file: str, forms: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> list[str]:
+    lines = []
+    for key, expected in forms.items():
+        try:
+            there = source.reader(file).form(key)
+            if there != expected:
+                lines.append(
+                    f"{file}: '{key}' is {list(there[0])} {there[1]}, the manifest says {list(expected[0])} {expected[1]}"
+                )
+        except CheckpointError as error:
+            lines.append(f"{file}: {error.what}: {error.why or key}")
+    return lines
 
 
 def verify_checkpoint(path: str | Path) -> Manifest:

@@ -22,8 +22,9 @@ from megatron.checkpoint.blocks import FileEntry, file_entry
 from megatron.checkpoint.boxes import Span
 from megatron.checkpoint.damage import DamagedCheckpoint
 from megatron.checkpoint.layout import MANIFEST, iteration_of
+from megatron.checkpoint.sound import check_body
 from megatron.errors import CheckpointError
-from megatron.files import write_text
+from megatron.files import read_json, write_text
 from megatron.parallel.plan import Slice
 
 FORMAT = "metala-checkpoint"
@@ -156,7 +157,7 @@ def read_manifest(path: str | Path) -> Manifest:
     path = Path(path)
     file = path / MANIFEST
     try:
-        body = json.loads(file.read_text(encoding="utf-8"))
+        body = read_json(file)
     except FileNotFoundError:
         pickles = (
             "; it holds *.pt files: a GPT-NeoX/DeepSpeed checkpoint must be imported first"
@@ -171,13 +172,17 @@ def read_manifest(path: str | Path) -> Manifest:
         raise _damaged(file, f"its format is not '{FORMAT}'")
     if body.get("sha256") != _digest(body):
         raise _damaged(file, "its content does not match its own checksum")
-    if body.get("version") not in _READABLE:
+    version = body.get("version")
+    if type(version) is int and version > VERSION:
         raise CheckpointError(
             "the checkpoint is of another release",
             where=str(file),
-            why=f"version {body.get('version')}, this code reads {' and '.join(map(str, _READABLE))}",
+            why=f"version {version}, this code reads {' and '.join(map(str, _READABLE))}",
         )
     try:
+        if version not in _READABLE:
+            raise ValueError(f"version is {version!r:.60}")
+        check_body(body)
         manifest = _build(body)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise _damaged(file, f"a field is missing or wrong: {error}") from error

@@ -1,9 +1,14 @@
 """Weights of a GPT-NeoX checkpoint under our names: which key of which stage each parameter comes from, and how ranks join.
 
 Blocks, embedding, norms and MLP are named here, old and new spellings. Mind the gated MLP: NeoX's `w3` is our `l2` and its `w2`
-our `l3`. A mixer's parameters have the same names below `attention.` unless its class says otherwise, with a static
-method `neox_names(config) -> {our name: (key below the block, function of one rank's tensor)}`; the function gives the
-part of our parameter that the rank held (a third of a fused projection), None takes it as it is.
+our `l3`, and its fused first matrix is (up, gate) on every rank. A mixer's parameters have the same names below `attention.`,
+or those of NeoX's softmax attention, unless its class says otherwise, with a static method `neox_names(config) -> {our name:
+(key below the block, function of one rank's tensor)}`; the function gives the part of our parameter that the rank held (a
+third of a fused projection), None takes it as it is.
+
+How a parameter is joined follows from our own plan (`ParamSpec.cut`). Two kinds differ: ranks of NeoX may hold copies of a norm
+with rounding differences, whose mean is taken; and a bias behind a row-parallel matrix is a part of a sum in parallel blocks, a
+copy in sequential ones.
 """
 
 from __future__ import annotations
@@ -24,26 +29,27 @@ from megatron.registry import layer_class
 
 Pick = Callable[[Tensor], Tensor] | None
 Candidates = Sequence[tuple[str, Pick]]
+Specs = Mapping[str, ParamSpec]
 
 
 def _half(number: int) -> Callable[[Tensor], Tensor]:
     return lambda tensor: tensor.chunk(2, dim=0)[number]
 
 
-# Our name in the block -> keys below NeoX's stage, the first that is there. A fused `linear1` of a gated MLP holds, on each
-# rank, the linear branch in front of the activated one.
+# Our name in the block -> keys below NeoX's stage, the first that is there.
 _NORMS = {"token_norm": "input_layernorm", "channel_norm": "post_attention_layernorm"}
+_SECOND: Candidates = (("mlp.w2", None), ("mlp.linear2", None), ("mlp.dense_4h_to_h", None))
 _GATED: dict[str, Candidates] = {
-    "l1": (("mlp.w1", None), ("mlp.linear1", _half(1))),
-    "l2": (("mlp.w3", None), ("mlp.linear1", _half(0))),
-    "l3": (("mlp.w2", None), ("mlp.linear2", None)),
+    "l1": (("mlp.w1", None), ("mlp.linear1", _half(1)), ("mlp.dense_h_to_4h", _half(1))),
+    "l2": (("mlp.w3", None), ("mlp.linear1", _half(0)), ("mlp.dense_h_to_4h", _half(0))),
+    "l3": _SECOND,
 }
 _PLAIN: dict[str, Candidates] = {
     "l1": (("mlp.linear1", None), ("mlp.dense_h_to_4h", None)),
-    "l3": (("mlp.linear2", None), ("mlp.dense_4h_to_h", None)),
+    "l3": _SECOND,
 }
 # Buffers of NeoX that hold nothing learned.
-_BUFFERS = ("rotary_emb.inv_freq", "alibi_embed.slopes", "masked_bias", ".slopes")
+_BUFFERS = ("rotary_emb.inv_freq", "alibi_embed.slopes", "masked_bias", ".slopes", "attention.bias")
 
 
 def _norm_keys(prefix: str, leaf: str) -> Candidates:
@@ -51,24 +57,52 @@ def _norm_keys(prefix: str, leaf: str) -> Candidates:
     return ((f"{prefix}.{leaf}", None), (f"{prefix}.scale", None)) if leaf == "weight" else ((f"{prefix}.{leaf}", None),)
 
 
-def _mixer_key(config: ModelConfig, index: int, name: str) -> Candidates:
-    layer = layer_class(config.layer_types[index])
+def _third(number: int, heads: int, groups: int, width: int) -> Callable[[Tensor], Tensor]:
+    """Queries (0), keys (1) or values (2) out of a rank's fused matrix or bias.
+
+    With as many key heads as heads its rows are q, k, v of one head after the other, else all q, all k, all v of the rank.
+    """
+
+    def part(tensor: Tensor) -> Tensor:
+        if groups == heads:
+            return tensor.unflatten(0, (-1, 3, width))[:, number].flatten(0, 1)
+        ranks = (heads + 2 * groups) * width // tensor.shape[0]
+        return tensor.split([n * width // ranks for n in (heads, groups, groups)])[number]
+
+    return part
+
+
+def _mixer_keys(config: ModelConfig, index: int, name: str, specs: Specs) -> Candidates:
+    layer, stem = layer_class(config.layer_types[index]), f"model.layers.{index}.token_mixer"
     table = getattr(layer, "neox_names", None)
     own: Mapping[str, tuple[str, Pick]] = {} if table is None else table(config)
-    return (own.get(name, (f"attention.{name}", None)),)
+    if name in own:
+        return (own[name],)
+    found: list[tuple[str, Pick]] = [(f"attention.{name}", None)]
+    module, _, leaf = name.rpartition(".")
+    if module == "out_proj":
+        found.append((f"attention.dense.{leaf}", None))
+    elif module in ("q_proj", "k_proj", "v_proj") and f"{stem}.k_proj.weight" in specs:
+        width = config.hidden_size // config.num_heads
+        groups = specs[f"{stem}.k_proj.weight"].shape[0] // width
+        pick = _third("qkv".index(module[0]), config.num_heads, groups, width)
+        found.append((f"attention.query_key_value.{leaf}", pick))
+    return found
 
 
-def keys_of(name: str, config: ModelConfig) -> tuple[int, Candidates]:
-    """(NeoX stage, keys to look for) of one of our parameters."""
+def keys_of(name: str, config: ModelConfig, specs: Specs) -> tuple[int, Candidates]:
+    """(NeoX stage, keys to look for) of one of our parameters; no keys for one that NeoX does not have."""
     last = config.num_layers + 4
     fixed: dict[str, tuple[int, Candidates]] = {
         "model.embed_tokens.weight": (0, (("word_embeddings.weight", None),)),
-        "model.embed_positions.weight": (0, (("position_embeddings.weight", None),)),
+        "model.embed_tokens.positions": (0, (("position_embeddings.weight", None),)),
         "lm_head.weight": (last, (("final_linear.weight", None), ("word_embeddings.weight", None))),
     }
     if name in fixed:
         return fixed[name]
     parts = name.split(".")
+    if parts[1] == "embed_tokens":
+        return 0, ()
     if parts[1] == "final_norm":
         return last - 1, _norm_keys("norm", parts[-1])
     index, half, leaf = int(parts[2]), parts[3], parts[-1]
@@ -77,17 +111,21 @@ def keys_of(name: str, config: ModelConfig) -> tuple[int, Candidates]:
     if half == "channel_mixer":
         table = _GATED if config.mlp == "gated" else _PLAIN
         return index + 2, [(f"{key}.{leaf}", pick) for key, pick in table[parts[4]]]
-    return index + 2, _mixer_key(config, index, ".".join(parts[4:]))
+    return index + 2, _mixer_keys(config, index, ".".join(parts[4:]), specs)
 
 
-def _joined(name: str, spec: ParamSpec, parts: list[Tensor], path: Path) -> Tensor:
+def _joined(name: str, spec: ParamSpec, parts: list[Tensor], path: Path, config: ModelConfig) -> Tensor:
     """All ranks' parts as one tensor: equal copies of the whole, or pieces along the cut."""
     dim, shapes = cut_dim(spec.cut), sorted({tuple(part.shape) for part in parts})
-    if shapes == [tuple(spec.shape)]:
-        if any(not torch.equal(parts[0], part) for part in parts[1:]):
+    if shapes == [tuple(spec.shape)] and (dim is None or all(torch.equal(parts[0], part) for part in parts[1:])):
+        if len(parts) > 1 and name.endswith((".out_proj.bias", ".l3.bias")) and config.parallel_residual:
+            return torch.stack(parts).sum(0)
+        if all(torch.equal(parts[0], part) for part in parts[1:]):
+            return parts[0]
+        if "norm." not in name and not name.endswith((".out_proj.bias", ".l3.bias")):
             why = "it is replicated, but its values differ between the tensor ranks"
             raise CheckpointError(f"'{name}' cannot be joined", where=str(path), why=why)
-        return parts[0]
+        return torch.stack([part.double() for part in parts]).mean(0).to(parts[0].dtype)
     joined = torch.cat(parts, dim) if dim is not None and len(shapes) == 1 else parts[0]
     if tuple(joined.shape) != tuple(spec.shape):
         raise CheckpointError(
@@ -125,7 +163,7 @@ def read_neox(folder: ForeignFolder, config: ModelConfig) -> Iterator[tuple[str,
     specs = param_specs(config)
     wanted: dict[int, dict[str, Candidates]] = {}
     for name in specs:
-        stage, keys = keys_of(name, config)
+        stage, keys = keys_of(name, config, specs)
         wanted.setdefault(stage, {})[name] = keys
     if config.tie_embeddings:
         wanted.setdefault(config.num_layers + 4, {})
@@ -138,10 +176,7 @@ def read_neox(folder: ForeignFolder, config: ModelConfig) -> Iterator[tuple[str,
                 raise _missing(name, stage, keys, parts[0], folder.path)
             key, pick = found
             used.add(key)
-            yield (
-                name,
-                _joined(name, specs[name], [part[key] if pick is None else pick(part[key]) for part in parts], folder.path),
-            )
+            yield name, _joined(name, specs[name], _picked(name, key, pick, parts, folder.path), folder.path, config)
         extra = [key for key in parts[0] if key not in used and not key.endswith(_BUFFERS)]
         if extra:
             raise CheckpointError(
@@ -152,8 +187,22 @@ def read_neox(folder: ForeignFolder, config: ModelConfig) -> Iterator[tuple[str,
             )
 
 
+def _picked(name: str, key: str, pick: Pick, parts: Sequence[Mapping[str, Tensor]], path: Path) -> list[Tensor]:
+    """What each rank holds of a parameter."""
+    try:
+        return [part[key] if pick is None else pick(part[key]) for part in parts]
+    except (RuntimeError, IndexError) as error:  # a fused matrix of other sizes
+        shapes = sorted({tuple(part[key].shape) for part in parts})
+        raise CheckpointError(
+            f"'{name}' cannot be taken out of '{key}', parts of {shapes}",
+            where=str(path),
+            why=str(error).splitlines()[0],
+            hint="take the YAML files that the checkpoint was trained with (they lie in its configs/)",
+        ) from None
+
+
 def _missing(name: str, stage: int, keys: Candidates, part: Mapping[str, Tensor], path: Path) -> CheckpointError:
-    looked = " or ".join(f"'{key}'" for key, _ in keys)
+    looked = " or ".join(f"'{key}'" for key, _ in keys) or "a key, which GPT-NeoX has none for,"
     there = ", ".join(list(part)[:8]) or "nothing"
     return CheckpointError(
         f"'{name}' is not in the checkpoint",

@@ -7,7 +7,6 @@ tensor that is returned. A read error is an `OSError` here and so a damaged file
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import struct
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,6 +20,7 @@ from torch import Tensor
 from megatron.checkpoint.blocks import FileEntry, read_into
 from megatron.checkpoint.damage import DamagedCheckpoint
 from megatron.checkpoint.tensors import CODES, threads
+from megatron.files import open_regular, parse_json
 
 _DTYPES = {code: dtype for dtype, code in CODES.items()}
 _LONGEST_HEADER = 100 << 20
@@ -34,11 +34,11 @@ def _damaged(path: Path, why: str) -> DamagedCheckpoint:
 def open_file(path: Path, entry: FileEntry) -> int:
     """A descriptor of a file whose presence and size agree with the manifest."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = open_regular(path)
         size = os.fstat(fd).st_size
     except FileNotFoundError:
         raise DamagedCheckpoint("a file of the checkpoint is missing", where=str(path), why="manifest.json lists it") from None
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise DamagedCheckpoint("a file of the checkpoint cannot be read", where=str(path), why=str(error)) from error
     if size == entry.size:
         return fd
@@ -68,14 +68,14 @@ def _sha256(data: bytes | bytearray) -> str:
 
 def _is_row(row: Any, length: int) -> bool:
     """Whether a header's row is a tensor inside `length` bytes of data."""
-    if not isinstance(row, dict) or row.get("dtype") not in _DTYPES:
+    if not isinstance(row, dict) or not isinstance(row.get("dtype"), str) or row["dtype"] not in _DTYPES:
         return False
     shape, ends = row.get("shape"), row.get("data_offsets")
     if not isinstance(shape, list) or not isinstance(ends, list) or len(ends) != 2:
         return False
     if not all(type(n) is int and n >= 0 for n in [*shape, *ends]):
         return False
-    size = prod(shape) * torch.empty(0, dtype=_DTYPES[row["dtype"]]).element_size()
+    size = prod(shape) * _DTYPES[row["dtype"]].itemsize
     return bool(ends[1] <= length and ends[1] - ends[0] == size)
 
 
@@ -117,10 +117,13 @@ class Reader:
                 raise _damaged(self.path, f"its header claims {length} bytes, manifest.json disagrees")
             self._compare(0, _sha256(data), "the header")
         try:
-            table = json.loads(data[8:])
+            table = parse_json(data[8:])
         except ValueError as error:
             raise _damaged(self.path, f"its header is not JSON ({error})") from error
         rows = {name: row for name, row in table.items() if name != "__metadata__"} if isinstance(table, dict) else {"": 0}
+        texts = table.get("__metadata__", {}) if isinstance(table, dict) else {}
+        if not isinstance(texts, dict) or not all(isinstance(text, str) for text in texts.values()):
+            raise _damaged(self.path, "the free texts of its header are none")
         bad = next((name for name, row in rows.items() if not _is_row(row, size - 8 - length)), None)
         if bad is not None:
             raise _damaged(self.path, f"the header's entry of '{bad}' is wrong")
@@ -140,6 +143,11 @@ class Reader:
     def names(self) -> list[str]:
         """Names of the tensors inside."""
         return [name for name in self._table if name != "__metadata__"]
+
+    def form(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and dtype of a tensor; an absent name raises DamagedCheckpoint."""
+        row = self._row(name)
+        return tuple(row["shape"]), _DTYPES[row["dtype"]]
 
     def metadata(self) -> dict[str, str]:
         """The header's free texts."""
@@ -251,7 +259,7 @@ def _names_of_blocks(fd: int, entry: FileEntry) -> dict[int, str]:
     head = bytearray(entry.blocks[0][0])
     read_into(fd, 0, memoryview(head))
     try:
-        table = json.loads(head[8:])
+        table = parse_json(head[8:])
         rows = {name: row["data_offsets"] for name, row in table.items() if name != "__metadata__"}
     except (ValueError, TypeError, KeyError, AttributeError):
         return {}

@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron.checkpoint.blocks import FileEntry, file_entry
-from megatron.checkpoint.boxes import Span, fill
 from megatron.checkpoint.layout import receipt_file
 from megatron.checkpoint.manifest import OptimizerPart, WeightEntry, weight_entry
 from megatron.checkpoint.shards import Holdings
+from megatron.checkpoint.sound import check_tiles
 from megatron.errors import CheckpointError
 from megatron.files import write_json
-from megatron.parallel.plan import Slice
 
 
 @dataclass(frozen=True)
@@ -81,13 +80,10 @@ def take_receipts(folder: Path, world_size: int) -> Joined:
 def check_complete(joined: Joined) -> None:
     """Raise CheckpointError naming the tensor whose stored pieces leave a hole or overlap."""
     for name, entry in joined.weights.items():
+        held: dict[Any, list[tuple[int, int]]] = {}
+        for part in joined.optimizer.get(name, ()):
+            held.setdefault((entry.optimizer_span(part).part, part.pp, part.tp), []).append((part.range_start, part.range_stop))
         try:
-            whole = Span.whole(Slice(entry.shape, None, 0, 0))
-            fill(whole, [Span.whole(part) for part in dict.fromkeys(entry.slice_of(p) for p in entry.parts)])
-            tiles: dict[Any, list[Span]] = {}
-            for part in joined.optimizer.get(name, ()):
-                tiles.setdefault(part.holder, []).append(entry.optimizer_span(part))
-            for spans in tiles.values():
-                fill(Span.whole(spans[0].part), spans)
+            check_tiles(name, entry.shape, [entry.slice_of(part) for part in entry.parts], held)
         except ValueError as error:
             raise CheckpointError(f"'{name}' was not written completely", why=str(error)) from error

@@ -8,7 +8,8 @@ ranks and pipeline stages (GPT-NeoX repeats its masks over data-parallel ranks; 
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,16 +55,28 @@ def restore_rng(state: Mapping[str, Tensor]) -> None:
     A state saved on a CPU leaves the GPU's generator as it is, and the reverse.
 
     Raises:
-        CheckpointError: a generator's state is missing or has a wrong size.
+        CheckpointError: a generator's state is missing or has a wrong size; nothing was changed then.
     """
-    try:
-        version, has_gauss, gauss, *words = state["python"].tolist()
-        random.setstate((int(version), tuple(int(w) for w in words), gauss if has_gauss else None))
-        position, has_gauss, cached, *keys = state["numpy"].tolist()
-        keys_array = np.array(keys, dtype=np.uint32)
-        np.random.set_state(("MT19937", keys_array, int(position), int(has_gauss), cached))
-        torch.set_rng_state(state["torch"])
-    except (KeyError, ValueError, TypeError, RuntimeError) as error:
-        raise CheckpointError(f"the saved random state cannot be restored: {error!r}") from error
+    check_rng(state)
+    _restore(state, random.setstate, np.random.set_state, torch.set_rng_state)
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
+
+
+def check_rng(state: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError unless `state` can be restored; tried on generators of its own."""
+    try:
+        _restore(state, random.Random().setstate, np.random.RandomState().set_state, torch.Generator().set_state)
+    except (KeyError, ValueError, TypeError, RuntimeError, ArithmeticError) as error:
+        raise CheckpointError(f"the saved random state cannot be restored: {error!r}") from error
+
+
+def _restore(
+    state: Mapping[str, Tensor], python: Callable[[Any], None], numpy: Callable[[Any], None], torch_: Callable[[Tensor], Any]
+) -> None:
+    """Give each generator, by its function that takes a state, what was captured."""
+    version, has_gauss, gauss, *words = state["python"].tolist()
+    python((int(version), tuple(int(w) for w in words), gauss if has_gauss else None))
+    position, has_gauss, cached, *keys = state["numpy"].tolist()
+    numpy(("MT19937", np.array(keys, dtype=np.uint32), int(position), int(has_gauss), cached))
+    torch_(state["torch"])

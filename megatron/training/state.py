@@ -38,6 +38,26 @@ class TrainState:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainState:
-        """Inverse of `to_dict`; unknown keys (of a later release) are ignored, missing ones take their default."""
-        known = {f.name for f in fields(cls)}
-        return cls(**{name: value for name, value in values.items() if name in known})
+        """Inverse of `to_dict`; unknown keys (of a later release) are ignored, missing ones take their default.
+
+        Raises:
+            ValueError: a value that no run can have.
+        """
+        known = {f.name: f.type for f in fields(cls)}
+        mine = {name: value for name, value in values.items() if name in known}
+        for name, value in mine.items():
+            if not _fits(value, str(known[name])):
+                raise ValueError(f"{name} is {value!r:.60}")
+        return cls(**mine)
+
+
+def _fits(value: Any, kind: str) -> bool:
+    """Whether a value is of a field of type `kind`; counters are not negative."""
+    if value is None:
+        return "None" in kind
+    if kind.startswith("float"):
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if kind.startswith("int"):
+        return type(value) is int and 0 <= value < 1 << 62
+    guard = isinstance(value, dict) and all(isinstance(part, list) for part in value.values())
+    return guard and all((isinstance(n, int | float) and abs(n) < 1e300) or n != n for part in value.values() for n in part)
