@@ -223,7 +223,7 @@ def read_full_weights(path: str | Path, names: Iterable[str] | None = None) -> d
 def damages(path: str | Path) -> list[str]:
     """Everything that is wrong with a checkpoint, one line each: file, tensor, bytes. Reads every byte of it.
 
-    A resume, on whatever mesh, refuses nothing of which this says nothing, but another model: the manifest goes through the same
+    Where this finds nothing, a resume on any mesh refuses nothing but another model: the manifest goes through the same
     check, and every stored piece is looked up as a rank would read it.
     """
     try:
