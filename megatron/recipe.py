@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from megatron.checkpoint.manifest import read_manifest
 from megatron.config import kinds
 from megatron.config.catalog import catalog
 from megatron.config.load import load_config
+from megatron.config.schema import RunConfig
 from megatron.model.config import ModelConfig
 from megatron.model.resolved import layer_options, resolved
 from megatron.registry import layer_info
@@ -124,7 +125,7 @@ class Start:
 
     checkpoint: `OUTPUT/global_stepN`. config: its model. dtype: of its weights. longest: tokens that it was made for, None when
     that is not known. source: what it was imported from, in words. data: token files' prefix or a file of text, None when
-    nobody said.
+    nobody said. tokenizer: its keys, None for the one that lies in the checkpoint.
     """
 
     checkpoint: Path
@@ -133,6 +134,7 @@ class Start:
     source: str
     longest: int | None = None
     data: str | None = None
+    tokenizer: Mapping[str, str] | None = None
 
 
 def start_of(checkpoint: Path, config: ModelConfig, source: str, data: str | None = None) -> Start:
@@ -140,6 +142,14 @@ def start_of(checkpoint: Path, config: ModelConfig, source: str, data: str | Non
     manifest = read_manifest(checkpoint)
     dtypes = {entry.dtype for entry in manifest.weights.values()}
     return Start(checkpoint, config, dtypes.pop() if len(dtypes) == 1 else "", source, manifest.facts.get("seq_length"), data)
+
+
+def start_of_run(checkpoint: Path, config: ModelConfig, source: str, run: RunConfig) -> Start:
+    """The same of weights whose configuration is known: its tokenizer, data and length are taken over."""
+    t, start = run.tokenizer, start_of(checkpoint, config, source, run.data.data_path)
+    files = {"vocab_file": t.vocab_file, "merge_file": t.merge_file}
+    told = {"tokenizer_type": t.tokenizer_type, **{key: name for key, name in files.items() if name}}
+    return replace(start, longest=run.model.max_position_embeddings or run.model.seq_length or None, tokenizer=told)
 
 
 def write_recipe(start: Start) -> Path:
@@ -189,7 +199,9 @@ def _data(start: Start) -> Iterable[str]:
     """The tokenizer that came with the weights, and the data where they are known."""
     folder, data = start.checkpoint / "tokenizer", start.data
     yield "# tokenizer and data"
-    if folder.is_dir():
+    if start.tokenizer is not None:
+        yield from _lines(start.tokenizer)
+    elif folder.is_dir():
         yield from _lines(_tokenizer(folder))
     else:
         yield "# no tokenizer came with the weights: set tokenizer_type, vocab_file (and merge_file)"

@@ -6,6 +6,7 @@ Used by `assemble.py` alone; one function per part, no behaviour.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from megatron.config.frozen import thaw
@@ -211,6 +212,15 @@ def schedule_of(run: RunConfig) -> Callable[[int], float]:
     horizon = decay_horizon(run.training.train_iters, s.lr_decay_iters, s.lr_decay_fraction)
     curve = ScheduleConfig(run.optimizer.lr, horizon, s.lr_decay_style, s.warmup, s.min_lr, s.warmup_start_lr)
     return lambda step: learning_rate(step, curve)
+
+
+def tokenizer_records(run: RunConfig) -> tuple[dict[str, Path], dict[str, Any]]:
+    """(files, facts) of the configured tokenizer for a checkpoint that is imported; empty where its files are not here."""
+    try:
+        tokenizer = tokenizer_of(run)
+    except DataError:
+        return {}, {}
+    return {path.name: path for path in tokenizer.files()}, {"tokenizer": checkpoint_facts(run, tokenizer)["tokenizer"]}
 
 
 def checkpoint_facts(run: RunConfig, tokenizer: Tokenizer) -> dict[str, Any]:

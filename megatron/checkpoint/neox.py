@@ -117,14 +117,15 @@ def keys_of(name: str, config: ModelConfig, specs: Specs) -> tuple[int, Candidat
 def _joined(name: str, spec: ParamSpec, parts: list[Tensor], path: Path, config: ModelConfig) -> Tensor:
     """All ranks' parts as one tensor: equal copies of the whole, or pieces along the cut."""
     dim, shapes = cut_dim(spec.cut), sorted({tuple(part.shape) for part in parts})
-    if shapes == [tuple(spec.shape)] and (dim is None or all(torch.equal(parts[0], part) for part in parts[1:])):
+    if shapes == [tuple(spec.shape)]:
         if len(parts) > 1 and name.endswith((".out_proj.bias", ".l3.bias")) and config.parallel_residual:
             return torch.stack(parts).sum(0)
         if all(torch.equal(parts[0], part) for part in parts[1:]):
             return parts[0]
         if "norm." not in name and not name.endswith((".out_proj.bias", ".l3.bias")):
-            why = "it is replicated, but its values differ between the tensor ranks"
-            raise CheckpointError(f"'{name}' cannot be joined", where=str(path), why=why)
+            why = "each has the size of the whole, but the values differ between the tensor ranks"
+            hint = "take the YAML files that the checkpoint was trained with (they lie in its configs/)"
+            raise CheckpointError(f"'{name}' cannot be joined", where=str(path), why=why, hint=hint)
         return torch.stack([part.double() for part in parts]).mean(0).to(parts[0].dtype)
     joined = torch.cat(parts, dim) if dim is not None and len(shapes) == 1 else parts[0]
     if tuple(joined.shape) != tuple(spec.shape):

@@ -1,21 +1,19 @@
 """Weights written by others: safetensors (single or sharded) and `pytorch_model.bin`, read without running anything in them.
 
-A `.bin` file is a pickle. It is read here and nowhere else in the exporter, through torch's restricted unpickler
-(`weights_only=True`: tensors and plain containers; any other global raises before it is called), on the CPU, memory-mapped.
+A `.bin` file is a pickle; `checkpoint/foreign.py` reads it through torch's restricted unpickler.
 """
 
 from __future__ import annotations
 
 import json
-import pickle
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron.errors import ExportError
+from megatron.checkpoint.foreign import read_pickle
+from megatron.errors import CheckpointError, ExportError
 
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
 _INDEX = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -28,19 +26,10 @@ def load_foreign_pickle(path: Path) -> dict[str, Tensor]:
         ExportError: the file wants more than tensors (hostile or a whole pickled model), is damaged, or is not a dict.
     """
     try:
-        # foreign file: the restricted loader is the only one that may touch it
-        loaded = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
-    except pickle.UnpicklingError as error:
-        raise ExportError(
-            "the pickle holds more than tensors and was not run",
-            where=str(path),
-            why=str(error).splitlines()[0],
-            hint="ask its author for safetensors; this tool never executes code found in a weight file",
-        ) from None
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise ExportError(
-            "the weight file cannot be read", where=str(path), why=str(error).splitlines()[0], hint="download it again"
-        ) from None
+        loaded = read_pickle(path)
+    except CheckpointError as error:
+        hint = error.hint or "download it again"
+        raise ExportError(error.what, where=error.where, why=error.why, hint=hint) from None
     if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
         loaded = loaded["state_dict"]
     if not isinstance(loaded, dict):

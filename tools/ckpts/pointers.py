@@ -39,7 +39,7 @@ def _hf_folder(words: Sequence[str]) -> list[str]:
     if Path(a.input_dir).is_dir() and not _is_ours(Path(a.input_dir)):
         configs = [a.config_file] if a.config_file else []
         first = ["python", "tools/checkpoint.py", "import", a.input_dir, *configs, "--output", "IMPORTED"]
-        second = ["python", "tools/convert_to_hf.py", "--checkpoint", "IMPORTED/global_step0", "--output", a.output_dir]
+        second = ["python", "tools/convert_to_hf.py", "--checkpoint", "IMPORTED", "--output", a.output_dir]
         raise ConfigError(
             "this is no checkpoint of ours",
             where=a.input_dir,

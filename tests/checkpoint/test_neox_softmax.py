@@ -1,4 +1,4 @@
-"""Folders as GPT-NeoX writes them, made here by its rules (spec 3.5, 3.6, 4.2, 6.1), read back as our weights."""
+"""Softmax models as GPT-NeoX writes them, made here by its rules, read back as our weights; both commands that do it."""
 
 from __future__ import annotations
 
@@ -12,11 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
+import train
+from megatron import assemble
 from megatron.checkpoint.load import read_full_weights
-from megatron.errors import ExportError
-from megatron.export.neox_checkpoint import read_neox_folder
+from megatron.checkpoint.neox import read_neox_weights
+from megatron.errors import CheckpointError
 from megatron.model.config import ModelConfig
+from megatron.recipe import model_keys
 from tests.export.conftest import random_weights
+from tools.checkpoint import import_neox, make_parser
 
 ROOT = Path(__file__).resolve().parents[2]
 PYTHIA = ModelConfig(
@@ -99,7 +103,7 @@ def test_any_tensor_parallel_size(name: str, size: int, tmp_path: Path) -> None:
     config = MODELS[name]
     weights = random_weights(config)
     write_neox(tmp_path / "global_step7", weights, config, size)
-    found = read_neox_folder(tmp_path / "global_step7", config)
+    found = read_neox_weights(tmp_path / "global_step7", config)
     assert set(found) == set(weights)
     for key, want in weights.items():
         assert (found[key] - want).abs().max() <= 1e-6, key  # sums of bias parts round
@@ -117,32 +121,89 @@ def test_a_run_without_pipeline(tmp_path: Path) -> None:
             part = torch.load(path, weights_only=True)
             merged |= {f"sequential.{index}.{n}": t for n, t in part.items()}
         torch.save(merged, tmp_path / "flat" / f"mp_rank_{rank:02d}_model_states.pt")
-    found = read_neox_folder(tmp_path / "flat", PYTHIA)
+    found = read_neox_weights(tmp_path / "flat", PYTHIA)
     assert all((found[n] - t).abs().max() <= 1e-6 for n, t in weights.items())
 
 
-def test_mistakes_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="no checkpoint of GPT-NeoX"):
-        read_neox_folder(tmp_path, PYTHIA)
-    write_neox(tmp_path / "a", random_weights(PYTHIA), PYTHIA, 2)
-    with pytest.raises(ExportError, match="does not hold this model"):
-        read_neox_folder(tmp_path / "a", replace(PYTHIA, mlp_width=96))
-    (tmp_path / "a" / "layer_02-model_01-model_states.pt").unlink()
-    with pytest.raises(ExportError, match="ranks are missing"):
-        read_neox_folder(tmp_path / "a", PYTHIA)
-
-
-def test_the_command(tmp_path: Path) -> None:
+def test_norms_that_drifted_apart_are_averaged(tmp_path: Path) -> None:
     weights = random_weights(PYTHIA)
-    write_neox(tmp_path / "global_step7", weights, PYTHIA, 2)
-    values = {
-        "num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "seq_length": 16, "intermediate_size": 48,
-        "pos_emb": "rotary", "gpt_j_residual": True, "no_weight_tying": True, "train_iters": 1,
-    }  # fmt: skip
-    (tmp_path / "run.yml").write_text(json.dumps(values))
-    words = ["--input", tmp_path / "global_step7", "--config", tmp_path / "run.yml", "--output", tmp_path / "out"]
-    command = [sys.executable, ROOT / "tools" / "convert_from_neox.py", *words]
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    found = read_full_weights(tmp_path / "out" / "global_step0")
-    assert set(found) == set(weights) and all((found[n] - t).abs().max() <= 1e-6 for n, t in weights.items())
+    write_neox(tmp_path / "a", weights, PYTHIA, 2)
+    file = tmp_path / "a" / "layer_02-model_01-model_states.pt"
+    part = torch.load(file, weights_only=True)
+    part["input_layernorm.weight"] += 1e-3
+    torch.save(part, file)
+    found = read_neox_weights(tmp_path / "a", PYTHIA)["model.layers.0.token_norm.weight"]
+    assert (found - weights["model.layers.0.token_norm.weight"] - 5e-4).abs().max() < 1e-6
+
+
+def test_mistakes_are_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="not a GPT-NeoX checkpoint"):
+        read_neox_weights(tmp_path, PYTHIA)
+    write_neox(tmp_path / "a", random_weights(PYTHIA), PYTHIA, 2)
+    for change, said in (
+        ({"mlp_width": 96}, "has another size"),
+        ({"num_heads": 3, "hidden_size": 48}, "another size"),
+        (
+            {"layer_options": {"global": {"positions": "rotary", "bias": True, "kv_heads": 2}}},
+            "cannot be taken out of 'attention.query_key_value",
+        ),
+        ({"embedding_norm": True}, "GPT-NeoX has none for"),
+        ({"mlp": "gated", "mlp_width": 24}, "l3.weight' cannot be joined"),
+        ({"layer_options": {"global": {"positions": "rotary", "bias": True, "qk_norm": True}}}, "q_norm' is not in"),
+    ):
+        with pytest.raises(CheckpointError, match=said):
+            read_neox_weights(tmp_path / "a", replace(PYTHIA, **change))
+    (tmp_path / "a" / "layer_02-model_01-model_states.pt").unlink()
+    with pytest.raises(CheckpointError, match="files of the checkpoint are missing"):
+        read_neox_weights(tmp_path / "a", PYTHIA)
+
+
+VALUES = {
+    "num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "seq_length": 16, "intermediate_size": 48,
+    "pos_emb": "rotary", "gpt_j_residual": True, "no_weight_tying": True, "train_iters": 1, "model_parallel_size": 2,
+    "train_batch_size": 64, "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 4,
+    "tokenizer_type": "CharLevelTokenizer",
+}  # fmt: skip
+
+
+def command(*words: object) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, *map(str, words)]
+    return subprocess.run(line, capture_output=True, text=True, check=False, cwd=ROOT)
+
+
+@pytest.mark.slow
+def test_both_commands_write_the_same(tmp_path: Path) -> None:
+    """Weights, and a YAML that a trainer takes."""
+    config = replace(PYTHIA, vocab_size=512)
+    weights, folder, yml = random_weights(config), tmp_path / "global_step7", tmp_path / "run.yml"
+    write_neox(folder, weights, config, 2)
+    yml.write_text(json.dumps(VALUES))
+    new = command("tools/checkpoint.py", "import", folder, yml, "--output", tmp_path / "new")
+    old = command("tools/convert_from_neox.py", "--input", folder, "--config", yml, "--output", tmp_path / "old")
+    for done, place in ((new, tmp_path / "new"), (old, tmp_path / "old")):
+        assert done.returncode == 0, done.stderr
+        found = read_full_weights(place / "global_step7")
+        assert set(found) == set(weights) and all((found[n] - t).abs().max() <= 1e-6 for n, t in weights.items())
+        assert f"python deepy.py train.py {place / 'continue.yml'}" in done.stdout
+        assert 'tokenizer_type: "CharLevelTokenizer"' in (place / "continue.yml").read_text()
+    none = command("tools/checkpoint.py", "import", folder, "--output", tmp_path / "none")
+    assert none.returncode == 4 and "YAML files are not known" in none.stderr and "Traceback" not in none.stderr
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_weights_train_on(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Learned positions, rotary and grouped heads: imported, and taken by the trainer."""
+    monkeypatch.setattr(assemble, "plot_metrics", lambda *_: "not drawn here")
+    config = replace(MODELS[name], vocab_size=512)
+    write_neox(tmp_path / "global_step7", random_weights(config), config, 2)
+    keys = model_keys(config) | {"seq_length": 16, "tokenizer_type": "CharLevelTokenizer"}
+    (tmp_path / "run.yml").write_text(json.dumps(keys))
+    (tmp_path / "text.jsonl").write_text('{"text": "the cat sat on the mat"}\n' * 40)
+    words = ["import", str(tmp_path / "global_step7"), str(tmp_path / "run.yml"), "--output", str(tmp_path / "out")]
+    assert import_neox(make_parser().parse_args(words)) == 0
+    assert "train_stream=[TEXT.jsonl]" in capsys.readouterr().out
+    sets = ("train_iters=1", "seq_length=16", f"train_stream=[{tmp_path / 'text.jsonl'}]")
+    assert train.main([str(tmp_path / "out" / "continue.yml"), *(word for item in sets for word in ("--set", item))]) == 0
+    assert (tmp_path / "out-continued" / "checkpoints" / "global_step1" / "manifest.json").is_file()
