@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
 from pydantic import TypeAdapter
@@ -17,6 +17,8 @@ from pydantic import TypeAdapter
 from megatron.config import kinds
 from megatron.config.catalog import KeyInfo, catalog
 from megatron.config.frozen import thaw
+from megatron.config.nested import find, is_open, names_inside, nested_catalog
+from megatron.config.nested_keys import NO_EFFECT
 from megatron.config.own_keys import REFUSED_VALUES
 from megatron.config.pages import write_pages
 from megatron.config.schema import RunConfig
@@ -46,10 +48,13 @@ def explain(key: str, run: RunConfig | None = None) -> str:
     Raises:
         ConfigError: there is no such key.
     """
-    name = normalise_key(key)
-    info = catalog().get(name.split(".")[0])
+    head, dot, rest = key.partition(".")
+    name = f"{normalise_key(head)}{dot}{rest}"
+    outer, _, last = name.rpartition(".")
+    info = find(name) or (catalog().get(name.split(".")[0]) if is_open(outer) else None)
     if info is None:
-        raise ConfigError(f"there is no key {name}", hint=nearest(name, list(catalog())))
+        known = list(names_inside(outer)) if outer in catalog() or find(outer) else list(catalog())
+        raise ConfigError(f"there is no key {name}", hint=nearest(last, known))
     lines = [f"{info.name} ({info.origin}{', section ' + info.section if info.section else ''})"]
     lines += [f"  {info.doc}"] if info.doc else []
     lines += [f"  type:    {info.type_name}", f"  default: {json.dumps(thaw(info.default))}"]
@@ -90,7 +95,7 @@ def arguments_page() -> str:
     parts = [_INTRO]
     for title in sorted(groups, key=lambda t: t == "without effect or not built"):
         parts.append(f"\n## {title}\n\n| key | type | default | status | meaning |\n|---|---|---|---|---|\n")
-        parts += [_row(info) for info in groups[title]]
+        parts += [row for info in groups[title] for row in (_row(info), *map(_row, _inside(info.name)))]
     return "".join(parts)
 
 
@@ -98,13 +103,9 @@ def schema() -> dict[str, Any]:
     """JSON Schema (draft 2020-12) of a config file: flat keys, refused and ignored ones marked as deprecated."""
     properties: dict[str, Any] = {}
     for name, info in sorted(catalog().items()):
-        entry = _json_type(info)
-        entry["description"] = f"{info.doc} [{_status(info)}]".strip()
-        if info.default is not None:
-            entry["default"] = thaw(info.default)
+        properties[name] = _property(info)
         if info.status in ("ignored", "refused"):
-            entry["deprecated"] = True
-        properties[name] = entry
+            properties[name]["deprecated"] = True
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "A run of this trainer: GPT-NeoX's flat keys and ours",
@@ -112,6 +113,25 @@ def schema() -> dict[str, Any]:
         "additionalProperties": False,
         "properties": properties,
     }
+
+
+def _property(info: KeyInfo) -> dict[str, Any]:
+    """One key or entry; a dictionary that is described has its entries inside."""
+    inner = {name: nested_catalog()[f"{info.name}.{name}"] for name in names_inside(info.name)}
+    entry = _json_type(info)
+    if inner:
+        names = {name: _property(known) for name, known in inner.items()}
+        entry = {"type": ["object", "null"], "properties": names, "additionalProperties": is_open(info.name)}
+    told = info.doc if "." in info.name else f"{info.doc} [{_status(info)}]"
+    entry["description"] = told.strip()
+    if info.default is not None:
+        entry["default"] = thaw(info.default)
+    return entry
+
+
+def _inside(dotted: str) -> list[KeyInfo]:
+    """Entries of a dictionary that do something, at any depth."""
+    return [info for name, info in nested_catalog().items() if name.startswith(f"{dotted}.") and info.doc != NO_EFFECT]
 
 
 def main() -> None:
@@ -143,8 +163,11 @@ def _value_here(info: KeyInfo, run: RunConfig) -> str:
     if info.status == "alias":
         return f"see {info.reason} ({run.provenance.get(info.reason, 'default')})"
     try:
-        value = thaw(run.get(info.name))
-    except KeyError:
+        head, *rest = info.name.split(".")
+        value = thaw(run.get(head))
+        for name in rest:
+            value = value[name]
+    except (KeyError, TypeError):
         value = thaw(info.default)
     return f"{json.dumps(value)}  ({run.provenance.get(info.name, 'default')})"
 
@@ -164,7 +187,8 @@ def _row(info: KeyInfo) -> str:
 
 def _json_type(info: KeyInfo) -> dict[str, Any]:
     """pydantic's own JSON Schema of the type; null is always allowed and means unset."""
-    entry = TypeAdapter(info.annotation).json_schema()
+    parts: Any = (info.annotation, *info.limits)
+    entry = TypeAdapter(Annotated[parts] if info.limits else info.annotation).json_schema()
     if "anyOf" in entry:
         options = list(entry["anyOf"])
     else:

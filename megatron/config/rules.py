@@ -13,11 +13,6 @@ from megatron.config.rule import Rule
 from megatron.config.schema import RunConfig
 
 
-def _optimizer_extra(run: RunConfig) -> set[str]:
-    known = _OPTIMIZER_PARAMS.get(run.optimizer.optimizer_type, set())
-    return set(run.optimizer.params) - known
-
-
 def _save_steps(run: RunConfig) -> bool:
     return bool(run.checkpoint.checkpoint_factor or run.checkpoint.extra_save_iters)
 
@@ -40,9 +35,7 @@ def _cells(run: RunConfig) -> int:
     return run.parallel.pipe_stages * run.parallel.tensor_ranks
 
 
-_OPTIMIZER_PARAMS: dict[str, set[str]] = {
-    "adamw": {"lr", "betas", "eps"},
-}
+_OPTIMIZERS = ("adamw",)
 
 RULES: tuple[Rule, ...] = (
     *MODEL_RULES,
@@ -109,7 +102,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         ("optimizer.type", "optimizer"),
-        lambda r: r.optimizer.optimizer_type not in _OPTIMIZER_PARAMS,
+        lambda r: r.optimizer.optimizer_type not in _OPTIMIZERS,
         lambda r: f"optimizer.type {r.optimizer.optimizer.get('type')!r} is not built",
         "use Adam (which is AdamW)",
     ),
@@ -132,12 +125,6 @@ RULES: tuple[Rule, ...] = (
         "write weight_decay as a key of its own",
     ),
     Rule(
-        ("optimizer.params", "optimizer"),
-        lambda r: r.optimizer.optimizer_type in _OPTIMIZER_PARAMS and bool(_optimizer_extra(r) - {"weight_decay"}),
-        lambda r: f"unknown optimizer.params: {', '.join(sorted(_optimizer_extra(r) - {'weight_decay'}))}",
-        "known are lr, betas and eps",
-    ),
-    Rule(
         ("fp16",),
         lambda r: r.precision.fp16 is not None and not isinstance(r.precision.fp16.get("enabled"), bool),
         lambda r: "fp16 has no enabled: true or false",
@@ -148,12 +135,6 @@ RULES: tuple[Rule, ...] = (
         lambda r: r.precision.bf16 is not None and not isinstance(r.precision.bf16.get("enabled"), bool),
         lambda r: "bf16 has no enabled: true or false",
         "write bf16: {enabled: true}",
-    ),
-    Rule(
-        ("data_types",),
-        lambda r: r.precision.grad_accum_dtype not in ("fp32", "bfloat16", "fp16"),
-        lambda r: f"data_types.grad_accum_dtype {r.precision.grad_accum_dtype!r} is not fp32, bf16 or fp16",
-        "write data_types: {grad_accum_dtype: fp32}",
     ),
     Rule(
         ("min_lr", "optimizer.params.lr", "optimizer"),

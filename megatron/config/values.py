@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import difflib
 import functools
 from collections.abc import Mapping
 from typing import Annotated, Any
@@ -12,11 +13,13 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from megatron.config import kinds
 from megatron.config.catalog import KeyInfo, catalog
 from megatron.config.frozen import thaw
+from megatron.config.nested import check_inside, find, is_open, names_inside, odd_numbers, place_of
 from megatron.config.problems import Problems
 from megatron.config.yaml_reader import BAD_YAML, Source, normalise_key, parse_scalar
 from megatron.registry import nearest
 
 _EXTRA = "deepspeed_extra_args"
+_SLIP = 0.85  # likeness from which a name of DeepSpeed's own is taken for a slip
 
 
 def resolve_aliases(source: Source, problems: Problems) -> None:
@@ -91,18 +94,48 @@ def check_values(source: Source, problems: Problems) -> tuple[dict[str, Any], se
             problems.add(f"unknown key {key}", source.places.get(key, ""), hint)
             bad.add(key)
         elif raw is not None:
-            value = kinds.fit(raw, info.annotation)
-            try:
-                good[key] = _adapter(key).validate_python(value)
-            except ValidationError as error:
-                problems.add(*_type_problem(info, raw, error, source.places.get(key, "")))
+            good[key], fits = _check(info, raw, source, problems)
+            if not fits:
+                del good[key]
                 bad.add(key)
     return good, bad
 
 
+def _check(info: KeyInfo, raw: Any, source: Source, problems: Problems) -> tuple[Any, bool]:
+    """The value of a key in its type, entries of dictionaries included, and whether it is as it should be."""
+    odd = list(odd_numbers(info.name, raw))
+    for dotted, message in odd:
+        problems.add(message, place_of(source, dotted.partition("[")[0]))
+
+    def one(inner: KeyInfo, value: Any, place: str) -> tuple[Any, bool]:
+        try:
+            return _adapter(inner.name).validate_python(kinds.fit(value, inner.annotation)), True
+        except ValidationError as error:
+            problems.add(*_type_problem(inner, value, error, place))
+            return None, False
+
+    if odd:
+        return None, False
+    if info.name == _EXTRA and isinstance(raw, dict):
+        _check_extra(raw, source, problems)
+    if isinstance(raw, dict) and (names_inside(info.name) or is_open(info.name)):
+        raw, fits = check_inside(info.name, raw, source, one, problems)
+        if not fits:
+            return None, False
+    return one(info, raw, source.places.get(info.name, ""))
+
+
+def _check_extra(values: dict[str, Any], source: Source, problems: Problems) -> None:
+    """Entries that were left in `deepspeed_extra_args` because they are no keys: those that nearly are one are slips."""
+    for name in values:
+        if near := difflib.get_close_matches(normalise_key(str(name)), list(catalog()), 1, _SLIP):
+            problems.add(f"unknown key {_EXTRA}.{name}", place_of(source, f"{_EXTRA}.{name}"), f"did you mean '{near[0]}'?")
+
+
 @functools.cache
-def _adapter(key: str) -> TypeAdapter[Any]:
-    info = catalog()[key]
+def _adapter(dotted: str) -> TypeAdapter[Any]:
+    info = find(dotted)
+    assert info is not None  # only names that were found are checked
     parts = (info.annotation, *info.limits)
     annotation: Any = Annotated[parts] if info.limits else info.annotation
     return TypeAdapter(annotation, config=ConfigDict(strict=True))
@@ -114,13 +147,14 @@ def _has_near(key: str) -> bool:
 
 def _type_problem(info: KeyInfo, value: Any, error: ValidationError, place: str) -> tuple[str, str, str]:
     first = error.errors(include_url=False)[0]
+    whole = first["type"] in ("missing", "too_long")  # a list of the wrong length, not an entry of it
+    inside = "" if whole else "".join(f"[{part}]" for part in first["loc"] if isinstance(part, int))
     allowed = kinds.choices(info.annotation)
     if first["type"] == "literal_error" or (allowed and isinstance(value, str)):
         words = [str(choice) for choice in allowed]
         return f"{info.name} is {value!r}, which is not one of {', '.join(words)}", place, nearest(str(value), words)
     if first["type"].startswith(("greater", "less")):
-        return f"{info.name} is {value!r}: {first['msg'].removeprefix('Input ')}", place, ""
-    inside = "".join(f"[{part}]" for part in first["loc"] if isinstance(part, int))
+        return f"{info.name}{inside} is {first['input']!r}: {first['msg'].removeprefix('Input ')}", place, ""
     hint = f"{info.name}: {info.doc}"
     if isinstance(value, str):
         hint = "write null to leave it unset" if value == "None" else "write it without quotes"
@@ -158,10 +192,11 @@ def _assign(source: Source, dotted: str, value: Any, place: str) -> None:
         source.places[head] = place
     else:
         source.values[head] = copy.deepcopy(source.values[head])
-    node = source.values[head]
+    node, name = source.values[head], head
     for part in rest[:-1]:
+        name = f"{name}.{part}"
         if not isinstance(node.get(part), dict):
-            node[part] = {}
+            node[part], source.places[name] = {}, place
         node = node[part]
     node[rest[-1]] = value
 

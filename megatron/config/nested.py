@@ -1,0 +1,118 @@
+"""Values inside dictionary-valued keys, held to the table of `nested_keys.py`: unknown names, types, bounds and their lines."""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from pydantic import Field
+
+from megatron.config import kinds
+from megatron.config.catalog import KeyInfo, catalog
+from megatron.config.nested_keys import NESTED, OPEN, Entry
+from megatron.config.problems import Problems
+from megatron.config.yaml_reader import Source
+from megatron.registry import nearest
+
+# GPT-NeoX's rule that a hyphen equals an underscore, where one of its files has it in a number: 1.0e_8.
+_EXPONENT = re.compile(r"([0-9.]+[eE])_([0-9]+)")
+_LARGEST = 2**63 - 1
+
+Check = Callable[[KeyInfo, Any, str], tuple[Any, bool]]
+
+
+@functools.cache
+def nested_catalog() -> dict[str, KeyInfo]:
+    """Dotted name -> what is known about it, for all entries of all dictionaries."""
+    return {f"{key}.{name}": _info(key, name, entry) for key, entries in NESTED.items() for name, entry in entries.items()}
+
+
+def _info(key: str, name: str, entry: Entry) -> KeyInfo:
+    outer = catalog()[key]
+    annotation = kinds.parse_type(entry.kind) if isinstance(entry.kind, str) else entry.kind
+    limits = () if entry.low is None else (Field(ge=entry.low),)
+    return KeyInfo(
+        name=f"{key}.{name}",
+        section=outer.section,
+        annotation=annotation,
+        limits=limits,
+        type_name="a list of two numbers" if name == "params.betas" else kinds.type_name(annotation),
+        default=entry.default,
+        status=outer.status,
+        doc=entry.doc,
+        reason=outer.reason,
+        origin=outer.origin,
+    )
+
+
+def names_inside(dotted: str) -> tuple[str, ...]:
+    """Names of the entries right inside a dictionary."""
+    inside = (name.removeprefix(f"{dotted}.") for name in nested_catalog() if name.startswith(f"{dotted}."))
+    return tuple(name for name in inside if "." not in name)
+
+
+def is_open(dotted: str) -> bool:
+    """May this dictionary hold names that nobody lists?"""
+    return dotted in OPEN or any(dotted.startswith(f"{name}.") for name in OPEN)
+
+
+def find(dotted: str) -> KeyInfo | None:
+    """What is known about a flat key, or about an entry of a dictionary."""
+    return nested_catalog().get(dotted) if "." in dotted else catalog().get(dotted)
+
+
+def check_inside(dotted: str, values: Mapping[str, Any], source: Source, check: Check, problems: Problems) -> tuple[Any, bool]:
+    """The dictionary `dotted` with its entries made to fit, and whether all of them are as they should be.
+
+    Args:
+        check: holds one value to what is known about it: the fitting value, and whether it fits; it reports what does not.
+    """
+    fitted, good = dict(values), True
+    for name, value in values.items():
+        inner = f"{dotted}.{name}"
+        info, place = nested_catalog().get(inner), place_of(source, inner)
+        if info is None:
+            if not is_open(dotted):
+                problems.add(f"unknown key {inner}", place, nearest(str(name), list(names_inside(dotted))))
+                good = False
+            continue
+        if value is None:
+            continue
+        if isinstance(value, Mapping) and names_inside(inner):
+            fitted[name], fits = check_inside(inner, value, source, check, problems)
+        else:
+            fitted[name], fits = check(info, _number(value, info), place)
+        good = good and fits
+    return fitted, good
+
+
+def place_of(source: Source, dotted: str) -> str:
+    """Where a dotted name was written; else what lies in it, or what it lies in."""
+    if dotted in source.places:
+        return source.places[dotted]
+    inside = [place for name, place in source.places.items() if name.startswith(f"{dotted}.")]
+    outer = dotted.rpartition(".")[0]
+    return inside[0] if inside else place_of(source, outer) if outer else ""
+
+
+def _number(value: Any, info: KeyInfo) -> Any:
+    """Text such as 1.0e_8 as the number that it means."""
+    match = _EXPONENT.fullmatch(value) if isinstance(value, str) and kinds.accepts(info.annotation, float) else None
+    return float(f"{match.group(1)}-{match.group(2)}") if match else value
+
+
+def odd_numbers(dotted: str, value: Any) -> Iterator[tuple[str, str]]:
+    """(dotted name, what is wrong) of each number that no part can use, at any depth."""
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from odd_numbers(f"{dotted}.{name}", inner)
+    elif isinstance(value, (list, tuple)):
+        for index, inner in enumerate(value):
+            yield from odd_numbers(f"{dotted}[{index}]", inner)
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield dotted, f"{dotted} is {value}, which is not a finite number"
+    elif isinstance(value, int) and abs(value) > _LARGEST:
+        yield dotted, f"{dotted} is a number of {len(str(abs(value)))} digits; at most {_LARGEST} can be counted"

@@ -1,0 +1,129 @@
+"""Values inside dictionaries are held to their names, types and bounds, with the line they stand on, as flat keys are."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron.config.catalog import catalog
+from megatron.config.explain import arguments_page, explain, schema
+from megatron.config.load import load_config
+from megatron.config.nested import nested_catalog
+from megatron.config.nested_keys import NESTED, OPEN
+from megatron.config.schema import RunConfig
+from megatron.errors import ConfigError
+
+HEAD = """num_layers: 2
+hidden_size: 16
+num_attention_heads: 2
+seq_length: 8
+train_iters: 2
+train_micro_batch_size_per_gpu: 1
+"""
+PARAMS = "optimizer:\n  type: Adam\n  params: "
+ADAM = "optimizer: {type: Adam, params: {lr: 0.001}}\n"
+
+# text behind HEAD -> (line of the mistake, what is wrong, what to try)
+MISTAKES: list[tuple[str, int, str, str]] = [
+    ("optimizer:\n  type: Adam\n  params:\n    lr: .nan\n", 10, "optimizer.params.lr is nan, which is not a finite number", ""),
+    (PARAMS + "{lr: .inf}\n", 9, "optimizer.params.lr is inf", ""),
+    (PARAMS + "{lr: -1}\n", 9, "optimizer.params.lr is -1", "greater than or equal to 0"),
+    (PARAMS + "{lr: nonsense}\n", 9, "optimizer.params.lr must be a number, got 'nonsense'", ""),
+    (PARAMS + "{lr: 1e-3, betas: [0.9, 1.5]}\n", 9, "optimizer.params.betas[1] is 1.5", "less than 1"),
+    (PARAMS + "{lr: 1e-3, betas: [0.9]}\n", 9, "params.betas must be a list of two numbers, got [0.9]", ""),
+    (PARAMS + "{lr: 1e-3, betas: 0.9}\n", 9, "params.betas must be a list of two numbers, got 0.9", ""),
+    (PARAMS + "{lr: 1e-3, beta: 0.9}\n", 9, "unknown key optimizer.params.beta", "'betas'"),
+    ("optimizer:\n  type: Adam\n  parms: {lr: 1e-3}\n", 9, "unknown key optimizer.parms", "did you mean 'params'?"),
+    (PARAMS + "[1e-3]\n", 9, "optimizer.params must be a dictionary, got [0.001]", ""),
+    ("optimizer:\n  type: 3\n  params: {lr: 1e-3}\n", 8, "optimizer.type must be text, got 3", ""),
+    (ADAM + "zero_optimization:\n  stag: 1\n", 9, "unknown key zero_optimization.stag", "did you mean 'stage'?"),
+    (ADAM + "zero_optimization:\n  stage: one\n", 9, "zero_optimization.stage must be", "write it without quotes"),
+    (ADAM + "zero_optimization:\n  stage: 1\n  overlap_comm: 3\n", 10, "overlap_comm must be true or false, got 3", ""),
+    (ADAM + "fp16:\n  enabled: true\n  loss_scale: big\n", 10, "fp16.loss_scale must be a number, got 'big'", ""),
+    (ADAM + "fp16:\n  enabled: true\n  hysteresis: 0\n", 10, "fp16.hysteresis is 0", "greater than or equal to 1"),
+    (ADAM + "fp16:\n  enabled: true\n  loss_scal: 9\n", 10, "unknown key fp16.loss_scal", "'loss_scale'"),
+    (ADAM + "bf16:\n  enable: true\n", 9, "unknown key bf16.enable", "did you mean 'enabled'"),
+    (ADAM + "data_types:\n  grad_accum_dtype: fp33\n", 9, "grad_accum_dtype is 'fp33', which is not one of fp32", "'fp32'"),
+    (ADAM + "data_types:\n  grad_acum_dtype: fp32\n", 9, "unknown key data_types.grad_acum_dtype", "'grad_accum_dtype'"),
+    (ADAM + "scheduler:\n  typ: WarmupLR\n", 9, "unknown key scheduler.typ", "'type'"),
+    (ADAM + "activation_checkpointing:\n  number_checkpoints: many\n", 9, "number_checkpoints must be a whole number", ""),
+    (ADAM + "comms_logger:\n  enabled: 1\n", 9, "comms_logger.enabled must be true or false, got 1", ""),
+    (ADAM + "flops_profiler:\n  profil_step: 1\n", 9, "unknown key flops_profiler.profil_step", "'profile_step'"),
+    (ADAM + "autotuning:\n  mp_size: two\n", 9, "autotuning.mp_size must be a whole number, got 'two'", ""),
+    (ADAM + "deepspeed_extra_args:\n  comms_loger: {}\n", 9, "unknown key deepspeed_extra_args.comms_loger", "'comms_logger'"),
+    (ADAM + "deepspeed_extra_args:\n  bf16:\n    enable: true\n", 10, "unknown key bf16.enable", "'enabled'"),
+    (ADAM + "synthetic:\n  task: 3\n", 9, "synthetic.task must be text, got 3", ""),
+    (ADAM + "synthetic:\n  task: mqar\n  train: [{examples: .nan}]\n", 10, "synthetic.train[0].examples is nan", ""),
+    (ADAM + "train_data_weights: [1, .nan]\n", 8, "train_data_weights[1] is nan", ""),
+    (ADAM + "weighted_sampler_alpha: .inf\n", 8, "weighted_sampler_alpha is inf", ""),
+    (ADAM + f"log_interval: {'9' * 400}\n", 8, "log_interval is a number of 400 digits", ""),
+    (ADAM + "wandb:\n  enabeld: true\n", 9, "unknown key wandb.enabeld", "'enabled'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "line", "what", "hint"), MISTAKES, ids=[m[2][:40] for m in MISTAKES])
+def test_a_mistake_inside_a_dictionary_names_its_line(tmp_path: Path, text: str, line: int, what: str, hint: str) -> None:
+    path = tmp_path / "run.yml"
+    path.write_text(HEAD + text, encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        load_config([path])
+    message = str(caught.value)
+    assert what in message and hint in message and f"run.yml:{line}" in message, message
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "what"),
+    [
+        ("optimizer.params.lr", "nonsense", "optimizer.params.lr must be a number, got 'nonsense'"),
+        ("optimizer.parms.lr", "1e-3", "unknown key optimizer.parms"),
+        ("lr", "nonsense", "optimizer.params.lr must be a number"),
+        ("lr", ".nan", "optimizer.params.lr is nan"),
+        ("optimizer.params.lr.x", "3", "optimizer.params.lr must be a number, got {'x': 3}"),
+        ("zero_stage", "two", "zero_optimization.stage must be"),
+        ("fp16.enabled", "maybe", "fp16.enabled must be true or false, got 'maybe'"),
+        ("bf16", "true", "bf16 must be a dictionary, got True"),
+        ("data_types.grad_accum_dtype", "int8", "data_types.grad_accum_dtype is 'int8'"),
+        ("deepspeed_extra_args.optimizer.params.lr", "x", "optimizer.params.lr must be a number"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_told_alike(
+    load_values: Callable[..., RunConfig], key: str, value: str, what: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_values(overrides={key: value})
+    assert what in str(caught.value) and "--set" in str(caught.value)
+
+
+def test_numbers_are_fitted_inside_dictionaries_too(load_values: Callable[..., RunConfig]) -> None:
+    """A whole number for a float and the reverse, the letter case of a choice, NeoX's exponent with an underscore."""
+    params = {"lr": 1, "betas": [0, 0.95], "eps": "1.0e_8"}
+    run = load_values({"optimizer": {"type": "Adam", "params": params}, "data_types": {"grad_accum_dtype": "BF16"}})
+    assert run.optimizer.params == {"lr": 1.0, "betas": (0.0, 0.95), "eps": 1e-8} and run.optimizer.eps == 1e-8
+    assert run.precision.grad_accum_dtype == "bfloat16"
+    assert load_values({"fp16": {"enabled": True, "hysteresis": 2.0}}).precision.fp16 == {"enabled": True, "hysteresis": 2}
+
+
+def test_every_dictionary_is_described_or_open() -> None:
+    dictionaries = {name for name, info in catalog().items() if "dict" in str(info.annotation)}
+    inner = {name for name, info in nested_catalog().items() if info.annotation == dict[str, Any]}
+    described = set(NESTED) | {name for name in inner if any(other.startswith(f"{name}.") for other in nested_catalog())}
+    assert dictionaries | inner == described | set(OPEN)
+
+
+def test_entries_are_explained_listed_and_in_the_schema(load_values: Callable[..., RunConfig]) -> None:
+    text = explain("optimizer.params.lr", load_values({}))
+    assert "peak learning rate" in text and "0.001" in text and "run.yml" in text
+    with pytest.raises(ConfigError, match=r"there is no key optimizer\.params\.lrs") as caught:
+        explain("optimizer.params.lrs")
+    assert "'lr'" in str(caught.value)
+    assert "| `optimizer.params.betas` | a list of two numbers |" in arguments_page()
+    inside = schema()["properties"]["optimizer"]
+    params = inside["properties"]["params"]
+    assert inside["additionalProperties"] is False and params["additionalProperties"] is False
+    assert {"type": "number", "minimum": 0} in params["properties"]["lr"]["anyOf"]
+    assert schema()["properties"]["synthetic"]["additionalProperties"] is True
+    assert json.dumps(schema())
