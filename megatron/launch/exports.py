@@ -29,6 +29,13 @@ _SECRET = re.compile(rf"(?:^|_)(?:{_WORDS})(?:_|$)", re.IGNORECASE)
 _LOGIN = re.compile(r"://[^/\s:@]*:[^/\s@]+@")  # https://user:password@host
 
 
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise LaunchError("the file of exported variables cannot be read", where=str(path), why=str(error)) from error
+
+
 def is_secret(name: str, value: str) -> bool:
     """By its name (WANDB_API_KEY, HF_TOKEN, ..._PASSWORD) or because its value is an address with a password."""
     return bool(_SECRET.search(name) or _LOGIN.search(value))
@@ -74,7 +81,7 @@ def user_file(environ: Mapping[str, str], home: Path) -> dict[str, str]:
         path = folder / name
         if not path.is_file():
             continue
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(_text_of(path).splitlines(), 1):
             if not line.strip() or line.lstrip().startswith("#"):
                 continue
             key, equals, value = line.partition("=")
@@ -90,15 +97,25 @@ def user_file(environ: Mapping[str, str], home: Path) -> dict[str, str]:
     return found
 
 
-def environment_file(variables: Mapping[str, str]) -> str:
-    """The text that DeepSpeed's runner reads.
+def environment_file(variables: Mapping[str, str], through_pdsh: bool = False) -> str:
+    """The text that DeepSpeed's runner reads. through_pdsh: which replaces `%h` and its like, so that signs are doubled.
 
     Raises:
-        LaunchError: a value that its quoting would break.
+        LaunchError: a name or value that its quoting would break.
     """
     for name, value in variables.items():
-        if re.search(r"[\"$`\\\n]", value):
+        if not re.fullmatch(r"\w+", name) or re.search(r"[\"$`\\\n\r]", value):
             raise LaunchError(
-                f"the value of {name} cannot be sent to other hosts", why='the launcher does not quote " $ ` \\ and line ends'
+                f"the value of {name if name.isidentifier() else ascii(name)} cannot be sent to other hosts",
+                why='the launcher does not quote " $ ` \\ and line ends, nor names of other than letters and digits',
             )
-    return "".join(f"{name}={value}\n" for name, value in variables.items())
+    return "".join(f"{name}={value.replace('%', '%%') if through_pdsh else value}\n" for name, value in variables.items())
+
+
+def check_own_exports(environ: Mapping[str, str]) -> None:
+    """What DeepSpeed's runner sends by itself, in double quotes: a shell on the hosts would act upon `$` and backticks.
+
+    Raises:
+        LaunchError: such a value.
+    """
+    environment_file({n: v for n, v in environ.items() if n.startswith(_DEEPSPEED) and not is_secret(n, v)})

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron.errors import ConfigError, LaunchError
+from megatron.launch.words import is_host
 
 Hosts = dict[str, tuple[int, ...]]  # host -> the slots (devices) that take a process, in order of rank
 
@@ -30,6 +31,10 @@ def parse_hostfile(text: str, name: str) -> dict[str, int]:
         if not match or int(match.group(2)) == 0:
             raise LaunchError(
                 f"'{line}' is no line of a host file", where=f"{name}:{number}", hint="one `worker-0 slots=8` per line"
+            )
+        if not is_host(match.group(1)):
+            raise LaunchError(
+                f"{match.group(1)!r} is no name of a host", where=f"{name}:{number}", hint="letters, digits, . - _ :"
             )
         if match.group(1) in found:
             raise LaunchError(f"host {match.group(1)} is listed twice", where=f"{name}:{number}", hint="add up its slots")

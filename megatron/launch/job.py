@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -16,9 +17,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from megatron.errors import ConfigError, LaunchError
-from megatron.launch.exports import environment_file, exported
+from megatron.launch.exports import check_own_exports, environment_file, exported
 from megatron.launch.hosts import Hosts, choose_hosts, hostfile_text
 from megatron.launch.options import LAUNCHERS, RUNNERS, LaunchOptions, Machine
+from megatron.launch.words import check_address, check_place, for_pdsh, launcher_words
 
 # Read unasked by DeepSpeed's runner and so by us: its presence alone means several hosts.
 SYSTEM_HOSTFILE = "/job/hostfile"
@@ -135,6 +137,7 @@ def plan_job(
     """
     if options.runner not in LAUNCHERS:
         raise ConfigError(f"unknown launcher '{options.runner}'", hint="one of " + ", ".join(LAUNCHERS))
+    check_address(options.master_addr)
     environment = {} if machine.accelerators else dict(_CPU_ENVIRONMENT)
     single = Job("python", (machine.python, "-u", script, *script_args), environment, 1)
     if alone or options.runner == "none":
@@ -222,7 +225,7 @@ def _hosts_job(
                 )
         send = {n: v for n, v in send.items() if _PLAIN.fullmatch(v)}
     files = {f"{scratch}/hostfile": hostfile_text({h: tuple(range(max(s) + 1)) for h, s in hosts.items()})}
-    files[f"{scratch}/environment"] = environment_file(send) if launcher != "slurm" else ""
+    files[f"{scratch}/environment"] = environment_file(send, launcher == "pdsh") if launcher != "slurm" else ""
     arguments = [f"--hostfile={scratch}/hostfile", f"--master_addr={address}", f"--master_port={port}", "--no_ssh_check"]
     if not whole:
         arguments.append("--include=" + "@".join(f"{h}:{','.join(map(str, s))}" for h, s in hosts.items()))
@@ -230,7 +233,10 @@ def _hosts_job(
         arguments.append(f"--launcher_args={shlex.join(extra)}")
     arguments += [f"--launcher={launcher}", "--force_multi", "--no_local_rank"]
     if launcher == "pdsh":
-        words = [machine.python, "-SE", KEEPER, "--watch-stdin", *map(_for_remote_shell, words)]
+        check_own_exports(environ)
+        check_place(machine.python, "the interpreter")
+        check_place(os.path.abspath("."), "the working folder")
+        words = [machine.python, "-SE", *for_pdsh([KEEPER, "--watch-stdin", *words])]
         arguments.append("--no_python")
     environment = {"DS_ENV_FILE": f"{scratch}/environment"} | ({} if machine.accelerators else {"DS_ACCELERATOR": "cpu"})
     if launcher == "pdsh":
@@ -240,11 +246,6 @@ def _hosts_job(
     command = (machine.python, "-m", "deepspeed.launcher.runner", *arguments, "--log_level=critical", *words)
     total = sum(map(len, hosts.values()))
     return Job("hosts", command, environment, total, hosts, files, launcher, first if address == ADDRESS else None)
-
-
-def _for_remote_shell(word: str) -> str:
-    """pdsh's words pass a shell on the host. DeepSpeed quotes those with blanks, in double quotes, and no others."""
-    return re.sub(r"([\\$`])", r"\\\1", word) if " " in word else shlex.quote(word)
 
 
 def _launcher_args(options: LaunchOptions, machine: Machine, hosts: Hosts) -> list[str]:
@@ -258,7 +259,7 @@ def _launcher_args(options: LaunchOptions, machine: Machine, hosts: Hosts) -> li
         ours += [f"--gpus-per-node={slots}"] if machine.accelerators else []
         ours += [f"--nodelist={','.join(hosts)}"] if options.hostfile else []
         ours += [f"--{name}={value}" for name in ("comment", "account") if (value := getattr(options, name))]
-    return ours + shlex.split(options.launcher_args)
+    return ours + launcher_words(options.launcher_args, options.runner)
 
 
 def encode_world(hosts: Mapping[str, Sequence[int | str]]) -> str:

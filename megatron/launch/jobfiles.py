@@ -14,6 +14,7 @@ from megatron.errors import ConfigError
 from megatron.launch.containers import kubernetes, skypilot
 from megatron.launch.options import LaunchOptions
 from megatron.launch.shape import AGAIN, Shape, Site
+from megatron.launch.words import launcher_words
 from megatron.training.signals import seconds_of
 
 KINDS = ("slurm", "kubernetes", "skypilot")
@@ -82,7 +83,7 @@ def _slurm(options: LaunchOptions, shape: Shape, site: Site) -> str:
     variables = {"DS_ACCELERATOR": "cpu", **shape.variables} if not shape.gpus else dict(shape.variables)
     lines = [f'export PATH={shlex.quote(site.python.rpartition("/")[0])}:"$PATH"'] if site.python else []
     lines += [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
-    extra = f" {shlex.join(shlex.split(options.launcher_args))}" if options.launcher_args else ""
+    extra = "".join(f" {shlex.quote(word)}" for word in launcher_words(options.launcher_args, "srun"))
     newline = "\n"
     return f"""#!/bin/bash
 # Written by deepy.py --print-job slurm. Submit: mkdir -p {shlex.quote(logs)} && sbatch THIS_FILE
