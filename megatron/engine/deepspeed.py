@@ -122,7 +122,7 @@ class _Pipeline(PipelineModule):
 
     def forward(self, forward_input: Flow) -> Flow | _BeforeLoss:
         """Tuple of tensors through this rank's stages; in the last one, up to the output matrix."""
-        interval, keep_rng = self._settings.activation_checkpoint_interval, self._local.config.hidden_dropout > 0
+        interval, keep_rng = self._settings.activation_checkpoint_interval, self._local.draws
         last = self._mesh.pp_rank == self._mesh.pp - 1
         flow = run_stages(self.forward_funcs[: -1 if last else None], forward_input, interval, keep_rng)
         assert isinstance(flow, tuple)

@@ -38,7 +38,7 @@ class _Whole(nn.Module):
     def forward(self, tokens: Tensor, labels: Tensor, mask: Tensor, segments: Tensor | None) -> Tensor:
         """Loss of a micro batch; all arguments [b, s]."""
         flow = (tokens,) if segments is None else (tokens, segments)
-        interval, keep_rng = self._settings.activation_checkpoint_interval, self._local.config.hidden_dropout > 0
+        interval, keep_rng = self._settings.activation_checkpoint_interval, self._local.draws
         logits = run_stages(list(self.stages), flow, interval, keep_rng)
         assert isinstance(logits, Tensor)
         loss, parts = local_loss(self._settings, self._local, self._mesh, logits, labels, mask, self.divisors)

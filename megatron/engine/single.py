@@ -69,8 +69,8 @@ class SingleEngine(Engine):
         if batch.segment_ids is not None:
             flow.append(batch.segment_ids.to(self.device))
         labels, mask = batch.labels.to(self.device), batch.loss_mask.to(self.device)
-        config, interval = self.local.config, self.settings.activation_checkpoint_interval
-        logits = run_stages(self.local.stages, tuple(flow), interval, keep_rng=config.hidden_dropout > 0)
+        interval = self.settings.activation_checkpoint_interval
+        logits = run_stages(self.local.stages, tuple(flow), interval, keep_rng=self.local.draws)
         assert isinstance(logits, Tensor)
         loss, parts = local_loss(self.settings, self.local, self.mesh, logits, labels, mask, divisors)
         self._parts.add(parts)

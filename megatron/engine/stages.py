@@ -147,6 +147,12 @@ class LocalModel:
     parameters: dict[str, nn.Parameter]
     tied_copy: bool
 
+    @property
+    def draws(self) -> bool:
+        """Does a forward pass in training draw random numbers, so that a recomputed one must draw the same?"""
+        blocks = [stage.body for stage in self.stages if isinstance(stage, BlockStage)]
+        return any(b.dropout or getattr(b.token_mixer.config, "dropout", 0) for b in blocks)  # type: ignore[union-attr]
+
     def output_matrix(self) -> Tensor:
         """This rank's rows of the output matrix [n, d]; only the last pipeline stage has one."""
         last = self.stages[-1]
