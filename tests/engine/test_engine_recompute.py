@@ -1,4 +1,4 @@
-"""Recomputed blocks draw the dropout that the first pass drew: loss and gradients are those of stored activations, to the bit."""
+"""Recomputed blocks draw the dropout of the first pass again: gradients are those of stored activations, to the bit."""
 
 from __future__ import annotations
 
