@@ -33,11 +33,15 @@ if TYPE_CHECKING:
     from megatron.config.schema import RunConfig
 
 
+_TRAIN = str(Path(__file__).with_name("train.py"))
+_STARTS_NOTHING = {"--dry-run", "--print-config", "--explain"}
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__ or "")
-    parser.usage = "deepy.py SCRIPT CONFIG [CONFIG ...] [options]"
+    parser.usage = "deepy.py SCRIPT CONFIG [CONFIG ...] [options], or deepy.py CONFIG [CONFIG ...] --dry-run"
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = "`deepy.py SCRIPT --help` lists the flags of SCRIPT as well, such as --dry-run of train.py."
+    parser.epilog = "The flags of the script follow; `deepy.py SCRIPT --help` lists those of SCRIPT."
     parser.add_argument("--print-launch", action="store_true", help="print the command and environment of the job and stop")
     parser.add_argument("--print-job", choices=KINDS, help="print a job file for a cluster and stop")
     job = parser.add_argument_group("job files", "of --print-job, what the configuration does not know of a cluster")
@@ -57,7 +61,7 @@ def _split(argv: list[str]) -> tuple[str, list[str]]:
     """(the script, its arguments): all but the script and the options of this command alone."""
     own = {"--print-launch": 0, "--print-job": 1, "--image": 1, "--accelerator": 1, "--cpu": 0}
     own |= {"--time": 1, "--partition": 1, "--cpus-per-task": 1, "--storage": 1}
-    script, rest, skip = None, [], 0
+    script, rest, skip = None, list[str](), 0
     for word in argv:
         name = word.partition("=")[0]
         if skip:
@@ -68,6 +72,8 @@ def _split(argv: list[str]) -> tuple[str, list[str]]:
             script = word
         else:
             rest.append(word)
+    if script is None and _STARTS_NOTHING & {word.partition("=")[0] for word in rest}:
+        script = _TRAIN  # a plan, or a look at the configuration, is asked for without saying of what
     if script is None or not Path(script).is_file():
         raise LaunchError(
             f"no such script: {script or '(none given)'}", hint="python deepy.py train.py configs/metala-quickstart.yml"
@@ -116,11 +122,14 @@ def _job_text(arguments: argparse.Namespace, run: RunConfig, options: LaunchOpti
 
 
 def _print_help(argv: list[str]) -> None:
-    """Every flag that the command takes: its own, and those of the script if it is one of ours (which answer --help alike)."""
+    """Every flag that the command takes: its own, and those of the script (train.py where none is named).
+
+    A script is asked for its flags if it is one of ours, which answer --help alike.
+    """
     _parser().print_help()
-    script = next((word for word in argv if word.endswith(".py") and Path(word).is_file()), None)
-    if script is not None and Path(script).resolve().parent == Path(__file__).resolve().parent:
-        print(f"\n{script} takes these as well:\n", flush=True)
+    script = next((word for word in argv if word.endswith(".py") and Path(word).is_file()), _TRAIN)
+    if Path(script).resolve().parent == Path(__file__).resolve().parent:
+        print(f"\n{Path(script).name} takes these as well:\n", flush=True)
         subprocess.run([sys.executable, script, "--help"], check=False)
 
 

@@ -103,10 +103,9 @@ def _changes(run: RunShape, config: ModelConfig) -> Iterator[tuple[str, RunShape
     for stage in (1, 2, 3):
         if run.dp > 1 and run.pp == 1 and stage > max(s.zero_stage, 1):
             yield f'zero_optimization: {{"stage": {stage}}}', replace(run, settings=replace(s, zero_stage=stage))
-    for size in (2, 4, 8):
-        if config.num_heads % (run.tp * size) == 0:
-            wide = replace(run, tp=run.tp * size, deepspeed=True)
-            yield f"model_parallel_size: {wide.tp} ({wide.world} processes)", wide
+    for size in (2, 4, 8):  # whether heads or widths divide is for `check_mesh` to say: Mamba has no heads
+        wide = replace(run, tp=run.tp * size, deepspeed=True)
+        yield f"model_parallel_size: {wide.tp} ({wide.world} processes)", wide
     for size in (2, 4, 8):
         if config.num_layers >= run.pp * size and s.zero_stage < 2:
             long = replace(run, pp=run.pp * size, deepspeed=True)

@@ -97,15 +97,38 @@ def test_a_plan_is_made_for_any_mesh_with_and_without_its_size(
     assert mesh in capsys.readouterr().out
 
 
+def test_a_plan_needs_no_script(started: list[Job], capsys: pytest.CaptureFixture[str]) -> None:
+    """`deepy.py CONFIG --dry-run`, as the documents say it; a start without a script is refused as before."""
+    words = ["-d", str(ROOT / "configs"), "metala-quickstart", "--set", "train_iters=7"]
+    assert deepy.main([*words, "--dry-run", "--mfu=0.3"]) == 0
+    assert [job.command[2:] for job in started] == [(TRAIN, *words, "--dry-run", "--mfu=0.3")]
+    with pytest.raises(SystemExit) as shown:
+        deepy.main([*words, "--print-config"])
+    assert shown.value.code == 0 and "train_iters: 7" in capsys.readouterr().out
+    for more in ([], ["--print-launch"]):
+        with pytest.raises(LaunchError, match=r"no such script: \(none given\)"):
+            deepy.main([*words, *more])
+
+
 def test_a_mesh_that_does_not_divide_is_refused(started: list[Job]) -> None:
     with pytest.raises(ConfigError, match="6 processes cannot be divided into pipe_parallel_size 4"):
         deepy.main([TRAIN, QUICK, "--dry-run", "--set", "pipe_parallel_size=4", "--set", "global_num_gpus=6"])
     assert not started
 
 
-@pytest.mark.parametrize("script", ["train.py", "eval.py", "generate.py"])
-def test_help_lists_every_flag_of_the_command_and_of_the_script(script: str, capfd: pytest.CaptureFixture[str]) -> None:
-    assert deepy.main([str(ROOT / script), QUICK, "--help"]) == 0
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        ("train.py", [TRAIN, QUICK]),
+        ("eval.py", [str(ROOT / "eval.py")]),
+        ("generate.py", [str(ROOT / "generate.py")]),
+        ("train.py", []),
+    ],
+)
+def test_help_lists_every_flag_of_the_command_and_of_the_script(
+    script: str, words: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert deepy.main([*words, "--help"]) == 0
     found = capfd.readouterr().out
     text = (ROOT / script).read_text() + (ROOT / "deepy.py").read_text()
     flags = set(re.findall(r'add_argument\(\s*"(--[\w-]+)"', text))

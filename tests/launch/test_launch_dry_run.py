@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import replace
 
@@ -14,7 +15,7 @@ from megatron.engine.base import EngineSettings
 from megatron.engine.footprint import _measure, rank_footprint
 from megatron.errors import ConfigError
 from megatron.launch.capacity import limits
-from megatron.launch.preflight import Limits, RunShape, advice, report
+from megatron.launch.preflight import Limits, RunShape, _changes, advice, fullest, report
 from megatron.model.build import param_specs
 from megatron.model.config import ModelConfig
 from megatron.parallel.mesh import Mesh
@@ -110,6 +111,24 @@ def test_the_cheapest_change_that_makes_it_fit_is_named() -> None:
     small = replace(RUN, settings=replace(SETTINGS, activation_checkpoint_interval=1, loss_chunk_tokens=16))
     assert advice(small, MODEL, of(small.settings).total - 1, {}).startswith("train_micro_batch_size_per_gpu: 2, gradient_acc")
     assert advice(replace(RUN, pp=4, tp=4, settings=replace(small.settings, micro_batch=1)), MODEL, 1.0, {}) == ""
+
+
+@pytest.mark.parametrize(
+    ("mixer", "heads", "sizes"), [("mamba", 1, {2, 4, 8}), ("mamba", 12, {2, 4, 8}), ("global", 4, {2, 4})]
+)
+def test_tensor_ranks_are_advised_where_the_model_can_be_cut(mixer: str, heads: int, sizes: set[int]) -> None:
+    """Mamba has no heads that could stand in the way, or seem to divide."""
+    model = replace(MODEL, num_heads=heads, layer_types=(mixer,) * 4)
+    possible = set()
+    for text, changed in _changes(RUN, model):
+        if text.startswith("model_parallel_size"):
+            with contextlib.suppress(ConfigError):
+                fullest(changed, model, {})
+                possible.add(changed.tp)
+    assert possible == sizes
+    small = replace(RUN, settings=replace(SETTINGS, activation_checkpoint_interval=1, loss_chunk_tokens=16, micro_batch=1))
+    wide = fullest(replace(small, tp=max(sizes), deepspeed=True), model, {}).total
+    assert advice(small, model, wide, {}).startswith(f"model_parallel_size: {max(sizes)} (")
 
 
 def test_limits_of_this_machine_do_not_bind_and_given_ones_do() -> None:

@@ -126,12 +126,13 @@ def check(hosts: Hosts, job: Job, *words: str) -> None:
 def test_every_key_of_text(hosts: Hosts, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through YAML. A key that decides on the launch is given each kind of value by itself, another one all of them at once."""
     assert len(OWN) > 40 and set(LAUNCH_KEYS) < set(OWN)
-    accepted = set()
-    values = hostile(hosts.folder)
+    accepted, values = set(), hostile(hosts.folder)
+    config = write_run(hosts.folder / "data", hostfile=str(hosts.folder / "hosts"), num_gpus=1)
+    plain = json.loads(config.read_text())
     for key in TEXT_KEYS:
         for kind, value in values.items() if key in LAUNCH_KEYS else (("all", values["all"]),):
             given: Any = [value] if key == "export_env" else value
-            config = write_run(hosts.folder / "data", **{"hostfile": str(hosts.folder / "hosts"), "num_gpus": 1, key: given})
+            config.write_text(json.dumps(plain | {key: given}))
             job = planned(monkeypatch, str(config))
             if isinstance(job, str):
                 assert not (hosts.folder / "pwned").exists(), (key, kind)
