@@ -7,7 +7,6 @@ split is then scored non-overlapping and through a sliding window. Writes a JSON
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import resource
@@ -21,7 +20,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron.errors import DataError, exit_on_error
-from megatron.files import write_json
+from megatron.files import read_json, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS: dict[str, tuple[str, ...]] = {
@@ -37,7 +36,7 @@ def trained(name: str, config: str, folder: Path, extra: Sequence[str]) -> dict[
     """Train one model into `folder / name`, unless it lies there; the seconds it took, of the clock and of the processor."""
     run_dir, note = folder / name, folder / name / "trained.json"
     if note.is_file():
-        found: dict[str, float] = json.loads(note.read_text("utf-8"))
+        found: dict[str, float] = read_json(note)
         return found
     settings = [*MODELS[name], f"run_dir={run_dir}", f"save={run_dir}/checkpoints", *extra]
     started, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)

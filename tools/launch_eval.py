@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from megatron.errors import ConfigError, LaunchError, UserError, exit_on_error
 from megatron.evaluation.hub_models import RELEASED_LENGTH, fetch, is_hub_name
 from megatron.evaluation.options import GROUPS
-from megatron.files import write_json
+from megatron.files import read_json, write_json
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def result_file(output: Path, model: Model, task: str) -> Path:
 def is_done(file: Path, settings: Mapping[str, Any], place: Path) -> bool:
     """Whether this file is the result of this model with these settings."""
     try:
-        kept = json.loads(file.read_text("utf-8"))
+        kept = read_json(file)
     except (OSError, ValueError):
         return False
     return kept.get("settings") == dict(settings) and kept.get("place") == str(place)

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from megatron.errors import CheckpointError
 
-_LAYER = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
-_RANK = re.compile(r"mp_rank_(\d+)_model_states\.pt")
-_SEQUENTIAL = re.compile(r"(?:module\.)?sequential\.(\d+)\.(.+)")
+_LAYER = re.compile(r"layer_([0-9]{1,18})-model_([0-9]{1,18})-model_states\.pt")
+_RANK = re.compile(r"mp_rank_([0-9]{1,18})_model_states\.pt")
+_SEQUENTIAL = re.compile(r"(?:module\.)?sequential\.([0-9]{1,18})\.(.+)")
 _SAFE_TORCH = (2, 10)  # the restricted unpickler could be broken before (CVE-2025-32434, CVE-2026-24747)
 
 
@@ -84,9 +84,11 @@ class ForeignFolder:
             for stage, rank in self._layers:
                 found[stage].add(rank)
             self.stages, self.tp = sorted(found), 1 + max(rank for _, rank in self._layers)
+            self._bound(len(self._layers) // len(found))
             missing = [f"layer_{s:02d}-model_{r:02d}" for s in self.stages for r in range(self.tp) if r not in found[s]]
         elif ranks:
             self.tp = 1 + max(rank for (rank,) in ranks)
+            self._bound(len(ranks))
             missing = [f"mp_rank_{r:02d}" for r in range(self.tp) if (r,) not in ranks]
             if not missing:
                 self._whole = self._split([ranks[(rank,)] for rank in range(self.tp)])
@@ -96,6 +98,12 @@ class ForeignFolder:
             raise CheckpointError("not a GPT-NeoX checkpoint", where=str(path), why=why)
         if missing:
             raise CheckpointError("files of the checkpoint are missing", where=str(path), why=", ".join(missing[:8]))
+
+    def _bound(self, there: int) -> None:
+        """Refuse a rank in a file's name that is far beyond the number of files, before the others are counted."""
+        if self.tp > max(1024, 2 * there):
+            why = f"a file's name says tensor rank {self.tp - 1:,}, there are {there} files of a stage"
+            raise CheckpointError("files of the checkpoint are missing", where=str(self.path), why=why)
 
     def _numbered(self, pattern: re.Pattern[str]) -> dict[tuple[int, ...], Path]:
         names = sorted(self.path.iterdir()) if self.path.is_dir() else []

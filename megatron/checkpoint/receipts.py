@@ -7,7 +7,6 @@ refused while the old one is still there.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from megatron.checkpoint.manifest import OptimizerPart, WeightEntry, weight_entr
 from megatron.checkpoint.shards import Holdings
 from megatron.checkpoint.sound import check_tiles
 from megatron.errors import CheckpointError
-from megatron.files import write_json
+from megatron.files import read_json, write_json
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ def _read(folder: Path, rank: int) -> dict[str, Any]:
             why="rank 0 does not see them",
             hint="`save` must lie on a file system that all nodes share",
         )
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_json(path)
 
 
 def take_receipts(folder: Path, world_size: int) -> Joined:

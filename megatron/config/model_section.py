@@ -17,6 +17,8 @@ from megatron.config.base import Section
 
 GATED = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu", "bilinear": "identity", "glu": "sigmoid"}
 _LLAMA_MULTIPLE = 256
+# Far above every model there is: a slip of the hand is named here and not by what runs out of memory.
+_LONGEST, _WIDEST = 1 << 24, 1 << 22
 
 Norm = Literal["layernorm", "rmsnorm", "non_parametric_layernorm", "simplermsnorm", "scalenorm", "te_rmsnorm", "te_layernorm"]
 Activation = Literal[
@@ -45,16 +47,16 @@ def round_up(value: int, multiple: int) -> int:
 class ModelSection(Section):
     """Shape and mathematics of the model. A size of 0 means "not given" and is refused at the start of a run."""
 
-    num_layers: int = Field(default=0, ge=0)
-    hidden_size: int = Field(default=0, ge=0)
-    num_attention_heads: int = Field(default=0, ge=0)
-    num_kv_heads: int | None = Field(default=None, gt=0)
-    seq_length: int = Field(default=0, ge=0)
-    max_position_embeddings: int = Field(default=0, ge=0)
-    intermediate_size: int | None = Field(default=None, gt=0)
-    mlp_multiple_of: int = Field(default=1, gt=0)
-    mlp_branch_size: int | None = Field(default=None, gt=0)
-    expansion_factor: float | None = Field(default=None, gt=0)
+    num_layers: int = Field(default=0, ge=0, le=10_000)
+    hidden_size: int = Field(default=0, ge=0, le=1 << 20)
+    num_attention_heads: int = Field(default=0, ge=0, le=1 << 16)
+    num_kv_heads: int | None = Field(default=None, gt=0, le=1 << 16)
+    seq_length: int = Field(default=0, ge=0, le=_LONGEST)
+    max_position_embeddings: int = Field(default=0, ge=0, le=_LONGEST)
+    intermediate_size: int | None = Field(default=None, gt=0, le=_WIDEST)
+    mlp_multiple_of: int = Field(default=1, gt=0, le=1 << 20)
+    mlp_branch_size: int | None = Field(default=None, gt=0, le=_WIDEST)
+    expansion_factor: float | None = Field(default=None, gt=0, le=1024)
     mlp_type: Literal["regular", "llama", "none"] = "regular"
     activation: Activation = "gelu"
     norm: Norm = "layernorm"
@@ -81,7 +83,7 @@ class ModelSection(Section):
     residual_fp32: bool = False
     hidden_dropout: float = Field(default=0.0, ge=0, lt=1)
     attention_dropout: float = Field(default=0.0, ge=0, lt=1)
-    make_vocab_size_divisible_by: int = Field(default=128, gt=0)
+    make_vocab_size_divisible_by: int = Field(default=128, gt=0, le=1 << 20)
     gpt_j_residual: bool = False
     gpt_j_tied: bool = False
     use_cpu_initialization: bool = False

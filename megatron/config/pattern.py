@@ -44,6 +44,9 @@ def _expand_groups(groups: Sequence[Any], num_layers: int) -> tuple[str, ...]:
             if num_layers % len(pattern):
                 raise PatternError(f"num_layers {num_layers} is not a multiple of the length of the pattern {list(pattern)}")
             count = num_layers // len(pattern)
+        if len(pattern) * count > num_layers - len(names):
+            total = len(names) + len(pattern) * count
+            raise PatternError(f"attention_config describes {total} layers or more, but num_layers is {num_layers}")
         names += pattern * max(0, count)
     return tuple(names)
 

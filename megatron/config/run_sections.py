@@ -20,6 +20,7 @@ _DTYPES = {
     "fp16": "fp16",
     "float16": "fp16",
 }
+_MOST_SAMPLES = 1 << 24  # of one step
 # Every one of these is decoupled AdamW in the end; the names differ in which library computes it.
 _ADAM = ("adam", "adamw", "fusedadam", "torch_adam")
 
@@ -111,9 +112,9 @@ class ScheduleSection(Section):
 class BatchSection(Section):
     """Batch sizes in sequences. All three are filled in when the world size is known; 0 means not known yet."""
 
-    train_batch_size: int = Field(default=0, ge=0)
-    train_micro_batch_size_per_gpu: int = Field(default=0, ge=0)
-    gradient_accumulation_steps: int = Field(default=0, ge=0)
+    train_batch_size: int = Field(default=0, ge=0, le=_MOST_SAMPLES)
+    train_micro_batch_size_per_gpu: int = Field(default=0, ge=0, le=_MOST_SAMPLES)
+    gradient_accumulation_steps: int = Field(default=0, ge=0, le=_MOST_SAMPLES)
 
 
 class PrecisionSection(Section):
@@ -187,7 +188,7 @@ class DataSection(Section):
     stream_repeat: bool = True
     synthetic: Options | None = None
     mmap_warmup: bool = False
-    num_workers: int = Field(default=2, ge=0)
+    num_workers: int = Field(default=2, ge=0, le=1024)
     use_shared_fs: bool = True
 
 
@@ -204,7 +205,7 @@ class TokenizerSection(Section):
     ] = "GPT2BPETokenizer"
     vocab_file: str | None = None
     merge_file: str | None = None
-    padded_vocab_size: int | None = Field(default=None, gt=0)
+    padded_vocab_size: int | None = Field(default=None, gt=0, le=1 << 24)
 
 
 class CheckpointSection(Section):

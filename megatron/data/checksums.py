@@ -8,14 +8,13 @@ file is as good as NeoX's own.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from megatron.data.token_format import data_file, index_file, sums_file
 from megatron.errors import DataError
-from megatron.files import write_json
+from megatron.files import read_json, write_json
 
 BLOCK_BYTES = 1 << 24
 _QUICK_BLOCKS = 4  # of the index, when a corpus is opened: 64 MiB, some 40 ms
@@ -39,7 +38,7 @@ def _record(prefix: str | Path) -> dict[str, Any] | None:
     """The checksums, proved to be complete; None if there is no such file."""
     path = sums_file(prefix)
     try:
-        record: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        record: dict[str, Any] = read_json(path)
         block = record["block_bytes"]
         whole = record["format"] == 1 and type(block) is int and block > 0
         for kind in ("bin", "idx"):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import difflib
 import hashlib
 import io
-import json
 import os
 import platform
 import sysconfig
@@ -29,7 +28,7 @@ from megatron.data.tokenizers import HFTokenizer, build_tokenizer
 from megatron.data.train_tokenizer import train_byte_level_bpe
 from megatron.data.wikitext import prepare_enwik8, prepare_wikitext103
 from megatron.errors import DataError
-from megatron.files import sha256_of, write_json, write_text
+from megatron.files import read_json, sha256_of, write_json, write_text
 
 PYSTDLIB_VOCABULARY = 4096
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
@@ -175,7 +174,7 @@ def _own_tokenizer(vocab_file: Path, texts: Sequence[str], identity: str) -> Non
     """Train it, unless an interrupted run did so from the same texts."""
     note = vocab_file.with_name("tokenizer.progress.json")
     try:
-        made = json.loads(note.read_text("utf-8"))
+        made = read_json(note)
         if made == {"texts": identity, "sha256": sha256_of(vocab_file), "vocab_size": PYSTDLIB_VOCABULARY}:
             return
     except (OSError, ValueError):
@@ -205,7 +204,7 @@ def _read_sources(root: Path) -> tuple[list[str], int]:
 def _valid_receipt(path: Path, tokenizer_type: str, vocab_file: Path | None, merge_file: Path | None) -> dict[str, Any] | None:
     """The receipt, if the files beside it are those it describes and were made with the same tokenizer; else None."""
     try:
-        receipt: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        receipt: dict[str, Any] = read_json(path)
         prefix = path.parent / "pystdlib_text_document"
         if any(receipt["sha256"][file.name] != sha256_of(file) for file in (data_file(prefix), index_file(prefix))):
             return None

@@ -24,7 +24,7 @@ from megatron.data.progress import Progress
 from megatron.data.readers import RowReader, expand_inputs
 from megatron.data.rows import Place, Row
 from megatron.errors import DataError
-from megatron.files import write_json
+from megatron.files import read_json, write_json
 
 __all__ = ["EncodeJob", "EncodeOptions", "EncodeSummary", "encode_corpus", "encode_rows"]
 log = logging.getLogger(__name__)
@@ -139,12 +139,12 @@ class _Run:
     def _read_journal(self) -> dict[str, Any] | None:
         """The journal of an interrupted run of the same job on the same input; any other is put aside."""
         try:
-            journal = json.loads(self.journal_path.read_text("utf-8"))
+            journal = read_json(self.journal_path)
             if journal["key"] == self.key and len(journal["writers"]) == len(self.outputs):
                 return dict(journal)
         except FileNotFoundError:
             return None
-        except (ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError):
             pass
         log.warning("%s is of another job or input: starting from the beginning", self.journal_path)
         self.journal_path.unlink(missing_ok=True)

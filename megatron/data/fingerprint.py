@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from megatron.data.order import CHUNK
 from megatron.data.token_format import data_file, index_file, meta_file
 from megatron.data.tokenizers import Tokenizer
 from megatron.errors import DataError
-from megatron.files import write_json
+from megatron.files import read_json, write_json
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +52,7 @@ def read_meta(prefix: str | Path) -> dict[str, Any] | None:
     """
     path = meta_file(prefix)
     try:
-        meta: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        meta: dict[str, Any] = read_json(path)
         lengths, tokenizer = [meta["bin_bytes"], meta["idx_bytes"]], meta["tokenizer"]
         kinds = {"type": str, "vocab_size": int, "fingerprint": str, "files": list}
         if not all(isinstance(tokenizer[key], kind) for key, kind in kinds.items()) or len(tokenizer["fingerprint"]) != 64:

@@ -7,15 +7,15 @@ when the file is read and named in `remarks`; the template (the post-processor) 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron.data.tokenizer_base import EOD_TEXT, PAD_TEXT, Template, Tokenizer, unreadable
 from megatron.errors import DataError
+from megatron.files import read_json
 
-_LARGEST = 1 << 31
+_LARGEST = 1 << 24  # ids; each is a row of the embedding
 
 
 class HFTokenizer(Tokenizer):
@@ -36,7 +36,7 @@ class HFTokenizer(Tokenizer):
         self._count = int(backend.get_vocab_size(with_added_tokens=True))
         self._size = max([self._count, *(number + 1 for number in backend.get_vocab(with_added_tokens=True).values())])
         if self._size > _LARGEST:
-            why = "token files hold 32 bits with a sign"
+            why = f"at most {_LARGEST:,} ids are used: each is a row of the embedding"
             raise DataError(f"a token has the id {self._size - 1}", where=str(self._files[0]), why=why)
 
     @property
@@ -92,7 +92,7 @@ class HFTokenizer(Tokenizer):
 
     def _renumbered(self) -> Iterator[str]:
         """The library numbers added tokens by the size of the vocabulary, whatever id the file gives them."""
-        stated = json.loads(self._files[0].read_bytes()).get("added_tokens")
+        stated = read_json(self._files[0]).get("added_tokens")
         for token in stated if isinstance(stated, list) else []:
             stored, used = token["id"], self._backend.token_to_id(token["content"])
             if used != stored:
@@ -240,8 +240,8 @@ def _merged(settings: Sequence[Path]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for path in settings:
         try:
-            given = json.loads(path.read_text("utf-8")).items()
-        except (ValueError, AttributeError) as error:
+            given = read_json(path).items()
+        except (OSError, ValueError, AttributeError) as error:
             raise unreadable(path, "HF tokenizer settings", error) from None
         found = {key: value for key, value in given if value is not None} | found
     return found

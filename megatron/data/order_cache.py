@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
-import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,9 +24,11 @@ from numpy.typing import NDArray
 from megatron.data.order import CHUNK, Documents, SampleIndex, build_sample_index, count_tokens, epochs_for, sizes_of
 from megatron.data.packing import PACKED, build_padded_index
 from megatron.data.token_format import index_file
-from megatron.files import atomic_open, sha256_of, write_json
+from megatron.errors import DataError
+from megatron.files import atomic_open, read_json, sha256_of, write_json
 
 PARTS = ("doc_idx", "sample_idx", "shuffle_idx")
+_MOST_ENTRIES, _MOST_PASSES = 1 << 26, 1000  # beyond both a number of steps is a slip, not a plan
 SMALL = 4_000_000  # documents plus samples below which building takes about a second and no cache is kept
 log = logging.getLogger(__name__)
 
@@ -62,7 +63,16 @@ def cached_sample_index(
         count = max(1, num_samples or 0)
         return build_padded_index(pack_impl, documents, sizes, seq_length, count, seed, allow_chopped, ignored)
 
-    if _entries(documents, sizes, seq_length, num_samples, epochs) <= small:
+    entries = _entries(documents, sizes, seq_length, num_samples, epochs)
+    passes = epochs or epochs_for(max(count_tokens(documents, sizes), 1), seq_length, num_samples or 0)
+    if entries > _MOST_ENTRIES and passes > _MOST_PASSES:
+        raise DataError(
+            f"{num_samples or entries:,} samples of a corpus this small are asked for",
+            where=f"{prefix}, {name}",
+            why=f"it would be read {passes:,} times, and the order of the samples would not fit into memory",
+            hint="lower train_iters, train_epochs, eval_iters or the batch size, or take more text",
+        )
+    if entries <= small:
         return build()
     chopped = "_ac" if allow_chopped else ""
     count = num_samples if epochs is None else None
@@ -115,7 +125,7 @@ def _digest(documents: Documents, sizes: NDArray[Any]) -> str:
 def _load(stem: str, key: dict[str, Any], seq_length: int) -> SampleIndex | None:
     """The cached index, or None if it is absent, stale or damaged."""
     try:
-        sidecar = json.loads(Path(f"{stem}.json").read_text("utf-8"))
+        sidecar = read_json(Path(f"{stem}.json"))
         if sidecar.get("key") != key:
             log.warning("sample index cache %s belongs to other data or settings: building it again", stem)
             return None

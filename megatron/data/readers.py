@@ -16,7 +16,8 @@ from megatron.files import sha256_of
 _BOM = b"\xef\xbb\xbf"
 _LINES, _TEXT, _PARQUET = "lines", "text", "parquet"
 _KINDS = {".jsonl": _LINES, ".json": _LINES, ".ndjson": _LINES, ".txt": _TEXT, ".parquet": _PARQUET}
-_LONGEST_ROW = 1 << 30
+_LONGEST_ROW = 1 << 27  # bytes of one document in JSON; decoded, parsed and encoded it is held several times over
+_LONGEST_TEXT = 1 << 30  # bytes of a text file, which is one document
 READABLE = "jsonl, json, ndjson, txt (each also .gz, .zst), gz and zst (JSON lines), parquet"
 
 
@@ -112,7 +113,11 @@ class RowReader:
             yield from self._lines(path, start)
         elif start.rows == 0:
             with open_stream(path) as (stream, self._raw):
-                yield Row(source, stream.read(), False, Place(start.file, 1))
+                data = stream.read(_LONGEST_TEXT)
+                if len(data) == _LONGEST_TEXT:
+                    hint = "divide it, or make JSON lines of it: a text file is one document"
+                    raise DataError("the text is too long", where=source, why="it has 1 GiB or more", hint=hint)
+                yield Row(source, data, False, Place(start.file, 1))
 
     def _columns(self, rows: Iterator[tuple[str, tuple[bytes, ...]]], start: Place) -> Iterator[Row]:
         for number, (where, fields) in enumerate(rows, start=start.rows + 1):
@@ -126,7 +131,7 @@ class RowReader:
             while line := stream.readline(_LONGEST_ROW):
                 number, offset = number + 1, offset + len(line)
                 if len(line) == _LONGEST_ROW:
-                    raise DataError("the line is too long", where=f"{path}:{number}", why="it has 1 GiB or more")
+                    raise DataError("the line is too long", where=f"{path}:{number}", why="it has 128 MiB or more")
                 if number == 1:
                     line = line.removeprefix(_BOM)
                 if line.strip():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import os
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,9 +12,13 @@ from pathlib import Path
 from typing import IO, Any
 
 from megatron.errors import DataError
+from megatron.files import open_regular
 
 COMPRESSED = (".gz", ".zst")
 _CHUNK = 1 << 18
+_PIECE = 1 << 11  # compressed bytes handed on at once: no more than 64 MiB can come of them
+_UNSUSPICIOUS = 1 << 26  # bytes that may come of any file
+_MOST_TO_ONE = 200  # the most that a file may grow; Python sources and logs grow 5 to 20 times
 _LARGEST_WINDOW = 1 << 27  # bytes a Zstandard frame may ask for, as in the zstd command
 
 
@@ -30,7 +35,7 @@ class _ZstdStream(io.RawIOBase):
         self._raw, self._where, self._error = raw, where, zstandard.ZstdError
         self._context = zstandard.ZstdDecompressor(max_window_size=_LARGEST_WINDOW)
         self._frame: Any = None
-        self._ready, self._rest = b"", b""
+        self._ready, self._rest = memoryview(b""), b""
 
     def readable(self) -> bool:
         """Yes."""
@@ -40,12 +45,12 @@ class _ZstdStream(io.RawIOBase):
         """Fill `buffer`; 0 at the end. A DataError if the file is cut or damaged."""
         while not self._ready:
             data = self._rest or self._raw.read(_CHUNK)
-            self._rest = b""
             if not data:
                 if self._frame is not None:
                     raise DataError("the file is cut", where=self._where, why="its last Zstandard frame has no end")
                 return 0
-            self._ready = self._decompress(data)
+            self._rest = data[_PIECE:]
+            self._ready = memoryview(self._decompress(data[:_PIECE]))
         size = min(len(buffer), len(self._ready))
         buffer[:size], self._ready = self._ready[:size], self._ready[size:]
         return size
@@ -57,8 +62,32 @@ class _ZstdStream(io.RawIOBase):
         except self._error as error:
             raise DataError("the file cannot be decompressed", where=self._where, why=str(error)) from None
         if self._frame.eof:
-            self._rest, self._frame = self._frame.unused_data, None
+            self._rest, self._frame = self._frame.unused_data + self._rest, None
         return bytes(ready)
+
+
+class _Bounded(io.RawIOBase):
+    """A decompressed stream that is given up when it is a bomb: text does not shrink to a thousandth."""
+
+    def __init__(self, stream: Any, raw: IO[bytes], where: str) -> None:
+        self._stream, self._raw, self._where, self._given = stream, raw, where, 0
+
+    def readable(self) -> bool:
+        """Yes."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill `buffer`; 0 at the end. A DataError when far more came out than went in."""
+        count = int(self._stream.readinto(buffer))
+        self._given += count
+        if self._given > max(_UNSUSPICIOUS, _MOST_TO_ONE * self._raw.tell()):
+            raise DataError(
+                "the file is no text: it grows too much when it is decompressed",
+                where=self._where,
+                why=f"{self._raw.tell():,} bytes have become {self._given:,}, more than {_MOST_TO_ONE} times as many",
+                hint="unpack it and look at it first",
+            )
+        return count
 
 
 @contextmanager
@@ -69,14 +98,14 @@ def open_stream(path: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
         DataError: cut, damaged or unreadable, whenever that is noticed.
     """
     try:
-        with open(path, "rb") as raw:
+        with os.fdopen(open_regular(path), "rb") as raw:
             if path.suffix in COMPRESSED and path.stat().st_size == 0:
                 raise DataError("the file is empty", where=str(path), why="even nothing has a header when it is compressed")
             if path.suffix == ".gz":
                 with gzip.open(raw) as stream:
-                    yield stream, raw  # type: ignore[misc]  # gzip's class is not an IO[bytes] to the type checker
+                    yield io.BufferedReader(_Bounded(stream, raw, str(path)), _CHUNK), raw
             elif path.suffix == ".zst":
-                yield io.BufferedReader(_ZstdStream(raw, str(path)), _CHUNK), raw
+                yield io.BufferedReader(_Bounded(_ZstdStream(raw, str(path)), raw, str(path)), _CHUNK), raw
             else:
                 yield raw, raw
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 from megatron.data.tokenizer_base import EOD_TEXT, PAD_TEXT, Tokenizer, unreadable
 from megatron.errors import DataError
+from megatron.files import read_json
 
 # How GPT-2's and GPT-4's vocabularies cut text; facts of those vocabularies, without which the ranks give other tokens.
 _GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
@@ -160,7 +160,7 @@ def _settings(side: Path, ranks: int) -> _Settings:
 def _read_settings(side: Path) -> dict[str, Any]:
     kinds: dict[str, type] = {"pattern": str, "special_tokens": dict, "vocab_size": int}
     try:
-        given = json.loads(side.read_text("utf-8"))
+        given = read_json(side)
         whole = isinstance(given, dict) and all(isinstance(given[key], kinds[key]) for key in given)
         whole = whole and all(isinstance(value, int) for value in given.get("special_tokens", {}).values())
     except (OSError, ValueError, KeyError) as error:

@@ -8,7 +8,6 @@ so that the order of documents may be shuffled and a text still stays together. 
 from __future__ import annotations
 
 import io
-import json
 import re
 import shutil
 import time
@@ -28,7 +27,7 @@ from megatron.data.token_format import data_file, dtype_for_vocab, index_file
 from megatron.data.tokenizer_base import EOD_TEXT, Tokenizer
 from megatron.data.tokenizers import CharLevelTokenizer, HFTokenizer, build_tokenizer
 from megatron.errors import DataError
-from megatron.files import atomic_open, sha256_of, write_json, write_text
+from megatron.files import atomic_open, read_json, sha256_of, write_json, write_text
 
 WIKITEXT_URL = "https://wikitext.smerity.com/wikitext-103-v1.zip"
 ENWIK8_URL = "https://mattmahoney.net/dc/enwik8.zip"
@@ -44,7 +43,7 @@ def prepare_wikitext103(request: CorpusRequest) -> PreparedCorpus:
     def make(folder: Path, archive: Path) -> dict[str, Any]:
         if request.tokenizer_type is None:
             write_text(folder / "tokenizer.json", word_level(_lines(archive, "train")))
-            words = json.loads((folder / "tokenizer.json").read_text("utf-8"))["model"]["vocab"]
+            words = read_json(folder / "tokenizer.json")["model"]["vocab"]
             return _write_splits(folder, archive, len(words), lambda text: _words(text, words))
         tokenizer = build_tokenizer(request.tokenizer_type, request.vocab_file, request.merge_file)
 
@@ -109,7 +108,7 @@ def _files(folder: Path) -> list[Path]:
 def _valid(path: Path, identity: list[str]) -> dict[str, Any] | None:
     """The receipt, if the files beside it are those it describes and were made with the same tokenizer; else None."""
     try:
-        receipt: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        receipt: dict[str, Any] = read_json(path)
         whole = all(receipt["sha256"][file.name] == sha256_of(file) for file in _files(path.parent))
     except (OSError, ValueError, KeyError, TypeError):
         return None

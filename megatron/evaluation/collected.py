@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron.errors import DataError
-from megatron.files import atomic_open, write_text
+from megatron.files import atomic_open, read_json, write_text
 
 # MetaLA's paper: acc_norm for HellaSwag, ARC-c and OBQA, F1 for CB, accuracy elsewhere; recall tasks: contains
 _METRICS = ("contains", "acc", "exact_match", "f1", "word_perplexity", "perplexity")
@@ -108,7 +107,7 @@ def part_of(data: Mapping[str, Any], task: str) -> str | None:
 def _content(file: Path) -> tuple[str, int | None, Mapping[str, Any]] | None:
     """(model, context_length, the whole content) of one file; None when it is something else."""
     try:
-        data = json.loads(file.read_text("utf-8"))
+        data = read_json(file)
     except (OSError, ValueError):
         return None
     if not isinstance(data, dict) or not isinstance(data.get("results"), dict):

@@ -7,7 +7,6 @@ transformers' own kinds are read by lm-eval's `hf`; a repository that needs code
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import tempfile
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.errors import DataError
+from megatron.files import read_json
 
 # What a loader reads; weights in several formats are not all fetched.
 _FILES = ("*.json", "*.txt", "*.model", "*.tiktoken")
@@ -82,7 +82,7 @@ def _snapshot(name: str, patterns: Sequence[str]) -> Path:
 
 def _settings(folder: Path, name: str) -> dict[str, Any]:
     try:
-        found = json.loads((folder / "config.json").read_text("utf-8"))
+        found = read_json(folder / "config.json")
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"the model {name} has no config.json that can be read", where=str(folder), why=str(error)) from None
     if not isinstance(found, dict):

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.errors import DataError
+from megatron.files import parse_json, read_text
 
 
 class Results:
@@ -73,15 +74,22 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         DataError: a line holds something else than a result.
     """
     found = []
-    for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+    for number, line in enumerate(_text(path).splitlines(), 1):
         try:
-            value = json.loads(line)
+            value = parse_json(line)
         except ValueError:
             continue  # cut off by a kill: the point is run again
         if not isinstance(value, dict) or "key" not in value or "accuracy" not in value:
             raise DataError("the file holds no results of a sweep", where=f"{path}:{number}")
         found.append(value)
     return found
+
+
+def _text(path: Path) -> str:
+    try:
+        return read_text(path)
+    except (OSError, ValueError) as error:
+        raise DataError("the results cannot be read", where=str(path), why=str(error)) from None
 
 
 def _finite(value: Any) -> Any:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import fnmatch
 import glob
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # re-exported, not marked as such
 
 from megatron.errors import ExportError
+from megatron.files import read_json
 
 MAIN = "main"
 _LOADED = (
@@ -102,9 +102,9 @@ def prepare(folder: str | Path) -> Parcel:
     folder = Path(folder)
     hint = "name a folder that tools/convert_to_hf.py wrote"
     try:
-        settings = json.loads((folder / "config.json").read_text("utf-8"))
+        settings = read_json(folder / "config.json")
         index = folder / "model.safetensors.index.json"
-        shards = set(json.loads(index.read_text("utf-8"))["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+        shards = set(read_json(index)["weight_map"].values()) if index.is_file() else {"model.safetensors"}
         missing = sorted(name for name in shards if not (folder / name).is_file())
         inside = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
         kept = [path for path in inside if not any(part.startswith((".", "__pycache__")) for part in path.parts)]

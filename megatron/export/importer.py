@@ -18,7 +18,7 @@ from torch import Tensor
 from megatron.checkpoint.save import save_weights
 from megatron.errors import ExportError, UserError
 from megatron.export.families import LINEAR, METALA, METALA_ACTIVATIONS, Family, family_of
-from megatron.export.foreign import read_json, read_weights
+from megatron.export.foreign import inner_file, read_json, read_weights
 from megatron.export.native import read_native
 from megatron.export.native_families import NATIVES, native_by_type
 from megatron.export.released import is_released, read_released
@@ -36,6 +36,10 @@ _TOKENIZER_FILES = (
     "merges.txt",
     "tokenizer.model",
 )
+
+
+_LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "decoder_layers")
+_MOST_LAYERS = 10_000
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,12 @@ def _read_settings(source: Path) -> dict[str, Any]:
     if not (source / "config.json").is_file():
         inside = ", ".join(sorted(p.name for p in source.iterdir())[:8]) or "nothing"
         raise ExportError("not a Hugging Face folder: config.json is missing", where=str(source), why=f"it holds: {inside}")
-    return read_json(source / "config.json")
+    settings = read_json(inner_file(source, "config.json"))
+    for name, value in settings.items():
+        layers = name in _LAYERS and value is not None and (type(value) is not int or not 0 < value <= _MOST_LAYERS)
+        if layers or (isinstance(value, int) and abs(value) > 1 << 53):
+            raise ExportError(f"{name} is {value!r:.60}", where=str(source / "config.json"), why="no model has such a size")
+    return settings
 
 
 def _tie(weights: dict[str, Tensor], settings: Mapping[str, Any], notes: list[str]) -> tuple[dict[str, Tensor], bool]:
@@ -208,7 +217,7 @@ def _check(config: ModelConfig, weights: Mapping[str, Tensor], source: Path) -> 
 
 def _tokenizer_files(source: Path) -> dict[str, Path]:
     names = [*_TOKENIZER_FILES, *(p.name for p in sorted(source.glob("*.tiktoken")))]
-    return {name: source / name for name in names if (source / name).is_file()}
+    return {name: inner_file(source, name) for name in names if (source / name).is_file()}
 
 
 def _facts(source: Path, family: Family, settings: Mapping[str, Any], config: ModelConfig, notes: list[str]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from huggingface_hub import EvalResult
 
 from megatron.errors import ExportError
+from megatron.files import read_json
 
 _NOT_METRICS = ("alias", "name", "sample_len")
 _PERPLEXITY = ("perplexity", "word_perplexity", "bits_per_byte")
@@ -88,7 +88,7 @@ def read_scores(files: Iterable[Path], checkpoint: Path) -> tuple[Score, ...]:
 
 def _content(file: Path) -> Mapping[str, Any]:
     try:
-        data = json.loads(file.read_text("utf-8"))
+        data = read_json(file)
     except OSError as error:
         raise ExportError("the results cannot be read", where=str(file), why=error.strerror) from None
     except ValueError as error:

@@ -12,7 +12,6 @@ end-of-text behind one ends it. The note that goes into the model card names the
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ from megatron.data.hf_tokenizers import HFGPT2Tokenizer
 from megatron.data.tokenizers import Tokenizer
 from megatron.errors import DataError, ExportError, UserError
 from megatron.export.tokenizer_json import prompt_backend
-from megatron.files import write_json
+from megatron.files import read_json, write_json
 from megatron.generation.load import stored_tokenizer
 
 SAMPLES = (
@@ -137,7 +136,7 @@ def _copied(files: Sequence[Path], output: Path, why: str) -> list[str]:
     notes = [f"tokenizer: it cannot be written as tokenizer.json ({why}); its files lie in the folder as they were"]
     settings = output / "tokenizer_config.json"
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        given = json.loads(settings.read_text("utf-8"))
+        given = read_json(settings)
         if given.get("add_eos_token"):
             write_json(settings, {**given, "add_eos_token": False})
             notes.append("tokenizer: add_eos_token was switched off, so that a prompt is not ended")

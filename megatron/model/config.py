@@ -9,6 +9,16 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+# Far above every model there is, and small enough that a list or a table of so many entries can be made.
+_LARGEST = {
+    "num_layers": 10_000,
+    "hidden_size": 1 << 20,
+    "vocab_size": 1 << 26,
+    "num_heads": 1 << 20,
+    "mlp_width": 1 << 22,
+    "learned_positions": 1 << 24,
+}
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -49,6 +59,10 @@ class ModelConfig:
     mixer_init: str = "own"
 
     def __post_init__(self) -> None:
+        for name in ("num_layers", "hidden_size", "vocab_size", "num_heads", "mlp_width", "learned_positions"):
+            value = getattr(self, name)
+            if type(value) is not int or not 0 <= value <= _LARGEST[name]:
+                raise ValueError(f"{name} is {value!r:.60}: a whole number up to {_LARGEST[name]:,} is expected")
         if self.shared_norm and not self.parallel_residual:
             raise ValueError("shared_norm needs parallel_residual: in a sequential block the MLP reads what the mixer wrote")
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron.files import atomic_open
+from megatron.files import atomic_open, parse_json
 
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
@@ -29,7 +29,7 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
     with open(path, encoding="utf-8", errors="replace") as handle:
         for line in handle:
             try:
-                row = json.loads(line)
+                row = parse_json(line)
             except ValueError:
                 continue
             if isinstance(row, dict) and isinstance(row.get("iteration"), int):

@@ -177,12 +177,12 @@ MAP_BOMB = "a: &a {x: 1}\n" + "".join(
     ],
 )
 def test_bombs_and_bad_tags_are_refused_at_once(text: str, words: str) -> None:
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(ConfigError, match=words):
         _read(text)
     with pytest.raises((yaml.YAMLError, ValueError, RecursionError, KeyError, AttributeError, TypeError)):
         parse_scalar(text)
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
 
 
 def test_anchors_of_usual_size_are_read() -> None:
