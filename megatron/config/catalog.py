@@ -9,6 +9,8 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import Field
+
 from megatron import registry
 from megatron.config import kinds
 from megatron.config.neox_keys import NEOX_KEYS, NeoxKey, Status
@@ -55,6 +57,10 @@ class KeyInfo:
         return self.origin.removeprefix("mixer ") if self.section == "layers" else ""
 
 
+# Sizes of mixers that cost memory with the width of the model; the others are lengths.
+_LARGEST = {"conv_width": 1 << 10, "expand": 1 << 10, "feature_width": 1 << 10, "state_size": 1 << 14, "heads": 1 << 16}
+
+
 @functools.cache
 def catalog() -> dict[str, KeyInfo]:
     """Every known key, sections first in their order, then keys without a section, then mixers' options."""
@@ -92,4 +98,10 @@ def _add_layer_options(found: dict[str, KeyInfo]) -> None:
             if name in found and found[name].section:
                 continue
             row = NeoxKey(name, option.type, option.default, "implemented", option.doc)
-            found[name] = _info(row, "layers", kinds.parse_type(option.type), (), option.default, f"mixer {layer}")
+            kind = kinds.parse_type(option.type)
+            limits = (
+                (Field(ge=0, le=_LARGEST.get(field, 1 << 24)),)
+                if kinds.accepts(kind, int) and not kinds.accepts(kind, str)
+                else ()
+            )
+            found[name] = _info(row, "layers", kind, limits, option.default, f"mixer {layer}")
