@@ -13,7 +13,9 @@ import errno
 import fcntl
 import json
 import os
+import re
 import secrets
+import signal
 import socket
 import sys
 import threading
@@ -33,7 +35,8 @@ LEAVING_S = 600.0  # a run that was asked to leave may save first
 _GUARD_S = 5.0
 _LOOK_S = 0.25
 _LONGEST = 16_384
-_EXITING = 0x4  # PF_EXITING of the kernel: the process is dying and holds its number still
+# A process that is dying holds its number still: it is on its way out (PF_EXITING of the kernel), or SIGKILL waits for it.
+_EXITING, _KILLED = 0x4, 1 << (signal.SIGKILL - 1)
 
 
 @dataclass(frozen=True)
@@ -95,10 +98,12 @@ def _machine() -> tuple[str, str]:
 
 
 def _process(pid: int) -> tuple[int, bool] | None:
-    """(start in clock ticks, whether it is exiting) of a process; None when there is none or only its remains."""
+    """(start in clock ticks, whether it is dying) of a process; None when there is none or only its remains."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
-        return None if fields[0] in "ZX" else (int(fields[19]), bool(int(fields[6]) & _EXITING))
+        signals = re.findall(r"(?m)^S(?:ig|hd)Pnd:\s*(\w+)$", Path(f"/proc/{pid}/status").read_text(errors="replace"))
+        dying = int(fields[6]) & _EXITING or any(int(word, 16) & _KILLED for word in signals)
+        return None if fields[0] in "ZX" else (int(fields[19]), bool(dying))
     except (OSError, ValueError, IndexError):
         return None
 

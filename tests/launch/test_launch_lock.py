@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -18,6 +19,7 @@ import pytest
 from megatron.errors import CheckpointError, LaunchError
 from megatron.launch import lock as lock_file
 from megatron.launch.lock import HERE_S, NAME, SILENT_S, FolderLock, Holder
+from tests.tiny_run import write_run
 
 ROOT = Path(__file__).parents[2]
 
@@ -75,14 +77,37 @@ def test_a_killed_run_of_this_machine_holds_nothing_back(tmp_path: Path) -> None
     assert child.stdout is not None and child.stdout.readline() == "held\n"
     with pytest.raises(LaunchError, match="another run saves into this folder"):
         take(tmp_path)
+    begin = time.monotonic()
     child.kill()
-    clock = Clock()
-    held, said = take(tmp_path, clock)  # not waited for: it is a zombie now
-    held.release()
+    FolderLock.take(tmp_path, "x", print).release()  # not waited for: it is dying, then a zombie
+    assert time.monotonic() - begin < HERE_S + 10
     child.wait()
-    assert said == [] and clock.now < HERE_S
     put(tmp_path, replace(Holder.here("x"), born=1))
     take(tmp_path)[0].release()
+
+
+def test_a_process_that_is_dying_is_waited_for_longer_than_one_that_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A busy machine may need seconds to end a process that was killed; its memory may be large."""
+    put(tmp_path, Holder.here("x"))
+    born = lock_file._process(os.getpid())
+    assert born is not None and not born[1]
+    clock = Clock()
+    monkeypatch.setattr(lock_file, "_process", lambda pid: (born[0], True) if clock.now < 20 else None)
+    held, said = take(tmp_path, clock)
+    assert 20 <= clock.now < 21 and "waiting for its end" in said[0]
+    held.release()
+
+
+def test_a_killed_process_is_seen_to_be_dying() -> None:
+    child = subprocess.Popen(["sleep", "60"])
+    os.kill(child.pid, signal.SIGSTOP)
+    found = lock_file._process(child.pid)
+    assert found is not None and found[1] is False
+    child.kill()
+    child.wait()
+    assert lock_file._process(child.pid) is None
 
 
 def test_a_silent_run_of_another_host_is_taken_over_after_its_last_heartbeat(tmp_path: Path) -> None:
@@ -206,3 +231,19 @@ def test_without_flock_the_file_alone_decides(tmp_path: Path, monkeypatch: pytes
         take(tmp_path)
     held.release()
     assert os.listdir(tmp_path) == []
+
+
+def test_a_second_run_touches_nothing_of_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`train.py` in this process: refused before its run folder is made, let in when the first has ended."""
+    import train
+
+    monkeypatch.setattr(lock_file, "HERE_S", 0.0)
+    save = tmp_path / "save"
+    config = str(write_run(tmp_path / "data", train_iters=1, train_batch_size=2, run_dir=str(tmp_path / "run"), save=str(save)))
+    first, _ = take(save)
+    with pytest.raises(LaunchError, match="another run saves into this folder"):
+        train.main([config])
+    assert not (tmp_path / "run").exists()
+    first.release()
+    assert train.main([config]) == 0
+    assert sorted(os.listdir(save)) == ["global_step1", "latest"], "it has given the folder back"
