@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from megatron.engine.base import Engine, EngineSettings
@@ -41,6 +43,21 @@ def local_device(local_rank: int) -> torch.device:
     return device
 
 
+def _check_memory(config: ModelConfig, mesh: Mesh, device: torch.device) -> None:
+    """Refuse a model whose matrices alone are more than this machine has, before the first of them takes all there is."""
+    widths = config.hidden_size * (config.vocab_size + config.num_layers * (config.mlp_width + config.hidden_size))
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if device.type == "cuda":
+        there = torch.cuda.get_device_properties(device).total_memory
+    need = 2 * widths // (mesh.pp * mesh.tp)  # two bytes a number, one matrix of each kind
+    if need > there:
+        raise ConfigError(
+            f"the model does not fit: its matrices alone take {need / 2**30:,.0f} GiB on each rank",
+            why=f"this {'device' if device.type == 'cuda' else 'machine'} has {there / 2**30:,.0f} GiB",
+            hint="lower hidden_size, num_layers or intermediate_size, or cut the model over more ranks; --dry-run plans it",
+        )
+
+
 def build_engine(kind: str, config: ModelConfig, mesh: Mesh, settings: EngineSettings, local_rank: int = 0) -> Engine:
     """Build the engine of this rank: model, optimizer, seeds.
 
@@ -55,6 +72,7 @@ def build_engine(kind: str, config: ModelConfig, mesh: Mesh, settings: EngineSet
     check_output(settings)
     prepare_process()
     device = local_device(local_rank)
+    _check_memory(config, mesh, device)
     seed_all(settings.seed, mesh)
     if kind == "single":
         return SingleEngine(config, settings, device)
