@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron.checkpoint.background import Saver
-from megatron.checkpoint.resume import resume
+from megatron.checkpoint.resume import Resumed, resume
 from megatron.config.explain import print_config
 from megatron.config.schema import RunConfig
+from megatron.continuing import Continued, resumed, started
 from megatron.data.batches import Batch
 from megatron.data.tokenizers import Tokenizer
 from megatron.engine.base import Engine
@@ -45,7 +46,6 @@ from megatron.settings import (
     fit_options,
     model_config,
     run_shape,
-    schedule_of,
     sink_options,
     tokenizer_of,
     vocabulary_rows,
@@ -72,12 +72,12 @@ def dry_run(run: RunConfig, device_memory: float | None = None, mfu: float = 0.4
     return report(shape, model_config(run, rows), there)
 
 
-def restore(run: RunConfig, engine: Engine, config: ModelConfig) -> dict[str, Any]:
-    """The saved state to start from: of the checkpoint that `load` names, or empty."""
+def restore(run: RunConfig, engine: Engine, config: ModelConfig) -> Resumed:
+    """Load what there is to start from or to go on from: see `checkpoint/resume.py`."""
     c = run.checkpoint
     if c.load is None:
-        return {}
-    found = resume(
+        return Resumed(None, {})
+    return resume(
         c.load,
         engine,
         iteration=c.iteration,
@@ -89,7 +89,13 @@ def restore(run: RunConfig, engine: Engine, config: ModelConfig) -> dict[str, An
         verify=c.verify_checkpoint,
         in_place=True,  # nothing is lost: a run begins with these numbers, or not at all
     )
-    return dict(found.state)
+
+
+def continued(run: RunConfig, found: Resumed, state: TrainState) -> Continued:
+    """The learning rate from here on, and what changed since the checkpoint; a schedule that contradicts it raises."""
+    if not found.goes_on:
+        return started(run)
+    return resumed(run, found.facts, state.applied_iterations, str(found.path))
 
 
 class _Plot(Hook):
@@ -162,8 +168,8 @@ def _control(run: RunConfig, rank: int, signals: StopSignals, limit: TimeLimit) 
     return Control(ballot, signals, limit, Watchdog.open(timeout, rank, ballot) if timeout else None)
 
 
-def _actions(run: RunConfig, parts: _Parts, saver: Saver, control: Control) -> Actions:
-    """Save and evaluate, as the loop calls them."""
+def _actions(run: RunConfig, parts: _Parts, saver: Saver, control: Control, goes_on: Mapping[str, Any]) -> Actions:
+    """Save and evaluate, as the loop calls them. goes_on: facts for the runs that go on from a checkpoint."""
     c, engine, tokenizer = run.checkpoint, parts.engine, parts.tokenizer
 
     def save(state: TrainState) -> Path:
@@ -175,7 +181,7 @@ def _actions(run: RunConfig, parts: _Parts, saver: Saver, control: Control) -> A
             model_config=parts.config.to_dict(),
             config_texts=run.config_texts,
             tokenizer={path.name: path for path in tokenizer.files()},
-            facts=checkpoint_facts(run, tokenizer),
+            facts={**checkpoint_facts(run, tokenizer), **goes_on},
             keep_last=c.keep_last_n_checkpoints,
             keep=c.extra_save_iters or (),
             save_optimizer=not c.no_save_optim,
@@ -225,9 +231,12 @@ def train(run: RunConfig, env: RankEnvironment, command: Sequence[str]) -> Run:
         parts = _build(run, env, signals.start)
         stack.callback(close_process_group)
         stack.callback(parts.engine.close)
-        saved = restore(run, parts.engine, parts.config)
-        state, run = TrainState.from_dict(saved), parts.feeding.build(saved.get("data", {}))
+        found = restore(run, parts.engine, parts.config)
+        state, run = TrainState.from_dict(found.state), parts.feeding.build(found.state.get("data", {}))
+        goes_on = continued(run, found, state)
         console.say(_opening(run, parts.config, parts.mesh, folder, parts.engine, state.iteration))
+        for line in goes_on.lines:
+            console.say(line)
         saver = Saver(background=run.checkpoint.async_save)
         stack.callback(saver.close)
         hooks: list[Hook] = []
@@ -236,5 +245,5 @@ def train(run: RunConfig, env: RankEnvironment, command: Sequence[str]) -> Run:
         batches = parts.feeding.training(parts.mesh, state.consumed_samples, state.consumed_tokens)
         control = _control(run, env.rank, signals, limit)
         stack.callback(control.close)
-        actions, options = _actions(run, parts, saver, control), fit_options(run)
-        return fit(parts.engine, batches, schedule_of(run), state, options, actions, hooks, control)
+        actions, options = _actions(run, parts, saver, control, goes_on.facts), fit_options(run)
+        return fit(parts.engine, batches, goes_on.schedule, state, options, actions, hooks, control)

@@ -206,11 +206,16 @@ def guard_options(run: RunConfig) -> GuardOptions:
     return GuardOptions(r.skip_budget, r.skip_window, r.on_skip_budget, spike_sigma=r.spike_sigma, spike_window=r.spike_window)
 
 
-def schedule_of(run: RunConfig) -> Callable[[int], float]:
-    """Steps applied so far -> learning rate of the next."""
+def schedule_config(run: RunConfig) -> ScheduleConfig:
+    """The curve of the learning rate that the config describes."""
     s = run.schedule
     horizon = decay_horizon(run.training.train_iters, s.lr_decay_iters, s.lr_decay_fraction)
-    curve = ScheduleConfig(run.optimizer.lr, horizon, s.lr_decay_style, s.warmup, s.min_lr, s.warmup_start_lr)
+    return ScheduleConfig(run.optimizer.lr, horizon, s.lr_decay_style, s.warmup, s.min_lr, s.warmup_start_lr)
+
+
+def schedule_of(run: RunConfig) -> Callable[[int], float]:
+    """Steps applied so far -> learning rate of the next, by the config."""
+    curve = schedule_config(run)
     return lambda step: learning_rate(step, curve)
 
 

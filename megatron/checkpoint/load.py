@@ -7,7 +7,7 @@ and verify before any of them changes its engine, and one rank's damaged file is
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ def load_checkpoint(
     finetune: bool = False,
     verify: bool = True,
     in_place: bool = False,
+    look: Callable[[Manifest], object] | None = None,
 ) -> dict[str, Any]:
     """Load a checkpoint of any mesh into a running engine; every rank must call this.
 
@@ -56,6 +57,7 @@ def load_checkpoint(
         verify: compare the SHA-256 of all that this rank reads; sizes and save ids are compared in any case.
         in_place: read straight into the engine's memory, for an engine that has nothing to lose: damage is found all the same
             before this returns, but the engine then holds part of the damaged checkpoint, and must load another or end.
+        look: called with the manifest, on every rank, before a tensor is read.
 
     Returns:
         The training state as it was saved; empty for `finetune`.
@@ -71,6 +73,8 @@ def load_checkpoint(
     with verdict.watch():
         manifest = read_manifest(path)
         _check(path, manifest, engine, model_config, wanted.optimizer)
+        if look is not None:
+            look(manifest)
         found = _read(path, manifest, engine, wanted)
     verdict.settle()
     with verdict.watch():
