@@ -759,14 +759,14 @@ _ROWS: tuple[NeoxKey, ...] = (
         "bool",
         False,
         "implemented",
-        "On resume take the schedule of the config, not of the checkpoint.",
+        "On resume take the schedule of the config, not of the checkpoint; without either key the two must agree.",
     ),
     NeoxKey(
         "use_checkpoint_lr_scheduler",
         "bool",
         False,
         "implemented",
-        "On resume take the schedule of the checkpoint without comparing.",
+        "On resume take the schedule of the checkpoint, not of the config, and keep it.",
     ),
     # optimizer
     NeoxKey(
@@ -1152,7 +1152,13 @@ _ROWS: tuple[NeoxKey, ...] = (
     NeoxKey("no_save_rng", "bool", False, "implemented", "Save without the state of the random generators."),
     NeoxKey("no_load_optim", "bool", False, "implemented", "Start with a fresh optimizer state."),
     NeoxKey("no_load_rng", "bool", False, "implemented", "Do not restore the random generators."),
-    NeoxKey("finetune", "bool", False, "implemented", "Load weights only and start at step 0."),
+    NeoxKey(
+        "finetune",
+        "bool",
+        False,
+        "implemented",
+        "Load weights only and start at step 0; once `save` holds checkpoints of this run, go on from them.",
+    ),
     NeoxKey(
         "batch_size",
         "int",
