@@ -22,6 +22,7 @@ import eval as eval_command
 import generate as generate_command
 import train as train_command
 from megatron import assemble, feeding, settings
+from megatron.checkpoint.resume import Resumed
 from megatron.config.load import load_config
 from megatron.config.schema import RunConfig
 from megatron.data.indexed import IndexedWriter, dtype_for_vocab
@@ -115,11 +116,10 @@ class Case:
         """What `train.py` hands to the loop, the last thing before the first step."""
         watch, reach = self.calls.watch, mock.patch.object
         done = SimpleNamespace(exit_code=0)
-        loaded = SimpleNamespace(state={})
         with ExitStack() as stack:
             for patch in (
                 reach(assemble, "fit", watch("fit", assemble.fit, lambda: done)),
-                reach(assemble, "resume", watch("resume", assemble.resume, lambda: loaded)),
+                reach(assemble, "resume", watch("resume", assemble.resume, lambda: Resumed(None, {}))),
                 reach(assemble, "init_process_group", watch("connect", assemble.init_process_group)),
                 reach(assemble, "build_engine", watch("engine", assemble.build_engine)),
                 reach(assemble, "create_run_folder", watch("folder", assemble.create_run_folder)),

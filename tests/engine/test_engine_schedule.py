@@ -53,3 +53,13 @@ def test_a_warmup_shorter_than_a_step_never_exceeds_the_peak() -> None:
     """NeoX's formula gives lr / w at step 0: a hundred times the peak for a three-step run with the default warm-up."""
     config = ScheduleConfig(1e-3, horizon=3, style="constant", warmup=0.01)
     assert [learning_rate(n, config) for n in range(4)] == [1e-3] * 4
+
+
+def test_the_horizon_is_decay_iters_else_a_share_of_the_steps() -> None:
+    assert [decay_horizon(*given) for given in ((100,), (100, 7), (100, 7, 0.5), (99, None, 0.5), (3, None, 0.1))] == [
+        100,
+        7,
+        7,
+        49,
+        1,
+    ]
