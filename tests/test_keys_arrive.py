@@ -29,8 +29,6 @@ NOTHING_ARRIVES = {
     "dataset_impl": "gpt2 is the only value that is not refused",
     "data_impl": "both formats are told by the file itself, see data/indexed.py",
     "log_grad_norm": "the norm is always logged",
-    "override_lr_scheduler": "the curve is the configuration's in any case",
-    "use_checkpoint_lr_scheduler": "a checkpoint holds no curve",
     "alibi_positions": "an ALiBi layer has no other value",
 }
 IMPLEMENTED = sorted(name for name, info in catalog().items() if info.status == "implemented")

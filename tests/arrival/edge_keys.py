@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 from unittest import mock
 
-from megatron import settings
+from megatron import continuing, settings
 from tests.arrival.arrivals import Arrival
 from tests.arrival.case import Case
 from tests.arrival.run_keys import EMBEDDING, SAVING, call
@@ -44,6 +44,13 @@ def _guard(name: str) -> Any:
 def _wandb(name: str) -> Any:
     """A field of what W&B is opened with; None without it."""
     return lambda case: getattr(case.call("sinks")["options"].wandb, name, None)
+
+
+def _resumed_rate(case: Case) -> float:
+    """The last step's rate of a run that goes on from a checkpoint whose rate was constant, 0.01; its own falls to 0."""
+    theirs = case.run.model_copy(update={"schedule": case.run.schedule.model_copy(update={"lr_decay_style": "constant"})})
+    facts = {"settings": continuing.record(theirs)}
+    return continuing.resumed(case.run, facts, 3, "a checkpoint").schedule(10)
 
 
 def _reporting(case: Case) -> Any:
@@ -98,6 +105,11 @@ CHECKPOINT: dict[str, Arrival] = {
     "no_save_rng": Arrival(True, _save("save_rng"), False, SAVING),
     "async_save": Arrival(True, lambda c: c.fit["actions"].poll_saves.__self__.background),
     "verify_checkpoint": Arrival(False, lambda c: [c.call("resume")["verify"], c.rewind["verify"]], [False, False], LOADING),
+}
+
+RESUME: dict[str, Arrival] = {
+    "override_lr_scheduler": Arrival(True, _resumed_rate, 0.0),
+    "use_checkpoint_lr_scheduler": Arrival(True, _resumed_rate, 0.01),
 }
 
 LOGGING: dict[str, Arrival] = {
@@ -188,4 +200,4 @@ RELIABILITY: dict[str, Arrival] = {
 }
 
 
-TABLES = (TOKENIZER, CHECKPOINT, LOGGING, LAUNCH, GENERATION, EVALUATION, RELIABILITY)
+TABLES = (TOKENIZER, CHECKPOINT, RESUME, LOGGING, LAUNCH, GENERATION, EVALUATION, RELIABILITY)

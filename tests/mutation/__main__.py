@@ -25,8 +25,8 @@ def _known(path: Path) -> dict[str, dict[str, Any]]:
     return {row["digest"]: row for row in json.loads(path.read_text(encoding="utf-8"))["mutations"]}
 
 
-def _row(mutation: Mutation, outcome: str, seconds: float) -> dict[str, Any]:
-    row = {"digest": mutation.digest(), "area": mutation.area, "file": mutation.file, "old": mutation.old, "new": mutation.new}
+def _row(mutation: Mutation, digest: str, outcome: str, seconds: float) -> dict[str, Any]:
+    row = {"digest": digest, "area": mutation.area, "file": mutation.file, "old": mutation.old, "new": mutation.new}
     row |= {"tests": list(mutation.tests), "outcome": outcome, "seconds": seconds}
     return row | ({"reason": mutation.reason} if mutation.reason else {})
 
@@ -74,7 +74,7 @@ def main(argv: list[str]) -> int:
             return 1
         for number, mutation in enumerate(asked, 1):
             outcome, seconds = try_mutation(root, mutation, arguments.timeout)
-            rows.append(_row(mutation, outcome, seconds))
+            rows.append(_row(mutation, mutation.digest(root), outcome, seconds))
             print(
                 f"{number}/{len(asked)} {outcome:8} {seconds:6.1f} s  {mutation.file}: {mutation.old.strip()[:70]}", flush=True
             )
