@@ -59,6 +59,14 @@ class KeyInfo:
 
 # Sizes of mixers that cost memory with the width of the model; the others are lengths.
 _LARGEST = {"conv_width": 1 << 10, "expand": 1 << 10, "feature_width": 1 << 10, "state_size": 1 << 14, "heads": 1 << 16}
+# Bounds of mixers' numbers that are no sizes, by the name of the option.
+_BOUNDS = {
+    "dropout": Field(ge=0, lt=1),
+    "rotary_fraction": Field(ge=0, le=1),
+    "rotary_base": Field(gt=0),
+    "bias_max": Field(gt=0),
+    "slope_factor": Field(gt=0),
+}
 
 
 @functools.cache
@@ -99,9 +107,14 @@ def _add_layer_options(found: dict[str, KeyInfo]) -> None:
                 continue
             row = NeoxKey(name, option.type, option.default, "implemented", option.doc)
             kind = kinds.parse_type(option.type)
-            limits = (
-                (Field(ge=0, le=_LARGEST.get(field, 1 << 24)),)
-                if kinds.accepts(kind, int) and not kinds.accepts(kind, str)
-                else ()
-            )
+            limits = _limits(field, kind, option.default)
             found[name] = _info(row, "layers", kind, limits, option.default, f"mixer {layer}")
+
+
+def _limits(field: str, kind: Any, default: Any) -> tuple[Any, ...]:
+    """Bounds of a mixer's option. A whole number is at least 1, or 0 where that is the default and means "not given"."""
+    if field in _BOUNDS and kinds.accepts(kind, float):
+        return (_BOUNDS[field],)
+    if kinds.accepts(kind, int) and not kinds.accepts(kind, str):
+        return (Field(ge=0 if default == 0 else 1, le=_LARGEST.get(field, 1 << 24)),)
+    return ()

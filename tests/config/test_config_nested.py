@@ -127,3 +127,27 @@ def test_entries_are_explained_listed_and_in_the_schema(load_values: Callable[..
     assert {"type": "number", "minimum": 0} in params["properties"]["lr"]["anyOf"]
     assert schema()["properties"]["synthetic"]["additionalProperties"] is True
     assert json.dumps(schema())
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "bound"),
+    [
+        ("sliding_dropout", 1.0, "less than 1"),
+        ("global_dropout", -0.5, "greater than or equal to 0"),
+        ("sliding_rotary_fraction", 1.5, "less than or equal to 1"),
+        ("global_rotary_base", 0.0, "greater than 0"),
+        ("alibi_slope_factor", 0.0, "greater than 0"),
+        ("alibi_bias_max", -3.0, "greater than 0"),
+        ("metala_conv_width", 0, "greater than or equal to 1"),
+        ("mamba_state_size", 0, "greater than or equal to 1"),
+        ("mamba_dt_rank", -1, "greater than or equal to 0"),
+        ("based_feature_width", 0, "greater than or equal to 1"),
+        ("global_kv_heads", 0, "greater than or equal to 1"),
+        ("base_conv_expand", 0, "greater than or equal to 1"),
+    ],
+)
+def test_options_of_mixers_have_bounds(load_values: Callable[..., RunConfig], key: str, value: float, bound: str) -> None:
+    mixer = catalog()[key].section_layer
+    with pytest.raises(ConfigError) as caught:
+        load_values({"attention_config": [[[mixer], 4]], "pos_emb": "none", key: value})
+    assert f"{key} is {value}" in str(caught.value) and bound in str(caught.value) and "run.yml" in str(caught.value)
