@@ -215,8 +215,9 @@ def _hosts_job(
     address = options.master_addr or (ADDRESS if launcher != "slurm" else first)
     send = {"OMP_NUM_THREADS": _threads(machine, hosts)} | ({} if machine.accelerators else {"GOMP_SPINCOUNT": "1000"})
     send |= exported(environ, options.export_env) if launcher != "slurm" else {}  # srun hands its own environment on
-    if launcher == "openmpi":
-        send |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
+    if launcher in ("openmpi", "slurm"):  # DeepSpeed's runners of these tell the ranks neither
+        send |= {"MASTER_PORT": str(port)}
+        send |= {"MASTER_ADDR": address} if launcher == "openmpi" or options.master_addr else {}
     if launcher in ("openmpi", "mpich"):
         for name in options.export_env:
             if name in send and not _PLAIN.fullmatch(send[name]):

@@ -11,6 +11,7 @@ import deepy
 from megatron.errors import ConfigError, LaunchError
 from megatron.launch.hosts import find_pool
 from megatron.launch.job import Job
+from megatron.launch.preview import runner_command
 
 ROOT = Path(__file__).parents[2]
 QUICK = str(ROOT / "configs" / "metala-quickstart.yml")
@@ -69,6 +70,23 @@ def test_host_files_that_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(deepy, "run_job", lambda job: (jobs.append(job), (0, ""))[1])
     assert deepy.main([TRAIN, QUICK, "--set", "model_parallel_size=2"]) == 0
     assert [(job.route, job.processes) for job in jobs] == [("local", 2)]
+
+
+@pytest.mark.parametrize("launcher", ["pdsh", "openmpi", "mpich", "slurm"])
+def test_all_hosts_are_told_one_free_port(
+    launcher: str, tmp_path: Path, started: list[Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deepy, "addresses", lambda names: dict.fromkeys(names, "10.0.0.1"))
+    (tmp_path / "hosts").write_text("n1 slots=1\nn2 slots=1\n")
+    words = [TRAIN, QUICK, "-H", str(tmp_path / "hosts"), "--launcher", launcher, "--set", "train_batch_size=null"]
+    for more in ([], [], ["--master_port", "29501"]):
+        assert deepy.main([*words, *more]) == 0
+    ports = []
+    for job in started:
+        text = " ".join((*runner_command(job), *(f"{name}={value}" for name, value in job.environment.items())))
+        (port,) = set(re.findall(r"master_port[= ](\d+)", text, re.IGNORECASE))
+        ports.append(port)
+    assert ports[2] == "29501" and len(set(ports)) == 3 and "29500" not in ports
 
 
 @pytest.mark.parametrize(
