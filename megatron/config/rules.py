@@ -11,6 +11,7 @@ from megatron.config.model_rules import MODEL_RULES
 from megatron.config.reliability_rules import RELIABILITY_RULES
 from megatron.config.rule import Rule
 from megatron.config.schema import RunConfig
+from megatron.errors import ConfigError
 
 
 def _save_steps(run: RunConfig) -> bool:
@@ -29,6 +30,21 @@ def _unequal_weights(run: RunConfig) -> list[str]:
         if weights and len(weights) != len(paths or ()):
             found.append(f"{part}_data_weights has {len(weights)} entries for {len(paths or ())} {part}_data_paths")
     return found
+
+
+def _synthetic_problem(run: RunConfig) -> str:
+    """What is wrong with the parameters of a synthetic task; empty where nothing is, or a tokenizer must be known to say."""
+    if run.data.synthetic is None:
+        return ""
+    from megatron.data.synthetic.dataset import SPLITS, read_slices, task_kind  # needs numpy
+
+    try:
+        if not task_kind(run.data.synthetic.get("task")).reads_text:
+            for split in SPLITS:
+                read_slices(run.data.synthetic, split)
+    except ConfigError as error:
+        return "; ".join(part for part in (error.what, error.why, error.hint) if part)
+    return ""
 
 
 def _cells(run: RunConfig) -> int:
@@ -201,6 +217,12 @@ RULES: tuple[Rule, ...] = (
         lambda r: any(_data_lists(r)) and not all(_data_lists(r)),
         lambda r: "train_data_paths, valid_data_paths and test_data_paths must be given together",
         "the same prefix may stand in two of them",
+    ),
+    Rule(
+        ("synthetic",),
+        lambda r: bool(_synthetic_problem(r)),
+        lambda r: f"synthetic: {_synthetic_problem(r)}",
+        "docs/synthetics.md lists the parameters of every task",
     ),
     Rule(
         ("train_data_weights", "valid_data_weights", "test_data_weights"),

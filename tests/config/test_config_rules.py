@@ -53,6 +53,7 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ({"optimizer": {"type": "Adam", "params": {"lr": 1e-3, "weight_decay": 0.1}}}, "weight_decay inside"),
     ({"fp16": {"loss_scale": 0}}, "fp16 has no enabled"),
     ({"bf16": {"loss_scale": 0}}, "bf16 has no enabled"),
+    ({"synthetic": {"task": "mqar", "lenght": 64, "train": [{"examples": 9}]}}, "mqar has no parameter 'lenght'"),
     ({"min_lr": 0.1}, "min_lr 0.1 is above the learning rate 0.001"),
     ({"warmup": 1.0}, "warmup 1.0 leaves no steps"),
     ({"override_lr_scheduler": True, "use_checkpoint_lr_scheduler": True}, "contradict each other"),
