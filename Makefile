@@ -10,7 +10,7 @@ INSTALL := $(VENV)/bin/pip install --quiet --disable-pip-version-check -c $(CONS
 # Test processes; parallel tests start up to four more of their own, so more than the cores does not help.
 JOBS ?= 2
 
-.PHONY: gpu-wheels train test test-fast test-oldest test-newest lock lint format docs install install-dev clean
+.PHONY: gpu-wheels train test test-fast mutation test-oldest test-newest lock lint format docs install install-dev clean
 
 $(VENV)/.installed: requirements/requirements.txt $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
@@ -39,6 +39,10 @@ test: $(VENV)/.installed-dev
 
 test-fast: $(VENV)/.installed-dev
 	$(PY) -m pytest -n $(JOBS) --dist loadfile -m "not slow"
+
+# Small mistakes in a copy of the tree, and the tests that must notice them; only what changed since the last results is tried.
+mutation: $(VENV)/.installed-dev
+	nice -n 10 $(PY) -m tests.mutation
 
 # The compatibility part of the suite at both ends of the ranges, each in an environment of its own; what was proved is written to
 # docs/compatibility.md. `python tools/compatibility.py --help` runs one combination, or all.
