@@ -44,9 +44,8 @@ def vocabulary_rows(run: RunConfig, tokenizer: Tokenizer) -> int:
     asked = run.tokenizer.padded_vocab_size
     if asked is None:
         return padded_vocab_size(tokenizer.vocab_size, run.model.make_vocab_size_divisible_by, run.parallel.tensor_ranks)
-    # a padding token that the tokenizer's folder lacks needs no row where no sample is filled up with it
-    unused = getattr(tokenizer, "added_pad", None) is not None and run.data.pack_impl != "unpacked"
-    if asked < tokenizer.vocab_size - unused:
+    # a padding token that the tokenizer's folder lacks needs a row only where samples are filled up with it
+    if asked < (tokenizer.vocab_size if run.data.pack_impl == "unpacked" else tokenizer.text_vocab_size):
         raise ConfigError(
             f"padded_vocab_size {asked} is smaller than the tokenizer's {tokenizer.vocab_size} entries",
             where=run.provenance.get("padded_vocab_size"),

@@ -147,6 +147,11 @@ class HFGPT2Tokenizer(HFTokenizer):
         self._take(backend, _special(self.settings, "eos_token") or EOD_TEXT, pad_text)
 
     @property
+    def text_vocab_size(self) -> int:
+        """Without the padding token that was added."""
+        return self.vocab_size if self.added_pad != self.vocab_size - 1 else self.added_pad
+
+    @property
     def bos(self) -> int | None:
         """The folder's `bos_token`, else what the template starts with."""
         named = _special(self.settings, "bos_token")

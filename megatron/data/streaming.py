@@ -86,9 +86,10 @@ class StreamDataset(TokenDataset):
         repeat: bool = True,
         window: int = 8192,
     ) -> None:
-        if vocab_size is not None and tokenizer.vocab_size > vocab_size:
+        if vocab_size is not None and tokenizer.text_vocab_size > vocab_size:
             raise DataError(
-                f"the tokenizer has {tokenizer.vocab_size} entries and the model {vocab_size}", why="the last ones do not fit"
+                f"the tokenizer has {tokenizer.text_vocab_size} entries and the model {vocab_size}",
+                why="the last ones do not fit",
             )
         if seq_length < 1 or size < 0 or window < 1:
             raise DataError(f"no stream of {size} samples of {seq_length} tokens with a window of {window}", why="out of range")

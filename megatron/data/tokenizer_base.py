@@ -52,6 +52,11 @@ class Tokenizer(ABC):
         """The largest id + 1, added special tokens included, padding for the hardware not; ids may have gaps."""
 
     @property
+    def text_vocab_size(self) -> int:
+        """The largest id that encoded text can hold + 1: `vocab_size`, less a padding token that the files do not have."""
+        return self.vocab_size
+
+    @property
     @abstractmethod
     def eod(self) -> int:
         """Id that ends a document; a DataError if the tokenizer has none."""

@@ -155,8 +155,10 @@ class _Content:
 
     @property
     def tokenizer_facts(self) -> Mapping[str, Any]:
-        """What the manifest says of the tokenizer."""
-        return self.manifest.facts.get("tokenizer") or {}
+        """What the manifest says of the tokenizer; no id of a token that the model has no row for."""
+        told, rows = self.manifest.facts.get("tokenizer") or {}, self.config.vocab_size
+        ids = ("eod", "pad", "bos")
+        return {k: v for k, v in told.items() if k not in ids or not isinstance(v, int) or v < rows}
 
     @property
     def dtype(self) -> str:

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.data.hf_files import write
 from tests.export.hub_server import TOKEN, running_hub
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -149,3 +151,30 @@ def test_generate_from_nothing_and_by_hand(checkpoint: Path, tmp_path: Path) -> 
     assert talk.returncode == 0 and talk.stdout.count("Context >>>") == 2, talk.stderr
     lost = run("generate.py", config(tmp_path, load=str(tmp_path / "none")), cwd=tmp_path)
     assert lost.returncode == 4 and "Traceback" not in lost.stderr
+
+
+def test_foreign_weights_train_on_and_go_out_again(tmp_path: Path) -> None:
+    """The commands as they are printed, with a tokenizer that has no padding token and no row to spare for one."""
+    folder = tmp_path / "llama"
+    folder.mkdir()
+    file = write(folder / "tokenizer.json")
+    file.write_text(file.read_text("utf-8").replace("<|padding|>", "<unk>"), "utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
+    sizes = {"vocab_size": 270, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    LlamaForCausalLM(LlamaConfig(**sizes, rope_theta=5e5)).save_pretrained(folder)
+    (tmp_path / "text.jsonl").write_text('{"text": "the cat sat on the mat the cat sat"}\n' * 60)
+    output = ("--output", "runs/imported/checkpoints")
+    done = run("tools/convert_from_hf.py", "--input", "llama", *output, "--data", "text.jsonl", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.rstrip().endswith("python deepy.py train.py runs/imported/checkpoints/continue.yml")
+    train = ("deepy.py", ROOT / "train.py", "runs/imported/checkpoints/continue.yml", "--set", "seq_length=24", "--set")
+    done = run(*train, "train_iters=2", cwd=tmp_path)
+    assert done.returncode == 0 and "finished at iteration 2 of 2" in done.stdout, done.stdout + done.stderr
+    done = run(*train, "train_iters=3", cwd=tmp_path)
+    assert done.returncode == 0 and "train_iters: 2 -> 3" in done.stdout, done.stdout + done.stderr
+    assert "going on from runs/imported/continued/checkpoints/global_step2" in done.stdout
+    done = run("tools/convert_to_hf.py", "--checkpoint", "runs/imported/continued", "--output", "out", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    said, kept = (json.loads((tmp_path / place / "config.json").read_text()) for place in ("llama", "out"))
+    for key in ("vocab_size", "rope_parameters", "max_position_embeddings", "num_key_value_heads", "rms_norm_eps"):
+        assert said[key] == kept[key], key
