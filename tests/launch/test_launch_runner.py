@@ -54,9 +54,10 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Job, st
     for name, options in CASES.items():
         folder = tmp_path_factory.mktemp(name)
         chosen = LaunchOptions(hostfile="h", master_addr="10.0.0.1", **options)
-        environ = {"PATH": "/venv/bin:/bin", "MY_FLAG": "a b", **SECRET}
+        environ = {"PATH": "/venv/bin:/bin", "MY_FLAG": "a b;%h", **SECRET}
         given: dict[str, Any] = {"pool": {"n1": 2, "n2": 2}, "environ": environ, "scratch": str(folder / "launch")}
-        job = plan_job(chosen, CPU, "train.py", ["a.yml", "--set", 'name="a b"', "--set", 'x=[["y"]]'], port=29500, **given)
+        words = ["a.yml", "--set", 'name="a b"', "--set", 'x=[["y"]]', "a;$(b)`c`|%h", 'a $b \\ "c" %n', "a\nb\t c", ""]
+        job = plan_job(chosen, CPU, "train.py", words, port=29500, **given)
         running[name] = (job, start(job, folder))
     return {name: (job, process.communicate(timeout=120)[0]) for name, (job, process) in running.items()}
 
