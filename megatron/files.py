@@ -43,11 +43,14 @@ def read_bytes(path: str | Path, limit: int = LARGEST_JSON) -> bytes:
     Raises:
         OSError: as `open_regular`, or the file is larger than `limit` bytes.
     """
-    with os.fdopen(open_regular(path), "rb") as handle:
-        data = handle.read(limit + 1)
-    if len(data) > limit:
-        raise OSError(errno.EFBIG, f"larger than {limit:,} bytes", str(path))
-    return data
+    pieces, size = [], 0
+    with os.fdopen(open_regular(path), "rb", buffering=0) as handle:
+        while piece := handle.read(1 << 20):  # not all at once: that would take `limit` bytes for the smallest file
+            pieces.append(piece)
+            size += len(piece)
+            if size > limit:
+                raise OSError(errno.EFBIG, f"larger than {limit:,} bytes", str(path))
+    return b"".join(pieces)
 
 
 def read_text(path: str | Path, limit: int = LARGEST_JSON) -> str:

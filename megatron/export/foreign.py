@@ -5,6 +5,7 @@ A `.bin` file is a pickle; `checkpoint/foreign.py` reads it through torch's rest
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,18 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ExportError(f"{path.name} is not a JSON object", where=str(path))
     return value
+
+
+def foreign_settings(config_class: Callable[..., Any], said: Mapping[str, Any]) -> Any:
+    """The configuration object of transformers from what a config.json says.
+
+    Raises:
+        ExportError: it refuses a value. Which exception comes of a wrong one is not documented and differs by release.
+    """
+    try:
+        return config_class(**said)
+    except Exception as error:
+        raise ExportError("config.json does not describe a model", why=" ".join(str(error).split()) or repr(error)) from None
 
 
 def inner_file(folder: Path, name: str) -> Path:

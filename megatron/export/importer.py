@@ -18,7 +18,7 @@ from torch import Tensor
 from megatron.checkpoint.save import save_weights
 from megatron.errors import ExportError, UserError
 from megatron.export.families import LINEAR, METALA, METALA_ACTIVATIONS, Family, family_of
-from megatron.export.foreign import inner_file, read_json, read_weights
+from megatron.export.foreign import foreign_settings, inner_file, read_json, read_weights
 from megatron.export.native import read_native
 from megatron.export.native_families import NATIVES, native_by_type
 from megatron.export.released import is_released, read_released
@@ -144,11 +144,11 @@ def _model_config(family: Family, settings: Mapping[str, Any], weights: Mapping[
         usual = family.config_class.attribute_map  # our exports repeat sizes under these; the official names decide
         repeated = {name for name, official in usual.items() if official in settings}
         said = {name: value for name, value in settings.items() if name not in {"model_type", "auto_map", *repeated}}
-        fields = family.config_class(**said).model_fields()
+        fields = foreign_settings(family.config_class, said).model_fields()
         if family is METALA:
             fields |= _metala_fields(settings, weights, notes)
         return ModelConfig.from_dict(fields)
-    except (TypeError, ValueError, KeyError) as error:
+    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
         raise ExportError("config.json does not describe a model", why=str(error)) from None
 
 

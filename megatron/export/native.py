@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron.errors import ExportError
+from megatron.export.foreign import foreign_settings
 from megatron.model.config import ModelConfig
 from megatron.model.resolved import layer_options
 
@@ -157,9 +158,10 @@ def read_native(
         ExportError: config.json asks for something that the family's plain form does not have.
     """
     said = {name: value for name, value in settings.items() if name not in ("model_type", "auto_map", "architectures")}
+    theirs = foreign_settings(family.config_class, said)
     try:
-        config = family.shape(family.config_class(**said))
-    except (TypeError, ValueError, KeyError) as error:
+        config = family.shape(theirs)
+    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
         raise ExportError(f"this {family.architecture} cannot be imported", why=str(error)) from None
     renamed = from_native(family.layout, config, weights)
     if config.tie_embeddings:
