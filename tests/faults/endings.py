@@ -101,7 +101,7 @@ def one(kind: str, folder: Path) -> Ending:
         lr_decay_iters=1000,
         num_layers=1,
         attention_config=[[["metala"], 1]],
-        log_interval=100_000,  # no metrics, so that no plot is drawn at the end: a third of the time of a start
+        log_interval=100_000,  # no metrics, so that no plot is drawn at the end
         checkpoint_factor=1 if kind.endswith("resumed") else 100_000,
         keep_last_n_checkpoints=2,
         run_dir=str(folder / "run"),
