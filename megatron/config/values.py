@@ -73,7 +73,7 @@ def apply_overrides(source: Source, overrides: Mapping[str, Any], labels: Mappin
         try:
             value = _parse_override(raw_value, info if not rest else None)
         except BAD_YAML as error:
-            problems.add(f"the value of {raw_key} is not valid YAML: {raw_value!r}", place, str(error).splitlines()[0])
+            problems.add(f"the value of {raw_key} is not valid YAML: {raw_value!r:.80}", place, str(error).splitlines()[0])
             continue
         dotted = f"{key}.{rest}" if rest else key
         if rest and not isinstance(source.values.get(key) or {}, dict):

@@ -17,11 +17,13 @@ from typing import Any
 import yaml
 
 from megatron.config.problems import Problems
+from megatron.files import read_text
 
 # What PyYAML raises on bad text: its own errors, ValueError for dates and numbers that are none (2024-99-99), and what its
 # constructors of tagged values stumble over (`!!bool maybe`, `!!timestamp x`).
 BAD_YAML = (yaml.YAMLError, ValueError, RecursionError, KeyError, AttributeError, TypeError)
 _MOST_VALUES = 100_000  # values of a file with its anchors written out; thousands of times what a configuration needs
+_LARGEST = 1 << 24  # bytes of a file
 _DEEPEST = 8  # levels whose lines are noted; an anchor that contains itself would go on for ever
 
 _EXPONENT = re.compile(r"^[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+$")
@@ -135,14 +137,14 @@ def parse_text(text: str, label: str, problems: Problems) -> tuple[dict[str, Any
 
 def _read_text(path: Path, problems: Problems) -> str | None:
     try:
-        return path.read_text(encoding="utf-8")
+        return read_text(path, _LARGEST)
     except FileNotFoundError:
         folder = path.parent
         names = sorted(p.name for p in folder.iterdir() if p.suffix in (".yml", ".json")) if folder.is_dir() else []
         close = difflib.get_close_matches(path.name, names, n=3, cutoff=0.4)
         here = "did you mean " + " or ".join(close) + "?" if close else "known: " + ", ".join(names[:12])
         problems.add("config file not found", str(path), here if names else f"the folder {folder} has no config files")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         problems.add(f"config file cannot be read: {error}", str(path))
     return None
 
