@@ -50,7 +50,13 @@ _ROWS: tuple[NeoxKey, ...] = (
         "implemented",
         "Devices per machine; on a machine without accelerators so many CPU processes.",
     ),
-    NeoxKey("master_port", "int", 29500, "implemented", "TCP port on which the processes find one another."),
+    NeoxKey(
+        "master_port",
+        "int",
+        29500,
+        "implemented",
+        "TCP port where the processes find one another; a free one when it is not given (29500 for torchrun on several hosts).",
+    ),
     NeoxKey("master_addr", "str", None, "implemented", "Address of the machine that runs rank 0."),
     NeoxKey(
         "launcher",
