@@ -1,0 +1,62 @@
+"""One step of the plain engine: what clipping leaves alone, the mean over micro batches, the norm without the loss scale."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megatron.engine.base import EngineSettings, StepResult
+from megatron.engine.single import SingleEngine
+from megatron.model.config import ModelConfig
+
+CONFIG = ModelConfig(32, 16, 1, 2, 24, ("metala",))
+SETTINGS = EngineSettings(micro_batch=2, seq_length=12, gradient_clipping=0.0)
+
+
+def _engine(settings: EngineSettings) -> SingleEngine:
+    return SingleEngine(CONFIG, settings, torch.device("cpu"))
+
+
+def _batch(seed: int) -> SimpleNamespace:
+    text = torch.randint(0, 32, (2, 13), generator=torch.Generator().manual_seed(seed))
+    return SimpleNamespace(tokens=text[:, :-1], labels=text[:, 1:], loss_mask=torch.ones(2, 12), segment_ids=None)
+
+
+def _step(settings: EngineSettings, *seeds: int) -> tuple[SingleEngine, StepResult]:
+    engine = _engine(settings)
+    return engine, engine.train_step(iter([_batch(seed) for seed in seeds]), 1e-2)
+
+
+def _weights(engine: SingleEngine) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in engine.parameters().values()])
+
+
+@pytest.mark.parametrize(("limit", "left"), [(0.0, 1.0), (100.0, 1.0), (0.5, None)])
+def test_only_gradients_above_the_limit_are_made_smaller(limit: float, left: float | None) -> None:
+    engine = _engine(replace(SETTINGS, gradient_clipping=limit))
+    for tensor in engine.parameters().values():
+        tensor.grad = torch.ones_like(tensor)
+    norm = float(engine._norm())
+    engine._clip(norm)
+    after = float(next(iter(engine.parameters().values())).grad.flatten()[0])  # type: ignore[union-attr]
+    assert after == pytest.approx(left if left is not None else limit / norm, rel=1e-5)
+
+
+def test_micro_batches_are_averaged() -> None:
+    """The same micro batch twice is that batch; two different ones give the mean of their losses, and neither's gradient."""
+    once, twice = _step(SETTINGS, 1), _step(replace(SETTINGS, gradient_accumulation=2), 1, 1)
+    assert float(twice[1].loss) == pytest.approx(float(once[1].loss), rel=1e-6)
+    assert float(twice[1].grad_norm) == pytest.approx(float(once[1].grad_norm), rel=1e-5)
+    assert torch.allclose(_weights(once[0]), _weights(twice[0]), atol=1e-6)
+    other, both = _step(SETTINGS, 2), _step(replace(SETTINGS, gradient_accumulation=2), 1, 2)
+    assert float(both[1].loss) == pytest.approx((float(once[1].loss) + float(other[1].loss)) / 2, rel=1e-6)
+
+
+def test_the_norm_knows_nothing_of_the_loss_scale() -> None:
+    half = replace(SETTINGS, dtype="fp16", gradient_clipping=0.5)
+    plain, scaled = (_step(replace(half, fp16={"loss_scale": scale}), 1) for scale in (1, 256))
+    assert float(scaled[1].grad_norm) == pytest.approx(float(plain[1].grad_norm), rel=0.01)
+    assert all(master.dtype == torch.float32 for engine, _ in (plain, scaled) for master in engine._masters.values())
