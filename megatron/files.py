@@ -82,7 +82,7 @@ def parse_json(text: str | bytes | bytearray) -> Any:
         value = json.loads(text, parse_int=_number)
     except RecursionError:
         raise ValueError("it is nested too deep") from None
-    level, depth = [value], 0
+    level, depth = [value], 1
     while level := [part for item in level for part in _parts(item) if isinstance(part, dict | list)]:
         depth += 1
         if depth > _DEEPEST_JSON:

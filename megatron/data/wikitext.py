@@ -14,6 +14,7 @@ import time
 import urllib.error
 import urllib.request
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -33,6 +34,7 @@ WIKITEXT_URL = "https://wikitext.smerity.com/wikitext-103-v1.zip"
 ENWIK8_URL = "https://mattmahoney.net/dc/enwik8.zip"
 ENWIK8_BYTES = (90_000_000, 5_000_000, 5_000_000)
 _SPLITS = ("train", "valid", "test")
+_LARGEST = 1 << 30  # bytes of an unpacked file; the largest has half of it
 _HEADING = re.compile(r" = [^=].*[^=] = \n?")
 _UNKNOWN = "<unk>"
 
@@ -140,18 +142,32 @@ def _opened(source: Path, ending: str) -> IO[bytes]:
             with zipfile.ZipFile(source) as archive:
                 names = [name for name in archive.namelist() if name.endswith(ending)]
                 if names:
-                    return io.BytesIO(archive.read(names[0]))
+                    return io.BytesIO(_unpacked(archive, names[0], source))
         elif source.name.endswith(ending):
             return source.open("rb")
-    except (OSError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, RuntimeError, zlib.error, zipfile.BadZipFile) as error:  # RuntimeError: encrypted, or unknown
         raise DataError("the corpus cannot be read", where=str(source), why=str(error)) from None
     hint = "--from takes the archive, the unpacked folder or the file itself"
     raise DataError("the corpus is not here", where=str(source), why=f"nothing in it is called {ending}", hint=hint)
 
 
+def _unpacked(archive: zipfile.ZipFile, name: str, source: Path) -> bytes:
+    """A member of an archive; one that is larger than any of these corpora is not unpacked, whatever the table says."""
+    with archive.open(name) as member:
+        data = member.read(_LARGEST + 1)
+    if len(data) > _LARGEST:
+        raise DataError("the corpus is not the one it is called", where=f"{source}, {name}", why="it has more than 1 GiB")
+    return data
+
+
 def _lines(source: Path, split: str) -> Iterator[str]:
     with _opened(source, f"wiki.{split}.tokens") as handle:
-        yield from io.TextIOWrapper(handle, encoding="utf-8", newline="\n")
+        try:
+            yield from io.TextIOWrapper(handle, encoding="utf-8", newline="\n")
+        except UnicodeDecodeError as error:
+            raise DataError(
+                "the corpus is not UTF-8", where=str(source), why=f"byte 0x{error.object[error.start]:02x}"
+            ) from None
 
 
 def articles(lines: Iterable[str]) -> Iterator[str]:

@@ -1,0 +1,62 @@
+"""Files of others: what is no regular file, too large, or JSON only to Python's parser is one error of a known kind."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from megatron import files
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("[" * 100_000 + "]" * 100_000, "nested too deep|nested deeper"),
+        ("[" * 65 + "]" * 65, "nested deeper than 64"),
+        ('{"a":' * 65 + "1" + "}" * 65, "nested deeper than 64"),
+        ("9" * 41, "a number of 41 digits"),
+        ("-" + "9" * 5000, "a number of 5001 digits"),
+        ('{"\\ud800": 1}', "half of a surrogate"),
+        ('["\\uD83D"]', "half of a surrogate"),
+        ("", "Expecting value"),
+        ("{'a': 1}", "Expecting property name"),
+    ],
+)
+def test_json_that_is_refused(text: str, says: str) -> None:
+    for given in (text, text.encode()):
+        with pytest.raises(ValueError, match=says):
+            files.parse_json(given)
+
+
+def test_json_that_is_read() -> None:
+    assert files.parse_json('{"a": [1, -2, 0.5, null, true, "\\ud83d\\ude00"]}') == {
+        "a": [1, -2, 0.5, None, True, "\U0001f600"]
+    }
+    assert files.parse_json("9" * 40) == int("9" * 40)
+    assert files.parse_json("[" * 64 + "]" * 64)
+
+
+def test_only_regular_files_are_opened(tmp_path: Path) -> None:
+    """None of these waits for a writer or reads without end."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    (tmp_path / "link").symlink_to("file")
+    (tmp_path / "file").write_text("[1]\r\n")
+    for name in ("pipe", "loop", "zero", ".", "none"):
+        with pytest.raises(OSError):
+            files.read_json(tmp_path / name)
+    assert files.read_json(tmp_path / "link") == [1] and files.read_text(tmp_path / "link") == "[1]\r\n"
+    with pytest.raises(ValueError, match="null byte"):
+        files.read_bytes("a\0b")
+
+
+def test_limits_and_encodings(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"abc\xff")
+    assert files.read_bytes(tmp_path / "a", 4) == b"abc\xff"
+    with pytest.raises(OSError, match="larger than 3 bytes"):
+        files.read_bytes(tmp_path / "a", 3)
+    with pytest.raises(ValueError, match="not UTF-8: byte 3 is 0xff"):
+        files.read_text(tmp_path / "a")
