@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from megatron.checkpoint.compare import RECIPE
 from megatron.checkpoint.manifest import read_manifest
 from megatron.config import kinds
 from megatron.config.catalog import catalog
@@ -24,7 +25,6 @@ from megatron.model.resolved import layer_options, resolved
 from megatron.registry import layer_info
 from megatron.settings import model_config
 
-NAME = "continue.yml"
 _MOST_TOKENS = 2048
 _EPSILON = {"rmsnorm": "rms_norm_epsilon", "simplermsnorm": "simplermsnorm_epsilon"}
 
@@ -158,7 +158,7 @@ def write_recipe(start: Start) -> Path:
     Raises:
         ConfigError: the model breaks a rule of the configuration (sizes that do not divide).
     """
-    path = start.checkpoint.parent / NAME
+    path = start.checkpoint.parent / RECIPE
     path.write_text(recipe(start), encoding="utf-8")
     run = load_config([path], world_size=1)
     again = model_config(run, start.config.vocab_size)
@@ -191,7 +191,7 @@ def recipe(start: Start) -> str:
 
 def command(start: Start) -> str:
     """What a person types to train with the recipe."""
-    words = ["python", "deepy.py", "train.py", str(start.checkpoint.parent / NAME)]
+    words = ["python", "deepy.py", "train.py", str(start.checkpoint.parent / RECIPE)]
     return shlex.join(words if start.data else [*words, "--set", "train_stream=[TEXT.jsonl]"])
 
 

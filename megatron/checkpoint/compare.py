@@ -18,6 +18,7 @@ _FREE_FIELDS = frozenset(  # not the maths of the weights
     {"hidden_dropout", "init_method", "output_init_method", "init_std", "mixer_init"}
 )
 _FREE_OPTION = ".dropout"  # of a mixer
+RECIPE = "continue.yml"  # what an import writes beside its checkpoint: `megatron/recipe.py`
 
 
 def check_names(path: Path, manifest: Manifest, shapes: Mapping[str, tuple[int, ...]], same_model: bool = False) -> None:
@@ -73,11 +74,14 @@ def check_model(path: Path, manifest: Manifest, model_config: Mapping[str, Any])
     differing = model_differences(manifest.model_config, model_config)
     hard = [text for name, text in differing.items() if name not in _FREE_FIELDS and not name.endswith(_FREE_OPTION)]
     if hard:
+        recipe = path.parent / RECIPE
         raise CheckpointError(
             "the checkpoint is of another model",
             where=str(path),
             why="; ".join(hard[:6]) + (f"; and {len(hard) - 6} more" if len(hard) > 6 else ""),
-            hint="take the model section of the config that the checkpoint was trained with (it lies in configs/)",
+            hint=f"take the model section of {recipe}"
+            if recipe.is_file()
+            else "take the model section of the config that the checkpoint was trained with (it lies in configs/)",
         )
     return list(differing.values())
 

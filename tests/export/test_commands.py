@@ -167,12 +167,9 @@ def test_foreign_weights_train_on_and_go_out_again(tmp_path: Path) -> None:
     done = run("tools/convert_from_hf.py", "--input", "llama", *output, "--data", "text.jsonl", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.rstrip().endswith("python deepy.py train.py runs/imported/checkpoints/continue.yml")
-    train = ("deepy.py", ROOT / "train.py", "runs/imported/checkpoints/continue.yml", "--set", "seq_length=24", "--set")
-    done = run(*train, "train_iters=2", cwd=tmp_path)
+    sets = ("--set", "seq_length=24", "--set", "train_iters=2")
+    done = run("deepy.py", ROOT / "train.py", "runs/imported/checkpoints/continue.yml", *sets, cwd=tmp_path)
     assert done.returncode == 0 and "finished at iteration 2 of 2" in done.stdout, done.stdout + done.stderr
-    done = run(*train, "train_iters=3", cwd=tmp_path)
-    assert done.returncode == 0 and "train_iters: 2 -> 3" in done.stdout, done.stdout + done.stderr
-    assert "going on from runs/imported/continued/checkpoints/global_step2" in done.stdout
     done = run("tools/convert_to_hf.py", "--checkpoint", "runs/imported/continued", "--output", "out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     said, kept = (json.loads((tmp_path / place / "config.json").read_text()) for place in ("llama", "out"))

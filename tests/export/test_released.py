@@ -157,7 +157,13 @@ def test_recognition() -> None:
 
 @pytest.mark.parametrize("change", [{}, {"use_bias": True, "use_conv_bias": False, "tie_word_embeddings": False, "expand": 3}])
 def test_mamba_of_transformers(change: dict[str, Any], tmp_path: Path) -> None:
-    sizes = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, "layer_norm_epsilon": 1e-3}
+    sizes: dict[str, Any] = {
+        "vocab_size": 96,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "state_size": 4,
+        "layer_norm_epsilon": 1e-3,
+    }
     torch.manual_seed(0)
     theirs = MambaForCausalLM(MambaConfig(**sizes, **change)).eval()
     with torch.no_grad():
