@@ -35,3 +35,21 @@ def test_what_goes_with_the_mixers(
     load_values: Callable[..., RunConfig], changes: dict[str, Any], key: str, value: Any
 ) -> None:
     assert load_values(changes).get(key) == value
+
+
+@pytest.mark.parametrize(
+    ("changes", "width"),
+    [
+        ({"activation": "silu"}, 256),  # 8/3 of 64, rounded up to 256
+        ({"activation": "silu", "mlp_multiple_of": 16}, 176),
+        ({"activation": "silu", "intermediate_size": 200}, 200),
+        ({}, 256),  # 4 x 64
+        ({"activation": "geglu"}, 85),  # a third of 256 each
+        ({"activation": "geglu", "mlp_multiple_of": 8}, 88),
+        ({"expansion_factor": 2.5}, 160),
+        ({"mlp_branch_size": 72}, 72),
+        ({"mlp_type": "none"}, 0),
+    ],
+)
+def test_the_width_of_the_mlp(load_values: Callable[..., RunConfig], changes: dict[str, Any], width: int) -> None:
+    assert load_values(changes).model.mlp_width == width
