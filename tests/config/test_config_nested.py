@@ -33,6 +33,7 @@ MISTAKES: list[tuple[str, int, str, str]] = [
     (PARAMS + "{lr: .inf}\n", 9, "optimizer.params.lr is inf", ""),
     (PARAMS + "{lr: -1}\n", 9, "optimizer.params.lr is -1", "greater than or equal to 0"),
     (PARAMS + "{lr: nonsense}\n", 9, "optimizer.params.lr must be a number, got 'nonsense'", ""),
+    (PARAMS + "{lr: [1], eps: 1e-8}\n", 9, "optimizer.params.lr must be a number, got [1]", ""),
     (PARAMS + "{lr: 1e-3, betas: [0.9, 1.5]}\n", 9, "optimizer.params.betas[1] is 1.5", "less than 1"),
     (PARAMS + "{lr: 1e-3, betas: [0.9]}\n", 9, "params.betas must be a list of two numbers, got [0.9]", ""),
     (PARAMS + "{lr: 1e-3, betas: 0.9}\n", 9, "params.betas must be a list of two numbers, got 0.9", ""),
