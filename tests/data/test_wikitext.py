@@ -99,3 +99,14 @@ def test_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wikitext, "WIKITEXT_URL", (tmp_path / "absent.zip").as_uri())
     with pytest.raises(DataError, match="--from PATH"):
         prepare("wikitext103", CorpusRequest(tmp_path / "data"))
+
+
+def test_an_archive_that_is_too_large_or_no_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x.zip"
+    for content, says in ((b"x" * 101, "more than 1 GiB"), (b"a \xff b\n", "not UTF-8")):
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as out:
+            for split in ("train", "valid", "test"):
+                out.writestr(f"wikitext-103/wiki.{split}.tokens", content)
+        monkeypatch.setattr(wikitext, "_LARGEST", 100)
+        with pytest.raises(DataError, match=says):
+            list(wikitext._lines(path, "train"))

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig
 
 from megatron.checkpoint.load import read_full_weights
 from megatron.errors import ExportError
-from megatron.export.foreign import read_weights
+from megatron.export.foreign import foreign_settings, read_weights
 from megatron.export.hf import export_checkpoint
 from megatron.export.importer import import_folder
 
@@ -207,3 +208,10 @@ def test_headers_of_safetensors_that_lie(folder: Path, length: int) -> None:
     (folder / "model.safetensors").write_bytes(length.to_bytes(8, "little") + whole[8:])
     with pytest.raises(ExportError, match="cannot be read"):
         read_weights(folder)
+
+
+def test_what_transformers_refuses_is_one_message() -> None:
+    """Its exceptions for a wrong value are of many kinds, some of no common class."""
+    for settings in ({"rms_norm_eps": "../x"}, {"num_attention_heads": 0}, {"rope_parameters": 7}, {"hidden_size": [[]]}):
+        with pytest.raises(ExportError, match="does not describe a model"):
+            foreign_settings(LlamaConfig, settings)
