@@ -218,6 +218,8 @@ def test_deepspeed_dictionary() -> None:
     assert config["zero_optimization"] == {"stage": 1, "reduce_bucket_size": 1000}
     half = replace(settings, dtype="fp16", fp16={"enabled": True, "loss_scale": 0, "type": "x"})
     assert deepspeed_config(half, Mesh.single(), True, 1)["fp16"] == {"enabled": True, "loss_scale": 0}
+    zero = deepspeed_config(replace(settings, zero_stage=0), Mesh.single(), False, 1)
+    assert zero["zero_optimization"]["stage"] == 1, "DeepSpeed clips wrongly at stage 0 with pipelines"
     three = replace(settings, zero_stage=3)
     assert deepspeed_config(three, Mesh.single(), False, 1)["zero_optimization"]["stage"] == 3
     for bad, stages in ((three, 2), (replace(settings, zero_stage=2), 2), (half, 1)):

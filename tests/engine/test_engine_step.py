@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megatron.engine.base import EngineSettings, StepResult
+from megatron.engine.loss_scale import LossScale
 from megatron.engine.single import SingleEngine
 from megatron.model.config import ModelConfig
 
@@ -60,3 +61,13 @@ def test_the_norm_knows_nothing_of_the_loss_scale() -> None:
     plain, scaled = (_step(replace(half, fp16={"loss_scale": scale}), 1) for scale in (1, 256))
     assert float(scaled[1].grad_norm) == pytest.approx(float(plain[1].grad_norm), rel=0.01)
     assert all(master.dtype == torch.float32 for engine, _ in (plain, scaled) for master in engine._masters.values())
+
+
+def test_the_loss_scale_has_a_floor_and_patience() -> None:
+    """Halved at the second overflow in a row (hysteresis 2), then at each, never below the minimum; doubled after a window."""
+    scale = LossScale(8.0, window=2, hysteresis=2, minimum=3.0)
+    seen = []
+    for overflow in (True, True, True, True, False, False, True, True):
+        scale.update(overflow)
+        seen.append(scale.value)
+    assert seen == [8.0, 4.0, 3.0, 3.0, 3.0, 6.0, 6.0, 3.0]
