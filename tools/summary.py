@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron.errors import UserError, exit_on_error
+from megatron.files import parse_json, read_text
 from megatron.observe.jsonl import read_rows
 from megatron.observe.plot import plot_metrics, series
 
@@ -32,7 +32,7 @@ def draw(run: Path, metrics: Path) -> None:
 def first_sample(file: Path) -> str | None:
     """Prompt and text of the first sample, None where there is none."""
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError, IndexError):
-        sample = json.loads(file.read_text(encoding="utf-8").splitlines()[0])
+        sample = parse_json(read_text(file).splitlines()[0])
         return str(sample["context"] + sample["text"])
     return None
 

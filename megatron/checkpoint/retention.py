@@ -7,7 +7,6 @@ hashed while they were written and are hashed again when they are loaded; readin
 
 from __future__ import annotations
 
-import json
 import os
 import struct
 from collections.abc import Collection, Iterable, Mapping
@@ -17,6 +16,7 @@ from megatron.checkpoint.commit import delete_checkpoint
 from megatron.checkpoint.layout import whole_steps
 from megatron.checkpoint.manifest import read_manifest
 from megatron.errors import CheckpointError
+from megatron.files import parse_json
 
 FEWEST = 2
 _HEADER_LIMIT = 100 << 20
@@ -44,7 +44,7 @@ def _save_id(path: Path) -> str | None:
         if not 0 < length <= min(_HEADER_LIMIT, os.fstat(handle.fileno()).st_size - 8):
             return ""
         try:
-            return str(json.loads(handle.read(length))["__metadata__"]["save_id"])
+            return str(parse_json(handle.read(length))["__metadata__"]["save_id"])
         except (ValueError, LookupError, TypeError):
             return ""
 

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from megatron.files import parse_json
+
 START_FACTOR = 10.0
 # Codes of those that leave because of another rank: one that hangs, one that is lost.
 EXIT_HANG, EXIT_LOST = 21, 22
@@ -49,7 +51,7 @@ class Beat:
     def decode(cls, data: bytes, key: str) -> Beat | None:
         """Inverse of `encode`; None for anything else that arrives at the port."""
         try:
-            values = json.loads(data)
+            values = parse_json(data)
             if values.pop("job") != key:
                 return None
             return cls(**{**values, "stack": tuple(values["stack"])})
