@@ -195,6 +195,14 @@ def command(start: Start) -> str:
     return shlex.join(words if start.data else [*words, "--set", "train_stream=[TEXT.jsonl]"])
 
 
+def announcement(start: Start) -> str:
+    """Write the recipe; what a command says about it."""
+    path = write_recipe(start)
+    bare = start.tokenizer is None and not (start.checkpoint / "tokenizer").is_dir()
+    first = "; set its tokenizer first, none came with them" if bare else ""
+    return f"wrote {path}, which trains on from these weights{first}:\n  {command(start)}"
+
+
 def _data(start: Start) -> Iterable[str]:
     """The tokenizer that came with the weights, and the data where they are known."""
     folder, data = start.checkpoint / "tokenizer", start.data

@@ -13,7 +13,7 @@ from megatron.errors import ConfigError
 from megatron.export.families import METALA_ACTIVATIONS
 from megatron.model.config import ModelConfig
 from megatron.model.resolved import resolved
-from megatron.recipe import Start, command, model_keys, write_recipe
+from megatron.recipe import Start, announcement, command, model_keys, write_recipe
 from megatron.registry import layer_options
 from megatron.settings import model_config, tokenizer_of, vocabulary_rows
 from tests.data.hf_files import write
@@ -146,7 +146,9 @@ def test_lengths_data_and_tokenizer(tmp_path: Path) -> None:
 def test_a_tokenizer_without_a_padding_token_fits_its_vocabulary(tmp_path: Path) -> None:
     """Llama's has none: the one that is added would be a row that the embedding does not have."""
     asked = start(replace(BASE, vocab_size=270), tmp_path)
+    assert "set its tokenizer first" in announcement(asked)
     (asked.checkpoint / "tokenizer").mkdir()
+    assert "set its tokenizer" not in announcement(asked)
     file = write(asked.checkpoint / "tokenizer" / "tokenizer.json")
     file.write_text(file.read_text("utf-8").replace("<|padding|>", "<unk>"), "utf-8")
     run = load_config([write_recipe(asked)], world_size=1)

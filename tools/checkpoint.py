@@ -86,7 +86,7 @@ def import_neox(args: argparse.Namespace) -> int:
     from megatron.checkpoint.save import save_weights
     from megatron.config.load import load_config
     from megatron.model.build import param_specs
-    from megatron.recipe import command, start_of_run, write_recipe
+    from megatron.recipe import announcement, start_of_run
     from megatron.settings import model_config, tokenizer_records
 
     folder = ForeignFolder(args.path)
@@ -114,7 +114,7 @@ def import_neox(args: argparse.Namespace) -> int:
     )
     print(f"wrote {made}: weights of {config.num_layers} layers, joined from {folder.tp} tensor ranks")
     start = start_of_run(made, config, f"GPT-NeoX's {args.path.resolve().name}", run)
-    print(f"wrote {write_recipe(start)}, which trains on from these weights:\n  {command(start)}")
+    print(announcement(start))
     return 0
 
 

@@ -21,7 +21,7 @@ def main() -> None:
     with exit_on_error():
         arguments = parser.parse_args()
         from megatron.export.importer import import_folder
-        from megatron.recipe import command, start_of, write_recipe
+        from megatron.recipe import announcement, start_of
 
         made = import_folder(arguments.input, arguments.output)
         for note in made.notes:
@@ -32,7 +32,7 @@ def main() -> None:
             f" MLP {shape.mlp_width}, vocabulary {shape.vocab_size:,}"
         )
         start = start_of(made.checkpoint, shape, arguments.input.resolve().name, arguments.data)
-        print(f"wrote {write_recipe(start)}, which trains on from these weights:\n  {command(start)}")
+        print(announcement(start))
 
 
 if __name__ == "__main__":
