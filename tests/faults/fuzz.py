@@ -44,7 +44,7 @@ def in_child(reader: Reader, root: Path) -> str:
         said += piece
     os.close(out)
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    if status in (-signal.SIGKILL, -signal.SIGXCPU):
+    if status in (-signal.SIGKILL, -signal.SIGXCPU, -signal.SIGALRM):
         return f"more than {SECONDS} s of processor time or {SECONDS * 8} s of the clock"
     if status < 0:
         return f"signal {signal.Signals(-status).name}"
@@ -61,7 +61,6 @@ def _read(reader: Reader, root: Path, into: int) -> None:
         now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (now + MEMORY, now + MEMORY))
         resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 1))
-        signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
         signal.alarm(SECONDS * 8)
         reader.read(root)
     except (UserError, SystemExit):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import random
@@ -81,9 +82,7 @@ def tree(rng: random.Random, content: Any) -> Any:
             here[rng.choice(TEXTS)] = here.pop(key)
         elif kind == 2:
             there, other = rng.choice(places)
-            here[key] = (
-                there[other] if other in range(len(there)) or (isinstance(there, dict) and other in there) else value(rng)
-            )
+            here[key] = copy.deepcopy(there[other] if not isinstance(there, dict) or other in there else None)  # no circles
         elif kind == 3 and isinstance(here, list):
             here.insert(key, json.loads(json.dumps(here[key], skipkeys=True)) if _plain(here[key]) else value(rng))
         else:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import zstandard
 
 from megatron.config.cli import config_from_args, make_parser
@@ -279,3 +280,4 @@ READERS: dict[str, Reader] = {
 def offline() -> None:
     """Nothing is asked of a network, and libraries start no threads before the cases are forked."""
     os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
+    torch.set_num_threads(1)  # a child that is forked beside threads of OpenMP waits for them
