@@ -16,6 +16,7 @@ from megatron.training.evaluate import Evaluation
 from megatron.training.feed import Batch, Feed
 from megatron.training.guard import Guard, Judgement
 from megatron.training.hooks import Hook, Hooks, Run, Skip, Step
+from megatron.training.memory import settled
 from megatron.training.options import FitOptions
 from megatron.training.state import TrainState
 
@@ -67,7 +68,7 @@ def fit(
     run = Run(engine, state, options, last_save=state.iteration or None)
     loop = _Loop(run, Feed(batches), schedule, actions or Actions(), Hooks(hooks), control or Control())
     try:
-        with loop.hooks.session(run):
+        with settled(), loop.hooks.session(run):
             loop.before()
             while state.iteration < options.train_iters and run.stop is None and loop.read():
                 loop.step()
