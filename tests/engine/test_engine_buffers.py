@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron.engine.base import EngineSettings
 from megatron.engine.buffers import Buffers, deepspeed_buffers, plain_buffers
 from megatron.engine.deepspeed_config import LARGEST_BUCKET
-from megatron.engine.footprint import _assemble, _Chain, _Piece
+from megatron.engine.footprint import _assemble, _Chain, _local, _Piece
 from megatron.launch.preflight import Limits, RunShape, _disk, _time, fullest
 from megatron.model.config import ModelConfig
 from megatron.parallel.mesh import Mesh
@@ -95,3 +97,10 @@ def test_disk_and_time() -> None:
     assert _disk(replace(run, keep=None), 2**30).endswith("5 kept of 5 written: 70.00 GiB")
     limits = Limits(1.0, "a test", True, tflops=100.0, mfu=0.5)
     assert _time(run, 8 * 50e12 * 600, limits).startswith("10.0 minutes at 50%")
+
+
+def test_fake_weights_have_the_format_of_the_run() -> None:
+    """So that their gradients and products are counted as wide as they are."""
+    with FakeTensorMode(), torch.device("cpu"):
+        local = _local(MODEL, Mesh.single(), HALF)
+    assert {p.dtype for p in local.parameters} == {torch.bfloat16}
