@@ -24,7 +24,7 @@ from megatron import registry
 from megatron.layers.base import Context, Layer
 from megatron.model.build import build_mixer, build_model
 from megatron.model.config import ModelConfig
-from megatron.model.cost import forward_flops, train_flops
+from megatron.model.cost import count_parameters, forward_flops, train_flops
 from megatron.model.loss import token_loss
 
 SOFTMAX = ("global", "alibi", "sliding")
@@ -142,3 +142,11 @@ def test_whole_models_against_the_counter(name: str) -> None:
     both = counter.get_total_flops() / (b * s)
     assert forward_flops(config, s) == pytest.approx(forward - spare + unseen, rel=0.05)
     assert train_flops(config, s) == pytest.approx(both - 3 * (spare - unseen), rel=0.05)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_parameters_within_are_all_but_embedding_and_output_matrix(name: str) -> None:
+    config = MODELS[name]
+    total, inner = count_parameters(config)
+    assert total == sum(p.numel() for p in build_model(config).parameters())
+    assert total - inner == config.vocab_size * config.hidden_size * (1 if config.tie_embeddings else 2)
