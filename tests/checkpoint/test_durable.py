@@ -97,6 +97,22 @@ def test_an_overwritten_step_is_set_aside_and_removed_last(tmp_path: Path, event
     assert aside < named < _at(events, "rename", "/latest") < gone
 
 
+def test_a_name_that_cannot_be_given_goes_back_to_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_checkpoint(tmp_path, FakeEngine(seed=1), {"iteration": 7}, model_config=MODEL)
+    before, rename = (tmp_path / "global_step7" / "manifest.json").read_bytes(), os.rename
+
+    def refused(source: str | Path, target: str | Path) -> None:
+        if ".tmp-" in str(source):
+            raise OSError("no more names")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", refused)
+    with pytest.raises(CheckpointError, match="could not be saved"):
+        save_checkpoint(tmp_path, FakeEngine(seed=2), {"iteration": 7}, model_config=MODEL)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["global_step7", "latest"]
+    assert (tmp_path / "global_step7" / "manifest.json").read_bytes() == before
+
+
 def test_a_checkpoint_loses_its_name_durably_before_its_files(tmp_path: Path, events: list[Event]) -> None:
     (tmp_path / "global_step5").mkdir()
     commit.delete_checkpoint(tmp_path / "global_step5")
