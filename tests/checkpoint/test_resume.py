@@ -66,8 +66,9 @@ def test_an_explicit_step_never_falls_back(three: Path) -> None:
     flip(three / "global_step8" / SHARD)
     engine = FakeEngine(seed=1)
     for where, iteration in ((three, 8), (three / "global_step8", None)):
-        with pytest.raises(CheckpointError, match=SHARD):
+        with pytest.raises(CheckpointError, match=SHARD) as caught:
             resume(where, engine, iteration=iteration)
+        assert "no checkpoint can be used" not in str(caught.value), "it is about one, not about all of them"
     assert engine.same_as(FakeEngine(seed=1))
 
 
