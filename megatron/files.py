@@ -152,9 +152,9 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def sha256_of(path: str | Path) -> str:
-    """Hex SHA-256 of a file's content."""
+    """Hex SHA-256 of a regular file's content; OSError as `open_regular`."""
     digest = hashlib.sha256()  # hashlib.file_digest came with Python 3.11
-    with open(path, "rb", buffering=0) as handle:
+    with os.fdopen(open_regular(path), "rb", buffering=0) as handle:
         while piece := handle.read(1 << 20):
             digest.update(piece)
     return digest.hexdigest()

@@ -50,6 +50,8 @@ def test_only_regular_files_are_opened(tmp_path: Path) -> None:
     for name in ("pipe", "loop", "zero", ".", "none"):
         with pytest.raises(OSError):
             files.read_json(tmp_path / name)
+        with pytest.raises(OSError):
+            files.sha256_of(tmp_path / name)
     assert files.read_json(tmp_path / "link") == [1] and files.read_text(tmp_path / "link") == "[1]\r\n"
     with pytest.raises(ValueError, match="null byte"):
         files.read_bytes("a\0b")

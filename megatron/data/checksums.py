@@ -8,20 +8,21 @@ file is as good as NeoX's own.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from megatron.data.token_format import data_file, index_file, sums_file
 from megatron.errors import DataError
-from megatron.files import read_json, write_json
+from megatron.files import open_regular, read_json, write_json
 
 BLOCK_BYTES = 1 << 24
 _QUICK_BLOCKS = 4  # of the index, when a corpus is opened: 64 MiB, some 40 ms
 
 
 def _sums(path: Path, block: int) -> Iterator[str]:
-    with open(path, "rb") as handle:
+    with os.fdopen(open_regular(path), "rb") as handle:
         while data := handle.read(block):
             yield hashlib.sha256(data).hexdigest()
 
@@ -67,7 +68,7 @@ def _check(path: Path, entry: dict[str, Any], block: int, numbers: list[int] | N
     length = path.stat().st_size
     if length != entry["bytes"]:
         raise _differs(path, f"it has {length} bytes, {entry['bytes']} were written")
-    with open(path, "rb") as handle:
+    with os.fdopen(open_regular(path), "rb") as handle:
         for number in range(len(entry["sha256"])) if numbers is None else numbers:
             handle.seek(number * block)
             if hashlib.sha256(handle.read(min(block, length))).hexdigest() != entry["sha256"][number]:

@@ -173,7 +173,9 @@ def _read(path: Path) -> Any:
 
     try:
         return Backend.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
+    except BaseException as error:  # the library raises bare Exception, and its panics are none
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
         raise unreadable(path, "a tokenizers JSON", error) from None
 
 
@@ -216,7 +218,12 @@ def _template_of(backend: Any, where: Path) -> Template:
     if backend.post_processor is None:
         return Template()
     one_token = Backend(models.WordLevel({"x": 0}, unk_token="x")).encode("x")
-    around = backend.post_processor.process(one_token)
+    try:
+        around = backend.post_processor.process(one_token)
+    except BaseException as error:  # a panic of the library is no Exception
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
+        raise DataError("the tokenizer's template cannot be used", where=str(where), why=str(error)) from None
     ids, text = around.ids, [at for at, added in enumerate(around.special_tokens_mask) if not added]
     if len(text) != 1:
         raise DataError("the tokenizer's template must hold the text once", where=str(where), why=f"it does {len(text)} times")

@@ -6,6 +6,7 @@ file, in Python integers that cannot overflow, and no array is larger than the f
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from megatron.data.token_format import BLOCK, DTYPES, HEADER, LEGACY_HEADER, LEGACY_MAGIC, MAGIC, VERSION
 from megatron.errors import DataError
+from megatron.files import open_regular
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ def read_table(path: Path) -> IndexTable:
         DataError: it is cut, too long, of another format, empty, or its numbers contradict each other.
     """
     length = path.stat().st_size
-    with open(path, "rb") as handle:
+    with os.fdopen(open_regular(path), "rb") as handle:
         head = handle.read(max(HEADER.size, LEGACY_HEADER.size))
     legacy = head.startswith(LEGACY_MAGIC)
     if not legacy and head[: len(MAGIC)] != MAGIC:

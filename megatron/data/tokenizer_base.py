@@ -126,7 +126,7 @@ class Tokenizer(ABC):
         return self.vocab_size
 
 
-def unreadable(path: Path, kind: str, error: Exception) -> DataError:
+def unreadable(path: Path, kind: str, error: BaseException) -> DataError:
     """The error for a tokenizer file that its library cannot read."""
     return DataError(
         f"the file is not {kind}",

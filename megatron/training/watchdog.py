@@ -8,6 +8,7 @@ because a peer that is stopped must not block the sender. Who was never heard of
 
 from __future__ import annotations
 
+import itertools
 import os
 import secrets
 import socket
@@ -38,8 +39,9 @@ def describe_stack(thread_id: int) -> tuple[str, ...]:
     frame = sys._current_frames().get(thread_id)
     if frame is None:
         return ()
-    frames = traceback.extract_stack(frame)[-_FRAMES:]
-    return tuple(f"{os.path.basename(f.filename)}:{f.lineno} {f.name}" for f in reversed(frames))
+    # Not `traceback.extract_stack`: it reads the source of every file that ever stood on the stack, and keeps it.
+    frames = itertools.islice(traceback.walk_stack(frame), _FRAMES)
+    return tuple(f"{os.path.basename(f.f_code.co_filename)}:{line} {f.f_code.co_name}" for f, line in frames)
 
 
 def _collective_of(stack: Sequence[str]) -> str:

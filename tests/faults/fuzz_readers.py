@@ -73,6 +73,8 @@ def _set_seeds(root: Path) -> None:
 
 
 def _set(root: Path) -> None:
+    if not (root / "sets.txt").is_file():
+        return
     lines = (root / "sets.txt").read_bytes().decode("utf-8", "surrogateescape").replace("\0", "").split("\n")
     words = [word for line in lines for word in ("--set", line)]
     model_config(config_from_args(make_parser("").parse_intermixed_args([str(root / "a.yml"), *words]), world_size=1), 512)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import gc
+import linecache
+import threading
 
 import pytest
 
 from megatron.training.memory import settled
+from megatron.training.watchdog import describe_stack
 from tests.training.runs import Recorder, make_engine, options, train
 
 
@@ -34,3 +37,11 @@ def test_a_training_settles_and_leaves_nothing_behind() -> None:
 
     train(make_engine(), None, options(train_iters=2), hooks=[Watch()])
     assert len(seen) == 2 and min(seen) > 10_000 and gc.get_freeze_count() < 10_000
+
+
+def test_a_stack_is_described_without_keeping_sources() -> None:
+    """The watchdog does it with every beat: the text of each file that ever stood on the stack would stay in memory."""
+    linecache.clearcache()
+    said = describe_stack(threading.get_ident())
+    assert said[0].startswith("watchdog.py:") and said[1].endswith(" test_a_stack_is_described_without_keeping_sources")
+    assert len(said) == 12 and not linecache.cache
