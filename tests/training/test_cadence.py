@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron.errors import ConfigError
-from megatron.training.cadence import SaveRule, every
+from megatron.training.cadence import SaveRule, every, logarithmic_steps
 
 
 def due(rule: SaveRule, last: int) -> list[int]:
@@ -40,3 +40,8 @@ def test_bad_rules(keys: dict[str, object]) -> None:
 def test_every() -> None:
     assert [i for i in range(10) if every(3, i)] == [3, 6, 9]
     assert not any(every(value, i) for i in range(10) for value in (None, 0))
+
+
+def test_the_last_power_may_be_the_last_step() -> None:
+    assert logarithmic_steps(2, 8) == {1, 2, 4, 8}
+    assert logarithmic_steps(2, 7) == {1, 2, 4}
