@@ -21,11 +21,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from megatron.ops.attention import Places, Rule, attention_torch
 from megatron.ops.dispatch import path
 
 _FLEX_BLOCK = 128
+_BOUNDS: Any = WeakTensorKeyDictionary()
+"""Segment ids -> (their version, bounds): all layers of a pass ask for the same, and counting documents waits for the GPU."""
 
 
 def route(
@@ -68,12 +71,27 @@ def attention_fused(q: Tensor, k: Tensor, v: Tensor, rule: Rule, places: Places 
 
 
 def document_bounds(segments: Tensor | None, b: int, s: int, device: torch.device) -> Tensor:
-    """int32 bounds of all documents of all rows in the flattened batch: 0, ..., b s; a row's start is always one."""
+    """Bounds of all documents of all rows in the flattened batch; formed once for one tensor of segment ids.
+
+    Args:
+        segments: document numbers [b, s], or None for one document per row.
+        b: rows.
+        s: tokens per row.
+        device: where to put them without segments.
+
+    Returns:
+        int32 0, ..., b * s; a row's start is always one.
+    """
     if segments is None:
         return torch.arange(0, (b + 1) * s, s, dtype=torch.int32, device=device)
-    border = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
-    starts = border.flatten().nonzero().flatten().to(torch.int32)
-    return F.pad(starts, (0, 1), value=b * s)
+    version = None if segments.is_inference() else segments._version
+    known = _BOUNDS.get(segments)
+    if known is None or known[0] != version:
+        border = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
+        starts = border.flatten().nonzero().flatten().to(torch.int32)
+        known = _BOUNDS[segments] = (version, F.pad(starts, (0, 1), value=b * s))
+    bounds: Tensor = known[1]
+    return bounds
 
 
 def by_varlen(q: Tensor, k: Tensor, v: Tensor, rule: Rule, places: Places | None) -> Tensor:
@@ -84,8 +102,10 @@ def by_varlen(q: Tensor, k: Tensor, v: Tensor, rule: Rule, places: Places | None
     bounds = document_bounds(None if places is None else places.query_segment, b, s, q.device)
     q, k, v = (t.flatten(0, 1).contiguous() for t in (q, k, v))
     window = (-1 if rule.window is None else rule.window, 0)
-    grouped = q.shape[1] != k.shape[1]
-    y = varlen_attn(q, k, v, bounds, bounds, s, s, scale=rule.scale, window_size=window, enable_gqa=grouped)
+    if q.shape[1] != k.shape[1]:  # not every release of torch has the argument
+        y = varlen_attn(q, k, v, bounds, bounds, s, s, scale=rule.scale, window_size=window, enable_gqa=True)
+    else:
+        y = varlen_attn(q, k, v, bounds, bounds, s, s, scale=rule.scale, window_size=window)
     assert isinstance(y, Tensor)
     return y.unflatten(0, (b, s))
 

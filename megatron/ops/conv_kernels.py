@@ -66,10 +66,11 @@ def conv_forward(
     W: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, SILU: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_GATE: tl.constexpr, HAS_HIST: tl.constexpr, HAS_SEG: tl.constexpr,
 ):  # fmt: skip
-    """Grid (T / BT, D / BD, B)."""
-    t = tl.program_id(0) * BT + tl.arange(0, BT)
+    """Grid (B * T / BT, D / BD)."""
+    NT = tl.cdiv(T, BT)
+    t = tl.program_id(0) % NT * BT + tl.arange(0, BT)
     oc = tl.program_id(1) * BD + tl.arange(0, BD)
-    b = tl.program_id(2).to(tl.int64)
+    b = (tl.program_id(0) // NT).to(tl.int64)
     inside = (t < T)[:, None] & (oc < D)[None, :]
     total = _total(x, weight, bias, hist, seg, b, t, oc, T, D, sx, W, HAS_BIAS, HAS_HIST, HAS_SEG, BT, BD)
     if SILU:
@@ -85,13 +86,13 @@ def conv_backward(
     W: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, SILU: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_GATE: tl.constexpr, HAS_HIST: tl.constexpr, HAS_SEG: tl.constexpr,
 ):  # fmt: skip
-    """Grid (T / BT, D / BD, B). dx [B, T, D]; parts of dw [B, tiles, W, D] (W by shift) and db [B, tiles, D]; dgate [B, T, D]."""
-    i = tl.program_id(0)
-    t = i * BT + tl.arange(0, BT)
+    """Grid (B * T / BT, D / BD). dx [B, T, D]; parts of dw [B, tiles, W, D] (W by shift) and db [B, tiles, D]; dgate [B, T, D]."""
+    NT = tl.cdiv(T, BT)
+    t = tl.program_id(0) % NT * BT + tl.arange(0, BT)
     oc = tl.program_id(1) * BD + tl.arange(0, BD)
-    b = tl.program_id(2).to(tl.int64)
+    b = (tl.program_id(0) // NT).to(tl.int64)
     inside = (t < T)[:, None] & (oc < D)[None, :]
-    part = b * tl.num_programs(0) + i
+    part = tl.program_id(0).to(tl.int64)
     total_dx = tl.zeros([BT, BD], tl.float32)
     for shift in tl.static_range(W):
         later = t + shift  # the token whose sum reads x_t through this tap
@@ -152,6 +153,9 @@ def conv_step(
     for j in tl.static_range(W - 1):
         old = tl.load(window + j * D, mask=inside, other=0.0)
         total += old.to(tl.float32) * tl.load(weight + oc * W + j, mask=inside, other=0.0).to(tl.float32)
+        # a thread may hold other channels of row j than of row j - 1 (the compiler picks vector widths row by row): a row is
+        # written after all threads have read it
+        tl.debug_barrier()
         if j > 0:
             tl.store(window + (j - 1) * D, old, mask=inside)
     tl.store(window + (W - 2) * D, now.to(state.dtype.element_ty), mask=inside)

@@ -11,24 +11,19 @@ from torch import Tensor
 from megatron.ops import conv_kernels as kernels
 from megatron.ops.conv import conv_reference
 from megatron.ops.dispatch import path
+from megatron.ops.kernel_arguments import check_in_place, device_guard, token_rows, token_stride
 from megatron.ops.precision import outside_autocast
 
 _TOKENS, _CHANNELS, _WARPS = 32, 32, 4  # larger tiles spill in the backward, which holds w x w shifted rows
 
 
-def _rows(x: Tensor) -> Tensor:
-    """x [b, t, d] with dense channels and evenly spaced tokens; copied only where it is not so."""
-    even = x.stride(2) == 1 and (x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1))
-    return x if even else x.contiguous()
-
-
 def _stride(x: Tensor | None) -> int:
-    return 0 if x is None else x.stride(1)
+    return 0 if x is None else token_stride(x)
 
 
-def _grid(x: Tensor) -> tuple[int, int, int]:
+def _grid(x: Tensor) -> tuple[int, int]:
     b, t, d = x.shape
-    return triton.cdiv(t, _TOKENS), triton.cdiv(d, _CHANNELS), b
+    return b * triton.cdiv(t, _TOKENS), triton.cdiv(d, _CHANNELS)
 
 
 def _constants(weight: Tensor, silu: bool, bias: Any, gate: Any, history: Any, segment_ids: Any) -> dict[str, Any]:
@@ -48,12 +43,14 @@ def conv_forward(
     silu: bool,
 ) -> Tensor:
     """y [b, t, d] = act(conv(x)) [* gate]; weight [d, 1, w], history [b, w-1, d]; arguments as in `ops/conv.py`."""
-    x, gate = _rows(x), None if gate is None else _rows(gate)
+    x, gate = token_rows(x), None if gate is None else token_rows(gate)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    kernels.conv_forward[_grid(x)](
-        x, weight.contiguous(), bias, gate, history, segment_ids, y, x.shape[1], x.shape[2], x.stride(1), _stride(gate),
-        **_constants(weight, silu, bias, gate, history, segment_ids),
-    )  # fmt: skip
+    if y.numel():
+        with device_guard(x):
+            kernels.conv_forward[_grid(x)](
+                x, weight.contiguous(), bias, gate, history, segment_ids, y, x.shape[1], x.shape[2], _stride(x), _stride(gate),
+                **_constants(weight, silu, bias, gate, history, segment_ids),
+            )  # fmt: skip
     return y
 
 
@@ -74,18 +71,20 @@ def conv_backward(
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weight, bias (empty without one) and gate (empty without one)."""
-    x, dy, gate = _rows(x), _rows(dy), None if gate is None else _rows(gate)
+    x, dy, gate = token_rows(x), token_rows(dy), None if gate is None else token_rows(gate)
     (b, t, d), w = x.shape, weight.shape[-1]
     tiles = triton.cdiv(t, _TOKENS)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dw = torch.empty(b, tiles, w, d, dtype=torch.float32, device=x.device)
     db = torch.empty(b, tiles, d, dtype=torch.float32, device=x.device) if bias is not None else dw.new_empty(0)
     dgate = torch.empty(gate.shape, dtype=gate.dtype, device=x.device) if gate is not None else dw.new_empty(0)
-    kernels.conv_backward[_grid(x)](
-        x, weight.contiguous(), bias, gate, history, segment_ids, dy, dx, dw, db, dgate,
-        t, d, x.stride(1), _stride(gate), dy.stride(1),
-        **_constants(weight, silu, bias, gate, history, segment_ids),
-    )  # fmt: skip
+    if x.numel():
+        with device_guard(x):
+            kernels.conv_backward[_grid(x)](
+                x, weight.contiguous(), bias, gate, history, segment_ids, dy, dx, dw, db, dgate,
+                t, d, _stride(x), _stride(gate), _stride(dy),
+                **_constants(weight, silu, bias, gate, history, segment_ids),
+            )  # fmt: skip
     # parts are by shift, weights by tap: tap w-1 is the current token
     dweight = dw.sum((0, 1)).flip(0).t().unsqueeze(1).to(weight.dtype)
     return dx, dweight, db.sum((0, 1)).to(weight.dtype) if bias is not None else db, dgate
@@ -150,13 +149,31 @@ def conv_step_in_place(
     slots: Tensor | None = None,
     activation: str | None = "silu",
 ) -> Tensor:
-    """One token per row: x [b, d] -> y [b, d]; the window `state [slots, w - 1, d]` takes x in, drops its oldest, in place."""
+    """One token per row; the window takes it in and drops its oldest, in place.
+
+    Args:
+        x: [b, d].
+        weight: [d, 1, w].
+        state: the last w - 1 inputs, [slots, w - 1, d], dense, in x's dtype.
+        bias: [d] or None.
+        slots: int [b], the row of `state` that belongs to each batch row; None means row i of i.
+        activation: `silu` or None.
+
+    Returns:
+        y [b, d].
+
+    Raises:
+        ValueError: `state` or `slots` do not fit.
+    """
     b, d = x.shape
+    check_in_place(state, (weight.shape[-1] - 1, d), x.dtype, x, slots)
     x = x if x.stride(1) == 1 else x.contiguous()
     y = torch.empty(b, d, dtype=x.dtype, device=x.device)
-    kernels.conv_step[(b, triton.cdiv(d, 256))](
-        x, weight.contiguous(), bias, state, slots, y, d, x.stride(0),
-        W=weight.shape[-1], BD=256, SILU=activation == "silu", HAS_BIAS=bias is not None, HAS_SLOTS=slots is not None,
-        num_warps=4,
-    )  # fmt: skip
+    if y.numel():
+        with device_guard(x):
+            kernels.conv_step[(b, triton.cdiv(d, 256))](
+                x, weight.contiguous(), bias, state, slots, y, d, x.stride(0),
+                W=weight.shape[-1], BD=256, SILU=activation == "silu", HAS_BIAS=bias is not None, HAS_SLOTS=slots is not None,
+                num_warps=4,
+            )  # fmt: skip
     return y

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron.ops import cross_entropy_kernels as kernels
 from megatron.ops.dispatch import path
+from megatron.ops.kernel_arguments import device_guard
 from megatron.ops.tuning import CROSS_ENTROPY
 
 
@@ -20,9 +21,12 @@ def row_stats_fused(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Ten
     t, n = logits.shape
     peak, total, picked = (torch.empty(t, dtype=torch.float32, device=logits.device) for _ in range(3))
     columns, warps = CROSS_ENTROPY
-    kernels.row_stats[(t,)](
-        logits, labels, peak, total, picked, n, logits.stride(0), BN=min(columns, triton.next_power_of_2(n)), num_warps=warps
-    )
+    block = min(columns, triton.next_power_of_2(n))
+    if t:
+        with device_guard(logits):
+            kernels.row_stats[(t,)](
+                logits, labels.contiguous(), peak, total, picked, n, logits.stride(0), BN=block, num_warps=warps
+            )  # fmt: skip
     return peak, total, picked
 
 
@@ -32,6 +36,9 @@ def row_gradient_fused(logits: Tensor, labels: Tensor, peak: Tensor, total: Tens
     t, n = logits.shape
     columns, warps = CROSS_ENTROPY
     block = min(columns, triton.next_power_of_2(n))
-    kernels.row_gradient[(t, triton.cdiv(n, block))](
-        logits, labels, peak, total, weights.contiguous(), n, logits.stride(0), BN=block, num_warps=warps
-    )
+    labels, peak, total, weights = (x.contiguous() for x in (labels, peak, total, weights))
+    if t:
+        with device_guard(logits):
+            kernels.row_gradient[(t, triton.cdiv(n, block))](
+                logits, labels, peak, total, weights, n, logits.stride(0), BN=block, num_warps=warps
+            )  # fmt: skip

@@ -55,6 +55,13 @@ def _gate(z, ROUND: tl.constexpr):
 
 
 @triton.jit
+def _place(N, H):
+    """(inner, batch as int64, head) of a program of the grid B * H * N."""
+    bh = tl.program_id(0) // N
+    return tl.program_id(0) % N, (bh // H).to(tl.int64), bh % H
+
+
+@triton.jit
 def _load_gate(z, row, live, ok, K: tl.constexpr, ROUND: tl.constexpr):
     """Gate logits [C, BK], log2 decays and keys of a chunk; outside the sequence, padding and width: decay 1, key 0."""
     inside = live[:, None] & (ok < K)[None, :]
@@ -89,32 +96,37 @@ def _borders(seg, b, i, t, T, C: tl.constexpr, HAS_SEG: tl.constexpr):
     return ids, enter, leave, carry
 
 
+@triton.constexpr_function
+def _score_type(DT):
+    """Operands of a score carry half a chunk's decay, which leaves fp16's range: tf32 has its precision and fp32's range."""
+    return tl.float32 if DT.is_fp16() else DT
+
+
 @triton.jit
 def _scores(q, key, G, Gm, ids, oc, DT: tl.constexpr, PREC: tl.constexpr):
     """Lower triangle [C, C] of q_i . exp(L_i - L_j) key_j within one document, unscaled."""
+    ST: tl.constexpr = _score_type(DT)
     a = tl.dot(
-        (q * tl.math.exp2(G - Gm[None, :])).to(DT), tl.trans((key * tl.math.exp2(Gm[None, :] - G)).to(DT)), input_precision=PREC
+        (q * tl.math.exp2(G - Gm[None, :])).to(ST), tl.trans((key * tl.math.exp2(Gm[None, :] - G)).to(ST)), input_precision=PREC
     )
     return tl.where((oc[:, None] >= oc[None, :]) & (ids[:, None] == ids[None, :]), a, 0.0)
 
 
 @triton.jit
 def state_forward(
-    z, v, S, h0, ht, keep, seg, mask, sz, sv, PER, T,
-    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    z, v, S, h0, ht, keep, seg, mask, sz, sv, PER, T, H,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     DT: tl.constexpr, PREC: tl.constexpr, ROUND: tl.constexpr, HAS_H0: tl.constexpr, HAS_SEG: tl.constexpr, HAS_MASK: tl.constexpr,
     STORE: tl.constexpr, END: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
-    """Grid (V / BV, B * H, parts): one program walks over the PER chunks of its part of the sequence.
+    """Grid (B * H * V / BV, parts): one program walks over the PER chunks of its part of the sequence.
 
     Starts from h0 [B * H, parts, K, V] or zero. STORE writes the state before every chunk to S [B, NT, H, K, V], END the last one
     of each part to ht [B * H, parts, K, V] (fp32), KEEP the factor [B * H, parts, K] of what the part leaves of its initial state.
     """
-    i_v = tl.program_id(0)
-    bh = tl.program_id(1).to(tl.int64)
-    part = tl.program_id(2)
-    b, h = bh // H, bh % H
-    mine = bh * tl.num_programs(2) + part
+    i_v, b, h = _place(tl.cdiv(V, BV), H)
+    part = tl.program_id(1)
+    mine = (b * H + h) * tl.num_programs(1) + part
     ok = tl.arange(0, BK)
     ov = i_v * BV + tl.arange(0, BV)
     oc = tl.arange(0, C)
@@ -151,10 +163,10 @@ def join_parts(
     end, keep, first, start, last, PARTS,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, HAS_FIRST: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """Grid (V / BV, B * H): what each part left alone, in order (or in reverse), becomes what each starts from, and the last one."""
-    bh = tl.program_id(1).to(tl.int64)
+    """Grid (B * H * V / BV): what each part left alone, in order (or in reverse), becomes what each starts from, and the last one."""
+    bh = (tl.program_id(0) // tl.cdiv(V, BV)).to(tl.int64)
     ok = tl.arange(0, BK)
-    ov = tl.program_id(0) * BV + tl.arange(0, BV)
+    ov = tl.program_id(0) % tl.cdiv(V, BV) * BV + tl.arange(0, BV)
     inside = (ok < K)[:, None] & (ov < V)[None, :]
     place = ok[:, None] * V + ov[None, :]
     s = tl.zeros([BK, BV], tl.float32)
@@ -170,18 +182,14 @@ def join_parts(
 
 @triton.jit
 def output_forward(
-    q, z, v, gate, w, S, out, seg, mask, sq, sz, sv, sg, so, scale, eps, T,
-    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, NSUP: tl.constexpr,
+    q, z, v, gate, w, S, out, seg, mask, sq, sz, sv, sg, so, scale, eps, T, H,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, NSUP: tl.constexpr,
     DT: tl.constexpr, PREC: tl.constexpr, ROUND: tl.constexpr, HAS_SEG: tl.constexpr, HAS_MASK: tl.constexpr,
 ):  # fmt: skip
-    """Grid (chunks / NSUP, B * H); one program holds all of V, because the norm needs it. BV is V rounded up."""
-    i_s = tl.program_id(0)
-    bh = tl.program_id(1).to(tl.int64)
-    b, h = bh // H, bh % H
-    ok = tl.arange(0, BK)
-    ov = tl.arange(0, BV)
-    oc = tl.arange(0, C)
+    """Grid (B * H * chunks / NSUP); one program holds all of V, because the norm needs it. BV is V rounded up."""
     NS = tl.cdiv(tl.cdiv(T, C), NSUP)
+    i_s, b, h = _place(NS, H)
+    ok, ov, oc = tl.arange(0, BK), tl.arange(0, BV), tl.arange(0, C)
     s_inside = (ok < K)[:, None] & (ov < V)[None, :]
     s = tl.load(S + ((b * NS + i_s) * H + h) * K * V + ok[:, None] * V + ov[None, :], mask=s_inside, other=0.0).to(tl.float32)
     ww = tl.load(w + h * K + ok, mask=ok < K, other=0.0).to(tl.float32)
@@ -218,18 +226,16 @@ def output_forward(
 
 @triton.jit
 def output_backward(
-    q, z, v, gate, w, S, dy, do, dgate, damount, seg, mask, sq, sz, sv, sg, sy, sdg, scale, eps, T,
-    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    q, z, v, gate, w, S, dy, do, dgate, damount, seg, mask, sq, sz, sv, sg, sy, sdg, scale, eps, T, H,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     DT: tl.constexpr, PREC: tl.constexpr, ROUND: tl.constexpr, HAS_SEG: tl.constexpr, HAS_MASK: tl.constexpr,
 ):  # fmt: skip
-    """Grid (chunks, B * H). Recomputes o and its norm; writes do [b, t, h, v] (dense), dgate and damount [b, t, h]."""
-    i = tl.program_id(0)
-    bh = tl.program_id(1).to(tl.int64)
-    b, h = bh // H, bh % H
+    """Grid (B * H * chunks). Recomputes o and its norm; writes do [b, t, h, v] (dense), dgate and damount [b, t, h]."""
+    NT = tl.cdiv(T, C)
+    i, b, h = _place(NT, H)
     ok = tl.arange(0, BK)
     ov = tl.arange(0, BV)
     oc = tl.arange(0, C)
-    NT = tl.cdiv(T, C)
     t = i * C + oc
     inside = (t < T)[:, None] & (ov < V)[None, :]
     live = _live(mask, b, t, T, HAS_MASK)
@@ -271,21 +277,19 @@ def output_backward(
 
 @triton.jit
 def state_backward(
-    q, z, do, dS, dht, dh0, keep, seg, mask, sq, sz, scale, PER, T,
-    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    q, z, do, dS, dht, dh0, keep, seg, mask, sq, sz, scale, PER, T, H,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     DT: tl.constexpr, PREC: tl.constexpr, ROUND: tl.constexpr, HAS_DHT: tl.constexpr, HAS_SEG: tl.constexpr, HAS_MASK: tl.constexpr,
     STORE: tl.constexpr, END: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
-    """Grid (V / BV, B * H, parts): as `state_forward`, from the last chunk to the first.
+    """Grid (B * H * V / BV, parts): as `state_forward`, from the last chunk to the first.
 
     dht [B * H, parts, K, V] is the gradient of the state after each part, dh0 of the one before it; dS [B, NT, H, K, V] of the
     state after each chunk.
     """
-    i_v = tl.program_id(0)
-    bh = tl.program_id(1).to(tl.int64)
-    part = tl.program_id(2)
-    b, h = bh // H, bh % H
-    mine = bh * tl.num_programs(2) + part
+    i_v, b, h = _place(tl.cdiv(V, BV), H)
+    part = tl.program_id(1)
+    mine = (b * H + h) * tl.num_programs(1) + part
     ok = tl.arange(0, BK)
     ov = i_v * BV + tl.arange(0, BV)
     oc = tl.arange(0, C)
@@ -324,17 +328,15 @@ def state_backward(
 
 @triton.jit
 def input_backward(
-    q, z, v, w, S, dS, do, damount, dq, dz, dv, dw, seg, mask, sq, sz, sv, sdq, sdz, sdv, scale, T,
-    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    q, z, v, w, S, dS, do, damount, dq, dz, dv, dw, seg, mask, sq, sz, sv, sdq, sdz, sdv, scale, T, H,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     DT: tl.constexpr, PREC: tl.constexpr, ROUND: tl.constexpr, HAS_SEG: tl.constexpr, HAS_MASK: tl.constexpr,
 ):  # fmt: skip
-    """Grid (chunks, B * H). Writes dq, dz [b, t, h, k], dv [b, t, h, v] and per-chunk parts of dw [b, chunks, h, k]."""
-    i = tl.program_id(0)
-    bh = tl.program_id(1).to(tl.int64)
-    b, h = bh // H, bh % H
+    """Grid (B * H * chunks). Writes dq, dz [b, t, h, k], dv [b, t, h, v] and per-chunk parts of dw [b, chunks, h, k]."""
+    NT = tl.cdiv(T, C)
+    i, b, h = _place(NT, H)
     ok = tl.arange(0, BK)
     oc = tl.arange(0, C)
-    NT = tl.cdiv(T, C)
     t = i * C + oc
     here = t < T
     live = _live(mask, b, t, T, HAS_MASK)
@@ -353,7 +355,8 @@ def input_backward(
     against = tl.math.exp2(Gm[None, :] - G)
     out = tl.math.exp2(Gl[None, :] - G) * leave[:, None]
     seen = (oc[:, None] >= oc[None, :]) & (ids[:, None] == ids[None, :])
-    a = tl.dot((qq * toward).to(DT), tl.trans((key * against).to(DT)), input_precision=PREC)
+    ST: tl.constexpr = _score_type(DT)
+    a = tl.dot((qq * toward).to(ST), tl.trans((key * against).to(ST)), input_precision=PREC)
     a = tl.where(seen, a * scale, 0.0).to(DT)
     da = tl.zeros([C, C], tl.float32)
     dqs = tl.zeros([C, BK], tl.float32)
@@ -379,17 +382,17 @@ def input_backward(
         sig = tl.sigmoid(amount[:, None] * vf)
         dvv += dd.to(tl.float32) * sig * (1.0 - sig) * amount[:, None]
         tl.store(dv + row[:, None] * sdv + h * V + ov[None, :], dvv.to(dv.dtype.element_ty), mask=v_inside)
-    da = tl.where(seen, da * scale, 0.0).to(DT)
+    da = tl.where(seen, da * scale, 0.0).to(ST)
     dki = dks * out
-    dqq = tl.dot(da, (key * against).to(DT), input_precision=PREC) * toward
+    dqq = tl.dot(da, (key * against).to(ST), input_precision=PREC) * toward
     dqq += dqs * tl.math.exp2(G) * scale * enter[:, None]
-    dkk = tl.dot(tl.trans(da), (qq * toward).to(DT), input_precision=PREC) * against + dki
+    dkk = tl.dot(tl.trans(da), (qq * toward).to(ST), input_precision=PREC) * against + dki
     tail = tl.math.exp2(Gl) * carry * sds + tl.sum(key * dki, 0)  # <state after, its gradient>: all that lies after this chunk
     dla = tl.cumsum(qq * dqq - key * dkk, 0, reverse=True) + tail[None, :]
     dqq += dam[:, None] * key * ww[None, :]
     dkk += dam[:, None] * qq * ww[None, :]
     dla -= (1.0 - key) * dkk  # the key is 1 - decay
-    dzz = tl.where(live[:, None], dla * 0.0625 * tl.sigmoid(-logits), 0.0)
+    dzz = tl.where(live[:, None] & (logits >= LOWEST), dla * 0.0625 * tl.sigmoid(-logits), 0.0)
     at = h * K + ok[None, :]
     tl.store(dq + row[:, None] * sdq + at, dqq.to(dq.dtype.element_ty), mask=k_inside)
     tl.store(dz + row[:, None] * sdz + at, dzz.to(dz.dtype.element_ty), mask=k_inside)

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron.ops import metala_kernels as kernels
+from megatron.ops.kernel_arguments import device_guard, token_rows, token_stride
 from megatron.ops.tuning import Tiles, metala_cuts, padded
 
 EPS = 1e-5
@@ -51,7 +52,7 @@ class Inputs:
         """Checked, and copied where the strides are not as the kernels need them."""
         if parts[2].dtype not in _DTYPES:
             raise ValueError(f"the triton path takes fp32, bf16 or fp16, not {parts[2].dtype}")
-        q, z, v, g = (rows(x) for x in parts)
+        q, z, v, g = (token_rows(x) for x in parts)
         return cls(q, z, v, g, w.contiguous(), mask, segment_ids, gate_round)
 
     @property
@@ -66,19 +67,12 @@ class Inputs:
 
     def constants(self, tiles: Tiles, block_v: int | None = None) -> dict[str, Any]:
         """What every kernel is specialised on; `block_v` value columns per program instead of all."""
-        _, _, h, k, v = self.sizes
+        _, _, _, k, v = self.sizes
         dtype = self.v.dtype
-        widths = {"H": h, "K": k, "V": v, "BK": padded(k), "BV": block_v or padded(v)}
+        widths = {"K": k, "V": v, "BK": padded(k), "BV": block_v or padded(v)}
         numerics = {"DT": _DTYPES[dtype], "PREC": PRECISION[dtype.itemsize], "ROUND": self.gate_round}
         flags = {"HAS_SEG": self.segment_ids is not None, "HAS_MASK": self.mask is not None}
         return {**widths, **numerics, **flags, "num_warps": tiles.warps, "num_stages": tiles.stages}
-
-
-def rows(x: Tensor) -> Tensor:
-    """x [b, t, h, c] with dense heads and channels and evenly spaced tokens; copied only where it is not so."""
-    b, t, _, c = x.shape
-    dense = x.stride(3) == 1 and x.stride(2) == c and (b == 1 or x.stride(0) == t * x.stride(1))
-    return x if dense else x.contiguous()
 
 
 def _wide(like: Tensor, *shape: int) -> Tensor:
@@ -89,7 +83,7 @@ def _join(end: Tensor, keep: Tensor, first: Tensor | None, last: Tensor, block_v
     """What each part starts from, [b h, parts, k, v]; `last` is filled with what the last one leaves."""
     start = torch.empty_like(end)
     bh, parts, k, v = end.shape
-    kernels.join_parts[(triton.cdiv(v, block_v), bh)](
+    kernels.join_parts[(triton.cdiv(v, block_v) * bh,)](
         end, keep, end if first is None else first, start, last, parts,
         K=k, V=v, BK=padded(k), BV=block_v, HAS_FIRST=first is not None, REVERSE=reverse, num_warps=4,
     )  # fmt: skip
@@ -108,9 +102,10 @@ def states(x: Inputs, state: Tensor | None, chunk: int) -> tuple[Tensor, Tensor]
     constants = x.constants(tiles, tiles.block_v) | {"C": chunk}
 
     def run(begin: Tensor | None, end: Tensor, keep: Tensor, store: bool, last: bool) -> None:
-        kernels.state_forward[(columns, b * h, parts)](
-            x.z, x.v, kept, end if begin is None else begin, end, keep, x.segment_ids, x.mask, x.z.stride(1), x.v.stride(1),
-            per, t, **constants, HAS_H0=begin is not None, STORE=store, END=last, KEEP=last and not store,
+        kernels.state_forward[(columns * b * h, parts)](
+            x.z, x.v, kept, end if begin is None else begin, end, keep, x.segment_ids, x.mask,
+            token_stride(x.z), token_stride(x.v), per, t, h,
+            **constants, HAS_H0=begin is not None, STORE=store, END=last, KEEP=last and not store,
         )  # fmt: skip
 
     if parts == 1:
@@ -134,9 +129,9 @@ def state_gradients(x: Inputs, do: Tensor, dfinal: Tensor | None, chunk: int) ->
     constants = x.constants(tiles, tiles.block_v) | {"C": chunk}
 
     def run(begin: Tensor | None, end: Tensor, keep: Tensor, store: bool, last: bool) -> None:
-        kernels.state_backward[(columns, b * h, parts)](
+        kernels.state_backward[(columns * b * h, parts)](
             x.q, x.z, do, dkept, end if begin is None else begin, end, keep, x.segment_ids, x.mask,
-            x.q.stride(1), x.z.stride(1), k**-0.5, per, t,
+            token_stride(x.q), token_stride(x.z), k**-0.5, per, t, h,
             **constants, HAS_DHT=begin is not None, STORE=store, END=last, KEEP=last and not store,
         )  # fmt: skip
 
@@ -150,14 +145,22 @@ def state_gradients(x: Inputs, do: Tensor, dfinal: Tensor | None, chunk: int) ->
 
 
 def forward(x: Inputs, state: Tensor | None) -> tuple[Tensor, Tensor]:
-    """y [b, t, h, v] in v's dtype and the last state in fp32."""
+    """y [b, t, h, v] in v's dtype and the last state in fp32; without tokens, nothing and the initial state."""
+    b, _, h, k, v = x.sizes
+    y = torch.empty(x.v.shape, dtype=x.v.dtype, device=x.v.device)
+    if y.numel() == 0:
+        return y, _wide(x.v, b, h, k, v).zero_() if state is None else state.float().clone()
+    with device_guard(x.v):
+        return _forward(x, state, y)
+
+
+def _forward(x: Inputs, state: Tensor | None, y: Tensor) -> tuple[Tensor, Tensor]:
     b, t, h, k, _ = x.sizes
     tiles = x.tiles()
     kept, final = states(x, state, tiles.interval)
-    y = torch.empty(x.v.shape, dtype=x.v.dtype, device=x.v.device)
-    kernels.output_forward[(kept.shape[1], b * h)](
+    kernels.output_forward[(kept.shape[1] * b * h,)](
         x.q, x.z, x.v, x.g, x.w, kept, y, x.segment_ids, x.mask,
-        x.q.stride(1), x.z.stride(1), x.v.stride(1), x.g.stride(1), y.stride(1), k**-0.5, EPS, t,
+        token_stride(x.q), token_stride(x.z), token_stride(x.v), token_stride(x.g), token_stride(y), k**-0.5, EPS, t, h,
         **x.constants(tiles), C=tiles.out, NSUP=tiles.interval // tiles.out,
     )  # fmt: skip
     return y, final
@@ -167,22 +170,35 @@ def backward(
     x: Inputs, dy: Tensor, dfinal: Tensor | None, state: Tensor | None, grads: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
     """Fills `grads` (of q, z, v, g: dense heads and channels, any token stride); gives dw [h, k] and the initial state's."""
+    b, _, h, k, v = x.sizes
+    if dy.numel() == 0:
+        dstate = _wide(x.v, b, h, k, v).zero_() if dfinal is None else dfinal.float().clone()
+        return torch.zeros_like(x.w), dstate
+    with device_guard(x.v):
+        return _backward(x, dy, dfinal, state, grads)
+
+
+def _backward(
+    x: Inputs, dy: Tensor, dfinal: Tensor | None, state: Tensor | None, grads: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
     b, t, h, k, _ = x.sizes
-    tiles, dy = x.tiles(), rows(dy)
+    tiles, dy = x.tiles(), token_rows(dy)
     dq, dz, dv, dg = grads
     kept, _ = states(x, state, tiles.back)
-    each = (kept.shape[1], b * h)
+    each = (kept.shape[1] * b * h,)
     do, damount = torch.empty(x.v.shape, dtype=x.v.dtype, device=x.v.device), _wide(x.v, b, t, h)
     kernels.output_backward[each](
         x.q, x.z, x.v, x.g, x.w, kept, dy, do, dg, damount, x.segment_ids, x.mask,
-        x.q.stride(1), x.z.stride(1), x.v.stride(1), x.g.stride(1), dy.stride(1), dg.stride(1), k**-0.5, EPS, t,
+        token_stride(x.q), token_stride(x.z), token_stride(x.v), token_stride(x.g), token_stride(dy), token_stride(dg),
+        k**-0.5, EPS, t, h,
         **x.constants(tiles), C=tiles.back,
     )  # fmt: skip
     dkept, dstate = state_gradients(x, do, dfinal, tiles.back)
     dw = _wide(x.v, b, kept.shape[1], h, k)
     kernels.input_backward[each](
         x.q, x.z, x.v, x.w, kept, dkept, do, damount, dq, dz, dv, dw, x.segment_ids, x.mask,
-        x.q.stride(1), x.z.stride(1), x.v.stride(1), dq.stride(1), dz.stride(1), dv.stride(1), k**-0.5, t,
+        token_stride(x.q), token_stride(x.z), token_stride(x.v), token_stride(dq), token_stride(dz), token_stride(dv),
+        k**-0.5, t, h,
         **x.constants(tiles, tiles.block_v), C=tiles.back,
     )  # fmt: skip
     return dw.sum((0, 1)).to(x.w.dtype), dstate

@@ -62,11 +62,13 @@ def _(dy: Any, dfinal: Any, packed: Any, w: Any, state: Any, mask: Any, segment_
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     *tensors, ctx.gate_round = inputs
     ctx.save_for_backward(*tensors)
+    ctx.set_materialize_grads(False)  # a final state that nobody uses has no gradient: no zeros are written and read
 
 
 @outside_autocast
-def _gradient(ctx: Any, dy: Tensor, dfinal: Tensor | None) -> Any:
+def _gradient(ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> Any:
     saved = ctx.saved_tensors
+    dy = torch.zeros_like(cut_packed(saved[0], saved[1])[2], memory_format=torch.contiguous_format) if dy is None else dy
     dpacked, dw, dstate = metala_packed_backward(dy, dfinal, *saved, ctx.gate_round)
     return dpacked, dw, dstate if saved[2] is not None else None, None, None, None
 

@@ -11,13 +11,13 @@ from megatron.ops.metala_kernels import _gate
 
 @triton.jit
 def step_forward(
-    q, z, v, gate, w, state, slots, out, sq, sz, sv, sg, scale, eps,
-    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    q, z, v, gate, w, state, slots, out, sq, sz, sv, sg, scale, eps, H,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     ROUND: tl.constexpr, HAS_SLOTS: tl.constexpr,
 ):  # fmt: skip
     """Grid (B * H): one token of one head. The fp32 state [slots, H, K, V] is changed in place; `slots [B]` says whose it is."""
-    bh = tl.program_id(0).to(tl.int64)
-    b, h = bh // H, bh % H
+    bh = tl.program_id(0)
+    b, h = (bh // H).to(tl.int64), bh % H
     ok = tl.arange(0, BK)
     ov = tl.arange(0, BV)
     slot = b

@@ -74,11 +74,13 @@ def _(dy: Any, dfinal: Any, q: Any, z: Any, v: Any, g: Any, w: Any, state: Any, 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     *tensors, ctx.gate_round = inputs
     ctx.save_for_backward(*tensors)
+    ctx.set_materialize_grads(False)  # a final state that nobody uses has no gradient: no zeros are written and read
 
 
 @outside_autocast
-def _gradient(ctx: Any, dy: Tensor, dfinal: Tensor | None) -> Any:
+def _gradient(ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> Any:
     saved = ctx.saved_tensors
+    dy = torch.zeros_like(saved[2], memory_format=torch.contiguous_format) if dy is None else dy
     dq, dz, dv, dg, dw, dstate = metala_backward(dy, dfinal, *saved, ctx.gate_round)
     return dq, dz, dv, dg, dw, dstate if saved[5] is not None else None, None, None, None
 

@@ -12,6 +12,7 @@ import triton
 from torch import Tensor
 
 from megatron.ops import norm_kernels as kernels
+from megatron.ops.kernel_arguments import device_guard
 from megatron.ops.precision import outside_autocast
 from megatron.ops.tuning import norm_cut, padded
 
@@ -42,7 +43,11 @@ def norm_forward(
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
     total = x.new_empty(0) if added is None else torch.empty_like(x)
     constants = _constants(d, centred, added=added, weight=weight, bias=bias)
-    kernels.norm_forward[(triton.cdiv(n, constants["ROWS"]),)](x, added, weight, bias, total, y, n, d, eps, **constants)
+    if n:
+        with device_guard(x):
+            kernels.norm_forward[(triton.cdiv(n, constants["ROWS"]),)](
+                x, added, weight, bias, total, y, n, d, eps, **constants
+            )  # fmt: skip
     return y, total
 
 
@@ -64,7 +69,9 @@ def norm_backward(
     parts = min(_PARTS, triton.cdiv(n, constants["ROWS"]))
     dx = torch.empty_like(s)
     dw, db = (torch.empty(parts if p is not None else 0, d, dtype=torch.float32, device=s.device) for p in (weight, bias))
-    kernels.norm_backward[(parts,)](s, weight, dy, dtotal, dx, dw, db, n, d, eps, **constants)
+    if n:
+        with device_guard(s):
+            kernels.norm_backward[(parts,)](s, weight, dy, dtotal, dx, dw, db, n, d, eps, **constants)
     found = [x.sum(0).to(p.dtype) if p is not None else x.new_empty(0) for x, p in ((dw, weight), (db, bias))]
     return dx, found[0], found[1]
 

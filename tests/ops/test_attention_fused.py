@@ -56,6 +56,22 @@ def test_document_bounds() -> None:
     assert document_bounds(None, 3, 5, torch.device("cpu")).tolist() == [0, 5, 10, 15]
 
 
+def test_documents_are_counted_once_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counting waits for the GPU; other ids, or ids changed in place, are counted anew."""
+    counted: list[Tensor] = []
+    plain = Tensor.nonzero
+    monkeypatch.setattr(Tensor, "nonzero", lambda self: counted.append(self) or plain(self))
+    segments = documents().query_segment
+    assert segments is not None
+    for _ in range(3):
+        assert document_bounds(segments, B, S, segments.device).tolist() == [0, 37, 210, 300, 600]
+    assert len(counted) == 1
+    segments[1, 100:] += 1
+    assert document_bounds(segments, B, S, segments.device).tolist() == [0, 37, 210, 300, 400, 600]
+    assert document_bounds(documents().query_segment, B, S, segments.device).tolist() == [0, 37, 210, 300, 600]
+    assert len(counted) == 3
+
+
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("window", [None, 50])
 def test_varlen_is_asked_for_the_formula(monkeypatch: pytest.MonkeyPatch, window: int | None, packed: bool) -> None:

@@ -1,0 +1,73 @@
+"""What a Triton kernel may assume of its tensors: their device is current, tokens are evenly spaced, a state is dense.
+
+Kernels get raw pointers. Whatever does not hold here would be read and written as garbage, without an error.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+
+def device_guard(tensor: Tensor) -> AbstractContextManager[object]:
+    """A context in which kernels run on the device of `tensor`; does nothing on a CPU.
+
+    Triton launches on the current CUDA device and its stream, and custom operators set no guard of their own: a model on
+    `cuda:1` while `cuda:0` is current (an exported folder with a `device_map`, a notebook) would read foreign memory.
+
+    Args:
+        tensor: any argument of the kernel.
+    """
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def token_rows(x: Tensor) -> Tensor:
+    """x with a dense row per token and evenly spaced rows; copied only where it is not so.
+
+    Args:
+        x: [b, t, ...]; columns of a packed projection are taken as they are.
+    """
+    width, dense = 1, True
+    for size, stride in zip(reversed(x.shape[2:]), reversed(x.stride()[2:]), strict=True):
+        dense, width = dense and (size == 1 or stride == width), width * size
+    even = x.shape[0] == 1 or x.stride(0) == x.shape[1] * token_stride(x)
+    return x if dense and even else x.contiguous()
+
+
+def token_stride(x: Tensor) -> int:
+    """Elements from one token to the next, counted over all rows of the batch: token (i, j) is row i * t + j.
+
+    With one token per row the stride of the token dimension says nothing: PyTorch gives a dimension of size 1 any stride.
+
+    Args:
+        x: [b, t, ...] as `token_rows` leaves it.
+    """
+    return x.stride(1) if x.shape[1] > 1 else x.stride(0)
+
+
+def check_in_place(state: Tensor, row: tuple[int, ...], dtype: torch.dtype, like: Tensor, slots: Tensor | None) -> None:
+    """Kernels address a state by its shape alone: another layout or type would be read and written as garbage.
+
+    Args:
+        state: [slots, *row].
+        row: the shape of one row.
+        dtype: what the kernel stores.
+        like: a tensor [b, ...] of the same step, whose device counts.
+        slots: int [b], or None where row i belongs to i.
+
+    Raises:
+        ValueError: names what does not fit.
+    """
+    if tuple(state.shape[1:]) != row or not state.is_contiguous() or state.dtype != dtype or state.device != like.device:
+        raise ValueError(
+            f"a step in place needs a dense {dtype} state [slots, {', '.join(map(str, row))}] on {like.device}, not "
+            f"{state.dtype} {list(state.shape)} with strides {list(state.stride())} on {state.device}"
+        )
+    if slots is None and len(state) < len(like):
+        raise ValueError(f"{len(like)} rows need as many rows of state, which has {len(state)}")
+    if slots is not None and (slots.dtype not in (torch.int32, torch.int64) or slots.shape != like.shape[:1]):
+        raise ValueError(f"slots are {len(like)} integers, not {slots.dtype} {list(slots.shape)}")
+    if slots is not None and (slots.device != like.device or not slots.is_contiguous()):
+        raise ValueError(f"slots are dense and on {like.device}, not on {slots.device} with stride {slots.stride()}")

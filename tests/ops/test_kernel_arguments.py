@@ -1,0 +1,185 @@
+"""What kernels assume of their tensors: strides where a dimension has size 1, empty inputs, gradients that are not asked for,
+half precision under strong decay, states changed in place.
+
+fp32 limits as in `test_metala_triton.py`. fp16 has 11 bits: outputs 1.25e-3 and gradients 5e-3, at every gate.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="the fused kernels need Triton: pip install triton")
+
+from megatron.ops.conv import causal_conv
+from megatron.ops.conv_triton import conv_step_in_place
+from megatron.ops.cross_entropy import row_gradient_, row_stats
+from megatron.ops.kernel_arguments import token_rows, token_stride
+from megatron.ops.metala import metala
+from megatron.ops.metala_packed import metala_packed
+from megatron.ops.metala_step_triton import metala_step_in_place
+from megatron.ops.norm import norm
+from tests.ops.fused_cases import device_matrix, relative
+from tests.ops.test_metala_triton import draw, errors
+
+
+def packed_results(packed: Tensor, w: Tensor, backend: str) -> list[Tensor]:
+    """y, the last state, and gradients of both from fixed upstream gradients."""
+    y, final = metala_packed(packed, w, backend=backend)
+    gen = torch.Generator().manual_seed(5)
+    ups = [torch.randn(x.shape, generator=gen).to(x) for x in (y, final)]
+    return [y, final, *torch.autograd.grad((y * ups[0]).sum() + (final * ups[1]).sum(), (packed, w))]
+
+
+@device_matrix
+@pytest.mark.parametrize(("b", "t"), [(3, 1), (1, 1), (3, 2)])
+def test_packed_gradients_of_single_tokens(device: str, b: int, t: int) -> None:
+    """A token dimension of size 1 has any stride; the row stride is then that of the batch."""
+    h, k, v = 2, 16, 32
+    gen = torch.Generator().manual_seed(0)
+    packed = torch.randn(b, t, h * (2 * k + 2 * v), generator=gen)
+    packed[..., h * k : 2 * h * k] -= (
+        8  # keys near 1: else a first token's head is nearly constant, and its norm amplifies rounding
+    )
+    packed = packed.to(device).requires_grad_()
+    w = torch.randn(h, k, generator=gen).to(device).requires_grad_()
+    exact = [x.detach().cpu().double().requires_grad_() for x in (packed, w)]
+    results = zip(packed_results(packed, w, "triton"), packed_results(exact[0], exact[1], "reference"), strict=True)
+    assert max(relative(fused, plain) for fused, plain in results) < 1e-5
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 2, 4), (3, 5, 2, 4), (1, 5, 2, 4), (1, 1, 2, 4), (3, 1, 8), (3, 5, 8)])
+def test_rows_of_columns_are_not_copied(shape: tuple[int, ...]) -> None:
+    """Columns of a packed projection are read where they are; token (i, j) is row i t + j of `token_stride`."""
+    b, t = shape[:2]
+    width = torch.Size(shape[2:]).numel()
+    packed = torch.arange(b * t * 3 * width).view(b, t, 3 * width)
+    x = packed[..., width : 2 * width].unflatten(-1, shape[2:])
+    rows = token_rows(x)
+    assert rows.data_ptr() == x.data_ptr()
+    for row in range(b * t):
+        at = torch.as_strided(packed, (width,), (1,), x.storage_offset() + row * token_stride(x))
+        assert torch.equal(at, x.reshape(b * t, width)[row])
+    for other in (
+        x.transpose(-1, -2) if len(shape) == 4 else x[..., ::2],
+        x.expand(2, *shape)[:, :, 0] if t == 1 else x[:, ::2],
+    ):
+        copy = token_rows(other)
+        assert torch.equal(copy, other)
+        assert torch.equal(torch.as_strided(copy, (copy[0, 0].numel(),), (1,), copy.storage_offset()), copy[0, 0].flatten())
+
+
+@device_matrix
+@pytest.mark.parametrize("k", [16, 64])
+@pytest.mark.parametrize("gate_mean", [-8.0, -20.0])
+def test_fp16_under_strong_decay(device: str, gate_mean: float, k: int) -> None:
+    """Operands of scores leave fp16's range when half a tile decays by more than 2^16: they are wider than their inputs."""
+    found = errors(draw(k, 2 * k, 70, torch.float16, gate_mean, device), with_state=True)
+    assert max(found[:2]) <= 1.25e-3 and max(found[2:]) <= 5e-3, found
+
+
+@device_matrix
+def test_no_gradient_beyond_the_clamp(device: str) -> None:
+    """Below -40 the forward is constant in the gate logits."""
+    q, z, v, g, w, _ = draw(16, 32, 20, torch.float32, 0.0, device)
+    with torch.no_grad():
+        z[:, ::2] = -60.0
+    y, _ = metala(q, z, v, g, w, backend="triton")
+    (dz,) = torch.autograd.grad((y * torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)).sum(), z)
+    assert not dz[:, ::2].any() and dz[:, 1::2].abs().min() > 0
+
+
+@device_matrix
+@pytest.mark.parametrize("used", ["y", "final"])
+def test_only_one_output_is_used(device: str, used: str) -> None:
+    """The other one's gradient is never formed; what comes back is that of the plain path."""
+    results = []
+    for backend in ("reference", "triton"):
+        leaves = draw(16, 32, 40, torch.float32, 2.0, device)
+        outputs = dict(zip(("y", "final"), metala(*leaves[:5], state=leaves[5], backend=backend), strict=True))
+        up = torch.randn(outputs[used].shape, generator=torch.Generator().manual_seed(1)).to(leaves[0])
+        results.append(torch.autograd.grad((outputs[used] * up).sum(), leaves, materialize_grads=True))
+    for plain, fused in zip(*results, strict=True):
+        assert relative(fused, plain) < 1e-5 or not plain.any()
+
+
+@device_matrix
+@pytest.mark.parametrize(("b", "t"), [(0, 5), (2, 0)])
+def test_empty_inputs(device: str, b: int, t: int) -> None:
+    """No rows or no tokens: empty outputs, the state as it came, zero gradients of weights."""
+    h, k, v = 2, 16, 32
+    x = torch.randn(b, t, h * (2 * k + 2 * v), device=device, requires_grad=True)
+    w = torch.randn(h, k, device=device, requires_grad=True)
+    state = torch.randn(b, h, k, v, device=device, requires_grad=True)
+    y, final = metala_packed(x, w, state=state, backend="triton")
+    assert y.shape == (b, t, h, v) and torch.equal(final, state)
+    dx, dw, dstate = torch.autograd.grad(y.sum() + (2 * final).sum(), (x, w, state), materialize_grads=True)
+    assert dx.shape == x.shape and not dw.any() and torch.equal(dstate, torch.full_like(state, 2))
+    weight = torch.randn(8, 1, 4, device=device, requires_grad=True)
+    tokens = torch.randn(b, t, 8, device=device, requires_grad=True)
+    convolved = causal_conv(tokens, weight, backend="triton")
+    assert convolved.shape == tokens.shape
+    assert not torch.autograd.grad(convolved.sum(), weight)[0].any()
+    gain = torch.ones(8, device=device, requires_grad=True)
+    assert norm(tokens, gain, None, centred=False, eps=1e-5, backend="triton").shape == tokens.shape
+
+
+def step_arguments(device: str) -> dict[str, Any]:
+    gen = torch.Generator().manual_seed(0)
+    shapes = {"q": (2, 3, 16), "z": (2, 3, 16), "v": (2, 3, 32), "g": (2, 3, 32), "w": (3, 16), "state": (5, 3, 16, 32)}
+    return {name: torch.randn(*shape, generator=gen).to(device) for name, shape in shapes.items()}
+
+
+@device_matrix
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"state": torch.zeros(5, 3, 32, 16).transpose(2, 3)}, "dense"),
+        ({"state": torch.zeros(10, 3, 16, 32)[::2]}, "dense"),
+        ({"state": torch.zeros(5, 3, 16, 32, dtype=torch.bfloat16)}, "dense"),
+        ({"state": torch.zeros(5, 3, 16, 31)}, "dense"),
+        ({"state": torch.zeros(1, 3, 16, 32)}, "as many rows of state"),
+        ({"slots": torch.tensor([0.0, 1.0])}, "slots are 2 integers"),
+        ({"slots": torch.tensor([0, 1, 2])}, "slots are 2 integers"),
+        ({"slots": torch.tensor([0, 9, 1, 9])[::2]}, "slots are dense"),
+    ],
+)
+def test_states_that_cannot_be_changed_in_place(device: str, change: dict[str, Tensor], message: str) -> None:
+    arguments = step_arguments(device) | {name: value.to(device) for name, value in change.items()}
+    if message == "slots are dense" and device == "cuda":
+        arguments["slots"] = torch.tensor([0, 9, 1, 9], device=device)[::2]
+    if "strid" not in message and device == "cuda" and not change.get("state", torch.zeros(1)).is_contiguous():
+        arguments["state"] = torch.zeros(10, 3, 16, 32, device=device)[::2]
+    with pytest.raises(ValueError, match=message):
+        metala_step_in_place(**arguments)
+
+
+@device_matrix
+def test_windows_that_cannot_be_changed_in_place(device: str) -> None:
+    x, weight = torch.randn(2, 8, device=device), torch.randn(8, 1, 4, device=device)
+    for window in (
+        torch.zeros(2, 8, 3, device=device).transpose(1, 2),
+        torch.zeros(2, 3, 8, device=device, dtype=torch.bfloat16),
+    ):
+        with pytest.raises(ValueError, match="dense"):
+            conv_step_in_place(x, weight, window)
+
+
+@device_matrix
+def test_labels_with_strides(device: str) -> None:
+    """Every second label of a longer row."""
+    gen = torch.Generator().manual_seed(0)
+    logits, labels = torch.randn(6, 50, generator=gen), torch.randint(0, 50, (12,), generator=gen)[::2]
+    assert not labels.is_contiguous()
+    plain, fused = logits.clone().to(device), logits.clone().to(device)
+    labels = labels.to(device) if device == "cpu" else torch.stack([labels, labels], 1).to(device)[:, 0]
+    statistics = [row_stats(x, labels, backend) for x, backend in ((plain, "torch"), (fused, "triton"))]
+    for a, b in zip(*statistics, strict=True):
+        assert (a - b).abs().max() < 1e-5
+    weights = torch.rand(6, generator=gen).to(device)
+    for x, (peak, total, _), backend in ((plain, statistics[0], "torch"), (fused, statistics[1], "triton")):
+        row_gradient_(x, labels, peak, total, weights, backend)
+    assert (plain - fused).abs().max() < 1e-6
