@@ -177,7 +177,7 @@ def run_shape(run: RunConfig, vocabulary: str) -> RunShape:
         train_iters=iters,
         vocabulary=vocabulary,
         keep=c.keep_last_n_checkpoints,
-        saves=len({iters, *filter(rule.due, range(1, iters + 1))}) if rule.enabled else 0,
+        saves=rule.count(),
     )
 
 

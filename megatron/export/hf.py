@@ -155,10 +155,15 @@ class _Content:
 
     @property
     def tokenizer_facts(self) -> Mapping[str, Any]:
-        """What the manifest says of the tokenizer; no id of a token that the model has no row for."""
-        told, rows = self.manifest.facts.get("tokenizer") or {}, self.config.vocab_size
+        """What the manifest says of the tokenizer; no id of a token that the model has no row for, nor more ids than rows.
+
+        Reading a Hugging Face tokenizer without a padding token adds one, whose id lies behind the rows of an imported model.
+        """
+        facts, rows = dict(self.manifest.facts.get("tokenizer") or {}), self.config.vocab_size
+        if facts.get("vocab_size"):
+            facts["vocab_size"] = min(facts["vocab_size"], rows)
         ids = ("eod", "pad", "bos")
-        return {k: v for k, v in told.items() if k not in ids or not isinstance(v, int) or v < rows}
+        return {k: v for k, v in facts.items() if k not in ids or not isinstance(v, int) or v < rows}
 
     @property
     def dtype(self) -> str:

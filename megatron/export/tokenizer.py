@@ -69,7 +69,8 @@ def export_tokenizer(source: Path, facts: Mapping[str, Any], output: Path, seq_l
     for path in files:  # a chat template, or a SentencePiece model that other programs look for
         if isinstance(tokenizer, HFGPT2Tokenizer) and path.name not in _SETTINGS:
             shutil.copyfile(path, output / path.name)
-    notes = [f"tokenizer: {tokenizer.name}, {tokenizer.vocab_size} ids, equal to training on {len(SAMPLES)} sample texts"]
+    ids = min(tokenizer.vocab_size, facts.get("vocab_size") or tokenizer.vocab_size)
+    notes = [f"tokenizer: {tokenizer.name}, {ids} ids, equal to training on {len(SAMPLES)} sample texts"]
     if largest is not None:
         notes.append(f"tokenizer: its ids {facts['vocab_size']} to {largest} have no row in the model")
     if tokenizer.template.after:

@@ -56,6 +56,16 @@ class SaveRule:
             return False
         return iteration in self._powers if self.scale == "log" else iteration % int(self.factor) == 0
 
+    def count(self) -> int:
+        """How many saves a whole training makes, the one at its end included; 0 for a rule that never saves."""
+        if not self.enabled:
+            return 0
+        steps = {step for step in {*self.extra, *self._powers} if 1 <= step <= self.train_iters} | {self.train_iters}
+        if self.factor is None or self.scale == "log":
+            return len(steps)
+        factor = int(self.factor)
+        return self.train_iters // factor + sum(step % factor != 0 for step in steps)
+
 
 def every(interval: int | None, iteration: int) -> bool:
     """Whether `iteration` is a positive multiple of `interval`; None or 0 means never."""

@@ -45,7 +45,12 @@ def make_checkpoint(tmp_path: Path) -> Callable[..., Path]:
     """Writes a checkpoint of `TINY` with some fields changed; returns its `global_step` folder."""
 
     def make(
-        *, facts: dict[str, Any] | None = None, dtype: torch.dtype = torch.float32, name: str = "run", **changes: Any
+        *,
+        facts: dict[str, Any] | None = None,
+        dtype: torch.dtype = torch.float32,
+        name: str = "run",
+        tokenizer: dict[str, Path] | None = None,
+        **changes: Any,
     ) -> Path:
         config = replace(TINY, **changes)
         extra: dict[str, Any] = {"facts": facts or {}, "state": {"consumed_tokens": 4096, "consumed_samples": 32}}
@@ -55,6 +60,7 @@ def make_checkpoint(tmp_path: Path) -> Callable[..., Path]:
             param_specs(config),
             model_config=config.to_dict(),
             iteration=7,
+            tokenizer=tokenizer,
             **extra,
         )
 

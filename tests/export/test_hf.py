@@ -10,9 +10,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from tokenizers import Tokenizer as Backend
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from megatron.checkpoint.load import read_full_weights
+from megatron.data.tokenizers import build_tokenizer
 from megatron.errors import CheckpointError, ExportError
 from megatron.export import hf, verify
 from megatron.export.hf import export_checkpoint
@@ -97,6 +101,27 @@ def test_padding_rows_are_cut(make_checkpoint: Make, tmp_path: Path) -> None:
             assert torch.equal(value, full[name][: len(value)])
         kept = export_checkpoint(checkpoint, tmp_path / f"kept{tied}", keep_padding=True)
         assert read(kept.folder)["vocab_size"] == 64
+
+
+def test_a_padding_token_has_a_row(make_checkpoint: Make, tmp_path: Path) -> None:
+    """Reading a tokenizer without a padding token adds one; a model with a row for each id of the file has none for it."""
+    words = {word: number for number, word in enumerate(["<|endoftext|>", "a", "b", "c"])}
+    backend = Backend(WordLevel(words, unk_token="<|endoftext|>"))
+    backend.pre_tokenizer = WhitespaceSplit()
+    backend.add_special_tokens(["<|endoftext|>"])
+    folder = tmp_path / "their tokenizer"
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>").save_pretrained(folder)
+    read_again = build_tokenizer("HFGPT2Tokenizer", folder)
+    assert (read_again.vocab_size, read_again.pad) == (5, 4), "training counts the padding token that it added"
+    facts = {"tokenizer": {"type": "HFGPT2Tokenizer", "vocab_size": 5, "eod": 0, "pad": 4}}
+    checkpoint = make_checkpoint(facts=facts, vocab_size=4, tokenizer={path.name: path for path in folder.iterdir()})
+    made = export_checkpoint(checkpoint, tmp_path / "hf")
+    tokenizer = AutoTokenizer.from_pretrained(made.folder)
+    batch = tokenizer(["a b c", "a"], padding=True, return_tensors="pt")
+    assert int(batch["input_ids"].max()) < read(made.folder)["vocab_size"] == 4
+    assert tokenizer.pad_token == "<|endoftext|>" and "4 ids" in "".join(made.notes)
+    new = load(made.folder).generate(**batch, max_new_tokens=2, do_sample=False)
+    assert new.shape == (2, 5)
 
 
 def test_shards_and_dtype(make_checkpoint: Make, tmp_path: Path) -> None:

@@ -27,6 +27,18 @@ def test_log() -> None:
     assert due(SaveRule(factor=1.5, scale="log", train_iters=12), 12) == [1, 2, 3, 5, 7, 11]
 
 
+@pytest.mark.parametrize("iters", [1, 7, 12, 100])
+@pytest.mark.parametrize("factor", [None, 1, 3, 4, 200])
+@pytest.mark.parametrize("scale", ["linear", "log"])
+def test_saves_are_counted_without_going_through_the_steps(iters: int, factor: int | None, scale: str) -> None:
+    if scale == "log" and factor == 1:
+        factor = 2  # powers of 1 are no rule
+    rule = SaveRule(factor=factor, scale=scale, extra=(0, 2, 6, 99, 500), train_iters=iters)
+    assert rule.count() == len({step for step in due(rule, iters) if step} | {iters})
+    assert SaveRule(factor=1, train_iters=10**15).count() == 10**15
+    assert SaveRule(factor=1, train_iters=5, enabled=False).count() == 0
+
+
 def test_never() -> None:
     assert due(SaveRule(factor=1, extra=(0,), train_iters=5, enabled=False), 5) == []
 
