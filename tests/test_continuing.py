@@ -91,6 +91,7 @@ def test_finetune_starts_once(run: Callable[..., str], tmp_path: Path, caplog: p
     run("first", train_iters=3)
     tune = {"load": f"{tmp_path}/first/checkpoints", "finetune": True}
     run("tuned", **tune, train_iters=2)
+    assert f"starting from the weights of {tmp_path}/first/checkpoints/global_step3" in caplog.text
     assert steps(tmp_path / "tuned") == ["global_step2"] and set(rates(tmp_path / "tuned")) == {1, 2}
     said = run("tuned", **tune, train_iters=4)
     assert set(rates(tmp_path / "tuned")) == {1, 2, 3, 4}, "it started again instead of going on"

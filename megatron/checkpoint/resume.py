@@ -95,6 +95,8 @@ def resume(
             _log.warning("resuming from %s, skipped: %s", path, "; ".join(skipped))
         if own.paths and rank == 0:
             _log.info("going on from %s, which this run has saved since it started from %s", path, facts.get(STARTED_FROM))
+        elif finetune and rank == 0:
+            _log.info("starting from the weights of %s; optimizer, step and place in the data begin anew", path)
         return Resumed(path, state, tuple(skipped), facts, not finetune)
     if not skipped:
         return Resumed(None, {})

@@ -6,12 +6,19 @@ finished `RunConfig`, so they see derived values too. It is a table, so it may b
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from megatron.config.frozen import thaw
 from megatron.config.model_rules import MODEL_RULES
 from megatron.config.reliability_rules import RELIABILITY_RULES
 from megatron.config.rule import Rule
 from megatron.config.schema import RunConfig
 from megatron.errors import ConfigError
+
+
+def _is_on(offload: object) -> bool:
+    """Whether an offload entry of zero_optimization asks for something; `{device: none}` is DeepSpeed's way to say off."""
+    return str(offload.get("device", "none")).lower() != "none" if isinstance(offload, Mapping) else bool(offload)
 
 
 def _save_steps(run: RunConfig) -> bool:
@@ -112,7 +119,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         ("zero_optimization",),
-        lambda r: any("offload" in key and value for key, value in (r.parallel.zero_optimization or {}).items()),
+        lambda r: any("offload" in key and _is_on(value) for key, value in (r.parallel.zero_optimization or {}).items()),
         lambda r: "offloading optimizer state to the CPU or to disk is not built",
         "remove the offload entries of zero_optimization",
     ),

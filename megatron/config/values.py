@@ -19,6 +19,8 @@ from megatron.config.yaml_reader import BAD_YAML, Source, normalise_key, parse_s
 from megatron.registry import nearest
 
 _EXTRA = "deepspeed_extra_args"
+# PyTorch's names of number formats -> NeoX's, where a near word would be another format.
+_OTHER_NAMES = {"float16": "fp16", "half": "fp16", "bf16": "bfloat16", "float32": "fp32", "float": "fp32"}
 _SLIP = 0.85  # likeness from which a name of DeepSpeed's own is taken for a slip
 
 
@@ -152,13 +154,19 @@ def _type_problem(info: KeyInfo, value: Any, error: ValidationError, place: str)
     allowed = kinds.choices(info.annotation)
     if first["type"] == "literal_error" or (allowed and isinstance(value, str)):
         words = [str(choice) for choice in allowed]
-        return f"{info.name} is {value!r}, which is not one of {', '.join(words)}", place, nearest(str(value), words)
+        meant = _OTHER_NAMES.get(str(value).lower(), "")
+        hint = f"did you mean '{meant}'?" if meant in words else nearest(str(value), words)
+        return f"{info.name} is {value!r}, which is not one of {', '.join(words)}", place, hint
     if first["type"].startswith(("greater", "less")):
         return f"{info.name}{inside} is {first['input']!r}: {first['msg'].removeprefix('Input ')}", place, ""
     hint = f"{info.name}: {info.doc}"
-    if isinstance(value, str):
-        hint = "write null to leave it unset" if value == "None" else "write it without quotes"
-    return f"{info.name}{inside} must be {info.type_name}, got {value!r}", place, hint
+    if inside:
+        return f"{info.name}{inside} is {first['input']!r}: {first['msg'].removeprefix('Input ')}", place, hint
+    if value == "None":
+        hint = "write null to leave it unset"
+    elif isinstance(value, str) and not isinstance(parse_scalar(value), str):
+        hint = "write it without quotes"
+    return f"{info.name} must be {info.type_name}, got {value!r}", place, hint
 
 
 def _parse_override(value: Any, info: KeyInfo | None) -> Any:

@@ -42,7 +42,12 @@ MISTAKES: list[tuple[str, int, str, str]] = [
     (PARAMS + "[1e-3]\n", 9, "optimizer.params must be a dictionary, got [0.001]", ""),
     ("optimizer:\n  type: 3\n  params: {lr: 1e-3}\n", 8, "optimizer.type must be text, got 3", ""),
     (ADAM + "zero_optimization:\n  stag: 1\n", 9, "unknown key zero_optimization.stag", "did you mean 'stage'?"),
-    (ADAM + "zero_optimization:\n  stage: one\n", 9, "zero_optimization.stage must be", "write it without quotes"),
+    (ADAM + "zero_optimization:\n  stage: one\n", 9, "zero_optimization.stage must be", "zero_optimization.stage: "),
+    (ADAM + "zero_optimization:\n  stage: '1'\n", 9, "zero_optimization.stage must be", "write it without quotes"),
+    (PARAMS + "{lr: 1e-3, betas: [fast, 0.95]}\n", 9, "betas[0] is 'fast': should be a valid number", ""),
+    ("optimizer: Adam\n", 7, "optimizer must be a dictionary, got 'Adam'", "optimizer: "),
+    (ADAM + "precision: float16\n", 8, "precision is 'float16', which is not one of", "did you mean 'fp16'?"),
+    (ADAM + "zero_optimization: {offload_optimizer: {device: cpu}}\n", 8, "offloading optimizer state", "remove the offload"),
     (ADAM + "zero_optimization:\n  stage: 1\n  overlap_comm: 3\n", 10, "overlap_comm must be true or false, got 3", ""),
     (ADAM + "fp16:\n  enabled: true\n  loss_scale: big\n", 10, "fp16.loss_scale must be a number, got 'big'", ""),
     (ADAM + "fp16:\n  enabled: true\n  hysteresis: 0\n", 10, "fp16.hysteresis is 0", "greater than or equal to 1"),
@@ -152,3 +157,9 @@ def test_options_of_mixers_have_bounds(load_values: Callable[..., RunConfig], ke
     with pytest.raises(ConfigError) as caught:
         load_values({"attention_config": [[[mixer], 4]], "pos_emb": "none", key: value})
     assert f"{key} is {value}" in str(caught.value) and bound in str(caught.value) and "run.yml" in str(caught.value)
+
+
+def test_offloading_that_is_off_is_no_offloading(load_values: Callable[..., RunConfig]) -> None:
+    """DeepSpeed's way to say that nothing is offloaded."""
+    stage = {"stage": 1, "offload_optimizer": {"device": "none"}, "offload_param": {}, "cpu_offload": False}
+    assert load_values({"zero_optimization": stage}).parallel.zero_stage == 1
