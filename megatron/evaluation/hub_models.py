@@ -97,13 +97,9 @@ def _import(folder: Path, place: Path) -> None:
 
     place.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=place.parent, prefix=".importing-") as scratch:
-        source, made = Path(scratch, "source"), Path(scratch, "made")
-        source.mkdir()
+        made = Path(scratch, "made")
         bare = is_released(_settings(folder, folder.name)) and not any(folder.glob("*token*"))
-        tokenizer = _snapshot(_TOKENIZER, ("tokenizer*.json", "vocab.json", "merges.txt")).iterdir() if bare else ()
-        for path in (*folder.iterdir(), *tokenizer):
-            if path.is_file() and not (source / path.name).exists():
-                (source / path.name).symlink_to(path.resolve())
-        import_folder(source, made)
+        tokenizer = _snapshot(_TOKENIZER, ("tokenizer*.json", "vocab.json", "merges.txt")) if bare else None
+        import_folder(folder, made, tokenizer=tokenizer)
         shutil.rmtree(place, ignore_errors=True)
         made.rename(place)

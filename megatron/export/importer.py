@@ -51,23 +51,28 @@ class Imported:
     notes: tuple[str, ...]
 
 
-def import_folder(source: str | Path, output: str | Path) -> Imported:
+def import_folder(source: str | Path, output: str | Path, *, tokenizer: Path | None = None) -> Imported:
     """Write the save folder `output` (`global_step0`, `latest`; weights, no optimizer) from a Hugging Face folder.
+
+    Args:
+        source: the Hugging Face folder.
+        output: the save folder.
+        tokenizer: a folder that holds the tokenizer's files, None when `source` does.
 
     Raises:
         ExportError: not such a folder, a model type that is not known, weights that do not make up that model, or a pickle
             that holds more than tensors.
         CheckpointError: the checkpoint cannot be written.
     """
-    source, output = Path(source), Path(output)
+    source, output, tokenizer = Path(source), Path(output), Path(tokenizer or source)
     settings = _read_settings(source)
     native = native_by_type(settings.get("model_type"))
     if native is not None and not is_released(settings):
         config, weights, found = read_native(native, settings, read_weights(source))
-        return _write(source, output, family_of(config)[0], settings, config, weights, found)
+        return _write(source, output, tokenizer, family_of(config)[0], settings, config, weights, found)
     if is_released(settings):
         config, weights, found = read_released(settings, read_weights(source))
-        return _write(source, output, LINEAR, settings, config, weights, found)
+        return _write(source, output, tokenizer, LINEAR, settings, config, weights, found)
     family = next((f for f in (METALA, LINEAR) if f.config_class.model_type == settings.get("model_type")), None)
     if family is None:
         raise ExportError(
@@ -79,12 +84,13 @@ def import_folder(source: str | Path, output: str | Path) -> Imported:
     weights, notes = read_weights(source), list[str]()
     weights, tied = _tie(weights, settings, notes)
     config = _model_config(family, settings, weights, notes)
-    return _write(source, output, family, settings, replace(config, tie_embeddings=tied), weights, notes)
+    return _write(source, output, tokenizer, family, settings, replace(config, tie_embeddings=tied), weights, notes)
 
 
 def _write(
     source: Path,
     output: Path,
+    tokenizer: Path,
     family: Family,
     settings: Mapping[str, Any],
     config: ModelConfig,
@@ -93,14 +99,17 @@ def _write(
 ) -> Imported:
     """Check the weights against the model and save both."""
     _check(config, weights, source)
+    files, facts = _tokenizer_files(tokenizer), _facts(source, family, settings, config, notes)
+    if "tokenizer.json" in files:
+        facts["tokenizer"]["type"] = "HFGPT2Tokenizer"
     checkpoint = save_weights(
         output,
         {name: t.contiguous() for name, t in weights.items()},
         param_specs(config),
         model_config=config.to_dict(),
         config_texts={name: (source / name).read_text("utf-8") for name in ("config.json",)},
-        tokenizer=_tokenizer_files(source),
-        facts=_facts(source, family, settings, config, notes),
+        tokenizer=files,
+        facts=facts,
     )
     return Imported(checkpoint, config, tuple(notes))
 
@@ -222,7 +231,7 @@ def _tokenizer_files(source: Path) -> dict[str, Path]:
 
 def _facts(source: Path, family: Family, settings: Mapping[str, Any], config: ModelConfig, notes: list[str]) -> dict[str, Any]:
     """What an export needs again: ids of special tokens and where the model came from."""
-    tokenizer = {"vocab_size": config.vocab_size}
+    tokenizer: dict[str, Any] = {"vocab_size": config.vocab_size}
     for key, field in (("eod", "eos_token_id"), ("pad", "pad_token_id"), ("bos", "bos_token_id")):
         number = settings.get(field)
         if isinstance(number, int) and 0 <= number < config.vocab_size:
@@ -233,6 +242,4 @@ def _facts(source: Path, family: Family, settings: Mapping[str, Any], config: Mo
     for key in ("max_position_embeddings", "max_seq_len", "seq_length"):
         if family.native is not None and isinstance(settings.get(key), int):
             facts["seq_length"] = settings[key]
-    if (source / "tokenizer.json").is_file():
-        facts["tokenizer"] = {**tokenizer, "type": "HFGPT2Tokenizer"}
     return facts

@@ -124,13 +124,13 @@ def test_released_models_get_the_tokenizer_that_their_card_names(hub: Path, tmp_
     gpt2 = hub / "gpt2" / "rev"
     gpt2.mkdir(parents=True)
     (gpt2 / "tokenizer.json").write_text("{}")
-    seen: list[set[str]] = []
+    seen: list[tuple[Path, Path | None]] = []
 
-    def import_folder(source: Path, output: Path) -> None:
-        seen.append({path.name for path in source.iterdir()})
+    def import_folder(source: Path, output: Path, *, tokenizer: Path | None = None) -> None:
+        seen.append((source, tokenizer))
         output.mkdir()
         (output / "latest").write_text("global_step0")
 
     monkeypatch.setattr("megatron.export.importer.import_folder", import_folder)
     fetch("hazyresearch/based-360m", tmp_path / "out")
-    assert seen == [{"config.json", "pytorch_model.bin", "tokenizer.json"}]
+    assert seen == [(folder, gpt2)]

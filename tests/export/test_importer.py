@@ -93,6 +93,15 @@ def test_tokenizer_is_copied(folder: Path, tmp_path: Path) -> None:
     assert (again.folder / "words.tiktoken").is_file() and any("lie in the folder as they were" in n for n in again.notes)
 
 
+def test_a_tokenizer_that_lies_elsewhere(folder: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "tokenizer.json").write_text("{}")
+    made = import_folder(folder, tmp_path / "with", tokenizer=elsewhere)
+    assert [path.name for path in (made.checkpoint / "tokenizer").iterdir()] == ["tokenizer.json"]
+    assert read_manifest(made.checkpoint).facts["tokenizer"]["type"] == "HFGPT2Tokenizer"
+
+
 def test_special_ids_outside_the_vocabulary_are_left_out(folder: Path, tmp_path: Path) -> None:
     change(folder, eos_token_id=5, pad_token_id=-1, bos_token_id=4096)
     made = import_folder(folder, tmp_path / "ck")
