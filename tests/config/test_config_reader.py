@@ -121,7 +121,7 @@ def test_the_same_value_twice_is_no_error_and_two_values_are(
     tmp_path: Path, first: str, second: str, good: bool, files: int
 ) -> None:
     if files == 1 and ("[" in first or "{" in first):
-        pytest.skip("within one file only plain values are compared")
+        good = False  # within one file only plain values are compared
     texts = [first, second] if files == 2 else [f"{first}\n{second}\n"]
     for number, text in enumerate(texts):
         (tmp_path / f"{number}.yml").write_text(text)
