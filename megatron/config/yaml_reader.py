@@ -143,7 +143,11 @@ def _read_text(path: Path, problems: Problems) -> str | None:
         names = sorted(p.name for p in folder.iterdir() if p.suffix in (".yml", ".json")) if folder.is_dir() else []
         close = difflib.get_close_matches(path.name, names, n=3, cutoff=0.4)
         here = "did you mean " + " or ".join(close) + "?" if close else "known: " + ", ".join(names[:12])
-        problems.add("config file not found", str(path), here if names else f"the folder {folder} has no config files")
+        if not names:
+            here = f"the folder {folder} has no config files"
+        if "=" in path.name:
+            here = f"--set takes one setting: write --set {path.name.removesuffix('.yml')}"
+        problems.add("config file not found", str(path), here)
     except (OSError, ValueError) as error:
         problems.add(f"config file cannot be read: {error}", str(path))
     return None

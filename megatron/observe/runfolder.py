@@ -5,7 +5,7 @@
 <run>/metrics.jsonl   (in log_dir when that is set)
 <run>/loss.png
 <run>/logs/           what the console showed
-<run>/checkpoints/
+<run>/checkpoints/    made by the first save, unless `save` names another folder
 """
 
 from __future__ import annotations
@@ -57,11 +57,6 @@ class RunFolder:
         """Copies of the console."""
         return self.log_dir or self.root / "logs"
 
-    @property
-    def checkpoints(self) -> Path:
-        """Where the run saves when `save` does not say otherwise."""
-        return self.root / "checkpoints"
-
 
 def create_run_folder(
     root: str | Path, config_text: str, command: Sequence[str], log_dir: str | Path | None = None
@@ -75,7 +70,6 @@ def create_run_folder(
     try:
         run.root.mkdir(parents=True, exist_ok=True)
         run.logs.mkdir(parents=True, exist_ok=True)
-        run.checkpoints.mkdir(exist_ok=True)
         _keep_other_config(run, config_text)
         write_text(run.config, config_text)
         with open(run.command, "a", encoding="utf-8") as handle:

@@ -14,6 +14,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron.config.load import load_config
 from megatron.config.problems import Problems
 from megatron.config.yaml_reader import normalise_key, parse_scalar, parse_text, read_files, resolve_path
 from megatron.errors import ConfigError
@@ -238,3 +239,10 @@ def test_odd_texts_do_not_escape(text: str) -> None:
 @given(st.text(alphabet="ab-_", min_size=1))
 def test_normalising_twice_changes_nothing(key: str) -> None:
     assert normalise_key(normalise_key(key)) == normalise_key(key)
+
+
+def test_a_second_setting_after_one_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--set a=1 b=2` reads b=2 as a file: the message says how it is written."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="config file not found(.|\n)*--set takes one setting: write --set lr=0.1"):
+        load_config(["lr=0.1.yml"])

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 def test_shape(tmp_path: Path) -> None:
     run = create_run_folder(tmp_path / "a" / "run", "lr: 1\n", ["train.py", "my config.yml"])
-    assert sorted(p.name for p in run.root.iterdir()) == ["checkpoints", "command.txt", "config.yml", "logs"]
+    assert sorted(p.name for p in run.root.iterdir()) == ["command.txt", "config.yml", "logs"]
     assert run.command.read_text().endswith("train.py 'my config.yml'\n")
     assert run.metrics == run.root / "metrics.jsonl"
     again = create_run_folder(run.root, "lr: 1\n", ["train.py"])
