@@ -162,11 +162,15 @@ def masking(run: RunConfig, rows: int) -> Masking | None:
     return Masking(objective(run).prefix_length, token, t.objective_mask_rate, t.seed)
 
 
+def _save_rule(run: RunConfig) -> SaveRule:
+    c, extra = run.checkpoint, frozenset(run.checkpoint.extra_save_iters or ())
+    return SaveRule(c.checkpoint_factor, c.checkpoint_scale, extra, run.training.train_iters, c.save is not None)
+
+
 def run_shape(run: RunConfig, vocabulary: str) -> RunShape:
     """What the dry run is told. vocabulary: a word on where the number of rows comes from."""
     parallel, c, iters = run.parallel, run.checkpoint, run.training.train_iters
     world = parallel.pipe_stages * parallel.tensor_ranks * max(1, parallel.data_parallel_size)
-    rule = SaveRule(c.checkpoint_factor, c.checkpoint_scale, frozenset(c.extra_save_iters or ()), iters, c.save is not None)
     return RunShape(
         pp=parallel.pipe_stages,
         tp=parallel.tensor_ranks,
@@ -177,21 +181,18 @@ def run_shape(run: RunConfig, vocabulary: str) -> RunShape:
         train_iters=iters,
         vocabulary=vocabulary,
         keep=c.keep_last_n_checkpoints,
-        saves=rule.count(),
+        saves=_save_rule(run).count(),
     )
 
 
 def fit_options(run: RunConfig) -> FitOptions:
     """What the loop is told."""
-    t, c = run.training, run.checkpoint
-    rule = SaveRule(
-        c.checkpoint_factor, c.checkpoint_scale, frozenset(c.extra_save_iters or ()), t.train_iters, c.save is not None
-    )
+    t = run.training
     return FitOptions(
         train_iters=t.train_iters,
         samples_per_step=run.batch.train_batch_size,
         seq_length=run.model.seq_length,
-        save_rule=rule,
+        save_rule=_save_rule(run),
         eval_interval=t.eval_interval or None,
         eval_at_start=True,
         exit_interval=t.exit_interval,

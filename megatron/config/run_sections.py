@@ -12,7 +12,8 @@ from pydantic import Field
 
 from megatron.config.base import Names, Options, Section
 
-_DTYPES = {
+# PyTorch's and DeepSpeed's names of number formats -> the names of `precision`.
+DTYPE_NAMES = {
     "fp32": "fp32",
     "float32": "fp32",
     "bf16": "bfloat16",
@@ -134,7 +135,7 @@ class PrecisionSection(Section):
     def grad_accum_dtype(self) -> str:
         """The format in which gradients are summed: `data_types.grad_accum_dtype`, else fp32."""
         name = str((self.data_types or {}).get("grad_accum_dtype") or "fp32").lower()
-        return _DTYPES.get(name, name)
+        return DTYPE_NAMES.get(name, name)
 
 
 class TrainingSection(Section):

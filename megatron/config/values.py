@@ -15,12 +15,11 @@ from megatron.config.catalog import KeyInfo, catalog
 from megatron.config.frozen import thaw
 from megatron.config.nested import check_inside, find, is_open, names_inside, odd_numbers, place_of
 from megatron.config.problems import Problems
+from megatron.config.run_sections import DTYPE_NAMES
 from megatron.config.yaml_reader import BAD_YAML, Source, normalise_key, parse_scalar
 from megatron.registry import nearest
 
 _EXTRA = "deepspeed_extra_args"
-# PyTorch's names of number formats -> NeoX's, where a near word would be another format.
-_OTHER_NAMES = {"float16": "fp16", "half": "fp16", "bf16": "bfloat16", "float32": "fp32", "float": "fp32"}
 _SLIP = 0.85  # likeness from which a name of DeepSpeed's own is taken for a slip
 
 
@@ -154,7 +153,7 @@ def _type_problem(info: KeyInfo, value: Any, error: ValidationError, place: str)
     allowed = kinds.choices(info.annotation)
     if first["type"] == "literal_error" or (allowed and isinstance(value, str)):
         words = [str(choice) for choice in allowed]
-        meant = _OTHER_NAMES.get(str(value).lower(), "")
+        meant = DTYPE_NAMES.get(str(value).lower(), "")
         hint = f"did you mean '{meant}'?" if meant in words else nearest(str(value), words)
         return f"{info.name} is {value!r}, which is not one of {', '.join(words)}", place, hint
     if first["type"].startswith(("greater", "less")):
