@@ -161,11 +161,22 @@ def _type_problem(info: KeyInfo, value: Any, error: ValidationError, place: str)
     hint = f"{info.name}: {info.doc}"
     if inside:
         return f"{info.name}{inside} is {first['input']!r}: {first['msg'].removeprefix('Input ')}", place, hint
-    if value == "None":
+    if value in ("None", ""):
         hint = "write null to leave it unset"
-    elif isinstance(value, str) and not isinstance(parse_scalar(value), str):
+    elif _fits_unquoted(info, value):
         hint = "write it without quotes"
     return f"{info.name} must be {info.type_name}, got {value!r}", place, hint
+
+
+def _fits_unquoted(info: KeyInfo, value: Any) -> bool:
+    """Whether a text would be a value of the key without its quotes; most texts are not even YAML then."""
+    if not isinstance(value, str):
+        return False
+    try:
+        _adapter(info.name).validate_python(kinds.fit(parse_scalar(value), info.annotation))
+    except BAD_YAML:  # ValidationError is a ValueError
+        return False
+    return True
 
 
 def _parse_override(value: Any, info: KeyInfo | None) -> Any:

@@ -68,7 +68,19 @@ MISTAKES: list[tuple[str, int, str, str]] = [
     (ADAM + "weighted_sampler_alpha: .inf\n", 8, "weighted_sampler_alpha is inf", ""),
     (ADAM + f"log_interval: {'9' * 400}\n", 8, "log_interval is a number of 400 digits", ""),
     (ADAM + "wandb:\n  enabeld: true\n", 9, "unknown key wandb.enabeld", "'enabled'"),
+    (ADAM + "attention_config: ''\n", 8, "attention_config must be a list, got ''", "write null to leave it unset"),
 ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "value", ["@a", "`a", "%a", "a: b: c", "[a", "{a", "*a", "!a b", "a\tb: c\n\td", '"a', "a" * 2000 + ":\t"]
+)
+def test_text_that_is_no_yaml_without_its_quotes_is_of_the_wrong_type(tmp_path: Path, value: str) -> None:
+    path = tmp_path / "run.yml"
+    path.write_text(HEAD + ADAM + f"attention_config: {json.dumps(value)}\n", encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        load_config([path])
+    assert "attention_config must be" in str(caught.value) and "without quotes" not in str(caught.value)
 
 
 @pytest.mark.parametrize(("text", "line", "what", "hint"), MISTAKES, ids=[m[2][:40] for m in MISTAKES])
