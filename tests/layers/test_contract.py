@@ -212,6 +212,32 @@ def test_parts_by_plan_sum_to_the_whole(layer: Layer, size: int) -> None:
             assert sums == layer.tp_reductions, f"{sums} sums over the ranks, tp_reductions says {layer.tp_reductions}"
 
 
+class Detach(torch.nn.Module):
+    """Stands in a `split` or `join`: nothing flows back through it."""
+
+    def forward(self, y: Tensor) -> Tensor:
+        return y.detach().requires_grad_()
+
+
+def test_whole_parameters_stay_outside_of_the_cut_region(layer: Layer) -> None:
+    """Tensor parallelism: a replicated parameter acts before the split or after the join, where its gradient is whole."""
+    replicated = [name for name, how in layer.plan().items() if how == "replicated"]
+
+    def reached(end: str) -> set[str]:
+        """Parameters that have a gradient when nothing flows back through this end of the regions."""
+        cut_off = make(layer.names[0])
+        for module in list(cut_off.modules()):
+            if end in module._modules:
+                setattr(module, end, Detach())
+        y, _ = cut_off(inputs(), Context())
+        named = dict(cut_off.named_parameters())
+        grads = torch.autograd.grad(y.pow(2).sum(), list(named.values()), allow_unused=True)
+        return {name for name, grad in zip(named, grads, strict=True) if grad is not None}
+
+    inside = (reached("split") - reached("join")) & set(replicated)
+    assert not inside, f"{sorted(inside)} would have a part of the gradient on each rank"
+
+
 def test_inputs_of_its_own(layer: Layer) -> None:
     """Inputs: what only this mixer reads are fields of its Inputs, with defaults that mean "not given"."""
     assert {f.name for f in fields(Context)} == {"mask", "segment_ids", "backend", "in_place", "attentions", "inputs"}
