@@ -197,7 +197,7 @@ class DecoderModel(DecoderPreTrainedModel):
     def inputs_of_pass(self, values: Mapping[str, Any], x: Tensor, seen: int) -> tuple[LayerInputs, ...]:
         """The mixers' inputs, given by name for whole texts, for the pass over x [b, s, d] after `seen` tokens."""
         given = inputs_of(self.mixers(), values)
-        return tuple(kind.map(lambda t: t.to(x.device)).of_pass(len(x), seen, x.shape[1]) for kind in given)
+        return tuple(kind.map(lambda t: t.to(x.device)).of_pass(x.shape[0], seen, x.shape[1]) for kind in given)
 
     def two_way(self, values: Mapping[str, Any]) -> int:
         """Tokens at the start of a text that layers read in both directions (JRT's prefix), by the inputs of a call."""

@@ -31,7 +31,7 @@ Files of this folder import torch, this page and `megatron.ops` only: `export/` 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -80,6 +80,11 @@ class LayerInputs:
     so that no two kinds share one. A tensor among them is [b, s], one value per token of the pass.
     """
 
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """Names of the fields (a dataclass's own record of them, which a compiler can follow, unlike `fields`)."""
+        return cls.__match_args__
+
     def of_pass(self, batch: int, seen: int, length: int) -> LayerInputs:
         """These inputs, given for whole texts, as the pass over their tokens seen .. seen + length - 1 wants them.
 
@@ -103,8 +108,8 @@ class LayerInputs:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> LayerInputs:
         """The same with every tensor changed."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: change(v) for name, v in values.items() if isinstance(v, Tensor)})
+        values = {name: getattr(self, name) for name in self.names()}
+        return type(self)(**{name: change(v) if isinstance(v, Tensor) else v for name, v in values.items()})
 
 
 InputsOf = TypeVar("InputsOf", bound=LayerInputs)
@@ -252,7 +257,7 @@ def inputs_of(layers: Iterable[Layer], values: Mapping[str, Any]) -> tuple[Layer
     """
     given = {name: value for name, value in values.items() if value is not None}
     kinds = list(dict.fromkeys(layer.Inputs for layer in layers if layer.Inputs is not None))
-    declared = {kind: [f.name for f in fields(kind) if f.name in given] for kind in kinds}
+    declared = {kind: [name for name in kind.names() if name in given] for kind in kinds}
     unknown = given.keys() - {name for names in declared.values() for name in names}
     if unknown:
         raise ValueError(f"{min(unknown)} is an input of other mixers than this model has")
@@ -261,4 +266,4 @@ def inputs_of(layers: Iterable[Layer], values: Mapping[str, Any]) -> tuple[Layer
 
 def input_names(layers: Iterable[Layer]) -> list[str]:
     """Names of the inputs that the layers of a model declare, sorted."""
-    return sorted({f.name for layer in layers if layer.Inputs is not None for f in fields(layer.Inputs)})
+    return sorted({name for layer in layers if layer.Inputs is not None for name in layer.Inputs.names()})
