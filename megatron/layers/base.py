@@ -20,7 +20,8 @@ It is written for one device. Its clauses, each of which `tests/layers/test_cont
     over the ranks more often says so in `tp_reductions`. A parameter that is `replicated` acts before the split or after the
     join, since in between each rank would have a part of its gradient. The parts of any number of ranks that divides
     `Config.tp_divisor()` add up to the whole; `set_shard` tells a part which one it is.
-9.  *Tables name every parameter:* `plan()` and `init_rules()` all of them, `no_decay()` some.
+9.  *Tables name every parameter:* `plan()` and `init_rules()` all of them, `no_decay()` some. `lay_together` may move them in
+    memory and changes no value.
 10. *Inputs of its own.* What only this mixer reads of a pass is a field of its `Inputs` (None for none), never of `Context`.
 11. *Costs:* `flops`, `state_size` and `param_count` are what a counter finds.
 

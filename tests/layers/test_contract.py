@@ -157,6 +157,16 @@ def test_plan_and_rules_name_every_parameter(layer: Layer) -> None:
     assert set(layer.no_decay()) <= names
 
 
+def test_moving_parameters_in_memory_changes_nothing(layer: Layer) -> None:
+    """Tables: lay_together changes no value, no shape and no output."""
+    x = inputs()
+    before, (y, _) = {name: p.detach().clone() for name, p in layer.named_parameters()}, layer(x, Context())
+    layer.lay_together()
+    after = dict(layer.named_parameters())
+    assert before.keys() == after.keys() and all(torch.equal(before[name], p) for name, p in after.items())
+    assert torch.equal(layer(x, Context())[0], y)
+
+
 def test_cut_parameters_divide_by_the_declared_number(layer: Layer) -> None:
     """Tensor parallelism: every parameter that is cut divides by Config.tp_divisor()."""
     divisor = layer.config.tp_divisor()
