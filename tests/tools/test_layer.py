@@ -79,6 +79,6 @@ def test_a_new_mixer_passes_as_it_is_and_a_broken_one_does_not(copy: Path) -> No
     code, out = run(copy, "tools/layer.py", "check", "my_gla")
     broken = [line for line in out.splitlines() if line.endswith("FAILED")]
     assert code == 1 and len(broken) == 1 and broken[0].startswith("Padding on either side"), out
-    path.write_text(text.replace("import gated_scan,", "import no_such_scan,"))
+    path.write_text(text.replace("import empty_scan_state,", "import no_such_scan,"))
     code, out = run(copy, "tools/layer.py", "check", "my_gla")
     assert code == 1 and "no_such_scan" in out and "Traceback" not in out, out
