@@ -12,7 +12,7 @@ import functools
 import importlib
 import importlib.metadata
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,20 +79,53 @@ def _options(node: ast.ClassDef) -> dict[str, OptionInfo]:
     return options
 
 
+def _bases(node: ast.ClassDef, classes: dict[str, ast.ClassDef]) -> list[ast.ClassDef]:
+    """The classes of the same file that `node` inherits from, the nearest first; `Mixer.Config` counts as `Mixer`."""
+    names = [base.value if isinstance(base, ast.Attribute) and base.attr == "Config" else base for base in node.bases]
+    direct = [classes[name.id] for name in names if isinstance(name, ast.Name) and name.id in classes]
+    return direct + [further for base in direct for further in _bases(base, classes)]
+
+
+def _config_of(node: ast.ClassDef) -> ast.ClassDef | None:
+    return next((c for c in node.body if isinstance(c, ast.ClassDef) and c.name == "Config"), None)
+
+
+def _inherited(nodes: list[ast.ClassDef], name: str) -> Any:
+    """The value of a class attribute where it is set first."""
+    return next((value for value in (_class_attribute(node, name) for node in nodes) if value is not None), None)
+
+
+def _all_options(configs: list[ast.ClassDef]) -> dict[str, OptionInfo]:
+    """Options of a `Config` and of those it inherits from (given nearest first), in the order of the dataclass's fields.
+
+    A field that is set anew without a string after it keeps its documentation; `no_options` takes inherited fields out.
+    """
+    options: dict[str, OptionInfo] = {}
+    for config in reversed(configs):
+        for name, own in _options(config).items():
+            inherited = options.get(name)
+            options[name] = own if own.doc or inherited is None else replace(own, doc=inherited.doc)
+    fixed = _inherited(configs, "no_options") or ()
+    return {name: option for name, option in options.items() if name not in fixed}
+
+
 def _read(path: Path, module: str) -> list[LayerInfo]:
+    """The mixers of a file: its classes with `names` of their own."""
     tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
-    found = []
-    for node in tree.body:
-        names = _class_attribute(node, "names") if isinstance(node, ast.ClassDef) else None
+    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    infos = []
+    for node in classes.values():
+        names = _class_attribute(node, "names")
         if not names:
             continue
-        assert isinstance(node, ast.ClassDef)
-        config = next((c for c in node.body if isinstance(c, ast.ClassDef) and c.name == "Config"), None)
-        neox_keys = _class_attribute(config, "neox_keys") if config else None
-        options = _options(config) if config else {}
-        uses_heads = _class_attribute(node, "uses_heads") is not False
-        found.append(LayerInfo(module, node.name, tuple(names), options, neox_keys or {}, uses_heads))
-    return found
+        lineage = [node, *_bases(node, classes)]
+        config = next((c for c in map(_config_of, lineage) if c is not None), None)
+        owners = [] if config is None else [c for c in map(_config_of, _bases(config, classes)) if c is not None]
+        configs = [] if config is None else [config, *owners]
+        neox_keys = _inherited(configs, "neox_keys") or {}
+        uses_heads = _inherited(lineage, "uses_heads") is not False
+        infos.append(LayerInfo(module, node.name, tuple(names), _all_options(configs), neox_keys, uses_heads))
+    return infos
 
 
 @functools.cache

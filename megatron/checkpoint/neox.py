@@ -2,9 +2,7 @@
 
 Blocks, embedding, norms and MLP are named here, old and new spellings. Mind the gated MLP: NeoX's `w3` is our `l2` and its `w2`
 our `l3`, and its fused first matrix is (up, gate) on every rank. A mixer's parameters have the same names below `attention.`,
-or those of NeoX's softmax attention, unless its class says otherwise, with a static method `neox_names(config) -> {our name:
-(key below the block, function of one rank's tensor)}`; the function gives the part of our parameter that the rank held (a
-third of a fused projection), None takes it as it is.
+or those of NeoX's softmax attention.
 
 How a parameter is joined follows from our own plan (`ParamSpec.cut`). Two kinds differ: ranks of NeoX may hold copies of a norm
 with rounding differences, whose mean is taken; and a bias behind a row-parallel matrix is a part of a sum in parallel blocks, a
@@ -25,7 +23,6 @@ from megatron.errors import CheckpointError
 from megatron.model.build import param_specs
 from megatron.model.config import ModelConfig
 from megatron.parallel.plan import ParamSpec, cut_dim
-from megatron.registry import layer_class
 
 Pick = Callable[[Tensor], Tensor] | None
 Candidates = Sequence[tuple[str, Pick]]
@@ -73,11 +70,7 @@ def _third(number: int, heads: int, groups: int, width: int) -> Callable[[Tensor
 
 
 def _mixer_keys(config: ModelConfig, index: int, name: str, specs: Specs) -> Candidates:
-    layer, stem = layer_class(config.layer_types[index]), f"model.layers.{index}.token_mixer"
-    table = getattr(layer, "neox_names", None)
-    own: Mapping[str, tuple[str, Pick]] = {} if table is None else table(config)
-    if name in own:
-        return (own[name],)
+    stem = f"model.layers.{index}.token_mixer"
     found: list[tuple[str, Pick]] = [(f"attention.{name}", None)]
     module, _, leaf = name.rpartition(".")
     if module == "out_proj":

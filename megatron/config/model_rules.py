@@ -47,6 +47,16 @@ def _heads(run: RunConfig) -> bool:
         return True
 
 
+def _reads_the_heads(run: RunConfig) -> bool:
+    """Has a layer the model's heads and none of its own, which `Config.tp_divisor` counts when the model is built?"""
+    try:
+        types = [name for name in dict.fromkeys(run.model.layer_types) if uses_heads(name)]
+    except PatternError:
+        return True
+    own = [registry.layer_info(name).names[0] for name in types if name in registry.layer_names()]
+    return len(own) < len(types) or any(not run.layers.get(name, {}).get("heads") for name in own)
+
+
 MODEL_RULES: tuple[Rule, ...] = (
     Rule(
         ("num_layers",),
@@ -71,13 +81,13 @@ MODEL_RULES: tuple[Rule, ...] = (
     ),
     Rule(
         ("hidden_size", "num_attention_heads"),
-        lambda r: bool(r.model.num_attention_heads) and r.model.hidden_size % r.model.num_attention_heads != 0 and _heads(r),
+        lambda r: r.model.hidden_size % (r.model.num_attention_heads or 1) != 0 and _reads_the_heads(r),
         lambda r: f"hidden_size {r.model.hidden_size} is not a multiple of num_attention_heads {r.model.num_attention_heads}",
         "every head needs the same whole width",
     ),
     Rule(
         ("num_attention_heads", "model_parallel_size"),
-        lambda r: r.model.num_attention_heads % r.parallel.tensor_ranks != 0 and _heads(r),
+        lambda r: r.model.num_attention_heads % r.parallel.tensor_ranks != 0 and _reads_the_heads(r),
         lambda r: (
             f"num_attention_heads {r.model.num_attention_heads} is not a multiple of model_parallel_size"
             f" {r.parallel.tensor_ranks}"

@@ -8,9 +8,9 @@ number of ranks, another micro batch, or another batch size, without repeating o
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,7 @@ class Batch:
         segment_ids: i32 [b, s], number of end-of-document tokens before the position (such a token belongs to the document it
             ends), or None where borders are ignored.
         sample_ids: the global sample numbers, b of them.
+        inputs: what single kinds of mixers read beside the tokens (`Layer.Inputs`), by name: tensors [b, s] or numbers.
     """
 
     tokens: torch.Tensor
@@ -42,6 +43,7 @@ class Batch:
     loss_mask: torch.Tensor
     segment_ids: torch.Tensor | None
     sample_ids: list[int]
+    inputs: Mapping[str, torch.Tensor | int] = field(default_factory=dict)
 
 
 class Batches:

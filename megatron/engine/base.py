@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from megatron.engine.veto import Limits
 from megatron.errors import CheckpointError, ConfigError, DataError
+from megatron.model.stages import Flow, input_tensors
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.plan import ParamSpec
 from megatron.training.objectives import Objective
@@ -32,12 +33,22 @@ _WORTH_THREADS = 1 << 22  # elements
 
 
 class MicroBatch(Protocol):
-    """What an engine reads of a batch (`megatron.data.batches.Batch` has it): all tensors are [b, s]."""
+    """What an engine reads of a batch (`megatron.data.batches.Batch` has it): all tensors are [b, s].
+
+    A batch may also bring `inputs`, a mapping, see `EngineSettings.inputs`.
+    """
 
     tokens: Tensor
     labels: Tensor
     loss_mask: Tensor
     segment_ids: Tensor | None
+
+
+def batch_flow(batch: MicroBatch, inputs: Sequence[str]) -> Flow:
+    """What a micro batch gives to the first stage: tokens, the mixers' inputs that the run names, document numbers."""
+    own = input_tensors(getattr(batch, "inputs", {}), inputs)
+    segments = () if batch.segment_ids is None else (batch.segment_ids.contiguous(),)
+    return (batch.tokens.contiguous(), *own, *segments)
 
 
 @dataclass(frozen=True)
@@ -51,6 +62,7 @@ class EngineSettings:
     partition_method: how blocks go to pipeline stages, see `engine/stages.py`. timeout_s: of every collective.
     weight_decay_rule: which parameters decay, see `engine/optim.py`. objective: what the loss is.
     loss_chunk_tokens: tokens whose logits exist at a time, see `parallel/linear_loss.py`; 0 is all of a micro batch.
+    inputs: names of what single kinds of mixers read (`Layer.Inputs`) that every micro batch brings as `batch.inputs[name]`.
     """
 
     seed: int = 1234
@@ -76,6 +88,7 @@ class EngineSettings:
     partition_method: str = "type:transformer|mlp"
     weight_decay_rule: str = "neox"
     objective: Objective = field(default_factory=Objective)
+    inputs: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:

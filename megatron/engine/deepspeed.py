@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron.engine.base import EngineSettings, MicroBatch, StepResult, take_micro_batches
+from megatron.engine.base import EngineSettings, MicroBatch, StepResult, batch_flow, take_micro_batches
 from megatron.engine.deepspeed_config import deepspeed_config, zero_stage_note
 from megatron.engine.optim import FusedAdamW, set_learning_rate
 from megatron.engine.output import local_loss
@@ -216,8 +216,7 @@ class DeepSpeedEngine(ZeroEngine):
         taken = take_micro_batches(batches, count)
         self._pipeline.divisors = global_divisors(self.settings.objective, taken, self.mesh, self.device)
         for batch in taken:
-            segments = () if batch.segment_ids is None else (batch.segment_ids.contiguous(),)
-            yield (batch.tokens.contiguous(), *segments), (batch.labels.contiguous(), batch.loss_mask.contiguous())
+            yield batch_flow(batch, self.settings.inputs), (batch.labels.contiguous(), batch.loss_mask.contiguous())
 
     def train_step(self, batches: Iterator[MicroBatch], lr: float) -> StepResult:
         """One optimizer step; see `Engine.train_step`."""

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron.engine.base import EngineSettings, MicroBatch, StepResult, check_weights, take_micro_batches
+from megatron.engine.base import EngineSettings, MicroBatch, StepResult, batch_flow, check_weights, take_micro_batches
 from megatron.engine.deepspeed import one_stage_grid, start_deepspeed
 from megatron.engine.optim import set_learning_rate
 from megatron.engine.output import local_loss
@@ -35,9 +35,8 @@ class _Whole(nn.Module):
         self._local, self._mesh, self._settings, self._parts = local, mesh, settings, parts
         self.divisors: Tensor | None = None  # of the step
 
-    def forward(self, tokens: Tensor, labels: Tensor, mask: Tensor, segments: Tensor | None) -> Tensor:
-        """Loss of a micro batch; all arguments [b, s]."""
-        flow = (tokens,) if segments is None else (tokens, segments)
+    def forward(self, labels: Tensor, mask: Tensor, *flow: Tensor) -> Tensor:
+        """Loss of a micro batch: labels and mask [b, s], and what goes into the first stage."""
         interval, keep_rng = self._settings.activation_checkpoint_interval, self._local.draws
         logits = run_stages(list(self.stages), flow, interval, keep_rng)
         assert isinstance(logits, Tensor)
@@ -72,8 +71,8 @@ class ShardedEngine(ZeroEngine):
 
     def _run(self, batch: MicroBatch) -> Tensor:
         """The loss of one micro batch."""
-        parts = (batch.tokens, batch.labels, batch.loss_mask, batch.segment_ids)
-        loss = self._engine(*(None if part is None else part.contiguous().to(self.device) for part in parts))
+        parts = (batch.labels.contiguous(), batch.loss_mask.contiguous(), *batch_flow(batch, self.settings.inputs))
+        loss = self._engine(*(part.to(self.device) for part in parts))
         assert isinstance(loss, Tensor)
         return loss
 

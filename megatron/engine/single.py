@@ -20,6 +20,7 @@ from megatron.engine.base import (
     MicroBatch,
     OptimizerSlice,
     StepResult,
+    batch_flow,
     check_names,
     check_slice,
     copy_all,
@@ -65,12 +66,10 @@ class SingleEngine(Engine):
 
     def _loss(self, batch: MicroBatch, divisors: Tensor | None) -> Tensor:
         """Loss of one micro batch; divisors: of the step."""
-        flow = [batch.tokens.to(self.device)]
-        if batch.segment_ids is not None:
-            flow.append(batch.segment_ids.to(self.device))
+        flow = tuple(part.to(self.device) for part in batch_flow(batch, self.settings.inputs))
         labels, mask = batch.labels.to(self.device), batch.loss_mask.to(self.device)
         interval = self.settings.activation_checkpoint_interval
-        logits = run_stages(self.local.stages, tuple(flow), interval, keep_rng=self.local.draws)
+        logits = run_stages(self.local.stages, flow, interval, keep_rng=self.local.draws)
         assert isinstance(logits, Tensor)
         loss, parts = local_loss(self.settings, self.local, self.mesh, logits, labels, mask, divisors)
         self._parts.add(parts)

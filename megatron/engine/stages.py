@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from megatron.engine.base import DTYPES, EngineSettings
 from megatron.errors import ConfigError
 from megatron.layers.base import Layer
-from megatron.model.build import build_model, param_specs
+from megatron.model.build import build_model, check_tensor_parallel, param_specs
 from megatron.model.config import ModelConfig
 from megatron.model.init import materialise
 from megatron.model.stages import BlockStage, Flow, LastStage, Stage, StageModule, stages_of
@@ -25,7 +25,6 @@ from megatron.parallel.mesh import Mesh
 from megatron.parallel.plan import ParamSpec
 from megatron.parallel.sequence import check_sequence_parallel, sum_replicated_gradients
 from megatron.parallel.tensor import local_slice, shard_model
-from megatron.registry import layer_info
 
 EMBEDDING = "model.embed_tokens.weight"
 _DEFAULT_METHOD = "type:transformer|mlp"
@@ -151,7 +150,7 @@ class LocalModel:
     def draws(self) -> bool:
         """Does a forward pass in training draw random numbers, so that a recomputed one must draw the same?"""
         blocks = [stage.body for stage in self.stages if isinstance(stage, BlockStage)]
-        return any(b.dropout or getattr(b.token_mixer.config, "dropout", 0) for b in blocks)  # type: ignore[union-attr]
+        return any(b.dropout or b.token_mixer.draws_random() for b in blocks)  # type: ignore[union-attr,operator]
 
     def output_matrix(self) -> Tensor:
         """This rank's rows of the output matrix [n, d]; only the last pipeline stage has one."""
@@ -162,12 +161,7 @@ class LocalModel:
 
 def check_mesh(config: ModelConfig, mesh: Mesh) -> None:
     """Raise ConfigError when the model cannot be cut as the mesh asks, before anything is built."""
-    if config.num_heads % mesh.tp and any(layer_info(name).uses_heads for name in config.layer_types):
-        raise ConfigError(
-            f"{config.num_heads} heads cannot be split over model_parallel_size {mesh.tp}",
-            why="tensor parallelism gives every rank whole heads",
-            hint="choose a model_parallel_size that divides num_attention_heads",
-        )
+    check_tensor_parallel(config, mesh.tp)
     if config.num_layers < mesh.pp:
         raise ConfigError(
             f"{config.num_layers} layers cannot fill {mesh.pp} pipeline stages",
@@ -185,7 +179,7 @@ def build_local(config: ModelConfig, mesh: Mesh, settings: EngineSettings, devic
     specs = param_specs(config)
     with torch.device("meta"):
         model = build_model(config)
-    all_stages = stages_of(model, settings.kernel_backend, logits=not settings.loss_chunk_tokens)
+    all_stages = stages_of(model, settings.kernel_backend, not settings.loss_chunk_tokens, settings.inputs)
     costs = stage_costs(settings.partition_method, all_stages, config)
     bounds = balanced_bounds(costs, mesh.pp)
     if settings.sequence_parallel:

@@ -88,7 +88,8 @@ def score_tensors(batch: Sequence[ScoreRow]) -> tuple[Rows, torch.Tensor, torch.
         for _, first, wanted in row.spans:
             places += [(number, first + i) for i in range(len(wanted))]
             targets += wanted
-    return Rows(tokens, None, batch[0].prefix, filler), torch.tensor(places), torch.tensor(targets)
+    inputs = {"prefix_length": batch[0].prefix, "prefix_mask": filler}
+    return Rows(tokens, None, inputs), torch.tensor(places), torch.tensor(targets)
 
 
 def prompt_rows(prompts: Sequence[Sequence[int]], prefix: Prefix) -> Rows:
@@ -97,4 +98,4 @@ def prompt_rows(prompts: Sequence[Sequence[int]], prefix: Prefix) -> Rows:
     cpu = torch.device("cpu")
     tokens, mask = left_pad([row for row, _ in filled], 0, cpu)
     hidden = filler_mask([count for _, count in filled], [len(row) for row, _ in filled], cpu)
-    return Rows(tokens, mask, prefix.length or None, hidden)
+    return Rows(tokens, mask, {"prefix_length": prefix.length or None, "prefix_mask": hidden})

@@ -9,7 +9,7 @@ vocabulary: rows that pad the table would change them, and an exported folder ha
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -21,8 +21,8 @@ from megatron.checkpoint.recut import Place
 from megatron.checkpoint.source import Source
 from megatron.errors import CheckpointError, ConfigError
 from megatron.generation.load import model_config_of
-from megatron.layers.base import Context, State
-from megatron.model.build import build_model, param_specs
+from megatron.layers.base import Context, State, input_names, inputs_of
+from megatron.model.build import build_model, check_tensor_parallel, param_specs
 from megatron.model.config import ModelConfig
 from megatron.model.lm import LanguageModel, embed, run_blocks, step_blocks
 from megatron.parallel.mesh import Mesh, rank_of
@@ -37,22 +37,22 @@ _EMBEDDING = "model.embed_tokens.weight"
 
 @dataclass(frozen=True)
 class Rows:
-    """Token ids [b, s] of one pass; masks and prefix as in `layers/base.Context`."""
+    """One pass.
+
+    Attributes:
+        tokens: ids [b, s].
+        mask: [b, s] as in `layers/base.Context`.
+        inputs: what single kinds of mixers read, by name (`Layer.Inputs`): numbers, or tensors [b, s] of whole numbers.
+    """
 
     tokens: Tensor
     mask: Tensor | None = None
-    prefix_length: int | None = None
-    prefix_mask: Tensor | None = None
+    inputs: Mapping[str, Tensor | int | None] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> Rows:
         """The same on another device."""
-        mask, filler = self.mask, self.prefix_mask
-        return Rows(
-            self.tokens.to(device),
-            None if mask is None else mask.to(device),
-            self.prefix_length,
-            None if filler is None else filler.to(device),
-        )
+        inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in self.inputs.items()}
+        return Rows(self.tokens.to(device), None if self.mask is None else self.mask.to(device), inputs)
 
 
 class Forward:
@@ -69,6 +69,8 @@ class Forward:
         self.vocab_size = min(vocab_size or model.config.vocab_size, model.config.vocab_size)
         start, stop = block_range(model.config.num_layers, mesh.pp, mesh.pp_rank)
         self.blocks = model.model.blocks()[start:stop]
+        self.mixers = [block.token_mixer for block in model.model.blocks()]
+        self.input_names = input_names(self.mixers)
         self.first, self.last = mesh.pp_rank == 0, mesh.pp_rank == mesh.pp - 1
         self._state: list[State] = []
 
@@ -157,7 +159,7 @@ class Forward:
 
     def _run(self, rows: Rows, state: list[State] | None) -> tuple[Tensor, list[State]]:
         """This rank's blocks on x [b, s, d], from the embedding or from the stage before."""
-        ctx = Context(rows.mask, None, self.backend, rows.prefix_length, rows.prefix_mask)
+        ctx = Context(rows.mask, backend=self.backend, inputs=inputs_of(self.mixers, rows.inputs))
         inner, own = self.model.model, len(self.blocks)
         if self.first:
             x, tail = embed(inner.embed_tokens, inner.embed_tokens(rows.tokens), ctx, state)
@@ -218,7 +220,7 @@ class Forward:
         return value
 
     def _header(self, numbers: Sequence[int]) -> list[int]:
-        line = torch.zeros(7, dtype=torch.long, device=self.device)
+        line = torch.zeros(5 + len(self.input_names), dtype=torch.long, device=self.device)
         line[: len(numbers)] = torch.tensor(numbers)
         return self._share(line).tolist()
 
@@ -231,16 +233,15 @@ class Forward:
         table = none if places is None or targets is None else torch.cat([places, targets[:, None]], 1)
         table = table.to(self.device)
         if self.mesh.tp * self.mesh.pp > 1:
-            prefix = -1 if rows.prefix_length is None else rows.prefix_length
-            masks = [rows.mask is not None, rows.prefix_mask is not None]
-            self._header([kind, *rows.tokens.shape, prefix, *map(int, masks), len(table)])
-            for value in (rows.tokens, rows.mask, rows.prefix_mask, table):
-                if value is not None:
+            inputs = [rows.inputs.get(name) for name in self.input_names]
+            self._header([kind, *rows.tokens.shape, int(rows.mask is not None), len(table), *map(_announced, inputs)])
+            for value in (rows.tokens, rows.mask, *inputs, table):
+                if isinstance(value, Tensor):
                     self._share(value.to(torch.long).contiguous())
         return rows, table[:, :2], table[:, 2]
 
     def _receive(self) -> tuple[int, Rows, Tensor, Tensor]:
-        kind, b, s, prefix, masked, filled, m = self._header([])
+        kind, b, s, masked, m, *announced = self._header([])
         if kind == _STOP:
             return kind, Rows(torch.zeros(0, 0)), torch.zeros(0, 2), torch.zeros(0)
 
@@ -249,9 +250,18 @@ class Forward:
 
         tokens = get(b, s)
         mask = get(b, s) if masked else None
-        filler = get(b, s) if filled else None
+        numbers = {_TENSOR: lambda: get(b, s), _NOTHING: lambda: None}
+        inputs = {name: numbers.get(n, lambda n=n: n)() for name, n in zip(self.input_names, announced, strict=True)}
         table = get(m, 3)
-        return kind, Rows(tokens, mask, None if prefix < 0 else prefix, filler), table[:, :2], table[:, 2]
+        return kind, Rows(tokens, mask, inputs), table[:, :2], table[:, 2]
+
+
+_NOTHING, _TENSOR = -1, -2
+
+
+def _announced(value: Tensor | int | None) -> int:
+    """An input as a number: itself, or that there is none, or that a tensor follows."""
+    return _TENSOR if isinstance(value, Tensor) else _NOTHING if value is None else int(value)
 
 
 def block_range(layers: int, pp: int, pp_rank: int) -> tuple[int, int]:
@@ -276,6 +286,7 @@ def open_forward(
     config = model_config_of(manifest, str(checkpoint))
     if mesh.pp > config.num_layers:
         raise ConfigError(f"{config.num_layers} layers cannot fill {mesh.pp} pipeline stages", hint="lower pipe_parallel_size")
+    check_tensor_parallel(config, mesh.tp)
     specs = param_specs(config)
     with torch.device("meta"):
         model = build_model(config)

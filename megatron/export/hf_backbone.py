@@ -6,6 +6,7 @@ mathematics is in it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -21,13 +22,10 @@ from megatron.export.hf_inputs import (
     check_tokens,
     check_unknown,
     compaction,
-    filler_mask,
-    moved,
     tokens_before,
-    values_visible,
 )
 from megatron.export.hf_outputs import CACHE_FIELD, DecoderModelOutput
-from megatron.layers.base import Context, Layer, State
+from megatron.layers.base import Context, Layer, LayerInputs, State, input_names, inputs_of
 from megatron.model.block import Block
 from megatron.model.build import build_mixer
 from megatron.model.config import ModelConfig
@@ -35,6 +33,7 @@ from megatron.model.embed import Embedding, Head
 from megatron.model.lm import Backbone, embed, empty_states
 from megatron.model.mlp import MLP
 from megatron.ops.modules import has_hooks
+from megatron.ops.opaque import values_visible
 from megatron.ops.places import numbered
 
 
@@ -131,8 +130,6 @@ class DecoderModel(DecoderPreTrainedModel):
         cu_seq_lens_q: Tensor | None = None,
         cu_seq_lens_k: Tensor | None = None,
         seq_idx: Tensor | None = None,
-        prefix_length: int | None = None,
-        prefix_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Hidden states [b, s, d] after the final norm.
@@ -149,8 +146,8 @@ class DecoderModel(DecoderPreTrainedModel):
             output_hidden_states: what each block reads, and the final hidden states.
             cu_seq_lens_q: offsets of documents in one flattened row; cu_seq_lens_k must be the same.
             seq_idx: document numbers [b or 1, s].
-            prefix_length: for JRT layers, see `Context`.
-            prefix_mask: [b, prompt], counts in the pass that reads the prompt.
+            kwargs: inputs that the model's mixers declare (`Layer.Inputs`, such as `prefix_length` and `prefix_mask` of JRT);
+                tensors among them are [b, prompt].
 
         Raises:
             TypeError: an unknown argument.
@@ -160,22 +157,16 @@ class DecoderModel(DecoderPreTrainedModel):
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         held = self._cache(resolve_cache(past_key_values, cache), use_cache, x)
         seen = 0 if held is None else held.seen
+        own = {name: kwargs.pop(name) for name in self.input_names() if name in kwargs}
         check_unknown(kwargs, seen, x.shape[1])
-        self._check_prefix(prefix_length, prefix_mask)
         mask, before = check_mask(attention_mask, x, seen), tokens_before(attention_mask, x, seen)
         documents = Documents(position_ids, cu_seq_lens_q, cu_seq_lens_k, seq_idx).segment_ids(mask, x, seen, before)
-        ctx = Context(
-            mask=mask,
-            segment_ids=documents,
-            prefix_length=prefix_length,
-            prefix_mask=filler_mask(prefix_mask, x, seen),
-            prefix_per_document=True,
-            attentions=[] if asked(output_attentions, self.config, "output_attentions") else None,
-        )
+        weighed: list[Tensor] | None = [] if asked(output_attentions, self.config, "output_attentions") else None
+        ctx = Context(mask, documents, attentions=weighed, inputs=self.inputs_of_pass(own, x, seen))
         hidden: list[Tensor] | None = [] if asked(output_hidden_states, self.config, "output_hidden_states") else None
         self._check_places(position_ids, ctx, held, x)
         move = compaction(mask, before)
-        x, weights = self._pass(x if move is None else move.apply(x), moved(ctx, move), held, hidden)
+        x, weights = self._pass(*((x, ctx) if move is None else (move.apply(x), ctx.map(move.apply))), held, hidden)
         if move is not None:
             x, hidden = move.undo(x), None if hidden is None else [move.undo(h) for h in hidden]
         kept = held if use_cache or (use_cache is None and self._caches()) else None
@@ -199,16 +190,20 @@ class DecoderModel(DecoderPreTrainedModel):
             raise ValueError(f"the cache is of another batch size than the {len(x)} rows given")
         return held
 
-    def prefix_length(self) -> int | None:
-        """Tokens that prefix layers (JRT) read in both directions as they are set; None without such layers."""
-        lengths = [int(mixer.prefix_length) for mixer in self.mixers() if hasattr(mixer, "prefix_length")]
-        return max(lengths) if lengths else None
+    def input_names(self) -> list[str]:
+        """Arguments of `forward` that the mixers of this model declare."""
+        return input_names(self.mixers())
 
-    def _check_prefix(self, length: int | None, mask: Tensor | None) -> None:
-        if (length is not None or mask is not None) and self.prefix_length() is None:
-            raise ValueError("prefix_length and prefix_mask are for models with prefix layers (jrt), of which this has none")
-        if length is not None and (not isinstance(length, int) or length < 0):
-            raise ValueError(f"prefix_length must be a number of tokens, got {length!r}")
+    def inputs_of_pass(self, values: Mapping[str, Any], x: Tensor, seen: int) -> tuple[LayerInputs, ...]:
+        """The mixers' inputs, given by name for whole texts, for the pass over x [b, s, d] after `seen` tokens."""
+        given = inputs_of(self.mixers(), values)
+        return tuple(kind.map(lambda t: t.to(x.device)).of_pass(x.shape[0], seen, x.shape[1]) for kind in given)
+
+    def two_way(self, values: Mapping[str, Any]) -> int:
+        """Tokens at the start of a text that layers read in both directions (JRT's prefix), by the inputs of a call."""
+        own = {name: values[name] for name in self.input_names() if name in values}
+        ctx = Context(inputs=inputs_of(self.mixers(), own))
+        return max((mixer.two_way(ctx) for mixer in self.mixers()), default=0)
 
     def _check_places(self, position_ids: Tensor | None, ctx: Context, held: RecurrentCache | None, x: Tensor) -> None:
         """Learned positions are numbered here; refuse position_ids that number otherwise."""

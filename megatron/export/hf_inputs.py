@@ -7,22 +7,17 @@ reason. Checks of values need the values: they are made in eager mode and left o
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron.layers.base import Context
+from megatron.ops.opaque import values_visible
 
 _WITHOUT_EFFECT = ("max_length_q", "max_length_k", "tokenizer", "assistant_tokenizer")
 """Known arguments that repeat what `cu_seq_lens_q` says, or that `generate` uses itself and hands on."""
-
-
-def values_visible(x: Tensor) -> bool:
-    """Whether Python may look at the values of tensors like `x`."""
-    return x.device.type != "meta" and not torch.compiler.is_compiling()
 
 
 def check_unknown(arguments: Mapping[str, Any], seen: int, length: int) -> None:
@@ -264,37 +259,6 @@ def compaction(mask: Tensor | None, before: Tensor | None) -> Compaction | None:
             return None
     order = (~mask).long().argsort(dim=1, stable=True)
     return Compaction(order, order.argsort(dim=1))
-
-
-def moved(ctx: Context, move: Compaction | None) -> Context:
-    """The context of the same tokens in the order of `move`."""
-    if move is None or ctx.mask is None:
-        return ctx
-    ids, filler = ctx.segment_ids, ctx.prefix_mask
-    return replace(
-        ctx,
-        mask=move.apply(ctx.mask),
-        segment_ids=None if ids is None else move.apply(ids),
-        prefix_mask=None if filler is None else move.apply(filler),
-    )
-
-
-def filler_mask(prefix_mask: Tensor | None, x: Tensor, seen: int) -> Tensor | None:
-    """JRT's filler in front of the prompt [b, prompt], as [b, s] of the pass that reads the prompt; None in later passes.
-
-    Raises:
-        ValueError: another shape or other values than 0 and 1, or filler behind a pass that reads the prompt in pieces.
-    """
-    if prefix_mask is None or seen:
-        return None
-    if prefix_mask.dim() != 2 or prefix_mask.shape[0] != x.shape[0]:
-        raise ValueError(f"prefix_mask must be [{x.shape[0]}, prompt] of 0 and 1, got {tuple(prefix_mask.shape)}")
-    given = prefix_mask.to(x.device)
-    if values_visible(given) and not bool(((given == 0) | (given == 1)).all()):
-        raise ValueError("prefix_mask must hold 0 (filler) and 1 (text) only")
-    if values_visible(given) and bool((given[:, x.shape[1] :] == 0).any()):
-        raise ValueError("prefix_mask hides tokens behind this pass: the filler must be read in one piece")
-    return F.pad(given, (0, max(0, x.shape[1] - given.shape[1])), value=1)[:, : x.shape[1]]  # what follows the prompt is text
 
 
 def check_generation(arguments: Mapping[str, Any], cache: Any, prompt: int | None) -> None:

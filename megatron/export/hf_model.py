@@ -16,11 +16,12 @@ from transformers import GenerationMixin, PretrainedConfig
 
 from megatron.export.hf_backbone import DecoderModel, DecoderPreTrainedModel, asked
 from megatron.export.hf_cache import RecurrentCache, resolve_cache
-from megatron.export.hf_inputs import check_generation, values_visible
+from megatron.export.hf_inputs import check_generation
 from megatron.export.hf_outputs import CACHE_ARGUMENT, CACHE_FIELD, DecoderLMOutput
 from megatron.export.hf_register import register_causal_lm
 from megatron.model.embed import Head
 from megatron.model.loss import token_loss
+from megatron.ops.opaque import values_visible
 
 
 class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
@@ -83,11 +84,16 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
             return
         if generation_config.use_cache and model_kwargs.get(CACHE_ARGUMENT) is None:
             model_kwargs[CACHE_ARGUMENT] = RecurrentCache()
-        own, asked_for, mask = self.model.prefix_length(), model_kwargs.get("prefix_length"), model_kwargs.get("attention_mask")
-        prefix = own if asked_for is None else asked_for
-        if prefix:
+        two_way, mask = self.model.two_way(model_kwargs), model_kwargs.get("attention_mask")
+        if two_way:
             padding = 0 if mask is None else int((mask == 0).sum(1).max())
-            generation_config.prefill_chunk_size = max(generation_config.prefill_chunk_size, prefix + padding)
+            generation_config.prefill_chunk_size = max(generation_config.prefill_chunk_size, two_way + padding)
+
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        """As transformers does, which knows arguments by `forward`'s signature; those that mixers declare are known as well."""
+        own = self.model.input_names()
+        other = {name: value for name, value in model_kwargs.items() if name not in own}
+        super()._validate_model_kwargs(other)  # type: ignore[misc]
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, inputs_embeds: Tensor | None = None, **kwargs: Any) -> Any:
         """As transformers does it, with the cache under its old name: by it PEFT knows a first step, and puts learned prompts
@@ -128,8 +134,6 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
         max_length_q: int | None = None,
         max_length_k: int | None = None,
         seq_idx: Tensor | None = None,
-        prefix_length: int | None = None,
-        prefix_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Logits [b, s, n]. Arguments that are not listed here are those of `DecoderModel.forward`.
@@ -153,8 +157,6 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
             cu_seq_lens_q=cu_seq_lens_q,
             cu_seq_lens_k=cu_seq_lens_k,
             seq_idx=seq_idx,
-            prefix_length=prefix_length,
-            prefix_mask=prefix_mask,
             **kwargs,
         )
         hidden = inner.last_hidden_state
@@ -163,13 +165,13 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
         elif logits_to_keep:
             hidden = hidden[:, -logits_to_keep:]
         logits = self.lm_head(hidden)
-        loss = None if labels is None else self._loss(logits, labels, attention_mask, num_items_in_batch, prefix_length)
+        loss = None if labels is None else self._loss(logits, labels, attention_mask, num_items_in_batch, kwargs)
         more = {CACHE_FIELD: getattr(inner, CACHE_FIELD), "hidden_states": inner.hidden_states}
         output = DecoderLMOutput(loss, logits, **more, attentions=inner.attentions)
         return output if asked(return_dict, self.config, "return_dict") else output.to_tuple()
 
     def _loss(
-        self, logits: Tensor, labels: Tensor, mask: Tensor | None, count: Tensor | int | None, prefix_length: int | None
+        self, logits: Tensor, labels: Tensor, mask: Tensor | None, count: Tensor | int | None, inputs: dict[str, Any]
     ) -> Tensor:
         """Cross entropy of logits [b, s, n] with the labels [b, s] one place on: mean, or sum / count.
 
@@ -185,9 +187,9 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
             wrong = (following != -100) & ((following < 0) | (following >= logits.shape[-1]))
             if following.is_floating_point() or bool(wrong.any()):
                 raise ValueError(f"labels must be token ids of the {logits.shape[-1]} in the vocabulary, or -100")
-            prefix = self.model.prefix_length() if prefix_length is None else prefix_length
-            if prefix and bool((following[:, : prefix - 1] != -100).any()):
-                warnings.warn(_SEEN_LABELS.format(prefix), stacklevel=2)
+            two_way = self.model.two_way(inputs)
+            if two_way and bool((following[:, : two_way - 1] != -100).any()):
+                warnings.warn(_SEEN_LABELS.format(two_way), stacklevel=2)
         loss = token_loss(logits[:, :-1], following)
         if count is None:
             return loss

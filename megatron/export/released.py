@@ -9,7 +9,6 @@ and `Wqkv`. What was decided on the way is returned as notes.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -305,13 +304,12 @@ def _model(reading: _Reading, types: tuple[str, ...], table: Tensor, tied: bool,
     reading.notes.append(f"layers, read from the tensors: {kinds}" + (f"; MLP width {width}" if width else ""))
     for kind, values in reading.options.items():
         reading.notes.append(f"{kind}: " + ", ".join(f"{name} {value}" for name, value in values.items()))
-    heads = math.gcd(size, 16) if mamba else int(settings["n_head"])
     norm = "rmsnorm" if settings.get("rms_norm", True) else "layernorm"
     return ModelConfig(
         vocab_size=rows,
         hidden_size=size,
         num_layers=len(types),
-        num_heads=heads,
+        num_heads=1 if mamba else int(settings["n_head"]),
         mlp_width=width,
         layer_types=types,
         layer_options=reading.options,

@@ -12,7 +12,7 @@ import importlib
 import sys
 import types
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from functools import partial
@@ -27,7 +27,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import logging as hf_logging
 
 from megatron.errors import ExportError
-from megatron.layers.base import Context
+from megatron.layers.base import Context, input_names, inputs_of
 from megatron.model.lm import LanguageModel
 
 TOLERANCE = 1e-4
@@ -86,17 +86,22 @@ def make_probe(
     mask = torch.ones_like(tokens)
     mask[1, :padding] = 0
 
-    def logits(tokens: Tensor, **context: Any) -> Tensor:
-        return model(tokens, Context(**context))[0][..., :vocab_size].clone()
+    mixers = [block.token_mixer for block in model.model.blocks()]
+    own = set(input_names(mixers))
+
+    def logits(tokens: Tensor, values: Mapping[str, Any] | None = None, **context: Any) -> Tensor:
+        """Those of the real vocabulary; `values` are inputs of mixers, where the model has some that read them."""
+        inputs = inputs_of(mixers, {name: value for name, value in (values or {}).items() if name in own})
+        return model(tokens, Context(**context, inputs=inputs))[0][..., :vocab_size].clone()
 
     documents = (torch.arange(length) >= border).long().expand(2, -1)
-    packed = logits(tokens, segment_ids=documents, prefix_per_document=True)
+    packed = logits(tokens, {"prefix_per_document": True}, segment_ids=documents)
     text, shown, following = tokens, mask, list[Tensor]()
     for _ in range(NEW_TOKENS):
-        following.append(logits(text, mask=shown, prefix_length=prefix)[:, -1])
+        following.append(logits(text, {"prefix_length": prefix}, mask=shown)[:, -1])
         text = torch.cat([text, following[-1].argmax(-1, keepdim=True)], 1)
         shown = F.pad(shown, (0, 1), value=1)
-    padded = logits(tokens, mask=mask, prefix_length=prefix)
+    padded = logits(tokens, {"prefix_length": prefix}, mask=mask)
     return Probe(tokens, padding, prefix, border, logits(tokens), padded, packed, text[:, length:], torch.stack(following, 1))
 
 
@@ -178,7 +183,7 @@ _Use = Callable[[Any, Probe, bool], tuple[Tensor, Tensor] | None]
 
 def _extra(model: Any, probe: Probe, native: bool) -> dict[str, Any]:
     """The prefix of the probe's padded passes, where the model has layers that read one."""
-    return {} if native or model.model.prefix_length() is None else {"prefix_length": probe.prefix}
+    return {} if native or "prefix_length" not in model.model.input_names() else {"prefix_length": probe.prefix}
 
 
 def _whole_pass(model: Any, probe: Probe, native: bool) -> tuple[Tensor, Tensor]:

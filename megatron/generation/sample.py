@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron.errors import ConfigError
 from megatron.generation.decode import TokenStep
 from megatron.generation.prompts import MODES, fill_prompt, filler_mask, left_pad
-from megatron.layers.base import Context, State
+from megatron.layers.base import Context, State, inputs_of
 from megatron.model.lm import LanguageModel
 
 
@@ -114,6 +114,7 @@ class _Stepper:
         self.model, self.tokens, self.mask, self.hidden, self.sampling = model, tokens, mask, hidden, sampling
         # what stands in the prompt is the prefix, also when the text is run again with more behind it
         self.prefix = min(sampling.prefix_length, tokens.shape[1]) or None
+        self.mixers = [block.token_mixer for block in model.model.blocks()]
         self.state: list[State] | None = None
         self.fast: TokenStep | None = None
         if not sampling.recompute:
@@ -121,7 +122,8 @@ class _Stepper:
 
     def prompt(self) -> Tensor:
         """Logits [b, n] after the prompts."""
-        ctx = Context(self.mask, None, self.sampling.backend, self.prefix, self.hidden)
+        inputs = inputs_of(self.mixers, {"prefix_length": self.prefix, "prefix_mask": self.hidden})
+        ctx = Context(self.mask, backend=self.sampling.backend, inputs=inputs)
         logits, self.state = self.model(self.tokens, ctx, self.state)
         return logits[:, -1]
 

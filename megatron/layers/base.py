@@ -1,13 +1,29 @@
 """The contract of a token mixer, on one page.
 
 A mixer turns `x [b, s, d]` (already normed) into `y [b, s, d]`; norms, residuals and the MLP belong to the block around it.
-It is written for one device. Two things make it run on many without a line about ranks in it:
+It is written for one device. Its clauses, each of which `tests/layers/test_contract.py` checks on every registered mixer
+(`python tools/layer.py check NAME` prints them as a table):
 
-* it never uses the global number of heads in `forward`: head counts come from its own parameters and the sizes of its own
-  modules (`q_proj.out_features`), which `parallel/tensor.py` cuts by the layer's `plan()`. It calls its modules and does not
-  read their weights, so that adapters, quantised weights and hooks of an exported model act (`ops/modules.py`);
-* it calls `self.split(u)` once where work on separate heads begins and `self.join(y)` once where their partial sums meet.
-  Both are the identity on one device; under tensor parallelism they carry the two all-reduces of Megatron.
+1.  *Found by reading.* `names` select it in `attention_config`; `Config` holds its options, each with a literal default and a
+    string after it. Both are read as text, so they are literals. A `Config` may inherit from another of the same file.
+2.  *Causal*, but for the `two_way` tokens at the start of a text, which every token sees.
+3.  *One function, three ways.* A whole pass, a prefill in pieces, and `step` after it give the same outputs. States that come
+    in are left alone, unless `ctx.in_place` allows `step` to overwrite them.
+4.  *Padding* (`ctx.mask`) on either side of a row neither changes outputs nor enters the state.
+5.  *Documents* (`ctx.segment_ids`): nothing of a document reaches the next one, in outputs or in the state.
+6.  *Backends.* `ctx.backend="reference"` and `"auto"` agree, gradients included.
+7.  *Sizes come from its own modules.* `forward` never uses the global number of heads: it reads `q_proj.out_features`, which
+    `parallel/tensor.py` cuts by `plan()`. It calls its modules and does not read their weights, so that adapters, quantised
+    weights and hooks of an exported model act (`ops/modules.py`).
+8.  *Split and join.* It calls `self.split(u)` once where work on separate heads begins and `self.join(y)` once where their
+    partial sums meet: the identity on one device, the two all-reduces of Megatron under tensor parallelism. A mixer that sums
+    over the ranks more often says so in `tp_reductions`. A parameter that is `replicated` acts before the split or after the
+    join, since in between each rank would have a part of its gradient. The parts of any number of ranks that divides
+    `Config.tp_divisor()` add up to the whole; `set_shard` tells a part which one it is.
+9.  *Tables name every parameter:* `plan()` and `init_rules()` all of them, `no_decay()` some. `lay_together` may move them in
+    memory and changes no value.
+10. *Inputs of its own.* What only this mixer reads of a pass is a field of its `Inputs` (None for none), never of `Context`.
+11. *Costs:* `flops`, `state_size` and `param_count` are what a counter finds.
 
 Shapes, everywhere in this folder: b batch, s sequence, d hidden, h heads, k key width per head, v value width per head.
 Files of this folder import torch, this page and `megatron.ops` only: `export/` packs their text into the checkpoint folder.
@@ -15,9 +31,9 @@ Files of this folder import torch, this page and `megatron.ops` only: `export/` 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,10 +45,14 @@ State = dict[str, Tensor]
 class LayerConfig:
     """What every mixer is told; the fields that a mixer adds in its nested `Config` become the YAML keys `<name>_<field>`.
 
-    neox_keys: field -> GPT-NeoX key that gives the value where the field's own key is not set (an unset NeoX key gives none).
+    Attributes:
+        neox_keys: field -> GPT-NeoX key that gives the value where the field's own key is not set (an unset NeoX key gives
+            none).
+        no_options: inherited fields that are no YAML keys.
     """
 
     neox_keys: ClassVar[Mapping[str, str]] = {}
+    no_options: ClassVar[tuple[str, ...]] = ()
 
     hidden_size: int
     num_heads: int
@@ -45,55 +65,112 @@ class LayerConfig:
         """
         return self
 
+    def tp_divisor(self) -> int:
+        """How many equal parts the layer falls into at most: model_parallel_size must divide this number.
+
+        By default the model's heads. A layer with heads of its own, or with channels instead, overrides it.
+        """
+        return self.num_heads
+
+
+@dataclass(frozen=True)
+class LayerInputs:
+    """What mixers of one kind read of a pass beside the hidden states and the `Context`: base of a mixer's `Inputs`.
+
+    All fields have defaults, which mean "not given"; their names are the keyword arguments of an exported model's `forward`,
+    so that no two kinds share one. A tensor among them is [b, s], one value per token of the pass.
+    """
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """Names of the fields (a dataclass's own record of them, which a compiler can follow, unlike `fields`)."""
+        return cls.__match_args__
+
+    def of_pass(self, batch: int, seen: int, length: int) -> LayerInputs:
+        """These inputs, given for whole texts, as the pass over their tokens seen .. seen + length - 1 wants them.
+
+        An exported model asks this of what its `forward` is given.
+
+        Args:
+            batch: rows.
+            seen: tokens per row that earlier passes have read.
+            length: tokens of this pass.
+
+        Raises:
+            ValueError: a value that cannot be honoured.
+        """
+
+        def cut(t: Tensor) -> Tensor:
+            if t.dim() != 2 or t.shape[0] != batch or t.shape[1] < seen + length:
+                raise ValueError(f"inputs of {type(self).__name__} must be [{batch}, {seen + length}], got {tuple(t.shape)}")
+            return t[:, seen : seen + length]
+
+        return self.map(cut)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> LayerInputs:
+        """The same with every tensor changed."""
+        values = {name: getattr(self, name) for name in self.names()}
+        return type(self)(**{name: change(v) if isinstance(v, Tensor) else v for name, v in values.items()})
+
+
+InputsOf = TypeVar("InputsOf", bound=LayerInputs)
+
 
 @dataclass(frozen=True)
 class Context:
     """What travels beside the hidden states through all layers of one pass.
 
-    mask: [b, s], 1 for a token and 0 for padding; None when there is no padding.
-    segment_ids: [b, s] integers that grow by one at each document border; None when documents are not told apart.
-    backend: which path of `ops/` is asked for: auto | reference | torch | triton | fla.
-    prefix_length: tokens at the start of a sequence that prefix layers (`jrt`) read in both directions; None: as they are set.
-    prefix_per_document: the prefix is counted from the start of each document instead of the sequence.
-    in_place: `step` may overwrite the states that it is given (buffers of a captured graph); without it they are left alone.
-    prefix_mask: [b, s], 0 for filler in front of a prompt as JRT decodes it: prefix layers hide its keys, all others take it
-        for text (`mask` is what hides a token everywhere).
-    attentions: where layers that have attention weights leave them, [b, h, s, keys], when a list is given.
+    Attributes:
+        mask: [b, s], 1 for a token and 0 for padding; None when there is no padding.
+        segment_ids: [b, s] integers that grow by one at each document boundary; None when documents are not separated.
+        backend: which path of `ops/` to run: auto | reference | torch | triton | fla.
+        in_place: `step` may overwrite the states that it is given (buffers of a captured graph), else it leaves them alone.
+        attentions: where layers that have attention weights leave them, [b, h, s, keys], when a list is given.
+        inputs: what single kinds of mixers read, see `Layer.Inputs`; a mixer gets its own by `ctx.read(kind)`.
     """
 
     mask: Tensor | None = None
     segment_ids: Tensor | None = None
     backend: str = "auto"
-    prefix_length: int | None = None
-    prefix_mask: Tensor | None = None
     in_place: bool = False
-    prefix_per_document: bool = False
     attentions: list[Tensor] | None = None
+    inputs: tuple[LayerInputs, ...] = ()
+
+    def read(self, kind: type[InputsOf]) -> InputsOf:
+        """The inputs of one kind, with every field at its default where the pass brings none."""
+        return next((given for given in self.inputs if isinstance(given, kind)), kind())
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Context:
+        """The same pass with every tensor [b, s] changed: other places, another device."""
+        mask, ids = (None if t is None else change(t) for t in (self.mask, self.segment_ids))
+        return replace(self, mask=mask, segment_ids=ids, inputs=tuple(given.map(change) for given in self.inputs))
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Context:
         """The same on another device: what accelerate calls where a model's layers lie on several."""
-        tensors = (self.mask, self.segment_ids, self.prefix_mask)
-        mask, ids, filler = (None if t is None else t.to(device, non_blocking=non_blocking) for t in tensors)
-        return replace(self, mask=mask, segment_ids=ids, prefix_mask=filler)
+        return self.map(lambda t: t.to(device, non_blocking=non_blocking))
 
 
 class Layer(nn.Module):
     """Base of all token mixers.
 
-    Class attributes: `names`, the words that select it in `attention_config` (the first is the prefix of its options);
-    `uses_heads`, whether the number of heads means anything to it: a model of others may have any, and is cut by channels.
-    `first_head` is the number, in the whole model, of the first head held here; `parallel/tensor.py` sets it. Only a layer
-    whose heads differ by their number (ALiBi's slopes) reads it.
+    Attributes:
+        names: the words that select it in `attention_config`; the first is the prefix of its options.
+        uses_heads: whether it reads `num_attention_heads`; a model of mixers that do not needs no such key.
+        tp_reductions: sums over the tensor-parallel ranks in one pass; with more than the one in `join`, sequence parallelism
+            is refused.
+        Config: its options.
+        Inputs: what only this mixer reads of a pass, None for nothing.
     """
 
     names: ClassVar[tuple[str, ...]] = ()
     uses_heads: ClassVar[bool] = True
+    tp_reductions: ClassVar[int] = 1
     Config: ClassVar[type[LayerConfig]] = LayerConfig
+    Inputs: ClassVar[type[LayerInputs] | None] = None
 
     def __init__(self, config: LayerConfig) -> None:
         super().__init__()
         self.config = config
-        self.first_head = 0
         self.split: nn.Module = nn.Identity()
         self.join: nn.Module = nn.Identity()
 
@@ -114,8 +191,29 @@ class Layer(nn.Module):
         raise NotImplementedError
 
     def init_state(self, batch: int, dtype: torch.dtype, device: torch.device | str) -> State:
-        """The empty state: named tensors with the batch on dim 0, so that beam search can reorder them all alike."""
+        """The empty state: named tensors with the batch on dim 0, so that beam search can reorder them all alike.
+
+        A sum over the past is called `recurrent` (or `ssm`), the last inputs of a convolution `conv`: reports of memory go by
+        these names (`model/memory.py`).
+        """
         raise NotImplementedError
+
+    def two_way(self, ctx: Context) -> int:
+        """Tokens at the start of a row that are read in both directions, 0 for a causal layer.
+
+        The pass that begins a text must hold all of them, and a label among them is one that the model sees.
+        """
+        return 0
+
+    def set_shard(self, rank: int, size: int) -> None:
+        """Learn that this layer holds part `rank` of `size` equal ones; called once, after its parameters were cut.
+
+        Only a layer whose heads differ by their number in the whole model (ALiBi's slopes) needs to know.
+        """
+
+    def draws_random(self) -> bool:
+        """Whether a pass in training draws random numbers (dropout), which a recomputed pass must draw again."""
+        return False
 
     def plan(self) -> Mapping[str, str]:
         """Parameter name (relative to this layer) -> how it is cut: column | row | heads | replicated."""
@@ -148,3 +246,25 @@ class Layer(nn.Module):
     def build(cls, common: Mapping[str, Any], options: Mapping[str, Any]) -> Layer:
         """Make a mixer from the common fields and its own options; unknown options raise TypeError."""
         return cls(cls.Config(**common, **options))
+
+
+def inputs_of(layers: Iterable[Layer], values: Mapping[str, Any]) -> tuple[LayerInputs, ...]:
+    """Values by name as the `Inputs` that the layers of a model declare, one of each kind; None is "not given".
+
+    Everything that runs a model brings inputs this way: training, generation, evaluation, an exported folder.
+
+    Raises:
+        ValueError: no layer declares such an input, or the value is none that it takes.
+    """
+    given = {name: value for name, value in values.items() if value is not None}
+    kinds = list(dict.fromkeys(layer.Inputs for layer in layers if layer.Inputs is not None))
+    declared = {kind: [name for name in kind.names() if name in given] for kind in kinds}
+    unknown = given.keys() - {name for names in declared.values() for name in names}
+    if unknown:
+        raise ValueError(f"{min(unknown)} is an input of other mixers than this model has")
+    return tuple(kind(**{name: given[name] for name in names}) for kind, names in declared.items())
+
+
+def input_names(layers: Iterable[Layer]) -> list[str]:
+    """Names of the inputs that the layers of a model declare, sorted."""
+    return sorted({name for layer in layers if layer.Inputs is not None for name in layer.Inputs.names()})

@@ -37,6 +37,10 @@ class BaseConv(Layer):
         bias: bool = True
         """Biases of the projections; the convolution has none."""
 
+        def tp_divisor(self) -> int:
+            """The channels of the convolution."""
+            return self.expand * self.hidden_size
+
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         d, inner = config.hidden_size, config.expand * config.hidden_size

@@ -47,13 +47,17 @@ class Based(Layer):
             constant = self.decay_const if self.decay else -3.0
             return replace(self, heads=self.heads or self.num_heads, decay_const=constant)
 
+        def tp_divisor(self) -> int:
+            """The heads of the linear attention."""
+            return self.heads or self.num_heads
+
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         d, heads = config.hidden_size, config.heads or config.num_heads
         if d % heads:
             raise ValueError(f"based needs hidden_size divisible by its heads, got {d} and {heads}")
         self.feature_width, self.value_dim = config.feature_width, d // heads
-        self.heads, self.decay_const = heads, config.decay_const
+        self.heads, self.decay_const, self.first_head = heads, config.decay_const, 0
         self.proj_q = nn.Linear(d, heads * config.feature_width, bias=False)
         self.proj_k = nn.Linear(d, heads * config.feature_width, bias=False)
         self.proj_v = nn.Linear(d, d, bias=False)
@@ -66,13 +70,16 @@ class Based(Layer):
         v = self.proj_v(x).unflatten(-1, (-1, self.value_dim))
         return self.proj_q(x).unflatten(-1, narrow), self.proj_k(x).unflatten(-1, narrow), v
 
+    def set_shard(self, rank: int, size: int) -> None:
+        """Rates of decay go by the number of the head."""
+        self.first_head = rank * self.heads // size
+
     def log_decay(self, device: torch.device) -> Tensor | None:
         """log(1 - 2^(c - head)) of the heads held here `[h]`, rounded to fp32 as the released buffer is; None without decay."""
         if self.decay_proj is None:
             return None
         count = self.decay_proj.out_features
-        first = self.first_head * self.heads // self.config.num_heads  # `first_head` counts the model's heads
-        head = torch.arange(first, first + count, device=device, dtype=torch.float64)
+        head = torch.arange(self.first_head, self.first_head + count, device=device, dtype=torch.float64)
         return torch.log1p(-torch.exp2(self.decay_const - head)).float()
 
     def _finish(self, y: Tensor, x: Tensor) -> Tensor:

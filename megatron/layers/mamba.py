@@ -44,6 +44,7 @@ class Mamba(Layer):
 
     names: ClassVar[tuple[str, ...]] = ("mamba",)
     uses_heads: ClassVar[bool] = False
+    tp_reductions: ClassVar[int] = 2
 
     @dataclass(frozen=True)
     class Config(LayerConfig):
@@ -65,6 +66,10 @@ class Mamba(Layer):
         def resolved(self) -> LayerConfig:
             """The width of the bottleneck said."""
             return replace(self, dt_rank=self.dt_rank or math.ceil(self.hidden_size / 16))
+
+        def tp_divisor(self) -> int:
+            """The channels of the layer."""
+            return self.expand * self.hidden_size
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
@@ -151,8 +156,7 @@ class Mamba(Layer):
         roles["conv1d.bias"] = f"uniform {self.width**-0.5}"
         return {n: roles.get(n, "zeros" if n.endswith("bias") else "conv") for n, _ in self.named_parameters()}
 
-    @staticmethod
-    def no_decay() -> tuple[str, ...]:
+    def no_decay(self) -> tuple[str, ...]:
         """A and D are rates and gains, not maps."""
         return ("A_log", "D")
 

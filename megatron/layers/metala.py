@@ -170,8 +170,7 @@ class MetaLA(Layer):
             "out_proj.weight": "output",
         }
 
-    @staticmethod
-    def no_decay() -> tuple[str, ...]:
+    def no_decay(self) -> tuple[str, ...]:
         """The augmentation vector starts at zero and is a gain, not a map: decay would only pull it back."""
         return ("aug_balance",)
 

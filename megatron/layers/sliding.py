@@ -83,6 +83,10 @@ class SlidingAttention(Layer):
         groups = self.k_proj.out_features // self.head_dim
         return empty_cache(batch, groups, self.head_dim, self.options.window, dtype, device)
 
+    def draws_random(self) -> bool:
+        """With dropout."""
+        return self.options.dropout > 0
+
     def plan(self) -> Mapping[str, str]:
         """By head."""
         return {f"{p}.weight": "column" for p in ("q_proj", "k_proj", "v_proj")} | {"out_proj.weight": "row"}

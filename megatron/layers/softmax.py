@@ -80,6 +80,10 @@ class SoftmaxAttention(Layer):
                 plain = replace(plain, bias_max=8.0, train_length=None, slope_factor=1.0)
             return plain
 
+        def tp_divisor(self) -> int:
+            """Whole heads, and with grouped queries whole groups of them."""
+            return math.gcd(self.num_heads, self.kv_heads or self.num_heads)
+
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         d, h = config.hidden_size, config.num_heads
@@ -88,7 +92,7 @@ class SoftmaxAttention(Layer):
             raise ValueError(f"attention needs hidden_size {d} divisible by {h} heads, and heads by kv_heads {groups}")
         if config.positions not in ("rotary", "alibi", "none", "learned"):
             raise ValueError(f"positions are rotary, alibi, learned or none, got {config.positions!r}")
-        self.options = config
+        self.options, self.first_head = config, 0
         self.head_dim = d // h
         self.rotary = rotary_width(self.head_dim, config.rotary_fraction) if config.positions == "rotary" else 0
         self.q_proj = nn.Linear(d, d, bias=config.bias)
@@ -97,6 +101,10 @@ class SoftmaxAttention(Layer):
         self.out_proj = nn.Linear(d, d, bias=config.bias)
         self.q_norm = nn.Parameter(torch.ones(h, self.head_dim)) if config.qk_norm else None
         self.k_norm = nn.Parameter(torch.ones(groups, self.head_dim)) if config.qk_norm else None
+
+    def set_shard(self, rank: int, size: int) -> None:
+        """Slopes go by the number of the head."""
+        self.first_head = rank * self.options.num_heads // size
 
     def slopes(self, device: torch.device | str) -> Tensor | None:
         """ALiBi's slopes [h] of the heads held here, fp32 constants out of the whole model's list; None without ALiBi."""
@@ -138,6 +146,10 @@ class SoftmaxAttention(Layer):
         """No keys and values yet: see `ops/attention_cache.py`; constant in size with a window, growing without."""
         groups = self.k_proj.out_features // self.head_dim
         return empty_cache(batch, groups, self.head_dim, self.options.window, dtype, device)
+
+    def draws_random(self) -> bool:
+        """With dropout."""
+        return self.options.dropout > 0
 
     def plan(self) -> Mapping[str, str]:
         """By head."""
@@ -181,21 +193,7 @@ class AlibiAttention(SoftmaxAttention):
             "dropout": "attention_dropout",
         }
 
+        no_options: ClassVar[tuple[str, ...]] = ("rotary_fraction", "rotary_base")
+
         positions: str = "alibi"
         """Always alibi."""
-        kv_heads: int | None = None
-        """Heads of keys and values, a divisor of the query heads; unset: as many as those."""
-        window: int | None = None
-        """Previous tokens that a token sees beside itself; unset: all."""
-        bias: bool = False
-        """Biases of all four projections."""
-        qk_norm: bool = False
-        """A LayerNorm with gain over the width of each head of queries and keys."""
-        dropout: float = 0.0
-        """Dropout on attention weights in training."""
-        bias_max: float = 8.0
-        """The steepest slopes end at 2 to the minus this."""
-        train_length: int | None = None
-        """Beyond this length slopes shrink by train_length / length (position interpolation); unset: never."""
-        slope_factor: float = 1.0
-        """All slopes are divided by this (position interpolation by a fixed factor)."""

@@ -8,11 +8,40 @@ import torch
 from torch import nn
 
 from megatron.errors import ConfigError
-from megatron.layers.base import Layer
+from megatron.layers.base import Layer, LayerConfig
 from megatron.model.config import ModelConfig
 from megatron.model.lm import LanguageModel
 from megatron.parallel.plan import Cut, ParamSpec
-from megatron.registry import layer_class
+from megatron.registry import layer_class, layer_info
+
+
+def mixer_config(config: ModelConfig, name: str, index: int = 0) -> LayerConfig:
+    """Options of the mixer called `name`, as the layer of block `index` gets them; an unknown one is a ConfigError."""
+    cls = layer_class(name)
+    written = config.layer_options.get(cls.names[0], {})
+    try:
+        options: LayerConfig = cls.Config(config.hidden_size, config.num_heads, index, **written)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"layers '{name}' cannot be built", why=str(error)) from None
+    return options
+
+
+def check_tensor_parallel(config: ModelConfig, size: int) -> None:
+    """Refuse a tensor-parallel size that a mixer of the model cannot be cut into, as it declares by `Config.tp_divisor`.
+
+    Raises:
+        ConfigError: which layers fall into how many parts.
+    """
+    for name in dict.fromkeys(config.layer_types):
+        parts = mixer_config(config, name).tp_divisor()
+        if parts % size:
+            unit = "heads" if layer_info(name).uses_heads else "channels"
+            raise ConfigError(
+                f"{parts} {unit} cannot be split over model_parallel_size {size}",
+                where=f"layers '{name}'",
+                why=f"tensor parallelism gives every rank the same number of whole {unit}",
+                hint=f"choose a model_parallel_size that divides {parts}",
+            )
 
 
 def build_mixer(config: ModelConfig, index: int) -> Layer:

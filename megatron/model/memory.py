@@ -13,7 +13,7 @@ import torch
 from megatron.model.build import build_mixer
 from megatron.model.config import ModelConfig
 
-KINDS = {"conv": "convolution", "recurrent": "recurrent", "ssm": "recurrent"}
+KINDS = {"conv": "convolution", "recurrent": "recurrent", "ssm": "recurrent", "tokens": "recurrent"}
 """Name of a state tensor -> what it is; all others are attention's keys, values and bookkeeping."""
 
 

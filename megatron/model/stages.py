@@ -1,22 +1,39 @@
 """The model as a flat list of stages, for pipelines: the very same modules, one after the other.
 
-What flows between stages is a tuple of tensors: `(x,)` or `(x, segment_ids)`; into the first go token ids in place of x, out
-of the last come logits. Indices are GPT-NeoX's, which also number the files of a checkpoint.
+What flows between stages is a tuple of tensors: `(x, *inputs[, segment_ids])`; into the first go token ids in place of x, out
+of the last come logits. `inputs` are what single kinds of mixers read (`Layer.Inputs`), tensors [b, s] or numbers as tensors
+[1]; which of them the run's batches bring is fixed when the stages are made. Indices are GPT-NeoX's, which also number the
+files of a checkpoint.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
-from megatron.layers.base import Context
+from megatron.errors import ConfigError, DataError
+from megatron.layers.base import Context, Layer, LayerInputs, input_names, inputs_of
 from megatron.model.block import Block
 from megatron.model.embed import Embedding, Head
 from megatron.model.lm import LanguageModel
 from megatron.model.norm import Norm
 
 Flow = tuple[Tensor, ...]
+
+
+def input_tensors(given: Mapping[str, Tensor | int], names: Sequence[str]) -> Flow:
+    """The mixers' inputs of a micro batch as they flow, in the order of `names`.
+
+    Raises:
+        DataError: the batch brings others than these.
+    """
+    if set(given) != set(names):
+        raise DataError(f"a batch brings the inputs {sorted(given)}, the run expects {sorted(names)}")
+    values = [given[name] for name in names]
+    return tuple(v.contiguous() if isinstance(v, Tensor) else torch.tensor([v]) for v in values)
 
 
 class StageModule(nn.Module):
@@ -36,31 +53,44 @@ class StageModule(nn.Module):
 
 
 class FirstStage(StageModule):
-    """Embedding: `(tokens[, segment_ids])` -> `(x[, segment_ids])`."""
+    """Embedding: `(tokens, ...)` -> `(x, ...)`."""
+
+    def __init__(self, body: Embedding, prefix: str, inputs: Sequence[str] = ()) -> None:
+        super().__init__(body, prefix)
+        self.ids_at = 1 + len(inputs)
 
     def forward(self, flow: Flow) -> Flow:
         """See the class."""
         assert isinstance(self.body, Embedding)
-        ctx = Context(segment_ids=flow[1] if len(flow) > 1 else None)
+        ctx = Context(segment_ids=flow[self.ids_at] if len(flow) > self.ids_at else None)
         return (self.body.finish(self.body(flow[0]), ctx)[0], *flow[1:])
 
 
 class BlockStage(StageModule):
     """One residual block."""
 
-    def __init__(self, body: Block, prefix: str, backend: str = "auto") -> None:
+    def __init__(self, body: Block, prefix: str, backend: str = "auto", inputs: Sequence[str] = ()) -> None:
         super().__init__(body, prefix)
-        self.backend = backend
+        self.backend, self.inputs, self.ids_at = backend, tuple(inputs), 1 + len(inputs)
 
     def forward(self, flow: Flow) -> Flow:
-        """`(x[, segment_ids])` -> the same."""
-        ctx = Context(segment_ids=flow[1] if len(flow) > 1 else None, backend=self.backend)
+        """`(x, ...)` -> the same."""
+        assert isinstance(self.body, Block)
+        ids = flow[self.ids_at] if len(flow) > self.ids_at else None
+        ctx = Context(segment_ids=ids, backend=self.backend, inputs=self._inputs(flow, self.body.token_mixer))
         x, _ = self.body(flow[0], ctx)
         return (x, *flow[1:])
 
+    def _inputs(self, flow: Flow, mixer: Layer) -> tuple[LayerInputs, ...]:
+        """What this block's mixer declares among the inputs of the flow."""
+        if not self.inputs:
+            return ()
+        own, given = input_names([mixer]), dict(zip(self.inputs, flow[1 : self.ids_at], strict=True))
+        return inputs_of([mixer], {n: int(t) if t.dim() == 1 else t for n, t in given.items() if n in own})
+
 
 class NormStage(StageModule):
-    """Final norm: `(x[, segment_ids])` -> the same."""
+    """Final norm: `(x, ...)` -> the same."""
 
     def __init__(self, body: Norm, prefix: str, backend: str = "auto") -> None:
         super().__init__(body, prefix)
@@ -72,7 +102,7 @@ class NormStage(StageModule):
 
 
 class LastStage(StageModule):
-    """Output matrix: `(x[, segment_ids])` -> logits `[b, s, n]` of the vocabulary rows held here.
+    """Output matrix: `(x, ...)` -> logits `[b, s, n]` of the vocabulary rows held here.
 
     Without `logits` it gives `[b, s, d]`, what the matrix is to multiply, to a loss that does so itself
     (`parallel/linear_loss.py`).
@@ -96,16 +126,30 @@ class Stage:
     module: StageModule
 
 
-def stages_of(model: LanguageModel, backend: str = "auto", logits: bool = True) -> list[Stage]:
-    """All stages of a model, in order; `logits` as in `LastStage`.
+def stages_of(model: LanguageModel, backend: str = "auto", logits: bool = True, inputs: Sequence[str] = ()) -> list[Stage]:
+    """All stages of a model, in order.
 
     With a tied output matrix the last stage's weight is the embedding's parameter.
+
+    Args:
+        model: whose modules they are.
+        backend: path of the operators, see `ops/dispatch.py`.
+        logits: as in `LastStage`.
+        inputs: names of the mixers' inputs that the flow carries.
+
+    Raises:
+        ConfigError: no mixer of the model declares such an input.
     """
     layers = model.config.num_layers
-    stages = [Stage(0, FirstStage(model.model.embed_tokens, "model.embed_tokens"))]
+    unknown = set(inputs) - set(input_names(block.token_mixer for block in model.model.blocks()))
+    if unknown:
+        raise ConfigError(
+            f"no mixer of this model reads '{min(unknown)}'", hint="a mixer declares what it reads as its `Inputs`"
+        )
+    stages = [Stage(0, FirstStage(model.model.embed_tokens, "model.embed_tokens", inputs))]
     for i, block in enumerate(model.model.layers):
         assert isinstance(block, Block)
-        stages.append(Stage(i + 2, BlockStage(block, f"model.layers.{i}", backend)))
+        stages.append(Stage(i + 2, BlockStage(block, f"model.layers.{i}", backend, inputs)))
     stages.append(Stage(layers + 3, NormStage(model.model.final_norm, "model.final_norm", backend)))
     stages.append(Stage(layers + 4, LastStage(model.lm_head, "lm_head", logits)))
     return stages

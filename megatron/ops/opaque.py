@@ -22,6 +22,11 @@ _KINDS = {"Tensor": "Tensor", "Tensor | None": "Tensor?", "float": "float", "int
 _RESULTS = {"Tensor": "Tensor", "tuple[Tensor, Tensor]": "(Tensor, Tensor)"}
 
 
+def values_visible(x: Tensor) -> bool:
+    """Whether Python may look at the values of tensors like `x`: they exist, and no compiler is tracing."""
+    return x.device.type != "meta" and not torch.compiler.is_compiling()
+
+
 class _Kept:
     """Stands in for autograd's context where a Function's halves are called by hand."""
 

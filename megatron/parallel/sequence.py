@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from megatron.errors import ConfigError
+from megatron.layers.base import Layer
 from megatron.ops.precision import outside_autocast
 from megatron.parallel.collectives import tp_sum
 from megatron.parallel.plan import ParamSpec
@@ -114,10 +115,10 @@ def check_sequence_parallel(model: nn.Module, specs: Mapping[str, ParamSpec], tp
         raise _refused("hidden_dropout would not drop the same activations as without it")
     if any(name.endswith(".positions") for name in specs):
         raise _refused("learned positions are added to the whole sequence")
-    for name, module in model.named_modules():
-        rows = [n for n in specs if n.startswith(f"{name}.") and specs[n].cut == "row"]
-        if "join" in module._modules and len(rows) > 1:
-            raise _refused(f"{type(module).__name__} sums over the ranks {len(rows)} times, inside its own sequence")
+    for module in model.modules():
+        if isinstance(module, Layer) and module.tp_reductions > 1:
+            why = f"{type(module).__name__} sums over the ranks {module.tp_reductions} times, inside its own sequence"
+            raise _refused(why)
 
 
 def _refused(why: str) -> ConfigError:

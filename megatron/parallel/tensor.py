@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron.errors import ConfigError
+from megatron.layers.base import Layer
 from megatron.parallel.collectives import CopyToTP, ReduceFromTP
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.plan import ParamSpec, Slice, slice_of
@@ -87,7 +88,7 @@ def set_part_sizes(model: nn.Module) -> None:
 
 
 def _set_collectives(model: nn.Module, specs: Mapping[str, ParamSpec], mesh: Mesh, wide: bool) -> None:
-    """Fill every `split`, `join`, `first_row` and `first_head`."""
+    """Fill every `split`, `join` and `first_row`, and tell every mixer which part it is."""
     if mesh.tp_group is None:
         return  # a mesh that only plans: shapes are cut, nothing will be run
     for name, module in list(model.named_modules()):
@@ -97,8 +98,8 @@ def _set_collectives(model: nn.Module, specs: Mapping[str, ParamSpec], mesh: Mes
             module.join = ReduceFromTP(mesh.tp_group, wide)
         if hasattr(module, "first_row"):
             module.first_row = local_slice(specs[f"{name}.weight"], mesh).start
-        if hasattr(module, "first_head"):
-            module.first_head = mesh.tp_rank * module.config.num_heads // mesh.tp
+        if isinstance(module, Layer):
+            module.set_shard(mesh.tp_rank, mesh.tp)
 
 
 def same_on_all_ranks(tensors: Mapping[str, Tensor], mesh: Mesh) -> list[str]:

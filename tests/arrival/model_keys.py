@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from megatron.model.mlp import ACTIVATIONS
+from megatron.registry import layer_options
 from tests.arrival.arrivals import Arrival
 from tests.arrival.case import Case
 
@@ -125,6 +126,21 @@ _BESIDE: dict[str, dict[str, Any]] = {
     "jrt_heads": {"jrt_prefix_length": 8, "objective": "jrt"},
     "jrt_prefix_length": {"objective": "jrt", "objective_prefix_length": None},
 }
+
+
+def _another(default: Any) -> Any:
+    """A value that is not the default of an option, for mixers that are not listed above."""
+    if isinstance(default, bool):
+        return not default
+    if isinstance(default, int):
+        return 2 * default or 2
+    return default / 2 or 0.25
+
+
+for _name, _known in layer_options().items():
+    if _name not in _OPTIONS:
+        _numbers = {n: o.default for n, o in _known.items() if isinstance(o.default, (bool, int, float))}
+        _OPTIONS[_name] = {n: _another(default) for n, default in _numbers.items()}
 
 MIXERS: dict[str, Arrival] = {
     f"{mixer}_{name}": Arrival(

@@ -18,7 +18,6 @@ from megatron.checkpoint.foreign import ForeignFolder, read_pickle
 from megatron.checkpoint.load import read_full_weights
 from megatron.checkpoint.neox import read_neox_weights, vocabulary_rows
 from megatron.errors import CheckpointError
-from megatron.layers.metala import MetaLA
 from megatron.model.build import param_specs
 from megatron.model.config import ModelConfig
 
@@ -119,23 +118,6 @@ def test_fused_gated_mlp_of_newer_releases(tmp_path: Path) -> None:
         for part in stages[stage]:
             part["mlp.linear1.weight"] = torch.cat([part.pop("mlp.w3.weight"), part.pop("mlp.w1.weight")])
             part["mlp.linear2.weight"] = part.pop("mlp.w2.weight")
-    found = read_neox_weights(write_layers(tmp_path, stages), CONFIG)
-    assert all(torch.equal(found[name], weights[name]) for name in weights)
-
-
-def test_a_mixer_brings_its_own_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def names(config: ModelConfig) -> dict[str, Any]:
-        return {
-            "q_proj.weight": ("attention.fused.weight", lambda t: t.chunk(2)[0]),
-            "k_gate.weight": ("attention.fused.weight", lambda t: t.chunk(2)[1]),
-        }
-
-    monkeypatch.setattr(MetaLA, "neox_names", staticmethod(names), raising=False)
-    weights, stages = random_weights(CONFIG), neox_stages(CONFIG, random_weights(CONFIG), 2)
-    for stage in (2, 3):
-        for part in stages[stage]:
-            fused = [part.pop("attention.q_proj.weight"), part.pop("attention.k_gate.weight")]
-            part["attention.fused.weight"] = torch.cat(fused)
     found = read_neox_weights(write_layers(tmp_path, stages), CONFIG)
     assert all(torch.equal(found[name], weights[name]) for name in weights)
 

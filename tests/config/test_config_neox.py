@@ -97,6 +97,10 @@ def test_mamba_models_have_no_heads(load_values: Load) -> None:
             load_values({"attention_config": [[["mamba"], 3], [[mixer], 1]], "num_attention_heads": heads})
     with pytest.raises(ConfigError, match="num_attention_heads is not given"):
         load_values({"attention_config": [[["mamba"], 3], [["global"], 1]], "num_attention_heads": None})
+    own = {"attention_config": [[["based"], 4]], "num_attention_heads": 3, "model_parallel_size": 4}
+    with pytest.raises(ConfigError, match="is not a multiple of model_parallel_size"):
+        load_values(own)
+    load_values({**own, "based_heads": 4})
     run = load_values({"num_attention_heads": 4})
     with pytest.raises(ConfigError, match="4 heads cannot be split"):
         check_mesh(model_config(run, 64), Mesh.shape_only(1, 8, 8, 0))

@@ -16,6 +16,7 @@ from megatron.export.hf import export_checkpoint
 from megatron.export.hf_cache import RecurrentCache
 from megatron.export.hf_inputs import check_unknown
 from megatron.layers.base import Context
+from megatron.layers.jrt import PrefixInputs
 
 Make = Callable[..., Path]
 LAYERS = {
@@ -199,7 +200,7 @@ def test_holes_in_a_mask_are_closed(model: Any) -> None:
                 if mine[name].shape[1:] == theirs[name].shape[1:] and name != "places":
                     assert float((mine[name][row] - theirs[name][0]).abs().max()) < CLOSE, name
     assert torch.equal(model.lm_head(out.hidden_states[-1]), out.logits)
-    if not hasattr(model.model.layers[0].token_mixer, "prefix_length"):  # whose prefix is formed in one pass
+    if not model.model.two_way({}):  # whose prefix is formed in one pass
         first = model(tokens[:, :6], attention_mask=mask[:, :6], use_cache=True)
         second = model(tokens[:, 6:], attention_mask=mask, cache=first.cache, use_cache=True)
         pieces = torch.cat([first.logits, second.logits], 1)
@@ -277,7 +278,7 @@ def test_documents_and_a_cache(model: Any) -> None:
     places = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3]])
     first = model(both[:, :4], position_ids=places[:, :4], use_cache=True)
     second = model(both[:, 4:], position_ids=places[:, 4:], cache=first.cache, use_cache=True)
-    if not hasattr(model.model.layers[0].token_mixer, "prefix_length"):  # whose later documents have no prefix in such a pass
+    if not model.model.two_way({}):  # whose later documents have no prefix in such a pass
         want = model(both, position_ids=places).logits
         assert float((torch.cat([first.logits, second.logits], 1) - want).abs().max()) < CLOSE
 
@@ -337,10 +338,12 @@ def test_loss(model: Any) -> None:
 
 def test_the_context_moves_with_a_layer_to_its_device() -> None:
     """accelerate moves what it finds among a layer's arguments by their `to`."""
-    ctx = Context(mask=torch.ones(1, 2), segment_ids=torch.zeros(1, 2), backend="torch", prefix_length=3)
+    inputs = (PrefixInputs(3, torch.ones(1, 2)),)
+    ctx = Context(mask=torch.ones(1, 2), segment_ids=torch.zeros(1, 2), backend="torch", inputs=inputs)
     moved = ctx.to("meta", non_blocking=True)
     assert moved.mask is not None and moved.mask.is_meta and moved.segment_ids is not None and moved.segment_ids.is_meta
-    assert (moved.backend, moved.prefix_length, moved.prefix_mask) == ("torch", 3, None)
+    own = moved.read(PrefixInputs)
+    assert (moved.backend, own.prefix_length) == ("torch", 3) and own.prefix_mask is not None and own.prefix_mask.is_meta
 
 
 @torch.inference_mode()
@@ -387,9 +390,9 @@ def test_stop_strings(model: Any) -> None:
 @torch.inference_mode()
 def test_prefixes(model: Any) -> None:
     tokens = text(1, 8)
-    if model.model.prefix_length() is None:
+    if "prefix_length" not in model.model.input_names():
         for arguments in ({"prefix_length": 2}, {"prefix_mask": torch.ones(1, 8)}):
-            with pytest.raises(ValueError, match="of which this has none"):
+            with pytest.raises(TypeError, match="prefix_"):
                 model(tokens, **arguments)
         return
     for wrong in (-1, 2.5, "a"):
@@ -404,13 +407,13 @@ def test_prefixes(model: Any) -> None:
 
 
 def test_labels_that_a_prefix_model_sees_are_named(model: Any) -> None:
-    tokens, prefix = text(1, 8), model.model.prefix_length()
-    if prefix is not None:
+    tokens, prefix = text(1, 8), model.model.two_way({})
+    if prefix:
         with pytest.warns(UserWarning, match="labels inside the prefix of 3 tokens"):
             model(tokens, labels=tokens)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        model(tokens, labels=tokens, **({} if prefix is None else {"prefix_length": 0}))
+        model(tokens, labels=tokens, **({"prefix_length": 0} if prefix else {}))
         model(tokens, labels=tokens.masked_fill(torch.arange(8) < 3, -100))
 
 

@@ -171,6 +171,7 @@ def test_mamba_of_transformers(change: dict[str, Any], tmp_path: Path) -> None:
             p.add_(torch.randn_like(p) * (0.2 if p.dim() > 1 else 0.1)).mul_(0.5 if "A_log" in name else 1.0)
     theirs.save_pretrained(tmp_path / "mamba")
     made = import_folder(tmp_path / "mamba", tmp_path / "ours")
+    assert made.config.num_heads == 1, "it has none, so none are made up"
     tokens = torch.randint(0, 96, (2, 20), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         want, got = theirs(tokens).logits, load_model(made.checkpoint)[0](tokens)[0]

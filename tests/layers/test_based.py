@@ -72,7 +72,7 @@ def test_ranks_have_the_decay_of_their_own_heads() -> None:
     assert part.decay_proj is not None
     part.decay_proj.weight = torch.nn.Parameter(part.decay_proj.weight[4:])
     part.decay_proj.out_features = 4  # as `parallel/tensor.py` sets it
-    part.first_head = 2  # of the model's 4 heads: the second half
+    part.set_shard(1, 2)
     rates, all_rates = part.log_decay(torch.device("cpu")), whole.log_decay(torch.device("cpu"))
     assert rates is not None and all_rates is not None and torch.equal(rates, all_rates[4:])
 

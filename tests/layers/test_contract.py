@@ -1,18 +1,31 @@
-"""What every registered token mixer must answer: causality, steps = pass, padding, documents, plan, costs.
+"""What every registered token mixer must answer, clause by clause of `megatron/layers/base.py`.
 
 A new mixer is covered by its name in the registry; nothing is edited here. `tests/layers/test_<name>.py` holds what is its own.
+The first line of each test is what `python tools/layer.py check NAME` prints for it.
 """
 
 from __future__ import annotations
 
+import ast
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from megatron.layers.base import Context, Layer
+from megatron.data.batches import Batch
+from megatron.engine.base import EngineSettings
+from megatron.engine.single import SingleEngine
+from megatron.export.families import LINEAR
+from megatron.export.hf import packed_sources
+from megatron.layers.base import Context, Layer, LayerInputs, input_names, inputs_of
+from megatron.model.config import ModelConfig
+from megatron.model.init import cut
+from megatron.parallel.plan import cut_dim, slice_of
+from megatron.parallel.tensor import set_part_sizes
 from megatron.registry import layer_class, layer_info, layer_names, layer_options
 
 NAMES = layer_names()
@@ -40,13 +53,16 @@ def layer(request: pytest.FixtureRequest) -> Layer:
 
 
 def test_reads_the_past_only(layer: Layer) -> None:
+    """Causal: no gradient of an output reaches a later token."""
     x = inputs().requires_grad_()
     y, _ = layer(x, Context())
+    assert layer.two_way(Context()) == 0, "by default nothing is read in both directions"
     (grad,) = torch.autograd.grad(y[:, 40].sum(), x)
     assert grad[:, 41:].abs().max() == 0 and grad[:, 40].abs().max() > 0
 
 
 def test_reference_path_equals_default_with_gradients(layer: Layer) -> None:
+    """Backends: the reference path and the default one agree, gradients included."""
     results = []
     for backend in ("reference", "auto"):
         x = inputs().requires_grad_()
@@ -58,6 +74,7 @@ def test_reference_path_equals_default_with_gradients(layer: Layer) -> None:
 
 @pytest.mark.parametrize("cuts", [[70], [1, 70], [33, 70], [2, 5, 66, 70]])
 def test_prefill_in_pieces_then_steps_equal_the_full_pass(layer: Layer, cuts: list[int]) -> None:
+    """One function: a prefill in pieces and steps after it equal the whole pass."""
     x = inputs()
     whole, _ = layer(x, Context())
     state, parts, start = layer.init_state(B, x.dtype, "cpu"), [], 0
@@ -72,6 +89,7 @@ def test_prefill_in_pieces_then_steps_equal_the_full_pass(layer: Layer, cuts: li
 
 
 def test_states_that_come_in_are_not_changed(layer: Layer) -> None:
+    """States that come in are left alone, and have the batch on dim 0."""
     x = inputs()
     _, state = layer(x[:, :9], Context(), layer.init_state(B, x.dtype, "cpu"))
     before = {name: t.clone() for name, t in state.items()}
@@ -81,8 +99,20 @@ def test_states_that_come_in_are_not_changed(layer: Layer) -> None:
     assert all(t.shape[0] == B for t in state.values())
 
 
+def test_a_step_in_place_equals_one_that_is_not(layer: Layer) -> None:
+    """One function: a step that may overwrite its state gives the same output and state."""
+    x = inputs()
+    _, state = layer(x[:, :9], Context(), layer.init_state(B, x.dtype, "cpu"))
+    own = {name: t.clone() for name, t in state.items()}
+    y, after = layer.step(x[:, 9], state, Context())
+    z, overwritten = layer.step(x[:, 9], own, Context(in_place=True))
+    assert (y - z).abs().max() <= TOLERANCE and after.keys() == overwritten.keys() == state.keys()
+    assert all((after[name] - overwritten[name]).abs().max() <= TOLERANCE for name in after)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_on_either_side_equals_no_padding(layer: Layer, side: str) -> None:
+    """Padding on either side changes neither outputs nor the state."""
     x = inputs(1, 20)
     alone, end = layer(x, Context(), layer.init_state(1, x.dtype, "cpu"))
     junk = torch.full((1, 7, D), 3.0, dtype=x.dtype)
@@ -97,6 +127,7 @@ def test_padding_on_either_side_equals_no_padding(layer: Layer, side: str) -> No
 
 
 def test_documents_are_kept_apart(layer: Layer) -> None:
+    """Documents: each gives the outputs that it gives alone."""
     x = inputs(1)
     ids = torch.zeros(1, S, dtype=torch.long)
     ids[:, 13:] += 1
@@ -108,7 +139,7 @@ def test_documents_are_kept_apart(layer: Layer) -> None:
 
 @pytest.mark.parametrize("length", [1, 2, 40])
 def test_what_follows_documents_continues_the_last_one(layer: Layer, length: int) -> None:
-    """Also where it is shorter than a convolution's taps or a window: nothing of the document before it is in the state."""
+    """Documents: the state holds the last one only, however short it is beside a convolution or a window."""
     x = inputs()
     ids = (torch.arange(S - 1) >= S - 1 - length).long().expand(B, -1)
     _, state = layer(x[:, :-1], Context(segment_ids=ids), layer.init_state(B, x.dtype, "cpu"))
@@ -120,9 +151,30 @@ def test_what_follows_documents_continues_the_last_one(layer: Layer, length: int
 
 
 def test_plan_and_rules_name_every_parameter(layer: Layer) -> None:
+    """Tables: plan() and init_rules() name every parameter, no_decay() existing ones."""
     names = {name for name, _ in layer.named_parameters()}
     assert set(layer.plan()) == names and set(layer.init_rules()) == names
     assert set(layer.no_decay()) <= names
+
+
+def test_moving_parameters_in_memory_changes_nothing(layer: Layer) -> None:
+    """Tables: lay_together changes no value, no shape and no output."""
+    x = inputs()
+    before, (y, _) = {name: p.detach().clone() for name, p in layer.named_parameters()}, layer(x, Context())
+    layer.lay_together()
+    after = dict(layer.named_parameters())
+    assert before.keys() == after.keys() and all(torch.equal(before[name], p) for name, p in after.items())
+    assert torch.equal(layer(x, Context())[0], y)
+
+
+def test_cut_parameters_divide_by_the_declared_number(layer: Layer) -> None:
+    """Tensor parallelism: every parameter that is cut divides by Config.tp_divisor()."""
+    divisor = layer.config.tp_divisor()
+    assert divisor >= 1
+    shapes = {name: tuple(p.shape) for name, p in layer.named_parameters()}
+    for name, how in layer.plan().items():
+        dim = cut_dim(how)  # type: ignore[arg-type]
+        assert dim is None or shapes[name][dim] % divisor == 0, f"{name} {shapes[name]} does not divide by {divisor}"
 
 
 class Meeting(torch.nn.Module):
@@ -130,9 +182,10 @@ class Meeting(torch.nn.Module):
 
     def __init__(self, barrier: threading.Barrier, parts: dict[int, Tensor], rank: int) -> None:
         super().__init__()
-        self.barrier, self.parts, self.rank = barrier, parts, rank
+        self.barrier, self.parts, self.rank, self.calls = barrier, parts, rank, 0
 
     def forward(self, y: Tensor) -> Tensor:
+        self.calls += 1
         self.parts[self.rank] = y
         self.barrier.wait(30)
         total = torch.stack([self.parts[r] for r in sorted(self.parts)]).sum(0)
@@ -142,34 +195,107 @@ class Meeting(torch.nn.Module):
 
 @pytest.mark.parametrize("size", [2])
 def test_parts_by_plan_sum_to_the_whole(layer: Layer, size: int) -> None:
-    """Ranks that hold their own heads and meet where the layer says `join` are the layer: the maths knows nothing of ranks."""
-    from megatron.model.init import cut
-    from megatron.parallel.plan import slice_of
-    from megatron.parallel.tensor import set_part_sizes
-
+    """Tensor parallelism: ranks that hold their own heads and meet in `join`, as often as declared, are the layer."""
     x = inputs()
     whole, _ = layer(x, Context())
     barrier, parts = threading.Barrier(size), dict[int, Tensor]()
 
-    def run(rank: int) -> Tensor:
+    def run(rank: int) -> tuple[Tensor, int]:
         part = make(layer.names[0])
-        part.first_head = rank * H // size
         for name, p in list(part.named_parameters()):
             owner, _, leaf = name.rpartition(".")
             piece = cut(p.data, slice_of(tuple(p.shape), layer.plan()[name], rank, size))  # type: ignore[arg-type]
             setattr(part.get_submodule(owner), leaf, torch.nn.Parameter(piece))
         set_part_sizes(part)
+        part.set_shard(rank, size)
+        meetings = []
         for module in list(part.modules()):
             if "join" in module._modules:
-                module.join = Meeting(barrier, parts, rank)
-        return part(x, Context())[0]
+                meetings.append(Meeting(barrier, parts, rank))
+                module.join = meetings[-1]
+        y, _ = part(x, Context())
+        return y, sum(meeting.calls for meeting in meetings)
 
     with ThreadPoolExecutor(size) as ranks:
-        for y in ranks.map(run, range(size)):
+        for y, sums in ranks.map(run, range(size)):
             assert (y - whole).abs().max() <= TOLERANCE
+            assert sums == layer.tp_reductions, f"{sums} sums over the ranks, tp_reductions says {layer.tp_reductions}"
+
+
+class Detach(torch.nn.Module):
+    """Stands in a `split` or `join`: nothing flows back through it."""
+
+    def forward(self, y: Tensor) -> Tensor:
+        return y.detach().requires_grad_()
+
+
+def test_whole_parameters_stay_outside_of_the_cut_region(layer: Layer) -> None:
+    """Tensor parallelism: a replicated parameter acts before the split or after the join, where its gradient is whole."""
+    replicated = [name for name, how in layer.plan().items() if how == "replicated"]
+
+    def reached(end: str) -> set[str]:
+        """Parameters that have a gradient when nothing flows back through this end of the regions."""
+        cut_off = make(layer.names[0])
+        for module in list(cut_off.modules()):
+            if end in module._modules:
+                setattr(module, end, Detach())
+        y, _ = cut_off(inputs(), Context())
+        named = dict(cut_off.named_parameters())
+        grads = torch.autograd.grad(y.pow(2).sum(), list(named.values()), allow_unused=True)
+        return {name for name, grad in zip(named, grads, strict=True) if grad is not None}
+
+    inside = (reached("split") - reached("join")) & set(replicated)
+    assert not inside, f"{sorted(inside)} would have a part of the gradient on each rank"
+
+
+def test_inputs_of_its_own(layer: Layer) -> None:
+    """Inputs: what only this mixer reads are fields of its Inputs, with defaults that mean "not given"."""
+    assert {f.name for f in fields(Context)} == {"mask", "segment_ids", "backend", "in_place", "attentions", "inputs"}
+    others = {name for n in NAMES for name in input_names([make(n)]) if layer_class(n).Inputs is not layer.Inputs}
+    assert not others & set(input_names([layer]))
+    with pytest.raises(ValueError, match="an input of other mixers"):
+        inputs_of([layer], {"of_no_mixer": 1})
+    given = inputs_of([layer], dict.fromkeys(input_names([layer])))
+    assert given == (() if layer.Inputs is None else (layer.Inputs(),))
+    assert all(isinstance(kind, LayerInputs) for kind in given)
+    x = inputs()
+    assert torch.equal(layer(x, Context(inputs=given))[0], layer(x, Context())[0])
+
+
+def test_random_numbers_are_declared(layer: Layer) -> None:
+    """Dropout: a layer that draws random numbers in training says so, and by default none does."""
+    assert not layer.draws_random()
+    if "dropout" not in {f.name for f in fields(layer.config)}:
+        return
+    dropping = layer_class(layer.names[0]).build({"hidden_size": D, "num_heads": H}, {"dropout": 0.5}).double().train()
+    assert dropping.draws_random()
+    x = inputs()
+    assert not torch.equal(dropping(x, Context())[0], dropping(x, Context())[0])
+
+
+def test_two_training_steps(layer: Layer) -> None:
+    """Training: a model of two such blocks takes two optimizer steps, each of which lowers the loss of its batch."""
+    config = ModelConfig(32, D, 2, H, 48, (layer.names[0],) * 2)
+    engine = SingleEngine(config, EngineSettings(micro_batch=2, seq_length=12, lr=1e-2), torch.device("cpu"))
+    text = torch.randint(0, 32, (2, 13), generator=torch.Generator().manual_seed(0))
+    batch = Batch(text[:, :-1], text[:, 1:], torch.ones(2, 12), None, [0, 1])
+    losses = [float(engine.train_step(iter([batch]), 1e-2).loss) for _ in range(2)]
+    losses.append(engine.eval_loss(iter([batch]), 1))
+    assert losses[0] > losses[1] > losses[2] > 0
+
+
+def test_its_text_can_be_packed(layer: Layer) -> None:
+    """Export: its file and the operators that it calls go into a folder without this package."""
+    config = ModelConfig(32, D, 1, H, 48, (layer.names[0],))
+    sources = packed_sources(config, LINEAR)
+    trees = [ast.parse(text) for text in sources.values()]
+    modules = {n.module or "" for tree in trees for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and not n.level}
+    assert f"class {type(layer).__name__}(" in "".join(sources.values())
+    assert not [name for name in modules if name.split(".")[0] in ("megatron", "triton")]
 
 
 def test_costs(layer: Layer) -> None:
+    """Costs: flops grow with the length, state_size and param_count are what is there."""
     assert layer.flops(128) > 0 and layer.flops(4096) >= layer.flops(128)
     assert layer.param_count() == sum(p.numel() for p in layer.parameters())
     made = layer.init_state(1, torch.float32, "cpu")
@@ -178,6 +304,7 @@ def test_costs(layer: Layer) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_registered_without_import_equals_the_class(name: str) -> None:
+    """Found by reading: names, options and their defaults are those of the class."""
     cls = layer_class(name)
     assert name in cls.names and layer_info(name).class_name == cls.__name__
     options = layer_options()[cls.names[0]]
@@ -188,7 +315,6 @@ def test_registered_without_import_equals_the_class(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_mixer_has_a_test_that_names_it(name: str) -> None:
-    from pathlib import Path
-
+    """A test file of its own holds what is special about it."""
     stem = layer_info(name).module.rpartition(".")[2]
     assert (Path(__file__).parent / f"test_{stem}.py").exists()

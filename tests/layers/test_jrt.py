@@ -7,12 +7,16 @@ import torch
 from torch import Tensor
 
 from megatron.layers.base import Context
-from megatron.layers.jrt import PrefixBased
+from megatron.layers.jrt import PrefixBased, PrefixInputs
 
 
 def make(d: int = 32, h: int = 2, **options: object) -> PrefixBased:
     torch.manual_seed(0)
     return PrefixBased(PrefixBased.Config(hidden_size=d, num_heads=h, **options)).double()  # type: ignore[arg-type]
+
+
+def prefix(length: int, mask: Tensor | None = None) -> Context:
+    return Context(inputs=(PrefixInputs(length, mask),))
 
 
 def inputs(b: int = 2, s: int = 50, d: int = 32) -> Tensor:
@@ -42,18 +46,18 @@ def test_forms_agree_for_any_prefix(length: int, filler: bool) -> None:
     hidden = (torch.arange(50) >= min(6, length - 1)).double().expand(2, 50) if filler else None
     results = []
     for backend in ("reference", "torch"):
-        y, _ = layer(x, Context(backend=backend, prefix_length=length, prefix_mask=hidden))
+        y, _ = layer(x, Context(backend=backend, inputs=(PrefixInputs(length, hidden),)))
         results.append([y, *torch.autograd.grad(y.pow(2).sum(), list(layer.parameters()))])
     for a, b in zip(*results, strict=True):
         assert (a - b).abs().max() <= 1e-10 * max(1.0, float(a.detach().abs().max()))
     start = min(length, 49)
-    ctx = Context(prefix_length=length, prefix_mask=None if hidden is None else hidden[:, :start])
+    ctx = Context(inputs=(PrefixInputs(length, None if hidden is None else hidden[:, :start]),))
     y, state = layer(x[:, :start], ctx, layer.init_state(2, x.dtype, "cpu"))
     if length > start:  # a prompt shorter than the prefix is all prefix: only the causal form of the rest can follow
         return
     assert (y - results[0][0][:, :start]).abs().max() <= 1e-10
     pieces = [(start, min(start + 7, 50))]
-    y, state = layer(x[:, slice(*pieces[0])], Context(prefix_length=length), state)
+    y, state = layer(x[:, slice(*pieces[0])], prefix(length), state)
     assert (y - results[0][0][:, slice(*pieces[0])]).abs().max() <= 1e-10, "a later pass is causal"
     for t in range(pieces[0][1], 50):
         y, state = layer.step(x[:, t], state, Context())
@@ -76,9 +80,9 @@ def test_documents_see_their_own_part_of_the_prefix(backend: str) -> None:
     ids = torch.zeros(1, 40, dtype=torch.long)
     ids[:, 11:] += 1
     ids[:, 30:] += 1
-    y, _ = layer(x, Context(segment_ids=ids, prefix_length=20, backend=backend))
+    y, _ = layer(x, Context(segment_ids=ids, backend=backend, inputs=(PrefixInputs(20),)))
     for a, b, inside in ((0, 11, 11), (11, 30, 9), (30, 40, 0)):
-        want, _ = layer(x[:, a:b], Context(prefix_length=inside))
+        want, _ = layer(x[:, a:b], prefix(inside))
         assert (y[:, a:b] - want).abs().max() <= 1e-10
 
 
@@ -86,7 +90,7 @@ def test_filler_keeps_its_values_and_the_constant_as_released() -> None:
     """Keys of filler are zero, so p = 1: it still adds its value with weight 1, twice inside the prefix (spec 2.4)."""
     layer, x = make(h=1), inputs(1, 3)
     hidden = torch.tensor([[0.0, 1.0, 1.0]], dtype=torch.float64)
-    y, _ = layer(x, Context(prefix_length=3, prefix_mask=hidden))
+    y, _ = layer(x, prefix(3, hidden))
     q, k, v, k2, v2 = (p(x[0]) for p in (layer.proj_q, layer.proj_k, layer.proj_v, layer.proj_k_enc, layer.proj_v_enc))
     k, k2 = k * hidden[0, :, None], k2 * hidden[0, :, None]
 

@@ -111,7 +111,7 @@ def test_slopes_come_from_the_whole_models_heads() -> None:
     for rank in range(4):
         part = AlibiAttention(AlibiAttention.Config(hidden_size=48, num_heads=12))
         part.q_proj = torch.nn.Linear(48, 12)
-        part.first_head = rank * 3
+        part.set_shard(rank, 4)
         slopes = part.slopes("cpu")
         assert slopes is not None and slopes.dtype == torch.float32
         parts += slopes.tolist()

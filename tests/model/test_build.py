@@ -9,7 +9,7 @@ import torch
 
 from megatron.errors import ConfigError
 from megatron.layers.base import Context
-from megatron.model.build import build_model, param_specs
+from megatron.model.build import build_model, check_tensor_parallel, param_specs
 from megatron.model.config import ModelConfig
 from megatron.model.cost import count_parameters, forward_flops
 from megatron.model.init import METHODS, initial_value, materialise
@@ -193,3 +193,25 @@ def test_refusals() -> None:
         build_model(config(layer_types=("metal",) * 2))
     with pytest.raises(ConfigError, match="cannot be built"):
         build_model(config(layer_options={"metala": {"depth": 1}}))
+
+
+@pytest.mark.parametrize(
+    ("mixer", "heads", "options", "parts"),
+    [
+        ("metala", 4, {}, "4 heads"),
+        ("based", 3, {"heads": 4}, "4 heads"),
+        ("jrt", 3, {"heads": 2}, "2 heads"),
+        ("global", 8, {"kv_heads": 2}, "2 heads"),
+        ("alibi", 8, {}, "8 heads"),
+        ("mamba", 3, {"expand": 3}, "192 channels"),
+        ("base_conv", 3, {}, "128 channels"),
+    ],
+)
+def test_a_mixer_declares_into_how_many_parts_it_falls(mixer: str, heads: int, options: dict[str, int], parts: str) -> None:
+    """Whatever the model's number of heads is: heads of its own, groups of queries, channels."""
+    shape = config(hidden_size=64, num_heads=heads, layer_types=(mixer,) * 2, layer_options={mixer: options})
+    number = int(parts.split()[0])
+    check_tensor_parallel(shape, number)
+    with pytest.raises(ConfigError, match=f"{parts} cannot be split over model_parallel_size {2 * number}") as caught:
+        check_tensor_parallel(shape, 2 * number)
+    assert caught.value.where == f"layers '{mixer}'"

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron.ops.chunk import scan_chunked
-from megatron.ops.scan import scan_quadratic, scan_recurrent
+from megatron.ops.scan import empty_scan_state, gated_scan, gated_scan_step, scan_quadratic, scan_recurrent
 
 FORMS: list[Callable[..., tuple[Tensor, Tensor]]] = [scan_quadratic, scan_chunked]
 # fp64 sums of at most 200 terms of size O(10): rounding is below 1e-12, the issue asks for 1e-10
@@ -92,3 +92,69 @@ def test_prefill_in_pieces_equals_one_pass() -> None:
         parts.append(o)
     assert (torch.cat(parts, 1) - whole).abs().max() <= TOLERANCE
     assert state is not None and (state - final).abs().max() <= TOLERANCE
+
+
+def operands(s: int, rates: int, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+    """Inputs of `gated_scan`; rates: decays per head, one for each of the 8 channels or a single one."""
+    leaves = draw(s)
+    gate = F.logsigmoid(leaves["z"][..., :rates].detach()) / 4
+    given = {n: leaves[n].detach().to(dtype) for n in ("q", "k", "v")}
+    return {n: t.requires_grad_() for n, t in {**given, "log_decay": gate}.items()}
+
+
+@pytest.mark.parametrize("rates", [1, 8])
+@pytest.mark.parametrize("documents", [False, True])
+def test_paths_of_the_operator_agree(rates: int, documents: bool) -> None:
+    """Reference and chunks, with padding, documents, an initial state, and one decay per head."""
+    leaves, state = operands(90, rates), draw(1)["state"].detach().requires_grad_()
+    mask = (torch.arange(90) >= 7).long().expand(2, -1).clone()
+    mask[1, -5:] = 0
+    ids = (torch.arange(90) // 31).expand(2, -1) if documents else None
+    results = []
+    for backend in ("reference", "torch", "auto"):
+        o, after = gated_scan(**leaves, state=state, mask=mask, segment_ids=ids, backend=backend)
+        total = (o * mask[..., None, None]).pow(2).sum() + after.sum()
+        results.append([o, after, *torch.autograd.grad(total, [*leaves.values(), state])])
+    for result in results[1:]:
+        for a, b in zip(results[0], result, strict=True):
+            assert a.shape == b.shape and (a - b).abs().max() <= TOLERANCE * max(1.0, float(a.abs().max()))
+
+
+def test_steps_continue_a_pass_of_the_operator() -> None:
+    leaves = operands(40, 8)
+    whole, last = gated_scan(**leaves)
+    o, state = gated_scan(
+        **{n: t[:, :33] for n, t in leaves.items()}, state=empty_scan_state(2, 3, 8, 16, torch.float64, "cpu")
+    )
+    parts = [o]
+    for t in range(33, 40):
+        before = state.clone()
+        o, after = gated_scan_step(**{n: x[:, t] for n, x in leaves.items()}, state=state)
+        assert torch.equal(state, before)
+        parts.append(o.unsqueeze(1))
+        state = after
+    assert (torch.cat(parts, 1) - whole).abs().max() <= TOLERANCE and (state - last).abs().max() <= TOLERANCE
+
+
+def test_padding_neither_adds_nor_decays() -> None:
+    leaves = operands(20, 8)
+    alone, end = gated_scan(**leaves)
+    padded = {n: torch.cat([torch.full_like(t[:, :6], -2.0), t], 1) for n, t in leaves.items()}
+    mask = (torch.arange(26) >= 6).float().expand(2, -1)
+    o, after = gated_scan(**padded, mask=mask)
+    assert (o[:, 6:] - alone).abs().max() <= TOLERANCE and (after - end).abs().max() <= TOLERANCE
+
+
+def test_half_precision_comes_back_and_the_state_stays_wide() -> None:
+    leaves = operands(70, 8, torch.bfloat16)
+    o, state = gated_scan(**leaves)
+    exact, _ = gated_scan(**{n: t.double() for n, t in leaves.items()})
+    assert o.dtype == torch.bfloat16 and state.dtype == torch.float32
+    assert (o.double() - exact).abs().max() <= 2**-8 * exact.abs().max(), "rounded once, at the end"
+    step, _ = gated_scan_step(**{n: t[:, 0] for n, t in leaves.items()}, state=torch.zeros_like(state))
+    assert torch.equal(step, o[:, 0])
+
+
+def test_a_fused_path_is_asked_for_by_name() -> None:
+    with pytest.raises(ValueError, match="kernel_backend 'triton' has no path for operator 'scan'"):
+        gated_scan(**operands(4, 8), backend="triton")

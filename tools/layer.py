@@ -1,0 +1,182 @@
+"""A new token mixer: its files as a start that passes, and its contract as a table.
+
+    python tools/layer.py new NAME      # megatron/layers/NAME.py, tests/layers/test_NAME.py, configs/NAME.yml; docs regenerated
+    python tools/layer.py check NAME    # every clause of the contract on it: what is asked, how many cases, passed or why not
+
+What `new` writes is a working mixer (gated linear attention on `ops/scan.py`), so that a change can be checked from its first
+line on. `check` runs `tests/layers/test_contract.py` for the mixer, and its own tests, and exits 1 when a clause is broken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import keyword
+import re
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from string import Template
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron.errors import ConfigError, exit_on_error
+from megatron.registry import layer_info, layer_names
+
+ROOT = Path(__file__).resolve().parents[1]
+TEMPLATES = Path(__file__).with_name("layer_templates")
+TARGETS = {"mixer.py.in": "megatron/layers/{}.py", "test.py.in": "tests/layers/test_{}.py", "config.yml.in": "configs/{}.yml"}
+CONTRACT = "tests/layers/test_contract.py"
+
+
+def check_name(name: str, root: Path) -> None:
+    """Refuse a name that cannot be a module, or that is taken.
+
+    Raises:
+        ConfigError: which rule it breaks.
+    """
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or keyword.iskeyword(name) or name in ("base", "contract"):
+        raise ConfigError(f"'{name}' cannot be the name of a mixer", hint="lower case letters, digits and _, such as my_mixer")
+    if name in layer_names():
+        raise ConfigError(f"there is a mixer called '{name}'", where=layer_info(name).module)
+    for target in TARGETS.values():
+        if (root / target.format(name)).exists():
+            raise ConfigError("a file is in the way", where=str(root / target.format(name)))
+
+
+def write_files(name: str, root: Path) -> list[Path]:
+    """Write a mixer, its test and its YAML; see `check_name` for what is refused."""
+    check_name(name, root)
+    words = name.split("_")
+    values = {"name": name, "class_name": "".join(map(str.capitalize, words)) + "Mixer", "title": " ".join(words).capitalize()}
+    written = []
+    for template, target in TARGETS.items():
+        path = root / target.format(name)
+        path.write_text(Template((TEMPLATES / template).read_text(encoding="utf-8")).substitute(values), encoding="utf-8")
+        written.append(path)
+    return written
+
+
+@dataclass
+class Clause:
+    """One test of the contract on one mixer: cases passed and skipped, and how the others failed."""
+
+    text: str
+    passed: int = 0
+    skipped: int = 0
+    failures: list[str] = field(default_factory=list)
+
+    @property
+    def verdict(self) -> str:
+        """One word."""
+        return "FAILED" if self.failures else "passed" if self.passed else "skipped"
+
+
+class Recorder:
+    """A plugin of pytest: keeps the tests of one mixer and writes down what became of each."""
+
+    def __init__(self, names: Iterable[str], own: str) -> None:
+        self.names, self.own = set(names), own
+        self.clauses: dict[str, Clause] = {}
+        self.broken: list[str] = []
+
+    def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+        """Take out the other mixers' cases."""
+        items[:] = [item for item in items if self._is_ours(item)]
+        for item in items:
+            text = (item.function.__doc__ or item.originalname.removeprefix("test_").replace("_", " ")).strip().splitlines()[0]
+            label = text if item.path.name == Path(CONTRACT).name else f"{self.own}: {text}"
+            self.clauses.setdefault(item.nodeid.partition("[")[0], Clause(label))
+
+    def _is_ours(self, item: Any) -> bool:
+        if item.path.name != Path(CONTRACT).name:
+            return True
+        parameters = getattr(item, "callspec", None)
+        given = {} if parameters is None else parameters.params
+        return given.get("layer", given.get("name")) in self.names
+
+    def pytest_collectreport(self, report: Any) -> None:
+        """A file that cannot be imported."""
+        if report.failed:
+            self.broken.append(report.longreprtext.strip().splitlines()[-1])
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        """One phase of one case."""
+        clause = self.clauses[report.nodeid.partition("[")[0]]
+        if report.failed:
+            crash = getattr(report.longrepr, "reprcrash", None)
+            message = crash.message if crash is not None else report.longreprtext.strip().splitlines()[-1]
+            case = report.nodeid.partition("[")[2].removesuffix("]")
+            clause.failures.append(f"[{case}] {message.splitlines()[0]}" if case else message.splitlines()[0])
+        elif report.skipped:
+            clause.skipped += 1
+        elif report.when == "call":
+            clause.passed += 1
+
+
+def check(name: str) -> Recorder:
+    """Run the contract and the mixer's own tests.
+
+    Raises:
+        ConfigError: there is no such mixer.
+    """
+    import pytest
+
+    info = layer_info(name)
+    stem = info.module.rpartition(".")[2]
+    own = ROOT / "tests" / "layers" / f"test_{stem}.py"
+    recorder = Recorder([name], own.name)
+    paths = [str(ROOT / CONTRACT), *([str(own)] if own.exists() else [])]
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        pytest.main([*paths, "-p", "no:cacheprovider", f"--rootdir={ROOT}"], plugins=[recorder])
+    return recorder
+
+
+def table(recorder: Recorder) -> str:
+    """A line for each clause, and below it how it fails."""
+    lines = [f"cannot be tested: {message}" for message in recorder.broken]
+    width = max((len(clause.text) for clause in recorder.clauses.values()), default=0)
+    for clause in recorder.clauses.values():
+        cases = clause.passed + clause.skipped + len(clause.failures)
+        lines.append(f"{clause.text.ljust(width)}  {cases:3d}  {clause.verdict}")
+        lines += [f"    {failure}" for failure in clause.failures]
+    failed = sum(bool(clause.failures) for clause in recorder.clauses.values())
+    lines.append(f"\n{len(recorder.clauses) - failed} of {len(recorder.clauses)} clauses hold")
+    return "\n".join(lines)
+
+
+def run_new(name: str) -> int:
+    """Write the files and bring the generated documentation up to date."""
+    for path in write_files(name, ROOT):
+        print(f"wrote {path.relative_to(ROOT)}")
+    subprocess.run([sys.executable, "-m", "megatron.config.explain"], cwd=ROOT, check=True)
+    print(f"\nnext: python tools/layer.py check {name}")
+    return 0
+
+
+def run_check(name: str) -> int:
+    """Print the table; 1 when a clause is broken or nothing could be tested."""
+    recorder = check(name)
+    print(table(recorder))
+    return int(bool(recorder.broken) or not recorder.clauses or any(c.failures for c in recorder.clauses.values()))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse the command line and run."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for command, text in (("new", "write a mixer, its test and its YAML"), ("check", "run the contract on a mixer")):
+        commands.add_parser(command, help=text).add_argument("name")
+    with exit_on_error():
+        args = parser.parse_args(arguments)
+        return run_new(args.name) if args.command == "new" else run_check(args.name)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
