@@ -1,7 +1,8 @@
 """Names of token mixers, found by looking at the folder `megatron/layers/` and at the entry points `megatron.layers`.
 
 A mixer's file is read as text (its syntax tree), so that `deepy.py` can check a YAML in a fraction of a second without
-importing torch; the file is imported when a model is built. There is no list to edit: a new file is a new mixer.
+importing torch; the file is imported when a model is built. There is no list to edit: a new file is a new mixer. A notebook
+adds a class of its own with `register_layer`, for its process alone.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import functools
 import importlib
 import importlib.metadata
 import importlib.util
-from dataclasses import dataclass
+import inspect
+import textwrap
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -81,18 +84,67 @@ def _options(node: ast.ClassDef) -> dict[str, OptionInfo]:
 
 def _read(path: Path, module: str) -> list[LayerInfo]:
     tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
-    found = []
-    for node in tree.body:
-        names = _class_attribute(node, "names") if isinstance(node, ast.ClassDef) else None
-        if not names:
-            continue
-        assert isinstance(node, ast.ClassDef)
-        config = next((c for c in node.body if isinstance(c, ast.ClassDef) and c.name == "Config"), None)
-        neox_keys = _class_attribute(config, "neox_keys") if config else None
-        options = _options(config) if config else {}
-        uses_heads = _class_attribute(node, "uses_heads") is not False
-        found.append(LayerInfo(module, node.name, tuple(names), options, neox_keys or {}, uses_heads))
-    return found
+    return [
+        _read_class(node, module) for node in tree.body if isinstance(node, ast.ClassDef) and _class_attribute(node, "names")
+    ]
+
+
+def _read_class(node: ast.ClassDef, module: str) -> LayerInfo:
+    config = next((c for c in node.body if isinstance(c, ast.ClassDef) and c.name == "Config"), None)
+    neox_keys = _class_attribute(config, "neox_keys") if config else None
+    options = _options(config) if config else {}
+    uses_heads = _class_attribute(node, "uses_heads") is not False
+    return LayerInfo(module, node.name, tuple(_class_attribute(node, "names")), options, neox_keys or {}, uses_heads)
+
+
+_registered: dict[str, Any] = {}  # name -> class, of this process alone
+
+
+def register_layer(cls: Any) -> None:
+    """Make a mixer class known to this process; a class of the same name and module takes the place of an earlier one.
+
+    Raises:
+        ConfigError: another mixer has one of its names; nothing is changed then.
+    """
+    before = dict(_registered)
+    same = [n for n, old in _registered.items() if (old.__module__, old.__qualname__) == (cls.__module__, cls.__qualname__)]
+    for name in same:
+        del _registered[name]
+    _registered.update(dict.fromkeys(cls.names, cls))
+    _table.cache_clear()
+    try:
+        taken = [name for name in cls.names if before.get(name) is not None and name not in same]
+        if taken:
+            raise ConfigError(f"two token mixers are called '{taken[0]}'", hint="rename one of them in its `names`")
+        _table()
+    except ConfigError:
+        _registered.clear()
+        _registered.update(before)
+        _table.cache_clear()
+        raise
+
+
+def _describe(cls: Any) -> LayerInfo:
+    """What is known of a class at run time; the documentation of its options is in its source alone, where that is at hand."""
+    try:
+        node = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
+        if isinstance(node, ast.ClassDef) and node.name == cls.__name__:
+            return _read_class(node, cls.__module__)
+    except (OSError, TypeError, SyntaxError, ValueError):  # typed into a terminal or a cell, or a default that is computed
+        pass
+    options = {
+        f.name: OptionInfo(
+            f.type if isinstance(f.type, str) else f.type.__name__, None if f.default is MISSING else f.default, ""
+        )
+        for f in fields(cls.Config)
+        if f.name not in _COMMON
+    }
+    return LayerInfo(cls.__module__, cls.__name__, tuple(cls.names), options, dict(cls.Config.neox_keys), cls.uses_heads)
+
+
+def outside_modules() -> set[str]:
+    """Modules of mixers that do not lie in `megatron/layers/`: of entry points and of `register_layer`."""
+    return {info.module for info in _table().values() if not info.module.startswith("megatron.layers.")}
 
 
 @functools.cache
@@ -106,6 +158,7 @@ def _table() -> dict[str, LayerInfo]:
         spec = importlib.util.find_spec(entry.module)
         if spec and spec.origin:
             infos += _read(Path(spec.origin), entry.module)
+    infos += [_describe(cls) for cls in dict.fromkeys(_registered.values())]
     table: dict[str, LayerInfo] = {}
     for info in infos:
         for name in info.names:
@@ -137,6 +190,8 @@ def layer_info(name: str) -> LayerInfo:
 
 
 def layer_class(name: str) -> Any:
-    """Import and return the mixer class registered under `name`."""
+    """Import and return the mixer class called `name`."""
     info = layer_info(name)
+    if name in _registered:
+        return _registered[name]
     return getattr(importlib.import_module(info.module), info.class_name)
