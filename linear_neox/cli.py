@@ -44,8 +44,8 @@ COMMANDS: Mapping[tuple[str, ...], tuple[str, ...]] = {
 }
 
 
-def command_line(words: Sequence[str]) -> tuple[str, list[str]] | None:
-    """(name to show, file and arguments) of what was typed, None where it names no command."""
+def command_line(words: Sequence[str]) -> list[str] | None:
+    """The command's file and its arguments, None where `words` name no command."""
     for length in (2, 1):
         name = tuple(words[:length])
         if len(name) < length or name not in COMMANDS:
@@ -58,7 +58,7 @@ def command_line(words: Sequence[str]) -> tuple[str, list[str]] | None:
         ours = [str(root / word) if word.endswith(".py") else word for word in before]
         if name == ("launch",):  # a command of ours by its name, unless there is one in this folder
             rest = [str(root / w) if w in _SCRIPTS and not os.path.exists(w) else w for w in rest]
-        return f"linear-neox {' '.join(name)}", [str(root / file), *ours, *rest]
+        return [str(root / file), *ours, *rest]
     return None
 
 
@@ -88,9 +88,8 @@ def run(words: Sequence[str]) -> None:
             return
         print(f"error: there is no command 'linear-neox {' '.join(words[:2])}'\n{_help(group)}", file=sys.stderr)
         raise SystemExit(2)
-    shown, (file, *arguments) = line
-    sys.argv = [shown, *arguments]
-    runpy.run_path(file, run_name="__main__")
+    sys.argv = line
+    runpy.run_path(line[0], run_name="__main__")
 
 
 def main() -> None:

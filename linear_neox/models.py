@@ -32,13 +32,16 @@ ConfigLike = RunConfig | str | Path | Mapping[str, Any]
 """A configuration: loaded, the name of a YAML or JSON file, or a mapping of keys."""
 
 
-def load_config(*files: str | Path | Mapping[str, Any], world_size: int | None = 1, **overrides: Any) -> RunConfig:
+def load_config(
+    *files: str | Path | Mapping[str, Any], world_size: int | None = 1, check: bool = True, **overrides: Any
+) -> RunConfig:
     """Read, merge and check a configuration, as `train.py` does.
 
     Args:
         *files: YAML or JSON files, merged in order; a mapping of keys counts as a file. A name such as `configs/metala.yml`
             that is not there is looked up among the configurations that came with linear-neox.
         world_size: number of processes; None where it is not known yet.
+        check: also refuse what cannot be trained; False for a file that describes a model and no training.
         **overrides: keys that beat the files (`train_iters=10`); `**{"optimizer.params.lr": 3e-4}` reaches into one.
 
     Returns:
@@ -47,10 +50,10 @@ def load_config(*files: str | Path | Mapping[str, Any], world_size: int | None =
     Raises:
         ConfigError: a key is unknown or a value is wrong; every problem is listed with its place.
     """
-    return read_config(files, overrides=overrides, world_size=world_size)
+    return read_config(files, overrides=overrides, world_size=world_size, check=check)
 
 
-def as_run(config: ConfigLike, **overrides: Any) -> RunConfig:
+def as_run(config: ConfigLike, *, world_size: int = 1, check: bool = True, **overrides: Any) -> RunConfig:
     """The loaded configuration of whatever a user names one by; overrides only where it is loaded here.
 
     Raises:
@@ -60,7 +63,7 @@ def as_run(config: ConfigLike, **overrides: Any) -> RunConfig:
         if overrides:
             raise ConfigError(f"{', '.join(overrides)}: a loaded configuration is frozen", hint="give the keys to load_config")
         return config
-    return load_config(config, **overrides)
+    return load_config(config, world_size=world_size, check=check, **overrides)
 
 
 def model_config(config: ConfigLike, *, vocab_size: int | None = None, **overrides: Any) -> ModelConfig:
@@ -75,7 +78,7 @@ def model_config(config: ConfigLike, *, vocab_size: int | None = None, **overrid
         ConfigError: the configuration is wrong.
         DataError: the vocabulary is not named and the tokenizer's file is not there.
     """
-    run = as_run(config, **overrides)
+    run = as_run(config, check=False, **overrides)
     rows = vocab_size or run.tokenizer.padded_vocab_size
     return model_config_of(run, rows or vocabulary_rows(run, tokenizer_of(run)))
 
@@ -105,7 +108,7 @@ def build_model(
         DataError: see `model_config`.
     """
     if not isinstance(config, ModelConfig):
-        run = as_run(config)
+        run = as_run(config, check=False)
         seed = run.training.seed if seed is None else seed
         config = model_config(run, vocab_size=vocab_size)
     specs = param_specs(config)

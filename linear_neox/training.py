@@ -82,7 +82,7 @@ class Trainer:
         self._goes_on = assemble.continued(self.run, resumed, self._state)
         consumed = self._state.consumed_samples, self._state.consumed_tokens
         self._batches = self._parts.feeding.training(self._parts.mesh, *consumed)
-        close = getattr(self._batches, "close", None)  # it may read ahead on a thread, which must end before the interpreter does
+        close = getattr(self._batches, "close", None)  # it may read ahead on a thread, which must end before Python does
         self._end_reading = weakref.finalize(self, close) if close is not None else None
         self._hooks = list(hooks)
         self.history: list[Step] = []
@@ -198,6 +198,6 @@ def train(config: ConfigLike, **overrides: Any) -> Run:
         UserError: any mistake in configuration, data or checkpoint; a run that cannot go on.
     """
     env = read_rank_environment()
-    run = as_run(config, **overrides) if env.world_size == 1 else as_run(config, world_size=env.world_size, **overrides)
+    run = as_run(config, world_size=env.world_size, **overrides)
     require_data(run)
     return assemble.train(run, env, ("linear_neox.train", run.name))
