@@ -80,8 +80,8 @@ else:
 # %%
 for text in ln.generate(trainer, ["import os\n", "class Reader:\n"], max_new_tokens=48, temperature=0.7, top_k=40):
     print(text, "\n---")
-score = ln.perplexity(trainer, ln.read_tokens(corpus.data_path, name="test", limit=2000))
-print(f"perplexity {score.perplexity:.1f} per token over {score.tokens} tokens of the test split")
+score = ln.perplexity(trainer, ln.read_tokens(corpus.data_path, name="valid", limit=2000))
+print(f"perplexity {score.perplexity:.1f} per token over {score.tokens} tokens of the validation split")
 
 # %% [markdown]
 # ## A checkpoint, and a folder for transformers
