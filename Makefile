@@ -12,9 +12,11 @@ JOBS ?= 2
 
 .PHONY: gpu-wheels train test test-fast mutation test-oldest test-newest lock lint format docs install install-dev clean
 
+# The packages, then this checkout itself (editable): `linear-neox` and `import linear_neox` from any folder.
 $(VENV)/.installed: requirements/requirements.txt $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) -r requirements/requirements.txt
+	$(INSTALL) --no-deps -e .
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed $(wildcard requirements/requirements-*.txt)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron.config.cli import config_from_args, make_parser
+from megatron.config.yaml_reader import find_config
 from megatron.errors import LaunchError, exit_on_error
 from megatron.launch.exports import is_secret, user_file, withheld
 from megatron.launch.hosts import find_pool
@@ -94,8 +95,7 @@ def _ready(job: Job, options: LaunchOptions) -> Job:
 
 def _job_text(arguments: argparse.Namespace, run: RunConfig, options: LaunchOptions, command: tuple[str, ...]) -> str:
     """The file of --print-job."""
-    files = [Path(arguments.conf_dir or "") / name for name in arguments.conf_file]
-    files = [path if path.is_file() else path.with_name(f"{path.name}.yml") for path in files]
+    files = [find_config(name, arguments.conf_dir) for name in arguments.conf_file]
     named = {name: os.environ[name] for name in options.export_env if name in os.environ}
     shape = shape_of(
         options,

@@ -136,7 +136,7 @@ def _opening(run: RunConfig, config: ModelConfig, mesh: Mesh, folder: RunFolder,
 
 
 @dataclass(frozen=True)
-class _Parts:
+class Parts:
     """What a rank has built before the loop starts."""
 
     tokenizer: Tokenizer
@@ -146,8 +146,14 @@ class _Parts:
     engine: Engine
 
 
-def _build(run: RunConfig, env: RankEnvironment, connected: Callable[[], object]) -> _Parts:
-    """connected: called when all ranks have found each other."""
+def build(run: RunConfig, env: RankEnvironment, connected: Callable[[], object]) -> Parts:
+    """Model, data and engine of this rank, checked against each other.
+
+    Args:
+        run: the configuration.
+        env: this rank.
+        connected: called when all ranks have found each other.
+    """
     tokenizer = tokenizer_of(run)
     rows = vocabulary_rows(run, tokenizer)
     config = model_config(run, rows)
@@ -159,7 +165,7 @@ def _build(run: RunConfig, env: RankEnvironment, connected: Callable[[], object]
     mesh = Mesh.create(run.parallel.pipe_stages, run.parallel.tensor_ranks, env.world_size, env.rank)
     if settings.objective.tally is not None:
         settings.objective.tally.group = mesh.tp_group
-    return _Parts(tokenizer, config, feeding, mesh, build_engine(run.parallel.engine, config, mesh, settings, env.local_rank))
+    return Parts(tokenizer, config, feeding, mesh, build_engine(run.parallel.engine, config, mesh, settings, env.local_rank))
 
 
 def _control(run: RunConfig, rank: int, signals: StopSignals, limit: TimeLimit) -> Control:
@@ -168,35 +174,59 @@ def _control(run: RunConfig, rank: int, signals: StopSignals, limit: TimeLimit) 
     return Control(ballot, signals, limit, Watchdog.open(timeout, rank, ballot) if timeout else None)
 
 
-def _actions(run: RunConfig, parts: _Parts, saver: Saver, control: Control, goes_on: Mapping[str, Any]) -> Actions:
+def write_checkpoint(
+    run: RunConfig, parts: Parts, saver: Saver, folder: str | Path, state: TrainState, goes_on: Mapping[str, Any]
+) -> Path:
+    """Save `state` and all of the engine into `folder`; the checkpoint's own folder. goes_on: facts for later runs."""
+    c, tokenizer = run.checkpoint, parts.tokenizer
+    return saver.save(
+        folder,
+        parts.engine,
+        {**state.to_dict(), "data": parts.feeding.state()},
+        model_config=parts.config.to_dict(),
+        config_texts=run.config_texts,
+        tokenizer={path.name: path for path in tokenizer.files()},
+        facts={**checkpoint_facts(run, tokenizer), **goes_on},
+        keep_last=c.keep_last_n_checkpoints,
+        keep=c.extra_save_iters or (),
+        save_optimizer=not c.no_save_optim,
+        save_rng=not c.no_save_rng,
+    )
+
+
+def build_evaluator(
+    run: RunConfig, parts: Parts, name: str, split: str, stop_asked: Callable[[], bool] | None = None
+) -> Evaluator | None:
+    """The evaluation of `valid` or `test` that the run asks for, None where it has none.
+
+    Args:
+        run: the configuration.
+        parts: of this rank, with the datasets built.
+        name: `valid` or `test`.
+        split: prefix of the metrics.
+        stop_asked: asked between parts of the evaluation; true gives it up.
+    """
+    if parts.feeding.sets.get(name) is None or not run.training.eval_iters:
+        return None
+
+    def first() -> Iterator[Batch]:
+        return parts.feeding.evaluation(name, parts.mesh)
+
+    engine = parts.engine
+    tally = engine.settings.objective.tally
+    return Evaluator(engine, first, run.training.eval_iters, split, stop_asked=stop_asked, tally=tally)
+
+
+def _actions(run: RunConfig, parts: Parts, saver: Saver, control: Control, goes_on: Mapping[str, Any]) -> Actions:
     """Save and evaluate, as the loop calls them. goes_on: facts for the runs that go on from a checkpoint."""
-    c, engine, tokenizer = run.checkpoint, parts.engine, parts.tokenizer
+    c, engine = run.checkpoint, parts.engine
 
     def save(state: TrainState) -> Path:
         assert c.save is not None  # the save rule is off without it
-        return saver.save(
-            c.save,
-            engine,
-            {**state.to_dict(), "data": parts.feeding.state()},
-            model_config=parts.config.to_dict(),
-            config_texts=run.config_texts,
-            tokenizer={path.name: path for path in tokenizer.files()},
-            facts={**checkpoint_facts(run, tokenizer), **goes_on},
-            keep_last=c.keep_last_n_checkpoints,
-            keep=c.extra_save_iters or (),
-            save_optimizer=not c.no_save_optim,
-            save_rng=not c.no_save_rng,
-        )
+        return write_checkpoint(run, parts, saver, c.save, state, goes_on)
 
     def evaluator(name: str, split: str) -> Evaluator | None:
-        if parts.feeding.sets.get(name) is None or not run.training.eval_iters:
-            return None
-
-        def first() -> Iterator[Batch]:
-            return parts.feeding.evaluation(name, parts.mesh)
-
-        tally = engine.settings.objective.tally
-        return Evaluator(engine, first, run.training.eval_iters, split, stop_asked=control.stop_asked, tally=tally)
+        return build_evaluator(run, parts, name, split, control.stop_asked)
 
     def rewind() -> Mapping[str, Any]:
         assert c.save is not None  # a run without it has no checkpoint to go back to
@@ -228,7 +258,7 @@ def train(run: RunConfig, env: RankEnvironment, command: Sequence[str]) -> Run:
         for line in run.warnings:
             console.say(f"warning: {line}")
         # Until then a signal ends the process as it ends any: a rank that waits for another cannot vote.
-        parts = _build(run, env, signals.start)
+        parts = build(run, env, signals.start)
         stack.callback(close_process_group)
         stack.callback(parts.engine.close)
         found = restore(run, parts.engine, parts.config)

@@ -1,7 +1,8 @@
 """Names of token mixers, found by looking at the folder `megatron/layers/` and at the entry points `megatron.layers`.
 
 A mixer's file is read as text (its syntax tree), so that `deepy.py` can check a YAML in a fraction of a second without
-importing torch; the file is imported when a model is built. There is no list to edit: a new file is a new mixer.
+importing torch; the file is imported when a model is built. There is no list to edit: a new file is a new mixer. A notebook
+adds a class of its own with `register_layer`, for its process alone.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import functools
 import importlib
 import importlib.metadata
 import importlib.util
-from dataclasses import dataclass, replace
+import inspect
+import textwrap
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -113,19 +116,81 @@ def _read(path: Path, module: str) -> list[LayerInfo]:
     """The mixers of a file: its classes with `names` of their own."""
     tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
     classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
-    infos = []
-    for node in classes.values():
-        names = _class_attribute(node, "names")
-        if not names:
-            continue
-        lineage = [node, *_bases(node, classes)]
-        config = next((c for c in map(_config_of, lineage) if c is not None), None)
-        owners = [] if config is None else [c for c in map(_config_of, _bases(config, classes)) if c is not None]
-        configs = [] if config is None else [config, *owners]
-        neox_keys = _inherited(configs, "neox_keys") or {}
-        uses_heads = _inherited(lineage, "uses_heads") is not False
-        infos.append(LayerInfo(module, node.name, tuple(names), _all_options(configs), neox_keys, uses_heads))
-    return infos
+    return [_read_class(node, classes, module) for node in classes.values() if _class_attribute(node, "names")]
+
+
+def _read_class(node: ast.ClassDef, classes: dict[str, ast.ClassDef], module: str) -> LayerInfo:
+    lineage = [node, *_bases(node, classes)]
+    config = next((c for c in map(_config_of, lineage) if c is not None), None)
+    owners = [] if config is None else [c for c in map(_config_of, _bases(config, classes)) if c is not None]
+    configs = [] if config is None else [config, *owners]
+    neox_keys = _inherited(configs, "neox_keys") or {}
+    uses_heads = _inherited(lineage, "uses_heads") is not False
+    names = tuple(_class_attribute(node, "names"))
+    return LayerInfo(module, node.name, names, _all_options(configs), neox_keys, uses_heads)
+
+
+_registered: dict[str, Any] = {}  # name -> class, of this process alone
+
+
+def register_layer(cls: Any) -> None:
+    """Make a mixer class known to this process; a class of the same name and module takes the place of an earlier one.
+
+    Raises:
+        ConfigError: another mixer has one of its names; nothing is changed then.
+    """
+    before = dict(_registered)
+    same = [n for n, old in _registered.items() if (old.__module__, old.__qualname__) == (cls.__module__, cls.__qualname__)]
+    for name in same:
+        del _registered[name]
+    _registered.update(dict.fromkeys(cls.names, cls))
+    _table.cache_clear()
+    try:
+        taken = [name for name in cls.names if before.get(name) is not None and name not in same]
+        if taken:
+            raise ConfigError(f"two token mixers are called '{taken[0]}'", hint="rename one of them in its `names`")
+        _table()
+    except ConfigError:
+        _registered.clear()
+        _registered.update(before)
+        _table.cache_clear()
+        raise
+
+
+def _describe(cls: Any) -> LayerInfo:
+    """What is known of a class at run time; the documentation of its options is in its source alone, where that is at hand."""
+    try:
+        classes = {base.__name__: _class_node(base) for base in cls.__mro__ if hasattr(base, "names")}
+        return _read_class(classes[cls.__name__], classes, cls.__module__)
+    except (OSError, TypeError, SyntaxError, ValueError):  # typed into a terminal or a cell, or a default that is computed
+        pass
+    options = {
+        f.name: OptionInfo(
+            f.type if isinstance(f.type, str) else f.type.__name__, None if f.default is MISSING else f.default, ""
+        )
+        for f in fields(cls.Config)
+        if f.name not in (*_COMMON, *cls.Config.no_options)
+    }
+    return LayerInfo(cls.__module__, cls.__name__, tuple(cls.names), options, dict(cls.Config.neox_keys), cls.uses_heads)
+
+
+def _class_node(cls: Any) -> ast.ClassDef:
+    """The syntax tree of a class.
+
+    Raises:
+        OSError: its source is not at hand.
+        TypeError: it was typed into a terminal.
+        ValueError: what stands at the place of its source is another class.
+    """
+    node = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
+    if not isinstance(node, ast.ClassDef) or node.name != cls.__name__:
+        raise ValueError(f"the source of {cls.__name__} is not at hand")
+    return node
+
+
+def outside_modules() -> set[str]:
+    """Modules of mixers that do not lie in `megatron/layers/`: of entry points and of `register_layer`."""
+    return {info.module for info in _table().values() if not info.module.startswith("megatron.layers.")}
 
 
 @functools.cache
@@ -139,6 +204,7 @@ def _table() -> dict[str, LayerInfo]:
         spec = importlib.util.find_spec(entry.module)
         if spec and spec.origin:
             infos += _read(Path(spec.origin), entry.module)
+    infos += [_describe(cls) for cls in dict.fromkeys(_registered.values())]
     table: dict[str, LayerInfo] = {}
     for info in infos:
         for name in info.names:
@@ -170,6 +236,8 @@ def layer_info(name: str) -> LayerInfo:
 
 
 def layer_class(name: str) -> Any:
-    """Import and return the mixer class registered under `name`."""
+    """Import and return the mixer class called `name`."""
     info = layer_info(name)
+    if name in _registered:
+        return _registered[name]
     return getattr(importlib.import_module(info.module), info.class_name)

@@ -25,7 +25,7 @@ _INSIDE = {"lr": "optimizer.params.lr", "betas": "optimizer.params.betas", "eps"
 
 
 def load_config(
-    files: Sequence[str | Path],
+    files: Sequence[str | Path | Mapping[str, Any]],
     *,
     conf_dir: str | Path | None = None,
     overrides: Mapping[str, Any] | None = None,
@@ -36,7 +36,8 @@ def load_config(
     """Read, merge, type and derive a configuration.
 
     Args:
-        files: YAML or JSON files; `.yml` may be left out.
+        files: YAML or JSON files; `.yml` may be left out. A file that is not there is looked up by its name among those that
+            came with this package; a mapping of keys stands for a file.
         conf_dir: folder joined in front of every file.
         overrides: values that beat the files; dotted keys reach into dictionaries, texts are read as YAML.
         world_size: number of processes, if known; batch sizes are filled in then.
@@ -67,8 +68,10 @@ def load_config(
     return run
 
 
-def _run_name(files: Sequence[str | Path]) -> str:
-    name = Path(files[0]).name if files else "run"
+def _run_name(files: Sequence[str | Path | Mapping[str, Any]]) -> str:
+    if not files or isinstance(files[0], Mapping):
+        return "run"
+    name = Path(files[0]).name
     return name.removesuffix(".yml").removesuffix(".yaml").removesuffix(".json")
 
 
@@ -109,5 +112,5 @@ def _build(draft: Draft, parts: tuple[dict[str, Any], dict[str, dict[str, Any]],
         unused=unused,
         provenance=provenance,
         config_texts=source.texts,
-        warnings=checks.ignored_keys(draft.values | unused, provenance),
+        warnings=(*source.warnings, *checks.ignored_keys(draft.values | unused, provenance)),
     )

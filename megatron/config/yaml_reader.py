@@ -8,8 +8,9 @@ number (NeoX users lose runs to that string), and a key that appears with two va
 from __future__ import annotations
 
 import difflib
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import yaml
 
 from megatron.config.problems import Problems
 from megatron.files import read_text
+from megatron.shipped import shipped_config
 
 # What PyYAML raises on bad text: its own errors, ValueError for dates and numbers that are none (2024-99-99), and what its
 # constructors of tagged values stumble over (`!!bool maybe`, `!!timestamp x`).
@@ -38,11 +40,12 @@ ConfigLoader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-
 
 @dataclass
 class Source:
-    """What the files say: values by normalised key, the place of every (dotted) key, and the raw texts."""
+    """What the files say: values by normalised key, the place of every (dotted) key, the raw texts, and warnings."""
 
     values: dict[str, Any] = field(default_factory=dict)
     places: dict[str, str] = field(default_factory=dict)
     texts: dict[str, str] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
 
 
 def normalise_key(key: str) -> str:
@@ -91,11 +94,26 @@ def resolve_path(name: str | Path, conf_dir: str | Path | None) -> Path:
     return path if path.suffix in (".yml", ".yaml", ".json") else path.with_name(path.name + ".yml")
 
 
-def read_files(files: Sequence[str | Path], conf_dir: str | Path | None, problems: Problems) -> Source:
-    """Read and merge all files; whatever is wrong is added to `problems`."""
+def find_config(name: str | Path, conf_dir: str | Path | None) -> Path:
+    """The file that `name` means: the one at its path, else the configuration that came with this package under that name."""
+    path = resolve_path(name, conf_dir)
+    return path if path.exists() else shipped_config(path) or path
+
+
+def read_files(files: Sequence[str | Path | Mapping[str, Any]], conf_dir: str | Path | None, problems: Problems) -> Source:
+    """Read and merge all files; whatever is wrong is added to `problems`. A mapping counts as a file of these values."""
     source = Source()
-    for name in files:
-        path = resolve_path(name, conf_dir)
+    for number, name in enumerate(files, 1):
+        if isinstance(name, Mapping):
+            label = f"mapping-{number}.json"
+            source.texts[label] = json.dumps(name, indent=1, default=str)
+            _merge(source, *parse_text(source.texts[label], label, problems), problems)
+            continue
+        path = find_config(name, conf_dir)
+        if path != resolve_path(name, conf_dir):
+            source.warnings.append(
+                f"there is no {resolve_path(name, conf_dir)} here: {path} is read, which came with linear-neox"
+            )
         if path.name in source.texts:
             problems.add(
                 f"two config files are called {path.name}",

@@ -147,7 +147,7 @@ def pack(plan: PackPlan) -> str:
         packer.need(module, name)
     modules = packer.modules()
     for module in modules:
-        if effects := packer.source(module).effects():
+        if module.split(".")[0] == ROOT and (effects := packer.source(module).effects()):
             raise ExportError("a packed module must only define things", where=f"{module}:{effects[0].line}")
     head = "\n\n".join(part for part in (_head(plan, modules), _imports(packer)) if part)
     text = "\n\n\n".join([head, *(_section(packer, module) for module in modules)]) + "\n"

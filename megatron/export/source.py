@@ -10,12 +10,14 @@ import ast
 import builtins
 import importlib.util
 import symtable
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
 from megatron.errors import ExportError
+from megatron.registry import outside_modules
 
 ROOT = "megatron"
 
@@ -65,7 +67,13 @@ class Source:
 
 
 def module_path(module: str) -> Path | None:
-    """The file of one of our modules, found without importing it or its parents; None when there is no such module."""
+    """The file of one of our modules, found without importing it or its parents; None when there is no such module.
+
+    A mixer's module may lie elsewhere (`registry.outside_modules`), and is imported already.
+    """
+    if module.split(".")[0] != ROOT:
+        file = getattr(sys.modules.get(module), "__file__", None) or getattr(importlib.util.find_spec(module), "origin", None)
+        return None if file is None else Path(file)
     root = importlib.util.find_spec(ROOT)
     assert root is not None and root.submodule_search_locations
     base = Path(next(iter(root.submodule_search_locations))).joinpath(*module.split(".")[1:])
@@ -76,6 +84,12 @@ def module_path(module: str) -> Path | None:
 def read_source(module: str) -> Source:
     """The pieces of the module `module` (dotted name); a module that does not exist raises ExportError."""
     path = module_path(module)
+    if path is None and module in outside_modules():
+        raise ExportError(
+            f"a mixer of '{module}' cannot be packed",
+            why="its class is in no file",
+            hint="put it into a .py file and import it",
+        )
     if path is None:
         raise ExportError(f"no module '{module}' to pack", hint="the import that names it is wrong")
     return parse_source(module, path.read_text(encoding="utf-8"))
@@ -111,8 +125,8 @@ def _record_import(source: Source, node: ast.Import | ast.ImportFrom) -> None:
             return
         for alias in node.names:
             bound = alias.asname or alias.name
-            if origin.split(".")[0] == ROOT:
-                source.inside[bound] = (origin, alias.name)
+            if home := _home(origin, alias.name):
+                source.inside[bound] = (home, alias.name)
             else:
                 shown = alias.name if bound == alias.name else f"{alias.name} as {bound}"
                 source.outside[bound] = (f"{origin}.{alias.name}", f"from {origin} import {shown}")
@@ -125,6 +139,17 @@ def _record_import(source: Source, node: ast.Import | ast.ImportFrom) -> None:
         bound = alias.asname or alias.name.split(".")[0]
         shown = f" as {alias.asname}" if alias.asname else ""
         source.outside[bound] = (alias.name, f"import {alias.name}{shown}")
+
+
+def _home(origin: str, name: str) -> str | None:
+    """The module of ours that `from origin import name` means, None for one of another package.
+
+    A mixer of a user may import the contract from the public package, which keeps a table of where its names are defined.
+    """
+    if origin.split(".")[0] == ROOT or origin in outside_modules():
+        return origin
+    home: str | None = getattr(sys.modules.get(origin), "HOMES", {}).get(name)
+    return home
 
 
 def _is_guard(node: ast.stmt) -> bool:
@@ -165,7 +190,20 @@ def _lazy_imports(node: ast.stmt) -> Iterator[str]:
             yield from (alias.name for alias in child.names)
 
 
+def _without_registration(node: ast.stmt, lines: list[str]) -> tuple[ast.stmt, list[str]]:
+    """A class without the decorator `register_mixer`: in a packed file the mixers' table is written out."""
+    first = (node.end_lineno or node.lineno) - len(lines) + 1  # number of the first of `lines`
+    for decorator in list(getattr(node, "decorator_list", ())):
+        if ast.unparse(decorator).split(".")[-1] == "register_mixer":
+            lines = [line for number, line in enumerate(lines, first) if number != decorator.lineno]
+            assert isinstance(node, ast.ClassDef)
+            node.decorator_list.remove(decorator)
+            break
+    return node, lines
+
+
 def _piece(module: str, node: ast.stmt, lines: list[str]) -> Piece:
+    node, lines = _without_registration(node, lines)
     uses = {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Store)}
     text = "\n".join(lines).strip("\n").rstrip()
     gap = min(2, next((i for i, line in enumerate(lines) if line.strip()), 0))

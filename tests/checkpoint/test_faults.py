@@ -26,8 +26,8 @@ def test_random_damage_is_named_and_stepped_back_from(count: int) -> None:
 @pytest.mark.parametrize("mode", ["sync", "async"])
 def test_killed_inside_a_save(mode: str) -> None:
     """Exit code 0: as many resumes as asked, none wrong, none older than the last completed save."""
-    command = [sys.executable, str(ROOT / "tests" / "faults" / "checkpoint_kill.py"), "--kills", "4", "--mode", mode]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    command = [sys.executable, "-m", "tests.faults.checkpoint_kill", "--kills", "4", "--mode", mode]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

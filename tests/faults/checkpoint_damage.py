@@ -1,6 +1,6 @@
 """Random damages to the files of a checkpoint: each must be named, and a resume must step back to the checkpoint before.
 
-    python tests/faults/checkpoint_damage.py --count 1000 [--seed 5] [--output result.json]
+    python -m tests.faults.checkpoint_damage --count 1000 [--seed 5] [--output result.json]
 
 Kinds: a flipped bit, a cut, zeroes, a longer file, a deletion, two stretches swapped, the same file of another save of the same
 state. `damages` must name the file, and the tensor when the bytes were inside one; a resume must load the older checkpoint.
@@ -14,12 +14,9 @@ import logging
 import random
 import shutil
 import struct
-import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megatron.checkpoint.layout import MANIFEST
 from megatron.checkpoint.load import damages

@@ -1,6 +1,6 @@
 """kill -9 at random moments inside a save, on four real ranks, and a resume after each.
 
-    python tests/faults/checkpoint_kill.py --kills 200 --mode sync [--seed 1] [--output result.json]
+    python -m tests.faults.checkpoint_kill --kills 200 --mode sync [--seed 1] [--output result.json]
 
 One process imports everything once and forks four ranks per life (DeepSpeed, pipeline 2 x data 2). A life resumes from what
 the one before left, compares a digest of weights, optimizer, random states and cursor with the unbroken run's of that step,
@@ -27,8 +27,6 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tests.faults.report import as_typed, store
 from tests.parallel.rank_server import die_with_parent, free_port

@@ -1,6 +1,6 @@
 """Save on one mesh, resume on another, real ranks: weights and optimizer bit-equal once gathered, the next loss within 1e-6.
 
-    python tests/faults/checkpoint_meshes.py [--dtype fp32] [--quick] [--output result.json]
+    python -m tests.faults.checkpoint_meshes [--dtype fp32] [--quick] [--output result.json]
 
 Every mesh of at most four ranks saves after three steps and then takes a fourth, the unbroken run. Every mesh then resumes from
 all of them in turn and takes the fourth step. Gathering is done here with plain index arrays, not with the code under test.
@@ -10,12 +10,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 

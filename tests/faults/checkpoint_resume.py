@@ -1,6 +1,6 @@
 """Stop after every step and resume: losses, gradient norms, weights, optimizer, random states and sample ids equal to the bit.
 
-    python tests/faults/checkpoint_resume.py --steps 50 --mixers all [--output result.json]
+    python -m tests.faults.checkpoint_resume --steps 50 --mixers all [--output result.json]
 
 The unbroken run saves after every step. Then, for every step k, an engine with another seed resumes from it and goes on: at k
 its whole state must have the digest of the unbroken run, and so must each following step (`--follow`, all by default).
@@ -11,12 +11,9 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import sys
 import tempfile
 import time
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 import torch

@@ -14,6 +14,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 from megatron.errors import ConfigError, exit_on_error
 
 TOOLS = Path(__file__).resolve().parents[1]

@@ -1,0 +1,6 @@
+"""`python -m linear_neox COMMAND`: the console command `linear-neox`, also from a checkout that is not installed."""
+
+from linear_neox.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""The console command `linear-neox`: one name for the commands of the checkout, which it runs as they are.
+
+    linear-neox train configs/metala.yml       deepy.py train.py: on as many processes as the configuration asks for
+    linear-neox generate | eval CONFIG         generate.py, eval.py
+    linear-neox data prepare | tokenize | ...  prepare_data.py, tools/datasets/preprocess_data.py, tools/data.py
+    linear-neox convert to-hf | from-hf | from-neox
+    linear-neox checkpoint inspect | verify | diff | reshard | import
+
+Everything after the name goes to that command. It imports neither torch nor the command before it is chosen.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+from collections.abc import Mapping, Sequence
+
+from megatron import __version__
+from megatron.errors import exit_on_error
+from megatron.launch.environment import read_rank_environment
+from megatron.shipped import shipped_root
+
+_SCRIPTS = ("train.py", "generate.py", "eval.py")
+_USAGE = "usage: linear-neox train | launch | generate | eval | data | convert | checkpoint  [arguments], or --version"
+# Words -> the command's file in the checkout, and what is put before the user's arguments.
+COMMANDS: Mapping[tuple[str, ...], tuple[str, ...]] = {
+    ("train",): ("deepy.py", "train.py"),
+    ("launch",): ("deepy.py",),
+    ("generate",): ("generate.py",),
+    ("eval",): ("eval.py",),
+    ("data", "prepare"): ("prepare_data.py",),
+    ("data", "tokenize"): ("tools/datasets/preprocess_data.py",),
+    ("data", "train-tokenizer"): ("tools/datasets/train_tokenizer.py",),
+    ("data", "inspect"): ("tools/data.py", "inspect"),
+    ("data", "verify"): ("tools/data.py", "verify"),
+    ("data", "samples"): ("tools/data.py", "samples"),
+    ("data", "merge"): ("tools/data.py", "merge"),
+    ("data", "count"): ("tools/data.py", "count"),
+    ("convert", "to-hf"): ("tools/convert_to_hf.py",),
+    ("convert", "from-hf"): ("tools/convert_from_hf.py",),
+    ("convert", "from-neox"): ("tools/convert_from_neox.py",),
+    ("checkpoint",): ("tools/checkpoint.py",),
+}
+
+
+def command_line(words: Sequence[str]) -> list[str] | None:
+    """The command's file and its arguments, None where `words` name no command."""
+    for length in (2, 1):
+        name = tuple(words[:length])
+        if len(name) < length or name not in COMMANDS:
+            continue
+        file, *before = COMMANDS[name]
+        rest = list(words[length:])
+        if name == ("train",) and read_rank_environment().source != "none":  # torchrun or srun has started this rank
+            file, before = "train.py", []
+        root = shipped_root()
+        ours = [str(root / word) if word.endswith(".py") else word for word in before]
+        if name == ("launch",):  # a command of ours by its name, unless there is one in this folder
+            rest = [str(root / w) if w in _SCRIPTS and not os.path.exists(w) else w for w in rest]
+        return [str(root / file), *ours, *rest]
+    return None
+
+
+def _help(words: Sequence[str]) -> str:
+    """What may follow `words`."""
+    nexts = [" ".join(name) for name in COMMANDS if name[: len(words)] == tuple(words) and len(name) > len(words)]
+    lines = "\n".join(f"  linear-neox {name} --help" for name in nexts or map(" ".join, COMMANDS))
+    return f"{_USAGE}\n\n{lines}"
+
+
+def run(words: Sequence[str]) -> None:
+    """Run the command that `words` name; it ends the process as it would from the checkout."""
+    known = {name[:1] for name in COMMANDS}
+    if not words or words[0] in ("-h", "--help"):
+        print(_help([]))
+        return
+    if words[0] == "--version":
+        print(f"linear-neox {__version__}")
+        return
+    with exit_on_error():
+        line = command_line(words)
+    if line is None:
+        group = words[:1] if tuple(words[:1]) in known else []
+        asked = len(words) == 1 or words[1] in ("-h", "--help")
+        if group and asked:
+            print(_help(group))
+            return
+        print(f"error: there is no command 'linear-neox {' '.join(words[:2])}'\n{_help(group)}", file=sys.stderr)
+        raise SystemExit(2)
+    sys.argv = line
+    runpy.run_path(line[0], run_name="__main__")
+
+
+def main() -> None:
+    """The entry point."""
+    run(sys.argv[1:])

@@ -1,0 +1,190 @@
+"""Configurations, models and checkpoints: from a YAML, a dictionary or a folder to a `LanguageModel` that runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron.checkpoint.find import find_checkpoint, newest_checkpoint, place_of
+from megatron.config.load import load_config as read_config
+from megatron.config.schema import RunConfig
+from megatron.data.tokenizers import Tokenizer
+from megatron.engine.base import DTYPES
+from megatron.engine.build import local_device
+from megatron.errors import ConfigError
+from megatron.generation.load import load_model, stored_tokenizer
+from megatron.layers.base import Layer
+from megatron.model import cost
+from megatron.model.build import build_model as build_unset
+from megatron.model.build import param_specs
+from megatron.model.config import ModelConfig
+from megatron.model.init import materialise
+from megatron.model.lm import LanguageModel
+from megatron.parallel.plan import slice_of
+from megatron.settings import model_config as model_config_of
+from megatron.settings import tokenizer_of, vocabulary_rows
+
+ConfigLike = RunConfig | str | Path | Mapping[str, Any]
+"""A configuration: loaded, the name of a YAML or JSON file, or a mapping of keys."""
+
+
+def load_config(
+    *files: str | Path | Mapping[str, Any], world_size: int | None = 1, check: bool = True, **overrides: Any
+) -> RunConfig:
+    """Read, merge and check a configuration, as `train.py` does.
+
+    Args:
+        *files: YAML or JSON files, merged in order; a mapping of keys counts as a file. A name such as `configs/metala.yml`
+            that is not there is looked up among the configurations that came with linear-neox.
+        world_size: number of processes; None where it is not known yet.
+        check: also refuse what cannot be trained; False for a file that describes a model and no training.
+        **overrides: keys that beat the files (`train_iters=10`); `**{"optimizer.params.lr": 3e-4}` reaches into one.
+
+    Returns:
+        The typed, frozen configuration. `.flat()` gives its keys, `.provenance` where each value comes from.
+
+    Raises:
+        ConfigError: a key is unknown or a value is wrong; every problem is listed with its place.
+    """
+    return read_config(files, overrides=overrides, world_size=world_size, check=check)
+
+
+def as_run(config: ConfigLike, *, world_size: int = 1, check: bool = True, **overrides: Any) -> RunConfig:
+    """The loaded configuration of whatever a user names one by; overrides only where it is loaded here.
+
+    Raises:
+        ConfigError: as `load_config`, or overrides for a configuration that is loaded already.
+    """
+    if isinstance(config, RunConfig):
+        if overrides:
+            raise ConfigError(f"{', '.join(overrides)}: a loaded configuration is frozen", hint="give the keys to load_config")
+        return config
+    return load_config(config, world_size=world_size, check=check, **overrides)
+
+
+def model_config(config: ConfigLike, *, vocab_size: int | None = None, **overrides: Any) -> ModelConfig:
+    """The model that a training configuration describes.
+
+    Args:
+        config: a loaded configuration, the name of a YAML, or a mapping of keys.
+        vocab_size: rows of the embedding. None: `padded_vocab_size`, or the size of the tokenizer, padded.
+        **overrides: as of `load_config`.
+
+    Raises:
+        ConfigError: the configuration is wrong.
+        DataError: the vocabulary is not named and the tokenizer's file is not there.
+    """
+    run = as_run(config, check=False, **overrides)
+    rows = vocab_size or run.tokenizer.padded_vocab_size
+    return model_config_of(run, rows or vocabulary_rows(run, tokenizer_of(run)))
+
+
+def build_model(
+    config: ModelConfig | ConfigLike,
+    *,
+    seed: int | None = None,
+    dtype: str | torch.dtype = torch.float32,
+    device: str | torch.device | None = None,
+    vocab_size: int | None = None,
+) -> LanguageModel:
+    """A model with initial values: the same numbers that training starts from, on any mesh.
+
+    Args:
+        config: a `ModelConfig`, or whatever `model_config` reads.
+        seed: of the initial values. None: the configuration's `seed`, 1234 for a `ModelConfig`.
+        dtype: of the parameters: a torch dtype, or fp32, bf16, fp16.
+        device: where they lie; None is the CPU.
+        vocab_size: as of `model_config`.
+
+    Returns:
+        The model, in training mode. `model(tokens [b, s])` gives `(logits [b, s, n], None)`.
+
+    Raises:
+        ConfigError: the configuration describes no model.
+        DataError: see `model_config`.
+    """
+    if not isinstance(config, ModelConfig):
+        run = as_run(config, check=False)
+        seed = run.training.seed if seed is None else seed
+        config = model_config(run, vocab_size=vocab_size)
+    specs = param_specs(config)
+    with torch.device("meta"):
+        model = build_unset(config)
+    materialise(
+        model,
+        {name: name for name, _ in model.named_parameters()},
+        specs,
+        config,
+        1234 if seed is None else seed,
+        slices=lambda spec: slice_of(spec.shape, spec.cut, 0, 1),
+        device=device or "cpu",
+        dtype=_dtype(dtype),
+    )
+    for module in model.modules():
+        if isinstance(module, Layer):
+            module.lay_together()
+    return model
+
+
+def _dtype(dtype: str | torch.dtype) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in DTYPES:
+        raise ConfigError(f"unknown dtype '{dtype}'", hint="a torch dtype, or one of " + ", ".join(DTYPES))
+    return DTYPES[dtype]
+
+
+def count_parameters(config: ModelConfig | ConfigLike, *, vocab_size: int | None = None) -> tuple[int, int]:
+    """(all parameters, those without the embedding and the output matrix), without allocating any."""
+    return cost.count_parameters(config if isinstance(config, ModelConfig) else model_config(config, vocab_size=vocab_size))
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model as it was saved, ready to run; `generate`, `perplexity` and `export_hf` take it as it is.
+
+    Attributes:
+        model: in evaluation mode.
+        tokenizer: of its data; None where the checkpoint holds none.
+        path: the `global_step<N>` folder.
+        iteration: optimizer steps taken.
+        seq_length: tokens of a sample in training; None where the checkpoint does not know.
+    """
+
+    model: LanguageModel
+    tokenizer: Tokenizer | None
+    path: Path
+    iteration: int
+    seq_length: int | None
+
+
+def load_checkpoint(
+    path: str | Path,
+    *,
+    iteration: int | None = None,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+) -> Checkpoint:
+    """Load a checkpoint of any mesh into one process.
+
+    Args:
+        path: a `global_step<N>` folder, or the save folder or run folder that holds some.
+        iteration: the step wanted from a save or run folder; None is the newest.
+        dtype: of the parameters. None: as stored on a GPU, fp32 on a CPU, where half precision is slower and changes results.
+        device: None is the GPU, where there is one.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    folder = newest_checkpoint(path) if iteration is None else find_checkpoint(place_of(path), iteration)
+    assert folder is not None  # None is the fresh start of a training run, which names a save folder
+    where = local_device(0) if device is None else torch.device(device)
+    narrow = None if where.type == "cuda" else torch.float32
+    model, manifest = load_model(folder, dtype=narrow if dtype is None else _dtype(dtype), device=where)
+    kind = (manifest.facts.get("tokenizer") or {}).get("type")
+    tokenizer = stored_tokenizer(folder / "tokenizer", kind)
+    return Checkpoint(model, tokenizer, folder, manifest.iteration, manifest.facts.get("seq_length"))
