@@ -11,8 +11,8 @@ from typing import Any
 
 from megatron.export.linear_config import LinearLMConfig
 from megatron.export.metala_config import MetaLAConfig
-from megatron.export.native import Native
-from megatron.export.native_families import native_for
+from megatron.interop.hf_families import native_for
+from megatron.interop.hf_models import Native
 from megatron.model.config import ModelConfig
 
 # activations that the released MetaLA code knows; its "exp" is left out, whose normalisation is not documented

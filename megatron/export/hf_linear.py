@@ -8,7 +8,7 @@ from megatron.export.linear_config import LinearLMConfig
 
 
 class LinearLMModel(DecoderModel):
-    """Any stack of token mixers, without its output matrix."""
+    """Any stack of token mixers, without its output projection."""
 
     config_class = LinearLMConfig
 

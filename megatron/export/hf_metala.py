@@ -8,7 +8,7 @@ from megatron.export.metala_config import MetaLAConfig
 
 
 class MetaLAModel(DecoderModel):
-    """MetaLA without its output matrix."""
+    """MetaLA without its output projection."""
 
     config_class = MetaLAConfig
 
