@@ -69,6 +69,25 @@ def test_no_import_circles() -> None:
         visit(name, ())
 
 
+def test_packages_have_an_order() -> None:
+    """A package that is built on another one is not imported by it, not even in another file; composition roots stand alone."""
+    graph: dict[str, set[str]] = {}
+    for name, targets in arrows().items():
+        own = ".".join(name.split(".")[:2])
+        graph.setdefault(own, set()).update({".".join(t.split(".")[:2]) for t in targets} - {own})
+
+    def visit(name: str, way: tuple[str, ...]) -> None:
+        assert name not in way, "packages in a circle: " + " -> ".join([*way[way.index(name) :], name])
+        if name not in done:
+            for target in sorted(graph.get(name, ())):
+                visit(target, (*way, name))
+            done.add(name)
+
+    done: set[str] = set()
+    for name in sorted(graph):
+        visit(name, ())
+
+
 def test_one_door_to_deepspeed() -> None:
     doors = [module_of(p) for p in FILES + COMMANDS if any(m.split(".")[0] == "deepspeed" for m in imported(p))]
     assert doors == ["megatron.engine.deepspeed_pipeline"]

@@ -53,7 +53,7 @@ def fetch(name: str, output: Path) -> Path:
 
 
 def _ours(settings: dict[str, Any]) -> bool:
-    from megatron.export.families import LINEAR, METALA
+    from megatron.interop.hf_classes import LINEAR, METALA
     from megatron.interop.released import is_released
 
     known = {family.config_class.model_type for family in (METALA, LINEAR)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from megatron.export.hf_backbone import DecoderModel
 from megatron.export.hf_model import DecoderForCausalLM
-from megatron.export.linear_config import LinearLMConfig
+from megatron.interop.linear_config import LinearLMConfig
 
 
 class LinearLMModel(DecoderModel):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron.checkpoint.save import save_weights
 from megatron.errors import ExportError, UserError
-from megatron.export.families import LINEAR, METALA, METALA_ACTIVATIONS, Family, family_of
+from megatron.interop.hf_classes import LINEAR, METALA, METALA_ACTIVATIONS, Family, family_of
 from megatron.interop.hf_families import NATIVES, native_by_type
 from megatron.interop.hf_models import read_native
 from megatron.interop.released import is_released, read_released

@@ -149,9 +149,7 @@ class _Inputs(NamedTuple):
         last = running[:, :, -1:]
         fall = (running - running.transpose(-1, -2)).tril_().exp_()
         width = self.v.shape[-1]
-        factors = (
-            _columns(x.exp(), width, boundary) for x, boundary in ((running, enter), (last - running, leave), (last, carry))
-        )
+        factors = (_columns(x.exp(), width, cut) for x, cut in ((running, enter), (last - running, leave), (last, carry)))
         return _Piece(q, k, u, pair.to(q.dtype), fall, *factors)
 
 

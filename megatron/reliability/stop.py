@@ -12,11 +12,11 @@ import signal
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+from megatron.data.prefetch import Prefetcher
 from megatron.errors import TrainingError
 from megatron.reliability.consensus import Consensus
 from megatron.reliability.signals import StopSignals, TimeLimit
 from megatron.reliability.watchdog import LostRank, Watchdog
-from megatron.training.prefetch import Prefetcher
 
 # Codes of a process that was asked to leave: with its work saved (start the same command again), or with nothing to save it in.
 EXIT_SAVED, EXIT_UNSAVED = 75, 76

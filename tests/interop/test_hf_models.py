@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM
 from megatron.checkpoint.load import read_full_weights
 from megatron.checkpoint.save import save_weights
 from megatron.errors import ExportError
-from megatron.export.families import family_of
 from megatron.export.hf import export_checkpoint
 from megatron.generation.load import load_model
+from megatron.interop.hf_classes import family_of
 from megatron.interop.import_hf import import_folder
 from megatron.layers.base import Context
 from megatron.model.build import param_specs

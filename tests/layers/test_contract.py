@@ -19,8 +19,8 @@ from torch import Tensor
 from megatron.data.batches import Batch
 from megatron.engine.base import EngineSettings
 from megatron.engine.single_process import SingleProcessEngine
-from megatron.export.families import LINEAR
 from megatron.export.hf import packed_sources
+from megatron.interop.hf_classes import LINEAR
 from megatron.layers.base import Context, Layer, LayerInputs, input_names, inputs_of
 from megatron.model.config import ModelConfig
 from megatron.model.init import cut

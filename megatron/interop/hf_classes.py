@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron.export.linear_config import LinearLMConfig
-from megatron.export.metala_config import MetaLAConfig
 from megatron.interop.hf_families import native_for
 from megatron.interop.hf_models import Native
+from megatron.interop.linear_config import LinearLMConfig
+from megatron.interop.metala_config import MetaLAConfig
 from megatron.model.config import ModelConfig
 
 # activations that the released MetaLA code knows; its "exp" is left out, whose normalisation is not documented
@@ -89,9 +89,9 @@ def _linear_fields(config: ModelConfig) -> dict[str, Any]:
     return {"architecture": {**config.to_dict(), "hidden_dropout": 0.0}}
 
 
-METALA = Family("metala", "MetaLA", "megatron.export.hf_metala", "megatron.export.metala_config", MetaLAConfig, _metala_fields)
+METALA = Family("metala", "MetaLA", "megatron.export.hf_metala", "megatron.interop.metala_config", MetaLAConfig, _metala_fields)
 LINEAR = Family(
-    "linear_lm", "LinearLM", "megatron.export.hf_linear", "megatron.export.linear_config", LinearLMConfig, _linear_fields
+    "linear_lm", "LinearLM", "megatron.export.hf_linear", "megatron.interop.linear_config", LinearLMConfig, _linear_fields
 )
 
 
