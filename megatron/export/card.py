@@ -22,7 +22,7 @@ from megatron.data.hub import PREFIX, parse
 from megatron.errors import DataError, ExportError
 from megatron.export.card_use import how_to_use
 from megatron.export.scores import Score
-from megatron.export.tested_versions import PROVED_TRANSFORMERS
+from megatron.interop.tested_versions import PROVED_TRANSFORMERS
 from megatron.model.config import ModelConfig
 from megatron.registry import layer_info
 

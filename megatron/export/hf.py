@@ -25,13 +25,13 @@ from megatron.checkpoint.safetensors_writer import nbytes, write_tensors
 from megatron.errors import ExportError
 from megatron.export.card import Stated, Subject, model_card
 from megatron.export.pack import PackPlan, pack
-from megatron.export.tested_versions import PROVED_TRANSFORMERS
 from megatron.export.tokenizer import export_tokenizer
 from megatron.export.verify import make_probe, verify_folder
 from megatron.files import fsync_folder, write_json, write_text
 from megatron.generation.load import filled_model, model_config_of
 from megatron.interop.hf_classes import Family, family_of
 from megatron.interop.hf_models import to_native
+from megatron.interop.tested_versions import PROVED_TRANSFORMERS
 from megatron.model.config import ModelConfig
 from megatron.registry import layer_info
 

@@ -1,7 +1,7 @@
 """The shell that makes our model a Hugging Face one: cache, masks, documents, loss and `generate` around the trainer's blocks.
 
 It is imported here (verification) and packed into every exported folder, where `megatron/model` and the mixers stand above it
-in the same file. Nothing of the mathematics is in it. Written for the range of transformers in `export/tested_versions.py`: up
+in the same file. Nothing of the mathematics is in it. Written for the range of transformers in `interop/tested_versions.py`: up
 to 5.23 the cache is called `past_key_values`, from 5.24 on `cache`, as an argument and as a field of the output; both names
 work with every version.
 """

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from megatron.export.tested_versions import warn_if_unproved
+from megatron.interop.tested_versions import warn_if_unproved
 
 
 class MetaLAConfig(PretrainedConfig):

@@ -16,7 +16,7 @@ from megatron.errors import ExportError
 from megatron.export.card import Stated, Subject, model_card
 from megatron.export.hf import export_checkpoint
 from megatron.export.scores import Score
-from megatron.export.tested_versions import PROVED_TRANSFORMERS
+from megatron.interop.tested_versions import PROVED_TRANSFORMERS
 from tests.export.conftest import TINY
 
 SCORES = (

@@ -10,7 +10,7 @@ import pytest
 
 from megatron.export import tested_versions as proved
 from megatron.export.pack import PackPlan, pack
-from megatron.export.tested_versions import PROVED_TRANSFORMERS, say_if_unproved, warn_if_unproved
+from megatron.interop.tested_versions import PROVED_TRANSFORMERS, say_if_unproved, warn_if_unproved
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -57,7 +57,7 @@ def test_requirements_give_the_same_range() -> None:
 
 
 def test_it_packs_and_runs_on_its_own() -> None:
-    text = pack(PackPlan(entries=(("megatron.export.tested_versions", "warn_if_unproved"),), title="t"))
+    text = pack(PackPlan(entries=(("megatron.interop.tested_versions", "warn_if_unproved"),), title="t"))
     assert "megatron" not in re.sub(r"#.*|Modules:.*", "", text)
     space: dict[str, object] = {}
     exec(compile(text, "packed", "exec"), space)
