@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron.export import tested_versions as proved
 from megatron.export.pack import PackPlan, pack
+from megatron.interop import tested_versions as proved
 from megatron.interop.tested_versions import PROVED_TRANSFORMERS, say_if_unproved, warn_if_unproved
 
 ROOT = Path(__file__).resolve().parents[2]
