@@ -59,7 +59,8 @@ def check_body(body: Mapping[str, Any]) -> None:
     """Check the JSON of a manifest of a version that is read here.
 
     Raises:
-        InvalidManifest: a field is missing or of another type, a size is impossible, or the pieces of a tensor leave a hole or overlap.
+        InvalidManifest: a field is missing or of another type, a size is impossible, or the pieces of a tensor leave a hole or
+            overlap.
     """
     _count(body.get("iteration"), "iteration")
     _text(body.get("save_id"), "save_id")
