@@ -9,6 +9,7 @@ asks for anything else is refused by name before it runs. This is the only file 
 
 from __future__ import annotations
 
+import os
 import pickle
 import re
 from collections import defaultdict
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from megatron.errors import CheckpointError
+from megatron.files import open_regular
 
 _LAYER = re.compile(r"layer_([0-9]{1,18})-model_([0-9]{1,18})-model_states\.pt")
 _RANK = re.compile(r"mp_rank_([0-9]{1,18})_model_states\.pt")
@@ -49,6 +51,7 @@ def read_pickle(path: Path) -> Any:
             "this torch must not open foreign pickles", where=str(path), why=f"{torch.__version__} is older than 2.10"
         )
     try:
+        os.close(open_regular(path))  # torch.load, which maps the file itself, would wait for the writer of a pipe
         with torch.serialization.safe_globals(_numpy_globals()):
             return torch.load(path, weights_only=True, map_location="cpu", mmap=True)
     except pickle.UnpicklingError as error:
