@@ -12,21 +12,21 @@ from typing import Any
 from megatron.config.frozen import thaw
 from megatron.config.schema import RunConfig
 from megatron.data.masking import Masking
-from megatron.data.synthetic.dataset import SPLITS, read_slices, task_kind
-from megatron.data.synthetic.numbers import NumberTokenizer
 from megatron.data.tokenizers import Tokenizer, build_tokenizer, padded_vocab_size
 from megatron.engine.base import EngineSettings
 from megatron.engine.schedule import ScheduleConfig, decay_horizon, learning_rate
 from megatron.errors import ConfigError, DataError
-from megatron.launch.preflight import RunShape
+from megatron.model.accuracy import AnswerCounts
 from megatron.model.config import ModelConfig
+from megatron.model.objectives import Objective
 from megatron.observe.runfolder import RunFolder
 from megatron.observe.sinks import SinkOptions, WandbOptions
+from megatron.planning.dry_run import RunShape
 from megatron.registry import layer_info
-from megatron.training.accuracy import Tally
-from megatron.training.cadence import SaveRule
-from megatron.training.guard import GuardOptions
-from megatron.training.objectives import Objective
+from megatron.reliability.guard import GuardOptions
+from megatron.synthetics.dataset import SPLITS, read_slices, task_kind
+from megatron.synthetics.number_tokenizer import NumberTokenizer
+from megatron.training.intervals import SaveRule
 from megatron.training.options import FitOptions
 
 
@@ -129,7 +129,7 @@ def engine_settings(run: RunConfig) -> EngineSettings:
 def objective(run: RunConfig) -> Objective:
     """What the loss is. The prefix of layers that read one in both directions is left out (`config/training_rules.py`)."""
     t, seen = run.training, layer_options(run).get("jrt", {}).get("prefix_length", 0)
-    tally = None if run.data.synthetic is None else Tally()
+    tally = None if run.data.synthetic is None else AnswerCounts()
     length = t.objective_prefix_length or seen
     if t.objective == "causal":
         return Objective(tally=tally, mean_over=t.loss_mean_over)

@@ -44,7 +44,7 @@ def _leave(code: int) -> NoReturn:
 def _as_a_process(arguments: list[str], folder: Path, text: str, environment: Mapping[str, str]) -> Iterator[None]:
     path, here, stdin, root = list(sys.path), os.getcwd(), sys.stdin, logging.getLogger()
     handlers, level = root.handlers[:], root.level
-    patches = [mock.patch("os.execve", _execve), mock.patch("megatron.launch.ending.leave", _leave)]
+    patches = [mock.patch("os.execve", _execve), mock.patch("megatron.launch.process_exit.leave", _leave)]
     patches += [mock.patch.dict(os.environ, environment, clear=True), mock.patch.object(sys, "argv", arguments)]
     with contextlib.ExitStack() as stack:
         for patch in patches:
@@ -96,7 +96,7 @@ def run_here(
     return subprocess.CompletedProcess([str(script), *map(str, words)], code, out.getvalue(), err.getvalue())
 
 
-_WARM = ["torch", "megatron.assemble", "megatron.export.hf", "megatron.generation.load", "megatron.evaluation.suite"]
+_WARM = ["torch", "megatron.assemble", "megatron.export.hf", "megatron.generation.load", "megatron.evaluation.run_lm_eval"]
 
 
 def run_forked(

@@ -13,8 +13,8 @@ from megatron.config.load import load_config
 from megatron.config.problems import Problems
 from megatron.config.schema import RunConfig
 from megatron.config.yaml_reader import read_files
-from megatron.engine import footprint
 from megatron.errors import ConfigError, DataError
+from megatron.planning import memory as footprint
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 SITE = "local_setup.yml"

@@ -2,7 +2,7 @@
 
 `configs/arguments.md` is the page for people and `configs/schema.json` the one for editors (completion and checking in
 YAML); `pages.py` adds docs/neox.md and docs/keys.md. All come from the catalog the reader itself uses; a test fails when they
-are stale. Write them anew with `python -m megatron.config.explain`.
+are stale. Write them again with `python -m megatron.config.explain`.
 """
 
 from __future__ import annotations

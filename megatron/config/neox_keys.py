@@ -617,7 +617,7 @@ _ROWS: tuple[NeoxKey, ...] = (
         "Literal['column']",
         "column",
         "ignored",
-        "How the output matrix is cut; NeoX knows `column` only.",
+        "How the output projection is cut; NeoX knows `column` only.",
         "there is one choice",
     ),
     NeoxKey(

@@ -49,13 +49,13 @@ OWN_KEYS: dict[str, str] = {
     "eval_batch_size": "Rows per pass of lm-eval tasks; scores do not depend on it.",
     "eval_max_length": "Tokens that lm-eval tasks let the model read at most; unset: seq_length.",
     "eval_num_fewshot": "Examples in front of each question of lm-eval tasks; unset: what the task says.",
-    "eval_data_dir": "Folder of local data sets for lm-eval tasks, each under its hub name.",
+    "eval_data_dir": "Folder of local datasets for lm-eval tasks, each under its hub name.",
     "eval_context_length": "Recall tasks: tokens for document and answer (50), the document cut around its answer; 0: no cut.",
     "eval_prefix_scope": "JRT models: the prefix is the prompt (context) or also the scored text (whole, as released).",
     "eval_stop_at_eod": "Generation of lm-eval tasks ends at an end of document; the released Based and JRT code goes on.",
     "engine": "`deepspeed`, `single` (plain PyTorch, one process), or `auto`.",
     "reset_state_at_eod": (
-        "Keep documents apart in every mixer: recurrent state, short convolutions, attention and learned positions start anew "
+        "Keep documents apart in every mixer: recurrent state, short convolutions, attention and learned positions start again "
         "after each end of document."
     ),
     "reset_attention_at_eod": "The same under the name a user of attention looks for: it sets reset_state_at_eod.",

@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron.config.rule import Rule
 from megatron.errors import ConfigError
-from megatron.training.signals import seconds_of, signal_numbers
+from megatron.reliability.signals import seconds_of, signal_numbers
 
 
 def _problem(read: Callable[[Any], Any], value: Any) -> str:

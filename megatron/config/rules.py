@@ -44,7 +44,7 @@ def _synthetic_problem(run: RunConfig) -> str:
     """What is wrong with the parameters of a synthetic task; empty where nothing is, or a tokenizer must be known to say."""
     if run.data.synthetic is None:
         return ""
-    from megatron.data.synthetic.dataset import SPLITS, read_slices, task_kind  # needs numpy
+    from megatron.synthetics.dataset import SPLITS, read_slices, task_kind  # needs numpy
 
     try:
         if not task_kind(run.data.synthetic.get("task")).reads_text:

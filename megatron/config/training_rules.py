@@ -65,7 +65,7 @@ def _chunked_loss_problem(run: RunConfig) -> str:
     if not run.training.loss_chunk_tokens:
         return ""
     if run.parallel.zero_stage == 3:
-        return "ZeRO-3 gathers the output matrix for its own forward only"
+        return "ZeRO-3 gathers the output projection for its own forward only"
     return "a synthetic task counts right answers in the logits" if run.data.synthetic is not None else ""
 
 

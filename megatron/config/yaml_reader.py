@@ -26,7 +26,7 @@ from megatron.shipped import shipped_config
 BAD_YAML = (yaml.YAMLError, ValueError, RecursionError, KeyError, AttributeError, TypeError)
 _MOST_VALUES = 100_000  # values of a file with its anchors written out; thousands of times what a configuration needs
 _LARGEST = 1 << 24  # bytes of a file
-_DEEPEST = 8  # levels whose lines are noted; an anchor that contains itself would go on for ever
+_DEEPEST = 8  # levels whose lines are noted; an anchor that contains itself would go on forever
 
 _EXPONENT = re.compile(r"^[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+$")
 

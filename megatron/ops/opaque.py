@@ -29,7 +29,7 @@ def values_visible(x: Tensor) -> bool:
 
 
 def has_numbers(x: Tensor) -> bool:
-    """False for a tensor that stands for one of its shape while memory is counted (`engine/footprint.py`).
+    """False for a tensor that stands for one of its shape while memory is counted (`planning/memory.py`).
 
     Turns of a loop that leave no other trace in memory than the turn before need not be run then: there may be thousands.
     """

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from megatron.training.cadence import SaveRule
-from megatron.training.guard import GuardOptions
+from megatron.reliability.guard import GuardOptions
+from megatron.training.intervals import SaveRule
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The small parts of a launch: host files and filters, exported variables, the first error, the keeper of a rank."""
+"""The small parts of a launch: host files and filters, exported variables, the first error, the supervisor of a rank."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import pytest
 
 from megatron.errors import ConfigError, LaunchError
 from megatron.launch import exports
-from megatron.launch.follow import FirstError
 from megatron.launch.hosts import choose_hosts, parse_hostfile
-from megatron.launch.job import KEEPER, Job
+from megatron.launch.job import SUPERVISOR, Job
 from megatron.launch.runners import run_job
+from megatron.launch.stderr_follower import FirstError
 
 POOL = {"a": 4, "b": 2}
 
@@ -152,7 +152,7 @@ def test_the_end_of_a_host_is_noticed() -> None:
 
 def keeper(code: str, *options: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-SE", KEEPER, *options, "-c", code],
+        [sys.executable, "-SE", SUPERVISOR, *options, "-c", code],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=-1,
@@ -195,7 +195,7 @@ def test_keeper_kills_a_rank_that_is_stopped(how: str) -> None:
 
 @pytest.mark.parametrize(("reported", "code"), [((0, 1), 0), ((0,), 22)])
 def test_a_job_whose_ranks_have_not_all_reported_has_not_ended_well(reported: tuple[int, ...], code: int) -> None:
-    lines = "".join(f"hosta: keeper: rank {rank} ended with 0\n" for rank in reported)
+    lines = "".join(f"hosta: supervisor: rank {rank} ended with 0\n" for rank in reported)
     command = (sys.executable, "-c", f"import sys; sys.stderr.write({lines!r})")
     assert run_job(Job("hosts", command, {}, 2, launcher="pdsh")) == (code, "")
 

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import yaml
 
+from megatron.launch.job_shape import AGAIN
 from megatron.launch.jobfiles import job_file
-from megatron.launch.shape import AGAIN
 from tests.launch.test_launch_jobfiles import COMMAND, OPTIONS, SITE, shape
 
 # Field -> what it may hold: a type, the choices, or fields in it, whose names may be a pattern. `[x]`: a list of x.
