@@ -72,7 +72,7 @@ def _refused(run: RunConfig, problems: Problems) -> set[str]:
             continue
         value = run.unused.get(key) if not info.section else run.get(key)
         if value is not None and thaw(value) != thaw(info.default):
-            problems.add(f"{key}: {thaw(value)!r} is not supported", place_of(run, key), info.reason)
+            problems.add(f"{key}: {thaw(value)!r} is not supported", place_of(run, key), why=info.reason)
             found.add(key)
     for key, reasons in REFUSED_VALUES.items():
         value = run.get(key)
@@ -80,7 +80,7 @@ def _refused(run: RunConfig, problems: Problems) -> set[str]:
             problems.add(
                 f"{key}: {str(value).lower() if value is True else value} is not supported",
                 place_of(run, key),
-                reasons[value],
+                why=reasons[value],
             )
             found.add(key)
     return found

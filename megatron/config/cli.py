@@ -87,6 +87,8 @@ def overrides_from_args(ns: argparse.Namespace) -> tuple[dict[str, Any], dict[st
 def config_from_args(ns: argparse.Namespace, world_size: int | None = None, *, check: bool = True) -> RunConfig:
     """The configuration of a parsed command line. `--explain` and `--print-config` print and end the process here.
 
+    `--print-config` shows what was read also of a configuration that is refused, and then refuses it as a plan would.
+
     Raises:
         ConfigError: something in the files or flags is wrong.
     """
@@ -94,18 +96,30 @@ def config_from_args(ns: argparse.Namespace, world_size: int | None = None, *, c
     if ns.explain:
         print(explain(ns.explain, _run_or_none(ns, overrides, labels, world_size)))
         raise SystemExit(0)
-    run = load_config(
-        ns.conf_file,
-        conf_dir=ns.conf_dir,
-        overrides=overrides,
-        world_size=world_size,
-        check=check and not ns.print_config,
-        override_labels=labels,
-    )
+
+    def load(world_size: int | None, check: bool) -> RunConfig:
+        return load_config(
+            ns.conf_file,
+            conf_dir=ns.conf_dir,
+            overrides=overrides,
+            world_size=world_size,
+            check=check,
+            override_labels=labels,
+        )
+
+    run = load(world_size, check and not ns.print_config)
     if ns.print_config:
         sys.stdout.write(print_config(run))
+        if check:
+            load(planned_world(run), check=True)
         raise SystemExit(0)
     return run
+
+
+def planned_world(run: RunConfig) -> int:
+    """Processes of a plan: `global_num_gpus`, else num_nodes x num_gpus, else what one copy of the model needs."""
+    asked = (run.launch.num_gpus or 0) * max(1, run.launch.num_nodes)
+    return run.world_size or asked or run.parallel.pipe_stages * run.parallel.tensor_ranks
 
 
 def _run_or_none(

@@ -61,15 +61,15 @@ def partners(name: str) -> tuple[str, ...]:
 
 
 def reasons(error: ConfigError) -> list[list[str]]:
-    """[what is wrong, what to try] of every problem that an error lists."""
+    """[what is wrong, why or else what to try] of every problem that an error lists."""
     if not re.match(r"\d+ problems", error.what):
-        return [[error.what, error.hint or ""]]
+        return [[error.what, error.why or error.hint or ""]]
     found: list[list[str]] = []
     for line in error.what.splitlines()[1:]:
         if match := re.match(r"  \d+\. (.*)", line):
             found.append([match.group(1), ""])
-        elif line.startswith("     try: "):
-            found[-1][1] = line.removeprefix("     try: ")
+        elif match := re.match(r"     (?:why|try): (.*)", line):
+            found[-1][1] = found[-1][1] or match.group(1)
     return found
 
 

@@ -33,7 +33,7 @@ def nested_catalog() -> dict[str, KeyInfo]:
 def _info(key: str, name: str, entry: Entry) -> KeyInfo:
     outer = catalog()[key]
     annotation = kinds.parse_type(entry.kind) if isinstance(entry.kind, str) else entry.kind
-    limits = () if entry.low is None else (Field(ge=entry.low),)
+    limits = (Field(ge=entry.low, le=entry.high),) if (entry.low, entry.high) != (None, None) else ()
     return KeyInfo(
         name=f"{key}.{name}",
         section=outer.section,

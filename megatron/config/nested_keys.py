@@ -16,12 +16,13 @@ _FORMAT = Literal["fp32", "float32", "bf16", "bfloat16", "fp16", "float16"]
 
 @dataclass(frozen=True)
 class Entry:
-    """One entry: its type (an annotation, or text as in `kinds.parse_type`), what it does, its default; `low`: the least."""
+    """One entry: its type (an annotation, or text as in `kinds.parse_type`), what it does, its default, its least and most."""
 
     kind: Any
     doc: str = ""
     default: Any = None
     low: float | None = None
+    high: float | None = None
 
 
 NO_EFFECT = "Without effect here."
@@ -36,14 +37,17 @@ def _all(entry: Entry, names: str) -> dict[str, Entry]:
     return dict.fromkeys(names.split(), entry)
 
 
+_LARGEST_POWER = 127  # of two, in the fp32 that the loss is scaled in
 _SCALE: dict[str, Entry] = {
-    "loss_scale": Entry("float", "Fixed scale of the loss; 0 finds one.", 0, low=0),
-    "initial_scale_power": Entry("int", "The scale that is found starts at 2 to the power of this.", 16, low=0),
+    "loss_scale": Entry("float", "Fixed scale of the loss; 0 finds one.", 0, low=0, high=2.0**_LARGEST_POWER),
+    "initial_scale_power": Entry(
+        "int", "The scale that is found starts at 2 to the power of this.", 16, low=0, high=_LARGEST_POWER
+    ),
     "loss_scale_window": Entry("int", "Steps without overflow after which the scale doubles.", 1000, low=1),
     "hysteresis": Entry("int", "Overflows before the scale is halved.", 2, low=1),
-    "min_loss_scale": Entry("float", "The scale is not halved below it.", 1, low=0),
+    "min_loss_scale": Entry("float", "The scale is not halved below it.", 1, low=0, high=2.0**_LARGEST_POWER),
 }
-_SCALE_UNREAD = {name: Entry(entry.kind, NO_EFFECT, low=entry.low) for name, entry in _SCALE.items()}
+_SCALE_UNREAD = {name: Entry(entry.kind, NO_EFFECT, low=entry.low, high=entry.high) for name, entry in _SCALE.items()}
 
 # key -> dotted name inside it -> entry.
 NESTED: dict[str, dict[str, Entry]] = {

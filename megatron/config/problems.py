@@ -13,11 +13,12 @@ from megatron.errors import ConfigError
 
 @dataclass(frozen=True)
 class Problem:
-    """One mistake: the sentence, the place (`file:line`), and what to try."""
+    """One mistake: the sentence, the place (`file:line`), what to try, and the cause where the sentence does not say it."""
 
     message: str
     place: str = ""
     hint: str = ""
+    why: str = ""
 
 
 @dataclass
@@ -26,9 +27,9 @@ class Problems:
 
     items: list[Problem] = field(default_factory=list)
 
-    def add(self, message: str, place: str = "", hint: str = "") -> None:
+    def add(self, message: str, place: str = "", hint: str = "", *, why: str = "") -> None:
         """Remember one mistake; the same one twice is kept once."""
-        problem = Problem(message, place, hint)
+        problem = Problem(message, place, hint, why)
         if problem not in self.items:
             self.items.append(problem)
 
@@ -38,12 +39,10 @@ class Problems:
             return
         if len(self.items) == 1:
             only = self.items[0]
-            raise ConfigError(only.message, where=only.place or None, hint=only.hint or None)
+            raise ConfigError(only.message, where=only.place or None, why=only.why or None, hint=only.hint or None)
         lines = [f"{len(self.items)} problems in the configuration"]
         for number, problem in enumerate(self.items, 1):
             lines.append(f"  {number}. {problem.message}")
-            if problem.place:
-                lines.append(f"     where: {problem.place}")
-            if problem.hint:
-                lines.append(f"     try: {problem.hint}")
+            labelled = (("where", problem.place), ("why", problem.why), ("try", problem.hint))
+            lines += [f"     {label}: {text}" for label, text in labelled if text]
         raise ConfigError("\n".join(lines))

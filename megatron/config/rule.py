@@ -1,4 +1,4 @@
-"""One cross rule: what a row of the tables in `rules.py` and `model_rules.py` is."""
+"""One cross rule: what a row of the tables in `rules.py`, and in the other `*_rules.py`, is."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ from megatron.config.model_rules import MODEL_RULES
 from megatron.config.reliability_rules import RELIABILITY_RULES
 from megatron.config.rule import Rule
 from megatron.config.schema import RunConfig
+from megatron.config.training_rules import TRAINING_RULES
 from megatron.errors import ConfigError
 
 
@@ -63,6 +64,7 @@ _OPTIMIZERS = ("adamw",)
 RULES: tuple[Rule, ...] = (
     *MODEL_RULES,
     *RELIABILITY_RULES,
+    *TRAINING_RULES,
     Rule(
         ("seq_length",),
         lambda r: not r.model.seq_length,

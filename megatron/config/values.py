@@ -16,7 +16,7 @@ from megatron.config.frozen import thaw
 from megatron.config.nested import check_inside, find, is_open, names_inside, odd_numbers, place_of
 from megatron.config.problems import Problems
 from megatron.config.run_sections import DTYPE_NAMES
-from megatron.config.yaml_reader import BAD_YAML, Source, normalise_key, parse_scalar
+from megatron.config.yaml_reader import BAD_YAML, Source, normalise_key, parse_scalar, yaml_problem
 from megatron.registry import nearest
 
 _EXTRA = "deepspeed_extra_args"
@@ -74,7 +74,12 @@ def apply_overrides(source: Source, overrides: Mapping[str, Any], labels: Mappin
         try:
             value = _parse_override(raw_value, info if not rest else None)
         except BAD_YAML as error:
-            problems.add(f"the value of {raw_key} is not valid YAML: {raw_value!r:.80}", place, str(error).splitlines()[0])
+            problems.add(
+                f"the value of {raw_key} is not valid YAML: {raw_value!r:.80}",
+                place,
+                f"text that begins like YAML needs quotes inside the shell's: --set '{raw_key}=\"...\"'",
+                why=yaml_problem(error),
+            )
             continue
         dotted = f"{key}.{rest}" if rest else key
         if rest and not isinstance(source.values.get(key) or {}, dict):
