@@ -10,6 +10,7 @@ asks for anything else is refused by name before it runs. This is the only file 
 from __future__ import annotations
 
 import contextlib
+import os
 import pickle
 import re
 import zipfile
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from megatron.checkpoint.layout import LATEST, MANIFEST, contents, iteration_of, step_folders
 from megatron.errors import CheckpointError
-from megatron.files import read_text
+from megatron.files import open_regular, read_text
 
 _LAYER = re.compile(r"layer_([0-9]{1,18})-model_([0-9]{1,18})-model_states\.pt")
 _RANK = re.compile(r"mp_rank_([0-9]{1,18})_model_states\.pt")

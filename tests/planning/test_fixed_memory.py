@@ -11,7 +11,7 @@ from megatron.engine.base import EngineSettings
 from megatron.engine.deepspeed_config import LARGEST_BUCKET
 from megatron.model.config import ModelConfig
 from megatron.parallel.mesh import Mesh
-from megatron.planning.dry_run import Limits, RunShape, _disk, _time, peak
+from megatron.planning.dry_run import DeviceLimits, RunShape, _disk, _time, peak
 from megatron.planning.fixed_memory import Buffers, deepspeed_buffers, plain_buffers
 from megatron.planning.memory import _assemble, _Chain, _local, _Piece
 
