@@ -25,7 +25,7 @@ from megatron.data.checksums import write_checksums
 from megatron.data.datasets import PackedDataset, PaddedDataset
 from megatron.data.fingerprint import check_fingerprint
 from megatron.data.indexed import IndexedDataset
-from megatron.data.inspect_corpus import excerpt, facts, histogram, verify
+from megatron.data.inspect_corpus import corpus_statistics, excerpt, histogram, verify
 from megatron.data.merge import merge_corpora
 from megatron.data.order import SPLIT_NAMES, build_sample_index, split_documents
 from megatron.data.packing import PACK_IMPLS, PACKED, build_padded_index
@@ -76,7 +76,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 def inspect(args: argparse.Namespace) -> None:
     """Print what the corpus is, as JSON, and then some of it."""
     corpus = IndexedDataset(args.data_path)
-    print(json.dumps(facts(corpus), indent=1, ensure_ascii=False))
+    print(json.dumps(corpus_statistics(corpus), indent=1, ensure_ascii=False))
     if args.histogram:
         histogram(corpus.sizes, args.histogram)
     tokenizer = None
