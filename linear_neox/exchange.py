@@ -7,8 +7,8 @@ from typing import Any
 
 from linear_neox.models import Checkpoint
 from megatron.checkpoint.find import newest_checkpoint
-from megatron.export.card import Stated
-from megatron.export.hf import Exported, export_checkpoint
+from megatron.export.card import CardInfo
+from megatron.export.hf import ExportResult, export_checkpoint
 from megatron.interop.import_hf import Imported, import_folder
 
 
@@ -20,7 +20,7 @@ def export_hf(
     max_shard_bytes: int = 5_000_000_000,
     keep_padding: bool = False,
     **card: Any,
-) -> Exported:
+) -> ExportResult:
     """Write a folder that `AutoModelForCausalLM.from_pretrained(output, trust_remote_code=True)` loads.
 
     The folder is compared with the checkpoint, logit by logit, before it is kept.
@@ -32,7 +32,7 @@ def export_hf(
         max_shard_bytes: bytes of weights per file.
         keep_padding: keep vocabulary rows beyond the tokenizer's size.
         **card: what the model card is to say: `license`, `languages`, `datasets` and the other fields of
-            `megatron.export.card.Stated`.
+            `megatron.export.card.CardInfo`.
 
     Returns:
         `.folder`, `.family`, `.parameters`, `.difference` (the largest of the compared logits, relative), `.notes`.
@@ -42,7 +42,7 @@ def export_hf(
         CheckpointError: there is no such checkpoint, or it is damaged.
     """
     path = checkpoint.path if isinstance(checkpoint, Checkpoint) else newest_checkpoint(checkpoint)
-    stated = Stated(**card) if card else None
+    stated = CardInfo(**card) if card else None
     options: dict[str, Any] = {"dtype": dtype, "max_shard_bytes": max_shard_bytes, "keep_padding": keep_padding}
     return export_checkpoint(path, output, stated=stated, **options)
 

@@ -64,14 +64,14 @@ def _checked(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> 
 def _export(arguments: argparse.Namespace) -> Path:
     """Export, say what was made."""
     from megatron.checkpoint.find import newest_checkpoint
-    from megatron.export.card import Stated
+    from megatron.export.card import CardInfo
     from megatron.export.hf import export_checkpoint
     from megatron.export.scores import read_scores
 
     checkpoint = newest_checkpoint(arguments.checkpoint)
     if checkpoint != arguments.checkpoint:
         print(f"checkpoint {checkpoint}", flush=True)
-    stated = Stated(
+    stated = CardInfo(
         license=arguments.license,
         license_name=arguments.license_name,
         license_link=arguments.license_link,

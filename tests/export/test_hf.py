@@ -146,7 +146,7 @@ def test_half_precision_checkpoint_keeps_its_dtype(make_checkpoint: Make, tmp_pa
 @pytest.mark.parametrize(
     ("right", "wrong", "what"),
     [
-        ("TAU = 16.0", "TAU = 15.0", "whole pass"),
+        ("TAU = 16.0", "TAU = 15.0", "full pass"),
         ("held.states, held.seen = new + tail, held.seen", "held.seen = held.seen", "steps through the cache"),
         ("return None if all_shown else shown", "return None", "left padding"),
     ],

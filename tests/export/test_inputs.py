@@ -257,7 +257,7 @@ def test_documents_in_padded_rows(model: Any) -> None:
         ({"cu_seq_lens_q": torch.tensor([0, 3, 2, 4])}, "rise from 0"),
         ({"cu_seq_lens_q": torch.tensor([0, 2, 4]), "cu_seq_lens_k": torch.tensor([0, 3, 4])}, "differ"),
         ({"seq_idx": torch.zeros(1, 5)}, "seq_idx must be"),
-        ({"seq_idx": torch.tensor([[0, 0, 1, 1]]), "position_ids": torch.arange(4)[None]}, "different places"),
+        ({"seq_idx": torch.tensor([[0, 0, 1, 1]]), "position_ids": torch.arange(4)[None]}, "different positions"),
     ],
 )
 def test_documents_that_contradict_themselves(model: Any, arguments: dict[str, Any], word: str) -> None:
