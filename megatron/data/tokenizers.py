@@ -138,7 +138,7 @@ def _file(path: str | Path | None, key: str, tokenizer_type: str) -> Path:
         raise DataError(f"{tokenizer_type} needs {key}", why="no path is given")
     if not Path(path).is_file():
         kind, command = "a folder" if Path(path).is_dir() else "no such file", prepare_command(path)
-        hint = f"{command} makes it" if command else f"correct {key}"
+        hint = f"{command} creates it" if command else f"correct {key}"
         raise DataError("the tokenizer's file cannot be read", where=str(path), why=kind, hint=hint)
     return Path(path)
 
