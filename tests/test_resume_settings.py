@@ -142,7 +142,7 @@ def test_foreign_checkpoints_in_save_are_said_and_not_resumed(
 CHANGED = {
     "seed": ({"seed": 99}, "seed: 1234 -> 99; the data order changes"),
     "seq_length": ({"seq_length": 16}, "seq_length: 32 -> 16; the length of samples changes"),
-    "batch": ({"train_micro_batch_size_per_gpu": 4}, "train_batch_size: 2 -> 4; a step reads another number of samples"),
+    "batch": ({"train_micro_batch_size_per_gpu": 4}, "train_batch_size: 2 -> 4; the number of samples per step changes"),
     "length": ({"train_iters": 20}, "train_iters: 10 -> 20; the run ends at another step"),
     "length and rate": ({"train_iters": 20}, "learning rate: lr_decay_iters 10 -> 20: next 0.00255 instead of 0.0021"),
     "share": ({"train_iters": 20, "lr_decay_fraction": 0.2}, ""),

@@ -74,12 +74,12 @@ def ours(backend: str) -> Variant:
 
 def variants(device: str) -> dict[str, Variant]:
     """Name -> what to run; the peers where the package is there (on a CPU our plain path stands in for them)."""
-    found = {"ours": ours("triton")}
+    functions = {"ours": ours("triton")}
     if device == "cpu":
-        return found | {"torch": ours("torch")}
+        return functions | {"torch": ours("torch")}
     if fla_version() is not None:
-        found |= {"fla + eager glue": by_fla(False), "fla + compiled glue": by_fla(True)}
-    return found
+        functions |= {"fla + eager glue": by_fla(False), "fla + compiled glue": by_fla(True)}
+    return functions
 
 
 def fla_step() -> Callable[[Any, Tensor, Tensor], tuple[Tensor, Tensor]]:

@@ -66,10 +66,10 @@ def _cross(cross: Mapping[str, Any]) -> list[str]:
     for exporter in sorted({row["exported"] for row in rows}, key=release):
         line = [f"exported under {exporter}"]
         for user in versions:
-            found = next(row["families"] for row in rows if (row["exported"], row["used"]) == (exporter, user))
-            bad = {name: said for name, said in found.items() if said != "equal"}
-            line.append(f"{len(found) - len(bad)} of {len(found)} equal")
-            wrong += [f"- {name}, {exporter} to {user}: {said}" for name, said in bad.items()]
+            outcomes = next(row["families"] for row in rows if (row["exported"], row["used"]) == (exporter, user))
+            bad = {name: outcome for name, outcome in outcomes.items() if outcome != "equal"}
+            line.append(f"{len(outcomes) - len(bad)} of {len(outcomes)} equal")
+            wrong += [f"- {name}, {exporter} to {user}: {outcome}" for name, outcome in bad.items()]
         cells.append(line)
     families = ", ".join(dict.fromkeys(name for row in rows for name in row["families"]))
     parts = ["\n" + _filled(_CROSS.format(**cross, families=families))]
@@ -80,7 +80,7 @@ def _cross(cross: Mapping[str, Any]) -> list[str]:
 
 def release(version: str) -> tuple[int, ...]:
     """A release as numbers, for sorting: `5.24.0` is (5, 24, 0)."""
-    return tuple(int(part) for part in version.split(".") if part.isdigit())
+    return tuple(int(field) for field in version.split(".") if field.isdigit())
 
 
 def page(results: Mapping[str, Any]) -> str:
