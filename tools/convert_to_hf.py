@@ -53,7 +53,7 @@ def _checked(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> 
         used_options += [name for name in ("dtype", "max_shard_size") if getattr(arguments, name) != parser.get_default(name)]
         if used_options:
             option_list = ", ".join(f"--{name.replace('_', '-')}" for name in used_options)
-            parser.error(f"--folder is pushed as it is, {option_list} would have no effect (its README.md is yours to edit)")
+            parser.error(f"--folder is pushed unchanged, {option_list} would have no effect (edit its README.md instead)")
     if not arguments.push_to_hub:
         of_hub = ("folder", "private", "revision", "commit_message", "dry_run")
         used_options = [f"--{name.replace('_', '-')}" for name in of_hub if getattr(arguments, name)]

@@ -222,7 +222,7 @@ def launch(a: argparse.Namespace) -> None:
         good = list(pool.map(one, jobs))
     if not all(good):
         raise LaunchError(
-            f"{good.count(False)} of {len(jobs)} jobs failed", where=str(a.output / "logs"), hint="start again to go on"
+            f"{good.count(False)} of {len(jobs)} jobs failed", where=str(a.output / "logs"), hint="start again to resume"
         )
 
 

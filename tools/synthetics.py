@@ -4,7 +4,7 @@
 
 The YAML names the data (a task and its slices), and families of models with grids over widths, feature sizes, windows and
 learning rates (docs/synthetics.md). Each worker is a process with one thread. A finished point is not run again, so the same
-command goes on where a killed one stopped; a rate is left out when another one has solved the task for the same model. The same
+command resumes a killed sweep; a learning rate is skipped if another one has solved the task for the same model. The same
 command can be started several times at once. `tools/figures_recall.py` draws the results.
 """
 
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> None:
         results.finish()
     failed = [worker.exitcode for worker in workers if worker.exitcode]
     if failed:
-        raise TrainingError(f"{len(failed)} of {args.workers} workers failed", hint="their messages stand above")
+        raise TrainingError(f"{len(failed)} of {args.workers} workers failed", hint="see their messages above")
 
 
 def main() -> None:

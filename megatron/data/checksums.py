@@ -81,7 +81,7 @@ def _differs(path: Path, why: str) -> DataError:
         "the file is not the one its checksums were made of",
         where=str(path),
         why=why,
-        hint="copy or prepare the corpus again; if the files were replaced on purpose, delete the .sums.json beside them",
+        hint="copy or prepare the corpus again; if the files were replaced on purpose, delete their .sums.json",
     )
 
 

@@ -56,7 +56,7 @@ class IndexedWriter:
                 raise DataError(
                     f"a token does not fit {self.dtype.name}",
                     where=f"{self.bin_path}, sequence {len(self._sizes)}",
-                    why=f"the tokens lie in {values.min()}..{values.max()} and the type holds {bounds.min}..{bounds.max}",
+                    why=f"the tokens are in {values.min()}..{values.max()} and the type holds {bounds.min}..{bounds.max}",
                 )
         self._bin.write(values.astype(self.dtype, copy=False).tobytes())
         self._sizes.append(len(values))

@@ -153,7 +153,7 @@ def _settings(side: Path, ranks: int) -> _Settings:
         raise DataError(
             "the special tokens do not fit the rank file",
             where=str(side),
-            why=f"{wrong or 'two of them'}: ids must differ and lie in {ranks}..{size - 1}",
+            why=f"{wrong or 'two of them'}: ids must differ and be in {ranks}..{size - 1}",
         )
     if "" in special:
         raise DataError("a special token is empty", where=str(side), why="it would be found at every position of every text")

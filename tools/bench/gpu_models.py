@@ -68,7 +68,7 @@ def running(which: str | bool) -> Iterator[str]:
 
 
 def layer_rows(device: str, dtype: torch.dtype, clock: Clock, cases: list[tuple[int, int, int, int]]) -> list[dict[str, Any]]:
-    """Forward and backward ms of a whole mixer at (d, heads, batch, length)."""
+    """Forward and backward ms of a complete mixer at (d, heads, batch, length)."""
     rows = []
     for d, heads, b, t in cases:
         layer = MetaLA(MetaLA.Config(hidden_size=d, num_heads=heads)).to(device, dtype)

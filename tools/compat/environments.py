@@ -26,9 +26,9 @@ class NotAvailable(Exception):
 
 
 def uv() -> str:
-    """Path of the uv program, beside this interpreter or on PATH."""
-    beside = Path(sys.executable).with_name("uv")
-    program = str(beside) if beside.exists() else shutil.which("uv")
+    """Path of the uv program, next to this interpreter or on PATH."""
+    sibling = Path(sys.executable).with_name("uv")
+    program = str(sibling) if sibling.exists() else shutil.which("uv")
     if program is None:
         raise UserError("uv is not installed", why="it makes the environments of the combinations", hint="make install-dev")
     return program

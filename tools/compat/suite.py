@@ -16,7 +16,7 @@ from tools.compat.combinations import ROOT, SUITE, Combination
 from tools.compat.environments import NotAvailable, installed, make_environment, python_of
 
 SHOWN = ("numpy", "tokenizers", "huggingface-hub", "safetensors", "pydantic", "datasets", "peft", "accelerate", "lm-eval")
-"""Packages whose versions the page shows beside torch and transformers."""
+"""Packages whose versions the page shows in addition to torch and transformers."""
 
 
 def count(report: Path) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def describe(combination: Combination) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The commit of the tree; `+` behind it when files differ from it."""
+    """The commit of the tree, followed by `+` if files differ from it."""
 
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
