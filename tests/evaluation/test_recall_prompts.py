@@ -69,7 +69,7 @@ DOCUMENT = "abcdefghijklmnopqrstuvwxyz"
 )
 def test_cut(anchors: list[str], wanted: str, found: bool) -> None:
     piece = shorten(f" {DOCUMENT}\n", anchors, LETTERS, 10)
-    assert piece is not None and (piece.text, piece.found, piece.tokens) == (wanted, found, 26)
+    assert piece is not None and (piece.text, piece.has_anchor, piece.tokens) == (wanted, found, 26)
 
 
 def test_cut_exceptions() -> None:
@@ -78,9 +78,9 @@ def test_cut_exceptions() -> None:
     assert shorten(DOCUMENT, ["no", "z"], LETTERS, 10) is None and shorten(DOCUMENT, [""], LETTERS, 10) is None
     assert anchor_position(DOCUMENT, ["??"], ["!!", "xy", "cd"]) == 23 and anchor_position(DOCUMENT, ["b"], ["a"]) == 1
     other = shorten(DOCUMENT, ["??"], LETTERS, 10, alternatives=["cd"])
-    assert other is not None and other.text == "abcdefghij" and other.found
+    assert other is not None and other.text == "abcdefghij" and other.has_anchor
     told = shorten(DOCUMENT, ["??"], LETTERS, 10, tok_pos=12)
-    assert told is not None and told.text == "hijklmnopq" and not told.found
+    assert told is not None and told.text == "hijklmnopq" and not told.has_anchor
     ignored = shorten("abcdefgh", ["??"], LETTERS, 10, tok_pos=0)  # only texts beyond the budget use it
     assert ignored is not None and ignored.text == "cdefgh"
 
@@ -124,5 +124,5 @@ def test_scores() -> None:
 
 
 def test_a_budget_below_the_answer_is_refused() -> None:
-    with pytest.raises(ConfigError, match="leaves nothing"):
+    with pytest.raises(ConfigError, match="leaves no room"):
         documents("swde", "default", context_length=50)
