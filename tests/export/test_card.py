@@ -149,4 +149,4 @@ def test_a_prefix_is_explained(
     options = {"layer_options": {"jrt": {"feature_width": 4, "prefix_length": 24}}} if said else {}
     folder = export_checkpoint(make_checkpoint(**changes, **options), tmp_path / "hf").folder
     card = (folder / "README.md").read_text()
-    assert ("### The prefix" in card) == said and ("The first 24 tokens" in card) == said
+    assert ("### The prefix" in card) == said and ("the first 24 tokens" in card) == said

@@ -144,7 +144,7 @@ def test_refused_and_interrupted(
     with pytest.raises(ExportError) as refused:
         publish(upload, Destination(repo), api)
     text = str(refused.value)
-    assert f"did not get to {repo}" in text and why in text and TOKEN not in text
+    assert f"was not pushed to {repo}" in text and why in text and TOKEN not in text
     assert f"--folder {upload.folder} --push-to-hub {repo}" in text and refused.value.exit_code == 6
     assert bytes_of(upload) == before and not (repo in hub.repos and hub.repos[repo].commits)
     hub.status, hub.cut = ("", 0, ""), ""
@@ -186,7 +186,7 @@ def test_what_is_no_exported_folder(upload: Upload, tmp_path: Path) -> None:
         prepare(tmp_path / "nothing")
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model.safetensors"}}
     (upload.folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ExportError, match="not whole") as lost:
+    with pytest.raises(ExportError, match="folder is incomplete") as lost:
         prepare(upload.folder)
     assert "missing: model-00001-of-00002.safetensors" in str(lost.value)
     (upload.folder / "model.safetensors.index.json").write_text("[]")
