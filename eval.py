@@ -1,8 +1,9 @@
-"""Measure a trained model: `python eval.py CONFIG... --eval_tasks perplexity [--eval_lengths 512 1024] [--eval_stride 64]`, or
+"""Evaluate a trained model: `python eval.py CONFIG... --eval_tasks perplexity [--eval_lengths 512 1024] [--eval_stride 64]`, or
 `--eval_tasks piqa,hellaswag based_fda_twice recall ... [--data-dir DIR] [--limit N]` for tasks of lm-eval (docs/evaluation.md).
 
-The checkpoint is the one that the config's `load` (else `save`) names, of any mesh. One process runs it whole; started on
-several (`python deepy.py eval.py CONFIG`), tasks of lm-eval run over the config's pipeline and tensor ranks, in replicas.
+The checkpoint is that of the config's `load` (else `save`), of any mesh. A single process loads the complete model; on
+several (`python deepy.py eval.py CONFIG`), lm-eval tasks run on the config's pipeline and tensor ranks, with data-parallel
+replicas.
 """
 
 from __future__ import annotations
@@ -38,9 +39,9 @@ def _checkpoint(run: RunConfig) -> Path:
 
     folder = run.checkpoint.load or run.checkpoint.save
     if folder is None:
-        raise ConfigError("no checkpoint is named", hint="set load, for example --set load=runs/NAME/checkpoints")
+        raise ConfigError("there is no checkpoint to load", hint="set load, for example --set load=runs/NAME/checkpoints")
     checkpoint = find_checkpoint(folder, run.checkpoint.iteration)
-    assert checkpoint is not None  # None is the fresh start of a training run, which needs a save folder
+    assert checkpoint is not None  # None only for a fresh training run
     return checkpoint
 
 
@@ -49,12 +50,12 @@ def _tokenizer(run: RunConfig, checkpoint: Path, manifest: Manifest) -> Tokenize
     from megatron.generation.load import stored_tokenizer
     from megatron.settings import tokenizer_of
 
-    kept = stored_tokenizer(checkpoint / "tokenizer", (manifest.facts.get("tokenizer") or {}).get("type"))
-    return kept or tokenizer_of(run)
+    tokenizer = stored_tokenizer(checkpoint / "tokenizer", (manifest.facts.get("tokenizer") or {}).get("type"))
+    return tokenizer or tokenizer_of(run)
 
 
 def _opened(run: RunConfig) -> tuple[LanguageModel, Tokenizer, Path]:
-    """Model, tokenizer and checkpoint of a configuration."""
+    """Load model, tokenizer and checkpoint of a configuration."""
     import torch
 
     from megatron.generation.load import load_model
@@ -73,7 +74,7 @@ def _tokens(run: RunConfig) -> NDArray[Any]:
         return split_tokens(data.data_path, data.split, name, limit)
     paths = getattr(data, f"{name}_data_paths")
     if not paths:
-        raise DataError("no data is named", hint=f"set data_path, or {name}_data_paths")
+        raise DataError("there are no data", hint=f"set data_path, or {name}_data_paths")
     return corpora_tokens(paths, limit)
 
 
@@ -84,25 +85,25 @@ def perplexity(run: RunConfig) -> None:
     from megatron.evaluation.report import plot_lengths, table
     from megatron.files import write_json
 
-    asked = run.evaluation
+    options = run.evaluation
     model, tokenizer, checkpoint = _opened(run)
     stream = measured(_tokens(run), tokenizer)
     print(f"checkpoint {checkpoint}; {len(stream.tokens):,} tokens, {stream.words:,} words, {stream.size:,} bytes", flush=True)
     rows: list[dict[str, Any]] = []
-    for length in asked.eval_lengths or (run.model.seq_length,):
-        stride = min(asked.eval_stride or length, length)
+    for length in options.eval_lengths or (run.model.seq_length,):
+        stride = min(options.eval_stride or length, length)
         try:
-            how: dict[str, Any] = {"backend": run.training.kernel_backend, "vocab_size": tokenizer.vocab_size}
-            found = score(model, stream.tokens, tokenizer.eod, length, stride, **how)
-            rows.append(found.report(stream.words, stream.size))
-        except ValueError as error:  # learned positions end somewhere
+            score_options: dict[str, Any] = {"backend": run.training.kernel_backend, "vocab_size": tokenizer.vocab_size}
+            result = score(model, stream.tokens, tokenizer.eod, length, stride, **score_options)
+            rows.append(result.report(stream.words, stream.size))
+        except ValueError as error:  # longer than the learned positions
             rows.append({"length": length, "stride": stride, "error": str(error)})
         print(table(rows[-1:]) if len(rows) == 1 else table(rows[-1:]).splitlines()[1], flush=True)
-    stem = _stem(run, f"perplexity_{asked.eval_split}")
+    stem = _stem(run, f"perplexity_{options.eval_split}")
     facts = {
         "task": "perplexity",
         "checkpoint": str(checkpoint),
-        "split": asked.eval_split,
+        "split": options.eval_split,
         "trained_length": run.model.seq_length,
     }
     write_json(
@@ -117,7 +118,7 @@ def perplexity(run: RunConfig) -> None:
 
 
 def _stem(run: RunConfig, kind: str) -> str:
-    """Where results go, without the ending; the folder is made."""
+    """Path of the results without suffix; creates the folder."""
     stem = run.evaluation.eval_results_prefix or str(Path(run.logging.run_dir) / "eval")
     stem += f"_{kind}_{time.strftime('%Y%m%d-%H%M%S')}"
     Path(stem).parent.mkdir(parents=True, exist_ok=True)
@@ -125,7 +126,7 @@ def _stem(run: RunConfig, kind: str) -> str:
 
 
 def harness(run: RunConfig, names: Sequence[str], env: RankEnvironment) -> None:
-    """Tasks of lm-eval, on all processes of the job: scores on the screen and as JSON."""
+    """Evaluate lm-eval tasks on all processes of the job; prints and stores the scores."""
     import torch
 
     from megatron.engine.build import local_device
@@ -144,36 +145,36 @@ def harness(run: RunConfig, names: Sequence[str], env: RankEnvironment) -> None:
         forward.follow()
         return
     try:
-        _measured(run, names, forward, _tokenizer(run, checkpoint, manifest), checkpoint)
+        _evaluate(run, names, forward, _tokenizer(run, checkpoint, manifest), checkpoint)
     finally:
         forward.stop()
 
 
 def _options(run: RunConfig, model: ModelConfig) -> HarnessOptions:
-    """How the model is run."""
+    """Options of the model."""
     from megatron.evaluation.options import HarnessOptions, Prefix
 
-    asked, mode = run.evaluation, run.generation.prompt_mode
-    prefix = Prefix(model.layer_options.get("jrt", {}).get("prefix_length", 0), mode, asked.eval_prefix_scope)
-    length = asked.eval_max_length or run.model.seq_length
-    return HarnessOptions(length, asked.eval_batch_size, 256, prefix, asked.eval_stop_at_eod, run.training.seed)
+    options, mode = run.evaluation, run.generation.prompt_mode
+    prefix = Prefix(model.layer_options.get("jrt", {}).get("prefix_length", 0), mode, options.eval_prefix_scope)
+    length = options.eval_max_length or run.model.seq_length
+    return HarnessOptions(length, options.eval_batch_size, 256, prefix, options.eval_stop_at_eod, run.training.seed)
 
 
 def _request(run: RunConfig, names: Sequence[str], tokenizer: Tokenizer) -> Request:
-    """What is measured."""
+    """The tasks to evaluate."""
     from megatron.evaluation.options import Request
     from megatron.evaluation.tasks.shorten import Tokens
 
-    asked = run.evaluation
+    options = run.evaluation
     settings = {
-        "context_length": asked.eval_context_length,
+        "context_length": options.eval_context_length,
         "tokenizer": Tokens(tokenizer.tokenize_piece, tokenizer.detokenize),
     }
-    folder = Path(asked.eval_data_dir).absolute() if asked.eval_data_dir else None
-    return Request(tuple(names), asked.eval_limit, asked.eval_num_fewshot, folder, settings)
+    folder = Path(options.eval_data_dir).absolute() if options.eval_data_dir else None
+    return Request(tuple(names), options.eval_limit, options.eval_num_fewshot, folder, settings)
 
 
-def _measured(run: RunConfig, names: Sequence[str], forward: Forward, tokenizer: Tokenizer, checkpoint: Path) -> None:
+def _evaluate(run: RunConfig, names: Sequence[str], forward: Forward, tokenizer: Tokenizer, checkpoint: Path) -> None:
     try:
         from megatron.evaluation.lm_eval_model import HarnessLM
         from megatron.evaluation.run_lm_eval import measure, score_lines, summary
@@ -184,10 +185,10 @@ def _measured(run: RunConfig, names: Sequence[str], forward: Forward, tokenizer:
     from megatron.files import write_json
 
     options, request = _options(run, forward.config), _request(run, names, tokenizer)
-    found = measure(HarnessLM(forward, tokenizer, options), request)
-    if found is None:  # a replica that is not the first
+    results = measure(HarnessLM(forward, tokenizer, options), request)
+    if results is None:  # not the first replica
         return
-    print("\n".join(score_lines(found)), flush=True)
+    print("\n".join(score_lines(results)), flush=True)
     facts: dict[str, Any] = {
         "task": "lm-eval",
         "model": run.name,
@@ -197,30 +198,30 @@ def _measured(run: RunConfig, names: Sequence[str], forward: Forward, tokenizer:
     facts |= {"limit": request.limit, "max_length": options.max_length, "context_length": run.evaluation.eval_context_length}
     facts |= {"prompt_mode": options.prefix.mode, "prefix_scope": options.prefix.scope, "stop_at_eod": options.stop_at_eod}
     stem = _stem(run, "lm-eval")
-    write_json(f"{stem}.json", summary(found, facts))
+    write_json(f"{stem}.json", summary(results, facts))
     print(f"wrote {stem}.json")
 
 
-def _asked(run: RunConfig) -> list[str]:
-    """Task names of the configuration, which may be separated by commas; what looks like a slip is refused at once."""
+def _task_names(run: RunConfig) -> list[str]:
+    """Task names of the configuration, possibly comma-separated; refuses likely typos at once."""
     from megatron.evaluation.options import GROUPS
 
     names = [name for word in run.evaluation.eval_tasks or () for name in word.split(",") if name]
-    own = ["perplexity", *GROUPS]
+    known = ["perplexity", *GROUPS]
     if not names:
-        raise ConfigError("no evaluation task is named", hint=f"--eval_tasks {' '.join(own)}, or tasks of lm-eval")
+        raise ConfigError("there is no evaluation task", hint=f"--eval_tasks {' '.join(known)}, or tasks of lm-eval")
     for name in names:
-        if name not in own and (near := difflib.get_close_matches(name, own, 1, 0.8)):
-            raise ConfigError(f"unknown evaluation task '{name}'", hint=f"--eval_tasks {near[0]}")
+        if name not in known and (matches := difflib.get_close_matches(name, known, 1, 0.8)):
+            raise ConfigError(f"unknown evaluation task '{name}'", hint=f"--eval_tasks {matches[0]}")
     return names
 
 
 def main(argv: list[str]) -> None:
     """The command."""
-    parser = make_parser("Measure a trained model.")
-    parser.add_argument("--eval_lengths", "--eval-lengths", nargs="+", metavar="N", help="tokens that a pass reads at most")
-    parser.add_argument("--eval_stride", "--eval-stride", metavar="N", help="tokens scored per pass (sliding evaluation)")
-    parser.add_argument("--data-dir", "--eval_data_dir", metavar="DIR", help="local datasets under their hub names (lm-eval)")
+    parser = make_parser("Evaluate a trained model.")
+    parser.add_argument("--eval_lengths", "--eval-lengths", nargs="+", metavar="N", help="maximum number of tokens per pass")
+    parser.add_argument("--eval_stride", "--eval-stride", metavar="N", help="tokens scored per pass (sliding window)")
+    parser.add_argument("--data-dir", "--eval_data_dir", metavar="DIR", help="local datasets under their Hub names (lm-eval)")
     parser.add_argument("--limit", "--eval_limit", metavar="N", help="examples per task (lm-eval), tokens (perplexity)")
     arguments = parser.parse_intermixed_args(argv)
     if arguments.eval_lengths:
@@ -230,7 +231,7 @@ def main(argv: list[str]) -> None:
             arguments.overrides.append(f"eval_{key}={value}")
     env = read_rank_environment()
     run = config_from_args(arguments, check=False)
-    names = _asked(run)
+    names = _task_names(run)
     if "perplexity" in names and env.is_main:
         perplexity(run)
     if others := [name for name in names if name != "perplexity"]:

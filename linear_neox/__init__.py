@@ -7,8 +7,8 @@
     print(ln.generate(trainer, "import os\n", max_new_tokens=40))
     ln.export_hf(trainer.save("runs/mine/checkpoints"), "runs/mine/hf")
 
-Importing this package imports nothing heavy; each name is loaded when it is first used. It holds no second implementation:
-every function calls what the commands (`train.py`, `generate.py`, `eval.py`, ...) call. `docs/api.md` is the guide.
+Importing this package is cheap; each name is loaded on first use. There is no second implementation:
+every function calls the same code as the commands (`train.py`, `generate.py`, `eval.py`, ...). `docs/api.md` is the guide.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`python -m linear_neox COMMAND`: the console command `linear-neox`, also from a checkout that is not installed."""
+"""`python -m linear_neox COMMAND`: the console command `linear-neox`, also from a checkout without installation."""
 
 from linear_neox.cli import main
 

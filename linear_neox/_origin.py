@@ -1,7 +1,7 @@
-"""Whether `megatron` is this project's package: Megatron-LM and GPT-NeoX have one of the same name.
+"""Checks that `megatron` is this project's package: Megatron-LM and GPT-NeoX have a package of the same name.
 
-`linear_neox` stands on the package `megatron` that lies beside it. When another one comes first on the path, imports would fail
-deep inside with a name that is missing, so this is checked at once. Nothing is imported for it.
+`linear_neox` uses the sibling package `megatron`. If another one comes first on the path, an import deep inside would fail with
+a missing name, so this is checked first, without imports.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
-BESIDE = Path(__file__).resolve().parent.parent / "megatron"
+OWN_FOLDER = Path(__file__).resolve().parent.parent / "megatron"
 
 
 class WrongMegatronError(ImportError):
@@ -18,7 +18,7 @@ class WrongMegatronError(ImportError):
 
 
 def _folders() -> list[str]:
-    """Where the package `megatron` is, or would be, loaded from; empty where there is none."""
+    """The folders from which `megatron` is, or would be, imported; empty if there is none."""
     module = sys.modules.get("megatron")
     if module is not None:
         return [str(folder) for folder in getattr(module, "__path__", ())]
@@ -27,12 +27,12 @@ def _folders() -> list[str]:
 
 
 def _is_ours(folder: Path) -> bool:
-    """The one beside this package, or another checkout's: ours has this file, Megatron-LM and GPT-NeoX do not."""
-    return folder.resolve() == BESIDE or (folder / "assemble.py").is_file()
+    """Whether `folder` is the sibling package or that of another checkout: only ours has `assemble.py`."""
+    return folder.resolve() == OWN_FOLDER or (folder / "assemble.py").is_file()
 
 
 def check_megatron() -> None:
-    """Raise WrongMegatronError unless `megatron` is ours; the console command ends with its message alone."""
+    """Raise a WrongMegatronError unless `megatron` is ours; the console command prints only its message."""
     try:
         _check()
     except WrongMegatronError as error:
@@ -51,7 +51,7 @@ def _check() -> None:
     raise WrongMegatronError(
         "linear-neox needs its own package `megatron`, and Python finds another one\n"
         f"  where: {where}{already}\n"
-        f"  why: Megatron-LM and GPT-NeoX have a package of that name too; linear-neox's is {BESIDE}\n"
-        "  try: take that folder out of PYTHONPATH and of the working directory, uninstall it, or use an environment for each;"
+        f"  why: Megatron-LM and GPT-NeoX have a package of that name too; linear-neox's is {OWN_FOLDER}\n"
+        "  try: remove that folder from PYTHONPATH and the working directory, uninstall it, or use separate environments;"
         " in one process only one of them can be imported"
     )

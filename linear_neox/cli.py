@@ -1,12 +1,12 @@
-"""The console command `linear-neox`: one name for the commands of the checkout, which it runs as they are.
+"""The console command `linear-neox`, a single entry point for the commands of the checkout.
 
-    linear-neox train configs/metala.yml       deepy.py train.py: on as many processes as the configuration asks for
+    linear-neox train configs/metala.yml       deepy.py train.py, on the configured number of processes
     linear-neox generate | eval CONFIG         generate.py, eval.py
     linear-neox data prepare | tokenize | ...  prepare_data.py, tools/datasets/preprocess_data.py, tools/data.py
     linear-neox convert to-hf | from-hf | from-neox
     linear-neox checkpoint inspect | verify | diff | reshard | import
 
-Everything after the name goes to that command. It imports neither torch nor the command before it is chosen.
+Further arguments go to that command. Neither torch nor the command is imported before the command is selected.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from megatron.shipped import shipped_root
 
 _SCRIPTS = ("train.py", "generate.py", "eval.py")
 _USAGE = "usage: linear-neox train | launch | generate | eval | data | convert | checkpoint  [arguments], or --version"
-# Words -> the command's file in the checkout, and what is put before the user's arguments.
+# Words -> the command's file in the checkout, and arguments that precede the user's.
 COMMANDS: Mapping[tuple[str, ...], tuple[str, ...]] = {
     ("train",): ("deepy.py", "train.py"),
     ("launch",): ("deepy.py",),
@@ -45,33 +45,33 @@ COMMANDS: Mapping[tuple[str, ...], tuple[str, ...]] = {
 
 
 def command_line(words: Sequence[str]) -> list[str] | None:
-    """The command's file and its arguments, None where `words` name no command."""
+    """The command's file and its arguments; None if `words` name no command."""
     for length in (2, 1):
         name = tuple(words[:length])
         if len(name) < length or name not in COMMANDS:
             continue
-        file, *before = COMMANDS[name]
-        rest = list(words[length:])
-        if name == ("train",) and read_rank_environment().source != "none":  # torchrun or srun has started this rank
-            file, before = "train.py", []
+        file, *first_arguments = COMMANDS[name]
+        user_arguments = list(words[length:])
+        if name == ("train",) and read_rank_environment().source != "none":  # a rank of torchrun or srun
+            file, first_arguments = "train.py", []
         root = shipped_root()
-        ours = [str(root / word) if word.endswith(".py") else word for word in before]
-        if name == ("launch",):  # a command of ours by its name, unless there is one in this folder
-            rest = [str(root / w) if w in _SCRIPTS and not os.path.exists(w) else w for w in rest]
-        return [str(root / file), *ours, *rest]
+        resolved = [str(root / word) if word.endswith(".py") else word for word in first_arguments]
+        if name == ("launch",):  # our script of that name, unless this folder has one
+            user_arguments = [str(root / w) if w in _SCRIPTS and not os.path.exists(w) else w for w in user_arguments]
+        return [str(root / file), *resolved, *user_arguments]
     return None
 
 
 def _help(words: Sequence[str]) -> str:
-    """What may follow `words`."""
-    nexts = [" ".join(name) for name in COMMANDS if name[: len(words)] == tuple(words) and len(name) > len(words)]
-    lines = "\n".join(f"  linear-neox {name} --help" for name in nexts or map(" ".join, COMMANDS))
+    """The usage message for commands that start with `words`."""
+    completions = [" ".join(name) for name in COMMANDS if name[: len(words)] == tuple(words) and len(name) > len(words)]
+    lines = "\n".join(f"  linear-neox {name} --help" for name in completions or map(" ".join, COMMANDS))
     return f"{_USAGE}\n\n{lines}"
 
 
 def run(words: Sequence[str]) -> None:
-    """Run the command that `words` name; it ends the process as it would from the checkout."""
-    known = {name[:1] for name in COMMANDS}
+    """Run the command that `words` name, as from the checkout."""
+    groups = {name[:1] for name in COMMANDS}
     if not words or words[0] in ("-h", "--help"):
         print(_help([]))
         return
@@ -81,9 +81,9 @@ def run(words: Sequence[str]) -> None:
     with exit_on_error():
         line = command_line(words)
     if line is None:
-        group = words[:1] if tuple(words[:1]) in known else []
-        asked = len(words) == 1 or words[1] in ("-h", "--help")
-        if group and asked:
+        group = words[:1] if tuple(words[:1]) in groups else []
+        wants_help = len(words) == 1 or words[1] in ("-h", "--help")
+        if group and wants_help:
             print(_help(group))
             return
         print(f"error: there is no command 'linear-neox {' '.join(words[:2])}'\n{_help(group)}", file=sys.stderr)

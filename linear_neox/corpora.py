@@ -1,4 +1,4 @@
-"""Data: built-in corpora, token files of your own text, tokenizers."""
+"""Data: built-in corpora, token files of your text, tokenizers."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from megatron.data import corpora
 from megatron.data.corpus_request import CorpusRequest, PreparedCorpus
 from megatron.data.encode import EncodeJob, EncodeOptions, encode_corpus
 from megatron.data.tokenizers import Tokenizer, build_tokenizer
-from megatron.evaluation import documents as stream
+from megatron.evaluation import documents
 
 
 def prepare_data(name: str = "pystdlib", folder: str | Path = "data", *, source: str | Path | None = None) -> PreparedCorpus:
-    """Make the token files of a built-in corpus, or find them whole, as `prepare_data.py` does.
+    """Build the token files of a built-in corpus unless they exist, as `prepare_data.py` does.
 
     Args:
         name: pystdlib (the sources of Python's standard library, no download), wikitext103 or enwik8.
-        folder: the corpus goes into `folder/NAME/`.
-        source: a local copy of what would be downloaded.
+        folder: parent folder; the corpus is written to `folder/NAME/`.
+        source: a local copy to use instead of a download.
 
     Returns:
         `.data_path`, `.tokenizer_type`, `.vocab_file`, and `.yaml_lines()` for a configuration.
 
     Raises:
-        DataError: an unknown name, or a folder that cannot be written.
+        DataError: the name is unknown, or the folder cannot be written.
     """
     request = CorpusRequest(Path(folder), source=None if source is None else Path(source))
     return corpora.prepare(name, request)
@@ -42,15 +42,15 @@ def tokenize_files(
     merge_file: str | Path | None = None,
     workers: int = 1,
 ) -> str:
-    """Turn text into the token files that training reads, as `tools/datasets/preprocess_data.py` does.
+    """Encode text into token files for training, as `tools/datasets/preprocess_data.py` does.
 
     Args:
         files: text files, `.jsonl` files with a field `text`, or folders of them.
-        prefix: path of the output without its ending.
-        tokenizer_type: as of the configuration's key.
+        prefix: path of the output without suffix.
+        tokenizer_type: see the configuration key.
         vocab_file: the tokenizer's file.
         merge_file: merges of a GPT-2 BPE.
-        workers: processes.
+        workers: number of processes.
 
     Returns:
         The value for `data_path`.
@@ -62,8 +62,8 @@ def tokenize_files(
     vocabulary, merges = (None if file is None else str(file) for file in (vocab_file, merge_file))
     job = EncodeJob(tokenizer_type, vocabulary, merges, append_eod=True)
     Path(prefix).parent.mkdir(parents=True, exist_ok=True)
-    done = encode_corpus(job, [str(name) for name in names], str(prefix), EncodeOptions(workers=workers))
-    return f"{prefix}_{next(iter(done.tokens))}"
+    summary = encode_corpus(job, [str(name) for name in names], str(prefix), EncodeOptions(workers=workers))
+    return f"{prefix}_{next(iter(summary.tokens))}"
 
 
 def read_tokens(
@@ -72,21 +72,21 @@ def read_tokens(
     """The tokens of one split of a corpus, for `perplexity`.
 
     Args:
-        data_path: the pair of token files without its ending.
-        split: shares of train, valid and test, as of the key `split`.
+        data_path: path of the token files without suffix.
+        split: shares of train, valid and test, see the key `split`.
         name: train, valid or test.
-        limit: tokens at most.
+        limit: maximum number of tokens.
 
     Raises:
-        DataError: no such corpus, or an empty split.
+        DataError: the corpus does not exist, or the split is empty.
     """
-    return stream.split_tokens(str(data_path), split, name, limit)
+    return documents.split_tokens(str(data_path), split, name, limit)
 
 
 def load_tokenizer(
     tokenizer_type: str = "HFTokenizer", vocab_file: str | Path | None = None, merge_file: str | Path | None = None
 ) -> Tokenizer:
-    """The tokenizer that the keys of these names describe.
+    """Load a tokenizer; the arguments are configuration keys.
 
     Args:
         tokenizer_type: HFTokenizer, GPT2BPETokenizer, SPMTokenizer, TiktokenTokenizer, CharLevelTokenizer, ...
@@ -94,6 +94,6 @@ def load_tokenizer(
         merge_file: merges of a GPT-2 BPE.
 
     Raises:
-        DataError: it cannot be read.
+        DataError: a file cannot be read.
     """
     return build_tokenizer(tokenizer_type, vocab_file, merge_file)

@@ -1,4 +1,4 @@
-"""How good a model is: perplexity of a text, and recall on synthetic tasks."""
+"""Evaluation: perplexity of a text, and recall on synthetic tasks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from linear_neox.generating import Runnable, parts_of
+from linear_neox.generating import Runnable, model_and_tokenizer
 from megatron.config.problems import Problems
 from megatron.config.yaml_reader import read_files
 from megatron.data.tokenizers import Tokenizer
@@ -34,49 +34,49 @@ def perplexity(
     Args:
         model: a `Checkpoint`, a `Trainer`, or a `LanguageModel` together with `tokenizer`.
         data: the text, or its token ids (`read_tokens` reads those of a corpus).
-        length: tokens that a pass reads at most; None is the length of training.
-        stride: tokens scored per pass (sliding evaluation); None is `length`: passes do not overlap.
-        tokenizer: of the model's data; a `Checkpoint` and a `Trainer` have theirs.
-        backend: path of the operators: auto, reference, torch or triton.
+        length: maximum number of tokens per pass; None: the training sequence length.
+        stride: tokens scored per pass (sliding window); None: `length`, without overlap.
+        tokenizer: the model's tokenizer; a `Checkpoint` and a `Trainer` have one.
+        backend: implementation of the operators: auto, reference, torch or triton.
 
     Returns:
-        `.perplexity` per token, `.nll` in nats over all tokens, `.tokens`; `.report()` as a dictionary.
+        `.perplexity` per token, `.nll` (sum over all tokens, in nats), `.tokens`; `.report()` returns a dictionary.
 
     Raises:
-        ConfigError: there is nothing to score, or the length is not known.
+        ConfigError: there is nothing to score, or the length is unknown.
         DataError: a token is outside the vocabulary.
     """
-    bare, known = parts_of(model, tokenizer)
+    module, tokenizer = model_and_tokenizer(model, tokenizer)
     length = length or (None if isinstance(model, LanguageModel) else model.seq_length)
     if length is None:
-        raise ConfigError("no length is known to read the text in", hint="length=1024")
-    tokens = np.asarray(known.tokenize(data) if isinstance(data, str) else data)
-    was_training = bare.training
-    bare.eval()
+        raise ConfigError("the sequence length is unknown", hint="length=1024")
+    tokens = np.asarray(tokenizer.tokenize(data) if isinstance(data, str) else data)
+    was_training = module.training
+    module.eval()
     try:
-        chosen = min(stride or length, length)
-        return score(bare, tokens, known.eod, length, chosen, backend=backend, vocab_size=known.vocab_size)
+        stride = min(stride or length, length)
+        return score(module, tokens, tokenizer.eod, length, stride, backend=backend, vocab_size=tokenizer.vocab_size)
     finally:
-        bare.train(was_training)
+        module.train(was_training)
 
 
 def recall_sweep(
     sweep: str | Path | Mapping[str, Any], *, on_result: Callable[[str], None] | None = print
 ) -> list[dict[str, Any]]:
-    """Train small models on a synthetic task from nothing and measure what each recalls, one after the other, in this process.
+    """Train small models on a synthetic task from scratch and measure their recall, sequentially in this process.
 
-    `tools/synthetics.py` runs the same points over several processes and keeps what is finished.
+    `tools/synthetics.py` runs the same points in several processes and can resume.
 
     Args:
-        sweep: a YAML such as `configs/synthetics/mqar-cpu.yml`, or the mapping that stands in one: `data`, `model`, `training`
+        sweep: a YAML such as `configs/synthetics/mqar-cpu.yml`, or its content as a mapping: `data`, `model`, `training`
             and `families` (docs/synthetics.md).
-        on_result: called with a line of text after each point; None for silence.
+        on_result: called with a line of text after each point; None: no output.
 
     Returns:
-        One dictionary per point: `name`, `accuracy`, `slices`, `parameters`, `state_bytes`, `history` and what was asked for.
+        One dictionary per point: `name`, `accuracy`, `slices`, `parameters`, `state_bytes`, `history` and its settings.
 
     Raises:
-        ConfigError: it describes no sweep.
+        ConfigError: the sweep is invalid.
     """
     if not isinstance(sweep, Mapping):
         problems = Problems()

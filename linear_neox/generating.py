@@ -1,4 +1,4 @@
-"""Text from a model, with what `generate.py` uses."""
+"""Text generation, with the code of `generate.py`."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ class Runnable(Protocol):
 
     @property
     def model(self) -> LanguageModel:
-        """In evaluation mode."""
+        """The model, in evaluation mode."""
 
     @property
     def tokenizer(self) -> Tokenizer | None:
-        """Of its data."""
+        """The model's tokenizer."""
 
     @property
     def seq_length(self) -> int | None:
-        """Tokens of a sample in training."""
+        """Sequence length of the training."""
 
 
-def parts_of(model: LanguageModel | Runnable, tokenizer: Tokenizer | None) -> tuple[LanguageModel, Tokenizer]:
-    """The model and its tokenizer.
+def model_and_tokenizer(model: LanguageModel | Runnable, tokenizer: Tokenizer | None) -> tuple[LanguageModel, Tokenizer]:
+    """The bare model and its tokenizer.
 
     Raises:
-        ConfigError: no tokenizer is known.
+        ConfigError: there is no tokenizer.
     """
-    bare = model if isinstance(model, LanguageModel) else model.model
-    known = tokenizer or (None if isinstance(model, LanguageModel) else model.tokenizer)
-    if known is None:
-        raise ConfigError("no tokenizer is known for this model", hint="tokenizer=load_tokenizer(...)")
-    return bare, known
+    module = model if isinstance(model, LanguageModel) else model.model
+    tokenizer = tokenizer or (None if isinstance(model, LanguageModel) else model.tokenizer)
+    if tokenizer is None:
+        raise ConfigError("this model has no tokenizer", hint="tokenizer=load_tokenizer(...)")
+    return module, tokenizer
 
 
 @overload
@@ -58,10 +58,10 @@ def generate(
 
     Args:
         model: a `Checkpoint`, a `Trainer`, or a `LanguageModel` together with `tokenizer`.
-        prompts: one text or several; an empty one starts from nothing.
-        max_new_tokens: tokens at most per prompt.
-        tokenizer: of the model's data; a `Checkpoint` and a `Trainer` have theirs.
-        batch_size: prompts that run together; results do not depend on it.
+        prompts: one text or several; an empty one starts a new text.
+        max_new_tokens: maximum number of new tokens per prompt.
+        tokenizer: the model's tokenizer; a `Checkpoint` and a `Trainer` have one.
+        batch_size: prompts per batch; results do not depend on it.
         **sampling: `temperature`, `top_k`, `top_p`, `seed`, `max_length`, `stop_tokens` and the other fields of
             `megatron.generation.sample.Sampling`.
 
@@ -69,19 +69,19 @@ def generate(
         The new text of each prompt, without the prompt: a string for one prompt, a list for several.
 
     Raises:
-        ConfigError: an option is unknown or out of range, or no tokenizer is known.
+        ConfigError: an option is unknown or out of range, or there is no tokenizer.
     """
-    bare, known = parts_of(model, tokenizer)
+    module, tokenizer = model_and_tokenizer(model, tokenizer)
     if not isinstance(model, LanguageModel):
         sampling.setdefault("max_length", model.seq_length)
     try:
-        how = Sampling(maximum_tokens=max_new_tokens, **sampling)
+        options = Sampling(maximum_tokens=max_new_tokens, **sampling)
     except TypeError as error:
-        raise ConfigError("generate does not know an option", why=str(error).partition("__init__() ")[2]) from None
-    was_training = bare.training
+        raise ConfigError("generate has an unknown option", why=str(error).partition("__init__() ")[2]) from None
+    was_training = module.training
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     try:
-        results = [record["text"] for record in Writer(bare, known, how, batch_size).continue_texts(texts)]
+        results = [record["text"] for record in Writer(module, tokenizer, options, batch_size).continue_texts(texts)]
     finally:
-        bare.train(was_training)
+        module.train(was_training)
     return results[0] if isinstance(prompts, str) else results

@@ -1,4 +1,4 @@
-"""Configurations, models and checkpoints: from a YAML, a dictionary or a folder to a `LanguageModel` that runs."""
+"""Configurations, models and checkpoints: a `LanguageModel` from a YAML, a dictionary or a folder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megatron.errors import ConfigError
 from megatron.generation.load import load_model, stored_tokenizer
 from megatron.layers.base import Layer
 from megatron.model import cost
-from megatron.model.build import build_model as build_unset
+from megatron.model.build import build_model as build_uninitialised
 from megatron.model.build import param_specs
 from megatron.model.config import ModelConfig
 from megatron.model.init import init_weights
@@ -29,7 +29,7 @@ from megatron.settings import model_config as model_config_of
 from megatron.settings import tokenizer_of, vocabulary_rows
 
 ConfigLike = RunConfig | str | Path | Mapping[str, Any]
-"""A configuration: loaded, the name of a YAML or JSON file, or a mapping of keys."""
+"""A loaded configuration, the name of a YAML or JSON file, or a mapping of keys."""
 
 
 def load_config(
@@ -39,29 +39,29 @@ def load_config(
 
     Args:
         *files: YAML or JSON files, merged in order; a mapping of keys counts as a file. A name such as `configs/metala.yml`
-            that is not there is looked up among the configurations that came with linear-neox.
-        world_size: number of processes; None where it is not known yet.
-        check: also refuse what cannot be trained; False for a file that describes a model and no training.
-        **overrides: keys that beat the files (`train_iters=10`); `**{"optimizer.params.lr": 3e-4}` reaches into one.
+            that does not exist is looked up among the configurations shipped with linear-neox.
+        world_size: number of processes; None if unknown.
+        check: also check that it can be trained; False for a file that describes only a model.
+        **overrides: keys that override the files (`train_iters=10`); `**{"optimizer.params.lr": 3e-4}` sets a nested one.
 
     Returns:
-        The typed, frozen configuration. `.flat()` gives its keys, `.provenance` where each value comes from.
+        The typed, frozen configuration. `.flat()` returns its keys, `.provenance` the source of each value.
 
     Raises:
-        ConfigError: a key is unknown or a value is wrong; every problem is listed with its place.
+        ConfigError: a key is unknown or a value is wrong; lists every problem with file and line.
     """
     return read_config(files, overrides=overrides, world_size=world_size, check=check)
 
 
 def as_run(config: ConfigLike, *, world_size: int = 1, check: bool = True, **overrides: Any) -> RunConfig:
-    """The loaded configuration of whatever a user names one by; overrides only where it is loaded here.
+    """Load a configuration unless it is already loaded; only then overrides are allowed.
 
     Raises:
-        ConfigError: as `load_config`, or overrides for a configuration that is loaded already.
+        ConfigError: as in `load_config`, or overrides for a loaded configuration.
     """
     if isinstance(config, RunConfig):
         if overrides:
-            raise ConfigError(f"{', '.join(overrides)}: a loaded configuration is frozen", hint="give the keys to load_config")
+            raise ConfigError(f"{', '.join(overrides)}: a loaded configuration is frozen", hint="pass the keys to load_config")
         return config
     return load_config(config, world_size=world_size, check=check, **overrides)
 
@@ -71,12 +71,12 @@ def model_config(config: ConfigLike, *, vocab_size: int | None = None, **overrid
 
     Args:
         config: a loaded configuration, the name of a YAML, or a mapping of keys.
-        vocab_size: rows of the embedding. None: `padded_vocab_size`, or the size of the tokenizer, padded.
-        **overrides: as of `load_config`.
+        vocab_size: rows of the embedding; None: `padded_vocab_size`, else the padded size of the tokenizer.
+        **overrides: see `load_config`.
 
     Raises:
         ConfigError: the configuration is wrong.
-        DataError: the vocabulary is not named and the tokenizer's file is not there.
+        DataError: the vocabulary size is unknown and the tokenizer's file is missing.
     """
     run = as_run(config, check=False, **overrides)
     rows = vocab_size or run.tokenizer.padded_vocab_size
@@ -91,20 +91,20 @@ def build_model(
     device: str | torch.device | None = None,
     vocab_size: int | None = None,
 ) -> LanguageModel:
-    """A model with initial values: the same numbers that training starts from, on any mesh.
+    """Build a model with initial weights, identical to those of training on any mesh.
 
     Args:
-        config: a `ModelConfig`, or whatever `model_config` reads.
-        seed: of the initial values. None: the configuration's `seed`, 1234 for a `ModelConfig`.
-        dtype: of the parameters: a torch dtype, or fp32, bf16, fp16.
-        device: where they lie; None is the CPU.
-        vocab_size: as of `model_config`.
+        config: a `ModelConfig`, or an argument of `model_config`.
+        seed: seed of the initial weights; None: the configuration's `seed`, 1234 for a `ModelConfig`.
+        dtype: dtype of the parameters: a torch dtype, or fp32, bf16, fp16.
+        device: device of the parameters; None: the CPU.
+        vocab_size: see `model_config`.
 
     Returns:
-        The model, in training mode. `model(tokens [b, s])` gives `(logits [b, s, n], None)`.
+        The model, in training mode. `model(tokens [b, s])` returns `(logits [b, s, n], None)`.
 
     Raises:
-        ConfigError: the configuration describes no model.
+        ConfigError: the configuration is wrong.
         DataError: see `model_config`.
     """
     if not isinstance(config, ModelConfig):
@@ -113,7 +113,7 @@ def build_model(
         config = model_config(run, vocab_size=vocab_size)
     specs = param_specs(config)
     with torch.device("meta"):
-        model = build_unset(config)
+        model = build_uninitialised(config)
     init_weights(
         model,
         {name: name for name, _ in model.named_parameters()},
@@ -139,20 +139,20 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype:
 
 
 def count_parameters(config: ModelConfig | ConfigLike, *, vocab_size: int | None = None) -> tuple[int, int]:
-    """(all parameters, those without the embedding and the output projection), without allocating any."""
+    """(all parameters, parameters without embedding and output projection), without allocating them."""
     return cost.count_parameters(config if isinstance(config, ModelConfig) else model_config(config, vocab_size=vocab_size))
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model as it was saved, ready to run; `generate`, `perplexity` and `export_hf` take it as it is.
+    """A loaded checkpoint, for `generate`, `perplexity` and `export_hf`.
 
     Attributes:
-        model: in evaluation mode.
-        tokenizer: of its data; None where the checkpoint holds none.
+        model: the model, in evaluation mode.
+        tokenizer: its tokenizer; None if the checkpoint has none.
         path: the `global_step<N>` folder.
         iteration: optimizer steps taken.
-        seq_length: tokens of a sample in training; None where the checkpoint does not know.
+        seq_length: sequence length of the training; None if unknown.
     """
 
     model: LanguageModel
@@ -172,19 +172,19 @@ def load_checkpoint(
     """Load a checkpoint of any mesh into one process.
 
     Args:
-        path: a `global_step<N>` folder, or the save folder or run folder that holds some.
-        iteration: the step wanted from a save or run folder; None is the newest.
-        dtype: of the parameters. None: as stored on a GPU, fp32 on a CPU, where half precision is slower and changes results.
-        device: None is the GPU, where there is one.
+        path: a `global_step<N>` folder, or a save folder or run folder.
+        iteration: step to load from a save or run folder; None: the newest.
+        dtype: dtype of the parameters. None: as stored on a GPU, fp32 on a CPU, where half precision is slower.
+        device: device of the parameters; None: the GPU if there is one.
 
     Raises:
-        CheckpointError: there is none, or it is damaged.
+        CheckpointError: there is no checkpoint, or it is damaged.
     """
     folder = newest_checkpoint(path) if iteration is None else find_checkpoint(place_of(path), iteration)
-    assert folder is not None  # None is the fresh start of a training run, which names a save folder
-    where = local_device(0) if device is None else torch.device(device)
-    narrow = None if where.type == "cuda" else torch.float32
-    model, manifest = load_model(folder, dtype=narrow if dtype is None else _dtype(dtype), device=where)
-    kind = (manifest.facts.get("tokenizer") or {}).get("type")
-    tokenizer = stored_tokenizer(folder / "tokenizer", kind)
+    assert folder is not None  # None only for a fresh training run
+    target = local_device(0) if device is None else torch.device(device)
+    default_dtype = None if target.type == "cuda" else torch.float32
+    model, manifest = load_model(folder, dtype=default_dtype if dtype is None else _dtype(dtype), device=target)
+    tokenizer_type = (manifest.facts.get("tokenizer") or {}).get("type")
+    tokenizer = stored_tokenizer(folder / "tokenizer", tokenizer_type)
     return Checkpoint(model, tokenizer, folder, manifest.iteration, manifest.facts.get("seq_length"))

@@ -1,4 +1,4 @@
-"""Training in this process: `Trainer` for a few steps at a time, `train` for a whole run as the command makes it."""
+"""Training in this process: `Trainer` for a few steps at a time, `train` for a complete run."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from megatron.training.state import TrainState
 
 
 class _UpTo(Hook):
-    """Notes every step, and ends the call at step `last`."""
+    """Records every step, and stops the loop at step `last`."""
 
     def __init__(self, history: list[Step], last: int) -> None:
         self.history, self.last = history, last
@@ -41,9 +41,9 @@ class _UpTo(Hook):
 
 
 class Trainer:
-    """A run in one process that is trained by the call: a few steps, a look, a few more.
+    """Interactive training in one process.
 
-    It is made of the parts of `train.py` and takes the same steps: same initial weights, data order, schedule and losses. It
+    It uses the components of `train.py` and takes the same steps: same initial weights, data order, schedule and losses. It
     writes nothing unless `save` is called: no run folder, no metrics file, no checkpoint.
 
         trainer = Trainer("configs/metala-quickstart.yml", train_iters=100)
@@ -51,19 +51,19 @@ class Trainer:
         print([step.loss for step in trainer.history])
 
     Args:
-        config: a loaded configuration, the name of a YAML, or a mapping of keys. Where its `load` folder holds a checkpoint,
-            training goes on from it, as the command does; `load=None` starts from nothing.
-        hooks: objects with methods of `megatron.training.hooks.Hook`, called at the moments that page lists.
-        **overrides: keys that beat the configuration, as of `load_config`.
+        config: a loaded configuration, the name of a YAML, or a mapping of keys. If its `load` folder holds a checkpoint,
+            training resumes from it, as the command does; `load=None` starts a new run.
+        hooks: objects with methods of `megatron.training.hooks.Hook`.
+        **overrides: keys that override the configuration, see `load_config`.
 
     Attributes:
         run: the configuration.
-        history: a `Step` (iteration, loss, grad_norm, learning_rate, skipped, seconds, ...) per step taken here.
+        history: a `Step` (iteration, loss, grad_norm, learning_rate, skipped, seconds, ...) per step of this trainer.
 
     Raises:
-        ConfigError: a mistake in the configuration, or one that needs several processes.
+        ConfigError: the configuration is wrong, or needs several processes.
         DataError: the data are missing or were made with another tokenizer.
-        CheckpointError: the checkpoint does not fit.
+        CheckpointError: the checkpoint does not match.
     """
 
     def __init__(self, config: ConfigLike, *, hooks: Sequence[Hook] = (), **overrides: Any) -> None:
@@ -72,79 +72,79 @@ class Trainer:
         ranks = run.parallel.pipe_stages * run.parallel.tensor_ranks
         if ranks > 1:
             raise ConfigError(
-                f"the configuration needs {ranks} processes, a Trainer is one",
+                f"the configuration needs {ranks} processes, a Trainer has one",
                 hint="model_parallel_size=1, pipe_parallel_size=0, or the command: linear-neox train CONFIG",
             )
-        self._parts = assemble.build(run, RankEnvironment(), lambda: None)
+        self._components = assemble.build(run, RankEnvironment(), lambda: None)
         resumed = assemble.restore(run, self.engine, self.config)
         self._state = TrainState.from_dict(resumed.state)
-        self.run: RunConfig = self._parts.data_pipeline.build(resumed.state.get("data", {}))
-        self._goes_on = assemble.continued(self.run, resumed, self._state)
+        self.run: RunConfig = self._components.data_pipeline.build(resumed.state.get("data", {}))
+        self._continued = assemble.continued(self.run, resumed, self._state)
         consumed = self._state.consumed_samples, self._state.consumed_tokens
-        self._batches = self._parts.data_pipeline.training(self._parts.mesh, *consumed)
-        close = getattr(self._batches, "close", None)  # it may read ahead on a thread, which must end before Python does
-        self._end_reading = weakref.finalize(self, close) if close is not None else None
+        self._batches = self._components.data_pipeline.training(self._components.mesh, *consumed)
+        close = getattr(self._batches, "close", None)  # a prefetch thread must end before the interpreter
+        self._stop_prefetch = weakref.finalize(self, close) if close is not None else None
         self._hooks = list(hooks)
         self.history: list[Step] = []
 
     @property
     def engine(self) -> Engine:
-        """What holds weights and optimizer."""
-        return self._parts.engine
+        """The engine, with weights and optimizer."""
+        return self._components.engine
 
     @property
     def config(self) -> ModelConfig:
-        """The model."""
-        return self._parts.config
+        """The model's configuration."""
+        return self._components.config
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """Of the data."""
-        return self._parts.tokenizer
+        """The tokenizer of the data."""
+        return self._components.tokenizer
 
     @property
     def seq_length(self) -> int:
-        """Tokens of a sample."""
+        """Sequence length of the training."""
         return self.run.model.seq_length
 
     @property
     def iteration(self) -> int:
-        """Steps taken so far, those of an earlier run included."""
+        """Steps taken so far, including earlier runs."""
         return self._state.iteration
 
     @property
     def model(self) -> LanguageModel:
-        """The model with the weights of now, in evaluation mode; ask again after more steps."""
+        """A copy of the model with the current weights, in evaluation mode."""
         return filled_model(self.config, self.engine.weights())
 
     def train(self, steps: int | None = None) -> list[Step]:
-        """Take `steps` optimizer steps, or all that are left of `train_iters`; never more than are left.
+        """Take `steps` optimizer steps, but at most the remaining ones of `train_iters`; None: all of them.
 
         Returns:
-            The steps that were taken, which are added to `history` too.
+            The new steps, which are also appended to `history`.
 
         Raises:
-            TrainingError: more steps were skipped than the guard forgives.
+            TrainingError: the budget of skipped steps is exhausted.
         """
-        left = self.run.training.train_iters - self.iteration
-        count = left if steps is None else min(steps, left)
+        remaining = self.run.training.train_iters - self.iteration
+        count = remaining if steps is None else min(steps, remaining)
         begin = len(self.history)
         if count > 0:
             options = replace(fit_options(self.run), eval_interval=None, exit_interval=None)
             hooks = [*self._hooks, _UpTo(self.history, self.iteration + count)]
-            fit(self.engine, self._batches, self._goes_on.schedule, self._state, options, hooks=hooks)
+            fit(self.engine, self._batches, self._continued.schedule, self._state, options, hooks=hooks)
         return self.history[begin:]
 
     def evaluate(self, name: str = "valid") -> Evaluation:
         """Loss over the run's `eval_iters` batches of `valid` or `test`.
 
         Returns:
-            `.loss` in nats per token, `.perplexity`, and `.accuracy` for tasks that have right answers.
+            `.loss` in nats per token, `.perplexity`, and `.accuracy` for tasks with answers.
 
         Raises:
-            ConfigError: the run has no such data.
+            ConfigError: the run has no data of that name.
         """
-        evaluator = assemble.build_evaluator(self.run, self._parts, name, {"valid": "validation"}.get(name, name))
+        evaluator = assemble.build_evaluator(self.run, self._components, name, {"valid": "validation"}.get(name, name))
         evaluation = None if evaluator is None else evaluator()
         if evaluation is None:
             raise ConfigError(
@@ -153,28 +153,28 @@ class Trainer:
         return evaluation
 
     def save(self, folder: str | Path | None = None) -> Path:
-        """Write a checkpoint: weights, optimizer, data cursor, tokenizer; `train.py` goes on from it.
+        """Write a checkpoint with weights, optimizer, data cursor and tokenizer; `train.py` can resume from it.
 
         Args:
-            folder: the save folder; None is the configuration's `save`.
+            folder: the save folder; None: the configuration's `save`.
 
         Returns:
             The `global_step<N>` folder, for `load_checkpoint` and `export_hf`.
 
         Raises:
-            ConfigError: no folder is named.
-            CheckpointError: it cannot be written.
+            ConfigError: there is no folder.
+            CheckpointError: the checkpoint cannot be written.
         """
         folder = folder or self.run.checkpoint.save
         if folder is None:
-            raise ConfigError("no folder to save to is named", hint='trainer.save("runs/mine/checkpoints"), or the key save')
+            raise ConfigError("there is no folder to save to", hint='trainer.save("runs/mine/checkpoints"), or the key save')
         saver = Saver(background=False)
-        return assemble.write_checkpoint(self.run, self._parts, saver, folder, self._state, self._goes_on.facts)
+        return assemble.write_checkpoint(self.run, self._components, saver, folder, self._state, self._continued.facts)
 
     def close(self) -> None:
-        """Give back what the engine holds outside Python's memory."""
-        if self._end_reading is not None:
-            self._end_reading()
+        """Stop prefetching and release the engine's resources."""
+        if self._stop_prefetch is not None:
+            self._stop_prefetch()
         self.engine.close()
 
     def __enter__(self) -> Trainer:
@@ -185,17 +185,17 @@ class Trainer:
 
 
 def train(config: ConfigLike, **overrides: Any) -> Run:
-    """A whole run in this process, as `train.py` makes it: run folder, metrics, evaluations, checkpoints, plot.
+    """A complete run in this process, as with `train.py`: run folder, metrics, evaluations, checkpoints, plot.
 
     Args:
         config: a loaded configuration, the name of a YAML, or a mapping of keys.
-        **overrides: keys that beat the configuration, as of `load_config`.
+        **overrides: keys that override the configuration, see `load_config`.
 
     Returns:
-        `.state.iteration`, `.stop` (why it left early, None when it is finished), `.evaluations`, `.exit_code`.
+        `.state.iteration`, `.stop` (reason of an early stop, else None), `.evaluations`, `.exit_code`.
 
     Raises:
-        UserError: any mistake in configuration, data or checkpoint; a run that cannot go on.
+        UserError: a mistake in configuration, data or checkpoint, or a run that cannot continue.
     """
     env = read_rank_environment()
     run = as_run(config, world_size=env.world_size, **overrides)

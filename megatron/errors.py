@@ -1,7 +1,7 @@
-"""Errors that a person can act on: what went wrong, where, why, and what to try next.
+"""Actionable errors: what went wrong, where, why, and what to try.
 
-Every mistake of a user (config, data, checkpoint, command line) is raised as a subclass of `UserError`, printed once without
-a traceback by `exit_on_error`, and ends the process with the exit code of its class. Anything else is a defect of ours and
+Every user's mistake (config, data, checkpoint, command line) is raised as a subclass of `UserError`, printed once without
+a traceback by `exit_on_error`, and ends the process with the exit code of its class. Any other exception is a bug and
 keeps its traceback.
 """
 
@@ -16,13 +16,13 @@ from megatron.stdio import steady_streams
 
 
 class UserError(Exception):
-    """A mistake with one clear message.
+    """A user's mistake with one clear message.
 
     Args:
         what: one sentence, what is wrong.
-        where: the place, such as `configs/a.yml:12`, a path, `rank 3`, `step 200`.
-        why: the rule that was broken or the cause that was found.
-        hint: what to try next.
+        where: the location, such as `configs/a.yml:12`, a path, `rank 3`, `step 200`.
+        why: the broken rule or the cause.
+        hint: what to try.
     """
 
     exit_code = 1
@@ -32,27 +32,27 @@ class UserError(Exception):
         super().__init__(what)
 
     def __str__(self) -> str:
-        parts = [self.what]
+        lines = [self.what]
         for label, text in (("where", self.where), ("why", self.why), ("try", self.hint)):
             if text:
-                parts.append(f"  {label}: {text}")
-        return "\n".join(parts)
+                lines.append(f"  {label}: {text}")
+        return "\n".join(lines)
 
 
 class ConfigError(UserError):
-    """A value, key or combination in the configuration."""
+    """A wrong value, key or combination in the configuration."""
 
     exit_code = 2
 
 
 class DataError(UserError):
-    """A corpus, index, tokenizer or text file."""
+    """A missing, damaged or unsuitable corpus, index, tokenizer or text file."""
 
     exit_code = 3
 
 
 class CheckpointError(UserError):
-    """A checkpoint that is absent, damaged, does not fit, or cannot be written."""
+    """A checkpoint that is absent, damaged, does not match, or cannot be written."""
 
     exit_code = 4
 
@@ -64,25 +64,25 @@ class LaunchError(UserError):
 
 
 class ExportError(UserError):
-    """A conversion to or from another format that would be wrong."""
+    """A conversion to or from another format that fails or would be wrong."""
 
     exit_code = 6
 
 
 class TrainingError(UserError):
-    """A run that cannot go on, such as a loss that is not finite."""
+    """A run that cannot continue, for example because of a non-finite loss."""
 
     exit_code = 7
 
 
 @contextlib.contextmanager
 def exit_on_error(screen_is_result: bool = True) -> Iterator[None]:
-    """Around a command's body: print a `UserError` once and exit with its code, no traceback.
+    """Run a command's body: print a `UserError` once, without traceback, and exit with its code.
 
-    Streams that are closed or lost end nothing (`stdio.py`).
+    Closed or broken streams do not end the command (`stdio.py`).
 
     Args:
-        screen_is_result: somebody wants what the command prints, so that a full disk under it is an error at the end.
+        screen_is_result: stdout is the command's result, so a full disk of stdout is an error at the end.
     """
     with steady_streams() as screen:
         try:

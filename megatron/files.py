@@ -1,9 +1,9 @@
-"""Files that are either whole or absent, and files of others that are read without trusting them.
+"""Atomic file writes, and safe reads of untrusted files.
 
-All that must survive a kill or a full disk (checkpoints, indexes, `latest`, JSON results) is written through this module: to a
-temporary name, synced, renamed. JSON files are read through it: a pipe does not hang the reader, a huge file does not fill
-memory, and what Python's parser lets through or breaks on (nesting, numbers of thousands of digits, halves of characters) is
-one ValueError.
+Files that must survive a kill or a full disk (checkpoints, indexes, `latest`, JSON results) are written through this module:
+to a temporary name, synced, renamed. JSON files are read through it: a pipe does not hang the reader, a huge file does not fill
+memory, and input that Python accepts or crashes on (deep nesting, numbers of thousands of digits, lone surrogates) raises
+a ValueError.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-LARGEST_JSON = 1 << 30  # bytes; a manifest of thousands of ranks and a tokenizer of a million entries stay far below
-_DEEPEST_JSON = 64  # levels; ours and Hugging Face's have less than ten
+LARGEST_JSON = 1 << 30  # bytes; manifests of thousands of ranks and tokenizers of a million entries are far smaller
+_DEEPEST_JSON = 64  # levels; our files and Hugging Face's have less than ten
 _LONGEST_NUMBER = 40  # digits; JSON of real programs has at most 20
 
 
 def open_regular(path: str | Path) -> int:
-    """A descriptor for reading a regular file, links followed.
+    """Open a regular file for reading, following links; returns its descriptor.
 
     Raises:
-        OSError: it cannot be opened, or is a pipe, socket, device or folder: opening a pipe would wait for its writer.
+        OSError: the file cannot be opened, or is a pipe (whose open would block), socket, device or folder.
     """
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     if stat.S_ISREG(os.fstat(fd).st_mode):
@@ -43,21 +43,22 @@ def read_bytes(path: str | Path, limit: int = LARGEST_JSON) -> bytes:
     Raises:
         OSError: as `open_regular`, or the file is larger than `limit` bytes.
     """
-    pieces, size = [], 0
+    chunks, size = [], 0
     with os.fdopen(open_regular(path), "rb", buffering=0) as handle:
-        while piece := handle.read(1 << 20):  # not all at once: that would take `limit` bytes for the smallest file
-            pieces.append(piece)
-            size += len(piece)
+        while chunk := handle.read(1 << 20):  # in chunks: a single read would allocate `limit` bytes
+            chunks.append(chunk)
+            size += len(chunk)
             if size > limit:
                 raise OSError(errno.EFBIG, f"larger than {limit:,} bytes", str(path))
-    return b"".join(pieces)
+    return b"".join(chunks)
 
 
 def read_text(path: str | Path, limit: int = LARGEST_JSON) -> str:
-    """The text of a regular UTF-8 file; line ends as they are.
+    """The text of a regular UTF-8 file, with its original line ends.
 
     Raises:
-        OSError: as `read_bytes`. ValueError: it is not UTF-8.
+        OSError: as in `read_bytes`.
+        ValueError: the file is not UTF-8.
     """
     data = read_bytes(path, limit)
     try:
@@ -76,14 +77,14 @@ def parse_json(text: str | bytes | bytearray) -> Any:
     """The value of a JSON text.
 
     Raises:
-        ValueError: not JSON, nested too deep to be worked with, a number of absurd length, or a half of a surrogate pair.
+        ValueError: not JSON, nested too deeply, an excessively long number, or a lone surrogate.
     """
     try:
         value = json.loads(text, parse_int=_number)
     except RecursionError:
         raise ValueError("it is nested too deep") from None
     level, depth = [value], 1
-    while level := [part for item in level for part in _parts(item) if isinstance(part, dict | list)]:
+    while level := [child for item in level for child in _children(item) if isinstance(child, dict | list)]:
         depth += 1
         if depth > _DEEPEST_JSON:
             raise ValueError(f"it is nested deeper than {_DEEPEST_JSON} levels")
@@ -91,11 +92,11 @@ def parse_json(text: str | bytes | bytearray) -> Any:
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError:
-            raise ValueError("it holds half of a surrogate pair, which is no character") from None
+            raise ValueError("it holds half of a surrogate pair, which is not a character") from None
     return value
 
 
-def _parts(value: Any) -> Any:
+def _children(value: Any) -> Any:
     if isinstance(value, dict):
         return value.values()
     return value if isinstance(value, list) else ()
@@ -105,13 +106,14 @@ def read_json(path: str | Path, limit: int = LARGEST_JSON) -> Any:
     """The value of a JSON file.
 
     Raises:
-        OSError: as `read_bytes`. ValueError: as `parse_json`, or it is not UTF-8.
+        OSError: as in `read_bytes`.
+        ValueError: as in `parse_json`, or the file is not UTF-8.
     """
     return parse_json(read_text(path, limit))
 
 
 def fsync_folder(folder: Path) -> None:
-    """Make the names in `folder` durable; a rename alone is not, until its folder is synced."""
+    """Sync a folder: only this makes a rename inside it durable."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)
@@ -121,7 +123,7 @@ def fsync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_open(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
-    """Open a temporary file beside `path`; on a clean exit it is synced and takes the name, on an error it is removed."""
+    """Open a temporary sibling file; on success it is synced and renamed to `path`, on an error it is removed."""
     path = Path(path)
     fd, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     try:
@@ -152,9 +154,9 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def sha256_of(path: str | Path) -> str:
-    """Hex SHA-256 of a regular file's content; OSError as `open_regular`."""
+    """Hex SHA-256 of a regular file's content; raises OSError as `open_regular`."""
     digest = hashlib.sha256()  # hashlib.file_digest came with Python 3.11
     with os.fdopen(open_regular(path), "rb", buffering=0) as handle:
-        while piece := handle.read(1 << 20):
-            digest.update(piece)
+        while chunk := handle.read(1 << 20):
+            digest.update(chunk)
     return digest.hexdigest()

@@ -1,8 +1,8 @@
-"""From a model to a YAML that trains it on: the reverse of `settings.model_config`, for weights that came from elsewhere.
+"""Writes a YAML that continues training of imported weights: the inverse of `settings.model_config`.
 
-`model_keys` says every field of a `ModelConfig` by configuration keys; reading them back gives a model that is equal once both
-are resolved (`model/resolved.py`). `write_recipe` adds where the weights lie and a careful way to train, and proves the file by
-reading it.
+`model_keys` converts every field of a `ModelConfig` to configuration keys; reading them back yields an equal model after
+resolving defaults (`model/resolved.py`). `write_recipe` adds the path of the weights and conservative training settings, and
+verifies the file by loading it.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from megatron.model.resolved import layer_options, resolved
 from megatron.registry import layer_info
 from megatron.settings import model_config
 
-_MOST_TOKENS = 2048
+_MAX_TOKENS = 2048
 _EPSILON = {"rmsnorm": "rms_norm_epsilon", "simplermsnorm": "simplermsnorm_epsilon"}
 
 
 def model_keys(config: ModelConfig) -> dict[str, Any]:
-    """Configuration keys -> values that make this model; keys at their default are left out but for the main sizes."""
+    """Configuration keys -> values of this model; omits keys at their default, except for the main sizes."""
     keys: dict[str, Any] = {
         "num_layers": config.num_layers,
         "hidden_size": config.hidden_size,
@@ -57,9 +57,9 @@ def model_keys(config: ModelConfig) -> dict[str, Any]:
     }
     options = _option_keys(config, keys)
     always = {"num_layers", "hidden_size", "num_attention_heads", "attention_config", "pos_emb", "norm", "mlp_type"}
-    always |= {"use_bias_in_mlp", "activation"}  # unset ones are derived from others
+    always |= {"use_bias_in_mlp", "activation"}  # unset keys are derived from others
     always |= {"mixer_init"} if "mamba" in config.layer_types else set()
-    # a mixer's own key beats GPT-NeoX's even where it says what the mixer's default is
+    # a mixer's own key overrides GPT-NeoX's, even if its value is the mixer's default
     always |= {key for key in options if catalog()[key].section == "layers"}
     return {k: v for k, v in (keys | options).items() if v is not None and (k in always or v != catalog()[k].default)}
 
@@ -69,7 +69,7 @@ def _pattern(types: tuple[str, ...]) -> list[Any]:
 
 
 def _mlp_keys(config: ModelConfig) -> dict[str, Any]:
-    """Form, width, function and biases of the MLP."""
+    """Keys of the MLP: type, width, activation and biases."""
     if config.mlp == "none":
         return {"mlp_type": "none"}
     tanh = config.activation == "gelu_tanh"
@@ -82,35 +82,35 @@ def _mlp_keys(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _option_keys(config: ModelConfig, said: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of the mixers: by GPT-NeoX's key where all mixers that read it agree, by the mixer's own where they do not."""
+def _option_keys(config: ModelConfig, base_keys: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of the mixers: GPT-NeoX's key if all mixers that read it agree, else the mixers' own keys."""
     mixers = {layer_info(name).names[0]: name for name in dict.fromkeys(config.layer_types)}
     options = {first: layer_options(config, name) for first, name in mixers.items()}
-    wanted: dict[str, list[Any]] = {}
-    for first, own in options.items():
+    values_by_key: dict[str, list[Any]] = {}
+    for first, mixer_options in options.items():
         for field, key in layer_info(first).neox_keys.items():
-            wanted.setdefault(key, []).append(own[field])
+            values_by_key.setdefault(key, []).append(mixer_options[field])
     keys: dict[str, Any] = {}
-    for key, values in wanted.items():
+    for key, values in values_by_key.items():
         value = kinds.fit(values[0], catalog()[key].annotation)
-        if all(v == values[0] for v in values) and said.get(key, "none") == "none" and _holds(key, value):
+        if all(v == values[0] for v in values) and base_keys.get(key, "none") == "none" and _can_hold(key, value):
             keys[key] = value
-    for first, own in options.items():
-        plain = layer_options(_with_options(config, first, _given(first, {**said, **keys})), mixers[first])
-        keys |= {f"{first}_{field}": value for field, value in own.items() if value != plain[field]}
+    for first, mixer_options in options.items():
+        inherited = layer_options(_with_options(config, first, _inherited_options(first, {**base_keys, **keys})), mixers[first])
+        keys |= {f"{first}_{field}": value for field, value in mixer_options.items() if value != inherited[field]}
     if keys.get("num_kv_heads") == config.num_heads:
         del keys["num_kv_heads"]
     return keys
 
 
-def _holds(key: str, value: Any) -> bool:
-    """Can a key have this value?"""
+def _can_hold(key: str, value: Any) -> bool:
+    """Whether a key can have this value."""
     annotation = catalog()[key].annotation
     return value is None or value in kinds.choices(annotation) or kinds.accepts(annotation, type(value))
 
 
-def _given(mixer: str, keys: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that GPT-NeoX's keys, at these values or their defaults, give to a mixer."""
+def _inherited_options(mixer: str, keys: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that a mixer gets from GPT-NeoX's keys, at these values or their defaults."""
     values = {field: keys.get(key, catalog()[key].default) for field, key in layer_info(mixer).neox_keys.items()}
     return {field: value for field, value in values.items() if value is not None}
 
@@ -121,11 +121,16 @@ def _with_options(config: ModelConfig, mixer: str, options: Mapping[str, Any]) -
 
 @dataclass(frozen=True)
 class Start:
-    """The checkpoint of weights that a recipe starts from.
+    """The imported checkpoint that a recipe starts from.
 
-    checkpoint: `OUTPUT/global_stepN`. config: its model. dtype: of its weights. longest: tokens that it was made for, None when
-    that is not known. source: what it was imported from, in words. data: token files' prefix or a file of text, None when
-    nobody said. tokenizer: its keys, None for the one that lies in the checkpoint.
+    Attributes:
+        checkpoint: `OUTPUT/global_stepN`.
+        config: its model.
+        dtype: dtype of its weights.
+        source: description of its origin.
+        longest: maximum length of the original model in tokens, None if unknown.
+        data: prefix of token files or a file of text, None if unknown.
+        tokenizer: tokenizer keys; None: the tokenizer in the checkpoint.
     """
 
     checkpoint: Path
@@ -138,31 +143,31 @@ class Start:
 
 
 def start_of(checkpoint: Path, config: ModelConfig, source: str, data: str | None = None) -> Start:
-    """What there is to say about an imported checkpoint; see `Start`."""
+    """The `Start` of an imported checkpoint."""
     manifest = read_manifest(checkpoint)
     dtypes = {entry.dtype for entry in manifest.weights.values()}
     return Start(checkpoint, config, dtypes.pop() if len(dtypes) == 1 else "", source, manifest.facts.get("seq_length"), data)
 
 
 def start_of_run(checkpoint: Path, config: ModelConfig, source: str, run: RunConfig) -> Start:
-    """The same of weights whose configuration is known: its tokenizer, data and length are taken over."""
+    """The `Start` of weights with a known configuration, including its tokenizer, data and length."""
     t, start = run.tokenizer, start_of(checkpoint, config, source, run.data.data_path)
     files = {"vocab_file": t.vocab_file, "merge_file": t.merge_file}
-    told = {"tokenizer_type": t.tokenizer_type, **{key: name for key, name in files.items() if name}}
-    return replace(start, longest=run.model.max_position_embeddings or run.model.seq_length or None, tokenizer=told)
+    tokenizer_keys = {"tokenizer_type": t.tokenizer_type, **{key: name for key, name in files.items() if name}}
+    return replace(start, longest=run.model.max_position_embeddings or run.model.seq_length or None, tokenizer=tokenizer_keys)
 
 
 def write_recipe(start: Start) -> Path:
-    """Write `continue.yml` beside the checkpoint; returns its path.
+    """Write `continue.yml` next to the checkpoint; returns its path.
 
     Raises:
-        ConfigError: the model breaks a rule of the configuration (sizes that do not divide).
+        ConfigError: the model violates a rule of the configuration (sizes that do not divide).
     """
     path = start.checkpoint.parent / RECIPE
     path.write_text(recipe(start), encoding="utf-8")
     run = load_config([path], world_size=1)
-    again = model_config(run, start.config.vocab_size)
-    assert resolved(again) == resolved(start.config), "the keys do not say the model"
+    reloaded = model_config(run, start.config.vocab_size)
+    assert resolved(reloaded) == resolved(start.config), "the keys do not reproduce the model"
     return path
 
 
@@ -170,41 +175,41 @@ def recipe(start: Start) -> str:
     """The text of the YAML."""
     output = start.checkpoint.parent
     stem = "continued" if output.name == "checkpoints" else f"{output.name}-continued"
-    places = {"load": str(output), "finetune": True, "save": str(output.parent / stem / "checkpoints")}
-    parts = [
-        f"# Trains on from the weights of {start.source}, as they stand:",
+    paths = {"load": str(output), "finetune": True, "save": str(output.parent / stem / "checkpoints")}
+    lines = [
+        f"# Continues training from the weights of {start.source}:",
         "#",
         f"#   {command(start)}",
         "#",
-        "# The first start takes the weights from `load`, every later one goes on in `save`. Rates and batch are guesses,",
-        "# careful ones, yours to change.",
-        "# the model; another one would not take the weights",
+        "# The first start loads the weights from `load`, later starts resume from `save`. Learning rate and batch size are",
+        "# conservative guesses; change them as needed.",
+        "# the model; it must match the weights",
         *_lines(model_keys(start.config)),
-        "# where it starts from, where it goes on",
-        *_lines({**places, "checkpoint_factor": 500, "keep_last_n_checkpoints": 2}),
+        "# source of the weights, and folder of new checkpoints",
+        *_lines({**paths, "checkpoint_factor": 500, "keep_last_n_checkpoints": 2}),
         *_data(start),
-        "# how it is trained",
+        "# training",
         *_lines(_training(start)),
     ]
-    return "\n".join(parts) + "\n"
+    return "\n".join(lines) + "\n"
 
 
 def command(start: Start) -> str:
-    """What a person types to train with the recipe."""
+    """The command that trains with the recipe."""
     words = ["python", "deepy.py", "train.py", str(start.checkpoint.parent / RECIPE)]
     return shlex.join(words if start.data else [*words, "--set", "train_stream=[TEXT.jsonl]"])
 
 
 def announcement(start: Start) -> str:
-    """Write the recipe; what a command says about it."""
+    """Write the recipe; returns the message for the console."""
     path = write_recipe(start)
-    bare = start.tokenizer is None and not (start.checkpoint / "tokenizer").is_dir()
-    first = "; set its tokenizer first, none came with them" if bare else ""
-    return f"wrote {path}, which trains on from these weights{first}:\n  {command(start)}"
+    lacks_tokenizer = start.tokenizer is None and not (start.checkpoint / "tokenizer").is_dir()
+    note = "; set its tokenizer first, the weights have none" if lacks_tokenizer else ""
+    return f"wrote {path}, which continues training from these weights{note}:\n  {command(start)}"
 
 
 def _data(start: Start) -> Iterable[str]:
-    """The tokenizer that came with the weights, and the data where they are known."""
+    """The tokenizer of the weights, and the data if known."""
     folder, data = start.checkpoint / "tokenizer", start.data
     yield "# tokenizer and data"
     if start.tokenizer is not None:
@@ -212,9 +217,9 @@ def _data(start: Start) -> Iterable[str]:
     elif folder.is_dir():
         yield from _lines(_tokenizer(folder))
     else:
-        yield "# no tokenizer came with the weights: set tokenizer_type, vocab_file (and merge_file)"
+        yield "# the weights have no tokenizer: set tokenizer_type, vocab_file (and merge_file)"
     if data is None:
-        yield "# data_path: prefix of token files that tools/datasets/preprocess_data.py made with this tokenizer, or"
+        yield "# data_path: prefix of token files, written by tools/datasets/preprocess_data.py with this tokenizer, or"
         yield "# train_stream: [TEXT.jsonl]"
     else:
         yield from _lines({"data_path": data} if Path(f"{data}.idx").is_file() else {"train_stream": [data]})
@@ -222,18 +227,18 @@ def _data(start: Start) -> Iterable[str]:
 
 def _tokenizer(folder: Path) -> dict[str, Any]:
     names = sorted(path.name for path in folder.iterdir())
-    for kind, wanted in (("SPMTokenizer", ".model"), ("TiktokenTokenizer", ".tiktoken")):
-        own = [name for name in names if name.endswith(wanted)]
-        if own and "tokenizer.json" not in names:
-            return {"tokenizer_type": kind, "vocab_file": str(folder / own[0])}
+    for kind, suffix in (("SPMTokenizer", ".model"), ("TiktokenTokenizer", ".tiktoken")):
+        matching = [name for name in names if name.endswith(suffix)]
+        if matching and "tokenizer.json" not in names:
+            return {"tokenizer_type": kind, "vocab_file": str(folder / matching[0])}
     return {"tokenizer_type": "HFGPT2Tokenizer", "vocab_file": str(folder)}
 
 
 def _training(start: Start) -> dict[str, Any]:
     config = start.config
     prefix = config.layer_options.get("jrt", {}).get("prefix_length", 0) if "jrt" in config.layer_types else 0
-    longest = config.learned_positions or start.longest or _MOST_TOKENS
-    length = max(min(longest, _MOST_TOKENS), 2 * prefix)
+    longest = config.learned_positions or start.longest or _MAX_TOKENS
+    length = max(min(longest, _MAX_TOKENS), 2 * prefix)
     return {
         "seq_length": length,
         **({"max_position_embeddings": start.longest} if start.longest and not config.learned_positions else {}),

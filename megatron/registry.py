@@ -1,8 +1,8 @@
-"""Names of token mixers, found by looking at the folder `megatron/layers/` and at the entry points `megatron.layers`.
+"""The registry of token mixers: files in `megatron/layers/`, and entry points of the group `megatron.layers`.
 
-A mixer's file is read as text (its syntax tree), so that `deepy.py` can check a YAML in a fraction of a second without
-importing torch; the file is imported when a model is built. There is no list to edit: a new file is a new mixer. A notebook
-adds a class of its own with `register_layer`, for its process alone.
+A mixer's file is parsed, not imported, so that `deepy.py` can check a YAML in a fraction of a second without
+importing torch; it is imported when a model is built. There is no list to edit: a new file is a new mixer. A notebook
+registers a class with `register_layer`, for its own process only.
 """
 
 from __future__ import annotations
@@ -27,7 +27,13 @@ _COMMON = {"hidden_size", "num_heads", "layer_index"}
 
 @dataclass(frozen=True)
 class OptionInfo:
-    """One field of a mixer's `Config`, as written in its file."""
+    """One field of a mixer's `Config`, as written in its file.
+
+    Attributes:
+        type: its annotation.
+        default: its default.
+        doc: its documentation.
+    """
 
     type: str
     default: Any
@@ -36,9 +42,15 @@ class OptionInfo:
 
 @dataclass(frozen=True)
 class LayerInfo:
-    """Where a mixer lives: module, class, its names in `attention_config`, its options, and which of them NeoX's keys set.
+    """A registered mixer.
 
-    uses_heads: whether the number of heads means anything to it.
+    Attributes:
+        module: dotted name of its module.
+        class_name: its class.
+        names: its names in `attention_config`.
+        options: its options by field name.
+        neox_keys: field -> GPT-NeoX key that sets it.
+        uses_heads: the mixer depends on the number of heads.
     """
 
     module: str
@@ -50,7 +62,7 @@ class LayerInfo:
 
 
 def nearest(name: str, known: list[str], count: int = 3) -> str:
-    """A hint such as `did you mean 'metala'?`, or the known names when nothing is near."""
+    """A hint such as `did you mean 'metala'?`, or the known names if none is close."""
     close = difflib.get_close_matches(name, known, n=count, cutoff=0.6)
     if close:
         return "did you mean " + " or ".join(f"'{c}'" for c in close) + "?"
@@ -83,7 +95,7 @@ def _options(node: ast.ClassDef) -> dict[str, OptionInfo]:
 
 
 def _bases(node: ast.ClassDef, classes: dict[str, ast.ClassDef]) -> list[ast.ClassDef]:
-    """The classes of the same file that `node` inherits from, the nearest first; `Mixer.Config` counts as `Mixer`."""
+    """The base classes of `node` in the same file, nearest first; `Mixer.Config` counts as `Mixer`."""
     names = [base.value if isinstance(base, ast.Attribute) and base.attr == "Config" else base for base in node.bases]
     direct = [classes[name.id] for name in names if isinstance(name, ast.Name) and name.id in classes]
     return direct + [further for base in direct for further in _bases(base, classes)]
@@ -94,14 +106,14 @@ def _config_of(node: ast.ClassDef) -> ast.ClassDef | None:
 
 
 def _inherited(nodes: list[ast.ClassDef], name: str) -> Any:
-    """The value of a class attribute where it is set first."""
+    """The value of a class attribute in the nearest class that sets it."""
     return next((value for value in (_class_attribute(node, name) for node in nodes) if value is not None), None)
 
 
 def _all_options(configs: list[ast.ClassDef]) -> dict[str, OptionInfo]:
-    """Options of a `Config` and of those it inherits from (given nearest first), in the order of the dataclass's fields.
+    """Options of a `Config` and its base classes (passed nearest first), in the order of the dataclass's fields.
 
-    A field that is set again without a string after it keeps its documentation; `no_options` takes inherited fields out.
+    A field that is redefined without a docstring inherits its documentation; `no_options` removes inherited fields.
     """
     options: dict[str, OptionInfo] = {}
     for config in reversed(configs):
@@ -113,7 +125,7 @@ def _all_options(configs: list[ast.ClassDef]) -> dict[str, OptionInfo]:
 
 
 def _read(path: Path, module: str) -> list[LayerInfo]:
-    """The mixers of a file: its classes with `names` of their own."""
+    """The mixers of a file: its classes that define `names`."""
     tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
     classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
     return [_read_class(node, classes, module) for node in classes.values() if _class_attribute(node, "names")]
@@ -130,14 +142,14 @@ def _read_class(node: ast.ClassDef, classes: dict[str, ast.ClassDef], module: st
     return LayerInfo(module, node.name, names, _all_options(configs), neox_keys, uses_heads)
 
 
-_registered: dict[str, Any] = {}  # name -> class, of this process alone
+_registered: dict[str, Any] = {}  # name -> class, in this process only
 
 
 def register_layer(cls: Any) -> None:
-    """Make a mixer class known to this process; a class of the same name and module takes the place of an earlier one.
+    """Register a mixer class in this process; replaces an earlier class of the same name and module.
 
     Raises:
-        ConfigError: another mixer has one of its names; nothing is changed then.
+        ConfigError: another mixer has one of its names; the registry is unchanged.
     """
     before = dict(_registered)
     same = [n for n, old in _registered.items() if (old.__module__, old.__qualname__) == (cls.__module__, cls.__qualname__)]
@@ -158,11 +170,11 @@ def register_layer(cls: Any) -> None:
 
 
 def _describe(cls: Any) -> LayerInfo:
-    """What is known of a class at run time; the documentation of its options is in its source alone, where that is at hand."""
+    """Describe a class at run time; the documentation of its options requires its source."""
     try:
         classes = {base.__name__: _class_node(base) for base in cls.__mro__ if hasattr(base, "names")}
         return _read_class(classes[cls.__name__], classes, cls.__module__)
-    except (OSError, TypeError, SyntaxError, ValueError):  # typed into a terminal or a cell, or a default that is computed
+    except (OSError, TypeError, SyntaxError, ValueError):  # defined interactively, or with a computed default
         pass
     options = {
         f.name: OptionInfo(
@@ -178,24 +190,24 @@ def _class_node(cls: Any) -> ast.ClassDef:
     """The syntax tree of a class.
 
     Raises:
-        OSError: its source is not at hand.
-        TypeError: it was typed into a terminal.
-        ValueError: what stands at the place of its source is another class.
+        OSError: its source is not available.
+        TypeError: it was defined in a terminal.
+        ValueError: its source location holds another class.
     """
     node = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
     if not isinstance(node, ast.ClassDef) or node.name != cls.__name__:
-        raise ValueError(f"the source of {cls.__name__} is not at hand")
+        raise ValueError(f"the source of {cls.__name__} is not available")
     return node
 
 
 def outside_modules() -> set[str]:
-    """Modules of mixers that do not lie in `megatron/layers/`: of entry points and of `register_layer`."""
+    """Modules of mixers outside `megatron/layers/`: of entry points and of `register_layer`."""
     return {info.module for info in _table().values() if not info.module.startswith("megatron.layers.")}
 
 
 @functools.cache
 def _table() -> dict[str, LayerInfo]:
-    """name -> where. A name claimed twice is refused: which class would run must never depend on file order."""
+    """name -> mixer. A duplicate name is refused: the class must not depend on the order of files."""
     infos: list[LayerInfo] = []
     for path in sorted(_FOLDER.glob("*.py")):
         if path.stem not in ("__init__", "base"):
@@ -219,7 +231,7 @@ def _table() -> dict[str, LayerInfo]:
 
 
 def layer_names() -> list[str]:
-    """Every name that may stand in `attention_config`, sorted."""
+    """All names for `attention_config`, sorted."""
     return sorted(_table())
 
 
@@ -229,7 +241,7 @@ def layer_options() -> dict[str, dict[str, OptionInfo]]:
 
 
 def layer_info(name: str) -> LayerInfo:
-    """Where the mixer `name` lives; an unknown name raises ConfigError with the nearest known ones."""
+    """The mixer `name`; an unknown name raises a ConfigError with the nearest known names."""
     if name not in _table():
         raise ConfigError(f"unknown token mixer '{name}'", hint=nearest(name, layer_names()))
     return _table()[name]

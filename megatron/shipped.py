@@ -1,7 +1,7 @@
-"""Where the commands and the configurations lie: in the checkout, or in `megatron/shipped/` of an installed wheel.
+"""Locates the commands and configurations: in the checkout, or in `megatron/shipped/` of an installed wheel.
 
-A wheel carries the checkout's `configs/`, `tools/` and commands (`train.py`, `deepy.py`, ...) in one folder, laid out as in the
-checkout, so that a path such as `tools/convert_to_hf.py` means the same file in both. `setup.py` fills it.
+A wheel contains the checkout's `configs/`, `tools/` and commands (`train.py`, `deepy.py`, ...) in one folder with the same
+layout, so that a path such as `tools/convert_to_hf.py` is valid in both. `setup.py` fills it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def shipped_root() -> Path:
 
 
 def shipped_config(path: Path) -> Path | None:
-    """The configuration of ours that a relative path names (`configs/metala.yml`, or `metala.yml` alone), None without one."""
+    """The shipped configuration of a relative path (`configs/metala.yml` or `metala.yml`), None if there is none."""
     if path.is_absolute() or ".." in path.parts:
         return None
     inner = path.relative_to("configs") if path.parts[:1] == ("configs",) else path

@@ -269,7 +269,7 @@ def _stopped_and_resumed(config: Path, tmp_path: Path, *overrides: str) -> None:
 
 
 @pytest.mark.slow
-def test_whole_documents_and_document_borders(config: Path, tmp_path: Path) -> None:
+def test_whole_documents_and_document_boundaries(config: Path, tmp_path: Path) -> None:
     _stopped_and_resumed(config, tmp_path, "pack_impl=pack_until_overflow", "reset_state_at_eod=true", "train_iters=6")
 
 

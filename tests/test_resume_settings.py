@@ -71,10 +71,10 @@ def test_a_schedule_is_the_checkpoints_or_the_configs_as_the_keys_say(run: Calla
     other = {"optimizer.params.lr": 0.002, "lr_decay_iters": 20}
     said = run("config", **start, **other, override_lr_scheduler=True)
     assert rates(tmp_path / "config") == {3: line(2, 0.002, 20), 4: line(3, 0.002, 20)}
-    assert "warning: this run goes on from" in said and "next 0.0018 instead of 0.0008" in said
+    assert "warning: this run resumes from" in said and "next 0.0018 instead of 0.0008" in said
     said = run("saved", **start, **other, use_checkpoint_lr_scheduler=True)
     assert rates(tmp_path / "saved") == {3: line(2, 0.001, 10), 4: line(3, 0.001, 10)}
-    assert "the checkpoint's schedule holds (optimizer.params.lr 0.001, not 0.002, lr_decay_iters 10, not 20)" in said
+    assert "using the checkpoint's schedule (optimizer.params.lr 0.001, not 0.002, lr_decay_iters 10, not 20)" in said
     # a second start keeps what the first one took over, not what the config said beside it
     run("saved", **{**start, "train_iters": 5}, **other, use_checkpoint_lr_scheduler=True)
     assert rates(tmp_path / "saved")[5] == line(4, 0.001, 10)
@@ -140,16 +140,16 @@ def test_foreign_checkpoints_in_save_are_said_and_not_resumed(
 
 
 CHANGED = {
-    "seed": ({"seed": 99}, "seed: 1234 -> 99; the order of the data is another one"),
-    "seq_length": ({"seq_length": 16}, "seq_length: 32 -> 16; a sample is of another length"),
-    "batch": ({"train_micro_batch_size_per_gpu": 4}, "train_batch_size: 2 -> 4; a step reads another number of samples"),
+    "seed": ({"seed": 99}, "seed: 1234 -> 99; the data order changes"),
+    "seq_length": ({"seq_length": 16}, "seq_length: 32 -> 16; the length of samples changes"),
+    "batch": ({"train_micro_batch_size_per_gpu": 4}, "train_batch_size: 2 -> 4; the number of samples per step changes"),
     "length": ({"train_iters": 20}, "train_iters: 10 -> 20; the run ends at another step"),
     "length and rate": ({"train_iters": 20}, "learning rate: lr_decay_iters 10 -> 20: next 0.00255 instead of 0.0021"),
     "share": ({"train_iters": 20, "lr_decay_fraction": 0.2}, ""),
     "decay": ({"weight_decay": 0.0}, "weight_decay: 0.1 -> 0"),
     "betas": ({"optimizer.params.betas": [0.9, 0.95]}, "optimizer.params.betas: [0.9, 0.999] -> [0.9, 0.95]"),
     "precision": ({"precision": "bfloat16"}, "precision: fp32 -> bfloat16"),
-    "loss": ({"eod_mask_loss": True}, "eod_mask_loss: False -> True; the loss is another one"),
+    "loss": ({"eod_mask_loss": True}, "eod_mask_loss: False -> True; the loss changes"),
     "nothing": ({"log_interval": 7, "run_dir": "elsewhere"}, None),
 }
 
@@ -169,7 +169,7 @@ def test_every_change_is_said_with_what_it_does(name: str, config: Callable[...,
             resumed(config(**changes), facts, 3, "global_step3")
         return
     lines = resumed(config(**changes), facts, 3, "global_step3").lines
-    assert lines[:1] == (("warning: this run goes on from global_step3 with other settings:",) if text else ())
+    assert lines[:1] == (("warning: this run resumes from global_step3 with other settings:",) if text else ())
     assert text is None or any(text in line for line in lines[1:]), lines
 
 
@@ -178,7 +178,7 @@ def test_an_older_checkpoint_says_what_it_knows(config: Callable[..., RunConfig]
     lines = resumed(config(**{"optimizer.params.lr": 0.5}), facts, 3, "x").lines
     assert [line.split(":")[0].strip() for line in lines[1:]] == ["seed", "seq_length"]
     lines = resumed(config(use_checkpoint_lr_scheduler=True), {}, 3, "x").lines
-    assert "does not say its schedule" in lines[1]
+    assert "has no schedule" in lines[1]
     for broken in (
         {"settings": 3, "run": []},
         {"settings": {"values": {}, "schedule": {"lr": "x"}}},

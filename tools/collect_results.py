@@ -1,10 +1,10 @@
-"""Results of `launch_eval.py`, `eval.py` and the `lm_eval` command as Markdown, CSV and PNG, published figures beside them.
+"""Collects results of `launch_eval.py`, `eval.py` and the `lm_eval` command as Markdown, CSV and PNG, with published scores.
 
     python tools/collect_results.py runs/eval --output runs/eval/table [--table jrt-1]
 
-Without `--table` there is one table of all that was measured, and one per published table (`benchmarks/published/scores.csv`)
-that shares a column with it. `--table NAME` makes that one alone, also without any results of ours. Figures of a part of the
-examples (`--limit`) carry a star.
+Without `--table` it writes one table of all results, and one per published table (`benchmarks/published/scores.csv`)
+that shares a column with them. `--table NAME` writes only that one, even without results of ours. Scores of a subset of the
+examples (`--limit`) are marked with an asterisk.
 """
 
 from __future__ import annotations
@@ -22,30 +22,30 @@ PUBLISHED = Path(__file__).resolve().parents[1] / "benchmarks" / "published" / "
 
 
 def chosen(rows: list[Row], published: dict[str, list[Row]], table: str | None) -> dict[str, tuple[list[Row], list[str]]]:
-    """Table name -> (rows, columns) of what is to be written."""
+    """Table name -> (rows, columns) of the tables to write."""
     if table is not None and table not in published:
         raise ConfigError(f"there is no published table '{table}'", hint=f"one of {', '.join(published)}")
-    have, found = columns_of(rows), {}
+    own_columns, tables = columns_of(rows), {}
     if table is None and rows:
-        found["all"] = (rows, have)
+        tables["all"] = (rows, own_columns)
     for name, others in published.items():
         columns = columns_of(others)
         shared = [row for row in rows if set(row.cells) & set(columns)]
         if name == table or (table is None and shared):
-            found[name] = (shared + others, columns)
-    return found
+            tables[name] = (shared + others, columns)
+    return tables
 
 
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="*", type=Path, help="result files, or folders of them")
-    parser.add_argument("--output", type=Path, default=Path("runs/eval/table"), help="beginning of the files' names")
-    parser.add_argument("--table", help="make this published table alone")
+    parser.add_argument("--output", type=Path, default=Path("runs/eval/table"), help="prefix of the files")
+    parser.add_argument("--table", help="write only this published table")
     with exit_on_error():
         arguments = parser.parse_args()
         if not arguments.results and arguments.table is None:
-            raise ConfigError("name results, or a --table of published figures")
+            raise ConfigError("give results, or a published --table")
         rows = read_results(arguments.results)
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         for name, (lines, columns) in chosen(rows, read_published(PUBLISHED), arguments.table).items():

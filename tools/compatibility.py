@@ -1,13 +1,13 @@
-"""Proves what goes together: the suite's compatibility part under other Pythons, torches and releases of transformers.
+"""Tests compatibility: a subset of the test suite under other versions of Python, torch and transformers.
 
     python tools/compatibility.py --oldest                 # make test-oldest: the lower ends of the ranges
     python tools/compatibility.py --newest                 # make test-newest: the upper ends
     python tools/compatibility.py --python 3.12 --torch 2.13.0 --transformers 5.17.0
     python tools/compatibility.py --all --cross            # every row of docs/compatibility.md, and folders between releases
 
-Each combination gets an environment of its own under .venvs/ (uv makes it; `--remove` deletes it afterwards). Results go to
-benchmarks/results/compatibility.json and docs/compatibility.md, one row per combination, the newest run of each. A combination
-that this machine cannot have is listed with the reason. The exit code is 1 when a test or a pair failed.
+Each combination gets its own environment under .venvs/ (created by uv; `--remove` deletes it afterwards). Results go to
+benchmarks/results/compatibility.json and docs/compatibility.md, one row per combination with its newest run. A combination
+that is not available on this machine is listed with the reason. The exit code is 1 if a test or a pair failed.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ KEY = ("python", "torch", "transformers", "others")
 
 
 def asked_for(arguments: argparse.Namespace) -> list[Combination]:
-    """The combinations that the flags name, each once.
+    """The combinations selected by the flags, without duplicates.
 
     Raises:
         UserError: one of --python, --torch, --transformers without the others.
@@ -50,34 +50,34 @@ def asked_for(arguments: argparse.Namespace) -> list[Combination]:
 
 
 def read_results() -> dict[str, Any]:
-    """What earlier runs found."""
+    """The results of earlier runs."""
     empty: dict[str, Any] = {"rows": [], "cross": None}
     return json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else empty
 
 
 def write_results(results: dict[str, Any]) -> None:
-    """Both files; after every combination, so that a run that is stopped keeps what it has."""
+    """Write both files; called after every combination, so that an interrupted run keeps its results."""
     write_json(RESULTS, results)
     write_text(PAGE, page(results))
 
 
 def record(row: dict[str, Any]) -> None:
-    """Put a row in the place of the one of the same combination; what another run wrote in the meantime stays."""
+    """Replace the row of the same combination; keeps rows that another run wrote in the meantime."""
     results = read_results()
     others = [old for old in results["rows"] if any(old[key] != row[key] for key in KEY)]
     write_results({**results, "rows": [*others, row]})
 
 
 def run_combinations(combinations: Sequence[Combination], remove: bool, tests: Sequence[str]) -> bool:
-    """Run and record each combination; returns whether none failed."""
+    """Run and record each combination; returns whether all passed."""
     good = True
     for combination in combinations:
         print(f"--- {combination.name}", flush=True)
         row = run_suite(combination, tests)
         if remove:
             remove_environment(combination)
-        said = row.get("unavailable") or f"{row['passed']} passed, {row['failed']} failed, {row['skipped']} skipped"
-        print(f"{combination.name}: {said}", flush=True)
+        counts = row.get("unavailable") or f"{row['passed']} passed, {row['failed']} failed, {row['skipped']} skipped"
+        print(f"{combination.name}: {counts}", flush=True)
         good = good and not row.get("failed")
         if tuple(tests) == SUITE:
             record(row)
@@ -113,7 +113,7 @@ def main() -> int:
     combinations = asked_for(arguments)
     if not (combinations or arguments.cross or arguments.page or arguments.failed_again):
         hint = "--oldest, --newest, --all, --cross, --failed-again, --page or one combination; see --help"
-        raise UserError("nothing was asked for", hint=hint)
+        raise UserError("there is nothing to do", hint=hint)
     good = run_combinations(combinations, arguments.remove, arguments.tests)
     if arguments.failed_again:
         good = run_failures_again() and good

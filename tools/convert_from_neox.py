@@ -1,4 +1,4 @@
-"""Another name of `tools/checkpoint.py import`: `--input global_stepN --config its.yml more.yml --output FOLDER`."""
+"""An alias of `tools/checkpoint.py import`: `--input global_stepN --config its.yml more.yml --output FOLDER`."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def main() -> None:
     parser.add_argument("--config", nargs="+", default=[], help="the YAML files that the model was trained with")
     parser.add_argument("--output", required=True, help="checkpoint folder to write (`load` of a run)")
     with exit_on_error():
-        given = parser.parse_args()
-        import_neox(make_parser().parse_args(["import", given.input, *given.config, "--output", given.output]))
+        arguments = parser.parse_args()
+        import_neox(make_parser().parse_args(["import", arguments.input, *arguments.config, "--output", arguments.output]))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Checkpoint -> Hugging Face folder, compared before it is kept, and on to the Hub: the command around `megatron.export`."""
+"""Checkpoint -> verified Hugging Face folder, and its push to the Hub: the command for `megatron.export`."""
 
 from __future__ import annotations
 
@@ -25,53 +25,53 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, help="new folder to write")
     parser.add_argument("--dtype", default="auto", help="auto (as stored), float32, bfloat16, float16 or float64")
     parser.add_argument("--max-shard-size", type=float, default=5.0, help="GB of weights per file")
-    parser.add_argument("--keep-padding", action="store_true", help="keep vocabulary rows beyond the tokenizer's size")
-    card = parser.add_argument_group("model card", "what the checkpoint cannot know; nothing is claimed that is not given")
+    parser.add_argument("--keep-padding", action="store_true", help="keep the padding rows of the vocabulary")
+    card = parser.add_argument_group("model card", "entries that the checkpoint does not contain; missing entries stay missing")
     card.add_argument("--license", metavar="ID", help="apache-2.0, mit, ...; other with --license-name")
     card.add_argument("--license-name", metavar="NAME", help="name of a license that the Hub does not list")
-    card.add_argument("--license-link", metavar="URL", help="where that license stands")
+    card.add_argument("--license-link", metavar="URL", help="URL of that license")
     card.add_argument("--language", nargs="+", default=[], metavar="CODE", help="languages of the training text: en de, code")
     card.add_argument("--dataset", nargs="+", default=[], metavar="OWNER/NAME", help="training data on the Hub")
     card.add_argument("--eval-results", nargs="+", type=Path, default=[], metavar="JSON", help="files that eval.py wrote")
     hub = parser.add_argument_group("Hub", "token: `hf auth login` or HF_TOKEN, never on the command line")
-    hub.add_argument("--push-to-hub", metavar="REPO", help="OWNER/NAME, or NAME in your own namespace; made when it is missing")
+    hub.add_argument("--push-to-hub", metavar="REPO", help="OWNER/NAME, or NAME in your own namespace; created if needed")
     hub.add_argument("--folder", type=Path, help="push this folder, exported earlier, instead of exporting")
-    hub.add_argument("--private", action="store_true", help="into a private repository only")
-    hub.add_argument("--revision", metavar="BRANCH", help="branch to commit to, made when it is missing (main)")
-    hub.add_argument("--commit-message", metavar="TEXT", help="instead of one made from the folder's name")
+    hub.add_argument("--private", action="store_true", help="push to a private repository only")
+    hub.add_argument("--revision", metavar="BRANCH", help="branch to commit to, created if needed (main)")
+    hub.add_argument("--commit-message", metavar="TEXT", help="instead of one derived from the folder's name")
     hub.add_argument("--dry-run", action="store_true", help="export and compare, say what would be sent, send nothing")
     return parser
 
 
 def _checked(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    """Refuse combinations of which a part would have no effect."""
+    """Refuse combinations of options in which some would have no effect."""
     if arguments.folder is None and not (arguments.checkpoint and arguments.output):
         parser.error("give --checkpoint and --output, or --folder and --push-to-hub for a folder exported earlier")
     if arguments.folder is not None:
         exporting = ("checkpoint", "output", "keep_padding", *_CARD)
-        given = [name for name in exporting if getattr(arguments, name)]
-        given += [name for name in ("dtype", "max_shard_size") if getattr(arguments, name) != parser.get_default(name)]
-        if given:
-            said = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-            parser.error(f"--folder is pushed as it is, {said} would have no effect (its README.md is yours to edit)")
+        used_options = [name for name in exporting if getattr(arguments, name)]
+        used_options += [name for name in ("dtype", "max_shard_size") if getattr(arguments, name) != parser.get_default(name)]
+        if used_options:
+            option_list = ", ".join(f"--{name.replace('_', '-')}" for name in used_options)
+            parser.error(f"--folder is pushed unchanged, {option_list} would have no effect (edit its README.md instead)")
     if not arguments.push_to_hub:
         of_hub = ("folder", "private", "revision", "commit_message", "dry_run")
-        given = [f"--{name.replace('_', '-')}" for name in of_hub if getattr(arguments, name)]
-        if given:
-            parser.error(f"{', '.join(given)}: only together with --push-to-hub REPO")
+        used_options = [f"--{name.replace('_', '-')}" for name in of_hub if getattr(arguments, name)]
+        if used_options:
+            parser.error(f"{', '.join(used_options)}: only together with --push-to-hub REPO")
 
 
 def _export(arguments: argparse.Namespace) -> Path:
     """Export, say what was made."""
     from megatron.checkpoint.find import newest_checkpoint
-    from megatron.export.card import Stated
+    from megatron.export.card import CardInfo
     from megatron.export.hf import export_checkpoint
     from megatron.export.scores import read_scores
 
     checkpoint = newest_checkpoint(arguments.checkpoint)
     if checkpoint != arguments.checkpoint:
         print(f"checkpoint {checkpoint}", flush=True)
-    stated = Stated(
+    stated = CardInfo(
         license=arguments.license,
         license_name=arguments.license_name,
         license_link=arguments.license_link,
@@ -79,7 +79,7 @@ def _export(arguments: argparse.Namespace) -> Path:
         datasets=tuple(arguments.dataset),
         scores=read_scores(arguments.eval_results, checkpoint),
     )
-    made = export_checkpoint(
+    result = export_checkpoint(
         checkpoint,
         arguments.output,
         dtype=arguments.dtype,
@@ -87,11 +87,11 @@ def _export(arguments: argparse.Namespace) -> Path:
         keep_padding=arguments.keep_padding,
         stated=stated,
     )
-    for note in made.notes:
+    for note in result.notes:
         print(f"  {note}")
-    print(f"wrote {made.folder} ({made.family}, {made.parameters:,} parameters)")
-    print(f'load it: AutoModelForCausalLM.from_pretrained("{made.folder}"{_trust(made.folder)})')
-    return made.folder
+    print(f"wrote {result.folder} ({result.family}, {result.parameters:,} parameters)")
+    print(f'load it: AutoModelForCausalLM.from_pretrained("{result.folder}"{_trust(result.folder)})')
+    return result.folder
 
 
 def _trust(folder: Path) -> str:

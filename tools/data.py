@@ -1,4 +1,4 @@
-"""Looks into token files, proves them, joins them, and writes down which samples a run would see.
+"""Inspects, verifies and merges token files, and writes the sample order of a run.
 
     python tools/data.py inspect --data-path data/mine_text_document --histogram lengths.png --samples 3 \\
         --tokenizer-type HFTokenizer --vocab-file tokenizer.json
@@ -25,7 +25,7 @@ from megatron.data.checksums import write_checksums
 from megatron.data.datasets import PackedDataset, PaddedDataset
 from megatron.data.fingerprint import check_fingerprint
 from megatron.data.indexed import IndexedDataset
-from megatron.data.inspect_corpus import excerpt, facts, histogram, verify
+from megatron.data.inspect_corpus import corpus_statistics, excerpt, histogram, verify
 from megatron.data.merge import merge_corpora
 from megatron.data.order import SPLIT_NAMES, build_sample_index, split_documents
 from megatron.data.packing import PACK_IMPLS, PACKED, build_padded_index
@@ -35,7 +35,7 @@ from megatron.files import atomic_open
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line; `command` is the function to run."""
+    """Parse the command line; `command` is the function to run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="inspect | verify | samples | merge | count")
     add = commands.add_parser("inspect", help="counts, lengths, a histogram, text")
@@ -74,9 +74,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def inspect(args: argparse.Namespace) -> None:
-    """Print what the corpus is, as JSON, and then some of it."""
+    """Print statistics of the corpus as JSON, and excerpts."""
     corpus = IndexedDataset(args.data_path)
-    print(json.dumps(facts(corpus), indent=1, ensure_ascii=False))
+    print(json.dumps(corpus_statistics(corpus), indent=1, ensure_ascii=False))
     if args.histogram:
         histogram(corpus.sizes, args.histogram)
     tokenizer = None
@@ -90,7 +90,7 @@ def inspect(args: argparse.Namespace) -> None:
 
 
 def prove(args: argparse.Namespace) -> None:
-    """Check each pair; the first fault ends the command."""
+    """Verify each pair; the first error ends the command."""
     for prefix in args.data_path:
         if args.write_checksums:
             verify(prefix, args.vocab_size)
@@ -127,13 +127,13 @@ def samples(args: argparse.Namespace) -> None:
 
 
 def merge(args: argparse.Namespace) -> None:
-    """Join the pairs and say what came out."""
+    """Merge the pairs and print the result."""
     merged = merge_corpora(args.input, args.output_prefix)
     print(f"{len(args.input)} corpora, {len(merged)} sequences, {merged.total_tokens} tokens: {args.output_prefix}")
 
 
 def count(args: argparse.Namespace) -> None:
-    """One line per pair and, for several, their sum."""
+    """Print one line per pair and, for several, their sum."""
     tokens = sequences = 0
     for prefix in args.data_path:
         corpus = IndexedDataset(prefix)

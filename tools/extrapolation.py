@@ -1,4 +1,4 @@
-"""Train short, test long (arXiv 2108.12409) on this machine: one small model per kind of position, evaluated beyond its length.
+"""Length extrapolation (arXiv 2108.12409) on this machine: one small model per position encoding, evaluated at longer lengths.
 
 Each model is trained by `train.py` from the same YAML, seed and data; only `pos_emb` (or the mixer) differs. The validation
 split is then scored non-overlapping and through a sliding window. Writes a JSON with every number and a PNG.
@@ -33,22 +33,22 @@ MODELS: dict[str, tuple[str, ...]] = {
 
 
 def trained(name: str, config: str, folder: Path, extra: Sequence[str]) -> dict[str, float]:
-    """Train one model into `folder / name`, unless it lies there; the seconds it took, of the clock and of the processor."""
-    run_dir, note = folder / name, folder / name / "trained.json"
-    if note.is_file():
-        found: dict[str, float] = read_json(note)
-        return found
+    """Train one model into `folder / name` unless it exists; returns wall-clock and CPU seconds."""
+    run_dir, record_path = folder / name, folder / name / "trained.json"
+    if record_path.is_file():
+        durations: dict[str, float] = read_json(record_path)
+        return durations
     settings = [*MODELS[name], f"run_dir={run_dir}", f"save={run_dir}/checkpoints", *extra]
     started, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
     words = [word for setting in settings for word in ("--set", setting)]
-    done = subprocess.run([sys.executable, "train.py", config, *words], cwd=ROOT, check=False)
-    if done.returncode:
-        raise DataError(f"the {name} model was not trained", why=f"train.py ended with {done.returncode}")
+    process = subprocess.run([sys.executable, "train.py", config, *words], cwd=ROOT, check=False)
+    if process.returncode:
+        raise DataError(f"the {name} model was not trained", why=f"train.py ended with {process.returncode}")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    worked = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    found = {"train_seconds": round(time.monotonic() - started, 1), "train_processor_seconds": round(worked, 1)}
-    write_json(note, found)
-    return found
+    cpu_seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    durations = {"train_seconds": round(time.monotonic() - started, 1), "train_processor_seconds": round(cpu_seconds, 1)}
+    write_json(record_path, durations)
+    return durations
 
 
 def evaluated(folder: Path, config: str, a: argparse.Namespace) -> dict[str, Any]:
@@ -67,18 +67,18 @@ def evaluated(folder: Path, config: str, a: argparse.Namespace) -> dict[str, Any
     checkpoint = find_checkpoint(str(folder / "checkpoints"))
     assert checkpoint is not None and run.data.data_path is not None
     model, _ = load_model(checkpoint, dtype=torch.float32)
-    found: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters())}
+    result: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters())}
     plans = (("non-overlapping", a.limits[0], a.lengths), ("sliding", a.limits[1], a.sliding_lengths))
     for kind, limit, lengths in plans:
         stream = measured(split_tokens(run.data.data_path, run.data.split, "valid", limit), tokenizer)
         rows = []
         for length in lengths:
             step = length if kind == "non-overlapping" else a.stride
-            made = score(model, stream.tokens, tokenizer.eod, length, step, vocab_size=tokenizer.vocab_size)
-            rows.append(made.report(stream.words, stream.size))
+            scored = score(model, stream.tokens, tokenizer.eod, length, step, vocab_size=tokenizer.vocab_size)
+            rows.append(scored.report(stream.words, stream.size))
             print(f"  {folder.name} {kind} {length}: {rows[-1]['perplexity']:.3f} in {rows[-1]['seconds']} s", flush=True)
-        found[kind] = rows
-    return found
+        result[kind] = rows
+    return result
 
 
 def main() -> None:
@@ -117,12 +117,12 @@ def main() -> None:
         a.output.parent.mkdir(parents=True, exist_ok=True)
         facts["evaluation_processor_seconds"] = round(time.process_time(), 1)
         facts["evaluation_seconds"] = round(time.monotonic() - started - trained_now, 1)
-        # of all models, those included whose training an earlier, interrupted run had finished
-        facts["seconds"] = round(facts["evaluation_seconds"] + sum(found["train_seconds"] for found in models.values()), 1)
+        # for all models, including those trained by an earlier, interrupted run
+        facts["seconds"] = round(facts["evaluation_seconds"] + sum(model["train_seconds"] for model in models.values()), 1)
         write_json(a.output.with_suffix(".json"), {**facts, "stride": a.stride, "models": models})
-        curves = {name: found["non-overlapping"] for name, found in models.items()}
+        curves = {name: model["non-overlapping"] for name, model in models.items()}
         print(plot_lengths(curves, a.output.with_suffix(".png"), "trained at 128 tokens, non-overlapping evaluation", 128))
-        sliding = {f"{name}, sliding": found["sliding"] for name, found in models.items()}
+        sliding = {f"{name}, sliding": model["sliding"] for name, model in models.items()}
         place = a.output.with_name(a.output.name + "-sliding.png")
         print(plot_lengths(sliding, place, f"trained at 128 tokens, sliding evaluation, stride {a.stride}", 128))
 

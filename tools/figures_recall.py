@@ -28,7 +28,7 @@ _MARKS = "osD^vP*X<>h"
 
 
 def best_rates(lines: Sequence[Row]) -> list[Row]:
-    """Of each model the line with the best learning rate, in the order of the file's families and of state."""
+    """The line with the best learning rate of each model, ordered by family and state size."""
     best: dict[str, Row] = {}
     for line in lines:
         training = {k: v for k, v in line["training"].items() if k != "learning_rate"}
@@ -39,28 +39,28 @@ def best_rates(lines: Sequence[Row]) -> list[Row]:
     return sorted(best.values(), key=lambda line: (families.index(line["name"]), line["state_bytes"]))
 
 
-def slice_name(part: Row) -> str:
-    """A test slice in few letters: what tells it from others of its task."""
-    if "pairs" in part:
-        return f"{part['length']} tokens, {part['pairs']} pairs"
-    if "first" in part:
-        return f"{part['first']}:{part['second']}"
+def slice_name(test_slice: Row) -> str:
+    """A short name of a test slice: what distinguishes it from others of its task."""
+    if "pairs" in test_slice:
+        return f"{test_slice['length']} tokens, {test_slice['pairs']} pairs"
+    if "first" in test_slice:
+        return f"{test_slice['first']}:{test_slice['second']}"
     hidden = ("examples", "accuracy", "vocab_size", "power_a", "random_non_queries")
-    return ", ".join(f"{name} {value}" for name, value in part.items() if name not in hidden)
+    return ", ".join(f"{name} {value}" for name, value in test_slice.items() if name not in hidden)
 
 
 def settings(line: Row) -> str:
-    """What the grid varied but the rate."""
+    """The varied settings except the learning rate."""
     return ", ".join(f"{name} {value}" for name, value in line["tags"].items() if name != "learning_rate") or "-"
 
 
 def markdown(rows: Sequence[Row]) -> str:
     """One row per model."""
-    names = [slice_name(part) for part in rows[0]["slices"]]
+    names = [slice_name(test_slice) for test_slice in rows[0]["slices"]]
     head = ["family", "setting", "state bytes", "parameters", "best rate", "steps", *names, "mean"]
     out = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for line in rows:
-        right = [f"{100 * part['accuracy']:.1f}" for part in line["slices"]]
+        right = [f"{100 * test_slice['accuracy']:.1f}" for test_slice in line["slices"]]
         cells = [line["name"], settings(line), f"{line['state_bytes']:,}", f"{line['parameters']:,}"]
         cells += [f"{line['training']['learning_rate']:g}", str(line["steps"]), *right, f"{100 * line['accuracy']:.1f}"]
         out.append("| " + " | ".join(cells) + " |")
@@ -92,34 +92,38 @@ def _bytes(line: Row) -> float:
 
 def _slice(name: str) -> Callable[[Row], float]:
     def accuracy(line: Row) -> float:
-        return next(float(part["accuracy"]) for part in line["slices"] if slice_name(part) == name)
+        return next(float(test_slice["accuracy"]) for test_slice in line["slices"] if slice_name(test_slice) == name)
 
     return accuracy
 
 
 def _side(longer_first: bool) -> Callable[[Row], float]:
     def accuracy(line: Row) -> float:
-        found = [float(p["accuracy"]) for p in line["slices"] if p["first"] != p["second"]]
+        accuracies = [float(p["accuracy"]) for p in line["slices"] if p["first"] != p["second"]]
         sides = [p["first"] > p["second"] for p in line["slices"] if p["first"] != p["second"]]
-        chosen = [a for a, side in zip(found, sides, strict=True) if side is longer_first]
+        chosen = [a for a, side in zip(accuracies, sides, strict=True) if side is longer_first]
         return sum(chosen) / len(chosen)
 
     return accuracy
 
 
 def panels(rows: Sequence[Row]) -> tuple[list[tuple[str, Callable[[Row], float]]], Callable[[Row], float], str]:
-    """Of the second figure: titles with what is drawn, the x axis, and its name."""
-    parts = rows[0]["slices"]
-    if "first" in parts[0]:
-        sides = {part["first"] > part["second"] for part in parts if part["first"] != part["second"]}
+    """Panels of the second figure: (title, y value), the x value, and its label."""
+    test_slices = rows[0]["slices"]
+    if "first" in test_slices[0]:
+        sides = {
+            test_slice["first"] > test_slice["second"]
+            for test_slice in test_slices
+            if test_slice["first"] != test_slice["second"]
+        }
         titles = {False: "shorter set first", True: "longer set first"}
         return [(titles[side], _side(side)) for side in sorted(sides)], _bytes, "state, bytes"
-    drawn = [(slice_name(part), _slice(slice_name(part))) for part in parts]
+    drawn = [(slice_name(test_slice), _slice(slice_name(test_slice))) for test_slice in test_slices]
     return drawn, lambda line: float(line["model"]["hidden_size"]), "width"
 
 
 def draw(rows: Sequence[Row], output: Path, title: str) -> list[Path]:
-    """Both figures; their paths."""
+    """Draw both figures; returns their paths."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -162,8 +166,8 @@ def run(args: argparse.Namespace) -> None:
         raise DataError("there are no results", where=str(args.results), hint="python tools/synthetics.py SWEEP.yml")
     lines = read_lines(args.results)
     if not lines:
-        raise DataError("there are no results", where=str(args.results), why="the file has no whole line")
-    tests = {json.dumps([slice_name(part) for part in line["slices"]]) for line in lines}
+        raise DataError("there are no results", where=str(args.results), why="the file has no complete line")
+    tests = {json.dumps([slice_name(test_slice) for test_slice in line["slices"]]) for line in lines}
     if len(tests) != 1 or len({line["data"]["task"] for line in lines}) != 1:
         raise DataError("results of several tasks or test slices cannot be drawn together", where=str(args.results))
     rows, output = best_rates(lines), args.output or args.results.with_suffix("")
@@ -181,7 +185,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("results", type=Path)
-    parser.add_argument("--output", type=Path, default=None, help="beginning of the names; default: beside the results")
+    parser.add_argument("--output", type=Path, default=None, help="prefix of the files; default: next to the results")
     parser.add_argument("--title", default=None)
     with exit_on_error():
         args = parser.parse_args()

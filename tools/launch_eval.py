@@ -1,12 +1,12 @@
-"""Many models x many tasks of lm-eval, one process per device, one result file per model and task; start again to go on.
+"""Evaluates many models on many lm-eval tasks, one process per device, one result file per model and task; can resume.
 
     python tools/launch_eval.py --model runs/a/checkpoints hf/b --task recall piqa --output runs/eval [--limit 100] [-p]
 
-A model is a checkpoint folder (its newest checkpoint), one `global_stepN` folder, an exported folder, which is measured by
-lm-eval's own `hf` model, or OWNER/NAME of the Hub (megatron/evaluation/hub_models.py); `NAME=PATH` names it. With `-p` every
-device has a process (`--processes` on a machine without any), and models share them; without it there is one. What has a result
-file with the same settings is not run again. A job that fails leaves the others alone; its log says why.
-`tools/collect_results.py` makes tables of the output folder.
+A model is a checkpoint folder (its newest checkpoint), one `global_stepN` folder, an exported folder, which is evaluated by
+lm-eval's own `hf` model, or OWNER/NAME of the Hub (megatron/evaluation/hub_models.py); `NAME=PATH` names it. With `-p` there is
+one process per device (`--processes` without devices), shared by all models; else a single process. Tasks with a result
+file for the same settings are skipped. A failed job does not affect the others; its log contains the reason.
+`tools/collect_results.py` builds tables from the output folder.
 """
 
 from __future__ import annotations
@@ -34,7 +34,13 @@ from megatron.files import read_json, write_json
 
 @dataclass(frozen=True)
 class Model:
-    """A name for files and tables, and what is measured; hub: its name on the Hub, until it has been fetched."""
+    """A model to evaluate.
+
+    Attributes:
+        name: name for files and tables.
+        path: its folder.
+        hub: its name on the Hub, until it is downloaded.
+    """
 
     name: str
     path: Path
@@ -50,62 +56,62 @@ class Job:
 
 
 def named(words: Sequence[str]) -> list[Model]:
-    """`NAME=PATH` or a path, whose name is its last parts; two models of one name are refused.
+    """Parse `NAME=PATH` or a path, whose name is derived from its last parts; refuses duplicate names.
 
-    What is no folder and can be OWNER/NAME is a model of the Hub.
+    A word that is not a folder and matches OWNER/NAME is a model of the Hub.
     """
-    found: list[Model] = []
+    models: list[Model] = []
     for word in words:
         name, _, path = word.rpartition("=")
         place = Path(path).absolute()
         if not place.is_dir() and is_hub_name(path):
-            found.append(Model(name or path.replace("/", "-"), Path(path), hub=path))
+            models.append(Model(name or path.replace("/", "-"), Path(path), hub=path))
             continue
         if not place.is_dir():
             raise ConfigError(
                 f"there is no model folder {path}",
                 hint="--model runs/NAME/checkpoints, an exported folder, or OWNER/NAME of the Hub",
             )
-        parts = [part for part in place.parts[-3:] if part not in ("/", "runs", "checkpoints")]
-        found.append(Model(name or "-".join(parts), place))
-    names = [model.name for model in found]
+        name_parts = [text for text in place.parts[-3:] if text not in ("/", "runs", "checkpoints")]
+        models.append(Model(name or "-".join(name_parts), place))
+    names = [model.name for model in models]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ConfigError(f"two models are called '{twice[0]}'", hint="--model NAME=PATH")
-    return found
+    return models
 
 
 def result_file(output: Path, model: Model, task: str) -> Path:
-    """Where a result goes."""
+    """Path of a result."""
     return output / model.name / f"{task}.json"
 
 
 def is_done(file: Path, settings: Mapping[str, Any], place: Path) -> bool:
     """Whether this file is the result of this model with these settings."""
     try:
-        kept = read_json(file)
+        result = read_json(file)
     except (OSError, ValueError):
         return False
-    return kept.get("settings") == dict(settings) and kept.get("place") == str(place)
+    return result.get("settings") == dict(settings) and result.get("place") == str(place)
 
 
 def plan(models: Sequence[Model], tasks: Sequence[str], processes: int, skip: Mapping[tuple[str, str], bool]) -> list[Job]:
-    """The jobs: each model's open tasks, dealt out so that no process idles while another has several tasks."""
+    """The jobs: each model's remaining tasks, distributed over the processes."""
     jobs = []
     shares = max(1, -(-processes // max(1, len(models))))
     for model in models:
-        left = [task for task in tasks if not skip.get((model.name, task))]
-        jobs += [Job(model, part) for i in range(shares) if (part := tuple(left[i::shares]))]
+        remaining = [task for task in tasks if not skip.get((model.name, task))]
+        jobs += [Job(model, job_tasks) for i in range(shares) if (job_tasks := tuple(remaining[i::shares]))]
     return jobs
 
 
 def devices(parallel: bool, processes: int) -> list[str | None]:
     """CUDA_VISIBLE_DEVICES of each process; None leaves the variable alone (no accelerator, or one process)."""
     listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout if _has_smi() else ""
-    found = [word.strip() for word in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if word.strip()]
-    found = found or [str(i) for i in range(len(listed.splitlines()))]
+    device_ids = [word.strip() for word in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if word.strip()]
+    device_ids = device_ids or [str(i) for i in range(len(listed.splitlines()))]
     if not parallel:
         return [None]
-    return list(found) if found else [None] * processes
+    return list(device_ids) if device_ids else [None] * processes
 
 
 def _has_smi() -> bool:
@@ -113,7 +119,7 @@ def _has_smi() -> bool:
 
 
 def run_job(job: Job, output: Path, settings: Mapping[str, Any], data_dir: str | None, device: str | None) -> bool:
-    """One worker process; whether it did all of its tasks."""
+    """Run one worker process; returns whether it finished all of its tasks."""
     log = output / "logs" / f"{job.model.name}-{job.tasks[0]}-{len(job.tasks)}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     order: dict[str, Any] = {"name": job.model.name, "path": str(job.model.path), "tasks": job.tasks, "output": str(output)}
@@ -122,14 +128,14 @@ def run_job(job: Job, output: Path, settings: Mapping[str, Any], data_dir: str |
     started = time.monotonic()
     with open(log, "w", encoding="utf-8") as handle:
         command = [sys.executable, str(Path(__file__).resolve()), "--worker", json.dumps(order)]
-        done = subprocess.run(command, env=environment, stdout=handle, stderr=subprocess.STDOUT, check=False)
-    word = "done" if done.returncode == 0 else f"FAILED ({done.returncode})"
-    print(f"{word} in {time.monotonic() - started:.0f} s: {job.model.name}: {' '.join(job.tasks)}; log {log}", flush=True)
-    return done.returncode == 0
+        process = subprocess.run(command, env=environment, stdout=handle, stderr=subprocess.STDOUT, check=False)
+    status = "done" if process.returncode == 0 else f"FAILED ({process.returncode})"
+    print(f"{status} in {time.monotonic() - started:.0f} s: {job.model.name}: {' '.join(job.tasks)}; log {log}", flush=True)
+    return process.returncode == 0
 
 
 def work(order: Mapping[str, Any]) -> None:
-    """What a worker process does: load the model once, write one file per task."""
+    """The worker process: load the model once, write one file per task."""
     from megatron.evaluation.models import ModelOptions, open_model, place_of
     from megatron.evaluation.options import Request
     from megatron.evaluation.run_lm_eval import measure, score_lines, summary
@@ -137,25 +143,25 @@ def work(order: Mapping[str, Any]) -> None:
     settings, model = dict(order["settings"]), Model(order["name"], Path(order["path"]))
     limit, shots, context = (settings.pop(key) for key in ("limit", "num_fewshot", "context_length"))
     if order["imported"] and settings["max_length"] is None:
-        print(f"the model says no length: {RELEASED_LENGTH} tokens are read at most (--max-length)", flush=True)
+        print(f"the model has no maximum length: reading at most {RELEASED_LENGTH} tokens (--max-length)", flush=True)
         settings["max_length"] = RELEASED_LENGTH
     lm, metadata = open_model(model.path, ModelOptions(**settings))
     facts = {"model": model.name, "place": str(place_of(model.path)), "settings": order["settings"], "context_length": context}
     failed: list[str] = []
     for task in order["tasks"]:
         folder = Path(order["data_dir"]) if order["data_dir"] else None
-        asked = Request((task,), limit, shots, folder, {**metadata, "context_length": context})
+        request = Request((task,), limit, shots, folder, {**metadata, "context_length": context})
         try:
-            found = measure(lm, asked)
+            results = measure(lm, request)
         except UserError as error:
             print(f"{task}: {error}", flush=True)
             failed.append(task)
             continue
-        assert found is not None
-        print("\n".join(score_lines(found)), flush=True)
+        assert results is not None
+        print("\n".join(score_lines(results)), flush=True)
         file = result_file(Path(order["output"]), model, task)
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, summary(found, facts))
+        write_json(file, summary(results, facts))
     if failed:
         raise LaunchError(f"not measured: {', '.join(failed)}")
 
@@ -183,15 +189,15 @@ def parser() -> argparse.ArgumentParser:
 
 
 def launch(a: argparse.Namespace) -> None:
-    """Run what is not done yet."""
+    """Run the remaining jobs."""
     from megatron.checkpoint.find import find_checkpoint
 
     models, tasks = named(a.model), list(dict.fromkeys(name for task in a.task for name in GROUPS.get(task, (task,))))
     if not models or not tasks:
         raise ConfigError("name at least one --model and one --task")
     models = [replace(m, path=fetch(m.hub, a.output.absolute()), hub=None) if m.hub else m for m in models]
-    kept = ("limit", "num_fewshot", "context_length", "batch_size", "max_length", "dtype", "prompt_mode", "prefix_scope")
-    settings = {key: getattr(a, key) for key in kept} | {"stop_at_eod": not a.no_eod_stop}
+    keys = ("limit", "num_fewshot", "context_length", "batch_size", "max_length", "dtype", "prompt_mode", "prefix_scope")
+    settings = {key: getattr(a, key) for key in keys} | {"stop_at_eod": not a.no_eod_stop}
     places = {}
     for model in models:
         direct = any((model.path / name).is_file() for name in ("config.json", "manifest.json"))
@@ -216,7 +222,7 @@ def launch(a: argparse.Namespace) -> None:
         good = list(pool.map(one, jobs))
     if not all(good):
         raise LaunchError(
-            f"{good.count(False)} of {len(jobs)} jobs failed", where=str(a.output / "logs"), hint="start again to go on"
+            f"{good.count(False)} of {len(jobs)} jobs failed", where=str(a.output / "logs"), hint="start again to resume"
         )
 
 

@@ -1,4 +1,4 @@
-"""A new token mixer: its files as a start that passes, and its contract as a table.
+"""Creates the files of a new token mixer from a working template, and checks a mixer's contract.
 
     python tools/layer.py new NAME      # megatron/layers/NAME.py, tests/layers/test_NAME.py, configs/NAME.yml; docs regenerated
     python tools/layer.py check NAME    # every clause of the contract on it: what is asked, how many cases, passed or why not
@@ -34,7 +34,7 @@ CONTRACT = "tests/layers/test_contract.py"
 
 
 def check_name(name: str, root: Path) -> None:
-    """Refuse a name that cannot be a module, or that is taken.
+    """Refuse a name that is not a valid module name, or is taken.
 
     Raises:
         ConfigError: which rule it breaks.
@@ -63,7 +63,7 @@ def write_files(name: str, root: Path) -> list[Path]:
 
 @dataclass
 class Clause:
-    """One test of the contract on one mixer: cases passed and skipped, and how the others failed."""
+    """One test of the contract on one mixer: numbers of passed and skipped cases, and the failures."""
 
     text: str
     passed: int = 0
@@ -77,7 +77,7 @@ class Clause:
 
 
 class Recorder:
-    """A plugin of pytest: keeps the tests of one mixer and writes down what became of each."""
+    """A pytest plugin: selects the tests of one mixer and records their outcomes."""
 
     def __init__(self, names: Iterable[str], own: str) -> None:
         self.names, self.own = set(names), own
@@ -85,7 +85,7 @@ class Recorder:
         self.broken: list[str] = []
 
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
-        """Take out the other mixers' cases."""
+        """Deselect the other mixers' cases."""
         items[:] = [item for item in items if self._is_ours(item)]
         for item in items:
             text = (item.function.__doc__ or item.originalname.removeprefix("test_").replace("_", " ")).strip().splitlines()[0]
@@ -96,16 +96,16 @@ class Recorder:
         if item.path.name != Path(CONTRACT).name:
             return True
         parameters = getattr(item, "callspec", None)
-        given = {} if parameters is None else parameters.params
-        return given.get("layer", given.get("name")) in self.names
+        parameters_of_case = {} if parameters is None else parameters.params
+        return parameters_of_case.get("layer", parameters_of_case.get("name")) in self.names
 
     def pytest_collectreport(self, report: Any) -> None:
-        """A file that cannot be imported."""
+        """Record a file that cannot be imported."""
         if report.failed:
             self.broken.append(report.longreprtext.strip().splitlines()[-1])
 
     def pytest_runtest_logreport(self, report: Any) -> None:
-        """One phase of one case."""
+        """Record one phase of one case."""
         clause = self.clauses[report.nodeid.partition("[")[0]]
         if report.failed:
             crash = getattr(report.longrepr, "reprcrash", None)
@@ -137,7 +137,7 @@ def check(name: str) -> Recorder:
 
 
 def table(recorder: Recorder) -> str:
-    """A line for each clause, and below it how it fails."""
+    """A line per clause, followed by its failures."""
     lines = [f"cannot be tested: {message}" for message in recorder.broken]
     width = max((len(clause.text) for clause in recorder.clauses.values()), default=0)
     for clause in recorder.clauses.values():
@@ -150,7 +150,7 @@ def table(recorder: Recorder) -> str:
 
 
 def run_new(name: str) -> int:
-    """Write the files and bring the generated documentation up to date."""
+    """Write the files and update the generated documentation."""
     for path in write_files(name, ROOT):
         print(f"wrote {path.relative_to(ROOT)}")
     subprocess.run([sys.executable, "-m", "megatron.config.explain"], cwd=ROOT, check=True)
@@ -159,7 +159,7 @@ def run_new(name: str) -> int:
 
 
 def run_check(name: str) -> int:
-    """Print the table; 1 when a clause is broken or nothing could be tested."""
+    """Print the table; returns 1 if a clause is violated or nothing could be tested."""
     recorder = check(name)
     print(table(recorder))
     return int(bool(recorder.broken) or not recorder.clauses or any(c.failures for c in recorder.clauses.values()))

@@ -1,6 +1,6 @@
-"""The closing words of `make train`: how far the loss fell, a sample, and where everything lies.
+"""The summary of `make train`: the decrease of the loss, a sample, and the paths of all outputs.
 
-Draws loss.png where that is missing or older than the metrics: a run that was told to leave does not wait for its plot.
+Draws loss.png if it is missing or older than the metrics: an interrupted run does not wait for its plot.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from megatron.observe.plot import plot_metrics, series
 
 
 def draw(run: Path, metrics: Path) -> None:
-    """Make loss.png again unless it shows all of the metrics; what stands against it is said."""
+    """Redraw loss.png unless it is up to date; prints the reason if that fails."""
     plot = run / "loss.png"
     if plot.is_file() and plot.stat().st_mtime >= metrics.stat().st_mtime:
         return
@@ -30,7 +30,7 @@ def draw(run: Path, metrics: Path) -> None:
 
 
 def first_sample(file: Path) -> str | None:
-    """Prompt and text of the first sample, None where there is none."""
+    """Prompt and text of the first sample, None without samples."""
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError, IndexError):
         sample = parse_json(read_text(file).splitlines()[0])
         return str(sample["context"] + sample["text"])
@@ -38,7 +38,7 @@ def first_sample(file: Path) -> str | None:
 
 
 def summary(run: Path) -> str:
-    """The text; a folder without metrics is a UserError."""
+    """The text of the summary; raises a UserError for a folder without metrics."""
     metrics = run / "metrics.jsonl"
     if not metrics.is_file():
         raise UserError("there is no run here", where=str(metrics), why="no such file", hint="name a run folder, or make train")

@@ -1,10 +1,10 @@
-"""Train many small models on a synthetic task and keep what each of them recalls.
+"""Trains many small models on a synthetic task and records their recall.
 
     python tools/synthetics.py configs/synthetics/mqar-cpu.yml [--workers 2] [--output results.jsonl] [--list]
 
 The YAML names the data (a task and its slices), and families of models with grids over widths, feature sizes, windows and
 learning rates (docs/synthetics.md). Each worker is a process with one thread. A finished point is not run again, so the same
-command goes on where a killed one stopped; a rate is left out when another one has solved the task for the same model. The same
+command resumes a killed sweep; a learning rate is skipped if another one has solved the task for the same model. The same
 command can be started several times at once. `tools/figures_recall.py` draws the results.
 """
 
@@ -47,22 +47,22 @@ def read_sweep(path: Path) -> list[Point]:
 
 
 def _work(points: list[Point], path: Path, parent: int) -> None:
-    """One worker; it stops when its parent is gone."""
+    """One worker, which exits with its parent."""
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     work(points, Results(path), lambda text: print(text, flush=True), lambda: os.getppid() == parent)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Run the sweep, or list what is left of it."""
+    """Run the sweep, or list its remaining points."""
     points = read_sweep(args.sweep)
     path = args.output or Path("runs") / "synthetics" / f"{args.sweep.stem}.jsonl"
     results, started = Results(path), time.monotonic()
-    known = results.read()
-    print(f"{len(points)} points, {sum(p.key() in known for p in points)} finished in {path}", flush=True)
+    finished = results.read()
+    print(f"{len(points)} points, {sum(p.key() in finished for p in points)} finished in {path}", flush=True)
     if args.list:
         for point in points:
-            line = known.get(point.key())
+            line = finished.get(point.key())
             print(f"{describe(point)}: {'open' if line is None else format(line['accuracy'], '.3f')}")
         return
     context = multiprocessing.get_context("fork")  # torch is imported once
@@ -71,15 +71,16 @@ def run(args: argparse.Namespace) -> None:
         worker.start()
     for worker in workers:
         worker.join()
-    known = results.read()
-    left_out = solved(points, known)
-    print(f"{sum(p.key() in known for p in points)} of {len(points)} points finished, {len(left_out)} models solved the task, "
-          f"{time.monotonic() - started:.0f} s")  # fmt: skip
-    if all(p.key() in known or group(p) in left_out for p in points):
+    finished = results.read()
+    skipped_groups = solved(points, finished)
+    done = sum(p.key() in finished for p in points)
+    seconds = time.monotonic() - started
+    print(f"{done} of {len(points)} points finished, {len(skipped_groups)} models solved the task, {seconds:.0f} s")
+    if all(p.key() in finished or group(p) in skipped_groups for p in points):
         results.finish()
     failed = [worker.exitcode for worker in workers if worker.exitcode]
     if failed:
-        raise TrainingError(f"{len(failed)} of {args.workers} workers failed", hint="their messages stand above")
+        raise TrainingError(f"{len(failed)} of {args.workers} workers failed", hint="see their messages above")
 
 
 def main() -> None:

@@ -1,8 +1,8 @@
-"""From a global sample number to the tensors of one rank; the number is the whole cursor of the data.
+"""Maps global sample numbers to the tensors of one rank; the next sample number is the only state of the data loader.
 
 Global micro batch k holds samples `[k * micro * dp, (k + 1) * micro * dp)` and data-parallel rank r takes its contiguous slice,
-as in NeoX. What a step sees depends on the global batch only, never on how many ranks share it, so a run can go on with another
-number of ranks, another micro batch, or another batch size, without repeating or leaving out a sample.
+as in NeoX. The samples of a step depend on the global batch only, not on the number of ranks, so a run can resume with another
+number of ranks, micro batch or batch size without repeating or skipping a sample.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from megatron.data.datasets import BlendedDataset, Dataset, PackedDataset, Sampl
 from megatron.data.streaming import StreamDataset
 from megatron.errors import DataError
 
-__all__ = ["Batch", "Batches", "BlendedDataset", "Dataset", "PackedDataset", "cu_seqlens"]
+__all__ = ["Batch", "Batches", "BlendedDataset", "Dataset", "PackedDataset"]
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,13 @@ class Batch:
     """One micro batch of one rank, on the CPU.
 
     Attributes:
-        tokens: i64 [b, s], what the model reads.
-        labels: i64 [b, s], the token after each of them.
-        loss_mask: f32 [b, s], 0 where the loss is not counted (the label there is 0 if the target was negative).
-        segment_ids: i32 [b, s], number of end-of-document tokens before the position (such a token belongs to the document it
-            ends), or None where boundaries are ignored.
-        sample_ids: the global sample numbers, b of them.
-        inputs: what single kinds of mixers read beside the tokens (`Layer.Inputs`), by name: tensors [b, s] or numbers.
+        tokens: i64 [b, s], input ids.
+        labels: i64 [b, s], the next token of each position.
+        loss_mask: f32 [b, s], 0 where the loss is masked (the label there is 0 if the target was negative).
+        segment_ids: i32 [b, s], number of end-of-document tokens before the position (the token belongs to the document it
+            ends); None if document boundaries are ignored.
+        sample_ids: [b], global sample numbers.
+        inputs: additional inputs of individual mixers (`Layer.Inputs`), by name: tensors [b, s] or numbers.
     """
 
     tokens: torch.Tensor
@@ -47,27 +47,28 @@ class Batch:
 
 
 class Batches:
-    """Iterates over this rank's micro batches, from `next_sample` to the last whole global batch.
+    """Iterates over this rank's micro batches, from `next_sample` to the last complete global batch.
 
     Args:
-        dataset: where samples come from.
+        dataset: source of the samples.
         micro_batch: samples per rank and micro batch (b).
-        data_rank, data_size: place in, and size of, the data-parallel group.
-        gradient_accumulation: micro batches per step; data end with a whole step.
-        start_sample: first global sample number, the cursor of a checkpoint.
-        eod_token: id that ends documents; needed by the next two.
-        eod_mask_loss: no loss where the token read is `eod_token`.
-        reset_state_at_eod: make `segment_ids`.
-        num_workers: threads that read ahead (0 reads when asked). They change nothing but the time.
-        reset_attention_at_eod: make `segment_ids` too; which layers look at them is theirs to know.
+        data_rank: rank in the data-parallel group.
+        data_size: size of the data-parallel group.
+        gradient_accumulation: micro batches per step; iteration ends with a complete step.
+        start_sample: first global sample number, from a checkpoint.
+        eod_token: id that ends documents; required by `eod_mask_loss` and `reset_*_at_eod`.
+        eod_mask_loss: mask the loss where the input token is `eod_token`.
+        reset_state_at_eod: compute `segment_ids`.
+        num_workers: threads that prefetch (0: load on demand); they affect speed only.
+        reset_attention_at_eod: compute `segment_ids` too; each layer decides whether it uses them.
         start_tokens: tokens consumed before `start_sample`; None: `start_sample * seq_length`.
 
     Attributes:
-        next_sample: global number of the first sample not yet handed out (to all ranks together). Save it, pass it as
-            `start_sample` later.
+        next_sample: global number of the first sample that no rank has received yet. Save it and pass it as
+            `start_sample` to resume.
 
     Raises:
-        DataError: a size is not positive, the cursor lies beyond the data, or an EOD token is needed and not given.
+        DataError: a size is not positive, the cursor is beyond the data, or a required EOD token is missing.
     """
 
     def __init__(
@@ -92,7 +93,7 @@ class Batches:
             )
         if not 0 <= start_sample <= len(dataset):
             raise DataError(
-                f"the data cursor stands at sample {start_sample} and there are {len(dataset)}",
+                f"the data cursor is at sample {start_sample} of {len(dataset)}",
                 why="the checkpoint was made with more data, or train_iters was lowered",
             )
         boundaries = reset_state_at_eod or reset_attention_at_eod
@@ -101,7 +102,7 @@ class Batches:
         self.dataset = dataset
         self.micro_batch, self.data_rank, self.data_size = micro_batch, data_rank, data_size
         self.gradient_accumulation, self.num_workers = gradient_accumulation, num_workers
-        self.eod_token, self.eod_mask_loss, self.with_borders = eod_token, eod_mask_loss, boundaries
+        self.eod_token, self.eod_mask_loss, self.with_segments = eod_token, eod_mask_loss, boundaries
         self.next_sample = self._start_sample = start_sample
         self._start_tokens = start_sample * dataset.seq_length if start_tokens is None else start_tokens
 
@@ -117,18 +118,18 @@ class Batches:
 
     @property
     def steps_left(self) -> int:
-        """Whole steps between the cursor and the end of the data."""
+        """Complete steps between the cursor and the end of the data."""
         return (len(self.dataset) - self.next_sample) // self.samples_per_step
 
     @property
     def consumed_tokens(self) -> int:
-        """Tokens handed out since the run began, on all ranks, earlier parts of the run included."""
+        """Tokens consumed since the beginning of the run, on all ranks, earlier sessions included."""
         return self._start_tokens + (self.next_sample - self._start_sample) * self.dataset.seq_length
 
     def state(self) -> dict[str, Any]:
-        """The cursor, for a checkpoint: pass the values as `start_sample` and `start_tokens`, whatever the batch size is then.
+        """The data state for a checkpoint: pass the values as `start_sample` and `start_tokens`, with any batch size.
 
-        Data that are read as a stream add `stream`, which their `open_stream_dataset` takes as `saved`.
+        A streamed dataset adds `stream`, which `open_stream_dataset` takes as `saved`.
         """
         state: dict[str, Any] = {"next_sample": self.next_sample, "consumed_tokens": self.consumed_tokens}
         if isinstance(self.dataset, StreamDataset):
@@ -136,7 +137,7 @@ class Batches:
         return state
 
     def __iter__(self) -> Iterator[Batch]:
-        """Micro-batches from the cursor on; the cursor moves as each is handed out."""
+        """Micro batches from the cursor on; the cursor advances with each."""
         starts = range(
             self.next_sample,
             self.next_sample + self.steps_left * self.samples_per_step,
@@ -148,7 +149,7 @@ class Batches:
             yield batch
 
     def _read_ahead(self, starts: range) -> Iterator[Batch]:
-        """The same micro batches in the same order, up to two per thread in advance; an error surfaces in its turn."""
+        """The same micro batches in the same order, up to two per thread ahead; errors surface in order too."""
         pool = ThreadPoolExecutor(self.num_workers, thread_name_prefix="batches")
         waiting: deque[Future[Batch]] = deque()
         try:
@@ -162,7 +163,7 @@ class Batches:
             pool.shutdown(wait=True, cancel_futures=True)
 
     def _load(self, start: int) -> Batch:
-        """This rank's part of the global micro batch whose first sample is `start`."""
+        """This rank's slice of the global micro batch whose first sample is `start`."""
         first = start + self.data_rank * self.micro_batch
         ids = list(range(first, first + self.micro_batch))
         samples = [self.dataset.sample(i) for i in ids]
@@ -177,7 +178,7 @@ class Batches:
         if ends is not None and self.eod_mask_loss:
             loss_mask[ends] = 0.0
         segments = None
-        if ends is not None and self.with_borders:
+        if ends is not None and self.with_segments:
             segments = (ends.cumsum(dim=1) - ends.long()).to(torch.int32)
         return Batch(tokens, labels, loss_mask, segments, ids)
 
@@ -185,19 +186,3 @@ class Batches:
 def _targets(sample: Sample) -> NDArray[np.int64]:
     return sample.tokens if sample.targets is None else sample.targets
 
-
-def cu_seqlens(segment_ids: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """Document boundaries in the form variable-length kernels want.
-
-    Args:
-        segment_ids: [b, s], constant inside a document and different in the next.
-
-    Returns:
-        i32 [pieces + 1], where each piece begins in the flattened [b * s] tokens (a row always begins one), from 0 to b * s;
-        and the length of the longest piece.
-    """
-    changes = torch.ones_like(segment_ids, dtype=torch.bool)
-    changes[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
-    starts = changes.flatten().nonzero().flatten()
-    boundaries = torch.cat([starts, starts.new_tensor([segment_ids.numel()])]).to(torch.int32)
-    return boundaries, int(boundaries.diff().max()) if segment_ids.numel() else 0

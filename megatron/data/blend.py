@@ -1,10 +1,10 @@
-"""Which of several corpora each sample comes from: NeoX's greedy blend, exact bitwise and fast.
+"""Assigns each sample to one of several corpora: NeoX's greedy blend, bitwise equal and fast.
 
-At step i the corpus is chosen whose share `w * max(i, 1)` exceeds what it has given so far the most; ties go to the first.
-That is a chain of n dependent choices, too slow in Python for millions. But a chain forgets: started with slightly wrong
-counts it soon makes the same choices as the true one. So the steps are cut into lanes that run side by side from estimated
-counts; a lane whose start differs from the end of the lane before it is run again from there, until all agree. Lane 0 starts
-exactly, hence agreement proves the whole chain equal to the sequential one, whatever the estimates were worth.
+Step i picks the corpus whose target count `w * max(i, 1)` exceeds its count so far by the most; ties go to the first.
+That is a chain of n dependent choices, too slow in Python for millions. But the chain forgets: started from slightly wrong
+counts it soon makes the same choices as the true one. So the steps are split into lanes that run in parallel from estimated
+counts; a lane whose start differs from the end of the previous lane is rerun from there, until all agree. Lane 0 starts
+exactly, so agreement proves that the chain equals the sequential one, however good the estimates were.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 
 from megatron.errors import DataError
 
-_MARGIN = 1.005  # NeoX draws half a percent more of each corpus than its share
+_MARGIN = 1.005  # NeoX draws 0.5 % more of each corpus than its share
 _MAX_LANES = 8192
 _MIN_STEPS = 64
-_PIECE = 1 << 22
+_CHUNK = 1 << 22
 
 
 def normalise(weights: Sequence[float]) -> NDArray[np.float64]:
@@ -39,7 +39,7 @@ def normalise(weights: Sequence[float]) -> NDArray[np.float64]:
 
 
 def samples_per_dataset(weights: Sequence[float], num_samples: int) -> list[int]:
-    """Samples each corpus must hold so that a blend of `num_samples` never runs out: `ceil(n * w * 1.005)`."""
+    """Samples that each corpus needs for a blend of `num_samples`: `ceil(n * w * 1.005)`."""
     return [math.ceil(num_samples * float(weight) * _MARGIN) for weight in normalise(weights)]
 
 
@@ -64,8 +64,8 @@ def blend(weights: Sequence[float], size: int) -> tuple[NDArray[np.uint8], NDArr
     """NeoX's `dataset_index` (u8 [size]) and `dataset_sample_index` (i64 [size]).
 
     Args:
-        weights: one per corpus, at most 255; need not add up to 1.
-        size: samples in the blend. A shorter blend is the beginning of a longer one.
+        weights: one per corpus, at most 255; any positive sum.
+        size: samples in the blend. A shorter blend is a prefix of a longer one.
 
     Raises:
         DataError: see `normalise`, or more than 255 corpora.
@@ -78,7 +78,7 @@ def blend(weights: Sequence[float], size: int) -> tuple[NDArray[np.uint8], NDArr
 
 
 def _choose(shares: NDArray[np.float64], size: int) -> NDArray[np.uint8]:
-    """The chain of choices, computed in lanes of equal length until each lane starts where the one before it ends."""
+    """The chain of choices, computed in lanes of equal length until each lane starts where the previous one ends."""
     lanes = max(1, min(_MAX_LANES, size // _MIN_STEPS))
     steps = -(-size // lanes)
     firsts = np.arange(lanes, dtype=np.int64) * steps
@@ -94,7 +94,7 @@ def _choose(shares: NDArray[np.float64], size: int) -> NDArray[np.uint8]:
 
 
 def _estimated_counts(shares: NDArray[np.float64], steps: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Counts [d, lanes] after `steps` choices by largest remainder: what the greedy rule keeps close to."""
+    """Estimated counts [d, lanes] after `steps` choices, by largest remainder, which the greedy rule stays close to."""
     targets = shares[:, None] * steps
     counts = np.floor(targets)
     missing = np.rint(steps - counts.sum(axis=0))
@@ -128,14 +128,14 @@ def _run_lanes(
 
 
 def _count_within(chosen: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """For each sample, how many samples of the same corpus came before it; in pieces, to bound temporary memory."""
+    """For each sample, the number of earlier samples of the same corpus; in chunks, to bound temporary memory."""
     within = np.empty(len(chosen), dtype=np.int64)
     before = np.zeros(256, dtype=np.int64)
-    for at in range(0, len(chosen), _PIECE):
-        piece = chosen[at : at + _PIECE]
-        order = np.argsort(piece, kind="stable")
-        counts = np.bincount(piece, minlength=256)
+    for at in range(0, len(chosen), _CHUNK):
+        chunk = chosen[at : at + _CHUNK]
+        order = np.argsort(chunk, kind="stable")
+        counts = np.bincount(chunk, minlength=256)
         firsts = np.cumsum(counts) - counts
-        within[at + order] = np.arange(len(piece)) + np.repeat(before - firsts, counts)
+        within[at + order] = np.arange(len(chunk)) + np.repeat(before - firsts, counts)
         before += counts
     return within

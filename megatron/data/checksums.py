@@ -1,8 +1,8 @@
-"""Checksums of a pair of token files, in blocks: a flipped bit in the tokens is still a token, so only a checksum can find it.
+"""Block checksums of a pair of token files: a flipped bit yields another valid token, so only a checksum can detect it.
 
 `PREFIX.sums.json` holds the SHA-256 of every block of both files. Opening a corpus compares the lengths, the ends of `.bin`
-and a small `.idx`, which finds files of different corpora under one name; `verify_blocks` reads everything. A pair without the
-file is as good as NeoX's own.
+and a small `.idx`, which detects mixed files of two corpora; `verify_blocks` reads everything. A pair without the
+file is accepted, as NeoX writes none.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from megatron.errors import DataError
 from megatron.files import open_regular, read_json, write_json
 
 BLOCK_BYTES = 1 << 24
-_QUICK_BLOCKS = 4  # of the index, when a corpus is opened: 64 MiB, some 40 ms
+_QUICK_BLOCKS = 4  # of the index, checked when a corpus is opened: 64 MiB, about 40 ms
 
 
 def _sums(path: Path, block: int) -> Iterator[str]:
@@ -28,7 +28,7 @@ def _sums(path: Path, block: int) -> Iterator[str]:
 
 
 def write_checksums(prefix: str | Path, block: int = BLOCK_BYTES) -> None:
-    """Make `PREFIX.sums.json` for the pair as it is now."""
+    """Write `PREFIX.sums.json` for the current content of the pair."""
     record: dict[str, Any] = {"format": 1, "block_bytes": block}
     for kind, path in (("bin", data_file(prefix)), ("idx", index_file(prefix))):
         record[kind] = {"bytes": path.stat().st_size, "sha256": list(_sums(path, block))}
@@ -36,20 +36,20 @@ def write_checksums(prefix: str | Path, block: int = BLOCK_BYTES) -> None:
 
 
 def _record(prefix: str | Path) -> dict[str, Any] | None:
-    """The checksums, proved to be complete; None if there is no such file."""
+    """The checksums after a consistency check; None if the file does not exist."""
     path = sums_file(prefix)
     try:
         record: dict[str, Any] = read_json(path)
         block = record["block_bytes"]
-        whole = record["format"] == 1 and type(block) is int and block > 0
+        consistent = record["format"] == 1 and type(block) is int and block > 0
         for kind in ("bin", "idx"):
             length, sums = record[kind]["bytes"], record[kind]["sha256"]
-            whole = whole and type(length) is int and type(sums) is list and len(sums) == -(-length // block)
+            consistent = consistent and type(length) is int and type(sums) is list and len(sums) == -(-length // block)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _useless(path, repr(error)) from None
-    if not whole:
+    if not consistent:
         raise _useless(path, "its numbers do not fit each other")
     return record
 
@@ -64,7 +64,7 @@ def _useless(path: Path, why: str) -> DataError:
 
 
 def _check(path: Path, entry: dict[str, Any], block: int, numbers: list[int] | None = None) -> None:
-    """Compare the blocks `numbers` (None: all) of one file with their sums."""
+    """Compare the blocks `numbers` (None: all) of one file with their checksums."""
     length = path.stat().st_size
     if length != entry["bytes"]:
         raise _differs(path, f"it has {length} bytes, {entry['bytes']} were written")
@@ -81,12 +81,12 @@ def _differs(path: Path, why: str) -> DataError:
         "the file is not the one its checksums were made of",
         where=str(path),
         why=why,
-        hint="copy or prepare the corpus again; if the files were replaced on purpose, delete the .sums.json beside them",
+        hint="copy or prepare the corpus again; if the files were replaced on purpose, delete their .sums.json",
     )
 
 
 def check_ends(prefix: str | Path) -> None:
-    """The quick check when a corpus is opened; nothing to do without checksums.
+    """The quick check when a corpus is opened; does nothing without checksums.
 
     Raises:
         DataError: a length differs, or the first or last block of `.bin`, or a block of an index of at most 64 MiB.
@@ -96,12 +96,12 @@ def check_ends(prefix: str | Path) -> None:
         return
     block, count = record["block_bytes"], len(record["bin"]["sha256"])
     _check(data_file(prefix), record["bin"], block, sorted({0, count - 1}) if count else [])
-    few = len(record["idx"]["sha256"]) * block <= _QUICK_BLOCKS * BLOCK_BYTES
-    _check(index_file(prefix), record["idx"], block, None if few else [])
+    small = len(record["idx"]["sha256"]) * block <= _QUICK_BLOCKS * BLOCK_BYTES
+    _check(index_file(prefix), record["idx"], block, None if small else [])
 
 
 def verify_blocks(prefix: str | Path) -> bool:
-    """Compare both files whole with their checksums; False if there are none.
+    """Compare both complete files with their checksums; False if there are none.
 
     Raises:
         DataError: names the file and the bytes that differ.

@@ -1,4 +1,4 @@
-"""Opens plain, gzip and Zstandard files as one stream of bytes, and says so when one ends too early."""
+"""Opens plain, gzip and Zstandard files as a byte stream, and reports truncated files and decompression bombs."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from megatron.files import open_regular
 
 COMPRESSED = (".gz", ".zst")
 _CHUNK = 1 << 18
-_PIECE = 1 << 11  # compressed bytes handed on at once: no more than 64 MiB can come of them
-_UNSUSPICIOUS = 1 << 26  # bytes that may come of any file
-_MOST_TO_ONE = 200  # the most that a file may grow; Python sources and logs grow 5 to 20 times
+_STEP = 1 << 11  # compressed bytes per call of the decompressor: they expand to 64 MiB at most
+_UNSUSPICIOUS = 1 << 26  # decompressed bytes that any file may have
+_MAX_RATIO = 200  # maximum expansion; Python sources and logs expand 5 to 20 times
 _LARGEST_WINDOW = 1 << 27  # bytes a Zstandard frame may ask for, as in the zstd command
 
 
 class _ZstdStream(io.RawIOBase):
-    """Frames one after the other. The library's own reader takes a cut file for a short one."""
+    """Concatenated frames. The library's own reader mistakes a truncated file for a short one."""
 
     def __init__(self, raw: IO[bytes], where: str) -> None:
         try:
@@ -35,22 +35,22 @@ class _ZstdStream(io.RawIOBase):
         self._raw, self._where, self._error = raw, where, zstandard.ZstdError
         self._context = zstandard.ZstdDecompressor(max_window_size=_LARGEST_WINDOW)
         self._frame: Any = None
-        self._ready, self._rest = memoryview(b""), b""
+        self._ready, self._unread = memoryview(b""), b""
 
     def readable(self) -> bool:
-        """Yes."""
+        """True."""
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Fill `buffer`; 0 at the end. A DataError if the file is cut or damaged."""
+        """Fill `buffer`; 0 at the end. Raises a DataError if the file is truncated or damaged."""
         while not self._ready:
-            data = self._rest or self._raw.read(_CHUNK)
+            data = self._unread or self._raw.read(_CHUNK)
             if not data:
                 if self._frame is not None:
                     raise DataError("the file is cut", where=self._where, why="its last Zstandard frame has no end")
                 return 0
-            self._rest = data[_PIECE:]
-            self._ready = memoryview(self._decompress(data[:_PIECE]))
+            self._unread = data[_STEP:]
+            self._ready = memoryview(self._decompress(data[:_STEP]))
         size = min(len(buffer), len(self._ready))
         buffer[:size], self._ready = self._ready[:size], self._ready[size:]
         return size
@@ -62,29 +62,29 @@ class _ZstdStream(io.RawIOBase):
         except self._error as error:
             raise DataError("the file cannot be decompressed", where=self._where, why=str(error)) from None
         if self._frame.eof:
-            self._rest, self._frame = self._frame.unused_data + self._rest, None
+            self._unread, self._frame = self._frame.unused_data + self._unread, None
         return bytes(ready)
 
 
 class _Bounded(io.RawIOBase):
-    """A decompressed stream that is given up when it is a bomb: text does not shrink to a thousandth."""
+    """A decompressed stream that stops at a decompression bomb: text does not compress a thousandfold."""
 
     def __init__(self, stream: Any, raw: IO[bytes], where: str) -> None:
-        self._stream, self._raw, self._where, self._given = stream, raw, where, 0
+        self._stream, self._raw, self._where, self._produced = stream, raw, where, 0
 
     def readable(self) -> bool:
-        """Yes."""
+        """True."""
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Fill `buffer`; 0 at the end. A DataError when far more came out than went in."""
+        """Fill `buffer`; 0 at the end. Raises a DataError above the maximum expansion."""
         count = int(self._stream.readinto(buffer))
-        self._given += count
-        if self._given > max(_UNSUSPICIOUS, _MOST_TO_ONE * self._raw.tell()):
+        self._produced += count
+        if self._produced > max(_UNSUSPICIOUS, _MAX_RATIO * self._raw.tell()):
             raise DataError(
-                "the file is no text: it grows too much when it is decompressed",
+                "the file is not text: it expands too much when decompressed",
                 where=self._where,
-                why=f"{self._raw.tell():,} bytes have become {self._given:,}, more than {_MOST_TO_ONE} times as many",
+                why=f"{self._raw.tell():,} bytes became {self._produced:,}, more than {_MAX_RATIO} times as many",
                 hint="unpack it and look at it first",
             )
         return count
@@ -92,15 +92,15 @@ class _Bounded(io.RawIOBase):
 
 @contextmanager
 def open_stream(path: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
-    """(the decompressed bytes, the file itself, whose `tell()` is the progress); seeking forward works in both.
+    """Yield (the decompressed bytes, the file itself, whose `tell()` is the progress); both can seek forward.
 
     Raises:
-        DataError: cut, damaged or unreadable, whenever that is noticed.
+        DataError: the file is truncated, damaged or unreadable; raised when the damage is reached.
     """
     try:
         with os.fdopen(open_regular(path), "rb") as raw:
             if path.suffix in COMPRESSED and path.stat().st_size == 0:
-                raise DataError("the file is empty", where=str(path), why="even nothing has a header when it is compressed")
+                raise DataError("the file is empty", where=str(path), why="compressed files have a header even without content")
             if path.suffix == ".gz":
                 with gzip.open(raw) as stream:
                     yield io.BufferedReader(_Bounded(stream, raw, str(path)), _CHUNK), raw
@@ -115,12 +115,12 @@ def open_stream(path: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
 
 
 def skip_bytes(stream: IO[bytes], count: int) -> None:
-    """Pass over `count` bytes, by seeking where that is possible."""
+    """Skip `count` bytes, by seeking if possible."""
     if stream.seekable():
         stream.seek(count)
         return
     while count > 0:
-        got = len(stream.read(min(count, _CHUNK)))
-        if got == 0:
+        skipped = len(stream.read(min(count, _CHUNK)))
+        if skipped == 0:
             return
-        count -= got
+        count -= skipped

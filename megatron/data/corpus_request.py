@@ -1,4 +1,4 @@
-"""What is asked of a built-in corpus and what comes back; shared by the files that make them."""
+"""The request for a built-in corpus and its result; shared by the modules that build them."""
 
 from __future__ import annotations
 
@@ -7,28 +7,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-BUILT_IN = ("pystdlib", "wikitext103", "enwik8")  # what `prepare_data.py` makes, each in a folder of its name
+BUILT_IN = ("pystdlib", "wikitext103", "enwik8")  # built by `prepare_data.py`, each in a folder of its name
 
 
-def command_that_makes(path: str | Path) -> str | None:
-    """The command whose result `path` would be, None where it does not lie in the folder of a built-in corpus."""
+def prepare_command(path: str | Path) -> str | None:
+    """The command that produces `path`; None if `path` is not in the folder of a built-in corpus."""
     folder = Path(path).parent
     if folder.name not in BUILT_IN:
         return None
-    place = "" if folder.parent == Path("data") else f" --data-dir {shlex.quote(str(folder.parent))}"
-    return f"python prepare_data.py {folder.name}{place}"
+    data_dir_option = "" if folder.parent == Path("data") else f" --data-dir {shlex.quote(str(folder.parent))}"
+    return f"python prepare_data.py {folder.name}{data_dir_option}"
 
 
 @dataclass(frozen=True)
 class CorpusRequest:
-    """What the command line asks for.
+    """The request, as given on the command line.
 
     Attributes:
-        data_dir: the corpus goes to `data_dir/NAME/`.
-        tokenizer_type: None: the corpus brings its own tokenizer.
-        vocab_file, merge_file: see `build_tokenizer`.
-        force: make it again even if it is there.
-        source: a local copy of a corpus that would be downloaded: its archive, file or folder.
+        data_dir: parent folder; the corpus is written to `data_dir/NAME/`.
+        tokenizer_type: tokenizer of the corpus; None: the corpus's own.
+        vocab_file: see `build_tokenizer`.
+        merge_file: see `build_tokenizer`.
+        force: rebuild the corpus even if it exists.
+        source: local copy (archive, file or folder) of a corpus that would otherwise be downloaded.
     """
 
     data_dir: Path
@@ -41,14 +42,23 @@ class CorpusRequest:
 
 @dataclass(frozen=True)
 class PreparedCorpus:
-    """What is there now: the paths a configuration needs, the receipt, and whether it was made by this call."""
+    """A corpus on disk.
+
+    Attributes:
+        data_path: prefix of the token files.
+        tokenizer_type: tokenizer of the corpus.
+        vocab_file: its vocabulary, None if it has no file.
+        merge_file: its merges, None if it has no file.
+        receipt: what `receipt.json` records: counts, digests, versions.
+        created: this call built it (False: it existed).
+    """
 
     data_path: Path
     tokenizer_type: str
     vocab_file: Path | None
     merge_file: Path | None
     receipt: dict[str, Any]
-    made: bool
+    created: bool
 
     def yaml_lines(self) -> str:
         """Lines for a configuration file."""
@@ -59,7 +69,7 @@ class PreparedCorpus:
 
 @dataclass(frozen=True)
 class PreparedSplits(PreparedCorpus):
-    """A corpus whose makers say what is training, validation and test text; `data_path` is the folder."""
+    """A corpus with official training, validation and test splits; `data_path` is its folder."""
 
     def yaml_lines(self) -> str:
         """Lines for a configuration file."""

@@ -1,4 +1,4 @@
-"""Sample i of a corpus, or of several, as token ids: the face every source of training data shows to the batches."""
+"""Map-style datasets of token ids: sample i of one corpus, or of several blended, chained or repeated."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ from megatron.errors import DataError
 
 @dataclass(frozen=True)
 class Sample:
-    """Attributes:
-    tokens: i64 [seq_length + 1].
-    targets: i64 [seq_length + 1], what each token counts as when it is to be predicted, negative where it does not count;
-        None: the tokens themselves.
+    """One training sequence.
+
+    Attributes:
+        tokens: i64 [seq_length + 1].
+        targets: i64 [seq_length + 1], the label of each token as a prediction target, negative where the loss is masked;
+            None: the tokens themselves.
     """
 
     tokens: NDArray[np.int64]
@@ -29,7 +31,7 @@ class Sample:
 
 
 class Dataset(Protocol):
-    """Samples numbered from 0; each has seq_length + 1 tokens, to read and, shifted by one, to predict."""
+    """Samples numbered from 0; each has seq_length + 1 tokens: inputs and, shifted by one, labels."""
 
     @property
     def seq_length(self) -> int:
@@ -39,12 +41,12 @@ class Dataset(Protocol):
     def __len__(self) -> int: ...
 
     def sample(self, index: int) -> Sample:
-        """Sample `index`; a DataError beyond the end."""
+        """Sample `index`; raises a DataError beyond the end."""
         ...
 
 
 class TokenDataset:
-    """What all datasets share: `dataset[i]` is the tokens (i64 [seq_length + 1]) of `dataset.sample(i)`."""
+    """Base class: `dataset[i]` returns the tokens (i64 [seq_length + 1]) of `dataset.sample(i)`."""
 
     seq_length: int
 
@@ -52,7 +54,7 @@ class TokenDataset:
         raise NotImplementedError
 
     def sample(self, index: int) -> Sample:
-        """Sample `index`; a DataError beyond the end."""
+        """Sample `index`; raises a DataError beyond the end."""
         raise NotImplementedError
 
     def __getitem__(self, index: int) -> NDArray[np.int64]:
@@ -65,12 +67,12 @@ def _check_range(index: int, length: int, where: str) -> None:
             f"sample {index} does not exist",
             where=where,
             why=f"the order was built for {length} samples",
-            hint="the run asks for more data than train_iters, eval_iters or the weights promised",
+            hint="the run needs more data than train_iters, eval_iters or the weights account for",
         )
 
 
 class _OrderedDataset(TokenDataset):
-    """A corpus and an order over it, with or without labels."""
+    """A corpus and a sample order, with or without labels."""
 
     def __init__(
         self, indexed: IndexedDataset, order: SampleIndex, vocab_size: int | None = None, labels: Labels | None = None
@@ -83,7 +85,7 @@ class _OrderedDataset(TokenDataset):
         return len(self.order)
 
     def _checked(self, document: int, offset: int, length: int) -> NDArray[np.int64]:
-        """Tokens of one piece of a document; a DataError names a token beyond the vocabulary."""
+        """A slice of a document; raises a DataError that names a token outside the vocabulary."""
         tokens = self.indexed.get(document, offset, length).astype(np.int64)
         if self.vocab_size is None or len(tokens) == 0:
             return tokens
@@ -101,55 +103,55 @@ class _OrderedDataset(TokenDataset):
             raise labels.indexed.wrong_token(first + offset + wrong, int(targets[wrong]), self.vocab_size)
         return targets
 
-    def _read(self, pieces: Sequence[tuple[int, int, int]]) -> Sample:
-        """The pieces (document, offset, length) in a row; cut or, with 0 and an ignored target, filled to seq_length + 1."""
+    def _read(self, slices: Sequence[tuple[int, int, int]]) -> Sample:
+        """Concatenate slices (document, offset, length), truncated or padded (0, loss masked) to seq_length + 1."""
         width = self.seq_length + 1
         tokens = np.zeros(width, dtype=np.int64)
         targets = np.full(width, IGNORED, dtype=np.int64)
         at = 0
-        for piece in pieces:
-            read = self._checked(*piece)
-            tokens[at : at + len(read)] = read
-            targets[at : at + len(read)] = read if self.labels is None else self._targets(self.labels, *piece)
-            at += len(read)
+        for slice_ in slices:
+            ids = self._checked(*slice_)
+            tokens[at : at + len(ids)] = ids
+            targets[at : at + len(ids)] = ids if self.labels is None else self._targets(self.labels, *slice_)
+            at += len(ids)
         return Sample(tokens, targets if at < width or self.labels is not None else None)
 
 
 class PackedDataset(_OrderedDataset):
-    """Windows of `seq_length + 1` tokens cut from the shuffled stream of documents.
+    """Windows of `seq_length + 1` tokens of the shuffled stream of documents.
 
     Args:
         indexed: the corpus.
-        order: which window is sample i (`order.build_sample_index`).
-        vocab_size: if given, every sample is checked to hold only ids below it.
-        labels: which tokens count; all of them without.
+        order: maps sample i to its window (`order.build_sample_index`).
+        vocab_size: if given, every sample is checked for ids outside it.
+        labels: tokens that count in the loss; None: all.
 
     Raises:
-        DataError: the corpus holds no integers; `sample`: no such sample (nothing wraps around), a token beyond the vocabulary.
+        DataError: the corpus is not integer; in `sample`: no such sample (nothing wraps around), or a token outside the
+            vocabulary.
     """
 
     def sample(self, index: int) -> Sample:
         """Sample `index`."""
         _check_range(index, len(self), self.indexed.prefix)
         row = int(self.order.shuffle_idx[index])
-        place, offset = (int(value) for value in self.order.sample_idx[row])
-        pieces, missing = [], self.seq_length + 1
+        position, offset = (int(value) for value in self.order.sample_idx[row])
+        slices, missing = [], self.seq_length + 1
         while missing > 0:
-            document = int(self.order.doc_idx[place])
+            document = int(self.order.doc_idx[position])
             take = min(int(self.indexed.sizes[document]) - offset, missing)
-            pieces.append((document, offset, take))
+            slices.append((document, offset, take))
             missing -= take
-            place, offset = place + 1, 0
-        return self._read(pieces)
+            position, offset = position + 1, 0
+        return self._read(slices)
 
 
 class PaddedDataset(_OrderedDataset):
-    """Whole documents, filled with 0 to `seq_length + 1` tokens (`packing.build_padded_index`); arguments as for
-    `PackedDataset`.
+    """Whole documents, padded with 0 to `seq_length + 1` tokens (`packing.build_padded_index`).
 
-    As in NeoX the first token of the document after them stands before the padding. No loss is counted on padding (NeoX counts
-    it where there are no label files), and the last row of the order is served as it is (NeoX fails there and silently serves
-    another sample, or ends in a recursion).
+    As in NeoX, the first token of the next document precedes the padding. The loss on padding is masked (NeoX counts
+    it without label files), and the last row of the order is a valid sample (NeoX fails there and silently returns
+    another sample, or recurses endlessly). Arguments as for `PackedDataset`.
     """
 
     def sample(self, index: int) -> Sample:
@@ -157,13 +159,13 @@ class PaddedDataset(_OrderedDataset):
         _check_range(index, len(self), self.indexed.prefix)
         row = int(self.order.shuffle_idx[index])
         first, last = int(self.order.sample_idx[row, 0]), int(self.order.sample_idx[row + 1, 0])
-        pieces, missing = [], self.seq_length + 1
-        for place in range(first, min(last + 1, len(self.order.doc_idx))):
-            document = int(self.order.doc_idx[place])
-            take = min(int(self.indexed.sizes[document]) if place < last else 1, missing)
-            pieces.append((document, 0, take))
+        slices, missing = [], self.seq_length + 1
+        for position in range(first, min(last + 1, len(self.order.doc_idx))):
+            document = int(self.order.doc_idx[position])
+            take = min(int(self.indexed.sizes[document]) if position < last else 1, missing)
+            slices.append((document, 0, take))
             missing -= take
-        return self._read(pieces)
+        return self._read(slices)
 
 
 class BlendedDataset(TokenDataset):
@@ -171,12 +173,12 @@ class BlendedDataset(TokenDataset):
 
     Args:
         datasets: all of one seq_length.
-        weights: one per dataset; need not add up to 1.
+        weights: one per dataset; any positive sum.
         size: samples in the blend.
-        repeat: a dataset that is too short starts over as in NeoX, at sample 1 after the first pass, at 0 after the later ones.
+        repeat: a dataset that is too short starts over as in NeoX, at sample 1 after the first epoch, at 0 after later ones.
 
     Raises:
-        DataError: lengths or weights do not fit, or, without `repeat`, the blend would need more samples than a dataset holds.
+        DataError: lengths or weights do not match, or, without `repeat`, the blend needs more samples than a dataset holds.
     """
 
     def __init__(self, datasets: Sequence[Dataset], weights: Sequence[float], size: int, repeat: bool = False) -> None:
@@ -199,15 +201,15 @@ class BlendedDataset(TokenDataset):
         return len(self.dataset_index)
 
     def sample(self, index: int) -> Sample:
-        """Sample `index`; a DataError beyond the end."""
+        """Sample `index`; raises a DataError beyond the end."""
         _check_range(index, len(self), "blended data")
         dataset, inside = self.datasets[int(self.dataset_index[index])], int(self.dataset_sample_index[index])
-        # NeoX wraps an index beyond the end by its own idea of the length, which is one too small.
+        # NeoX wraps an index beyond the end by its own length, which is one too small.
         return dataset.sample(inside if inside < len(dataset) else inside % (len(dataset) - 1))
 
 
 class ChainedDataset(TokenDataset):
-    """Datasets one after the other: all samples of the first, then those of the next."""
+    """Concatenated datasets: all samples of the first, then those of the next."""
 
     def __init__(self, datasets: Sequence[Dataset]) -> None:
         if not datasets or len({dataset.seq_length for dataset in datasets}) != 1:
@@ -219,14 +221,14 @@ class ChainedDataset(TokenDataset):
         return int(self._ends[-1])
 
     def sample(self, index: int) -> Sample:
-        """Sample `index`; a DataError beyond the end."""
+        """Sample `index`; raises a DataError beyond the end."""
         _check_range(index, len(self), "chained data")
-        part = int(np.searchsorted(self._ends, index, side="right"))
-        return self.datasets[part].sample(index - (self._ends[part - 1] if part else 0))
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        return self.datasets[number].sample(index - (self._ends[number - 1] if number else 0))
 
 
 class RepeatedDataset(TokenDataset):
-    """The same samples in the same order, `epochs` times over (NeoX's `train_epochs`)."""
+    """The same samples in the same order, `epochs` times (NeoX's `train_epochs`)."""
 
     def __init__(self, dataset: Dataset, epochs: int) -> None:
         if epochs < 1 or len(dataset) < 1:
@@ -237,6 +239,6 @@ class RepeatedDataset(TokenDataset):
         return len(self.dataset) * self.epochs
 
     def sample(self, index: int) -> Sample:
-        """Sample `index`; a DataError beyond the end."""
+        """Sample `index`; raises a DataError beyond the end."""
         _check_range(index, len(self), "repeated data")
         return self.dataset.sample(index % len(self.dataset))

@@ -1,8 +1,8 @@
-"""Turns text into token files: rows go to workers in batches, tokens come back in order, one writer per output.
+"""Encodes text into token files: rows go to workers in batches, tokens come back in order, one writer per output.
 
-Whatever the number of workers and however often the process was killed, the files are the same bytes: `partial_files.py` holds what is
-done, the journal `PREFIX.progress.json` says up to which row. An error leaves what a later
-run can go on from (for example with a limit for bad rows), or nothing.
+Whatever the number of workers and however often the process is killed, the files have the same bytes: `partial_files.py` holds
+the finished tokens, the journal `PREFIX.progress.json` the position of the last finished row. After an error a later run can
+resume (for example with a limit for bad rows), or there is nothing on disk.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from typing import Any, Protocol
 from megatron.data.checksums import write_checksums
 from megatron.data.encoder import BadRow, Encoded, EncodeJob, Encoder, encode_here, encode_in_pool, in_batches
 from megatron.data.fingerprint import describe, write_meta
-from megatron.data.partial_files import PairParts, Part, publish_pair, remove_parts
+from megatron.data.partial_files import PartialPair, PartialFile, publish_pair, remove_partial_files
 from megatron.data.progress import Progress
 from megatron.data.readers import RowReader, expand_inputs
-from megatron.data.rows import Place, Row
+from megatron.data.rows import RowPosition, Row
 from megatron.errors import DataError
 from megatron.files import read_json, write_json
 
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 
 class RowSource(Protocol):
-    """Rows that can be read from any place on, and what they are: see `readers.RowReader`."""
+    """Rows that can be read from any position: see `readers.RowReader`."""
 
     total_bytes: int
 
@@ -49,14 +49,14 @@ class RowSource(Protocol):
 
 @dataclass(frozen=True)
 class EncodeOptions:
-    """How it is done; none of it shows in the files.
+    """Execution options; none of them affects the files.
 
     Attributes:
-        workers: processes that tokenise; with 1 it happens here.
-        log_interval: documents between two lines of progress.
-        bad_row_limit: so many bad rows are set aside in `PREFIX_bad_rows.jsonl`; the next one is an error.
-        checksums: make `.sums.json` beside each pair.
-        commit_seconds: time between two points a killed run can go on from.
+        workers: processes that tokenise; 1 tokenises in this process.
+        log_interval: documents between two progress lines.
+        bad_row_limit: number of bad rows to set aside in `PREFIX_bad_rows.jsonl`; the next one is an error.
+        checksums: write `.sums.json` for each pair.
+        commit_seconds: seconds between two commits, from which a killed run can resume.
     """
 
     workers: int = 1
@@ -68,14 +68,16 @@ class EncodeOptions:
 
 @dataclass
 class EncodeSummary:
-    """What was written.
+    """Counts of a finished job.
 
     Attributes:
-        documents, empty, bad: rows read; those without text; those set aside.
-        bytes: of input.
-        tokens: per output.
-        seconds: of this process.
-        resumed_at: documents that an interrupted run had done.
+        documents: rows read.
+        empty: rows without text.
+        bad: rows set aside.
+        bytes: bytes of input.
+        tokens: tokens per output.
+        seconds: time of this process.
+        resumed_at: documents that an interrupted run had finished.
     """
 
     documents: int = 0
@@ -93,11 +95,13 @@ def encode_corpus(
     """Write `{output_prefix}_{key}_document.bin/.idx` for each key.
 
     Args:
+        job: tokenizer and what to encode.
         inputs: files, folders or `hf:` datasets, see `expand_inputs`.
-        options: see there; None: the defaults.
+        output_prefix: path and common part of the outputs' names.
+        options: execution options; None: the defaults.
 
     Raises:
-        DataError: no text at all, more bad rows than allowed, a wrong tokenizer, or a disk that cannot be written.
+        DataError: there is no text, too many bad rows, a wrong tokenizer, or the disk cannot be written.
     """
     sources = expand_inputs(inputs)
     return encode_rows(job, lambda start: RowReader(sources, job.keys, start), output_prefix, options)
@@ -105,11 +109,11 @@ def encode_corpus(
 
 def encode_rows(
     job: EncodeJob,
-    open_source: Callable[[Place], RowSource],
+    open_source: Callable[[RowPosition], RowSource],
     output_prefix: str,
     options: EncodeOptions | None = None,
 ) -> EncodeSummary:
-    """`encode_corpus` for rows from anywhere; `open_source` is given the place to go on behind."""
+    """`encode_corpus` for rows of any source; `open_source` receives the position to resume from."""
     try:
         return _Run(job, open_source, output_prefix, options or EncodeOptions()).run()
     except OSError as error:
@@ -117,27 +121,27 @@ def encode_rows(
 
 
 class _Run:
-    """One run of `encode_rows`, from the journal it finds to the published pairs."""
+    """One run of `encode_rows`, from an existing journal to the published pairs."""
 
     def __init__(
-        self, job: EncodeJob, open_source: Callable[[Place], RowSource], output_prefix: str, options: EncodeOptions
+        self, job: EncodeJob, open_source: Callable[[RowPosition], RowSource], output_prefix: str, options: EncodeOptions
     ) -> None:
         self.job, self.options, self.prefix = job, options, output_prefix
         self.encoder = Encoder(job)
         self.journal_path = Path(f"{output_prefix}.progress.json")
         self.bad_path = Path(f"{output_prefix}_bad_rows.jsonl")
         self.outputs = [(f"{output_prefix}_{name}", dtype) for name, dtype in self.encoder.outputs()]
-        identity = open_source(Place()).identity()
+        identity = open_source(RowPosition()).identity()
         self.key = {"job": job.key(), "tokenizer": self.encoder.tokenizer.fingerprint(), "input": identity}
-        # Through JSON once, so that it compares equal with what a journal holds.
+        # A round trip through JSON, so that it compares equal with the key in a journal.
         self.key = json.loads(json.dumps(self.key))
         self.journal = self._read_journal()
         self.summary = EncodeSummary(**(self.journal or {}).get("summary", {}))
         self.summary.resumed_at, self.summary.seconds = self.summary.documents, 0.0
-        self.source = open_source(Place(*(self.journal or {}).get("place", ())))
+        self.source = open_source(RowPosition(*(self.journal or {}).get("place", ())))
 
     def _read_journal(self) -> dict[str, Any] | None:
-        """The journal of an interrupted run of the same job on the same input; any other is put aside."""
+        """The journal of an interrupted run of the same job on the same input; any other is discarded."""
         try:
             journal = read_json(self.journal_path)
             if journal["key"] == self.key and len(journal["writers"]) == len(self.outputs):
@@ -146,7 +150,7 @@ class _Run:
             return None
         except (OSError, ValueError, KeyError, TypeError):
             pass
-        log.warning("%s is of another job or input: starting from the beginning", self.journal_path)
+        log.warning("%s belongs to another job or input: starting from the beginning", self.journal_path)
         self.journal_path.unlink(missing_ok=True)
         return None
 
@@ -157,7 +161,7 @@ class _Run:
             log.warning(line)
         if self.journal is None or not self.journal["complete"]:
             if self.journal is not None:
-                log.info("going on behind document %d of an interrupted run", self.summary.documents)
+                log.info("resuming an interrupted run after document %d", self.summary.documents)
             self._write_parts()
         self._publish()
         self.summary.seconds = time.monotonic() - started
@@ -169,20 +173,20 @@ class _Run:
         with contextlib.ExitStack() as stack:
             self.writers = []
             for (prefix, dtype), state in zip(self.outputs, states, strict=True):
-                self.writers.append(PairParts(prefix, dtype, state, self.job.cached))
+                self.writers.append(PartialPair(prefix, dtype, state, self.job.cached))
                 stack.callback(self.writers[-1].close)
-            self.bad = Part(Path(f"{self.bad_path}.part"), bad_length)
+            self.bad = PartialFile(Path(f"{self.bad_path}.part"), bad_length)
             self.bad_bytes = bad_length
             stack.callback(self.bad.close)
             try:
                 self._encode_all()
             except BaseException:
-                if not self.journal_path.exists():  # nothing a later run could go on from
+                if not self.journal_path.exists():  # nothing to resume from
                     self._discard()
                 raise
 
     def _encode_all(self) -> None:
-        place = Place()
+        position = RowPosition()
         committed = time.monotonic()
         batches = in_batches(self.source)
         workers = self.options.workers
@@ -191,11 +195,11 @@ class _Run:
         with contextlib.closing(progress), contextlib.closing(results):  # type: ignore[type-var]  # generators can be closed
             for rows, encoded in results:
                 self._add(rows, encoded)
-                place = rows[-1].place
-                made = self.summary.documents - self.summary.resumed_at
-                progress.update(made, self.summary.bytes, self.writers[0].tokens, self.source.done_bytes)
+                position = rows[-1].position
+                new_documents = self.summary.documents - self.summary.resumed_at
+                progress.update(new_documents, self.summary.bytes, self.writers[0].tokens, self.source.done_bytes)
                 if time.monotonic() - committed >= self.options.commit_seconds:
-                    self._commit(place, complete=False)
+                    self._commit(position, complete=False)
                     committed = time.monotonic()
         names = [name for name, _ in self.encoder.outputs()]
         self.summary.tokens = {name: writer.tokens for name, writer in zip(names, self.writers, strict=True)}
@@ -203,7 +207,7 @@ class _Run:
             if tokens == 0:
                 why = f"{self.summary.documents} documents were read, none has text for {name}"
                 raise DataError("the corpus is empty", where=self.prefix, why=why)
-        self._commit(place, complete=True)
+        self._commit(position, complete=True)
 
     def _add(self, rows: Sequence[Row], encoded: Encoded) -> None:
         for row, documents in zip(rows, encoded, strict=True):
@@ -230,12 +234,12 @@ class _Run:
         self.bad.write(line)
         self.bad_bytes += len(line)
 
-    def _commit(self, place: Place, complete: bool) -> None:
-        """Parts first, then the journal that believes in them."""
+    def _commit(self, position: RowPosition, complete: bool) -> None:
+        """Sync the partial files first, then the journal that refers to them."""
         self.bad.commit()
         journal = {
             "key": self.key,
-            "place": list(place),
+            "place": list(position),
             "writers": [writer.commit() for writer in self.writers],
             "bad_bytes": self.bad_bytes,
             "summary": asdict(self.summary),
@@ -250,7 +254,7 @@ class _Run:
         self.journal_path.unlink(missing_ok=True)
 
     def _publish(self) -> None:
-        """Every step may have been done before a kill; the journal goes when all of them are."""
+        """Publish; every step is repeatable after a kill, and the journal is removed last."""
         for prefix, dtype in self.outputs:
             publish_pair(prefix, dtype, self.job.cached)
             name = prefix.removeprefix(f"{self.prefix}_")
@@ -259,13 +263,13 @@ class _Run:
             write_meta(prefix, describe(self.encoder.tokenizer), **facts)
             if self.options.checksums:
                 write_checksums(prefix)
-        part = Path(f"{self.bad_path}.part")
-        if part.exists():
+        partial_bad_rows = Path(f"{self.bad_path}.part")
+        if partial_bad_rows.exists():
             if self.summary.bad:
-                part.replace(self.bad_path)
+                partial_bad_rows.replace(self.bad_path)
             else:
                 self.bad_path.unlink(missing_ok=True)
-                part.unlink()
+                partial_bad_rows.unlink()
         self.journal_path.unlink(missing_ok=True)
         for prefix in (self.prefix, *(prefix for prefix, _ in self.outputs)):
-            remove_parts(prefix)
+            remove_partial_files(prefix)

@@ -1,4 +1,4 @@
-"""Rows to tokens, in this process or in several; the order of the rows stays, and a bad row is an answer, not an end."""
+"""Tokenises rows, in this process or in a pool, in order; a bad row becomes a `BadRow` result and does not end the job."""
 
 from __future__ import annotations
 
@@ -26,14 +26,16 @@ _BATCH_ROWS, _BATCH_BYTES = 256, 1 << 20
 
 @dataclass(frozen=True)
 class EncodeJob:
-    """All a worker must know.
+    """The settings of a worker.
 
     Attributes:
-        tokenizer_type, vocab_file, merge_file: see `build_tokenizer`.
+        tokenizer_type: see `build_tokenizer`.
+        vocab_file: see `build_tokenizer`.
+        merge_file: see `build_tokenizer`.
         keys: fields of a JSON record, one output each.
-        append_eod: end each document by the tokenizer's eod.
+        append_eod: end each document with the tokenizer's eod.
         ftfy: repair mojibake with the package ftfy.
-        mask_before: token ids; a second output holds labels that ignore everything up to and with their first occurrence.
+        mask_before: token ids; a second output holds labels that mask everything up to and including their first occurrence.
         cached: write NeoX's legacy format, which is always int32.
     """
 
@@ -47,13 +49,20 @@ class EncodeJob:
     cached: bool = False
 
     def key(self) -> dict[str, Any]:
-        """What the result depends on, without the tokenizer's files (their fingerprint says more)."""
+        """The settings that affect the result, without the paths of the tokenizer's files (their fingerprint covers them)."""
         return {name: value for name, value in asdict(self).items() if name not in ("vocab_file", "merge_file")}
 
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row that cannot be read: the parts of its error."""
+    """A row that cannot be read.
+
+    Attributes:
+        what: see `DataError`.
+        where: file and line of the row.
+        why: see `DataError`.
+        hint: see `DataError`.
+    """
 
     what: str
     where: str
@@ -61,23 +70,23 @@ class BadRow:
     hint: str | None
 
     def error(self) -> DataError:
-        """The error it would be without a limit for bad rows."""
+        """The error to raise when the limit for bad rows is exceeded."""
         return DataError(self.what, where=self.where, why=self.why, hint=self.hint)
 
 
-# Per row: the tokens of each output (None where the text is empty), or why there are none.
+# Per row: the tokens of each output (None if the text is empty), or the reason why there are none.
 Encoded = list[list[NDArray[Any] | None] | BadRow]
 
 
 class Encoder:
-    """Rows to tokens, in this process."""
+    """Tokenises rows in this process."""
 
     def __init__(self, job: EncodeJob) -> None:
         self.job = job
         self.tokenizer = build_tokenizer(job.tokenizer_type, job.vocab_file, job.merge_file)
-        # NeoX's legacy format and its files with labels are int32 whatever the vocabulary is.
-        wide = job.cached or bool(job.mask_before)
-        self.dtype = np.dtype("<i4") if wide else dtype_for_vocab(self.tokenizer.vocab_size)
+        # NeoX's legacy format and its files with labels are always int32.
+        int32 = job.cached or bool(job.mask_before)
+        self.dtype = np.dtype("<i4") if int32 else dtype_for_vocab(self.tokenizer.vocab_size)
         self._end = [self.tokenizer.eod] if job.append_eod else []
         self._fix = _fix_text() if job.ftfy else None
 
@@ -88,12 +97,12 @@ class Encoder:
 
     def encode(self, rows: Sequence[Row]) -> Encoded:
         """Tokens per row and output."""
-        read = [self._texts(row) for row in rows]
-        texts = [text for texts in read if not isinstance(texts, BadRow) for text in texts if text]
+        row_results = [self._texts(row) for row in rows]
+        texts = [text for texts in row_results if not isinstance(texts, BadRow) for text in texts if text]
         ids = iter(self.tokenizer.tokenize_batch(texts))
         return [
             texts if isinstance(texts, BadRow) else self._outputs([next(ids) if text else None for text in texts])
-            for texts in read
+            for texts in row_results
         ]
 
     def _texts(self, row: Row) -> list[str] | BadRow:
@@ -104,8 +113,8 @@ class Encoder:
         return texts if self._fix is None else [self._fix(text) for text in texts]
 
     def _outputs(self, ids: list[list[int] | None]) -> list[NDArray[Any] | None]:
-        found = [None if one is None else self._finish(one) for one in ids]
-        return [*found, self._labels(found[0])] if self.job.mask_before else found
+        outputs = [None if document is None else self._finish(document) for document in ids]
+        return [*outputs, self._labels(outputs[0])] if self.job.mask_before else outputs
 
     def _finish(self, ids: list[int]) -> NDArray[Any]:
         if ids and self._end:
@@ -124,7 +133,7 @@ class Encoder:
 
 
 def in_batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
-    """Rows in groups that are worth sending to another process."""
+    """Group rows into batches large enough to send to another process."""
     batch: list[Row] = []
     size = 0
     for row in rows:
@@ -144,8 +153,8 @@ def encode_here(encoder: Encoder, batches: Iterable[list[Row]]) -> Iterator[tupl
 
 
 def encode_in_pool(job: EncodeJob, batches: Iterable[list[Row]], workers: int) -> Iterator[tuple[list[Row], Encoded]]:
-    """The same pairs in the same order; at most four batches per worker are in memory."""
-    # Fresh processes: a fork would copy the locks of the tokenizer library's threads.
+    """As `encode_here`, in a pool of processes and in the same order; at most four batches per worker are in memory."""
+    # spawn, not fork: a fork would copy the locks of the tokenizer library's threads.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(job,))
     waiting: deque[tuple[list[Row], Future[Encoded]]] = deque()
@@ -153,16 +162,16 @@ def encode_in_pool(job: EncodeJob, batches: Iterable[list[Row]], workers: int) -
         for batch in batches:
             waiting.append((batch, pool.submit(_encode_in_worker, batch)))
             if len(waiting) >= 4 * workers:
-                done, future = waiting.popleft()
-                yield done, future.result()
+                rows, future = waiting.popleft()
+                yield rows, future.result()
         while waiting:
-            done, future = waiting.popleft()
-            yield done, future.result()
+            rows, future = waiting.popleft()
+            yield rows, future.result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-_worker: list[Encoder] = []  # of this process, when it is one of the pool
+_worker: list[Encoder] = []  # set in the processes of the pool only
 
 
 def _start_worker(job: EncodeJob) -> None:
@@ -172,7 +181,7 @@ def _start_worker(job: EncodeJob) -> None:
 
 
 def _end_with_parent() -> None:
-    """A worker whose parent was killed would wait for work forever."""
+    """Exit with the parent: a worker whose parent was killed would wait for work forever."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

@@ -1,6 +1,7 @@
-"""Which tokenizer made a corpus, stored beside it, because tokens mean nothing without it; and what a run was trained on.
+"""The record of a corpus's tokenizer, stored next to the token files, and the identity of a run's training data.
 
-`PREFIX.meta.json` is written with the pair. Training and resuming compare it with the tokenizer of the configuration.
+Token ids mean nothing without their tokenizer. `PREFIX.meta.json` is written with the pair; training and resuming compare it
+with the configured tokenizer.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 def describe(tokenizer: Tokenizer) -> dict[str, Any]:
-    """What is stored of a tokenizer."""
+    """The stored description of a tokenizer."""
     return {
         "type": tokenizer.name,
         "vocab_size": tokenizer.vocab_size,
@@ -34,18 +35,19 @@ def describe(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def write_meta(prefix: str | Path, tokenizer: Mapping[str, Any], **more: Any) -> None:
-    """Make `PREFIX.meta.json` for the pair as it is now.
+    """Write `PREFIX.meta.json` for the current content of the pair.
 
     Args:
+        prefix: path of the pair without suffix.
         tokenizer: `describe(tokenizer)`.
-        more: anything else worth keeping, such as the number of documents.
+        more: further entries, such as the number of documents.
     """
     lengths = {path.suffix[1:] + "_bytes": path.stat().st_size for path in (data_file(prefix), index_file(prefix))}
     write_json(meta_file(prefix), {"format": 1, "tokenizer": dict(tokenizer), **lengths, **more})
 
 
 def read_meta(prefix: str | Path) -> dict[str, Any] | None:
-    """The record beside a pair; None if there is none, or (with a warning) if it speaks of files of other lengths.
+    """The record of a pair; None if it has none, or (with a warning) if it describes files of other lengths.
 
     Raises:
         DataError: the record is damaged.
@@ -63,27 +65,27 @@ def read_meta(prefix: str | Path) -> dict[str, Any] | None:
         hint = "delete it to go without the check, or prepare the corpus again"
         raise DataError("the record of a corpus is damaged", where=str(path), why=repr(error), hint=hint) from None
     if lengths != [data_file(prefix).stat().st_size, index_file(prefix).stat().st_size]:
-        log.warning("%s speaks of token files of other lengths and is not used", path)
+        log.warning("%s describes token files of other lengths and is ignored", path)
         return None
     return meta
 
 
 def check_fingerprint(data_prefix: str | Path, tokenizer: Tokenizer) -> bool:
-    """Prove that a corpus was made with `tokenizer`; False (and a warning) if nothing is recorded about it.
+    """Check that a corpus was made with `tokenizer`; False (and a warning) if it has no record.
 
     Raises:
-        DataError: it was made with another one.
+        DataError: it was made with another tokenizer.
     """
     meta = read_meta(data_prefix)
     if meta is None:
-        log.warning("%s: no record of the tokenizer that made it; it is taken to be the configured one", data_prefix)
+        log.warning("%s: no record of its tokenizer; assuming the configured one", data_prefix)
         return False
-    made, mine = meta["tokenizer"], describe(tokenizer)
-    if made["fingerprint"] != mine["fingerprint"]:
+    recorded, configured = meta["tokenizer"], describe(tokenizer)
+    if recorded["fingerprint"] != configured["fingerprint"]:
         raise DataError(
             "the corpus was made with another tokenizer",
             where=str(data_prefix),
-            why=f"{_name(made)} made it, {_name(mine)} is configured",
+            why=f"{_name(recorded)} made it, {_name(configured)} is configured",
             hint="correct tokenizer_type, vocab_file and merge_file, or prepare the corpus again",
         )
     return True
@@ -95,7 +97,7 @@ def _name(record: Mapping[str, Any]) -> str:
 
 
 def data_identity(prefixes: Sequence[str | Path], tokenizer: Tokenizer) -> dict[str, Any]:
-    """What a run is trained on, for its checkpoint: the tokenizer and numbers and a digest of each corpus; no paths."""
+    """The identity of a run's training data, for its checkpoint: tokenizer, and counts and digest of each corpus; no paths."""
     corpora = []
     for prefix in prefixes:
         indexed, digest = IndexedDataset(prefix), hashlib.sha256()
@@ -106,7 +108,7 @@ def data_identity(prefixes: Sequence[str | Path], tokenizer: Tokenizer) -> dict[
 
 
 def check_identity(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Prove at resume that tokenizer and corpora are those of the checkpoint (they may lie elsewhere).
+    """Check at resume that tokenizer and corpora are those of the checkpoint (their paths may differ).
 
     Raises:
         DataError: names what changed.
@@ -115,7 +117,7 @@ def check_identity(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         raise DataError(
             "the checkpoint was trained with another tokenizer",
             why=f"then {_name(saved['tokenizer'])}, now {_name(now['tokenizer'])}",
-            hint="configure the same tokenizer; to train on with another one start a new run from the weights (finetune: true)",
+            hint="configure the same tokenizer, or start a new run from the weights (finetune: true) to continue with another one",
         )
     if saved["corpora"] != now["corpora"]:
         before, after = saved["corpora"], now["corpora"]
@@ -123,7 +125,7 @@ def check_identity(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         raise DataError(
             f"training corpus {wrong} is not the one of the checkpoint",
             why=f"then {_numbers(before, wrong)}, now {_numbers(after, wrong)}",
-            hint="give the same data, or start a new run from the weights (finetune: true): the cursor is of no use in others",
+            hint="give the same data, or start a new run from the weights (finetune: true): the cursor is meaningless in other data",
         )
 
 

@@ -1,8 +1,8 @@
 """Tokenizers of the `tokenizers` library: a JSON file, GPT-2's pair of files, or a Hugging Face folder.
 
-A `tokenizer.json` also stores how its last user called it. Only what maps a text to its ids is taken from it: truncation would
-cut documents, padding would fill them, and the dropout of byte pairs would give other ids at every call. They are switched off
-when the file is read and named in `remarks`; the template (the post-processor) is kept.
+A `tokenizer.json` also stores call options. Only what maps a text to its ids is used: truncation would
+shorten documents, padding would fill them, and byte-pair dropout would give different ids at every call. They are disabled
+when the file is read and reported in `remarks`; the template (the post-processor) stays.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ class HFTokenizer(Tokenizer):
         self._take(_read(vocab_file))
 
     def _take(self, backend: Any, eod_text: str = EOD_TEXT, pad_text: str = PAD_TEXT) -> None:
-        """Use `backend`, made from the first of the files."""
+        """Use `backend`, built from the first of the files."""
         self._backend, self._eod_text, self._pad_text = backend, eod_text, pad_text
-        self._switched_off = _switch_off(backend)
+        self._disabled = _disable_options(backend)
         self.template = _template_of(backend, self._files[0])
         _refuse_shared_ids(backend, self._files[0])
         self._count = int(backend.get_vocab_size(with_added_tokens=True))
@@ -74,22 +74,22 @@ class HFTokenizer(Tokenizer):
         return str(self._backend.decode(list(ids), skip_special_tokens=False))
 
     def remarks(self, append_eod: bool = False) -> list[str]:
-        """What was switched off, ids that the library gives otherwise than the file says, and the template."""
-        return [*self._switched_off, *self._renumbered(), *super().remarks(append_eod)]
+        """Disabled options, ids that differ from those in the file, and the template."""
+        return [*self._disabled, *self._renumbered(), *super().remarks(append_eod)]
 
     def token_text(self, number: int) -> str:
-        """A token as the vocabulary has it."""
+        """A token as the vocabulary spells it."""
         return str(self._backend.id_to_token(number))
 
     def to_json(self) -> str:
-        """The content of a `tokenizer.json` that gives the ids of `tokenize`."""
+        """The content of a `tokenizer.json` that yields the ids of `tokenize`."""
         return str(self._backend.to_str())
 
     def _token_count(self) -> int:
         return self._count
 
     def _renumbered(self) -> Iterator[str]:
-        """The library numbers added tokens by the size of the vocabulary, whatever id the file gives them."""
+        """Tokens whose id differs from the file: the library numbers added tokens by the size of the vocabulary."""
         stated = read_json(self._files[0]).get("added_tokens")
         for token in stated if isinstance(stated, list) else []:
             stored, used = token["id"], self._backend.token_to_id(token["content"])
@@ -115,17 +115,17 @@ class HFGPT2Tokenizer(HFTokenizer):
     from `tokenizer.json` alone: `add_bos_token` and `add_eos_token` of the settings do not change its template.
 
     Attributes:
-        settings: of the folder.
+        settings: the folder's merged settings.
         added_pad: id of the padding token that was added, None if the folder has one.
     """
 
     name = "HFGPT2Tokenizer"
 
     def __init__(self, folder: Path) -> None:
-        whole, pair = folder / "tokenizer.json", [folder / "vocab.json", folder / "merges.txt"]
+        json_path, pair = folder / "tokenizer.json", [folder / "vocab.json", folder / "merges.txt"]
         settings = [path for path in (folder / "tokenizer_config.json", folder / "special_tokens_map.json") if path.is_file()]
-        if whole.is_file():
-            files, backend = [whole], _read(whole)
+        if json_path.is_file():
+            files, backend = [json_path], _read(json_path)
         elif all(path.is_file() for path in pair):
             files, backend = pair, _gpt2_backend(*pair)
         else:
@@ -157,13 +157,13 @@ class HFGPT2Tokenizer(HFTokenizer):
         return super().bos if number is None else int(number)
 
     def remarks(self, append_eod: bool = False) -> list[str]:
-        """Also settings that contradict the template."""
-        made = super().remarks(append_eod)
+        """Adds settings that contradict the template."""
+        lines = super().remarks(append_eod)
         for key, ids in (("add_bos_token", self.template.before), ("add_eos_token", self.template.after)):
-            asked = self.settings.get(key)
-            if isinstance(asked, bool) and asked != bool(ids):
-                made.append(f"tokenizer_config.json's {key}: {str(asked).lower()} is not used: {self._files[0].name} decides")
-        return made
+            setting = self.settings.get(key)
+            if isinstance(setting, bool) and setting != bool(ids):
+                lines.append(f"tokenizer_config.json's {key}: {str(setting).lower()} is not used: {self._files[0].name} decides")
+        return lines
 
 
 def _read(path: Path) -> Any:
@@ -171,7 +171,7 @@ def _read(path: Path) -> Any:
 
     try:
         return Backend.from_file(str(path))
-    except BaseException as error:  # the library raises bare Exception, and its panics are none
+    except BaseException as error:  # the library raises bare Exception, and its panics derive from BaseException
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
         raise unreadable(path, "a tokenizers JSON", error) from None
@@ -193,23 +193,23 @@ def _gpt2_backend(vocab_file: Path, merge_file: Path) -> Any:
     return backend
 
 
-def _switch_off(backend: Any) -> list[str]:
-    """Leave nothing in `backend` that makes ids depend on more than the text; returns a line for each thing that did."""
-    found = []
-    if (cut := backend.truncation) is not None:
+def _disable_options(backend: Any) -> list[str]:
+    """Disable options that make ids depend on more than the text; returns a line for each."""
+    options = []
+    if (truncation := backend.truncation) is not None:
         backend.no_truncation()
-        found.append(f"truncation to {cut['max_length']} tokens")
-    if (fill := backend.padding) is not None:
+        options.append(f"truncation to {truncation['max_length']} tokens")
+    if (padding := backend.padding) is not None:
         backend.no_padding()
-        found.append(f"padding to {fill['length'] or 'the longest text'}")
+        options.append(f"padding to {padding['length'] or 'the longest text'}")
     if dropout := getattr(backend.model, "dropout", None):
         backend.model.dropout = None
-        found.append(f"a byte-pair dropout of {dropout:.3g}")
-    return [f"the tokenizer's file stores {what}, which is not used" for what in found]
+        options.append(f"a byte-pair dropout of {dropout:.3g}")
+    return [f"the tokenizer's file stores {option}, which is not used" for option in options]
 
 
 def _template_of(backend: Any, where: Path) -> Template:
-    """What the post-processor puts around a text."""
+    """The special tokens that the post-processor puts around a text."""
     from tokenizers import Tokenizer as Backend
     from tokenizers import models
 
@@ -217,15 +217,15 @@ def _template_of(backend: Any, where: Path) -> Template:
         return Template()
     one_token = Backend(models.WordLevel({"x": 0}, unk_token="x")).encode("x")
     try:
-        around = backend.post_processor.process(one_token)
-    except BaseException as error:  # a panic of the library is no Exception
+        encoding = backend.post_processor.process(one_token)
+    except BaseException as error:  # panics of the library derive from BaseException
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
         raise DataError("the tokenizer's template cannot be used", where=str(where), why=str(error)) from None
-    ids, text = around.ids, [at for at, added in enumerate(around.special_tokens_mask) if not added]
-    if len(text) != 1:
-        raise DataError("the tokenizer's template must hold the text once", where=str(where), why=f"it does {len(text)} times")
-    template = Template(tuple(ids[: text[0]]), tuple(ids[text[0] + 1 :]))
+    ids, text_positions = encoding.ids, [at for at, added in enumerate(encoding.special_tokens_mask) if not added]
+    if len(text_positions) != 1:
+        raise DataError("the tokenizer's template must hold the text once", where=str(where), why=f"it does {len(text_positions)} times")
+    template = Template(tuple(ids[: text_positions[0]]), tuple(ids[text_positions[0] + 1 :]))
     for number in (*template.before, *template.after):
         if backend.id_to_token(number) is None:
             raise DataError(f"the tokenizer's template adds the id {number}", where=str(where), why="no token has it")
@@ -233,7 +233,7 @@ def _template_of(backend: Any, where: Path) -> Template:
 
 
 def _refuse_shared_ids(backend: Any, where: Path) -> None:
-    """The library gives an added token the next id by count, which in a vocabulary with gaps may be taken."""
+    """The library numbers an added token by the count of tokens, an id that a vocabulary with gaps may already use."""
     added = {number: token.content for number, token in backend.get_added_tokens_decoder().items()}
     for text, number in backend.get_vocab(with_added_tokens=False).items():
         if added.get(number, text) != text:
@@ -241,24 +241,24 @@ def _refuse_shared_ids(backend: Any, where: Path) -> None:
                 f"two tokens have the id {number}",
                 where=str(where),
                 why=f"{added[number]!r} was added to a vocabulary with gaps and got the id of {text!r}",
-                hint=f"write {added[number]!r} into the vocabulary itself, with an id of its own",
+                hint=f"write {added[number]!r} into the vocabulary itself, with an unused id",
             )
 
 
 def _merged(settings: Sequence[Path]) -> dict[str, Any]:
-    """The settings of a folder; the first file that has a key says what it is."""
-    found: dict[str, Any] = {}
+    """The merged settings of a folder; the first file that has a key wins."""
+    merged: dict[str, Any] = {}
     for path in settings:
         try:
-            given = read_json(path).items()
+            entries = read_json(path).items()
         except (OSError, ValueError, AttributeError) as error:
             raise unreadable(path, "HF tokenizer settings", error) from None
-        found = {key: value for key, value in given if value is not None} | found
-    return found
+        merged = {key: value for key, value in entries if value is not None} | merged
+    return merged
 
 
 def _special(settings: Mapping[str, Any], key: str) -> str | None:
-    """A special token's text, where settings have a string or an object with `content`."""
+    """A special token's text: settings hold a string or an object with `content`."""
     value = settings.get(key)
     value = value.get("content") if isinstance(value, dict) else value
     return value if isinstance(value, str) else None

@@ -1,7 +1,7 @@
-"""Reads NeoX's token files (`token_format.py`), the legacy format too, so that old corpora keep their worth.
+"""Reads NeoX's token files (`token_format.py`), the legacy format included.
 
-Opening proves the table (`index_table.py`), the length of the tokens, and what the checksums, if there are any, can tell
-quickly.
+Opening validates the index (`index_table.py`), the length of the token file and, if there are checksums, the blocks that are
+quick to check.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron.data.checksums import check_ends
-from megatron.data.corpus_request import command_that_makes
+from megatron.data.corpus_request import prepare_command
 from megatron.data.index_table import damaged, read_table
 from megatron.data.indexed_writer import IndexedWriter
 from megatron.data.token_format import BLOCK, data_file, dtype_for_vocab, index_file
@@ -27,8 +27,8 @@ def _require(path: Path, prefix: str | Path) -> None:
     if path.is_file():
         return
     hint = "make the pair with tools/datasets/preprocess_data.py or prepare_data.py; data_path is the common name of both files"
-    if command := command_that_makes(path):
-        hint = f"{command} makes it"
+    if command := prepare_command(path):
+        hint = f"{command} creates it"
     if str(prefix).endswith((".bin", ".idx")):
         hint = f"give the prefix without its suffix: {str(prefix)[:-4]}"
     raise DataError("a token file is missing", where=str(path), why="no file of that name", hint=hint)
@@ -48,7 +48,7 @@ class IndexedDataset:
         total_tokens: tokens of all sequences.
 
     Raises:
-        DataError: a file is missing, cut, too long, of another format, or its numbers contradict each other.
+        DataError: a file is missing, truncated, too long, of another format, or inconsistent.
     """
 
     def __init__(self, prefix: str | Path) -> None:
@@ -70,7 +70,7 @@ class IndexedDataset:
         """Tokens `[offset : offset + length]` of one sequence, as a view of the file (no copy).
 
         Raises:
-            DataError: no such sequence, or the piece does not lie inside it.
+            DataError: the sequence does not exist, or the slice is not inside it.
         """
         if not 0 <= index < len(self.sizes):
             raise DataError(f"sequence {index} does not exist", where=self.prefix, why=f"there are {len(self)} sequences")
@@ -90,13 +90,10 @@ class IndexedDataset:
         for at in range(0, len(self._tokens), BLOCK):
             yield self._tokens[at : at + BLOCK]
 
-    def document_borders(self) -> NDArray[np.int64]:
+    def document_boundaries(self) -> NDArray[np.int64]:
         """i64 [documents + 1]: `doc_idx`, or one document per sequence where NeoX's merge lost it."""
         return self.doc_idx if len(self.doc_idx) > 1 else np.arange(len(self) + 1, dtype=np.int64)
 
-    def max_token(self) -> int:
-        """The largest token id; reads the whole `.bin` in blocks."""
-        return max(int(block.max()) for block in self.blocks())
 
     def require_integers(self) -> None:
         """Raise a DataError unless the entries are integers, which is what a token is."""
@@ -108,10 +105,10 @@ class IndexedDataset:
             )
 
     def check_vocabulary(self, vocab_size: int) -> None:
-        """Prove that every token id is in `[0, vocab_size)`; reads the whole `.bin` unless its type cannot hold a wrong id.
+        """Check that every token id is in `[0, vocab_size)`; reads all of `.bin` unless its type cannot hold a larger id.
 
         Raises:
-            DataError: names the first wrong token, its sequence and its place in it.
+            DataError: names the first wrong token, its sequence and its position there.
         """
         self.require_integers()
         if self.dtype.kind == "u" and np.iinfo(self.dtype).max < vocab_size:
@@ -143,4 +140,4 @@ class IndexedDataset:
                 self.bin_path,
             )
         if expected == 0:
-            raise DataError("the corpus is empty", where=str(self.bin_path), why="all its sequences have no token")
+            raise DataError("the corpus is empty", where=str(self.bin_path), why="all its sequences are empty")

@@ -20,13 +20,13 @@ from megatron.files import atomic_open, fsync_folder
 
 
 class IndexedWriter:
-    """Writes a pair of files that appears under its names only when it is whole.
+    """Writes a pair of token files that appears under its final names only when it is complete.
 
-    Use as a context manager, or call `finish`; leaving the block by an exception removes what was written. `.idx` comes
-    last, and an old `.idx` goes before a new `.bin` comes: there is no moment with two halves of different corpora.
+    Use as a context manager, or call `finish`; an exception inside the block removes what was written. `.idx` is published
+    last, and an old `.idx` is removed before the new `.bin` appears: a reader never sees files of two different corpora.
 
     Args:
-        prefix: path without suffix; its folder is created.
+        prefix: path without suffix; its folder is created if needed.
         dtype: type of a token on disk, see `dtype_for_vocab`.
     """
 
@@ -51,19 +51,19 @@ class IndexedWriter:
         """
         values = np.asarray(tokens)
         if len(values) and self.dtype.kind in "iu":
-            limits = np.iinfo(self.dtype)
-            if values.dtype.kind not in "iu" or int(values.min()) < limits.min or int(values.max()) > limits.max:
+            bounds = np.iinfo(self.dtype)
+            if values.dtype.kind not in "iu" or int(values.min()) < bounds.min or int(values.max()) > bounds.max:
                 raise DataError(
                     f"a token does not fit {self.dtype.name}",
                     where=f"{self.bin_path}, sequence {len(self._sizes)}",
-                    why=f"the tokens lie in {values.min()}..{values.max()} and the type holds {limits.min}..{limits.max}",
+                    why=f"the tokens are in {values.min()}..{values.max()} and the type holds {bounds.min}..{bounds.max}",
                 )
         self._bin.write(values.astype(self.dtype, copy=False).tobytes())
         self._sizes.append(len(values))
         self.total_tokens += len(values)
 
     def end_document(self) -> None:
-        """Set a document boundary after the sequences added so far."""
+        """End the document after the sequences added so far."""
         self._doc_idx.append(len(self._sizes))
 
     def add_document(self, tokens: Tokens) -> None:
@@ -72,7 +72,13 @@ class IndexedWriter:
         self.end_document()
 
     def add_corpus(self, sizes: NDArray[np.int32], boundaries: NDArray[np.int64], blocks: Iterable[NDArray[Any]]) -> None:
-        """Append another corpus: its sequences, its document boundaries (from 0), its tokens (which must fit the type on disk)."""
+        """Append another corpus.
+
+        Args:
+            sizes: i32 [N], tokens per sequence.
+            boundaries: i64 [D], document boundaries, from 0.
+            blocks: the tokens in order; they must fit the type on disk.
+        """
         base = len(self._sizes)
         for block in blocks:
             self._bin.write(block.astype(self.dtype, copy=False).tobytes())
@@ -81,9 +87,9 @@ class IndexedWriter:
         self._doc_idx.frombytes((np.asarray(boundaries[1:], dtype=np.int64) + base).tobytes())
 
     def finish(self) -> None:
-        """Make the pair durable under its names; a disk that is full is noticed while the old pair is still there."""
+        """Publish the pair durably; a full disk is detected while the old pair still exists."""
         sizes = np.frombuffer(self._sizes, np.int32) if self._sizes else np.zeros(0, np.int32)
-        # Left in reverse order: `.bin` takes its name first, `.idx` last.
+        # The contexts exit in reverse order: `.bin` is renamed first, `.idx` last.
         with atomic_open(self.idx_path) as handle, self._stack:
             write_table(handle, self.dtype, sizes, np.frombuffer(self._doc_idx, np.int64))
             for file in (handle, self._bin):

@@ -1,4 +1,4 @@
-"""What a corpus looks like, in numbers and pictures, and the complete check of one: for tools/data.py."""
+"""Statistics, a length histogram and a full verification of a corpus, for tools/data.py."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from megatron.files import atomic_open
 _PERCENTILES = (1, 10, 25, 50, 75, 90, 99)
 
 
-def facts(corpus: IndexedDataset) -> dict[str, Any]:
-    """Counts and the distribution of lengths (tokens per sequence)."""
+def corpus_statistics(corpus: IndexedDataset) -> dict[str, Any]:
+    """Counts, and the distribution of lengths in tokens per sequence."""
     sizes = corpus.sizes
     return {
         "prefix": corpus.prefix,
@@ -41,7 +41,7 @@ def facts(corpus: IndexedDataset) -> dict[str, Any]:
 
 
 def histogram(sizes: NDArray[np.int32], path: Path) -> None:
-    """A picture (PNG) of the lengths, in steps that double.
+    """Write a histogram (PNG) of the lengths with bins that double.
 
     Raises:
         DataError: matplotlib is missing, or the file cannot be written.
@@ -72,26 +72,27 @@ def histogram(sizes: NDArray[np.int32], path: Path) -> None:
 
 
 def excerpt(corpus: IndexedDataset, sequence: int, length: int, tokenizer: Tokenizer | None) -> str:
-    """The first `length` tokens of a sequence, as text, or as numbers without a tokenizer."""
+    """The first `length` tokens of a sequence, as text, or as ids without a tokenizer."""
     tokens = corpus.get(sequence, 0, min(length, int(corpus.sizes[sequence]) if 0 <= sequence < len(corpus) else 0)).tolist()
     return str(tokens) if tokenizer is None else tokenizer.detokenize(tokens)
 
 
 def verify(prefix: str, vocab_size: int | None = None) -> dict[str, Any]:
-    """Everything that can be proved about a pair: table, lengths, checksums (if there are any), range of the tokens.
+    """Verify a pair completely: index, lengths, checksums (if it has any) and the range of the tokens.
 
     Args:
-        vocab_size: entries of the tokenizer; None: what the record beside the pair says, if there is one.
+        prefix: path of the pair without suffix.
+        vocab_size: entries of the tokenizer; None: those of `.meta.json`, if it exists.
 
     Raises:
-        DataError: names file and place of the first thing that is wrong.
+        DataError: names the file and the position of the first error.
     """
     corpus = IndexedDataset(prefix)
     meta = read_meta(prefix)
     checked = verify_blocks(prefix)
     if vocab_size is None and meta is not None:
         vocab_size = int(meta["tokenizer"]["vocab_size"])
-    # Labels are negative where they are ignored, so a range is proved for what the record calls tokens only.
+    # Labels are negative where the loss is masked, so the range is checked for token files only.
     labels = meta is not None and Path(prefix).name.endswith("label_document")
     if vocab_size is not None and not labels:
         corpus.check_vocabulary(vocab_size)

@@ -1,6 +1,6 @@
-"""Label files: a second pair of token files, token for token beside the first, that says which tokens are to be learned.
+"""Label files: a second pair of token files, aligned token by token with the text, that says which tokens count in the loss.
 
-A label is the token itself, or a negative number where no loss is counted (NeoX writes -100).
+A label is the token itself, or a negative number where the loss is masked (NeoX writes -100).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Labels:
             raise DataError(
                 f"the label file has {len(indexed)} sequences and the corpus {len(text)}",
                 where=indexed.prefix,
-                why=f"labels go token by token with {text.prefix}",
+                why=f"labels align token by token with {text.prefix}",
             )
         for at in range(0, len(text), CHUNK):
             differs = indexed.sizes[at : at + CHUNK] != text.sizes[at : at + CHUNK]
@@ -41,12 +41,12 @@ class Labels:
                 raise DataError(
                     f"sequence {wrong} has {indexed.sizes[wrong]} labels and {text.sizes[wrong]} tokens",
                     where=indexed.prefix,
-                    why=f"labels go token by token with {text.prefix}",
+                    why=f"labels align token by token with {text.prefix}",
                 )
         self.indexed = indexed
 
     def ignored(self, documents: Documents, length: int) -> NDArray[np.bool_]:
-        """[d]: True where none of the first `length` labels of the document counts."""
+        """[d] bool: True where none of the document's first `length` labels counts in the loss."""
         return np.array(
             [not (self.indexed.get(int(d), 0, self._head(int(d), length)) >= 0).any() for d in documents], dtype=bool
         )

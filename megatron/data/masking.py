@@ -1,10 +1,10 @@
-"""Batches for the JRT objective: a part of the prefix's tokens hidden, the same ones for a sample number in every run.
+"""Batches for the JRT objective: a random subset of the prefix's tokens is masked, the same one for a sample in every run.
 
-As in the code that trained the released models: every position of the prefix is hidden with probability `rate` and replaced by
-the mask token always; its label is the hidden token at the same position. After the prefix the label is the next token, and
-the last position of the prefix, which would predict the first token after it, is not trained. A hidden token of id 0 is not
-trained either (the originals test label > 0). Which positions are hidden is a function of (seed, sample number) alone, so that
-every mesh, every resume and every evaluation sees the same.
+As in the code that trained the released models, every position of the prefix is masked with probability `rate` and replaced by
+the mask token; its label is the original token at the same position. After the prefix the label is the next token, and
+the last position of the prefix, which would predict the first token after it, is not trained. A masked token of id 0 is not
+trained either (the originals test label > 0). Which positions are masked is a function of (seed, sample number) alone, so that
+every mesh, every resume and every evaluation sees the same tokens.
 """
 
 from __future__ import annotations
@@ -22,7 +22,14 @@ from megatron.errors import DataError
 
 @dataclass(frozen=True)
 class Masking:
-    """prefix_length: tokens of the prefix. mask_token: the id that stands for a hidden token. rate: share that is hidden."""
+    """Masks prefixes.
+
+    Attributes:
+        prefix_length: tokens of the prefix (m).
+        mask_token: id that replaces a masked token.
+        rate: probability that a position is masked.
+        seed: seed of the draw.
+    """
 
     prefix_length: int
     mask_token: int
@@ -30,12 +37,12 @@ class Masking:
     seed: int = 1234
 
     def hidden(self, sample_id: int) -> Tensor:
-        """[prefix_length] bool: the positions of sample `sample_id` that are hidden."""
+        """[prefix_length] bool: the masked positions of sample `sample_id`."""
         draw = np.random.Generator(np.random.Philox(key=[self.seed, sample_id]))
         return torch.from_numpy(draw.random(self.prefix_length) < self.rate)
 
     def apply(self, batch: Batch) -> Batch:
-        """The batch with its prefixes hidden in part; tensors that change are copies.
+        """The batch with masked prefixes; tensors that change are copies.
 
         Raises:
             DataError: the sequence is not longer than the prefix.
@@ -56,5 +63,5 @@ class Masking:
 
 
 def masked_batches(batches: Iterable[Batch], masking: Masking | None) -> Iterator[Batch]:
-    """The batches with `masking` applied to each; as they are without."""
+    """The batches with `masking` applied to each; unchanged if it is None."""
     return iter(batches) if masking is None else map(masking.apply, batches)

@@ -1,4 +1,4 @@
-"""Joins corpora into one, with the document boundaries right (NeoX's own merge fails, or leaves them out)."""
+"""Merges corpora into one and keeps the document boundaries (NeoX's own merge fails or loses them)."""
 
 from __future__ import annotations
 
@@ -19,21 +19,26 @@ def prefixes_in(folder: Path) -> list[str]:
     """The corpora of a folder, sorted by name.
 
     Raises:
-        DataError: there is none.
+        DataError: the folder has none.
     """
-    found = sorted(str(path)[:-4] for path in folder.glob("*.idx") if path.with_suffix(".bin").is_file())
-    if not found:
+    prefixes = sorted(str(path)[:-4] for path in folder.glob("*.idx") if path.with_suffix(".bin").is_file())
+    if not prefixes:
         raise DataError("the folder holds no corpus", where=str(folder), why="no pair of .bin and .idx files")
-    return found
+    return prefixes
 
 
 def merge_corpora(prefixes: Sequence[str], output: str, checksums: bool = True) -> IndexedDataset:
     """Write the sequences of all corpora, in the order given, to `output.bin` and `.idx`.
 
-    u16 and int32 may be mixed: the result is int32.
+    Corpora of u16 and of int32 tokens may be mixed; the result is int32.
+
+    Args:
+        prefixes: paths of the corpora without suffix.
+        output: path of the result without suffix.
+        checksums: write `output.sums.json` too.
 
     Raises:
-        DataError: a corpus is damaged, made with another tokenizer than the first, holds no tokens, or is the output itself.
+        DataError: a corpus is damaged, has another tokenizer than the first, holds no tokens, or is the output itself.
     """
     if not prefixes:
         raise DataError("nothing to merge", why="no corpus is named")
@@ -46,7 +51,7 @@ def merge_corpora(prefixes: Sequence[str], output: str, checksums: bool = True) 
     dtype = np.result_type(*(corpus.dtype for corpus in corpora))
     with IndexedWriter(output, dtype) as writer:
         for corpus in corpora:
-            writer.add_corpus(corpus.sizes, corpus.document_borders(), corpus.blocks())
+            writer.add_corpus(corpus.sizes, corpus.document_boundaries(), corpus.blocks())
     if tokenizer is not None:
         write_meta(output, tokenizer, merged_from=[Path(prefix).name for prefix in prefixes])
     if checksums:
@@ -55,16 +60,16 @@ def merge_corpora(prefixes: Sequence[str], output: str, checksums: bool = True) 
 
 
 def _common_tokenizer(prefixes: Sequence[str]) -> dict[str, Any] | None:
-    """The tokenizer of all; None if one of them does not say."""
+    """The tokenizer that all corpora share; None if one of them has no record of it."""
     metas = [read_meta(prefix) for prefix in prefixes]
-    known = [(prefix, meta["tokenizer"]) for prefix, meta in zip(prefixes, metas, strict=True) if meta is not None]
-    for prefix, tokenizer in known:
-        if tokenizer["fingerprint"] != known[0][1]["fingerprint"]:
+    recorded = [(prefix, meta["tokenizer"]) for prefix, meta in zip(prefixes, metas, strict=True) if meta is not None]
+    for prefix, tokenizer in recorded:
+        if tokenizer["fingerprint"] != recorded[0][1]["fingerprint"]:
             raise DataError(
                 "the corpora were made with different tokenizers",
                 where=prefix,
-                why=f"{tokenizer['type']} of {tokenizer['vocab_size']} entries; {known[0][0]}: "
-                f"{known[0][1]['type']} of {known[0][1]['vocab_size']} entries",
+                why=f"{tokenizer['type']} of {tokenizer['vocab_size']} entries; {recorded[0][0]}: "
+                f"{recorded[0][1]['type']} of {recorded[0][1]['vocab_size']} entries",
                 hint="prepare them with one tokenizer",
             )
-    return known[0][1] if len(known) == len(prefixes) else None
+    return recorded[0][1] if len(recorded) == len(prefixes) else None

@@ -1,7 +1,7 @@
-"""In which order a run sees its corpus: pure functions from sizes and a seed to the arrays NeoX would have made.
+"""The order in which a run sees its corpus: pure functions from document sizes and a seed to NeoX's index arrays.
 
-The arrays are equal to NeoX's for the same numbers (golden files prove it), so that an old run can be repeated and its cached
-`.npy` files mean the same here. All is vectorised: boundaries of samples are looked up in the running sum of document sizes.
+The arrays equal NeoX's for the same inputs (checked against golden files), so an old run can be repeated and its cached
+`.npy` files are valid here. Everything is vectorised: sample boundaries are looked up in the running sum of document sizes.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from megatron.data.shares import split_shares
 from megatron.errors import DataError
 
 SPLIT_NAMES = ("train", "valid", "test")
-CHUNK = 1 << 22  # documents handled in one piece, to bound temporary memory
+CHUNK = 1 << 22  # documents per chunk, to bound temporary memory
 
-Documents = NDArray[Any] | range  # ids of documents; a range costs no memory, which counts at 300 million of them
+Documents = NDArray[Any] | range  # document ids; a range takes no memory, which matters for 300 million documents
 
 
-def split_borders(split: str, size: int) -> list[int]:
+def split_boundaries(split: str, size: int) -> list[int]:
     """Document boundaries `[0, train end, valid end, test end]` of a split such as `969, 30, 1`, rounded as NeoX rounds.
 
     Args:
-        split: up to three shares, separated by commas or, if there is no comma, by slashes.
+        split: up to three shares, separated by commas or, without a comma, by slashes.
         size: number of documents.
 
     Raises:
@@ -43,12 +43,12 @@ def split_borders(split: str, size: int) -> list[int]:
 
 def split_documents(split: str, size: int) -> dict[str, range]:
     """The documents of `train`, `valid` and `test`: contiguous ranges, empty where the split leaves nothing."""
-    boundaries = split_borders(split, size)
+    boundaries = split_boundaries(split, size)
     return {name: range(boundaries[i], boundaries[i + 1]) for i, name in enumerate(SPLIT_NAMES)}
 
 
 def sample_counts(train_iters: int, eval_interval: int, eval_iters: int, global_batch: int) -> dict[str, int]:
-    """Samples a run needs per split, as NeoX counts them (one evaluation per interval and one at the end)."""
+    """Samples that a run needs per split, as NeoX counts them (one evaluation per interval and one at the end)."""
     evaluations = train_iters // eval_interval + 1 if eval_interval else 1
     return {
         "train": train_iters * global_batch,
@@ -59,13 +59,13 @@ def sample_counts(train_iters: int, eval_interval: int, eval_iters: int, global_
 
 @dataclass(frozen=True)
 class SampleIndex:
-    """What sample i is: row `shuffle_idx[i]` of `sample_idx`, up to the start of the next row and one token more.
+    """Defines sample i: row `shuffle_idx[i]` of `sample_idx`, up to the start of the next row, plus one token.
 
     Attributes:
-        doc_idx: i32 [epochs * documents], the documents in the order they are read (i64 where `packing.py` made it).
-        sample_idx: i32 or i64 [n + 1, 2], (place in doc_idx, token inside that document) where each sample starts.
+        doc_idx: i32 [epochs * documents], the documents in reading order (i64 from `packing.py`).
+        sample_idx: i32 or i64 [n + 1, 2], (index into doc_idx, token offset in that document) of each sample's start.
         shuffle_idx: u32 or i64 [n], the order in which samples are served.
-        seq_length: tokens a sample predicts; it holds one more.
+        seq_length: tokens a sample predicts; a sample holds one more.
     """
 
     doc_idx: NDArray[Any]
@@ -74,12 +74,12 @@ class SampleIndex:
     seq_length: int
 
     def __len__(self) -> int:
-        """Samples that can be served. NeoX's own `len` is one less, see `neox_length`."""
+        """Number of samples. NeoX's own `len` is one less, see `neox_length`."""
         return len(self.shuffle_idx)
 
     @property
     def neox_length(self) -> int:
-        """The length NeoX reports, one too small by an old slip; its blends are sized by it."""
+        """The length that NeoX reports, one too small because of an old bug; its blends are sized by it."""
         return len(self) - 1
 
 
@@ -102,12 +102,12 @@ def build_sample_index(
         documents: ids of the documents to draw from, [d].
         sizes: tokens of every document of the corpus, [N].
         seq_length: tokens a sample predicts.
-        num_samples: samples wanted at least; ignored where `epochs` is given.
+        num_samples: minimum number of samples; ignored if `epochs` is given.
         seed: 0 .. 2^32 - 1.
         epochs: passes over the documents (NeoX's `train_epochs` route uses 1).
 
     Raises:
-        DataError: no tokens, too few tokens for one sample, or a seed out of range.
+        DataError: there are no tokens, too few for one sample, or the seed is out of range.
     """
     tokens = count_tokens(documents, sizes)
     _check_request(tokens, seq_length, num_samples, seed, epochs)
@@ -124,53 +124,53 @@ def build_sample_index(
     rng = np.random.RandomState(seed)
     stream = _stream(documents, sizes, epochs)
     rng.shuffle(stream)
-    sample_idx = _sample_borders(stream, seq_length, samples)
-    doc_idx = _narrowed(stream, np.dtype(np.int32))
+    sample_idx = _sample_boundaries(stream, seq_length, samples)
+    doc_idx = _low_halves(stream, np.dtype(np.int32))
     shuffle_idx = np.arange(samples, dtype=np.int64)
     rng.shuffle(shuffle_idx)
     if samples < np.iinfo(np.uint32).max - 1:
-        shuffle_idx = _narrowed(shuffle_idx, np.dtype(np.uint32))
+        shuffle_idx = _low_halves(shuffle_idx, np.dtype(np.uint32))
     return SampleIndex(doc_idx, sample_idx, shuffle_idx, seq_length)
 
 
 def sizes_of(documents: Documents, sizes: NDArray[Any], at: int, length: int | None = None) -> NDArray[Any]:
     """Sizes of `documents[at : at + length]` (None: `CHUNK`); a view where the documents are a range."""
-    part = documents[at : at + (CHUNK if length is None else length)]
-    return sizes[part.start : part.stop] if isinstance(part, range) else sizes[part]
+    chunk = documents[at : at + (CHUNK if length is None else length)]
+    return sizes[chunk.start : chunk.stop] if isinstance(chunk, range) else sizes[chunk]
 
 
 def count_tokens(documents: Documents, sizes: NDArray[Any]) -> int:
-    """Tokens in `documents`, summed in pieces."""
+    """Tokens in `documents`, summed in chunks."""
     return sum(int(sizes_of(documents, sizes, at).sum(dtype=np.int64)) for at in range(0, len(documents), CHUNK))
 
 
 def _stream(documents: Documents, sizes: NDArray[Any], epochs: int) -> NDArray[np.int64]:
-    """Per place one number, `size << 32 | document`: the shuffle then carries the sizes along.
+    """One number per position, `size << 32 | document`, so that the shuffle carries the sizes along.
 
-    Looking sizes up after the shuffle is as slow as the shuffle itself (both jump through memory), and 8-byte items are the
-    case numpy shuffles fastest; the permutation does not depend on the items.
+    Looking up sizes after the shuffle is as slow as the shuffle itself (both access memory at random), and 8-byte items are
+    numpy's fastest case; the permutation does not depend on the items.
     """
     count = len(documents)
     stream = np.empty(epochs * count, dtype=np.int64)
     for at in range(0, count, CHUNK):
-        piece = stream[at : min(at + CHUNK, count)]
-        piece[:] = sizes_of(documents, sizes, at)
-        piece <<= 32
-        part = documents[at : at + CHUNK]
-        piece |= np.arange(part.start, part.stop) if isinstance(part, range) else part
+        packed = stream[at : min(at + CHUNK, count)]
+        packed[:] = sizes_of(documents, sizes, at)
+        packed <<= 32
+        ids = documents[at : at + CHUNK]
+        packed |= np.arange(ids.start, ids.stop) if isinstance(ids, range) else ids
     for epoch in range(1, epochs):
         stream[epoch * count : (epoch + 1) * count] = stream[:count]
     return stream
 
 
-def _narrowed(values: NDArray[np.int64], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """The low halves of `values` as a 4-byte type, in the memory of `values`, whose other half is given back."""
+def _low_halves(values: NDArray[np.int64], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """The low halves of `values` as a 4-byte type, in place; frees the other half of the memory."""
     count = len(values)
-    narrow = values.view(dtype)
+    halves = values.view(dtype)
     for at in range(0, count, CHUNK):
         low = values[at : at + CHUNK] & 0xFFFFFFFF
-        narrow[at : at + len(low)] = low
-    del narrow  # no view may be left when the memory moves
+        halves[at : at + len(low)] = low
+    del halves  # `resize` needs the memory without views
     values.resize((count + 1) // 2, refcheck=False)
     return values.view(dtype)[:count]
 
@@ -188,25 +188,25 @@ def _check_request(tokens: int, seq_length: int, num_samples: int | None, seed: 
         raise DataError(f"cannot draw {num_samples} samples in {epochs} epochs", why="counts cannot be negative")
 
 
-def _sample_borders(stream: NDArray[np.int64], seq_length: int, samples: int) -> NDArray[Any]:
-    """Where sample j starts: token `j * seq_length` of the stream, as (place in the stream, token in that document).
+def _sample_boundaries(stream: NDArray[np.int64], seq_length: int, samples: int) -> NDArray[Any]:
+    """The start of sample j: token `j * seq_length` of the stream, as (position in the stream, token in that document).
 
-    The stream passes by in pieces, each with the samples that start in it: the running sum is never held as a whole.
+    Processes the stream in chunks, each with the samples that start in it, so the running sum is never complete in memory.
     """
     limit = np.iinfo(np.int32).max
-    narrow = 2 * (samples + 1) < limit and len(stream) <= limit
-    boundaries = np.empty((samples + 1, 2), dtype=np.int32 if narrow else np.int64)
+    fits_int32 = 2 * (samples + 1) < limit and len(stream) <= limit
+    boundaries = np.empty((samples + 1, 2), dtype=np.int32 if fits_int32 else np.int64)
     before = done = 0
     for at in range(0, len(stream), CHUNK):
         ends = np.cumsum(stream[at : at + CHUNK] >> 32)
         after = before + int(ends[-1])
         until = min(samples + 1, -(-after // seq_length))
         starts = np.arange(done, until, dtype=np.int64) * seq_length - before
-        # The first document that ends behind the token; documents without tokens are passed over.
-        places = np.searchsorted(ends, starts, side="right")
-        starts -= np.where(places > 0, ends[places - 1], 0)
-        places += at
-        boundaries[done:until, 0], boundaries[done:until, 1] = places, starts
+        # The first document that ends after the token; empty documents are skipped.
+        positions = np.searchsorted(ends, starts, side="right")
+        starts -= np.where(positions > 0, ends[positions - 1], 0)
+        positions += at
+        boundaries[done:until, 0], boundaries[done:until, 1] = positions, starts
         before, done = after, until
     boundaries[0] = 0  # NeoX starts at the first document even if it is empty
     return boundaries

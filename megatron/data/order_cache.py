@@ -1,11 +1,11 @@
-"""Keeps large sample indexes beside the data, under NeoX's names, with a sidecar that proves what they belong to.
+"""Caches large sample indexes next to the data, under NeoX's names, with a sidecar that identifies their data and settings.
 
 NeoX trusts a file by its name, which lacks the split and the corpus, and loads what an interrupted build left. Here a cache is
-used only if its sidecar names the same documents, sizes, seed, length and counts, and the digest of each array is right;
-anything else is built again. A folder that cannot be written costs time, never correctness.
+used only if its sidecar names the same documents, sizes, seed, length and counts, and the digest of each array matches;
+anything else is rebuilt. A read-only folder costs time, never correctness.
 
-The ranks of a host share it: one builds while the others wait for their turn, and all of them map the same files, so that the
-index is in memory once.
+The ranks of a host share it: one builds while the others wait for the lock, and all of them map the same files, so that the
+index is in memory only once.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from megatron.data.token_format import index_file
 from megatron.errors import DataError
 from megatron.files import atomic_open, read_json, sha256_of, write_json
 
-PARTS = ("doc_idx", "sample_idx", "shuffle_idx")
-_MOST_ENTRIES, _MOST_PASSES = 1 << 26, 1000  # beyond both a number of steps is a slip, not a plan
-SMALL = 4_000_000  # documents plus samples below which building takes about a second and no cache is kept
+ARRAYS = ("doc_idx", "sample_idx", "shuffle_idx")
+_MOST_ENTRIES, _MOST_PASSES = 1 << 26, 1000  # beyond both limits the number of steps is a typo
+SMALL = 4_000_000  # documents plus samples; below it building takes about a second and nothing is cached
 log = logging.getLogger(__name__)
 
 
@@ -47,14 +47,14 @@ def cached_sample_index(
     allow_chopped: bool = True,
     ignored: NDArray[np.bool_] | None = None,
 ) -> SampleIndex:
-    """`build_sample_index` or `build_padded_index`, read from `{prefix}_{name}_indexmap_...` when a proved cache is there.
+    """`build_sample_index` or `build_padded_index`, read from `{prefix}_{name}_indexmap_...` if a valid cache exists.
 
     Args:
         prefix: path of the corpus without suffix.
         name: `train`, `valid`, `test`, or `train_0` ... for lists.
         epochs: for `packed` only.
-        small: documents (times epochs) plus samples up to which nothing is read or written.
-        ignored: for the other two, see `build_padded_index`.
+        small: documents (times epochs) plus samples up to which no cache is read or written.
+        ignored: for the other two packings, see `build_padded_index`.
     """
 
     def build() -> SampleIndex:
@@ -87,19 +87,19 @@ def cached_sample_index(
         "allow_chopped": allow_chopped,
         "ignored_sha256": None if ignored is None else hashlib.sha256(np.packbits(ignored).tobytes()).hexdigest(),
     }
-    with _turn(prefix):
+    with _lock(prefix):
         index = _load(stem, key, seq_length)
         if index is None:
             index = build()
             _save(stem, key, index)
-            # What was built is private memory; the files just written are shared with the other ranks.
+            # The built arrays are private memory; the files just written are shared with the other ranks.
             index = _load(stem, key, seq_length) or index
     return index
 
 
 @contextlib.contextmanager
-def _turn(prefix: str | Path) -> Iterator[None]:
-    """One process at a time per corpus, where the file system can lock; elsewhere all build the same, and writing is atomic."""
+def _lock(prefix: str | Path) -> Iterator[None]:
+    """One process at a time per corpus if the file system has locks; else all build the same index, and writing is atomic."""
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
             fcntl.flock(stack.enter_context(open(index_file(prefix), "rb")), fcntl.LOCK_EX)
@@ -113,7 +113,7 @@ def _entries(documents: Documents, sizes: NDArray[Any], seq_length: int, num_sam
 
 
 def _digest(documents: Documents, sizes: NDArray[Any]) -> str:
-    """Of the document ids and their sizes: changes with the split, the corpus and its order."""
+    """SHA-256 of the document ids and their sizes: changes with the split, the corpus and its order."""
     digest = hashlib.sha256(repr(documents).encode() if isinstance(documents, range) else b"")
     for at in range(0, len(documents), CHUNK):
         if not isinstance(documents, range):
@@ -127,29 +127,29 @@ def _load(stem: str, key: dict[str, Any], seq_length: int) -> SampleIndex | None
     try:
         sidecar = read_json(Path(f"{stem}.json"))
         if sidecar.get("key") != key:
-            log.warning("sample index cache %s belongs to other data or settings: building it again", stem)
+            log.warning("sample index cache %s belongs to other data or settings: rebuilding it", stem)
             return None
-        if any(sha256_of(f"{stem}_{part}.npy") != sidecar["sha256"][part] for part in PARTS):
-            log.warning("sample index cache %s is damaged: building it again", stem)
+        if any(sha256_of(f"{stem}_{array}.npy") != sidecar["sha256"][array] for array in ARRAYS):
+            log.warning("sample index cache %s is damaged: rebuilding it", stem)
             return None
-        arrays = [np.load(f"{stem}_{part}.npy", mmap_mode="r", allow_pickle=False) for part in PARTS]
+        arrays = [np.load(f"{stem}_{array}.npy", mmap_mode="r", allow_pickle=False) for array in ARRAYS]
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        log.warning("sample index cache %s cannot be read (%s): building it again", stem, error)
+        log.warning("sample index cache %s cannot be read (%s): rebuilding it", stem, error)
         return None
     return SampleIndex(arrays[0], arrays[1], arrays[2], seq_length)
 
 
 def _save(stem: str, key: dict[str, Any], index: SampleIndex) -> None:
-    """Arrays first, sidecar last, so that a sidecar never speaks of arrays that are not there."""
+    """Arrays first, sidecar last, so that a sidecar never describes arrays that do not exist."""
     try:
         Path(f"{stem}.json").unlink(missing_ok=True)
         digests = {}
-        for part in PARTS:
-            with atomic_open(f"{stem}_{part}.npy") as handle:
-                np.save(handle, getattr(index, part), allow_pickle=False)
-            digests[part] = sha256_of(f"{stem}_{part}.npy")
+        for array in ARRAYS:
+            with atomic_open(f"{stem}_{array}.npy") as handle:
+                np.save(handle, getattr(index, array), allow_pickle=False)
+            digests[array] = sha256_of(f"{stem}_{array}.npy")
         write_json(f"{stem}.json", {"key": key, "sha256": digests})
     except OSError as error:
-        log.warning("sample index cache %s cannot be written (%s): it will be built at each start", stem, error)
+        log.warning("sample index cache %s cannot be written (%s): it is rebuilt at each start", stem, error)

@@ -1,9 +1,9 @@
-"""The two other ways of making samples: whole documents until the window is full, or one document each; the rest is padding.
+"""Sample orders without document splitting: whole documents until the sequence is full, or one document each; the rest is padding.
 
-As in NeoX, documents come in a shuffled order (`pack_until_overflow`) or in their own (`unpacked`) and start over at the end, a
-document whose labels are all ignored is left out, and one that is longer than a sample is cut, or left out without
-`allow_chopped`. The arrays are NeoX's for the same documents. NeoX itself hands over the wrong documents for valid and test
-(the first ones of the corpus, which are training data); here each split draws from its own.
+As in NeoX, documents come in shuffled (`pack_until_overflow`) or original order (`unpacked`) and start over at the end, a
+document whose labels are all ignored is skipped, and one that is longer than a sample is truncated, or skipped without
+`allow_chopped`. The arrays equal NeoX's for the same documents. NeoX itself passes the wrong documents for valid and test
+(the first of the corpus, which are training data); here each split draws from its own.
 """
 
 from __future__ import annotations
@@ -42,11 +42,14 @@ def build_padded_index(
         pack_impl: `pack_until_overflow` or `unpacked`.
         documents: ids of the documents to draw from, [d].
         sizes: tokens of every document of the corpus, [N].
-        allow_chopped: cut documents of more than `seq_length + 1` tokens instead of leaving them out.
-        ignored: [d], True for a document without a label that counts, see `Labels.ignored`.
+        seq_length: tokens a sample predicts.
+        num_samples: samples to build.
+        seed: seed of both shuffles, 0 .. 2^32 - 1.
+        allow_chopped: truncate documents of more than `seq_length + 1` tokens instead of skipping them.
+        ignored: [d] bool, True for a document none of whose labels counts, see `Labels.ignored`.
 
     Raises:
-        DataError: no document is left, or a number is out of range.
+        DataError: no document is usable, or a number is out of range.
     """
     if seq_length < 1 or num_samples < 1 or not 0 <= seed < 2**32:
         raise DataError(f"no order of {num_samples} samples of {seq_length} tokens for seed {seed}", why="out of range")
@@ -67,21 +70,21 @@ def build_padded_index(
     shuffle_idx = np.arange(num_samples, dtype=np.int64)
     rng.shuffle(shuffle_idx)
     if pack_impl == UNPACKED:
-        places = np.resize(np.flatnonzero(usable), num_samples + 1)
+        picks = np.resize(np.flatnonzero(usable), num_samples + 1)
         starts = np.arange(num_samples + 1, dtype=np.int64)
     else:
-        places, starts = _until_overflow(rng, own_sizes, usable, seq_length + 1, num_samples)
-    doc_idx = np.asarray(documents, dtype=np.int64)[places]
+        picks, starts = _until_overflow(rng, own_sizes, usable, seq_length + 1, num_samples)
+    doc_idx = np.asarray(documents, dtype=np.int64)[picks]
     return SampleIndex(doc_idx, np.stack([starts, np.zeros_like(starts)], axis=1), shuffle_idx, seq_length)
 
 
 def _until_overflow(
-    rng: np.random.RandomState, sizes: NDArray[np.int64], usable: NDArray[np.bool_], room: int, samples: int
+    rng: np.random.RandomState, sizes: NDArray[np.int64], usable: NDArray[np.bool_], capacity: int, samples: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Documents in the order they are used and, among them, the start of each sample and the end of the last.
+    """Documents in the order of their use and, in that list, the start of each sample and the end of the last.
 
-    A sample that is open at the end of a pass over the documents goes on in the next one. NeoX ends with the first document
-    of the last sample, so that one is short.
+    A sample that is incomplete at the end of an epoch continues in the next one. NeoX ends with the first document
+    of the last sample, so the last sample is short.
     """
     order = np.arange(len(sizes), dtype=np.int64)
     used: list[NDArray[np.int64]] = []
@@ -91,25 +94,25 @@ def _until_overflow(
         rng.shuffle(order)
         stream = order[usable[order]]
         ends = np.cumsum(sizes[stream])
-        first = int(np.searchsorted(ends, room - filled, side="right")) if filled else 0
-        found = _starts(ends, first, room)[: samples - count]
+        first = int(np.searchsorted(ends, capacity - filled, side="right")) if filled else 0
+        new_starts = _starts(ends, first, capacity)[: samples - count]
         used.append(stream)
-        starts.append(found + passed)
-        count += len(found)
+        starts.append(new_starts + passed)
+        count += len(new_starts)
         passed += len(stream)
-        filled = filled + int(ends[-1]) if len(found) == 0 else int(ends[-1] - (ends[found[-1] - 1] if found[-1] else 0))
+        filled = filled + int(ends[-1]) if len(new_starts) == 0 else int(ends[-1] - (ends[new_starts[-1] - 1] if new_starts[-1] else 0))
     all_starts = np.concatenate(starts)
     last = int(all_starts[-1]) + 1
     return np.concatenate(used)[:last], np.append(all_starts, last)
 
 
-def _starts(ends: NDArray[np.int64], first: int, room: int) -> NDArray[np.int64]:
-    """First documents of the samples of one pass, from `first` on: each takes what fits into `room`, at least one document."""
+def _starts(ends: NDArray[np.int64], first: int, capacity: int) -> NDArray[np.int64]:
+    """First documents of one epoch's samples, from `first` on; each takes what fits into `capacity`, at least one document."""
     before = np.concatenate([[0], ends[:-1]])
-    following = np.maximum(np.searchsorted(ends, before + room, side="right"), np.arange(1, len(ends) + 1))
-    found = []
-    at, steps = first, following.tolist()  # where a sample ends depends on where it began: the one step that is a loop
+    following = np.maximum(np.searchsorted(ends, before + capacity, side="right"), np.arange(1, len(ends) + 1))
+    starts = []
+    at, steps = first, following.tolist()  # the end of a sample depends on its start: this step cannot be vectorised
     while at < len(ends):
-        found.append(at)
+        starts.append(at)
         at = steps[at]
-    return np.array(found, dtype=np.int64)
+    return np.array(starts, dtype=np.int64)

@@ -1,4 +1,4 @@
-"""Rows of a parquet file, read by a process of its own (`parquet_child.py`): damage that kills the library is an error here."""
+"""Rows of a parquet file, read in a subprocess (`parquet_child.py`): damage that crashes the library becomes an error here."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ _ROOT = Path(__file__).resolve().parents[2]
 
 
 def read_parquet(path: Path, keys: Sequence[str], skip: int = 0) -> Iterator[tuple[str, Fields]]:
-    """(`file:row`, the text of each key as bytes) for the rows from number `skip` on; null is empty, lists are joined.
+    """Yield (`file:row`, the text of each key as bytes) for the rows from number `skip` on; null is empty, lists are joined.
 
     Raises:
         DataError: pyarrow is missing, a column is missing or holds no text, or the file is damaged.
     """
     command = [sys.executable, "-m", "megatron.data.parquet_child", str(path), str(skip), *keys]
-    places = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    python_path = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": places}
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": python_path}
     ) as process:
         assert process.stdout is not None and process.stderr is not None
         row = skip
@@ -42,8 +42,8 @@ def read_parquet(path: Path, keys: Sequence[str], skip: int = 0) -> Iterator[tup
                 raise EOFError
         except (EOFError, ValueError, struct.error):
             process.kill()
-            said = process.stderr.read().decode(errors="replace").strip().splitlines()[-1:]
-            raise _died(path, row, process.wait(), *said) from None
+            last_line = process.stderr.read().decode(errors="replace").strip().splitlines()[-1:]
+            raise _died(path, row, process.wait(), *last_line) from None
         finally:
             process.kill()
 
@@ -65,11 +65,11 @@ def _exactly(stream: IO[bytes], count: int) -> bytes:
     return data
 
 
-def _died(path: Path, row: int, code: int, said: str = "") -> DataError:
+def _died(path: Path, row: int, code: int, last_line: str = "") -> DataError:
     cause = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
     return DataError(
         "the parquet file cannot be read",
-        where=f"{path}, behind row {row}",
-        why=f"the reading library ended ({cause}) {said}".strip(),
+        where=f"{path}, after row {row}",
+        why=f"the reading library ended ({cause}) {last_line}".strip(),
         hint="the file is damaged: copy or make it again",
     )

@@ -1,6 +1,6 @@
-"""Reads columns of text from one parquet file, in a process of its own: damaged files can end pyarrow by a signal.
+"""Reads columns of text from one parquet file, in a subprocess: damaged files can crash pyarrow by a signal.
 
-Run by `parquet.py` as `python -m megatron.data.parquet_child PATH SKIP KEY...`; batches of rows go to the standard output.
+Run by `parquet.py` as `python -m megatron.data.parquet_child PATH SKIP KEY...`; writes batches of rows to standard output.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ Fields = tuple[bytes, ...]
 
 
 def serve(out: IO[bytes], path: Path, skip: int, keys: Sequence[str]) -> None:
-    """Write frames: B, u32 rows, u32 length of every field, the fields; or E, u32 length, an error as JSON; at last a dot."""
+    """Write frames: B, u32 rows, u32 length of every field, the fields; or E, u32 length, an error as JSON; a final dot."""
     try:
         for rows in read_batches(path, keys, skip):
             fields = [field for row in rows for field in row]
             out.write(BATCH + struct.pack(f"<I{len(fields)}I", len(rows), *map(len, fields)) + b"".join(fields))
         out.write(END)
     except DataError as error:
-        parts = json.dumps({"what": error.what, "where": error.where, "why": error.why, "hint": error.hint}).encode()
-        out.write(ERROR + struct.pack("<I", len(parts)) + parts)
+        message = json.dumps({"what": error.what, "where": error.where, "why": error.why, "hint": error.hint}).encode()
+        out.write(ERROR + struct.pack("<I", len(message)) + message)
     out.flush()
 
 
 def read_batches(path: Path, keys: Sequence[str], skip: int = 0) -> Iterator[list[Fields]]:
-    """The text of each key as bytes, for the rows from number `skip` on; null is empty, lists are joined by blank lines.
+    """Yield the text of each key as bytes, for the rows from number `skip` on; null is empty, lists are joined by blank lines.
 
     Raises:
         DataError: pyarrow is missing, a column is missing or holds no text, or the file is damaged.
@@ -45,7 +45,7 @@ def read_batches(path: Path, keys: Sequence[str], skip: int = 0) -> Iterator[lis
     except ImportError:
         hint = "pip install pyarrow (requirements: the extra `datasets`)"
         raise DataError("reading parquet needs the package pyarrow", where=str(path), hint=hint) from None
-    import pyarrow.parquet  # loaded before memory is limited
+    import pyarrow.parquet  # before memory is limited
 
     with contextlib.suppress(OSError, ValueError):  # systems without /proc
         _limit_memory(path)
@@ -63,13 +63,13 @@ def read_batches(path: Path, keys: Sequence[str], skip: int = 0) -> Iterator[lis
                 yield _rows(batch, keys)[max(0, skip - at) :]
                 at += batch.num_rows
         if at != file.metadata.num_rows:
-            raise _damaged(path, f"{at} rows were found and {file.metadata.num_rows} promised")
+            raise _damaged(path, f"it has {at} rows, its footer states {file.metadata.num_rows}")
     except (pa.ArrowException, OSError, ValueError, KeyError, OverflowError, MemoryError) as error:
-        raise _damaged(path, f"behind row {at}: {error}" if at else str(error)) from None
+        raise _damaged(path, f"after row {at}: {error}" if at else str(error)) from None
 
 
 def _open(path: Path) -> Any:
-    """The file, after comparing what its footer promises with its length."""
+    """Open the file and compare the offsets in its footer with its length."""
     import pyarrow.parquet as pq
 
     length = path.stat().st_size
@@ -80,7 +80,7 @@ def _open(path: Path) -> Any:
             chunk = file.metadata.row_group(group).column(column)
             first = chunk.data_page_offset if chunk.dictionary_page_offset is None else chunk.dictionary_page_offset
             if first < 0 or chunk.total_compressed_size < 0 or first + chunk.total_compressed_size > length:
-                raise _damaged(path, f"column {column} of row group {group} lies outside the file")
+                raise _damaged(path, f"column {column} of row group {group} is outside the file")
     return file
 
 
@@ -106,7 +106,7 @@ def _rows(batch: Any, keys: Sequence[str]) -> list[Fields]:
 
 
 def _as_bytes(column: Any) -> list[bytes]:
-    """The values undecoded: text that is not UTF-8 is then the fault of one row, not of the batch."""
+    """The values undecoded, so that text that is not UTF-8 spoils one row, not the batch."""
     import pyarrow as pa
     import pyarrow.types as kinds
 
@@ -114,7 +114,7 @@ def _as_bytes(column: Any) -> list[bytes]:
     column.validate(full=False)
     values = column.cast(pa.list_(pa.large_binary()) if lists else pa.large_binary()).to_pylist()
     if lists:
-        return [b"\n\n".join(part or b"" for part in value or []) for value in values]
+        return [b"\n\n".join(text or b"" for text in value or []) for value in values]
     return [value or b"" for value in values]
 
 
@@ -123,10 +123,10 @@ def _damaged(path: Path, why: str) -> DataError:
 
 
 def _limit_memory(path: Path) -> None:
-    """A damaged length must not take the machine's memory: what is held now, 2 GiB and four times the file are enough."""
-    now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    most = now + (2 << 30) + 4 * path.stat().st_size
-    resource.setrlimit(resource.RLIMIT_AS, (most, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    """Cap memory at the current use, 2 GiB and four times the file: a damaged length must not exhaust the machine."""
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    limit = used + (2 << 30) + 4 * path.stat().st_size
+    resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
 
 
 if __name__ == "__main__":

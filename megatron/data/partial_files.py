@@ -1,7 +1,7 @@
-"""Token files in the making that survive a kill: parts on disk, and a journal that says how much of them is true.
+"""Unfinished token files that survive a kill: partial files on disk, and a journal of their committed lengths.
 
-`PREFIX.bin.part`, `.sizes.part` and `.docs.part` only grow; the journal is replaced atomically after they are on the disk.
-After a kill each part is cut to the journal's length and writing goes on behind it, so the finished pair has the same bytes
+`PREFIX.bin.part`, `.sizes.part` and `.docs.part` only grow; the journal is replaced atomically after they are synced to disk.
+After a kill each file is truncated to the journal's length and writing resumes there, so the finished pair has the same bytes
 as without the kill.
 """
 
@@ -24,15 +24,15 @@ from megatron.errors import DataError
 from megatron.files import atomic_open, fsync_folder
 
 
-class Part:
+class PartialFile:
     """A file that grows from a known length; `commit` makes what was added durable.
 
     Args:
-        path: made if it is not there, and locked against a second process.
+        path: created if it does not exist; locked against a second process.
         length: bytes to keep.
 
     Raises:
-        DataError: another process writes it, or it is shorter than `length`.
+        DataError: another process holds the lock, or the file is shorter than `length`.
     """
 
     def __init__(self, path: Path, length: int) -> None:
@@ -72,27 +72,27 @@ class Part:
         self._handle.close()
 
 
-class PairParts:
-    """One pair of token files in the making; byte for byte what `IndexedWriter` makes.
+class PartialPair:
+    """One unfinished pair of token files; byte for byte what `IndexedWriter` writes.
 
     Args:
         prefix: path without suffix.
         dtype: type of a token on disk.
-        state: what `commit` returned when the run was interrupted; None begins again.
+        state: the last result of `commit` before the interruption; None starts from scratch.
         legacy: write the index in NeoX's legacy format.
     """
 
     def __init__(self, prefix: str, dtype: np.dtype[Any], state: Sequence[int] | None = None, legacy: bool = False) -> None:
         self.prefix, self.dtype, self.legacy = prefix, dtype, legacy
         self.tokens, self.sequences, self.boundaries = state or (0, 0, 1)
-        self._bin = Part(Path(f"{prefix}.bin.part"), self.tokens * dtype.itemsize)
-        self._sizes = Part(Path(f"{prefix}.sizes.part"), 4 * self.sequences)
-        self._docs = Part(Path(f"{prefix}.docs.part"), 8 * self.boundaries if state else 0)
+        self._bin = PartialFile(Path(f"{prefix}.bin.part"), self.tokens * dtype.itemsize)
+        self._sizes = PartialFile(Path(f"{prefix}.sizes.part"), 4 * self.sequences)
+        self._docs = PartialFile(Path(f"{prefix}.docs.part"), 8 * self.boundaries if state else 0)
         if state is None:
             self._docs.write(bytes(8))
 
     def add(self, tokens: NDArray[Any] | None) -> None:
-        """As NeoX: no text leaves no trace; text without a token (a blank for some tokenizers) leaves a boundary only."""
+        """Append a document. As in NeoX, no text (None) adds nothing; text without tokens adds a boundary only."""
         if tokens is None:
             return
         if len(tokens):
@@ -104,25 +104,25 @@ class PairParts:
         self.boundaries += 1
 
     def commit(self) -> list[int]:
-        """The state after making everything durable."""
-        for part in (self._bin, self._sizes, self._docs):
-            part.commit()
+        """Make everything durable and return the state."""
+        for file in (self._bin, self._sizes, self._docs):
+            file.commit()
         return [self.tokens, self.sequences, self.boundaries]
 
     def close(self) -> None:
-        """Leave the parts as they are."""
-        for part in (self._bin, self._sizes, self._docs):
-            part.close()
+        """Close the files without a commit."""
+        for file in (self._bin, self._sizes, self._docs):
+            file.close()
 
     def discard(self) -> None:
-        """Close and remove the parts."""
+        """Close and remove the files."""
         self.close()
-        for part in (self._bin, self._sizes, self._docs):
-            part.path.unlink(missing_ok=True)
+        for file in (self._bin, self._sizes, self._docs):
+            file.path.unlink(missing_ok=True)
 
 
 def publish_pair(prefix: str, dtype: np.dtype[Any], legacy: bool) -> None:
-    """Give committed parts their names; may be repeated after a kill. There is no moment with halves of two corpora."""
+    """Rename committed files to their final names; repeatable after a kill. A reader never sees files of two corpora."""
     path, part = data_file(prefix), Path(f"{prefix}.bin.part")
     if part.exists():
         index_file(prefix).unlink(missing_ok=True)
@@ -140,11 +140,11 @@ def _column(path: str, dtype: str) -> NDArray[Any]:
     return np.memmap(path, dtype=dtype, mode="r") if os.path.getsize(path) else np.zeros(0, dtype)
 
 
-def remove_parts(prefix: str) -> None:
-    """Remove what publishing needed, and temporary files that killed runs left."""
+def remove_partial_files(prefix: str) -> None:
+    """Remove the partial files after publishing, and temporary files of killed runs."""
     for kind in ("sizes", "docs"):
         Path(f"{prefix}.{kind}.part").unlink(missing_ok=True)
     path = Path(prefix)
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         with contextlib.suppress(FileNotFoundError):
-            left.unlink()
+            leftover.unlink()

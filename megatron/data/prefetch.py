@@ -1,4 +1,4 @@
-"""Reads the next batches on one thread, so that the training thread can look up while it waits."""
+"""Reads the next batches on one thread, so that the training thread stays responsive (signals, watchdog) while it waits."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 class Prefetcher:
-    """One reading at a time: `start`, `wait` until it is done, `result`. The thread lives as long as the process."""
+    """One read at a time: `start`, `wait` until it is done, `result`. The thread lives as long as the process."""
 
     def __init__(self) -> None:
         self._jobs: SimpleQueue[Callable[[], Any]] = SimpleQueue()
@@ -20,29 +20,29 @@ class Prefetcher:
 
     @property
     def thread_id(self) -> int | None:
-        """The reading thread's, None before the first `start`."""
+        """Id of the reading thread, None before the first `start`."""
         return None if self._thread is None else self._thread.ident
 
     @property
     def failed(self) -> bool:
-        """Whether the reading that is done raised."""
+        """Whether the finished read raised."""
         return self._error is not None
 
     def start(self, read: Callable[[], Any]) -> None:
-        """Begin; the one before must be done."""
+        """Start a read; the previous one must be done."""
         if self._thread is None:
-            # Not joined at the end of the process: a read that hangs must not keep a run that was told to leave.
+            # Not joined at the end of the process: a read that hangs must not block a run that was asked to exit.
             self._thread = threading.Thread(target=self._run, name="fetch", daemon=True)
             self._thread.start()
         self._done.clear()
         self._jobs.put(read)
 
     def wait(self, seconds: float) -> bool:
-        """Whether the reading is done, after at most `seconds`."""
+        """Whether the read is done, after at most `seconds`."""
         return self._done.wait(seconds)
 
     def result(self) -> Any:
-        """What it gave or raised."""
+        """The value that the read returned; raises what it raised."""
         self._done.wait()
         if self._error is not None:
             raise self._error

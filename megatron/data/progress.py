@@ -1,4 +1,4 @@
-"""Says how far a long command is: one line that moves on a terminal, lines now and then in a log."""
+"""Progress of a long command: one line that updates in place on a terminal, periodic lines in a log."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ log = logging.getLogger(__name__)
 
 
 class Progress:
-    """Documents done, share of the input, rate and time left.
+    """Documents processed, share of the input, throughput and time left.
 
     Args:
-        total_bytes: length of the input; 0: not known, then there is no share and no time left.
-        interval: documents between lines in a log.
+        total_bytes: length of the input; 0 (unknown) shows neither share nor time left.
+        interval: documents between two log lines.
     """
 
     def __init__(self, total_bytes: int, interval: int) -> None:
@@ -25,13 +25,13 @@ class Progress:
         self._next = interval
 
     def update(self, documents: int, text_bytes: int, tokens: int, done_bytes: int) -> None:
-        """Show the state if it is time to.
+        """Show the state if it is due.
 
         Args:
-            documents: done by this process.
-            text_bytes: of these documents.
-            tokens: made of them.
-            done_bytes: of the input that were read, those of an interrupted run included.
+            documents: processed by this process.
+            text_bytes: bytes of these documents.
+            tokens: tokens of these documents.
+            done_bytes: bytes of the input read so far, those of an interrupted run included.
         """
         if self._first_bytes is None:
             self._first_bytes = done_bytes
@@ -49,16 +49,16 @@ class Progress:
             log.info("%s", line)
 
     def _line(self, documents: int, text_bytes: int, tokens: int, done_bytes: int, seconds: float) -> str:
-        parts = [
+        fields = [
             f"{documents} documents, {text_bytes / 1e6:.1f} MB",
             f"{documents / seconds:.0f} documents/s, {tokens / seconds / 1e6:.2f} M tokens/s",
         ]
         if self.total_bytes:
             share = min(1.0, done_bytes / self.total_bytes)
             rate = (done_bytes - (self._first_bytes or 0)) / seconds
-            left = f", {_clock((self.total_bytes - done_bytes) / rate)} left" if rate > 0 else ""
-            parts.insert(0, f"{100 * share:.1f} %{left}")
-        return " | ".join(parts)
+            remaining = f", {_clock((self.total_bytes - done_bytes) / rate)} left" if rate > 0 else ""
+            fields.insert(0, f"{100 * share:.1f} %{remaining}")
+        return " | ".join(fields)
 
     def close(self) -> None:
         """End the line on a terminal."""
@@ -67,5 +67,5 @@ class Progress:
 
 
 def _clock(seconds: float) -> str:
-    whole = max(0, int(seconds))
-    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+    total = max(0, int(seconds))
+    return f"{total // 3600}:{total // 60 % 60:02d}:{total % 60:02d}"

@@ -1,6 +1,6 @@
-"""One document of the input, undecoded, with its place: reading is cheap, decoding and parsing happen in the workers.
+"""One undecoded document of the input, with its position: reading is cheap, decoding and parsing happen in the workers.
 
-The place of a row is enough to go on behind it after a kill; its file and line let an error name it.
+After a kill, reading resumes from the position of the last finished row; file and line of a row appear in errors.
 """
 
 from __future__ import annotations
@@ -13,15 +13,21 @@ from typing import Any, NamedTuple
 from megatron.errors import DataError
 
 
-class Place(NamedTuple):
-    """Behind a row: number of its input, rows done in it, bytes done in it (decompressed; lines only)."""
+class RowPosition(NamedTuple):
+    """The position right after a row.
+
+    Attributes:
+        file: number of the input.
+        rows: rows read from it.
+        offset: decompressed bytes read from it (line-based inputs only).
+    """
 
     file: int = 0
     rows: int = 0
     offset: int = 0
 
 
-_START = Place()
+_START = RowPosition()
 
 
 @dataclass(frozen=True)
@@ -29,17 +35,17 @@ class Row:
     """One undecoded document.
 
     Attributes:
-        where: `file` or `file:line`.
-        data: its bytes; empty where `fields` is given.
-        is_json: a JSON record, else the text itself.
-        place: where reading goes on behind it.
-        fields: the text of each key, from sources that have columns.
+        where: `file` or `file:line`, for errors.
+        data: its bytes; empty if `fields` is given.
+        is_json: `data` is a JSON record, else plain text.
+        position: where reading resumes after it.
+        fields: the text of each key, from columnar sources.
     """
 
     where: str
     data: bytes
     is_json: bool
-    place: Place = _START
+    position: RowPosition = _START
     fields: tuple[bytes, ...] | None = None
 
     def __len__(self) -> int:
@@ -48,9 +54,9 @@ class Row:
 
 
 def row_texts(row: Row, keys: Sequence[str]) -> list[str]:
-    """The text under each key; `""` where it is empty. A list of strings is joined by blank lines.
+    """The text of each key; `""` if it is empty. A list of strings is joined by blank lines.
 
-    A record that is a bare string, and a text file, are the text of the key `text`.
+    A bare JSON string or a text file is the value of the key `text`.
 
     Raises:
         DataError: not UTF-8, not JSON, a key is missing, or its value is not text; names file and line.
@@ -94,14 +100,14 @@ def _text_of(record: dict[str, Any], key: str, where: str) -> str:
             hint="name the field with --jsonl-keys",
         )
     value = record[key]
-    parts = value if isinstance(value, list) else [value]
-    if not all(isinstance(part, str) for part in parts):
+    texts = value if isinstance(value, list) else [value]
+    if not all(isinstance(text, str) for text in texts):
         raise DataError(f"field {key!r} is not text", where=where, why="it must be a string or a list of strings")
-    text = "\n\n".join(parts)
+    joined = "\n\n".join(texts)
     try:
-        text.encode("utf-8")
+        joined.encode("utf-8")
     except UnicodeEncodeError as error:
         raise DataError(
             f"field {key!r} holds half a surrogate pair", where=where, why=f"character {error.start} cannot be UTF-8"
         ) from None
-    return text
+    return joined

@@ -1,4 +1,4 @@
-"""From the paths of a configuration to the datasets of a run: one corpus split in three, or lists of corpora with weights."""
+"""Builds the datasets of a run from configured paths: one corpus split in three, or weighted lists of corpora."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Order:
-    """How the documents of one corpus become samples."""
+    """Settings that define how the documents of a corpus become samples."""
 
     seq_length: int
     seed: int
@@ -39,18 +39,18 @@ class _Order:
     def dataset(
         self, indexed: IndexedDataset, name: str, documents: range, counts: Sequence[int], labels: Labels | None
     ) -> Dataset:
-        """Samples for the last of `counts`; the earlier ones are the counts this run was started with before.
+        """Samples for the last of `counts`; the earlier ones are the counts of this run's earlier sessions.
 
-        The order of several epochs depends on their number, so another count would give another order: samples repeated and
-        left out. Hence the order of the first count stays, and what is missing is a further order behind it, by the next seed.
+        The order of several epochs depends on their number, so a new count would change the order: samples would be repeated
+        and skipped. So the order of the first count stays, and the missing samples are appended in an order of the next seed.
         """
-        parts: list[Dataset] = []
-        have = 0
+        datasets: list[Dataset] = []
+        total = 0
         for count in counts:
-            if count > have or not parts:
-                parts.append(self._one(indexed, name, documents, count - have, self.seed + len(parts), labels))
-                have += len(parts[-1])
-        return parts[0] if len(parts) == 1 else ChainedDataset(parts)
+            if count > total or not datasets:
+                datasets.append(self._one(indexed, name, documents, count - total, self.seed + len(datasets), labels))
+                total += len(datasets[-1])
+        return datasets[0] if len(datasets) == 1 else ChainedDataset(datasets)
 
     def _one(
         self, indexed: IndexedDataset, name: str, documents: range, count: int, seed: int, labels: Labels | None
@@ -79,8 +79,8 @@ def _order(
     check_pack_impl(pack_impl)
     if train_epochs is not None and pack_impl != PACKED:
         raise DataError(
-            f"train_epochs does not go with pack_impl: {pack_impl}",
-            why="whole documents are drawn until the number of samples is reached, there is no end of an epoch",
+            f"train_epochs cannot be combined with pack_impl: {pack_impl}",
+            why="documents are drawn until the number of samples is reached, so an epoch has no end",
             hint="set train_iters instead, or pack_impl: packed",
         )
     return _Order(seq_length, seed, pack_impl, allow_chopped, vocab_size, train_epochs is not None)
@@ -104,15 +104,17 @@ def datasets_from_split(
     Args:
         data_path: prefix of the `.bin` / `.idx` pair.
         split: shares, such as `969, 30, 1`.
-        counts: samples needed per name (`order.sample_counts`); a name that is absent or 0 gives None, as
+        seq_length: tokens a sample predicts.
+        counts: samples needed per name (`order.sample_counts`); a missing name or 0 yields None, as
             does a valid or test split without documents (with a warning).
+        seed: seed of the shuffles.
         pack_impl: `packed`, `pack_until_overflow` or `unpacked`.
-        vocab_size: entries of the embedding; a token beyond it is an error when it is met.
+        vocab_size: entries of the embedding; reading a token outside it is an error.
         allow_chopped: see `build_padded_index`.
-        train_epochs: every split holds one epoch and the training samples are repeated so many times; the counts
-            then only say which splits are wanted.
-        earlier_counts: the training counts of the earlier starts of this run, in order, from its checkpoint; the samples they
-            promised stay the same whatever the count is now.
+        train_epochs: every split holds one epoch, and the training samples are repeated this many times; `counts`
+            then only selects the splits.
+        earlier_counts: the training counts of this run's earlier sessions, in order, from its checkpoint; their samples
+            stay the same whatever the current count is.
 
     Raises:
         DataError: a file is missing or damaged, or the train split has no documents.
@@ -120,23 +122,23 @@ def datasets_from_split(
     order = _order(seq_length, seed, pack_impl, allow_chopped, vocab_size, train_epochs)
     indexed = IndexedDataset(data_path)
     documents = split_documents(split, len(indexed))
-    built: dict[str, Dataset | None] = {}
+    datasets: dict[str, Dataset | None] = {}
     for name in SPLIT_NAMES:
         needed = counts.get(name, 0)
-        built[name] = None
+        datasets[name] = None
         if needed == 0:
             continue
         if len(documents[name]) == 0:
             _report_empty(name, needed, data_path, split, len(indexed))
             continue
-        wanted = [*earlier_counts, needed] if name == "train" else [needed]
-        dataset = order.dataset(indexed, name, documents[name], wanted, None)
-        built[name] = RepeatedDataset(dataset, train_epochs) if train_epochs and name == "train" else dataset
-    return built
+        sample_counts = [*earlier_counts, needed] if name == "train" else [needed]
+        dataset = order.dataset(indexed, name, documents[name], sample_counts, None)
+        datasets[name] = RepeatedDataset(dataset, train_epochs) if train_epochs and name == "train" else dataset
+    return datasets
 
 
 def _report_empty(name: str, needed: int, data_path: str, split: str, documents: int) -> None:
-    """Training cannot do without data; validation and test are left out with a warning, as in NeoX."""
+    """An empty training split is an error; validation and test are skipped with a warning, as in NeoX."""
     what = f"the {name} split holds no document, and {needed} samples are needed"
     why = f"split {split!r} of {documents} documents leaves nothing for it"
     if name == "train":
@@ -160,19 +162,23 @@ def dataset_from_list(
     label_paths: Sequence[str] | None = None,
     documents_alpha: float | None = None,
 ) -> Dataset:
-    """The blend of whole corpora that NeoX makes of `train_data_paths` and `train_data_weights` (or valid, test).
+    """The blend of complete corpora that NeoX builds from `train_data_paths` and `train_data_weights` (or valid, test).
 
     Args:
+        paths: prefixes of the corpora.
+        weights: one per corpus; None: equal.
         name: `train`, `valid` or `test`.
         count: samples the run needs.
-        train_epochs: each corpus gives one epoch, the blend has as many samples as all of them together, and for `train` it is
-            repeated so many times. A corpus whose weight asks for more than it has starts over (with a warning).
+        train_epochs: each corpus yields one epoch, the blend has as many samples as all of them together, and for `train` it is
+            repeated this many times. A corpus whose weight needs more samples than it has starts over (with a warning).
         label_paths: label files, one per path.
-        documents_alpha: with `weight_by_num_documents`, `weighted_sampler_alpha`: the weights come from the numbers of
+        documents_alpha: `weighted_sampler_alpha` of `weight_by_num_documents`: derive the weights from the numbers of
             documents.
 
+    Other arguments as in `datasets_from_split`.
+
     Raises:
-        DataError: as above, or the lists do not match.
+        DataError: a file is missing or damaged, or the lists do not match.
     """
     order = _order(seq_length, seed, pack_impl, allow_chopped, vocab_size, train_epochs)
     corpora = [IndexedDataset(path) for path in paths]
@@ -185,8 +191,8 @@ def dataset_from_list(
     totals = [*(earlier_counts if name == "train" else ()), count]
     shares = zip(*(samples_per_dataset(weights, total) for total in totals), strict=True)
     datasets = [
-        order.dataset(corpus, f"{name}_{number}", range(len(corpus)), wanted, labels[number])
-        for number, (corpus, wanted) in enumerate(zip(corpora, shares, strict=True))
+        order.dataset(corpus, f"{name}_{number}", range(len(corpus)), sample_counts, labels[number])
+        for number, (corpus, sample_counts) in enumerate(zip(corpora, shares, strict=True))
     ]
     if train_epochs is None:
         return BlendedDataset(datasets, weights, count)
@@ -204,13 +210,13 @@ def _labels(name: str, corpora: Sequence[IndexedDataset], paths: Sequence[str] |
 
 
 def _epochs_of_blend(datasets: Sequence[Dataset], weights: Sequence[float], name: str, epochs: int) -> Dataset:
-    """NeoX's length: its datasets report one sample less than they have."""
+    """NeoX's length: its datasets report one sample less than they hold."""
     size = sum(len(dataset) - 1 for dataset in datasets)
     blended = BlendedDataset(datasets, weights, size, repeat=True)
     for number, (needed, dataset) in enumerate(zip(blended.needed, datasets, strict=True)):
         if needed > len(dataset):
             log.warning(
-                "%s_data_paths[%d] is seen %.2f times per epoch: its weight asks for %d samples and it has %d",
+                "%s_data_paths[%d] is seen %.2f times per epoch: its weight needs %d samples and it has %d",
                 name, number, needed / len(dataset), needed, len(dataset),
             )  # fmt: skip
     return RepeatedDataset(blended, epochs) if name == "train" else blended

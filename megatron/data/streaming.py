@@ -1,10 +1,10 @@
-"""Training on text that was never made into token files: rows are read and tokenised as the steps ask for them.
+"""Training on raw text without token files: rows are read and tokenised on the fly.
 
-Samples are windows of `seq_length + 1` tokens, overlapping by one, cut from the documents in the order they come (each ended
-by the eod). The face is that of any dataset, so `Batches` serves it; it only has to be read forward. Every data-parallel
-rank tokenises the whole stream and takes its part: what a step sees then depends on nothing but the sample number, whatever
-the number of ranks. (That costs each rank all the tokenising; token files do not.) The cursor says at which document and
-token a sample begins.
+Samples are windows of `seq_length + 1` tokens, overlapping by one, over the documents in input order (each ended
+by the eod). The interface is that of any dataset, so `Batches` works with it, but samples must be read in order. Every
+data-parallel rank tokenises the complete stream and takes its slice, so a sample depends only on its number, whatever
+the number of ranks. (Each rank pays for all the tokenising; token files avoid that.) The cursor is the document and
+token at which a sample begins.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from megatron.data.datasets import Sample, TokenDataset
 from megatron.data.encoder import in_batches
 from megatron.data.readers import RowReader, expand_inputs
-from megatron.data.rows import Place, Row, row_texts
+from megatron.data.rows import RowPosition, Row, row_texts
 from megatron.data.tokenizer_base import Tokenizer
 from megatron.errors import DataError
 
@@ -31,13 +31,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StreamCursor:
-    """Where a sample begins.
+    """The position at which a sample begins.
 
     Attributes:
         sample: its global number.
-        epoch: how often the input was read to its end before.
-        place: behind which row of the input its first document is read, as (input, rows, offset).
-        token: tokens of that document (the eod counts) before the sample.
+        epoch: completed passes over the input.
+        place: the row after which its first document is read, as (input, rows, offset); see `rows.RowPosition`.
+        token: tokens of that document before the sample, its eod included.
     """
 
     sample: int = 0
@@ -48,35 +48,36 @@ class StreamCursor:
 
 @dataclass
 class _Document:
-    """Tokens that are not yet used, and where they came from."""
+    """Unused tokens and their origin."""
 
     tokens: NDArray[np.int64]
     used: int
     epoch: int
-    before: Place
+    before: RowPosition
 
 
 class StreamDataset(TokenDataset):
-    """Samples of a stream of text, to be read forward.
+    """Samples of a stream of text, read in order.
 
     Args:
-        open_rows: gives the rows behind a place; called again for each epoch and at resume.
-        tokenizer: what makes the tokens.
+        open_rows: returns the rows after a position; called for each epoch and at resume.
+        tokenizer: tokenises the rows.
         seq_length: tokens a sample predicts.
-        size: samples in all; the length of the dataset.
+        size: total number of samples.
         start: the cursor of the checkpoint.
         key: the field of a record that holds the text.
-        vocab_size: entries of the embedding; a tokenizer with more is refused.
+        vocab_size: entries of the embedding; a larger tokenizer is refused.
         repeat: start over (with a warning) when the input ends before `size` samples.
-        window: samples kept for readers that are a little behind; cursors are known for these only.
+        window: recent samples to keep for readers that lag a little; only these have cursors.
 
     Raises:
-        DataError: as above; `sample`: the stream is passed, has ended, or a row cannot be read.
+        DataError: a size is out of range or the tokenizer is too large; in `sample`: the sample is no longer in the window,
+            the stream has ended, or a row cannot be read.
     """
 
     def __init__(
         self,
-        open_rows: Callable[[Place], Iterator[Row]],
+        open_rows: Callable[[RowPosition], Iterator[Row]],
         tokenizer: Tokenizer,
         seq_length: int,
         size: int,
@@ -100,31 +101,31 @@ class StreamDataset(TokenDataset):
         self._epoch = start.epoch
         self._documents = self._read(start)
         self._open: list[_Document] = []
-        self._have = 0
-        self._made: OrderedDict[int, tuple[NDArray[np.int32], StreamCursor]] = OrderedDict()
+        self._buffered = 0
+        self._window_samples: OrderedDict[int, tuple[NDArray[np.int32], StreamCursor]] = OrderedDict()
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return self.size
 
     def sample(self, index: int) -> Sample:
-        """Sample `index`, which may not lie more than `window` before the latest one that was read."""
+        """Sample `index`, at most `window` before the latest sample read."""
         with self._lock:
             self._make_until(index)
-            return Sample(self._made[index][0].astype(np.int64))
+            return Sample(self._window_samples[index][0].astype(np.int64))
 
     def cursor(self, index: int) -> dict[str, Any]:
-        """The cursor of sample `index`, for a checkpoint; `index` may be one behind the last sample."""
+        """The cursor of sample `index`, for a checkpoint; `index` may be one past the last sample."""
         with self._lock:
             if index == self._next:
                 self._fill(1, needed=False)
                 return asdict(self._cursor_now())
             self._make_until(index)
-            return asdict(self._made[index][1])
+            return asdict(self._window_samples[index][1])
 
     @staticmethod
     def cursor_from(saved: dict[str, Any]) -> StreamCursor:
-        """The cursor that `cursor` (and JSON) made of it."""
+        """The inverse of `cursor`."""
         first, rows, offset = saved["place"]
         return StreamCursor(saved["sample"], saved["epoch"], (first, rows, offset), saved["token"])
 
@@ -133,10 +134,10 @@ class StreamDataset(TokenDataset):
             raise DataError(f"sample {index} does not exist", why=f"the stream was opened for {self.size} samples")
         while self._next <= index:
             self._make_one()
-        if index not in self._made:
+        if index not in self._window_samples:
             raise DataError(
-                f"sample {index} of the stream is passed",
-                why=f"it is read forward; {len(self._made)} samples before {self._next} are kept",
+                f"sample {index} of the stream is no longer available",
+                why=f"a stream is read in order; {len(self._window_samples)} samples before {self._next} are kept",
                 hint="open the stream at the cursor of the checkpoint",
             )
 
@@ -145,14 +146,14 @@ class StreamDataset(TokenDataset):
         self._fill(width, needed=True)
         cursor, tokens, at = self._cursor_now(), np.empty(width, dtype=np.int32), 0
         for document in self._open:
-            piece = document.tokens[document.used : document.used + width - at]
-            tokens[at : at + len(piece)] = piece
-            at += len(piece)
+            chunk = document.tokens[document.used : document.used + width - at]
+            tokens[at : at + len(chunk)] = chunk
+            at += len(chunk)
         self._use(self.seq_length)  # the last token is the first of the next sample
-        self._made[self._next] = (tokens, cursor)
+        self._window_samples[self._next] = (tokens, cursor)
         self._next += 1
-        while len(self._made) > self.window:
-            self._made.popitem(last=False)
+        while len(self._window_samples) > self.window:
+            self._window_samples.popitem(last=False)
 
     def _cursor_now(self) -> StreamCursor:
         if not self._open:
@@ -161,8 +162,8 @@ class StreamDataset(TokenDataset):
         return StreamCursor(self._next, first.epoch, (*first.before,), first.used)
 
     def _fill(self, count: int, needed: bool) -> None:
-        """Hold at least `count` tokens, if the stream has them."""
-        while self._have < count:
+        """Buffer at least `count` tokens, if the stream has them."""
+        while self._buffered < count:
             document = next(self._documents, None)
             if document is None:
                 if needed:
@@ -173,10 +174,10 @@ class StreamDataset(TokenDataset):
                     )
                 return
             self._open.append(document)
-            self._have += len(document.tokens) - document.used
+            self._buffered += len(document.tokens) - document.used
 
     def _use(self, count: int) -> None:
-        self._have -= count
+        self._buffered -= count
         while count:
             first = self._open[0]
             take = min(count, len(first.tokens) - first.used)
@@ -187,30 +188,30 @@ class StreamDataset(TokenDataset):
 
     def _read(self, start: StreamCursor) -> Iterator[_Document]:
         """Documents with tokens from the cursor on, epoch after epoch."""
-        place, used = Place(*start.place), start.token
+        position, used = RowPosition(*start.place), start.token
         while True:
-            found = False
-            before = place
-            for rows in in_batches(self.open_rows(place)):
+            has_text = False
+            previous = position
+            for rows in in_batches(self.open_rows(position)):
                 for row, ids in zip(rows, self._tokens(rows), strict=True):
                     if len(ids) > used:
-                        found = True
-                        yield _Document(ids, used, self._epoch, before)
+                        has_text = True
+                        yield _Document(ids, used, self._epoch, previous)
                     used = 0 if len(ids) else used
-                    before = row.place
+                    previous = row.position
             if not self.repeat:
                 return
-            if not found and place == Place():
+            if not has_text and position == RowPosition():
                 raise DataError("the stream holds no text", why="it was read to its end")
             self._epoch += 1
-            log.warning("the stream of text is read to its end; it starts over (epoch %d)", self._epoch + 1)
-            place, used = Place(), 0
+            log.warning("the stream of text has ended; it starts over (epoch %d)", self._epoch + 1)
+            position, used = RowPosition(), 0
 
     def _tokens(self, rows: Sequence[Row]) -> list[NDArray[np.int64]]:
         texts = [row_texts(row, [self.key])[0] for row in rows]
         ids = iter(self.tokenizer.tokenize_batch([text for text in texts if text]))
-        end, empty = self.tokenizer.eod, np.zeros(0, np.int64)
-        return [np.array([*next(ids), end], dtype=np.int64) if text else empty for text in texts]
+        eod, empty = self.tokenizer.eod, np.zeros(0, np.int64)
+        return [np.array([*next(ids), eod], dtype=np.int64) if text else empty for text in texts]
 
 
 def open_stream_dataset(
@@ -223,12 +224,19 @@ def open_stream_dataset(
     vocab_size: int | None = None,
     repeat: bool = True,
 ) -> StreamDataset:
-    """A stream of files, folders or `hf:` datasets (`readers.expand_inputs`), from the saved cursor on."""
+    """Open a stream of files, folders or `hf:` datasets (`readers.expand_inputs`), at the saved cursor.
+
+    Args:
+        inputs: see `readers.expand_inputs`.
+        saved: the cursor of a checkpoint; None: from the beginning.
+
+    The other arguments are those of `StreamDataset`.
+    """
     sources = expand_inputs(inputs)
     for line in tokenizer.remarks(append_eod=True):
         log.warning(line)
     start = None if saved is None else StreamDataset.cursor_from(saved)
     return StreamDataset(
-        lambda place: iter(RowReader(sources, [key], place)),
+        lambda position: iter(RowReader(sources, [key], position)),
         tokenizer, seq_length, size, start, key, vocab_size, repeat,
     )  # fmt: skip

@@ -1,7 +1,7 @@
 """Tokenizers in OpenAI's rank files (`*.tiktoken`): one line per token, its bytes in base64 and its rank.
 
-The released MetaLA models use one with 100,256 ranks in a vocabulary of 100,280. A rank file says neither how text is cut
-before the merges nor which special tokens follow the ranks. Both come from `NAME.tiktoken.json` beside it
+The released MetaLA models use one with 100,256 ranks in a vocabulary of 100,280. A rank file says neither how text is split
+before the merges nor which special tokens follow the ranks. Both come from `NAME.tiktoken.json` next to it
 (`{"pattern": ..., "special_tokens": {text: id}, "vocab_size": ...}`, each optional), else from the number of ranks.
 """
 
@@ -18,7 +18,7 @@ from megatron.data.tokenizer_base import EOD_TEXT, MOST_IDS, PAD_TEXT, Tokenizer
 from megatron.errors import DataError
 from megatron.files import read_json
 
-# How GPT-2's and GPT-4's vocabularies cut text; facts of those vocabularies, without which the ranks give other tokens.
+# Pre-tokenization patterns of the GPT-2 and GPT-4 vocabularies, without which the same ranks give other tokens.
 _GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 _CL100K_PATTERN = (
     r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"""
@@ -35,7 +35,7 @@ _CL100K_SPECIAL = {
 
 @dataclass(frozen=True)
 class _Settings:
-    """What a rank file does not say."""
+    """Settings that a rank file does not contain."""
 
     pattern: str
     special_tokens: dict[str, int]
@@ -43,18 +43,18 @@ class _Settings:
 
 
 class TiktokenTokenizer(Tokenizer):
-    """A rank file.
+    """The tokenizer of a rank file.
 
-    Special tokens of the settings are recognised in text, as the JSON tokenizers do; ids between them and up to `vocab_size`
-    are reserved and never come out of a text.
+    Special tokens of the settings are recognised in text, as in JSON tokenizers; ids between them and up to `vocab_size`
+    are reserved and never produced from text.
 
     Attributes:
         ranks: token bytes -> id.
-        pattern: how a text is cut before bytes are merged.
+        pattern: pre-tokenization regular expression.
         special_tokens: text -> id.
 
     Raises:
-        DataError: the file is not one, its ranks have gaps or repeat, or the settings contradict it.
+        DataError: the file is not a rank file, its ranks have gaps or repeat, or the settings contradict it.
     """
 
     name = "TiktokenTokenizer"
@@ -106,15 +106,15 @@ class TiktokenTokenizer(Tokenizer):
 
     def detokenize(self, ids: Sequence[int]) -> str:
         """Text of `ids`; reserved ids become U+FFFD."""
-        known = set(self.special_tokens.values())
-        pieces = (
-            self._backend.decode_single_token_bytes(i) if i < len(self.ranks) or i in known else "\ufffd".encode() for i in ids
+        special_ids = set(self.special_tokens.values())
+        token_bytes = (
+            self._backend.decode_single_token_bytes(i) if i < len(self.ranks) or i in special_ids else "\ufffd".encode() for i in ids
         )
-        return b"".join(pieces).decode("utf-8", errors="replace")
+        return b"".join(token_bytes).decode("utf-8", errors="replace")
 
 
 def _read_ranks(path: Path) -> dict[bytes, int]:
-    """Token bytes -> rank, proved to be 0, 1, 2, ... with every single byte among them."""
+    """Token bytes -> rank; checks that the ranks are 0, 1, 2, ... and include every single byte."""
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         if not line:
@@ -131,41 +131,41 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
             ) from None
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if sorted(ranks.values()) != list(range(len(ranks))) or missing or not ranks:
-        why = f"the bytes {missing[:5]} are no tokens" if missing else "ranks are missing or given twice"
+        why = f"the bytes {missing[:5]} are not tokens" if missing else "ranks are missing or given twice"
         raise DataError("the rank file is incomplete", where=str(path), why=why, hint="download or copy it again")
     return ranks
 
 
 def _settings(side: Path, ranks: int) -> _Settings:
-    """From the file beside the ranks, else what is known for that number of ranks, else one `<|endoftext|>` behind them."""
+    """From the settings file, else the known values for that number of ranks, else one `<|endoftext|>` after them."""
     special, size = {EOD_TEXT: ranks}, ranks + 1
     if ranks == 100256:
         special, size = _CL100K_SPECIAL, 100280
     pattern = _GPT2_PATTERN if ranks == 50256 else _CL100K_PATTERN
-    given = _read_settings(side) if side.is_file() else {}
-    special = given.get("special_tokens", special)
-    size = given.get("vocab_size", max([size, *(value + 1 for value in special.values())]))
+    stored = _read_settings(side) if side.is_file() else {}
+    special = stored.get("special_tokens", special)
+    size = stored.get("vocab_size", max([size, *(value + 1 for value in special.values())]))
     if size > MOST_IDS:
-        why = f"at most {MOST_IDS:,} ids are used: each is a row of the embedding"
+        why = f"at most {MOST_IDS:,} ids are supported: each is a row of the embedding"
         raise DataError(f"a token has the id {size - 1}", where=str(side), why=why)
     wrong = [text for text, value in special.items() if not ranks <= value < size]
     if wrong or len(set(special.values())) != len(special):
         raise DataError(
             "the special tokens do not fit the rank file",
             where=str(side),
-            why=f"{wrong or 'two of them'}: ids must differ and lie in {ranks}..{size - 1}",
+            why=f"{wrong or 'two of them'}: ids must differ and be in {ranks}..{size - 1}",
         )
     if "" in special:
-        raise DataError("a special token is empty", where=str(side), why="it would be found at every place of every text")
-    pattern = given.get("pattern", pattern)
-    if _matches_nothing(pattern):
+        raise DataError("a special token is empty", where=str(side), why="it would be found at every position of every text")
+    pattern = stored.get("pattern", pattern)
+    if _matches_empty(pattern):
         why = "it matches the empty text, and tiktoken ends the process at such a match"
-        raise DataError("the pattern of a rank file cannot cut text", where=str(side), why=why)
+        raise DataError("the pattern of a rank file cannot split text", where=str(side), why=why)
     return _Settings(pattern, dict(special), size)
 
 
-def _matches_nothing(pattern: str) -> bool:
-    """Whether a pattern of the `regex` library matches the empty text; one that it cannot read is left to tiktoken."""
+def _matches_empty(pattern: str) -> bool:
+    """Whether a pattern of the `regex` library matches the empty text; invalid patterns are left to tiktoken."""
     import regex
 
     try:
@@ -177,11 +177,11 @@ def _matches_nothing(pattern: str) -> bool:
 def _read_settings(side: Path) -> dict[str, Any]:
     kinds: dict[str, type] = {"pattern": str, "special_tokens": dict, "vocab_size": int}
     try:
-        given = read_json(side)
-        whole = isinstance(given, dict) and all(isinstance(given[key], kinds[key]) for key in given)
-        whole = whole and all(isinstance(value, int) for value in given.get("special_tokens", {}).values())
+        stored = read_json(side)
+        valid = isinstance(stored, dict) and all(isinstance(stored[key], kinds[key]) for key in stored)
+        valid = valid and all(isinstance(value, int) for value in stored.get("special_tokens", {}).values())
     except (OSError, ValueError, KeyError) as error:
         raise unreadable(side, "settings of a rank file", error) from None
-    if not whole:
+    if not valid:
         raise unreadable(side, "settings of a rank file", ValueError(f"known keys and types: {kinds}"))
-    return dict(given)
+    return dict(stored)

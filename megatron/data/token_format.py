@@ -1,12 +1,12 @@
 """The layout of NeoX's token files, shared by the reader and the writer.
 
-`.bin` holds the tokens one after another. `.idx`, little-endian: 9 bytes magic, u64 version 1, u8 dtype code, u64 N, u64 D,
+`.bin` holds the tokens, concatenated. `.idx`, little-endian: 9 bytes magic, u64 version 1, u8 dtype code, u64 N, u64 D,
 i32 sizes[N] (tokens), i64 offsets[N] (bytes into `.bin`), i64 doc_idx[D] (sequences before each document boundary, from 0).
 
 The legacy format (`data_impl: cached`): 8 bytes magic, u64 version 1, dtype code, bytes per token, N, S, D, then all i64:
 dim_offsets[N + 1], data_offsets[N + 1] (tokens), sizes[S], doc_idx[D].
 
-Beside a pair may lie what NeoX does not know and does not mind: `.meta.json` (which tokenizer made it) and `.sums.json`
+Two optional sidecar files, which NeoX ignores, describe a pair: `.meta.json` (the tokenizer that produced it) and `.sums.json`
 (checksums).
 """
 
@@ -30,13 +30,13 @@ DTYPES: dict[int, np.dtype[Any]] = {
     for code, name in enumerate(("u1", "i1", "i2", "i4", "i8", "f4", "f8", "u2"), start=1)
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
-BLOCK = 1 << 24  # elements looked at in one piece: bounds the memory of every scan
+BLOCK = 1 << 24  # elements per block of a scan: bounds its memory
 
 Tokens = Sequence[int] | NDArray[Any]
 
 
 def dtype_for_vocab(vocab_size: int | None) -> np.dtype[Any]:
-    """The token type NeoX chooses: u16 below 65,500 entries, else (also if the size is not known) i32."""
+    """The token type NeoX chooses: u16 below 65,500 entries, else (or if the size is unknown) i32."""
     return DTYPES[8] if vocab_size is not None and vocab_size < 65500 else DTYPES[4]
 
 
@@ -61,6 +61,6 @@ def sums_file(prefix: str | Path) -> Path:
 
 
 def drop_sidecars(prefix: str | Path) -> None:
-    """Remove what is said about a pair that is about to be replaced."""
+    """Remove the sidecars of a pair that is about to be replaced."""
     for path in (meta_file(prefix), sums_file(prefix)):
         path.unlink(missing_ok=True)

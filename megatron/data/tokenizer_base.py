@@ -1,11 +1,11 @@
-"""The face of all tokenizers, so that data, generation and export never ask which kind they hold.
+"""The interface of all tokenizers.
 
-A tokenizer knows its files and their fingerprint, because tokens mean nothing without the exact tokenizer that made them.
+A tokenizer knows its files and their fingerprint, because token ids mean nothing without the exact tokenizer.
 
-Some tokenizers put special tokens around a text (their template). Where the text stands decides which of them it gets:
+Some tokenizers put special tokens around a text (their template). The use of the text decides which of them are added:
 
     tokenize          a document of a corpus: all of them, as GPT-NeoX writes it
-    tokenize_prompt   a text to be continued: those in front; one behind it would end it
+    tokenize_prompt   a text to be continued: those before it; one after it would end it
     tokenize_piece    a text in the middle of a sequence: none
 """
 
@@ -27,7 +27,12 @@ MOST_IDS = 1 << 24  # of a tokenizer: each is a row of the embedding
 
 @dataclass(frozen=True)
 class Template:
-    """The ids that a tokenizer puts before and after every document."""
+    """The special tokens that a tokenizer puts around every document.
+
+    Attributes:
+        before: ids before the text.
+        after: ids after the text.
+    """
 
     before: tuple[int, ...] = ()
     after: tuple[int, ...] = ()
@@ -38,7 +43,7 @@ class Tokenizer(ABC):
 
     Attributes:
         name: NeoX's `tokenizer_type`.
-        template: what `tokenize` puts around a text.
+        template: special tokens that `tokenize` adds.
     """
 
     name: str
@@ -54,18 +59,18 @@ class Tokenizer(ABC):
 
     @property
     def text_vocab_size(self) -> int:
-        """The largest id that encoded text can hold + 1: `vocab_size`, less a padding token that the files do not have."""
+        """The largest id of encoded text + 1: `vocab_size` without a padding token that the files lack."""
         return self.vocab_size
 
     @property
     @abstractmethod
     def eod(self) -> int:
-        """Id that ends a document; a DataError if the tokenizer has none."""
+        """Id that ends a document; raises a DataError if the tokenizer has none."""
 
     @property
     @abstractmethod
     def pad(self) -> int:
-        """Id to fill short rows with; `eod` where there is no id of its own."""
+        """Padding id; `eod` if the tokenizer has no padding token."""
 
     @property
     def bos(self) -> int | None:
@@ -74,56 +79,56 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def tokenize(self, text: str) -> list[int]:
-        """Ids of `text` as a document, the template's included; no end-of-document is added beside them."""
+        """Ids of `text` as a document, including the template's; no end-of-document token is added."""
 
     @abstractmethod
     def detokenize(self, ids: Sequence[int]) -> str:
-        """Text of `ids`, special tokens spelled out where the library can."""
+        """Text of `ids`, with special tokens spelled out if the library can."""
 
     def tokenize_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`tokenize` for several texts, in order; faster where the library has threads."""
+        """`tokenize` for several texts, in order; faster with libraries that use threads."""
         return [self.tokenize(text) for text in texts]
 
     def tokenize_prompt(self, text: str) -> list[int]:
-        """Ids of `text` to be continued: the template's start stays, its end does not."""
+        """Ids of `text` to be continued: with the start of the template, without its end."""
         ids = self.tokenize(text)
         return ids[: len(ids) - len(self.template.after)]
 
     def tokenize_piece(self, text: str) -> list[int]:
-        """Ids of `text` alone, to stand between other tokens."""
+        """Ids of `text` without the template, for use between other tokens."""
         return self.tokenize_prompt(text)[len(self.template.before) :]
 
     def remarks(self, append_eod: bool = False) -> list[str]:
-        """What a person should know of it before tokens are written, a line each.
+        """Notes for the user before tokens are written, one line each.
 
         Args:
-            append_eod: whether the caller ends each document by `eod`.
+            append_eod: the caller ends each document with `eod`.
         """
         before, after = (self._spelled(ids) for ids in (self.template.before, self.template.after))
         ends = [f"{before} at the start" * bool(before), f"{after} at the end" * bool(after)]
-        said = " and ".join(end for end in ends if end)
-        if not said:
+        additions = " and ".join(end for end in ends if end)
+        if not additions:
             return []
-        line = f"the tokenizer's template adds {said} of each document"
+        line = f"the tokenizer's template adds {additions} of each document"
         if append_eod:
             which = "a second" if self.template.after[-1:] == (self.eod,) else "the end-of-document token"
-            line += f"; {which} {self._spelled([self.eod])} is appended behind it"
+            line += f"; {which} {self._spelled([self.eod])} is appended after it"
         return [line]
 
     def _spelled(self, ids: Sequence[int]) -> str:
         return " ".join(self.detokenize([i]) for i in ids)
 
     def files(self) -> list[Path]:
-        """The files it was read from, which an export must carry along."""
+        """The files it was read from, which an export must include."""
         return list(self._files)
 
     def fingerprint(self) -> str:
-        """SHA-256 (hex) over the kind, the number of tokens and the content of the files, independent of where they lie."""
-        parts = [self.name, str(self._token_count()), *(f"{path.name}:{sha256_of(path)}" for path in self._files)]
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+        """SHA-256 (hex) over the kind, the number of tokens and the content of the files, independent of their location."""
+        lines = [self.name, str(self._token_count()), *(f"{path.name}:{sha256_of(path)}" for path in self._files)]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
     def _token_count(self) -> int:
-        """Tokens in the vocabulary; `vocab_size` unless its ids have gaps."""
+        """Number of tokens in the vocabulary; `vocab_size` unless its ids have gaps."""
         return self.vocab_size
 
 
@@ -133,5 +138,5 @@ def unreadable(path: Path, kind: str, error: BaseException) -> DataError:
         f"the file is not {kind}",
         where=str(path),
         why=str(error),
-        hint="vocab_file and tokenizer_type must fit together",
+        hint="vocab_file and tokenizer_type must match",
     )

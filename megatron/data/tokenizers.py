@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron.data.corpus_request import command_that_makes
+from megatron.data.corpus_request import prepare_command
 from megatron.data.hf_tokenizers import GPT2BPETokenizer, HFGPT2Tokenizer, HFTokenizer
 from megatron.data.tiktoken_file import TiktokenTokenizer
 from megatron.data.tokenizer_base import EOD_TEXT, PAD_TEXT, Template, Tokenizer, unreadable
@@ -34,7 +34,7 @@ __all__ = [
 class SPMTokenizer(Tokenizer):
     """A SentencePiece model. The end of a document is the piece `<|endoftext|>`, else the unknown id, as in NeoX.
 
-    A model file has no template: its begin and end pieces are added by whoever asks for them, and nobody does here.
+    A model file has no template, so begin and end pieces are never added.
     """
 
     name = "SPMTokenizer"
@@ -61,10 +61,10 @@ class SPMTokenizer(Tokenizer):
     @property
     def pad(self) -> int:
         """Id to fill short rows with."""
-        own, piece = int(self._backend.pad_id()), int(self._backend.piece_to_id(PAD_TEXT))
+        own, padding = int(self._backend.pad_id()), int(self._backend.piece_to_id(PAD_TEXT))
         if own >= 0:
             return own
-        return self.eod if piece == self._backend.unk_id() else piece
+        return self.eod if padding == self._backend.unk_id() else padding
 
     def tokenize(self, text: str) -> list[int]:
         """Ids of `text`."""
@@ -105,10 +105,10 @@ NAMES = (
 def build_tokenizer(
     tokenizer_type: str, vocab_file: str | Path | None = None, merge_file: str | Path | None = None
 ) -> Tokenizer:
-    """The tokenizer a configuration names (`tokenizer_type` in any case, as in NeoX).
+    """Build the configured tokenizer (`tokenizer_type` is case-insensitive, as in NeoX).
 
     Raises:
-        DataError: unknown type, or a file that is missing, unreadable or of another kind.
+        DataError: the type is unknown, or a file is missing, unreadable or of another kind.
     """
     kind = tokenizer_type.lower()
     if kind == "charleveltokenizer":
@@ -137,8 +137,8 @@ def _file(path: str | Path | None, key: str, tokenizer_type: str) -> Path:
     if path is None:
         raise DataError(f"{tokenizer_type} needs {key}", why="no path is given")
     if not Path(path).is_file():
-        kind, command = "a folder" if Path(path).is_dir() else "no such file", command_that_makes(path)
-        hint = f"{command} makes it" if command else f"correct {key}"
+        kind, command = "a folder" if Path(path).is_dir() else "no such file", prepare_command(path)
+        hint = f"{command} creates it" if command else f"correct {key}"
         raise DataError("the tokenizer's file cannot be read", where=str(path), why=kind, hint=hint)
     return Path(path)
 

@@ -1,4 +1,4 @@
-"""Trains a tokenizer on a corpus: byte-level BPE (as NeoX's) or SentencePiece. The same text gives the same file."""
+"""Trains a tokenizer on a corpus: byte-level BPE (as in NeoX) or SentencePiece. The same text gives the same file."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _LONGEST_PIECE_TEXT = 4000  # bytes: SentencePiece leaves out sentences of more 
 
 
 def train_byte_level_bpe(texts: Iterable[str], vocab_size: int) -> str:
-    """The JSON of a byte-level BPE trained on `texts`; ids 0 and 1 are `<|endoftext|>` and `<|padding|>`. No text is altered.
+    """The JSON of a byte-level BPE trained on `texts`; ids 0 and 1 are `<|endoftext|>` and `<|padding|>`. Text is not normalized.
 
     Raises:
-        DataError: `vocab_size` is below 258 (256 bytes and the two).
+        DataError: `vocab_size` is below 258 (256 bytes and 2 special tokens).
     """
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -40,13 +40,13 @@ def train_byte_level_bpe(texts: Iterable[str], vocab_size: int) -> str:
 def train_sentencepiece(texts: Iterable[str], vocab_size: int, model_type: str = "bpe") -> bytes:
     """A SentencePiece model trained on the lines of `texts`, with `<|endoftext|>` and `<|padding|>` as control pieces.
 
-    Unknown characters become bytes, digits are split, blanks stay as they are: no text is lost.
+    Unknown characters fall back to bytes, digits are split, white space is kept: decoding is lossless.
 
     Args:
         model_type: `bpe` or `unigram`.
 
     Raises:
-        DataError: the text does not allow such a vocabulary.
+        DataError: SentencePiece cannot train such a vocabulary on this text.
     """
     import sentencepiece
 
@@ -64,12 +64,12 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, model_type: str =
             allow_whitespace_only_pieces=True,
             control_symbols=[EOD_TEXT, PAD_TEXT],
             hard_vocab_limit=False,
-            num_threads=1,  # the order of threads would show in the model
+            num_threads=1,  # with more threads the model would depend on their timing
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:
-        why = str(error).strip().splitlines()[-1:] or ["it does not say why"]
-        raise DataError(f"no vocabulary of {vocab_size} could be trained", why=why[0]) from None
+        reason = str(error).strip().splitlines()[-1:] or ["it does not say why"]
+        raise DataError(f"no vocabulary of {vocab_size} could be trained", why=reason[0]) from None
     return model.getvalue()
 
 
@@ -81,10 +81,13 @@ def _lines(texts: Iterable[str]) -> Iterable[str]:
 
 
 def train_to_file(texts: Iterable[str], kind: str, vocab_size: int, output: Path) -> None:
-    """Train and write, whole or not at all.
+    """Train and write atomically.
 
     Args:
+        texts: the training text.
         kind: `bpe` (a JSON for HFTokenizer), `spm-bpe` or `spm-unigram` (a model for SPMTokenizer).
+        vocab_size: entries of the vocabulary.
+        output: the file to write.
     """
     if kind == "bpe":
         content = train_byte_level_bpe(texts, vocab_size).encode()

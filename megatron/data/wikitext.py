@@ -1,8 +1,8 @@
-"""WikiText-103 and enwik8: the corpora on which language models have been compared for years, with their own three splits.
+"""WikiText-103 and enwik8, the standard benchmark corpora of language models, with their official splits.
 
 They are downloaded, or read from a local copy (`--from FILE`). WikiText-103 is tokenised as its papers do (arXiv 1609.07843,
-2108.12409): words at white space, an end-of-document token after every line, blank lines included; a document is an article,
-so that the order of documents may be shuffled and a text still stays together. enwik8 is 90, 5 and 5 million bytes.
+2108.12409): words are split at white space, an end-of-document token follows every line, blank lines included; a document is an
+article, so shuffling documents keeps each text together. enwik8 has 90, 5 and 5 million bytes.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _UNKNOWN = "<unk>"
 
 
 def prepare_wikitext103(request: CorpusRequest) -> PreparedCorpus:
-    """`DIR/wikitext103/{train,valid,test}_text_document.{bin,idx}`, and `tokenizer.json` unless another is asked for."""
+    """`DIR/wikitext103/{train,valid,test}_text_document.{bin,idx}`, and `tokenizer.json` unless another is requested."""
 
     def make(folder: Path, archive: Path) -> dict[str, Any]:
         if request.tokenizer_type is None:
@@ -58,7 +58,7 @@ def prepare_wikitext103(request: CorpusRequest) -> PreparedCorpus:
 
 
 def prepare_enwik8(request: CorpusRequest) -> PreparedCorpus:
-    """`DIR/enwik8/{train,valid,test}_text_document.{bin,idx}`: one document each, of bytes unless a tokenizer is asked for."""
+    """`DIR/enwik8/{train,valid,test}_text_document.{bin,idx}`: one document each, of bytes unless a tokenizer is requested."""
 
     def make(folder: Path, archive: Path) -> dict[str, Any]:
         with _opened(archive, "enwik8") as handle:
@@ -70,8 +70,8 @@ def prepare_enwik8(request: CorpusRequest) -> PreparedCorpus:
             tokenizer = build_tokenizer(request.tokenizer_type, request.vocab_file, request.merge_file)
         tokens, start = {}, 0
         for name, size in zip(_SPLITS, ENWIK8_BYTES, strict=True):
-            part, start = data[start : start + size], start + size
-            ids = np.frombuffer(part, np.uint8) if request.tokenizer_type is None else tokenizer.tokenize(part.decode("utf-8"))
+            split_bytes, start = data[start : start + size], start + size
+            ids = np.frombuffer(split_bytes, np.uint8) if request.tokenizer_type is None else tokenizer.tokenize(split_bytes.decode("utf-8"))
             tokens[name] = _write(folder, name, tokenizer.vocab_size, [ids])
         return {"documents": 3, "bytes": len(data), "split_tokens": tokens, "vocab_size": tokenizer.vocab_size}
 
@@ -79,16 +79,16 @@ def prepare_enwik8(request: CorpusRequest) -> PreparedCorpus:
 
 
 def _prepared(
-    name: str, request: CorpusRequest, url: str, own: str, make: Callable[[Path, Path], dict[str, Any]]
+    name: str, request: CorpusRequest, url: str, default_tokenizer: str, make: Callable[[Path, Path], dict[str, Any]]
 ) -> PreparedSplits:
-    """Find the corpus whole, or make it and write its receipt."""
+    """Return the complete corpus on disk, or build it and write its receipt."""
     folder, started = request.data_dir / name, time.monotonic()
     receipt_path = folder / "receipt.json"
-    kind = request.tokenizer_type or own
-    vocab = folder / "tokenizer.json" if request.tokenizer_type is None and own == HFTokenizer.name else request.vocab_file
+    kind = request.tokenizer_type or default_tokenizer
+    vocab = folder / "tokenizer.json" if request.tokenizer_type is None and default_tokenizer == HFTokenizer.name else request.vocab_file
     identity = [kind, str(request.vocab_file), str(request.merge_file)]
     receipt = None if request.force else _valid(receipt_path, identity)
-    made = receipt is None
+    created = receipt is None
     if receipt is None:
         folder.mkdir(parents=True, exist_ok=True)
         receipt_path.unlink(missing_ok=True)
@@ -99,7 +99,7 @@ def _prepared(
         receipt["seconds"] = round(time.monotonic() - started, 2)
         write_json(receipt_path, receipt)
     merges = None if request.merge_file is None else Path(request.merge_file)
-    return PreparedSplits(folder, kind, None if vocab is None else Path(vocab), merges, receipt, made)
+    return PreparedSplits(folder, kind, None if vocab is None else Path(vocab), merges, receipt, created)
 
 
 def _files(folder: Path) -> list[Path]:
@@ -108,23 +108,23 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _valid(path: Path, identity: list[str]) -> dict[str, Any] | None:
-    """The receipt, if the files beside it are those it describes and were made with the same tokenizer; else None."""
+    """The receipt, if it describes the files next to it and the same tokenizer; else None."""
     try:
         receipt: dict[str, Any] = read_json(path)
-        whole = all(receipt["sha256"][file.name] == sha256_of(file) for file in _files(path.parent))
+        complete = all(receipt["sha256"][file.name] == sha256_of(file) for file in _files(path.parent))
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return receipt if whole and receipt.get("tokenizer") == identity else None
+    return receipt if complete and receipt.get("tokenizer") == identity else None
 
 
 def _downloaded(url: str, folder: Path) -> Path:
-    """The archive at `url`, in `folder`; fetched once."""
+    """The archive at `url`, in `folder`; downloaded once."""
     target = folder / url.rpartition("/")[2]
     if target.is_file():
         return target
     try:
-        with urllib.request.urlopen(url, timeout=60) as answer, atomic_open(target) as handle:
-            shutil.copyfileobj(answer, handle, 1 << 20)
+        with urllib.request.urlopen(url, timeout=60) as response, atomic_open(target) as handle:
+            shutil.copyfileobj(response, handle, 1 << 20)
     except (OSError, urllib.error.URLError, ValueError) as error:
         hint = f"bring the file {target.name} here by other means and name it: --from PATH"
         raise DataError("the corpus cannot be downloaded", where=url, why=str(error), hint=hint) from None
@@ -132,12 +132,12 @@ def _downloaded(url: str, folder: Path) -> Path:
 
 
 def _opened(source: Path, ending: str) -> IO[bytes]:
-    """The file whose name ends like this: `source` itself, or in the folder or archive `source`."""
+    """The file whose name ends with `ending`: `source` itself, or a member of the folder or archive `source`."""
     try:
         if source.is_dir():
-            found = sorted(path for path in source.rglob("*") if path.name.endswith(ending))
-            if found:
-                return found[0].open("rb")
+            paths = sorted(path for path in source.rglob("*") if path.name.endswith(ending))
+            if paths:
+                return paths[0].open("rb")
         elif zipfile.is_zipfile(source):
             with zipfile.ZipFile(source) as archive:
                 names = [name for name in archive.namelist() if name.endswith(ending)]
@@ -152,7 +152,7 @@ def _opened(source: Path, ending: str) -> IO[bytes]:
 
 
 def _unpacked(archive: zipfile.ZipFile, name: str, source: Path) -> bytes:
-    """A member of an archive; one that is larger than any of these corpora is not unpacked, whatever the table says."""
+    """A member of an archive; refuses one larger than any of these corpora, whatever the archive's table says."""
     with archive.open(name) as member:
         data = member.read(_LARGEST + 1)
     if len(data) > _LARGEST:
@@ -171,19 +171,19 @@ def _lines(source: Path, split: str) -> Iterator[str]:
 
 
 def articles(lines: Iterable[str]) -> Iterator[str]:
-    """The text of each article, from its heading ` = Title = ` to the next one; what stands before the first is one too."""
-    part: list[str] = []
+    """The text of each article, from its heading ` = Title = ` to the next; text before the first heading is an article too."""
+    article: list[str] = []
     for line in lines:
-        if part and _HEADING.fullmatch(line) and "".join(part).strip():
-            yield "".join(part)
-            part = []
-        part.append(line)
-    if part:
-        yield "".join(part)
+        if article and _HEADING.fullmatch(line) and "".join(article).strip():
+            yield "".join(article)
+            article = []
+        article.append(line)
+    if article:
+        yield "".join(article)
 
 
 def word_level(lines: Iterable[str]) -> str:
-    """The JSON of a tokenizer that knows every word of `lines`, most frequent first; others become `<unk>`."""
+    """The JSON of a tokenizer whose vocabulary is the words of `lines`, most frequent first; others become `<unk>`."""
     from tokenizers import Tokenizer as Backend
     from tokenizers import models, pre_tokenizers
 
@@ -200,7 +200,7 @@ def word_level(lines: Iterable[str]) -> str:
 
 
 def _words(text: str, vocabulary: dict[str, int]) -> list[int]:
-    """Words of an article with an end-of-document token after each line."""
+    """Ids of an article's words, with an end-of-document token after each line."""
     unknown, eod = vocabulary[_UNKNOWN], vocabulary[EOD_TEXT]
     return [i for line in text.splitlines() for i in [*(vocabulary.get(word, unknown) for word in line.split()), eod]]
 

@@ -1,10 +1,10 @@
-"""From lm-eval's requests to passes of the model, such that a score does not depend on what shares its batch.
+"""Batches lm-eval's requests such that a score does not depend on the other rows of its batch.
 
-Scoring pads on the right, which no causal mixer can see; rows whose prefix layers (`jrt`) look at the whole prefix go together
-only when their prefixes have one length, so padding is never inside one. Generation pads on the left with a mask that every
-mixer honours exactly. Requests that read the same tokens (the one-token choices of a question) share one row.
+Scoring pads on the right, which no causal mixer can see; rows of models with prefix layers (`jrt`) share a batch
+only if their prefixes have equal length, so a prefix never contains padding. Generation pads on the left with a mask that every
+mixer honours exactly. Requests with the same input tokens (one-token choices of a question) share a row.
 
-What a prefix model is given is in `options.Prefix`.
+`options.Prefix` defines the prefix of a prefix model.
 """
 
 from __future__ import annotations
@@ -21,9 +21,13 @@ from megatron.generation.prompts import fill_prompt, filler_mask, left_pad
 
 @dataclass
 class ScoreRow:
-    """One row of tokens and the (request, first target's index, targets) that are scored on it.
+    """One row of tokens and the targets scored on it.
 
-    prefix: its prefix length, None for a model without. hidden: filler tokens in front.
+    Attributes:
+        tokens: input ids.
+        prefix: prefix length, None for a model without prefix layers.
+        hidden: number of masked fill tokens at the start.
+        spans: (request number, index of the first target, target ids).
     """
 
     tokens: list[int]
@@ -33,9 +37,13 @@ class ScoreRow:
 
 
 def score_row(context: Sequence[int], targets: Sequence[int], max_length: int, prefix: Prefix) -> ScoreRow:
-    """The row that scores `targets` after `context`: at most `max_length` tokens are read, the last ones.
+    """The row that scores `targets` after `context`, truncated on the left; its request number is 0.
 
-    The span's request number is left at 0. context: at least one token.
+    Args:
+        context: ids of the context, at least one.
+        targets: ids to score.
+        max_length: maximum number of input tokens.
+        prefix: prefix of the model.
     """
     text = [*context, *targets][-(max_length + 1) :]
     targets = list(targets)[-(len(text) - 1) :]
@@ -51,17 +59,17 @@ def score_row(context: Sequence[int], targets: Sequence[int], max_length: int, p
 
 
 def share_rows(rows: Sequence[ScoreRow]) -> list[ScoreRow]:
-    """The same work with every distinct row once; request i is `rows[i]`."""
-    known: dict[tuple[object, ...], ScoreRow] = {}
+    """Merge rows with equal inputs; request i is `rows[i]`."""
+    distinct: dict[tuple[object, ...], ScoreRow] = {}
     for number, row in enumerate(rows):
         key = (row.prefix, row.hidden, *row.tokens)
-        kept = known.setdefault(key, ScoreRow(row.tokens, row.prefix, row.hidden))
-        kept.spans += [(number, first, targets) for _, first, targets in row.spans]
-    return list(known.values())
+        shared = distinct.setdefault(key, ScoreRow(row.tokens, row.prefix, row.hidden))
+        shared.spans += [(number, first, targets) for _, first, targets in row.spans]
+    return list(distinct.values())
 
 
 def score_batches(rows: Sequence[ScoreRow], size: int) -> Iterator[list[ScoreRow]]:
-    """Batches of at most `size` rows of one prefix length, the longest first."""
+    """Batches of at most `size` rows with equal prefix length, longest rows first."""
 
     def order(row: ScoreRow) -> tuple[int, int, int]:
         return (-1 if row.prefix is None else row.prefix, int(row.hidden > 0), -len(row.tokens))
@@ -77,23 +85,23 @@ def score_batches(rows: Sequence[ScoreRow], size: int) -> Iterator[list[ScoreRow
 
 
 def score_tensors(batch: Sequence[ScoreRow]) -> tuple[Rows, torch.Tensor, torch.Tensor]:
-    """(rows padded on the right, places [m, 2], targets [m]) of one batch, spans in order."""
+    """(rows padded on the right, positions [m, 2], targets [m]) of one batch, spans in order."""
     longest = max(len(row.tokens) for row in batch)
     tokens = torch.tensor([row.tokens + [0] * (longest - len(row.tokens)) for row in batch])
-    filler = None
+    prefix_mask = None
     if any(row.hidden for row in batch):
-        filler = torch.tensor([[0] * row.hidden + [1] * (longest - row.hidden) for row in batch])
-    places, targets = [], []
+        prefix_mask = torch.tensor([[0] * row.hidden + [1] * (longest - row.hidden) for row in batch])
+    positions, targets = [], []
     for number, row in enumerate(batch):
-        for _, first, wanted in row.spans:
-            places += [(number, first + i) for i in range(len(wanted))]
-            targets += wanted
-    inputs = {"prefix_length": batch[0].prefix, "prefix_mask": filler}
-    return Rows(tokens, None, inputs), torch.tensor(places), torch.tensor(targets)
+        for _, first, span_targets in row.spans:
+            positions += [(number, first + i) for i in range(len(span_targets))]
+            targets += span_targets
+    inputs = {"prefix_length": batch[0].prefix, "prefix_mask": prefix_mask}
+    return Rows(tokens, None, inputs), torch.tensor(positions), torch.tensor(targets)
 
 
 def prompt_rows(prompts: Sequence[Sequence[int]], prefix: Prefix) -> Rows:
-    """Prompts to be continued, filled as `prefix` says and padded on the left with a mask."""
+    """Prompts for generation, filled according to `prefix` and padded on the left with a mask."""
     filled = [fill_prompt(prompt, prefix.mode, prefix.length, prefix.filler) for prompt in prompts]
     cpu = torch.device("cpu")
     tokens, mask = left_pad([row for row, _ in filled], 0, cpu)

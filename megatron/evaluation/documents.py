@@ -1,4 +1,4 @@
-"""What an evaluation scores: the documents of one split, one after the other, and their length in words and bytes."""
+"""The token stream that an evaluation scores: the concatenated documents of a split, and its length in words and bytes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,13 @@ from megatron.errors import DataError
 
 @dataclass(frozen=True)
 class Stream:
-    """tokens [N]; words: separated by white space, each line end counting as one (WikiText's convention); size in bytes."""
+    """A stream of tokens.
+
+    Attributes:
+        tokens: [N] ids.
+        words: words of the text, split at white space, plus one per newline (WikiText's convention).
+        size: bytes of the text.
+    """
 
     tokens: NDArray[Any]
     words: int
@@ -29,40 +35,40 @@ def split_tokens(data_path: str, split: str, name: str, limit: int | None = None
     """Tokens of the documents of split `name` (train, valid, test) of one corpus, at most `limit`.
 
     Raises:
-        DataError: no such corpus, or the split is empty.
+        DataError: the corpus does not exist, or the split is empty.
     """
     indexed = IndexedDataset(data_path)
     return _joined(indexed, split_documents(split, len(indexed))[name], limit, f"{data_path}, split {name} of '{split}'")
 
 
 def corpora_tokens(data_paths: Sequence[str], limit: int | None = None) -> NDArray[Any]:
-    """Tokens of whole corpora in order, at most `limit`; errors as in `split_tokens`."""
-    parts: list[NDArray[Any]] = []
-    have = 0
+    """Tokens of complete corpora in order, at most `limit`; errors as in `split_tokens`."""
+    chunks: list[NDArray[Any]] = []
+    total = 0
     for path in data_paths:
-        if limit is not None and have >= limit:
+        if limit is not None and total >= limit:
             break
         indexed = IndexedDataset(path)
-        parts.append(_joined(indexed, range(len(indexed)), None if limit is None else limit - have, path))
-        have += len(parts[-1])
-    return np.concatenate(parts)
+        chunks.append(_joined(indexed, range(len(indexed)), None if limit is None else limit - total, path))
+        total += len(chunks[-1])
+    return np.concatenate(chunks)
 
 
 def _joined(indexed: IndexedDataset, documents: range, limit: int | None, where: str) -> NDArray[Any]:
-    parts: list[NDArray[Any]] = []
-    have = 0
+    chunks: list[NDArray[Any]] = []
+    total = 0
     for document in documents:
-        if limit is not None and have >= limit:
+        if limit is not None and total >= limit:
             break
-        parts.append(indexed.get(document))
-        have += len(parts[-1])
-    if not have:
+        chunks.append(indexed.get(document))
+        total += len(chunks[-1])
+    if not total:
         raise DataError("there is nothing to evaluate", where=where, hint="choose another eval_split, or another split")
-    return np.concatenate(parts)[:limit]
+    return np.concatenate(chunks)[:limit]
 
 
 def measured(tokens: NDArray[Any], tokenizer: Tokenizer) -> Stream:
-    """The stream with the words and bytes of its text; ends of documents and what a template adds are no text."""
+    """Count the words and bytes of a stream's text, without end-of-document tokens and the template's tokens."""
     boundaries = [*tokenizer.template.before, *tokenizer.template.after]
     with contextlib.suppress(DataError):  # a vocabulary without an end of document
         boundaries.append(tokenizer.eod)

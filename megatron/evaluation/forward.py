@@ -1,9 +1,9 @@
-"""What an evaluation asks of a model: log-probabilities of given tokens, and generation; on one device or over a mesh.
+"""Model passes of an evaluation: log-probabilities of given tokens, and generation; on one device or over a mesh.
 
-One process per replica leads (the first pipeline and tensor rank) and calls `score`, `prefill` and `advance`; the others are in
-`follow` and do the same work on their part of the model. Each call is announced by one small tensor, so nothing but numbers
-travels. Only the positions that are asked for become logits, and log-probabilities are taken over the tokenizer's true
-vocabulary: rows that pad the table would change them, and an exported folder has none.
+One process per replica leads (first pipeline and tensor rank) and calls `score`, `prefill` and `advance`; the others loop in
+`follow` and run the same pass on their shard. A small header tensor announces each call, so only tensors are communicated.
+Logits are computed at the requested positions only, and log-probabilities are normalised over the tokenizer's true
+vocabulary: padding rows would change them, and an exported folder has none.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ _EMBEDDING = "model.embed_tokens.weight"
 
 @dataclass(frozen=True)
 class Rows:
-    """One pass.
+    """Inputs of one pass.
 
     Attributes:
         tokens: ids [b, s].
         mask: [b, s] as in `layers/base.Context`.
-        inputs: what single kinds of mixers read, by name (`Layer.Inputs`): numbers, or tensors [b, s] of whole numbers.
+        inputs: additional inputs of individual mixers (`Layer.Inputs`), by name: numbers, or integer tensors [b, s].
     """
 
     tokens: Tensor
@@ -56,11 +56,14 @@ class Rows:
 
 
 class Forward:
-    """One rank's part of a model in evaluation mode.
+    """One rank's shard of a model in evaluation mode.
 
     Args:
-        model: with this rank's weights; modules of other pipeline stages are not used and may be on the meta device.
-        mesh: its groups carry the collectives. vocab_size: rows of the output that count, None for all of them.
+        model: the model with this rank's weights; modules of other pipeline stages are unused and may be on the meta device.
+        mesh: the mesh, with its process groups.
+        vocab_size: true vocabulary size, None for all rows.
+        device: device of the weights.
+        backend: see `Context`.
     """
 
     def __init__(self, model: LanguageModel, mesh: Mesh, vocab_size: int | None, device: torch.device, backend: str = "auto"):
@@ -79,19 +82,25 @@ class Forward:
         """Whether this rank drives its replica."""
         return self.first and self.mesh.tp_rank == 0
 
-    # what the leading rank calls
+    # called by the leading rank
 
     def score(self, rows: Rows, places: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """(log-probability [m], whether the target is the likeliest token [m]) of `targets [m]` at `places [m, 2]`.
+        """Score targets.
 
-        A place is (row, position of the token before the target).
+        Args:
+            rows: inputs of the pass.
+            places: [m, 2], (row, position of the token before the target).
+            targets: [m] ids.
+
+        Returns:
+            Log-probabilities [m], and whether each target is the most likely token [m].
         """
         rows, places, targets = self._announce(_SCORE, rows, places, targets)
-        found = self._score(rows, places, targets).cpu()
-        return found[0], found[1] > 0
+        scores = self._score(rows, places, targets).cpu()
+        return scores[0], scores[1] > 0
 
     def prefill(self, rows: Rows) -> Tensor:
-        """Logits [b, n] in fp32 or wider after each row; the state is kept for `advance`."""
+        """Logits [b, n] in fp32 or fp64 after each row; stores the state for `advance`."""
         return self._prefill(self._announce(_PREFILL, rows)[0])
 
     def advance(self, tokens: Tensor) -> Tensor:
@@ -99,14 +108,14 @@ class Forward:
         return self._advance(self._announce(_ADVANCE, Rows(tokens[:, None]))[0].tokens[:, 0])
 
     def stop(self) -> None:
-        """Let the other ranks go."""
+        """Release the other ranks."""
         if self.mesh.tp * self.mesh.pp > 1:
             self._header([_STOP])
 
-    # what the others call
+    # called by the other ranks
 
     def follow(self) -> None:
-        """Work for the leading rank until it says stop."""
+        """Run the leading rank's calls until it stops."""
         while True:
             kind, rows, places, targets = self._receive()
             if kind == _STOP:
@@ -118,21 +127,21 @@ class Forward:
             else:
                 self._advance(rows.tokens[:, 0])
 
-    # the work, the same on all ranks
+    # the passes, identical on all ranks
 
     @torch.inference_mode()
     def _score(self, rows: Rows, places: Tensor, targets: Tensor) -> Tensor:
         x, _ = self._run(rows, None)
-        found = torch.zeros(2, len(targets), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
-        found = found.to(self.device)
+        scores = torch.zeros(2, len(targets), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+        scores = scores.to(self.device)
         if self.last:
             x = self.model.model.final_norm(x[places[:, 0], places[:, 1]])
             for start in range(0, len(targets), _ROWS):
-                part = slice(start, start + _ROWS)
-                logits, wanted = self._logits(x[part]), targets[part]
-                found[0, part] = logits.log_softmax(-1).gather(-1, wanted[:, None])[:, 0]
-                found[1, part] = (logits.argmax(-1) == wanted).to(found.dtype)
-        return self._from_last(found)
+                chunk = slice(start, start + _ROWS)
+                logits, chunk_targets = self._logits(x[chunk]), targets[chunk]
+                scores[0, chunk] = logits.log_softmax(-1).gather(-1, chunk_targets[:, None])[:, 0]
+                scores[1, chunk] = (logits.argmax(-1) == chunk_targets).to(scores.dtype)
+        return self._from_last(scores)
 
     @torch.inference_mode()
     def _prefill(self, rows: Rows) -> Tensor:
@@ -146,26 +155,26 @@ class Forward:
 
     @torch.inference_mode()
     def _advance(self, tokens: Tensor) -> Tensor:
-        inner, ctx, own = self.model.model, Context(backend=self.backend), len(self.blocks)
+        inner, ctx, own_count = self.model.model, Context(backend=self.backend), len(self.blocks)
         if self.first:
             x, tail = embed(inner.embed_tokens, inner.embed_tokens(tokens[:, None]), Context(), self._state)
             x = x[:, 0]
         else:
-            x, tail = self._from_before((len(tokens), self.config.hidden_size)), []
-        x, state = step_blocks(self.blocks, x, self._state[:own], ctx)
+            x, tail = self._from_previous((len(tokens), self.config.hidden_size)), []
+        x, state = step_blocks(self.blocks, x, self._state[:own_count], ctx)
         self._state = state + tail
         self._to_next(x)
         return self._next_logits(x)
 
     def _run(self, rows: Rows, state: list[State] | None) -> tuple[Tensor, list[State]]:
-        """This rank's blocks on x [b, s, d], from the embedding or from the stage before."""
+        """Run this rank's blocks on x [b, s, d] from the embedding or the previous stage."""
         ctx = Context(rows.mask, backend=self.backend, inputs=inputs_of(self.mixers, rows.inputs))
-        inner, own = self.model.model, len(self.blocks)
+        inner, own_count = self.model.model, len(self.blocks)
         if self.first:
             x, tail = embed(inner.embed_tokens, inner.embed_tokens(rows.tokens), ctx, state)
         else:
-            x, tail = self._from_before((*rows.tokens.shape, self.config.hidden_size)), []
-        x, after = run_blocks(self.blocks, x, ctx, None if state is None else state[:own])
+            x, tail = self._from_previous((*rows.tokens.shape, self.config.hidden_size)), []
+        x, after = run_blocks(self.blocks, x, ctx, None if state is None else state[:own_count])
         self._to_next(x)
         return x, [] if after is None else after + tail
 
@@ -174,24 +183,24 @@ class Forward:
         local = self.model.lm_head(x)
         local = local if local.dtype == torch.float64 else local.float()
         if self.mesh.tp_group is not None:
-            parts = [torch.empty_like(local) for _ in range(self.mesh.tp)]
-            dist.all_gather(parts, local.contiguous(), group=self.mesh.tp_group)
-            local = torch.cat(parts, -1)
+            shards = [torch.empty_like(local) for _ in range(self.mesh.tp)]
+            dist.all_gather(shards, local.contiguous(), group=self.mesh.tp_group)
+            local = torch.cat(shards, -1)
         return local[:, : self.vocab_size]
 
     def _next_logits(self, x: Tensor) -> Tensor:
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         if self.last:
             return self._from_last(self._logits(self.model.model.final_norm(x)))
-        return self._from_last(torch.empty(len(x), self.vocab_size, dtype=wide, device=self.device))
+        return self._from_last(torch.empty(len(x), self.vocab_size, dtype=dtype, device=self.device))
 
-    # how it travels
+    # communication
 
     def _rank(self, pp_rank: int, tp_rank: int) -> int:
         return rank_of(pp_rank, self.mesh.dp_rank, tp_rank, dp=self.mesh.dp, tp=self.mesh.tp)
 
     def _from_last(self, value: Tensor) -> Tensor:
-        """The last stage's value on every stage."""
+        """Broadcast the last stage's value to all stages."""
         if self.mesh.pp_group is not None:
             value = value.contiguous()
             dist.broadcast(value, self._rank(self.mesh.pp - 1, self.mesh.tp_rank), group=self.mesh.pp_group)
@@ -203,7 +212,7 @@ class Forward:
             dist.send(torch.tensor(_DTYPES.index(x.dtype), device=self.device), target)
             dist.send(x.contiguous(), target)
 
-    def _from_before(self, shape: Sequence[int]) -> Tensor:
+    def _from_previous(self, shape: Sequence[int]) -> Tensor:
         source = self._rank(self.mesh.pp_rank - 1, self.mesh.tp_rank)
         kind = torch.zeros((), dtype=torch.long, device=self.device)
         dist.recv(kind, source)
@@ -212,7 +221,7 @@ class Forward:
         return x
 
     def _share(self, value: Tensor) -> Tensor:
-        """The leading rank's tensor on all ranks of the replica."""
+        """Broadcast the leading rank's tensor to all ranks of the replica."""
         if self.mesh.tp_group is not None and self.first:
             dist.broadcast(value, self._rank(0, 0), group=self.mesh.tp_group)
         if self.mesh.pp_group is not None:
@@ -227,21 +236,21 @@ class Forward:
     def _announce(
         self, kind: int, rows: Rows, places: Tensor | None = None, targets: Tensor | None = None
     ) -> tuple[Rows, Tensor, Tensor]:
-        """Send the work to the others; everything comes back on this rank's device."""
+        """Send the inputs of a pass to the other ranks; returns them on this rank's device."""
         rows = rows.to(self.device)
         none = torch.zeros(0, 3, dtype=torch.long)
         table = none if places is None or targets is None else torch.cat([places, targets[:, None]], 1)
         table = table.to(self.device)
         if self.mesh.tp * self.mesh.pp > 1:
             inputs = [rows.inputs.get(name) for name in self.input_names]
-            self._header([kind, *rows.tokens.shape, int(rows.mask is not None), len(table), *map(_announced, inputs)])
+            self._header([kind, *rows.tokens.shape, int(rows.mask is not None), len(table), *map(_encoded, inputs)])
             for value in (rows.tokens, rows.mask, *inputs, table):
                 if isinstance(value, Tensor):
                     self._share(value.to(torch.long).contiguous())
         return rows, table[:, :2], table[:, 2]
 
     def _receive(self) -> tuple[int, Rows, Tensor, Tensor]:
-        kind, b, s, masked, m, *announced = self._header([])
+        kind, b, s, masked, m, *encoded = self._header([])
         if kind == _STOP:
             return kind, Rows(torch.zeros(0, 0)), torch.zeros(0, 2), torch.zeros(0)
 
@@ -251,7 +260,7 @@ class Forward:
         tokens = get(b, s)
         mask = get(b, s) if masked else None
         numbers = {_TENSOR: lambda: get(b, s), _NOTHING: lambda: None}
-        inputs = {name: numbers.get(n, lambda n=n: n)() for name, n in zip(self.input_names, announced, strict=True)}
+        inputs = {name: numbers.get(n, lambda n=n: n)() for name, n in zip(self.input_names, encoded, strict=True)}
         table = get(m, 3)
         return kind, Rows(tokens, mask, inputs), table[:, :2], table[:, 2]
 
@@ -259,13 +268,13 @@ class Forward:
 _NOTHING, _TENSOR = -1, -2
 
 
-def _announced(value: Tensor | int | None) -> int:
-    """An input as a number: itself, or that there is none, or that a tensor follows."""
+def _encoded(value: Tensor | int | None) -> int:
+    """Encode an input as a number: its value, or a code for None, or a code for a tensor that follows."""
     return _TENSOR if isinstance(value, Tensor) else _NOTHING if value is None else int(value)
 
 
 def block_range(layers: int, pp: int, pp_rank: int) -> tuple[int, int]:
-    """The blocks [start, stop) of a pipeline rank: even shares."""
+    """The blocks [start, stop) of a pipeline rank, split evenly."""
     return layers * pp_rank // pp, layers * (pp_rank + 1) // pp
 
 
@@ -277,10 +286,18 @@ def open_forward(
     device: torch.device | str = "cpu",
     backend: str = "auto",
 ) -> tuple[Forward, Manifest]:
-    """This rank's part of a `global_step<N>` folder of any mesh; no rank reads more than its part.
+    """Load this rank's shard of a `global_step<N>` folder of any mesh; no rank reads more than its shard.
+
+    Args:
+        checkpoint: the folder.
+        mesh: mesh of the evaluation.
+        dtype: dtype of the weights; None: as stored.
+        device: device of the weights.
+        backend: see `Context`.
 
     Raises:
-        CheckpointError: damage. ConfigError: the model cannot be cut as the mesh asks.
+        CheckpointError: the checkpoint is damaged.
+        ConfigError: the model cannot be sharded over the mesh.
     """
     device, manifest = torch.device(device), read_manifest(checkpoint)
     config = model_config_of(manifest, str(checkpoint))
@@ -297,9 +314,9 @@ def open_forward(
         missing = names - set(manifest.weights)
         if missing:
             raise CheckpointError(f"the checkpoint has no '{min(missing)}'", where=str(checkpoint))
-        wanted = (source.wanted_weight(name, local_slice(specs[name], mesh), place) for name in sorted(names))
-        read = dict(zip(sorted(names), source.tensors(wanted), strict=True))
-    state = {name: torch.nn.Parameter(t.to(device, dtype or t.dtype), requires_grad=False) for name, t in read.items()}
+        requests = (source.wanted_weight(name, local_slice(specs[name], mesh), place) for name in sorted(names))
+        weights = dict(zip(sorted(names), source.tensors(requests), strict=True))
+    state = {name: torch.nn.Parameter(t.to(device, dtype or t.dtype), requires_grad=False) for name, t in weights.items()}
     if config.tie_embeddings and _EMBEDDING in state:
         state["lm_head.weight"] = state[_EMBEDDING]
     model.load_state_dict(state, strict=False, assign=True)
@@ -308,13 +325,13 @@ def open_forward(
 
 
 def _own_names(config: ModelConfig, specs: Mapping[str, ParamSpec], mesh: Mesh) -> set[str]:
-    """Logical names of the parameters that this rank runs."""
+    """Logical names of the parameters of this rank."""
     start, stop = block_range(config.num_layers, mesh.pp, mesh.pp_rank)
     tied = {_EMBEDDING} if config.tie_embeddings else set()
-    found = set()
+    names = set()
     for name, spec in specs.items():
         block = spec.stage - 2
         ends = (spec.stage == 0 and mesh.pp_rank == 0) or (block >= config.num_layers and mesh.pp_rank == mesh.pp - 1)
         if ends or (start <= block < stop and spec.stage >= 2):
-            found.add(name)
-    return found | (tied if mesh.pp_rank == mesh.pp - 1 else set())
+            names.add(name)
+    return names | (tied if mesh.pp_rank == mesh.pp - 1 else set())

@@ -1,8 +1,8 @@
-"""The model as lm-eval (0.4.13) wants it: an `LM` with `loglikelihood`, `loglikelihood_rolling` and `generate_until`.
+"""The model interface of lm-eval (0.4.13): an `LM` with `loglikelihood`, `loglikelihood_rolling` and `generate_until`.
 
-Tokenisation of pairs, truncation, windows, stop strings and the clean-up of generated text follow lm-eval's own `hf` model, so
-that a checkpoint here and its exported folder there get the same scores. Batching is ours (`batching.py`). With several
-replicas lm-eval deals the documents out: each leading process is one of its ranks.
+Tokenisation of pairs, truncation, windows, stop strings and postprocessing of generated text follow lm-eval's `hf` model, so
+that a checkpoint and its exported folder get the same scores. Batching is ours (`batching.py`). With several
+replicas lm-eval distributes the documents: each leading process is one of its ranks.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _KNOWN = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p",
 
 
 class HarnessLM(TemplateLM):
-    """A `Forward` with its tokenizer; made on leading ranks only."""
+    """A `Forward` with its tokenizer; exists on leading ranks only."""
 
     def __init__(self, forward: Forward, tokens: Tokenizer, options: HarnessOptions) -> None:
         super().__init__()
@@ -42,17 +42,17 @@ class HarnessLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """What stands before a text."""
+        """Id of the end-of-document token."""
         return self.tokens.eod
 
     @property
     def prefix_token_id(self) -> int:
-        """What a text without a context is scored after."""
+        """Id of the token before a text without a context."""
         return self.eot_token_id if self.tokens.bos is None else self.tokens.bos
 
     @property
     def max_length(self) -> int:
-        """Tokens read at most."""
+        """Maximum number of input tokens."""
         return self.options.max_length
 
     @property
@@ -61,9 +61,9 @@ class HarnessLM(TemplateLM):
         return f"{self.tokens.name}-{self.tokens.fingerprint()[:16]}"
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Ids of a text, in front of them what the tokenizer's template starts a text with, unless the text does or False.
+        """Ids of a text after the template's first tokens, unless the text already starts with them or the argument is False.
 
-        What the template ends a text with is never there: it would stand between a context and its continuation.
+        The template's last tokens are never added: they would separate a context from its continuation.
         """
         template = self.tokens.template
         if add_special_tokens is None and template.before:
@@ -71,7 +71,7 @@ class HarnessLM(TemplateLM):
         return self.tokens.tokenize_piece(string) if add_special_tokens is False else self.tokens.tokenize_prompt(string)
 
     def tok_decode(self, ids: Sequence[int]) -> str:
-        """Text of generated ids, without end-of-document, padding and what a template adds."""
+        """Text of generated ids, without end-of-document, padding and template tokens."""
         template = self.tokens.template
         special = {self.tokens.eod, self.tokens.pad, *template.before, *template.after}
         return self.tokens.detokenize([i for i in ids if i not in special])
@@ -81,33 +81,33 @@ class HarnessLM(TemplateLM):
     ) -> list[tuple[float, bool]]:
         """(log-probability, is greedy) of each (pair of texts or None, context ids, continuation ids), in order."""
         options = self.options
-        rows = [score_row(context, wanted, options.max_length, options.prefix) for _, context, wanted in requests]
-        found: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
+        rows = [score_row(context, continuation, options.max_length, options.prefix) for _, context, continuation in requests]
+        scores: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
         quiet = disable_tqdm or self.rank != 0
         with tqdm(total=len(requests), desc="scoring", disable=quiet) as bar:
             for batch in score_batches(share_rows(rows), options.batch_size):
                 passed, places, targets = score_tensors(batch)
                 values, likeliest = self.forward.score(passed, places, targets)
                 at = 0
-                for number, _, wanted in (span for row in batch for span in row.spans):
-                    part = slice(at, at + len(wanted))
-                    found[number] = (float(values[part].sum()), bool(likeliest[part].all()))
-                    at += len(wanted)
+                for number, _, continuation in (span for row in batch for span in row.spans):
+                    span = slice(at, at + len(continuation))
+                    scores[number] = (float(values[span].sum()), bool(likeliest[span].all()))
+                    at += len(continuation)
                     if requests[number][0] is not None:
-                        self.cache_hook.add_partial("loglikelihood", requests[number][0], found[number])
+                        self.cache_hook.add_partial("loglikelihood", requests[number][0], scores[number])
                     bar.update()
-        return found
+        return scores
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Log-probability of whole texts, each in windows of `max_length` that overlap as little as they can."""
-        pieces: list[tuple[Any, list[int], list[int]]] = []
+        """Log-probability of complete texts, in windows of `max_length` with minimal overlap."""
+        all_windows: list[tuple[Any, list[int], list[int]]] = []
         counts = []
         for (text,) in (request.args for request in requests):
             windows = get_rolling_token_windows(self.tok_encode(text), self.prefix_token_id, self.max_length, 1)
-            made = [(None, *make_disjoint_window(window)) for window in windows]
-            pieces += made
-            counts.append(len(made))
-        values = iter(self._loglikelihood_tokens(pieces, disable_tqdm))
+            disjoint = [(None, *make_disjoint_window(window)) for window in windows]
+            all_windows += disjoint
+            counts.append(len(disjoint))
+        values = iter(self._loglikelihood_tokens(all_windows, disable_tqdm))
         totals = [sum((next(values)[0] for _ in range(count)), 0.0) for count in counts]
         for request, total in zip(requests, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
@@ -118,7 +118,7 @@ class HarnessLM(TemplateLM):
         groups: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
             groups.setdefault(json.dumps(request.args[1], sort_keys=True, default=str), []).append(number)
-        found = [""] * len(requests)
+        texts_by_request = [""] * len(requests)
         prompts = [self.tok_encode(request.args[0]) for request in requests]
         quiet = disable_tqdm or self.rank != 0
         with tqdm(total=len(requests), desc="generating", disable=quiet) as bar:
@@ -129,25 +129,27 @@ class HarnessLM(TemplateLM):
                     batch = numbers[start : start + self.options.batch_size]
                     texts = self._generate([prompts[n] for n in batch], plan, batch[0])
                     for number, text in zip(batch, texts, strict=True):
-                        found[number] = text
+                        texts_by_request[number] = text
                         self.cache_hook.add_partial("generate_until", requests[number].args, text)
                     bar.update(len(batch))
-        return found
+        return texts_by_request
 
-    def _plan(self, given: dict[str, Any]) -> _Plan:
-        """What a task's generation arguments mean."""
-        asked = dict(normalize_gen_kwargs(given, self.options.max_gen_toks))
-        unknown = sorted(set(asked) - _KNOWN)
+    def _plan(self, task_arguments: dict[str, Any]) -> _Plan:
+        """Parse a task's generation arguments."""
+        arguments = dict(normalize_gen_kwargs(task_arguments, self.options.max_gen_toks))
+        unknown = sorted(set(arguments) - _KNOWN)
         if unknown:
-            raise ConfigError(f"the task asks for generation with '{unknown[0]}'", hint=f"known: {', '.join(sorted(_KNOWN))}")
-        count, sampled = asked["max_gen_toks"], bool(asked.get("do_sample"))
+            raise ConfigError(
+                f"generation argument '{unknown[0]}' is not supported", hint=f"known: {', '.join(sorted(_KNOWN))}"
+            )
+        count, sampled = arguments["max_gen_toks"], bool(arguments.get("do_sample"))
         if count >= self.max_length:
             raise ConfigError(f"{count} new tokens leave no room for a prompt within {self.max_length}", hint="eval_max_length")
-        until = [text for text in handle_stop_sequences(asked["until"], eos=None) if text]
+        until = [text for text in handle_stop_sequences(arguments["until"], eos=None) if text]
         sampling = Sampling(
-            temperature=float(asked.get("temperature") or 0.0) if sampled else 0.0,
-            top_k=int(asked.get("top_k") or 0) if sampled else 0,
-            top_p=float(asked.get("top_p") or 0.0) if sampled else 0.0,
+            temperature=float(arguments.get("temperature") or 0.0) if sampled else 0.0,
+            top_k=int(arguments.get("top_k") or 0) if sampled else 0,
+            top_p=float(arguments.get("top_p") or 0.0) if sampled else 0.0,
             maximum_tokens=count,
             seed=self.options.seed,
         )
@@ -155,42 +157,42 @@ class HarnessLM(TemplateLM):
 
     def _generate(self, prompts: Sequence[Sequence[int]], plan: _Plan, first: int) -> list[str]:
         """Continue a batch; `first` numbers its seeds."""
-        room = self.max_length - plan.count
-        cut = [list(prompt)[-room:] or [self.prefix_token_id] for prompt in prompts]
-        generators = [torch.Generator().manual_seed(plan.sampling.seed + first + i) for i in range(len(cut))]
-        made: list[list[int]] = [[] for _ in cut]
-        live = [True] * len(cut)
-        logits = self.forward.prefill(prompt_rows(cut, self.options.prefix))
+        max_prompt = self.max_length - plan.count
+        truncated = [list(prompt)[-max_prompt:] or [self.prefix_token_id] for prompt in prompts]
+        generators = [torch.Generator().manual_seed(plan.sampling.seed + first + i) for i in range(len(truncated))]
+        generated: list[list[int]] = [[] for _ in truncated]
+        active = [True] * len(truncated)
+        logits = self.forward.prefill(prompt_rows(truncated, self.options.prefix))
         while True:
             chosen = choose(logits, plan.sampling, generators)
             for row, token in enumerate(chosen.tolist()):
-                if live[row]:
-                    made[row].append(token)
-                    live[row] = self._goes_on(made[row], plan)
-            if not any(live):
+                if active[row]:
+                    generated[row].append(token)
+                    active[row] = self._continues(generated[row], plan)
+            if not any(active):
                 break
             logits = self.forward.advance(chosen)
-        return [postprocess_generated_text(self.tok_decode(row), plan.until, None) for row in made]
+        return [postprocess_generated_text(self.tok_decode(row), plan.until, None) for row in generated]
 
-    def _goes_on(self, made: Sequence[int], plan: _Plan) -> bool:
-        if len(made) >= plan.count or (self.options.stop_at_eod and made[-1] == self.tokens.eod):
+    def _continues(self, generated: Sequence[int], plan: _Plan) -> bool:
+        if len(generated) >= plan.count or (self.options.stop_at_eod and generated[-1] == self.tokens.eod):
             return False
-        text = self.tok_decode(made)
+        text = self.tok_decode(generated)
         return not any(stop in text for stop in plan.until)
 
-    # how lm-eval's ranks (our replicas) meet
+    # collectives of lm-eval's ranks (our replicas)
 
     def all_gather(self, tensor: Tensor) -> Tensor:
         """One entry per replica."""
-        parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
-        dist.all_gather(parts, tensor, group=self.forward.mesh.dp_group)
-        return torch.stack(parts) if tensor.dim() == 0 else torch.cat(parts)
+        tensors = [torch.empty_like(tensor) for _ in range(self.world_size)]
+        dist.all_gather(tensors, tensor, group=self.forward.mesh.dp_group)
+        return torch.stack(tensors) if tensor.dim() == 0 else torch.cat(tensors)
 
     def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
         """Every replica's object on replica `dst`, None on the others."""
-        found: list[Any] | None = [None] * self.world_size if self.rank == dst else None
-        dist.gather_object(obj, found, group=self.forward.mesh.dp_group, group_dst=dst)
-        return found
+        gathered: list[Any] | None = [None] * self.world_size if self.rank == dst else None
+        dist.gather_object(obj, gathered, group=self.forward.mesh.dp_group, group_dst=dst)
+        return gathered
 
     def barrier(self) -> None:
         """Wait for all replicas."""
@@ -199,7 +201,13 @@ class HarnessLM(TemplateLM):
 
 @dataclass(frozen=True)
 class _Plan:
-    """until: stop strings. count: new tokens at most."""
+    """Generation settings of a task.
+
+    Attributes:
+        until: stop strings.
+        count: maximum number of new tokens.
+        sampling: sampling parameters.
+    """
 
     until: list[str]
     count: int

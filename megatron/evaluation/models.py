@@ -1,4 +1,4 @@
-"""A model for lm-eval from what lies on disk: a checkpoint of any mesh by our adapter, an exported folder by stock `hf`."""
+"""Opens a model on disk for lm-eval: a checkpoint of any mesh with our adapter, an exported folder with stock `hf`."""
 
 from __future__ import annotations
 
@@ -24,10 +24,15 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """dtype: auto is fp32 on a CPU and as stored elsewhere. max_length: tokens read at most, None as trained.
+    """Options of a model.
 
-    The other fields are those of `HarnessOptions` and `Prefix`; an exported folder can only be read plainly, with its whole
-    input as a prefix model's prefix, and stops at an end of document.
+    Attributes:
+        batch_size: rows per pass.
+        max_length: maximum number of input tokens, None: as in training.
+        dtype: dtype of the weights; auto: fp32 on a CPU, else as stored.
+        prompt_mode: see `Prefix.mode`; `plain` for an exported folder.
+        prefix_scope: see `Prefix.scope`; an exported folder always uses `whole`.
+        stop_at_eod: see `HarnessOptions`; True for an exported folder.
     """
 
     batch_size: int = 8
@@ -44,20 +49,24 @@ def is_exported(path: Path) -> bool:
 
 
 def place_of(path: Path) -> Path:
-    """The folder that is read: the newest checkpoint where `path` holds several."""
+    """The folder to read: the newest checkpoint if `path` holds several."""
     if is_exported(path) or (path / "manifest.json").is_file():
         return path
-    found = find_checkpoint(str(path))
-    assert found is not None
-    return found
+    checkpoint = find_checkpoint(str(path))
+    assert checkpoint is not None
+    return checkpoint
 
 
 def open_model(path: Path, options: ModelOptions) -> tuple[LM, Mapping[str, Any]]:
-    """(model on this process's accelerator or CPU, metadata of the recall tasks for it).
+    """Open the model on this process's accelerator or CPU.
+
+    Returns:
+        The model, and the metadata of the recall tasks for it.
 
     Raises:
-        ConfigError: options that an exported folder cannot have. CheckpointError: damage.
-        DataError: a checkpoint without its tokenizer or length.
+        ConfigError: options that an exported folder does not support.
+        CheckpointError: the checkpoint is damaged.
+        DataError: the checkpoint lacks its tokenizer or length.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if options.dtype != "auto" and options.dtype not in DTYPES:
@@ -65,31 +74,31 @@ def open_model(path: Path, options: ModelOptions) -> tuple[LM, Mapping[str, Any]
     if is_exported(path):
         return _exported(path, options, device)
     dtype = DTYPES.get(options.dtype) or (torch.float32 if device == "cpu" else None)
-    place = place_of(path)
-    forward, manifest = open_forward(place, Mesh.single(), dtype=dtype, device=device)
-    tokenizer = stored_tokenizer(place / "tokenizer", (manifest.facts.get("tokenizer") or {}).get("type"))
+    folder = place_of(path)
+    forward, manifest = open_forward(folder, Mesh.single(), dtype=dtype, device=device)
+    tokenizer = stored_tokenizer(folder / "tokenizer", (manifest.facts.get("tokenizer") or {}).get("type"))
     length = options.max_length or manifest.facts.get("seq_length")
     if tokenizer is None or not length:
         what = "tokenizer" if tokenizer is None else "length of its training texts"
         raise DataError(
-            f"the checkpoint does not hold the {what}", where=str(place), hint="python eval.py CONFIG, which names it"
+            f"the checkpoint does not hold the {what}", where=str(folder), hint="python eval.py CONFIG, which names it"
         )
-    reach = forward.config.layer_options.get("jrt", {}).get("prefix_length", 0)
-    prefix = Prefix(reach, options.prompt_mode, options.prefix_scope)
-    asked = HarnessOptions(length, options.batch_size, prefix=prefix, stop_at_eod=options.stop_at_eod)
-    return HarnessLM(forward, tokenizer, asked), {"tokenizer": Tokens(tokenizer.tokenize_piece, tokenizer.detokenize)}
+    prefix_length = forward.config.layer_options.get("jrt", {}).get("prefix_length", 0)
+    prefix = Prefix(prefix_length, options.prompt_mode, options.prefix_scope)
+    harness_options = HarnessOptions(length, options.batch_size, prefix=prefix, stop_at_eod=options.stop_at_eod)
+    return HarnessLM(forward, tokenizer, harness_options), {"tokenizer": Tokens(tokenizer.tokenize_piece, tokenizer.detokenize)}
 
 
 def _exported(path: Path, options: ModelOptions, device: str) -> tuple[LM, Mapping[str, Any]]:
-    """Stock `hf`; the folder's own code is run, as `trust_remote_code` says."""
+    """Stock `hf`; executes the folder's code (`trust_remote_code`)."""
     from lm_eval.models.huggingface import HFLM
 
     if options.prompt_mode != "plain" or not options.stop_at_eod:
         raise ConfigError(
-            "an exported folder is measured by lm-eval's own hf model",
+            "an exported folder is evaluated by lm-eval's own hf model",
             where=str(path),
             why="it reads prompts plainly and stops at an end of document",
-            hint="measure the checkpoint, or leave --prompt-mode and --no-eod-stop out",
+            hint="evaluate the checkpoint, or omit --prompt-mode and --no-eod-stop",
         )
     dtype = options.dtype if options.dtype != "auto" else "float32" if device == "cpu" else "auto"
     model = HFLM(

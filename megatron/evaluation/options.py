@@ -1,4 +1,4 @@
-"""What an evaluation is told, as plain values; nothing here needs lm-eval or torch, so a slip in a command shows at once."""
+"""Options of an evaluation; imports neither lm-eval nor torch, so a mistake in a command is reported at once."""
 
 from __future__ import annotations
 
@@ -25,17 +25,20 @@ SCOPES = ("context", "whole")
 
 @dataclass(frozen=True)
 class Prefix:
-    """How a prefix model is given its text; `length` 0 is a model without prefix layers.
+    """The prefix of a prefix model, which reads the first `length` tokens in both directions.
 
-    Such a model reads the first `length` tokens in both directions. When a given continuation is scored, that can be
+    The prefix of a scored continuation is
 
         context  the prompt alone: the continuation is predicted without being seen, as in generation
-        whole    the first tokens of prompt and continuation together, filled up to the length: what the released JRT harness
-                 does, and what `lm_eval --model hf` does with any prefix model. Each token of the continuation is then among
+        whole    the first tokens of prompt and continuation together, filled up to the length, as in the released JRT harness
+                 and in `lm_eval --model hf` with any prefix model. Each token of the continuation is then among
                  the keys of its own prediction.
 
-    mode: plain | left_pad | read_twice, how a shorter text is filled, see `generation/prompts.py`. filler: what left_pad puts
-    in front, GPT-2's space.
+    Attributes:
+        length: prefix length in tokens; 0 for a model without prefix layers.
+        mode: plain | left_pad | read_twice: how a shorter text is filled, see `generation/prompts.py`.
+        scope: context | whole.
+        filler: id that left_pad puts before the prompt, GPT-2's space.
     """
 
     length: int = 0
@@ -51,16 +54,21 @@ class Prefix:
         if self.mode != "plain" and not self.length:
             raise ConfigError(
                 f"prompt_mode '{self.mode}' fills a prefix, and this model has none",
-                hint="prompt_mode: plain (models without jrt layers read a prompt as it is)",
+                hint="prompt_mode: plain for models without jrt layers",
             )
 
 
 @dataclass(frozen=True)
 class HarnessOptions:
-    """max_length: tokens read at most. batch_size: rows per pass. max_gen_toks: new tokens where a task does not say.
+    """Options of `HarnessLM`.
 
-    prefix: for prefix (JRT) models. stop_at_eod: False generates on past an end of document, as the released Based and JRT
-    harnesses do. seed: of sampled generation.
+    Attributes:
+        max_length: maximum number of input tokens.
+        batch_size: rows per pass.
+        max_gen_toks: maximum number of new tokens, for tasks without a limit.
+        prefix: prefix of prefix (JRT) models.
+        stop_at_eod: stop at an end of document; False as in the released Based and JRT harnesses.
+        seed: seed of sampled generation.
     """
 
     max_length: int
@@ -73,11 +81,15 @@ class HarnessOptions:
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be measured.
+    """The tasks to evaluate.
 
-    tasks: names, or `GROUPS`. limit: examples per task. num_fewshot: None as the task says. data_dir: local datasets.
-    metadata: settings of tasks (`context_length`, `tokenizer` ... of the recall tasks). bootstrap_iters: for errors that
-    have no formula.
+    Attributes:
+        tasks: names of tasks or `GROUPS`.
+        limit: maximum number of examples per task.
+        num_fewshot: few-shot examples; None: the task's default.
+        data_dir: folder of local datasets.
+        metadata: settings of tasks (`context_length`, `tokenizer`, ... of the recall tasks).
+        bootstrap_iters: bootstrap iterations for standard errors without a formula.
     """
 
     tasks: tuple[str, ...]
@@ -89,6 +101,6 @@ class Request:
 
     @property
     def names(self) -> list[str]:
-        """Task names with groups spelled out, each once."""
-        found = [name for task in self.tasks for name in GROUPS.get(task, (task,))]
-        return list(dict.fromkeys(found))
+        """Task names with groups expanded, without duplicates."""
+        expanded = [name for task in self.tasks for name in GROUPS.get(task, (task,))]
+        return list(dict.fromkeys(expanded))

@@ -1,9 +1,9 @@
-"""Perplexity of a token stream, the two ways of arXiv 2108.12409: cut into blocks, or through a sliding window.
+"""Perplexity of a token stream, by non-overlapping blocks or a sliding window (arXiv 2108.12409).
 
-All N tokens of the stream are predicted and scored once, whatever the length and the stride; token i is predicted from the
+All N tokens of the stream are scored exactly once, for any length and stride; token i is predicted from the
 tokens before it, the very first from `first` (the end-of-document token). With length l and stride S each pass reads up to
-l - S tokens of context and then S new ones, and only the new ones are scored. S = l is the non-overlapping evaluation: no state
-and no token crosses a block. It works for every mixer, since each pass starts from nothing.
+l - S tokens of context and S new ones, and only the new ones are scored. S = l is the non-overlapping evaluation: no state
+and no token crosses a block. It works for every mixer, since each pass starts from an empty state.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from megatron.model.lm import LanguageModel, embed, run_blocks
 
 @dataclass(frozen=True)
 class Window:
-    """One pass: targets `start .. stop` are read, those from `new` on are scored."""
+    """One pass over the targets `start .. stop`, which scores those from `new` on."""
 
     start: int
     new: int
@@ -48,7 +48,16 @@ def windows(count: int, length: int, stride: int) -> Iterator[Window]:
 
 @dataclass(frozen=True)
 class Score:
-    """What one evaluation found: nll is the sum over `tokens` scored tokens, in nats."""
+    """The result of one evaluation.
+
+    Attributes:
+        length: maximum number of tokens per pass.
+        stride: tokens scored per pass.
+        tokens: scored tokens.
+        passes: number of passes.
+        nll: summed negative log-likelihood, in nats.
+        seconds: duration.
+    """
 
     length: int
     stride: int
@@ -59,12 +68,12 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        """Per token of the stream."""
+        """Perplexity per token of the stream."""
         return math.exp(self.nll / self.tokens)
 
     def report(self, words: int | None = None, size: int | None = None) -> dict[str, Any]:
-        """As JSON; with the words and bytes of the text also per word and in bits per byte."""
-        found: dict[str, Any] = {
+        """A JSON object; given words and bytes of the text, also perplexity per word and bits per byte."""
+        values: dict[str, Any] = {
             "length": self.length,
             "stride": self.stride,
             "tokens": self.tokens,
@@ -74,20 +83,20 @@ class Score:
             "seconds": round(self.seconds, 2),
         }
         if words:
-            found["word_perplexity"] = _exp(self.nll / words)
+            values["word_perplexity"] = _exp(self.nll / words)
         if size:
-            found["bits_per_byte"] = self.nll / math.log(2) / size
-        return found
+            values["bits_per_byte"] = self.nll / math.log(2) / size
+        return values
 
 
 def _exp(x: float) -> float:
     return math.exp(x) if x < 700 else math.inf
 
 
-def _groups(found: Iterator[Window], tokens_per_batch: int) -> Iterator[list[Window]]:
-    """Passes of one shape side by side, as many as fit."""
+def _groups(all_windows: Iterator[Window], tokens_per_batch: int) -> Iterator[list[Window]]:
+    """Batches of passes with equal shape, as large as fits."""
     batch: list[Window] = []
-    for window in found:
+    for window in all_windows:
         shape = (window.stop - window.start, window.stop - window.new)
         if batch and (
             shape != (batch[0].stop - batch[0].start, batch[0].stop - batch[0].new)
@@ -108,10 +117,10 @@ def _nll(model: LanguageModel, inputs: Tensor, targets: Tensor, backend: str, vo
     x, _ = run_blocks(inner.layers, x, ctx, None)
     rows = inner.final_norm(x[:, -targets.shape[1] :]).flatten(0, 1)
     total = 0.0
-    for part, wanted in zip(rows.split(2048), targets.flatten().split(2048), strict=True):
-        logits = model.lm_head(part)[..., :vocab_size]
-        wide = logits if logits.dtype == torch.float64 else logits.float()
-        total += F.cross_entropy(wide, wanted, reduction="none").double().sum().item()
+    for hidden, chunk_targets in zip(rows.split(2048), targets.flatten().split(2048), strict=True):
+        logits = model.lm_head(hidden)[..., :vocab_size]
+        logits32 = logits if logits.dtype == torch.float64 else logits.float()
+        total += F.cross_entropy(logits32, chunk_targets, reduction="none").double().sum().item()
     return total
 
 
@@ -130,19 +139,19 @@ def score(
     """Score every token of `stream` once.
 
     Args:
-        model: in evaluation mode.
+        model: the model, in evaluation mode.
         stream: token ids.
-        first: what stands before the stream.
-        length: tokens that a pass reads at most.
+        first: id of the token before the stream.
+        length: maximum number of tokens per pass.
         stride: tokens scored per pass; None is `length`, the non-overlapping evaluation.
-        tokens_per_batch: equal passes run side by side up to this many tokens.
+        tokens_per_batch: maximum number of tokens in a batch of passes.
         backend: see `Context`.
-        vocab_size: ids of the tokenizer; rows beyond, which pad the vocabulary, take no probability. None for all rows.
+        vocab_size: true vocabulary size; padding rows get no probability. None for all rows.
 
     Raises:
-        ConfigError: an empty stream, or a stride that does not fit.
+        ConfigError: the stream is empty, or the stride is invalid.
         DataError: a token is outside `vocab_size`.
-        ValueError: the model cannot read so long a text (learned positions).
+        ValueError: the text is too long for the model (learned positions).
     """
     tokens = np.asarray(stream)
     if not len(tokens):
@@ -157,15 +166,15 @@ def score(
     device = next(model.parameters()).device
     started, total, passes = time.monotonic(), 0.0, 0
     for batch in _groups(windows(len(tokens), length, stride), tokens_per_batch):
-        read = np.stack([_preceding(tokens, w, first) for w in batch]).astype(np.int64)
-        wanted = np.stack([tokens[w.new : w.stop] for w in batch]).astype(np.int64)
-        total += _nll(model, torch.from_numpy(read).to(device), torch.from_numpy(wanted).to(device), backend, vocab_size)
+        inputs = np.stack([_preceding(tokens, w, first) for w in batch]).astype(np.int64)
+        targets = np.stack([tokens[w.new : w.stop] for w in batch]).astype(np.int64)
+        total += _nll(model, torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device), backend, vocab_size)
         passes += len(batch)
     return Score(length, stride, len(tokens), passes, total, time.monotonic() - started)
 
 
 def _preceding(tokens: NDArray[Any], window: Window, first: int) -> NDArray[Any]:
-    """The stream shifted right by one: what stands before each target of the window."""
+    """The inputs of a window: the stream shifted right by one."""
     if window.start:
         return tokens[window.start - 1 : window.stop - 1]
     return np.concatenate([[first], tokens[: window.stop - 1]])

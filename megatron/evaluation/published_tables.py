@@ -1,7 +1,7 @@
-"""Tables of results in the shape of the papers' tables, with the published figures beside ours (`benchmarks/published`).
+"""Result tables in the format of the papers' tables, with the published scores next to ours (`benchmarks/published`).
 
-A column is a task at a budget: `based_fda_twice@1000`, `based_fda@full` (the document is not cut, or to 2,000 tokens and more),
-or just `piqa`. Only figures of one column are comparable, and only as far as data, metric and harness version agree; each
+A column is a task at a budget: `based_fda_twice@1000`, `based_fda@full` (no truncation, or to 2,000 tokens or more),
+or just `piqa`. Only scores of one column are comparable, and only if data, metric and harness version agree; each
 published row names its source.
 """
 
@@ -26,9 +26,13 @@ _FULL = 2000
 
 @dataclass
 class Row:
-    """One line of a table; ours when `source` is empty. cells: column -> value (percent for shares).
+    """One row of a table.
 
-    limited: columns measured on a part of the examples only -> how many, such as `100 of 1838`.
+    Attributes:
+        name: the model.
+        source: paper and table; empty for our results.
+        cells: column -> value (in percent for rates).
+        limited: column -> number of examples, such as `100 of 1838`, for scores of a subset.
     """
 
     name: str
@@ -36,50 +40,50 @@ class Row:
     cells: dict[str, float] = field(default_factory=dict)
     limited: dict[str, str] = field(default_factory=dict)
 
-    def take(self, column: str, value: float, part: str | None) -> None:
-        """A measured figure, in the place of an earlier one; of one on all examples and one on a part, the former stays."""
-        if part is not None and column in self.cells and column not in self.limited:
+    def take(self, column: str, value: float, subset: str | None) -> None:
+        """Store a score, replacing an earlier one; a score of a subset does not replace one of all examples."""
+        if subset is not None and column in self.cells and column not in self.limited:
             return
         self.cells[column] = value
         self.limited.pop(column, None)
-        if part is not None:
-            self.limited[column] = part
+        if subset is not None:
+            self.limited[column] = subset
 
     def average(self, columns: Sequence[str]) -> float | None:
-        """Mean over the columns, None when one is missing."""
+        """Mean over the columns, None if one is missing."""
         values = [self.cells.get(column) for column in columns]
         return sum(v for v in values if v is not None) / len(values) if values and None not in values else None
 
 
 def column_of(task: str, context: int | None) -> str:
-    """The column of a task; the budget counts for recall tasks only."""
+    """The column of a task; only recall tasks have a budget."""
     if not task.startswith("based_"):
         return task
     return f"{task}@{'full' if not context or context >= _FULL else context}"
 
 
 def headline(task: str, values: Mapping[str, Any]) -> float | None:
-    """The figure that papers print for a task: percent of a share, else the value; None when there is none of ours."""
-    given = {key.split(",")[0]: value for key, value in values.items() if isinstance(value, (int, float))}
+    """The score that papers report for a task, rates in percent; None if the results lack it."""
+    scores = {key.split(",")[0]: value for key, value in values.items() if isinstance(value, (int, float))}
     for metric in (_SPECIAL.get(task, _METRICS[0]), *_METRICS):
-        if metric in given:
-            return 100.0 * given[metric] if metric in _SHARES else float(given[metric])
+        if metric in scores:
+            return 100.0 * scores[metric] if metric in _SHARES else float(scores[metric])
     return None
 
 
 def read_results(paths: Iterable[Path]) -> list[Row]:
-    """Our rows out of result files and folders of them: ours, and those that the `lm_eval` command writes.
+    """Our rows, from result files or folders of `eval.py` and of the `lm_eval` command.
 
     Raises:
-        DataError: a path without any result.
+        DataError: a path has no result.
     """
     rows: dict[str, Row] = {}
     for path in paths:
         files = sorted(path.rglob("*.json")) if path.is_dir() else [path]
-        found = [content for file in files if (content := _content(file)) is not None]
-        if not found:
-            raise DataError("no results of lm-eval were found", where=str(path))
-        for name, context, data in found:
+        contents = [content for file in files if (content := _content(file)) is not None]
+        if not contents:
+            raise DataError("there are no results of lm-eval", where=str(path))
+        for name, context, data in contents:
             row = rows.setdefault(name, Row(name))
             for task, values in data["results"].items():
                 value = headline(task, values)
@@ -89,23 +93,25 @@ def read_results(paths: Iterable[Path]) -> list[Row]:
 
 
 def part_of(data: Mapping[str, Any], task: str) -> str | None:
-    """How many examples a `--limit` left, `100 of 1838`; None where all were measured (recall tasks skip some by rule).
+    """The subset that `--limit` selected, such as `100 of 1838`; None if all examples count (recall tasks skip some by rule).
 
-    data: the content of a result file, of ours (`limit`, or inside `settings`) or of the `lm_eval` command (inside `config`).
+    Args:
+        data: content of a result file of ours (`limit`, or inside `settings`) or of the `lm_eval` command (inside `config`).
+        task: name of the task.
     """
-    places = [data, data.get("settings"), data.get("config")]
-    limit = next((place["limit"] for place in places if isinstance(place, dict) and place.get("limit") is not None), None)
+    sections = [data, data.get("settings"), data.get("config")]
+    limit = next((d["limit"] for d in sections if isinstance(d, dict) and d.get("limit") is not None), None)
     if limit is None:
         return None
     counted = (data.get("n-samples") or {}).get(task) or {}
-    kept, whole = counted.get("effective"), counted.get("original")
-    if not whole:
+    effective, original = counted.get("effective"), counted.get("original")
+    if not original:
         return f"limit {limit}"
-    return None if kept == whole else f"{kept} of {whole}"
+    return None if effective == original else f"{effective} of {original}"
 
 
 def _content(file: Path) -> tuple[str, int | None, Mapping[str, Any]] | None:
-    """(model, context_length, the whole content) of one file; None when it is something else."""
+    """(model, context_length, content) of a result file; None for other files."""
     try:
         data = read_json(file)
     except (OSError, ValueError):
@@ -114,8 +120,8 @@ def _content(file: Path) -> tuple[str, int | None, Mapping[str, Any]] | None:
         return None
     if "lm_eval" in data:
         return str(data.get("model")), data.get("context_length"), data
-    given = (data.get("config") or {}).get("model_args") or {}
-    name = data.get("model_name") or (given.get("pretrained") if isinstance(given, dict) else given) or file.stem
+    model_args = (data.get("config") or {}).get("model_args") or {}
+    name = data.get("model_name") or (model_args.get("pretrained") if isinstance(model_args, dict) else model_args) or file.stem
     settings: list[Mapping[str, Any]] = [c.get("metadata") or {} for c in (data.get("configs") or {}).values()]
     context = next((int(s["context_length"]) for s in settings if "context_length" in s), 1000)
     return Path(str(name)).name, context, data
@@ -138,54 +144,54 @@ def columns_of(rows: Iterable[Row]) -> list[str]:
 
 
 def cells(rows: Sequence[Row], columns: Sequence[str], averages: bool = True) -> list[list[str]]:
-    """The table as text, heading first; an average, apart for prompts read twice, stands where no column of it is missing.
+    """The table as text, heading first, with an average if no column is missing, separately for prompts read twice.
 
-    A figure of a part of the examples, and an average with such a figure in it, carries a `*`.
+    A score of a subset of the examples, and an average that includes one, is marked with `*`.
     """
     twice = [column for column in columns if "_twice" in column]
     groups = {"average": [column for column in columns if column not in twice], "average twice": twice}
     groups = {name: members for name, members in groups.items() if members and averages}
     lines = [["model", *columns, *groups, "source"]]
     for row in rows:
-        figures = [(row.cells.get(column), column in row.limited) for column in columns]
-        figures += [(row.average(members), any(m in row.limited for m in members)) for members in groups.values()]
-        shown = ["" if value is None else f"{value:.2f}{'*' * part}" for value, part in figures]
-        lines.append([row.name, *shown, row.source or "ours"])
+        scores = [(row.cells.get(column), column in row.limited) for column in columns]
+        scores += [(row.average(members), any(m in row.limited for m in members)) for members in groups.values()]
+        texts = ["" if value is None else f"{value:.2f}{'*' * is_subset}" for value, is_subset in scores]
+        lines.append([row.name, *texts, row.source or "ours"])
     return lines
 
 
 def footnotes(rows: Sequence[Row], columns: Sequence[str]) -> list[str]:
-    """What the stars of a table mean: `* tiny: piqa on 100 of 1838 examples`."""
+    """Footnotes for the asterisks of a table: `* tiny: piqa on 100 of 1838 examples`."""
     notes = []
     for row in rows:
         parts = [f"{column} on {row.limited[column]}" for column in columns if column in row.limited]
         if parts:
-            notes.append(f"* {row.name}: {', '.join(parts)} examples; not comparable with whole figures")
+            notes.append(f"* {row.name}: {', '.join(parts)} examples; not comparable with full results")
     return notes
 
 
 def write_tables(rows: Sequence[Row], columns: Sequence[str], stem: Path, title: str, averages: bool = True) -> list[Path]:
-    """`stem`.md, .csv and .png; averages make sense where all columns are shares.
+    """Write `stem`.md, .csv and .png; `averages` makes sense if all columns are rates.
 
     Raises:
         DataError: matplotlib is not installed.
     """
     lines = cells(rows, columns, averages)
-    marked = [lines[0], ["---", *["---:"] * (len(lines[0]) - 2), "---"], *lines[1:]]
+    table = [lines[0], ["---", *["---:"] * (len(lines[0]) - 2), "---"], *lines[1:]]
     notes = footnotes(rows, columns)
-    markdown = [f"# {title}", "", *(f"| {' | '.join(line)} |" for line in marked), ""]
+    markdown = [f"# {title}", "", *(f"| {' | '.join(line)} |" for line in table), ""]
     markdown += [line for note in notes for line in (note.replace("*", "\\*", 1), "")]
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(lines)
-    made = [stem.with_name(f"{stem.name}{ending}") for ending in (".md", ".csv", ".png")]
-    write_text(made[0], "\n".join(markdown))
-    write_text(made[1], text.getvalue())
-    draw(lines, sum(not row.source for row in rows), made[2], title, notes)
-    return made
+    paths = [stem.with_name(f"{stem.name}{ending}") for ending in (".md", ".csv", ".png")]
+    write_text(paths[0], "\n".join(markdown))
+    write_text(paths[1], text.getvalue())
+    draw(lines, sum(not row.source for row in rows), paths[2], title, notes)
+    return paths
 
 
 def draw(lines: Sequence[Sequence[str]], ours: int, image: Path, title: str, notes: Sequence[str] = ()) -> None:
-    """The table as a picture: each column shaded from its lowest to its highest value, our rows (the first) in bold."""
+    """Draw the table as PNG: columns shaded from the lowest to the highest value, our rows (the first) in bold."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure

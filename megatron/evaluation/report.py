@@ -1,4 +1,4 @@
-"""What a person gets of an evaluation: a table on the screen, a JSON file, a PNG over the evaluation length."""
+"""Reports of an evaluation: a table for the console, and a plot (PNG) over the evaluation length."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _MARKS = ("o", "s", "^", "D", "v", "P")
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Aligned columns; a row with an `error` says that instead of numbers."""
+    """A table with aligned columns; a row with an `error` shows it instead of numbers."""
     lines = [f"{'length':>8} {'stride':>7} {'passes':>8} {'perplexity':>11} {'per word':>10} {'bits/byte':>10} {'seconds':>8}"]
     for row in rows:
         head = f"{row['length']:>8} {row['stride']:>7}"
@@ -30,7 +30,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 def plot_lengths(
     curves: Mapping[str, Sequence[Mapping[str, Any]]], image: str | Path, title: str = "", trained: int | None = None
 ) -> Path:
-    """Perplexity over the evaluation length, one line per name, both axes logarithmic; `trained` is marked.
+    """Plot perplexity over the evaluation length, one line per name, on log axes; marks the length `trained`.
 
     Raises:
         DataError: matplotlib is not installed.

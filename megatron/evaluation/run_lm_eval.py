@@ -1,9 +1,9 @@
-"""Runs lm-eval tasks on a model and writes what was found: task lookup, local data, few-shot settings, results.
+"""Runs lm-eval tasks on a model: task lookup, local data, few-shot settings, results.
 
 Tasks are lm-eval's own files and the recall tasks of `evaluation/tasks`. Reading all of lm-eval's 14,000 files takes twenty
-seconds, so only the folders whose files name a wanted task are read first. `data_dir` holds datasets under their hub names
-(`DATA_DIR/hazyresearch/based-fda/...`, a clone of the hub's repository or files of that layout): `datasets` takes a relative
-folder of that name before the hub, so loading happens with that working directory.
+seconds, so only folders whose files name a requested task are read at first. `data_dir` contains datasets under their Hub names
+(`DATA_DIR/hazyresearch/based-fda/...`, a clone of the Hub's repository or files of that layout): `datasets` prefers a relative
+folder of that name to the Hub, so loading changes the working directory.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ SEED = 1234  # lm-eval's own for drawing few-shot examples
 
 
 def task_manager(names: Sequence[str], metadata: Mapping[str, Any] | None = None) -> TaskManager:
-    """lm-eval's manager with the folders that define `names`; with all of its files when that does not find them.
+    """lm-eval's task manager with the folders that define `names`, or with all of its files if these do not suffice.
 
     Raises:
-        ConfigError: a name that no file defines.
+        ConfigError: no file defines a name.
     """
     home = Path(lm_eval.__file__).parent / "tasks"
     settings = dict(metadata or {})
@@ -56,22 +56,22 @@ def task_manager(names: Sequence[str], metadata: Mapping[str, Any] | None = None
 
 
 def _folders(home: Path, names: Sequence[str]) -> tuple[list[str], set[str]]:
-    """(folders in which a file says `task: NAME`, `group: NAME` or carries the tag, names that any file mentions)."""
-    wanted = re.compile(rf"^(?:task|group|tag)?\s*[:-]\s*[\"']?(?:{'|'.join(map(re.escape, names))})[\"']?\s*$", re.MULTILINE)
+    """(folders with a file that contains `task: NAME`, `group: NAME` or the tag, names that any file mentions)."""
+    pattern = re.compile(rf"^(?:task|group|tag)?\s*[:-]\s*[\"']?(?:{'|'.join(map(re.escape, names))})[\"']?\s*$", re.MULTILINE)
     plain = {name.encode(): name for name in names}
-    found, mentioned = set(), set[str]()
+    folders, mentioned = set(), set[str]()
     for file in home.rglob("*.yaml"):
         data = file.read_bytes()
         here = {name for raw, name in plain.items() if raw in data}
         mentioned |= here
-        if here and wanted.search(data.decode(errors="replace")):
-            found.add(file.relative_to(home).parts[0])
-    return sorted(found), mentioned
+        if here and pattern.search(data.decode(errors="replace")):
+            folders.add(file.relative_to(home).parts[0])
+    return sorted(folders), mentioned
 
 
 @contextlib.contextmanager
 def working_folder(folder: Path | None) -> Iterator[None]:
-    """Work in `folder`, come back afterwards; None stays."""
+    """Change the working directory to `folder` inside the context; None: no change."""
     before = Path.cwd()
     if folder is not None:
         try:
@@ -88,27 +88,28 @@ def load_tasks(request: Request) -> dict[str, Any]:
     """The tasks with their data, as lm-eval's `evaluate` takes them.
 
     Raises:
-        ConfigError: unknown task. DataError: a dataset that cannot be read.
+        ConfigError: a task is unknown.
+        DataError: a dataset cannot be read.
     """
     manager = task_manager(request.names, request.metadata)
     with working_folder(request.data_dir):
         loaded: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
         for name in request.names:
             try:
-                part = manager.load([name])
+                loaded_task = manager.load([name])
             except UserError:
                 raise
-            except Exception as error:  # datasets, the hub and task files raise what they like
+            except Exception as error:  # datasets, the Hub and task files can raise anything
                 raise DataError(
                     f"the data of task '{name}' cannot be read",
                     why=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
                     hint="--data-dir DIR with the dataset under its hub name, or a connection to the hub",
                 ) from error
-            for kind, content in part.items():
+            for kind, content in loaded_task.items():
                 loaded[kind].update(content)
     for task in loaded["tasks"].values():
         shots = task.get_config("num_fewshot")
-        if request.num_fewshot is not None and shots != 0:  # a task that fixes 0 is not to be given examples
+        if request.num_fewshot is not None and shots != 0:  # a task that sets 0 must stay zero-shot
             task.set_config(key="num_fewshot", value=request.num_fewshot)
         elif shots is None:
             task.set_config(key="num_fewshot", value=0)
@@ -117,39 +118,39 @@ def load_tasks(request: Request) -> dict[str, Any]:
 
 
 def measure(model: LM, request: Request) -> dict[str, Any] | None:
-    """lm-eval's results (`results`, `n-shot`, `versions`, `samples` ...) and `recall`, the counts of the recall tasks.
+    """lm-eval's results (`results`, `n-shot`, `versions`, `samples`, ...) and `recall`, the counts of the recall tasks.
 
-    None on a replica that is not the first.
+    Returns None on all replicas but the first.
     """
     started, loaded = time.monotonic(), load_tasks(request)
-    found = evaluate(model, loaded, limit=request.limit, bootstrap_iters=request.bootstrap_iters)
-    if found is None:
+    results = evaluate(model, loaded, limit=request.limit, bootstrap_iters=request.bootstrap_iters)
+    if results is None:
         return None
     counts = {name: facts for name, task in loaded["tasks"].items() if (facts := counts_of(task))}
-    return {**dict(found), "recall": counts, "seconds": round(time.monotonic() - started, 1)}
+    return {**dict(results), "recall": counts, "seconds": round(time.monotonic() - started, 1)}
 
 
 def counts_of(task: Task) -> dict[str, int] | None:
-    """What a recall task left out; None for other tasks."""
+    """The counts of read, dropped and shortened records of a recall task; None for other tasks."""
     split = getattr(task, "dataset", {}).get("validation") if isinstance(getattr(task, "dataset", None), dict) else None
     text = "" if split is None else split.info.description
     return dict(json.loads(text)) if text else None
 
 
-def summary(found: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
-    """What is kept of results as JSON: scores, versions, counts and `facts`, without the samples."""
-    kept = ("results", "groups", "n-shot", "versions", "n-samples", "higher_is_better", "recall", "seconds")
+def summary(results: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The results to store as JSON: scores, versions, counts and `facts`, without the samples."""
+    keys = ("results", "groups", "n-shot", "versions", "n-samples", "higher_is_better", "recall", "seconds")
     return {
         **facts,
         "lm_eval": importlib.metadata.version("lm_eval"),
-        **{key: found[key] for key in kept if found.get(key)},
+        **{key: results[key] for key in keys if results.get(key)},
     }
 
 
-def score_lines(found: Mapping[str, Any]) -> list[str]:
-    """One line per task and metric, and one per recall task that left examples out."""
+def score_lines(results: Mapping[str, Any]) -> list[str]:
+    """One line per task and metric, and one with the counts of each recall task."""
     lines = [f"{'task':<24} {'metric':<22} {'value':>10} {'stderr':>10}"]
-    for name, values in found["results"].items():
+    for name, values in results["results"].items():
         for key, value in values.items():
             metric = key.split(",")[0]
             if isinstance(value, str) or metric.endswith("_stderr") or metric in ("alias", "sample_len", "name"):
@@ -157,7 +158,7 @@ def score_lines(found: Mapping[str, Any]) -> list[str]:
             error = values.get(key.replace(metric, f"{metric}_stderr", 1))
             shown = f"{error:>10.4f}" if isinstance(error, float) else f"{'-':>10}"
             lines.append(f"{name:<24} {metric:<22} {float(value):>10.4f} {shown}")
-    for name, counts in (found.get("recall") or {}).items():
+    for name, counts in (results.get("recall") or {}).items():
         parts = ", ".join(f"{count} {key.replace('_', ' ')}" for key, count in counts.items())
         lines.append(f"{name}: {parts}")
     return lines

@@ -1,1 +1,1 @@
-"""The way out and in: folders for transformers out of our own sources, and released models as checkpoints."""
+"""Export: Hugging Face folders built from our own sources, model cards, and publication on the Hub."""

@@ -1,6 +1,6 @@
-"""The model card of an exported folder (README.md), made of facts that stand in the checkpoint, not of claims.
+"""The model card of an exported folder (README.md), generated from metadata in the checkpoint.
 
-What only a person can know (license, languages, datasets on the hub) is given as `Stated`; what is not given is not made up.
+What only a person can know (license, languages, datasets on the Hub) comes from `CardInfo`; missing entries stay missing.
 """
 
 from __future__ import annotations
@@ -29,16 +29,20 @@ from megatron.registry import layer_info
 _LINEAR = ("metala", "based", "jrt")
 _FIXED = (*_LINEAR, "mamba", "base_conv", "sliding")
 _GROWING = "softmax"
-"""File names of mixers: linear attention, those whose state has a fixed size, and the one that keeps all keys and values."""
+"""Module names of mixers: linear attention, those with a state of fixed size, and the one with a growing key/value cache."""
 
 
 @dataclass(frozen=True)
-class Stated:
-    """What a person says for the card.
+class CardInfo:
+    """What the user states for the card.
 
-    license: identifier of the hub, such as `apache-2.0`; `other` needs license_name, and may have license_link.
-    languages: codes such as `en`. datasets: names on the hub, besides those that the checkpoint itself names.
-    scores: measured figures.
+    Attributes:
+        license: identifier of the Hub, such as `apache-2.0`; `other` needs license_name.
+        license_name: name of a license without an identifier.
+        license_link: URL of that license.
+        languages: codes such as `en`.
+        datasets: names on the Hub, in addition to those in the checkpoint.
+        scores: evaluation results.
     """
 
     license: str | None = None
@@ -49,32 +53,41 @@ class Stated:
     scores: tuple[Score, ...] = ()
 
     def check(self) -> None:
-        """Raises:
-        ExportError: what the hub would refuse, or show wrongly.
+        """Check the values.
+
+        Raises:
+            ExportError: the Hub would refuse a value or show it wrongly.
         """
         if self.license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", self.license):
             raise ExportError(
-                f"'{self.license}' is no license identifier",
+                f"'{self.license}' is not a license identifier",
                 hint="apache-2.0, mit, cc-by-4.0, ... or other with --license-name",
             )
         if (self.license == "other") != (self.license_name is not None) or (self.license_link and not self.license_name):
             raise ExportError(
-                "the license is not said completely", hint="--license other --license-name NAME [--license-link URL], or an ID"
+                "the license is incomplete", hint="--license other --license-name NAME [--license-link URL], or an ID"
             )
         for language in self.languages:
             if not re.fullmatch(r"[a-z]{2,3}|code|multilingual", language):
-                raise ExportError(f"'{language}' is no language code", hint="two or three letters (en), code or multilingual")
+                raise ExportError(f"'{language}' is not a language code", hint="two or three letters (en), code, multilingual")
         for name in self.datasets:
             if not _hub_name(name):
-                raise ExportError(f"'{name}' is no name of a dataset on the hub", hint="OWNER/NAME")
+                raise ExportError(f"'{name}' is not the name of a dataset on the Hub", hint="OWNER/NAME")
 
 
 @dataclass(frozen=True)
-class Subject:
-    """The exported model: what stands in the checkpoint and what the export found out.
+class ExportedModel:
+    """The exported model, for its card.
 
-    parameters: their number. dtype: of the weights. notes: lines of the export. tokenizer: whether the folder holds one.
-    native: whether transformers' own classes load it, without code in the folder.
+    Attributes:
+        title: name of the model.
+        config: its shape.
+        parameters: number of parameters.
+        manifest: manifest of the checkpoint.
+        dtype: dtype of the weights.
+        notes: notes of the export.
+        tokenizer: the folder holds a tokenizer.
+        native: transformers' own classes load the folder, which holds no code.
     """
 
     title: str
@@ -125,7 +138,7 @@ def _shape(config: ModelConfig, parameters: int, dtype: str) -> dict[str, Any]:
         "MLP": f"{config.mlp}, width {config.mlp_width}, {config.activation}",
         "norm": config.norm,
         "vocabulary": f"{config.vocab_size:,}",
-        "output projection": "tied to the embedding" if config.tie_embeddings else "its own",
+        "output projection": "tied to the embedding" if config.tie_embeddings else "untied",
         "dtype of the weights": dtype,
     }
 
@@ -144,7 +157,7 @@ def _training(manifest: Manifest) -> dict[str, Any]:
 
 
 def _kind_of_model(config: ModelConfig) -> str:
-    """The first sentence: what generation keeps, as far as the mixers of ours say it."""
+    """The first sentence: the kind of state that generation keeps, for our own mixers."""
     files = [_file_of(kind) for kind in config.layer_types]
     growing = sum(file == _GROWING for file in files)
     if all(file in _FIXED for file in files):
@@ -156,8 +169,8 @@ def _kind_of_model(config: ModelConfig) -> str:
     return "A language model"
 
 
-def _datasets(subject: Subject, stated: Stated) -> list[str]:
-    """Names on the hub: those of `hf:` sources in the checkpoint's facts, and the stated ones."""
+def _datasets(subject: ExportedModel, stated: CardInfo) -> list[str]:
+    """Names on the Hub: those of `hf:` sources in the checkpoint's metadata, and the stated ones."""
     data = subject.manifest.facts.get("data") or ()
     names = []
     for entry in [data] if isinstance(data, str) else data:
@@ -169,10 +182,10 @@ def _datasets(subject: Subject, stated: Stated) -> list[str]:
     return list(dict.fromkeys([*filter(_hub_name, names), *stated.datasets]))
 
 
-def front_matter(subject: Subject, stated: Stated) -> ModelCardData:
-    """The metadata that the hub reads."""
+def front_matter(subject: ExportedModel, stated: CardInfo) -> ModelCardData:
+    """The metadata that the Hub reads."""
     kinds = list(dict.fromkeys(subject.config.layer_types))
-    finite = [score for score in stated.scores if math.isfinite(score.value)]  # the hub reads no infinity
+    finite = [score for score in stated.scores if math.isfinite(score.value)]  # the Hub rejects infinity
     linear = ["linear-attention"] if any(_file_of(kind) in _LINEAR for kind in kinds) else []
     return ModelCardData(
         license=stated.license,
@@ -196,7 +209,7 @@ def _evaluation(scores: Sequence[Score]) -> str:
     return "\n".join(lines)
 
 
-def _license(stated: Stated) -> str:
+def _license(stated: CardInfo) -> str:
     if stated.license is None:
         return "Not stated."
     name = stated.license_name or stated.license
@@ -204,21 +217,21 @@ def _license(stated: Stated) -> str:
 
 
 def _prefix(config: ModelConfig) -> int:
-    """Tokens that prefix layers of the model read in both directions; 0 without such layers."""
+    """Number of tokens that prefix layers read in both directions; 0 without such layers."""
     if not any(_file_of(kind) == "jrt" for kind in config.layer_types):
         return 0
     return int(config.layer_options.get("jrt", {}).get("prefix_length", 0))
 
 
-def model_card(subject: Subject, stated: Stated) -> str:
+def model_card(subject: ExportedModel, stated: CardInfo) -> str:
     """The text of README.md.
 
     Args:
-        subject: facts of the checkpoint and of the export.
-        stated: what a person added.
+        subject: the exported model.
+        stated: what the user stated.
 
     Returns:
-        Markdown behind a YAML front matter.
+        Markdown with a YAML front matter.
     """
     notes = "\n".join(f"* {note}" for note in subject.notes)
     lowest, newest = PROVED_TRANSFORMERS
@@ -233,7 +246,7 @@ def model_card(subject: Subject, stated: Stated) -> str:
 {how_to_use(subject.tokenizer, subject.native, _prefix(subject.config))}
 ## Versions
 
-Folders of this kind were proved with `transformers` {lowest} to {newest}; this one was compared with its checkpoint under
+Folders of this kind were tested with `transformers` {lowest} to {newest}; this one was compared with its checkpoint under
 {transformers.__version__}.{"" if subject.native else " Outside the range it says so in one line when it is loaded."}
 
 ## Model

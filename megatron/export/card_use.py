@@ -1,4 +1,4 @@
-"""How an exported folder is used, as its model card says it: loading, batches, packing, fine-tuning, label smoothing."""
+"""The usage section of the model card: loading, batches, packing, fine-tuning, label smoothing."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ output = model.generate(**{inputs}, max_new_tokens=64)
 
 _BATCHES = """### Batches
 
-Prompts of different lengths go into one batch by padding on the left with an `attention_mask`; each row then says what it
-says alone.
+Pad prompts of different lengths on the left and pass the `attention_mask`; each row then generates what it generates alone.
 """
 
 _BATCHES_TEXT = """
@@ -31,8 +30,8 @@ print(tokenizer.batch_decode(model.generate(**batch, max_new_tokens=64)))
 
 _PACKING = """### Packing
 
-Documents go into one row without padding when `position_ids` start over at each document's first token, as
-`DataCollatorWithFlattening` writes them; the logits are those of the documents one by one.
+Several documents fit into one row without padding if `position_ids` restart at each document's first token, as
+`DataCollatorWithFlattening` writes them; the logits equal those of the separate documents.
 
 ```python
 from transformers import DataCollatorWithFlattening
@@ -44,7 +43,7 @@ model(**DataCollatorWithFlattening(return_tensors="pt")(rows))
 
 _FINE_TUNING = """### Fine-tuning
 
-`Trainer` takes the model as it is; labels are the tokens themselves (they are shifted inside), -100 where no loss is wanted.
+`Trainer` works without changes; labels are the tokens themselves (the model shifts them), -100 to mask the loss.
 With PEFT:
 
 ```python
@@ -55,14 +54,14 @@ model = get_peft_model(model, LoraConfig(target_modules="all-linear", task_type=
 """
 
 SMOOTHING_REMEDY = "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model.config.model_type] = type(model).__name__"
-"""The line that makes Trainer's label smoothing right for a model whose code lies in its folder."""
+"""The line that fixes Trainer's label smoothing for a model whose code is in its folder."""
 
 _SMOOTHING = f"""### Label smoothing
 
 With `TrainingArguments(label_smoothing_factor=...)`, `Trainer` computes the loss itself and shifts the labels only for
-classes that it finds in a table of transformers, which lists no model with code in its folder: such a model is trained to
-repeat its input. This one enters itself in the table when it is made. For other models, or where the entry was lost (an
-object sent to another process), one line before training does the same, on the model itself, before PEFT wraps it:
+classes in a table of transformers, which lists no model with code in its folder: such a model learns to repeat its input.
+This model registers itself in the table when it is instantiated. For other models, or if the entry is lost (an object sent
+to another process), one line before training does the same; apply it to the model before PEFT wraps it:
 
 ```python
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -74,23 +73,23 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 _PREFIX = """### The prefix
 
-The first {length} tokens of a text are read in both directions (JRT); `prefix_length=N` sets another number for a call, 0 reads
-from left to right. A prompt should fill the prefix: with the cache, later tokens are read from left to right, and without it a
-longer text would form a longer prefix. Labels inside the prefix are tokens that the model sees: set them to -100 in
+The model reads the first {length} tokens of a text in both directions (JRT); `prefix_length=N` changes their number for a call,
+0 reads from left to right. A prompt should fill the prefix: with the cache, later tokens are read from left to right, and
+without it a longer text forms a longer prefix. The model sees the tokens inside the prefix: set their labels to -100 in
 fine-tuning, or train with `prefix_length=0`.
 """
 
 
 def how_to_use(tokenizer: bool, native: bool, prefix: int = 0) -> str:
-    """The part of the card between the first sentence and the facts.
+    """The usage section of the card.
 
     Args:
-        tokenizer: whether the folder holds one.
-        native: whether transformers' own classes load the folder; what is said of code in the folder is left out then.
-        prefix: tokens that prefix layers read in both directions; 0 without such layers.
+        tokenizer: the folder holds a tokenizer.
+        native: transformers' own classes load the folder; omits the sections about code in the folder.
+        prefix: number of tokens that prefix layers read in both directions; 0 without such layers.
 
     Returns:
-        Markdown that ends with a line break.
+        Markdown that ends with a newline.
     """
     trust = "" if native else ", trust_remote_code=True"
     load = _LOAD.format(

@@ -1,7 +1,7 @@
 """Any checkpoint -> a folder that `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` loads.
 
-The folder is written under a temporary name beside its place, compared with the trainer's model logit by logit
-(`export/verify.py`), and renamed only when they agree; otherwise it is removed and an ExportError says how far off it was.
+The folder is written under a temporary name, its logits are compared with those of the trainer's model
+(`export/verify.py`), and it is renamed only if they agree; otherwise it is removed and an ExportError states the difference.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from megatron.checkpoint.load import read_full_weights
 from megatron.checkpoint.manifest import Manifest, read_manifest
 from megatron.checkpoint.safetensors_writer import nbytes, write_tensors
 from megatron.errors import ExportError
-from megatron.export.card import Stated, Subject, model_card
+from megatron.export.card import CardInfo, ExportedModel, model_card
 from megatron.export.pack import PackPlan, pack
 from megatron.export.tokenizer import export_tokenizer
 from megatron.export.verify import make_probe, verify_folder
@@ -50,15 +50,20 @@ def layer_class(name: str) -> type[Layer]:
     """The class of the token mixer called `name`."""
     return _MIXERS[name]
 '''
-"""Stands in for `megatron/registry.py` in a packed file."""
+"""Replaces `megatron/registry.py` in a packed file."""
 _VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
 
 
 @dataclass(frozen=True)
-class Exported:
-    """Where the folder lies, as which family, what to know about it, and how far its logits are from the checkpoint's.
+class ExportResult:
+    """The result of an export.
 
-    difference: the largest of all compared logits, relative to the largest logit (fp32).
+    Attributes:
+        folder: the exported folder.
+        family: its model type.
+        parameters: number of parameters.
+        difference: largest difference between the folder's and the checkpoint's logits, relative to the largest logit (fp32).
+        notes: notes for the user and the model card.
     """
 
     folder: Path
@@ -75,22 +80,25 @@ def export_checkpoint(
     dtype: str = "auto",
     max_shard_bytes: int = 5_000_000_000,
     keep_padding: bool = False,
-    stated: Stated | None = None,
-) -> Exported:
+    stated: CardInfo | None = None,
+) -> ExportResult:
     """Write the Hugging Face folder `output` from a `global_step<N>` folder of any mesh.
 
     Args:
-        dtype: auto (as stored) | float32 | bfloat16 | float16 | float64. max_shard_bytes: weights per file.
-        keep_padding: keep the vocabulary rows that only pad the table; by default the rows beyond the tokenizer's size,
-            which no text can reach, are cut off and `vocab_size` is the true size.
-        stated: what a person adds to the model card: license, languages, datasets, measured figures.
+        checkpoint: the `global_step<N>` folder.
+        output: the folder to write; it must not exist or be empty.
+        dtype: auto (as stored) | float32 | bfloat16 | float16 | float64.
+        max_shard_bytes: weights per file.
+        keep_padding: keep the padding rows of the vocabulary; by default the rows beyond the tokenizer's size,
+            which no text can reach, are removed and `vocab_size` is the tokenizer's.
+        stated: what the user adds to the model card: license, languages, datasets, evaluation results.
 
     Raises:
         ExportError: `output` exists and is not empty, the dtype is unknown, or the folder's logits differ.
         CheckpointError: the checkpoint is absent or damaged.
     """
     checkpoint, output = Path(checkpoint), Path(output)
-    stated = stated or Stated()
+    stated = stated or CardInfo()
     stated.check()
     _check_arguments(output, dtype)
     manifest = read_manifest(checkpoint)
@@ -113,10 +121,10 @@ def export_checkpoint(
         temporary.rename(output)
         fsync_folder(output.parent)
     except OSError as error:
-        raise ExportError("the folder cannot be made", where=str(output), why=error.strerror or str(error)) from None
+        raise ExportError("the folder cannot be written", where=str(output), why=error.strerror or str(error)) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return Exported(output, family.name, sum(t.numel() for t in weights.values()), difference, tuple(notes))
+    return ExportResult(output, family.name, sum(t.numel() for t in weights.values()), difference, tuple(notes))
 
 
 def _check_arguments(output: Path, dtype: str) -> None:
@@ -129,20 +137,20 @@ def _check_arguments(output: Path, dtype: str) -> None:
 def _trim(
     config: ModelConfig, weights: dict[str, Tensor], manifest: Manifest, keep_padding: bool
 ) -> tuple[ModelConfig, dict[str, Tensor], list[str]]:
-    """Cut the vocabulary to the tokenizer's size."""
+    """Remove the padding rows of the vocabulary."""
     size = (manifest.facts.get("tokenizer") or {}).get("vocab_size")
     if size is None:
         return config, weights, [f"vocabulary: {config.vocab_size} rows (the checkpoint names no smaller true size)"]
     if keep_padding or size >= config.vocab_size:
         return config, weights, [f"vocabulary: {config.vocab_size} rows, {max(0, config.vocab_size - size)} of them padding"]
-    cut = {name: t[:size] if name in _VOCABULARY else t for name, t in weights.items()}
-    note = f"vocabulary: {size} rows; {config.vocab_size - size} rows that padded the table in training were cut off"
-    return replace(config, vocab_size=size), cut, [note]
+    trimmed = {name: t[:size] if name in _VOCABULARY else t for name, t in weights.items()}
+    note = f"vocabulary: {size} rows; {config.vocab_size - size} rows that padded the table in training were removed"
+    return replace(config, vocab_size=size), trimmed, [note]
 
 
 @dataclass(frozen=True)
 class _Content:
-    """What goes into a folder."""
+    """The content of an exported folder."""
 
     checkpoint: Path
     manifest: Manifest
@@ -151,13 +159,13 @@ class _Content:
     family: Family
     title: str
     notes: list[str]
-    stated: Stated
+    stated: CardInfo
 
     @property
     def tokenizer_facts(self) -> Mapping[str, Any]:
-        """What the manifest says of the tokenizer; no id of a token that the model has no row for, nor more ids than rows.
+        """The manifest's tokenizer metadata, without ids beyond the rows of the embedding.
 
-        Reading a Hugging Face tokenizer without a padding token adds one, whose id lies behind the rows of an imported model.
+        Loading a Hugging Face tokenizer without a padding token adds one, whose id may exceed the rows of an imported model.
         """
         facts, rows = dict(self.manifest.facts.get("tokenizer") or {}), self.config.vocab_size
         if facts.get("vocab_size"):
@@ -167,42 +175,42 @@ class _Content:
 
     @property
     def dtype(self) -> str:
-        """Of the weights; float32 when they are mixed."""
+        """Dtype of the weights; float32 if they are mixed."""
         dtypes = {t.dtype for t in self.weights.values()}
         return str(dtypes.pop()).removeprefix("torch.") if len(dtypes) == 1 else "float32"
 
 
 def _write(folder: Path, content: _Content, max_shard_bytes: int) -> float:
-    """Fill `folder`; returns the largest difference found by the comparison."""
+    """Fill `folder` and verify it; returns the largest logit difference."""
     config, family, weights, notes = content.config, content.family, content.weights, content.notes
     for name, text in packed_sources(config, family).items():
         write_text(folder / name, text)
     renamed = weights if family.native is None else to_native(family.native.layout, config, weights)
     _write_weights(folder, renamed, max_shard_bytes)
-    facts, told = content.tokenizer_facts, content.manifest.facts
-    length = told.get("max_position_embeddings") or told.get("seq_length")
+    facts, run_facts = content.tokenizer_facts, content.manifest.facts
+    length = run_facts.get("max_position_embeddings") or run_facts.get("seq_length")
     write_json(folder / "config.json", _config_json(config, family, facts, content.dtype, length))
     write_json(folder / "generation_config.json", _generation_json(facts))
     notes += export_tokenizer(content.checkpoint / "tokenizer", facts, folder, length)
     model = filled_model(config, weights, dtype=torch.float32, where=str(content.checkpoint))
     probe = make_probe(model, config.vocab_size)
-    del model  # the folder's own copy comes next
+    del model  # free memory before loading the folder's copy
     difference = verify_folder(folder, family.name, family.prefix, probe, family.native is not None)
     notes.append(
-        f"logits compared with the checkpoint's in fp32, under transformers {transformers.__version__}: a whole pass,"
+        f"logits compared with the checkpoint's in fp32, under transformers {transformers.__version__}: a full pass,"
         f" left-padded rows, steps, `generate` with and without the cache{'' if family.native else ', two documents in a row'};"
         f" largest difference {difference:.1e} of the largest logit"
     )
     total = sum(t.numel() for t in weights.values())
     has_tokenizer = (folder / "tokenizer.json").is_file() or (folder / "tokenizer_config.json").is_file()
     native = family.native is not None
-    subject = Subject(content.title, config, total, content.manifest, content.dtype, notes, has_tokenizer, native)
+    subject = ExportedModel(content.title, config, total, content.manifest, content.dtype, notes, has_tokenizer, native)
     write_text(folder / "README.md", model_card(subject, content.stated))
     return difference
 
 
 def packed_sources(config: ModelConfig, family: Family) -> dict[str, str]:
-    """File name -> text of the Python files of an exported folder; see `export/pack.py` for what is refused."""
+    """File name -> text of the Python files of an exported folder; `export/pack.py` says what is refused."""
     if family.native is not None:
         return {}
     infos = {name: layer_info(name) for name in dict.fromkeys(config.layer_types)}
@@ -215,15 +223,16 @@ def packed_sources(config: ModelConfig, family: Family) -> dict[str, str]:
         siblings={family.config: f"configuration_{family.name}"},
     )
     model = pack(plan)
-    # transformers takes two folders of one name and one configuration text for one model, whatever their modelling files hold
+    # transformers caches code by folder name and configuration text: without the digest, two exports of one name would share
+    # their modelling code
     digest = hashlib.sha256(model.encode()).hexdigest()[:16]
-    title = f"{family.prefix} configuration, beside a modelling file of SHA-256 {digest}."
+    title = f"{family.prefix} configuration, for a modelling file of SHA-256 {digest}."
     settings = PackPlan(entries=((family.config, f"{family.prefix}Config"),), title=title)
     return {f"modeling_{family.name}.py": model, f"configuration_{family.name}.py": pack(settings)}
 
 
 def _write_weights(folder: Path, weights: Mapping[str, Tensor], max_shard_bytes: int) -> None:
-    """safetensors, in shards with an index when they are larger than `max_shard_bytes`."""
+    """Write safetensors; above `max_shard_bytes` as shards with an index."""
     shards: list[dict[str, Tensor]] = [{}]
     for name, tensor in weights.items():
         if shards[-1] and nbytes(shards[-1]) + nbytes({name: tensor}) > max_shard_bytes:
@@ -242,7 +251,7 @@ def _write_weights(folder: Path, weights: Mapping[str, Tensor], max_shard_bytes:
 
 
 def _token_ids(facts: Mapping[str, Any]) -> dict[str, int | None]:
-    """Special ids; without a tokenizer none is claimed."""
+    """Special token ids; all None without a tokenizer."""
     eod = facts.get("eod")
     return {"bos_token_id": facts.get("bos", eod), "eos_token_id": eod, "pad_token_id": facts.get("pad", eod)}
 
@@ -250,7 +259,7 @@ def _token_ids(facts: Mapping[str, Any]) -> dict[str, int | None]:
 def _config_json(
     config: ModelConfig, family: Family, facts: Mapping[str, Any], dtype: str, length: int | None
 ) -> dict[str, Any]:
-    """config.json by the family's own class, so that its defaults and ours cannot drift apart."""
+    """config.json, through the family's own class, so that its defaults and ours cannot diverge."""
     fields = family.fields(config)
     if family.native is None:
         fields["auto_map"] = family.auto_map

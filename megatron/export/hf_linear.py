@@ -1,4 +1,4 @@
-"""The classes of an exported folder of any other model of ours; packed as `modeling_linear_lm.py`."""
+"""The classes of an exported folder of any model but MetaLA; packed as `modeling_linear_lm.py`."""
 
 from __future__ import annotations
 

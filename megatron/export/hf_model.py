@@ -1,7 +1,7 @@
-"""The shell that makes our model a Hugging Face one: cache, masks, documents, loss and `generate` around the trainer's blocks.
+"""The Hugging Face language model: cache, masks, packed documents, loss and `generate` around the trainer's blocks.
 
-It is imported here (verification) and packed into every exported folder, where `megatron/model` and the mixers stand above it
-in the same file. Nothing of the mathematics is in it. Written for the range of transformers in `interop/tested_versions.py`: up
+It is imported here (verification) and packed into every exported folder, after `megatron/model` and the mixers
+in the same file. It contains no mathematics. Written for the range of transformers in `interop/tested_versions.py`: up
 to 5.23 the cache is called `past_key_values`, from 5.24 on `cache`, as an argument and as a field of the output; both names
 work with every version.
 """
@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from transformers import GenerationMixin, PretrainedConfig
 
-from megatron.export.hf_backbone import DecoderModel, DecoderPreTrainedModel, asked
+from megatron.export.hf_backbone import DecoderModel, DecoderPreTrainedModel, enabled
 from megatron.export.hf_cache import RecurrentCache, resolve_cache
 from megatron.export.hf_inputs import check_generation
 from megatron.export.hf_outputs import CACHE_ARGUMENT, CACHE_FIELD, DecoderLMOutput
@@ -29,7 +29,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
 
     backbone_class: ClassVar[type[DecoderModel]] = DecoderModel
     accepts_loss_kwargs = True  # num_items_in_batch
-    # a dictionary since transformers 5: tied name -> its source; in force when config.tie_word_embeddings is
+    # a dictionary since transformers 5: tied name -> its source; active if config.tie_word_embeddings
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
     def __init__(self, config: PretrainedConfig) -> None:
@@ -60,8 +60,8 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
         self.lm_head = value
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        """As transformers does it, but with new parameters: it exchanges the memory of the old ones, and graphs that are still
-        alive know them by their old size.
+        """As in transformers, but with new parameters: transformers swaps the storage of the old ones, while live graphs
+        still refer to their old size.
         """
         resized = super().resize_token_embeddings(*args, **kwargs)
         for module in (resized, self.lm_head):
@@ -71,9 +71,9 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
         return resized
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> Any:
-        """Start from a cache of ours where a prompt is read in pieces (`prefill_chunk_size`); else `forward` makes it.
+        """Start from our cache if a prompt is read in chunks (`prefill_chunk_size`); else `forward` creates it.
 
-        The first piece holds the whole prefix of prefix layers (JRT), which is formed in one pass.
+        The first chunk must hold the complete prefix of prefix layers (JRT), which is formed in one pass.
         """
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)  # type: ignore[misc]
         prompt = getattr(generation_config, "_mask_length", None)
@@ -90,14 +90,14 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
             generation_config.prefill_chunk_size = max(generation_config.prefill_chunk_size, two_way + padding)
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
-        """As transformers does, which knows arguments by `forward`'s signature; those that mixers declare are known as well."""
-        own = self.model.input_names()
-        other = {name: value for name, value in model_kwargs.items() if name not in own}
+        """As in transformers, which validates against `forward`'s signature; also accepts arguments that mixers declare."""
+        declared = self.model.input_names()
+        other = {name: value for name, value in model_kwargs.items() if name not in declared}
         super()._validate_model_kwargs(other)  # type: ignore[misc]
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, inputs_embeds: Tensor | None = None, **kwargs: Any) -> Any:
-        """As transformers does it, with the cache under its old name: by it PEFT knows a first step, and puts learned prompts
-        in front of every other step where it does not find it.
+        """As in transformers, with the cache under its old name: PEFT looks for it to recognise the first step, and would
+        prepend learned prompts to every step without it.
         """
         inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
         if inputs.get("cache") is not None:
@@ -105,7 +105,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
         return inputs
 
     def floating_point_ops(self, input_dict: dict[str, Any], exclude_embeddings: bool = True) -> int:
-        """FLOPs of a training step on `input_ids` [b, s], as Trainer logs them: forward and twice that for the backward."""
+        """FLOPs of a training step on `input_ids` [b, s], as Trainer logs them: 3 x forward."""
         rows, length = input_dict["input_ids"].shape
         mixers = sum(mixer.flops(length) for mixer in self.model.mixers())
         matrices = sum(
@@ -136,13 +136,13 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
         seq_idx: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Logits [b, s, n]. Arguments that are not listed here are those of `DecoderModel.forward`.
+        """Logits [b, s, n]. For the other arguments see `DecoderModel.forward`.
 
         Args:
-            labels: [b, s], the tokens themselves (they are shifted here), -100 where no loss is wanted. The loss is their mean
-                cross entropy in fp32, 0 where none counts.
-            num_items_in_batch: the loss is the sum divided by this, as Trainer wants it under gradient accumulation.
-            logits_to_keep: logits of the last so many positions, or of the positions listed; 0 for all.
+            labels: [b, s], the tokens themselves (shifted here), -100 to mask the loss. The loss is their mean
+                cross entropy in fp32, 0 if all are masked.
+            num_items_in_batch: divide the summed loss by this number, as Trainer needs for gradient accumulation.
+            logits_to_keep: compute logits of the last N positions only, or of the listed positions; 0 for all.
         """
         inner = self.model(
             input_ids,
@@ -168,14 +168,14 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
         loss = None if labels is None else self._loss(logits, labels, attention_mask, num_items_in_batch, kwargs)
         more = {CACHE_FIELD: getattr(inner, CACHE_FIELD), "hidden_states": inner.hidden_states}
         output = DecoderLMOutput(loss, logits, **more, attentions=inner.attentions)
-        return output if asked(return_dict, self.config, "return_dict") else output.to_tuple()
+        return output if enabled(return_dict, self.config, "return_dict") else output.to_tuple()
 
     def _loss(
         self, logits: Tensor, labels: Tensor, mask: Tensor | None, count: Tensor | int | None, inputs: dict[str, Any]
     ) -> Tensor:
-        """Cross entropy of logits [b, s, n] with the labels [b, s] one place on: mean, or sum / count.
+        """Cross entropy of logits [b, s, n] with the labels [b, s] shifted by one: mean, or sum / count.
 
-        What stands behind padding is predicted from nothing and does not count.
+        Tokens directly after padding have no context and do not count.
         """
         if labels.shape != logits.shape[:2]:
             raise ValueError(f"labels must be {tuple(logits.shape[:2])} as the logits, got {tuple(labels.shape)}")

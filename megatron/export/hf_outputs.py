@@ -1,7 +1,7 @@
-"""Outputs of the exported classes, and the two names that transformers has had for the cache.
+"""Outputs of the exported classes, with both of transformers' names for the cache.
 
-Up to 5.23 it is `past_key_values`, from 5.24 on `cache`; transformers' own outputs answer to the old name where they have the
-new one. What follows adds the new name where they have the old one, so that both can be read with every version.
+Up to 5.23 the name is `past_key_values`, from 5.24 on `cache`; newer outputs of transformers also accept the old name.
+These classes add the new name to older versions, so that both names work with every version.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ CACHE_ARGUMENT = (
 
 
 def _other_name(output: Any, name: str) -> Any:
-    """`output.cache` where transformers has no such field yet."""
+    """`output.cache` for versions of transformers without that field."""
     if name == "cache":
         return output.past_key_values
     raise AttributeError(f"{type(output).__name__} has no attribute '{name}'")
@@ -30,7 +30,7 @@ def _other_name(output: Any, name: str) -> Any:
 
 @dataclass
 class DecoderModelOutput(BaseModelOutputWithPast):
-    """Hidden states and the cache, which can be read as `past_key_values` and as `cache`."""
+    """Hidden states and the cache, readable as `past_key_values` and as `cache`."""
 
     def __getattr__(self, name: str) -> Any:
         return _other_name(self, name)
@@ -38,7 +38,7 @@ class DecoderModelOutput(BaseModelOutputWithPast):
 
 @dataclass
 class DecoderLMOutput(CausalLMOutputWithPast):
-    """Loss, logits and the cache, which can be read as `past_key_values` and as `cache`."""
+    """Loss, logits and the cache, readable as `past_key_values` and as `cache`."""
 
     def __getattr__(self, name: str) -> Any:
         return _other_name(self, name)

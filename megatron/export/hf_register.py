@@ -1,7 +1,7 @@
-"""Enters a model of an exported folder where transformers and PEFT look a causal language model up by name.
+"""Registers an exported model in the tables in which transformers and PEFT look up causal language models.
 
-Both ask tables that list their own models only. Without an entry, Trainer does not shift labels under label smoothing and
-trains every token to predict itself, and PEFT knows no default target of LoRA.
+The tables list built-in models only. Without an entry, Trainer does not shift labels under label smoothing and
+trains every token to predict itself, and PEFT has no default LoRA targets.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ def register_causal_lm(model_type: str, class_name: str, linears: Iterable[str])
     """Add a class to transformers' table of causal language models and, where PEFT is imported, its default LoRA targets.
 
     Args:
-        model_type: of the configuration.
-        class_name: of the language model; the class itself goes on being found through `auto_map`.
-        linears: names of the mixers' projections; models of one type that are loaded together share their union.
+        model_type: model type of the configuration.
+        class_name: name of the language model's class; transformers still loads the class through `auto_map`.
+        linears: names of the mixers' projections; loaded models of one type share their union.
     """
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(model_type, class_name)
     if "peft" in sys.modules:

@@ -1,8 +1,8 @@
-"""An exported folder onto the Hugging Face Hub, through `huggingface_hub`: checked first, said before it happens, one commit.
+"""Pushes an exported folder to the Hugging Face Hub through `huggingface_hub`: checked first, as one commit, with a dry run.
 
-What a push does to a repository that exists: one new commit on its branch. Files of the same name are replaced; files at its
-root that a loader would take for parts of the model, and that the folder lacks, are removed in the same commit; all else stays,
-and the history keeps the old model. Nothing is pushed to a public repository under `private`.
+A push to an existing repository is one new commit on its branch. Files of the same name are replaced; files at its
+root that a loader would mistake for parts of the model are removed in the same commit; all other files stay,
+and the history keeps the old model. With `private`, nothing is pushed to a public repository.
 """
 
 from __future__ import annotations
@@ -34,17 +34,19 @@ _LOADED = (
     *("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model*.json", "adapter_model.*"),
     *("tokenizer*", "chat_template*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
 )
-"""Names at a repository's root that `from_pretrained` would read beside, or instead of, a new model's files."""
+"""Names at a repository's root that `from_pretrained` would read in addition to, or instead of, a new model's files."""
 _LOGIN = "`hf auth login`, or HF_TOKEN in the environment, with a token that may write"
 
 
 @dataclass(frozen=True)
 class Destination:
-    """Where a folder goes.
+    """The target of a push.
 
-    repo: OWNER/NAME, or NAME in the namespace of the token's owner. private: only into a repository that others cannot see;
-    without it a new repository is as the account's default says. revision: branch, made when it is not there.
-    message: of the commit, empty for one made from the folder.
+    Attributes:
+        repo: OWNER/NAME, or NAME in the namespace of the token's owner.
+        private: push to a private repository only; without it a new repository has the account's default visibility.
+        revision: branch; created if it does not exist.
+        message: commit message; empty: derived from the folder.
     """
 
     repo: str
@@ -56,16 +58,20 @@ class Destination:
         try:
             validate_repo_id(self.repo)
         except HFValidationError as error:
-            why = str(error).splitlines()[0]
-            raise ExportError(f"'{self.repo}' is no repository of the Hub", why=why, hint="OWNER/NAME") from None
+            reason = str(error).splitlines()[0]
+            raise ExportError(f"'{self.repo}' is not a repository name of the Hub", why=reason, hint="OWNER/NAME") from None
 
 
 @dataclass(frozen=True)
-class Published:
-    """What was done.
+class PushResult:
+    """The result of a push.
 
-    repo: full name. url: of the commit. private: whether others cannot see it. replaced, removed: files that it held
-    before.
+    Attributes:
+        repo: full name of the repository.
+        url: URL of the commit.
+        private: the repository is private.
+        replaced: files that existed before and were replaced.
+        removed: files of an earlier model that were removed.
     """
 
     repo: str
@@ -77,9 +83,12 @@ class Published:
 
 @dataclass(frozen=True)
 class Upload:
-    """A checked folder, ready to be sent.
+    """A checked folder, ready to push.
 
-    files: path inside the folder -> bytes, as they are sent. title: for the commit message.
+    Attributes:
+        folder: the exported folder.
+        files: path inside the folder -> size in bytes.
+        title: class name of the model, for the commit message.
     """
 
     folder: Path
@@ -88,16 +97,16 @@ class Upload:
 
 
 def prepare(folder: str | Path) -> Upload:
-    """Check that `folder` is a whole exported model and list what would be sent.
+    """Check that `folder` is a complete exported model and list its files.
 
     Args:
-        folder: written by an export, complete with its weights.
+        folder: an exported folder with its weights.
 
     Returns:
-        The files, without hidden ones and Python's caches.
+        The files, without hidden files and Python's caches.
 
     Raises:
-        ExportError: no folder, no model in it, or weights that its index names are missing.
+        ExportError: the folder does not exist, holds no model, or lacks weights that its index names.
     """
     folder = Path(folder)
     hint = "name a folder that tools/convert_to_hf.py wrote"
@@ -107,118 +116,122 @@ def prepare(folder: str | Path) -> Upload:
         shards = set(read_json(index)["weight_map"].values()) if index.is_file() else {"model.safetensors"}
         missing = sorted(name for name in shards if not (folder / name).is_file())
         inside = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
-        kept = [path for path in inside if not any(part.startswith((".", "__pycache__")) for part in path.parts)]
-        files = {path.as_posix(): (folder / path).stat().st_size for path in kept}
+        visible_paths = [path for path in inside if not any(name.startswith((".", "__pycache__")) for name in path.parts)]
+        files = {path.as_posix(): (folder / path).stat().st_size for path in visible_paths}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ExportError("not an exported folder", where=str(folder), why=str(error), hint=hint) from None
     if missing:
-        raise ExportError("the folder is not whole", where=str(folder), why=f"missing: {', '.join(missing)}", hint=hint)
+        raise ExportError("the folder is incomplete", where=str(folder), why=f"missing: {', '.join(missing)}", hint=hint)
     return Upload(folder, files, str((settings.get("architectures") or ["model"])[0]))
 
 
-def _message(parcel: Upload, destination: Destination) -> str:
-    return destination.message or f"{parcel.title} {parcel.folder.resolve().name}, exported by linear-neox"
+def _message(upload: Upload, destination: Destination) -> str:
+    return destination.message or f"{upload.title} {upload.folder.resolve().name}, exported by linear-neox"
 
 
-def describe(parcel: Upload, destination: Destination) -> str:
-    """What a push would do, as far as it can be said without the Hub.
+def describe(upload: Upload, destination: Destination) -> str:
+    """Describe a push without contacting the Hub.
 
     Args:
-        parcel: the checked folder.
-        destination: where it would go.
+        upload: the checked folder.
+        destination: the target.
 
     Returns:
-        Lines for the screen: repository, visibility, branch, commit message, files with their sizes.
+        Lines for the console: repository, visibility, branch, commit message, files with their sizes.
     """
     name = destination.repo if "/" in destination.repo else f"{destination.repo} (in the namespace of the token's owner)"
-    seen = "private" if destination.private else "the account's default if it is made now (public, unless set otherwise)"
-    width = max(len(f"{size:,}") for size in parcel.files.values())
+    visibility = (
+        "private" if destination.private else "the account's default for a new repository (public, unless set otherwise)"
+    )
+    width = max(len(f"{size:,}") for size in upload.files.values())
     return "\n".join(
         [
             f"repository: {name}",
-            f"visibility: {seen}",
+            f"visibility: {visibility}",
             f"branch: {destination.revision}",
-            f"commit message: {_message(parcel, destination)}",
-            f"files: {len(parcel.files)}, {sum(parcel.files.values()):,} bytes",
-            *(f"  {size:>{width},}  {file}" for file, size in parcel.files.items()),
+            f"commit message: {_message(upload, destination)}",
+            f"files: {len(upload.files)}, {sum(upload.files.values()):,} bytes",
+            *(f"  {size:>{width},}  {file}" for file, size in upload.files.items()),
         ]
     )
 
 
 def sign_in(api: HfApi | None = None) -> HfApi:
-    """The door to the Hub, tried before anything long begins.
+    """Connect to the Hub and check the token, before anything long begins.
 
     Args:
-        api: tests give one; by default that of `HF_ENDPOINT` with the token of the usual places.
+        api: for tests; default: `HF_ENDPOINT` with the token from the usual places.
 
     Returns:
-        An API whose token the Hub knows and that may write.
+        An API with a valid token that has write access.
 
     Raises:
-        ExportError: no token, a refused or read-only one, or no way to the Hub.
+        ExportError: the token is missing, refused or read-only, or the Hub is unreachable.
     """
     api = api or HfApi()
     try:
         account = api.whoami()
     except LocalTokenNotFoundError:
         raise ExportError("no token for the Hugging Face Hub", why="nobody is logged in on this machine", hint=_LOGIN) from None
-    except Exception as error:  # the library passes on whatever its HTTP client raises
-        raise _refusal("the Hub cannot be asked", error, api) from None
+    except Exception as error:  # the library lets through whatever its HTTP client raises
+        raise _refusal("the Hub cannot be reached", error, api) from None
     role = ((account.get("auth") or {}).get("accessToken") or {}).get("role")
     if role == "read":
         raise ExportError("the token may only read", where=f"account {account.get('name')}", hint=_LOGIN)
     return api
 
 
-def publish(parcel: Upload, destination: Destination, api: HfApi) -> Published:
-    """Make the repository where it is missing and send the folder as one commit (very many files: several).
+def publish(upload: Upload, destination: Destination, api: HfApi) -> PushResult:
+    """Create the repository if needed and push the folder as one commit (very many files: several commits).
 
     Args:
-        parcel: the checked folder; it is only read.
-        destination: where it goes.
-        api: of `sign_in`.
+        upload: the checked folder; read only.
+        destination: the target.
+        api: from `sign_in`.
 
     Returns:
-        What was done.
+        Repository, commit and changed files.
 
     Raises:
-        ExportError: the Hub refuses, cannot be reached, or the repository is public under `private`. The folder stays.
+        ExportError: the Hub refuses or is unreachable, or the repository is public despite `private`. The folder stays.
     """
-    again = f"the folder stays as it is; once that is mended: --folder {parcel.folder} --push-to-hub {destination.repo}"
+    again = f"the folder is unchanged; to retry: --folder {upload.folder} --push-to-hub {destination.repo}"
     try:
         repo = api.create_repo(destination.repo, private=destination.private or None, exist_ok=True).repo_id
         private = bool(api.model_info(repo).private)
         if destination.private and not private:
             raise ExportError(
-                f"{repo} exists and is public", why="--private was asked for; nothing was sent", hint="name another repository"
+                f"{repo} exists and is public", why="--private is set; nothing was sent", hint="name another repository"
             )
         if destination.revision != MAIN:
             api.create_branch(repo, branch=destination.revision, exist_ok=True)
-        there = api.list_repo_files(repo, revision=destination.revision)
-        removed = _stale(there, parcel.files)
+        remote_files = api.list_repo_files(repo, revision=destination.revision)
+        removed = _stale(remote_files, upload.files)
         commit = api.upload_folder(
             repo_id=repo,
-            folder_path=parcel.folder,
+            folder_path=upload.folder,
             revision=destination.revision,
-            commit_message=_message(parcel, destination),
-            allow_patterns=[glob.escape(name) for name in parcel.files],
+            commit_message=_message(upload, destination),
+            allow_patterns=[glob.escape(name) for name in upload.files],
             delete_patterns=[glob.escape(name) for name in removed] or None,
         )
     except ExportError:
         raise
     except KeyboardInterrupt:
-        print(f"stopped while sending {parcel.folder}; {again}", flush=True)
+        print(f"stopped while sending {upload.folder}; {again}", flush=True)
         raise
-    except Exception as error:  # the library passes on whatever its HTTP client and its storage raise
-        raise _refusal(f"{parcel.folder} did not get to {destination.repo}", error, api, again) from None
-    replaced = tuple(name for name in there if name in parcel.files)
-    return Published(repo, commit.commit_url, private, replaced, removed)
+    except Exception as error:  # the library lets through whatever its HTTP client and storage raise
+        raise _refusal(f"{upload.folder} was not pushed to {destination.repo}", error, api, again) from None
+    replaced = tuple(name for name in remote_files if name in upload.files)
+    return PushResult(repo, commit.commit_url, private, replaced, removed)
 
 
-def _stale(there: Sequence[str], files: Mapping[str, int]) -> tuple[str, ...]:
-    """Files of an earlier model that a loader would still find."""
+def _stale(remote_files: Sequence[str], files: Mapping[str, int]) -> tuple[str, ...]:
+    """Files of an earlier model that a loader would still read."""
     return tuple(
-        name for name in there if name not in files and any(fnmatch.fnmatchcase(name, p) for p in _LOADED) and "/" not in name
+        name
+        for name in remote_files
+        if name not in files and any(fnmatch.fnmatchcase(name, p) for p in _LOADED) and "/" not in name
     )
 
 
@@ -232,7 +245,7 @@ _CAUSES = {
 
 
 def _refusal(what: str, error: Exception, api: HfApi, again: str | None = None) -> ExportError:
-    """One message of what the library raised; addresses may be signed and a token may be quoted, so neither is repeated."""
+    """One error for what the library raised; without URL queries (may be signed) and the token (may be quoted)."""
     where, hint = str(api.endpoint), None
     if isinstance(error, OfflineModeIsEnabled):
         why, hint = "HF_HUB_OFFLINE is set", "unset HF_HUB_OFFLINE"
@@ -245,9 +258,9 @@ def _refusal(what: str, error: Exception, api: HfApi, again: str | None = None) 
     token = api.token if isinstance(api.token, str) else get_token()
     if token:
         why = why.replace(token, "(token)")
-    return ExportError(what, where=where, why=why, hint="; ".join(part for part in (hint, again) if part) or None)
+    return ExportError(what, where=where, why=why, hint="; ".join(text for text in (hint, again) if text) or None)
 
 
 def _first(text: Any) -> str:
-    """All lines as one, without what an address carries behind its question mark."""
+    """All lines as one, without the query strings of URLs."""
     return " ".join(word.partition("?")[0] if "://" in word else word for word in str(text).split())[:300]

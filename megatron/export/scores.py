@@ -1,4 +1,4 @@
-"""Results of `eval.py`, or of the `lm_eval` command, as rows and metadata of a model card."""
+"""Converts results of `eval.py` or of the `lm_eval` command to rows and metadata of a model card."""
 
 from __future__ import annotations
 
@@ -18,11 +18,17 @@ _PERPLEXITY = ("perplexity", "word_perplexity", "bits_per_byte")
 
 @dataclass(frozen=True)
 class Score:
-    """One measured figure.
+    """One evaluation result.
 
-    task: lm-eval's name, or `perplexity`. metric: `acc`, `word_perplexity`, ... filter: lm-eval's, empty for none.
-    value, stderr: as measured (shares lie between 0 and 1). split: part of the data where that was recorded.
-    settings: what the figure depends on (`shots`, `examples`, `length`, ...). harness: the program that measured.
+    Attributes:
+        task: lm-eval's name, or `perplexity`.
+        metric: `acc`, `word_perplexity`, ...
+        value: the result (rates are in [0, 1]).
+        filter: lm-eval's filter, empty for none.
+        stderr: standard error of the value.
+        split: split of the data, if recorded.
+        settings: settings that affect the result (`shots`, `examples`, `length`, ...).
+        harness: program that measured it.
     """
 
     task: str
@@ -37,8 +43,15 @@ class Score:
     def row(self) -> tuple[str, ...]:
         """Cells of the card's table: task, metric, value, standard error, settings, program."""
         metric = f"{self.metric} ({self.filter})" if self.filter else self.metric
-        said = ", ".join(f"{name} {value}" for name, value in self.settings.items())
-        return self.task, metric, _figure(self.value), "" if self.stderr is None else _figure(self.stderr), said, self.harness
+        settings = ", ".join(f"{name} {value}" for name, value in self.settings.items())
+        return (
+            self.task,
+            metric,
+            _figure(self.value),
+            "" if self.stderr is None else _figure(self.stderr),
+            settings,
+            self.harness,
+        )
 
     def metadata(self) -> EvalResult:
         """The entry of the card's `model-index`."""
@@ -59,31 +72,31 @@ def _figure(value: float) -> str:
 
 
 def read_scores(files: Iterable[Path], checkpoint: Path) -> tuple[Score, ...]:
-    """The figures in result files, in their order.
+    """The results in result files, in order.
 
     Args:
         files: JSON files that `eval.py` (perplexity and lm-eval tasks) or stock `lm_eval` wrote.
-        checkpoint: the `global_step<N>` folder that is exported; results that name another step are refused.
+        checkpoint: the `global_step<N>` folder to export; results that name another step are refused.
 
     Raises:
-        ExportError: a file cannot be read, holds no figure, or is of another checkpoint.
+        ExportError: a file cannot be read, holds no result, or belongs to another checkpoint.
     """
-    found: list[Score] = []
+    all_scores: list[Score] = []
     for file in files:
         data = _content(file)
         measured = data.get("checkpoint")
         if measured and Path(str(measured)).name != checkpoint.resolve().name:
             raise ExportError(
-                "these results are of another checkpoint",
+                "these results belong to another checkpoint",
                 where=str(file),
                 why=f"measured: {measured}; exported: {checkpoint}",
                 hint="run eval.py on the exported checkpoint (--set iteration=N chooses one)",
             )
         scores = list(_perplexity(data) if data.get("task") == "perplexity" else _harness(data))
         if not scores:
-            raise ExportError("no figure stands in the results", where=str(file), hint="name a file that eval.py wrote")
-        found += scores
-    return tuple(found)
+            raise ExportError("the file holds no result", where=str(file), hint="name a file that eval.py wrote")
+        all_scores += scores
+    return tuple(all_scores)
 
 
 def _content(file: Path) -> Mapping[str, Any]:
@@ -92,7 +105,7 @@ def _content(file: Path) -> Mapping[str, Any]:
     except OSError as error:
         raise ExportError("the results cannot be read", where=str(file), why=error.strerror) from None
     except ValueError as error:
-        raise ExportError("the results are no JSON", where=str(file), why=str(error)) from None
+        raise ExportError("the results are not JSON", where=str(file), why=str(error)) from None
     if not isinstance(data, dict) or not isinstance(data.get("rows", data.get("results")), (list, dict)):
         raise ExportError("not results of an evaluation", where=str(file), hint="name a JSON file that eval.py wrote")
     return data
@@ -128,10 +141,10 @@ def _harness(data: Mapping[str, Any]) -> Iterator[Score]:
 
 def _settings(data: Mapping[str, Any], task: str) -> dict[str, Any]:
     counted = (data.get("n-samples") or {}).get(task) or {}
-    kept, whole = counted.get("effective"), counted.get("original")
-    examples = kept if kept == whole or not whole else f"{kept} of {whole}"
-    known = {"shots": (data.get("n-shot") or {}).get(task), "examples": examples}
-    known["version"] = (data.get("versions") or {}).get(task)
+    effective, original = counted.get("effective"), counted.get("original")
+    examples = effective if effective == original or not original else f"{effective} of {original}"
+    settings = {"shots": (data.get("n-shot") or {}).get(task), "examples": examples}
+    settings["version"] = (data.get("versions") or {}).get(task)
     if task.startswith("based_"):
-        known |= {"context": data.get("context_length"), "prompts": data.get("prompt_mode")}
-    return {name: value for name, value in known.items() if value is not None}
+        settings |= {"context": data.get("context_length"), "prompts": data.get("prompt_mode")}
+    return {name: value for name, value in settings.items() if value is not None}

@@ -1,7 +1,7 @@
-"""One of our modules as pieces: top-level definitions with the comments above them, what they bind, what they use.
+"""Splits one of our modules into top-level statements: their text with comments, the names they bind, the names they use.
 
-`export/pack.py` chooses pieces by what the exported model needs and writes them, word for word, into one file. Reading
-goes through the syntax tree and never imports, so the text that is packed is the text that is tested.
+`export/pack.py` selects the statements that the exported model needs and writes them verbatim into one file. Reading
+uses the syntax tree and never imports, so the packed text is the tested text.
 """
 
 from __future__ import annotations
@@ -23,8 +23,19 @@ ROOT = "megatron"
 
 
 @dataclass(frozen=True)
-class Piece:
-    """One top-level statement: the names it binds, the names it loads, its text with the comments above it."""
+class Statement:
+    """One top-level statement.
+
+    Attributes:
+        module: its module.
+        line: its first line.
+        names: names it binds.
+        uses: names it loads.
+        text: its source, with the comments above it.
+        lazy: modules that its body imports.
+        gap: blank lines above it, at most two.
+        decorators: names of called decorators (`@path(...)`), which may register the definition.
+    """
 
     module: str
     line: int
@@ -32,44 +43,45 @@ class Piece:
     uses: frozenset[str]
     text: str
     lazy: tuple[str, ...] = ()
-    """Modules that its body imports by itself."""
     gap: int = 2
-    """Blank lines above it, at most two."""
     decorators: tuple[str, ...] = ()
-    """Names of the decorators that are called (`@path(...)`): they may register the definition somewhere."""
 
 
 @dataclass
-class Source:
-    """A module: its docstring, its pieces in order, and where its imported names come from.
+class ModuleSource:
+    """A parsed module.
 
-    outside: bound name -> (full dotted path, import statement) for other packages.
-    inside: bound name -> (module of ours, name there).
+    Attributes:
+        module: dotted name.
+        doc: its docstring.
+        statements: its statements, in order.
+        outside: bound name -> (full dotted path, import statement), for imports from other packages.
+        inside: bound name -> (one of our modules, name there), for imports from our modules.
     """
 
     module: str
     doc: str = ""
-    pieces: list[Piece] = field(default_factory=list)
+    statements: list[Statement] = field(default_factory=list)
     outside: dict[str, tuple[str, str]] = field(default_factory=dict)
     inside: dict[str, tuple[str, str]] = field(default_factory=dict)
 
-    def binding(self, name: str) -> list[Piece]:
-        """The pieces that bind `name`, in order; more than one for a name that is set in steps."""
-        return [piece for piece in self.pieces if name in piece.names]
+    def binding(self, name: str) -> list[Statement]:
+        """The statements that bind `name`, in order; more than one if a name is built in steps."""
+        return [statement for statement in self.statements if name in statement.names]
 
-    def registered(self) -> list[Piece]:
-        """Definitions under a called decorator of ours: found at run time by a key, not by their name."""
-        return [piece for piece in self.pieces if any(name in self.inside for name in piece.decorators)]
+    def registered(self) -> list[Statement]:
+        """Definitions under one of our called decorators: looked up at run time by a key, not by name."""
+        return [statement for statement in self.statements if any(name in self.inside for name in statement.decorators)]
 
-    def effects(self) -> list[Piece]:
-        """Statements that bind nothing, thus act when the module is imported."""
-        return [piece for piece in self.pieces if not piece.names]
+    def effects(self) -> list[Statement]:
+        """Statements that bind nothing: side effects at import."""
+        return [statement for statement in self.statements if not statement.names]
 
 
 def module_path(module: str) -> Path | None:
-    """The file of one of our modules, found without importing it or its parents; None when there is no such module.
+    """The file of one of our modules, without importing it or its parents; None if the module does not exist.
 
-    A mixer's module may lie elsewhere (`registry.outside_modules`), and is imported already.
+    The module of a user's mixer may be elsewhere (`registry.outside_modules`); it is already imported.
     """
     if module.split(".")[0] != ROOT:
         file = getattr(sys.modules.get(module), "__file__", None) or getattr(importlib.util.find_spec(module), "origin", None)
@@ -81,13 +93,13 @@ def module_path(module: str) -> Path | None:
 
 
 @cache
-def read_source(module: str) -> Source:
-    """The pieces of the module `module` (dotted name); a module that does not exist raises ExportError."""
+def read_source(module: str) -> ModuleSource:
+    """Parse the module `module` (dotted name); raises an ExportError if it does not exist."""
     path = module_path(module)
     if path is None and module in outside_modules():
         raise ExportError(
             f"a mixer of '{module}' cannot be packed",
-            why="its class is in no file",
+            why="its class is not defined in a file",
             hint="put it into a .py file and import it",
         )
     if path is None:
@@ -95,10 +107,10 @@ def read_source(module: str) -> Source:
     return parse_source(module, path.read_text(encoding="utf-8"))
 
 
-def parse_source(module: str, text: str) -> Source:
-    """The pieces of a module given as text."""
+def parse_source(module: str, text: str) -> ModuleSource:
+    """Parse the text of a module."""
     tree, lines = ast.parse(text, filename=module), text.splitlines()
-    source = Source(module, ast.get_docstring(tree) or "")
+    source = ModuleSource(module, ast.get_docstring(tree) or "")
     previous_end = 0
     for index, node in enumerate(tree.body):
         start, end = previous_end, node.end_lineno or node.lineno
@@ -109,14 +121,14 @@ def parse_source(module: str, text: str) -> Source:
             _record_import(source, node)
         elif _is_guard(node):
             continue
-        elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and source.pieces:
+        elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and source.statements:
             _extend_last(source, lines[start:end])  # the string that documents the constant above it
         elif not _binds_all(node):
-            source.pieces.append(_piece(module, node, lines[start:end]))
+            source.statements.append(_piece(module, node, lines[start:end]))
     return source
 
 
-def _record_import(source: Source, node: ast.Import | ast.ImportFrom) -> None:
+def _record_import(source: ModuleSource, node: ast.Import | ast.ImportFrom) -> None:
     if isinstance(node, ast.ImportFrom):
         origin = node.module or ""
         if node.level:
@@ -142,9 +154,9 @@ def _record_import(source: Source, node: ast.Import | ast.ImportFrom) -> None:
 
 
 def _home(origin: str, name: str) -> str | None:
-    """The module of ours that `from origin import name` means, None for one of another package.
+    """Our module that `from origin import name` refers to, None for other packages.
 
-    A mixer of a user may import the contract from the public package, which keeps a table of where its names are defined.
+    A user's mixer may import the contract from the public package, which has a table of the defining modules.
     """
     if origin.split(".")[0] == ROOT or origin in outside_modules():
         return origin
@@ -153,7 +165,7 @@ def _home(origin: str, name: str) -> str | None:
 
 
 def _is_guard(node: ast.stmt) -> bool:
-    """`if TYPE_CHECKING:` and `if __name__ == ...:` have no part in a packed file."""
+    """Whether a statement is `if TYPE_CHECKING:` or `if __name__ == ...:`, which are not packed."""
     if not isinstance(node, ast.If):
         return False
     names = {n.id for n in ast.walk(node.test) if isinstance(n, ast.Name)}
@@ -164,10 +176,10 @@ def _binds_all(node: ast.stmt) -> bool:
     return "__all__" in set(_bound_names(node))
 
 
-def _extend_last(source: Source, lines: list[str]) -> None:
-    last = source.pieces.pop()
+def _extend_last(source: ModuleSource, lines: list[str]) -> None:
+    last = source.statements.pop()
     text = last.text + "\n" + "\n".join(lines).rstrip()
-    source.pieces.append(replace(last, text=text))
+    source.statements.append(replace(last, text=text))
 
 
 def _bound_names(node: ast.stmt) -> Iterator[str]:
@@ -191,7 +203,7 @@ def _lazy_imports(node: ast.stmt) -> Iterator[str]:
 
 
 def _without_registration(node: ast.stmt, lines: list[str]) -> tuple[ast.stmt, list[str]]:
-    """A class without the decorator `register_mixer`: in a packed file the mixers' table is written out."""
+    """A class without the decorator `register_mixer`: a packed file has an explicit table of mixers."""
     first = (node.end_lineno or node.lineno) - len(lines) + 1  # number of the first of `lines`
     for decorator in list(getattr(node, "decorator_list", ())):
         if ast.unparse(decorator).split(".")[-1] == "register_mixer":
@@ -202,7 +214,7 @@ def _without_registration(node: ast.stmt, lines: list[str]) -> tuple[ast.stmt, l
     return node, lines
 
 
-def _piece(module: str, node: ast.stmt, lines: list[str]) -> Piece:
+def _piece(module: str, node: ast.stmt, lines: list[str]) -> Statement:
     node, lines = _without_registration(node, lines)
     uses = {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Store)}
     text = "\n".join(lines).strip("\n").rstrip()
@@ -210,11 +222,11 @@ def _piece(module: str, node: ast.stmt, lines: list[str]) -> Piece:
     calls = [d.func for d in getattr(node, "decorator_list", []) if isinstance(d, ast.Call)]
     called = [f.id for f in calls if isinstance(f, ast.Name)]
     names = frozenset(_bound_names(node))
-    return Piece(module, node.lineno, names, frozenset(uses), text, tuple(_lazy_imports(node)), gap, tuple(called))
+    return Statement(module, node.lineno, names, frozenset(uses), text, tuple(_lazy_imports(node)), gap, tuple(called))
 
 
 def check_resolved(text: str, where: str) -> None:
-    """Raise ExportError when packed `text` loads a global name that is neither bound in it nor built in."""
+    """Raise an ExportError if packed `text` loads a global name that is neither bound in it nor built in."""
     top = symtable.symtable(text, where, "exec")
     bound = {s.get_name() for s in top.get_symbols() if s.is_assigned() or s.is_imported() or s.is_namespace()}
     bound |= set(dir(builtins)) | {"__name__", "__file__", "__doc__"}

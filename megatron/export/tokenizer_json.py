@@ -1,7 +1,7 @@
-"""Any tokenizer of training as an object of the `tokenizers` library, which is what a `tokenizer.json` holds.
+"""Converts any of our tokenizers to an object of the `tokenizers` library, the content of a `tokenizer.json`.
 
-The object gives the ids of a prompt (`Tokenizer.tokenize_prompt`): whoever loads an exported folder hands its output to
-`generate`, and a token behind the text would end it.
+The object yields the ids of a prompt (`Tokenizer.tokenize_prompt`): users of an exported folder pass its output to `generate`,
+and a token after the text would end it.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from megatron.errors import ExportError
 
 
 def prompt_backend(tokenizer: Tokenizer, rows: int | None = None) -> Backend:
-    """The object for a tokenizer of any kind; whether it gives the same ids is for the caller to prove.
+    """The backend for a tokenizer of any kind; the caller must check that it yields the same ids.
 
     Args:
-        tokenizer: any.
-        rows: of the model's embedding, if known; a padding token that reading a folder added is left out where it has none.
+        tokenizer: tokenizer of any kind.
+        rows: rows of the model's embedding, if known; a padding token added by loading a folder is dropped if it has no row.
 
     Raises:
-        ExportError: there is no such object.
+        ExportError: the tokenizer has no such form.
     """
     if isinstance(tokenizer, HFTokenizer):
         return _without_end(tokenizer, rows)
@@ -42,7 +42,7 @@ def prompt_backend(tokenizer: Tokenizer, rows: int | None = None) -> Backend:
 
 
 def _without_end(tokenizer: HFTokenizer, rows: int | None) -> Backend:
-    """The tokenizer as it is, but nothing is added behind a text."""
+    """The tokenizer without the tokens that its template adds after a text."""
     content = json.loads(tokenizer.to_json())
     added_pad = tokenizer.added_pad if isinstance(tokenizer, HFGPT2Tokenizer) else None
     if rows is not None and added_pad is not None and added_pad >= rows:
@@ -53,12 +53,12 @@ def _without_end(tokenizer: HFTokenizer, rows: int | None) -> Backend:
 
 
 def _start_only(processor: Mapping[str, Any], tokenizer: HFTokenizer) -> dict[str, Any] | None:
-    """A post-processor that adds `template.before`; parts that set offsets only stay."""
-    parts = processor["processors"] if processor["type"] == "Sequence" else [processor]
-    kept = [part for part in parts if part["type"] == "ByteLevel"]
+    """A post-processor that adds `template.before` only; ByteLevel processors, which set offsets, stay."""
+    processors = processor["processors"] if processor["type"] == "Sequence" else [processor]
+    remaining = [processor_ for processor_ in processors if processor_["type"] == "ByteLevel"]
     if tokenizer.template.before:
-        kept.append(_start_template(tokenizer.template, tokenizer))
-    return {"type": "Sequence", "processors": kept} if kept else None
+        remaining.append(_start_template(tokenizer.template, tokenizer))
+    return {"type": "Sequence", "processors": remaining} if remaining else None
 
 
 def _start_template(template: Template, tokenizer: HFTokenizer) -> dict[str, Any]:
@@ -75,14 +75,14 @@ def _start_template(template: Template, tokenizer: HFTokenizer) -> dict[str, Any
 
 
 def _letters() -> dict[int, str]:
-    """Byte -> the printable letter that stands for it in a byte-level vocabulary."""
+    """Byte -> its printable character in a byte-level vocabulary."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
 
 
 def _byte_backend(tokenizer: Tokenizer) -> Backend:
-    """Bytes as ids: a byte-pair vocabulary without a single merge. Ids 0 and 1 are the markers, as in training."""
+    """Bytes as ids: a byte-pair vocabulary without merges. Ids 0 and 1 are the eod and padding tokens, as in training."""
     letters = _letters()
     vocabulary = {letters[byte]: byte for byte in range(256)}
     vocabulary |= {f"<|unused_{i}|>": i for i in range(256, tokenizer.vocab_size)}
@@ -96,7 +96,7 @@ def _byte_backend(tokenizer: Tokenizer) -> Backend:
 
 
 def _rank_backend(tokenizer: TiktokenTokenizer) -> Backend:
-    """A rank file: tokens with their ranks as ids, and as merges every way to make one out of two of them, by rank.
+    """A rank file: ranks become ids, and every split of a token into two tokens becomes a merge, ordered by rank.
 
     Special tokens keep their ids, which may leave gaps; reserved ids have no token, as in training.
     """
@@ -109,15 +109,15 @@ def _rank_backend(tokenizer: TiktokenTokenizer) -> Backend:
         merges += [(text[a], text[b]) for a, b in sorted(pairs, key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))]
     vocabulary = {text[token]: rank for token, rank in ranks.items()} | tokenizer.special_tokens
     backend = Backend(models.BPE(vocabulary, merges, ignore_merges=True))
-    cut = pre_tokenizers.Split(Regex(tokenizer.pattern), "isolated")
-    backend.pre_tokenizer = pre_tokenizers.Sequence([cut, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    split = pre_tokenizers.Split(Regex(tokenizer.pattern), "isolated")
+    backend.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(list(tokenizer.special_tokens))
     return backend
 
 
 def _sentencepiece_backend(tokenizer: SPMTokenizer) -> Backend:
-    """A SentencePiece model through the converter of transformers; a near miss is found by the sample texts."""
+    """A SentencePiece model through transformers' converter; the sample texts detect inexact conversions."""
     from transformers.convert_slow_tokenizer import SpmConverter
 
     try:

@@ -1,9 +1,8 @@
-"""Proof that an exported folder computes what the trainer's model computes, before the folder is given its name.
+"""Verifies that an exported folder computes what the trainer's model computes, before the folder gets its final name.
 
-The packed files are loaded as a package of their own (no module of this project is visible under its name), the weights are
-read back from the folder's safetensors, and logits are compared in fp32 in the ways in which people use a folder: see `_USES`.
-`generate` is among them because what it hands to a model changes with transformers: a folder that is right in a single pass can
-still lose its state from the second new token on.
+The packed files are loaded as a separate package, the weights are read back from the folder's safetensors, and logits are
+compared in fp32 for each kind of use: see `_USES`. `generate` is among them because its calls to the model depend on the
+version of transformers: a folder that is correct in a single pass can still lose its state from the second new token on.
 """
 
 from __future__ import annotations
@@ -33,22 +32,23 @@ from megatron.model.lm import LanguageModel
 TOLERANCE = 1e-4
 """Largest difference of a logit, relative to the largest logit (fp32; the recurrence rounds differently step by step)."""
 NEW_TOKENS = 6
-"""How far `generate` is followed."""
+"""New tokens of the comparison of `generate`."""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """Tokens and what the trainer's model says of them; all logits are cut to the true vocabulary.
+    """Tokens and the trainer's logits for them, without the padding rows of the vocabulary.
 
     Attributes:
-        tokens: [2, s]; in the second row the first `padding` are hidden where padding is meant.
-        prefix: length of the prefix of prefix layers where tokens follow it.
-        boundary: where the second document begins when each row holds two.
+        tokens: [2, s]; padded uses mask the first `padding` tokens of the second row.
+        padding: number of masked tokens.
+        prefix: prefix length of prefix layers in the padded uses.
+        boundary: start of the second document in the packed use.
         plain: logits [2, s, n] without padding.
-        padded: the same with padding and the prefix.
-        packed: the same of two documents in a row.
+        padded: logits [2, s, n] with padding and the prefix.
+        packed: logits [2, s, n] of two documents per row.
         chosen: [2, NEW_TOKENS], the greedy continuation of the padded rows.
-        following: logits [2, NEW_TOKENS, n] that these were chosen from.
+        following: logits [2, NEW_TOKENS, n] of the continuation.
     """
 
     tokens: Tensor
@@ -63,7 +63,7 @@ class Probe:
 
     @property
     def mask(self) -> Tensor:
-        """[2, s], 0 where padding is hidden."""
+        """[2, s], 0 for padding."""
         mask = torch.ones_like(self.tokens)
         mask[1, : self.padding] = 0
         return mask
@@ -75,10 +75,10 @@ def make_probe(
 ) -> Probe:
     """Run the trainer's model (fp32) on fixed random tokens.
 
-    The padded pass has a prefix shorter than what is later read as a prompt, since only then steps can follow a JRT prefill.
+    The prefix of the padded pass is shorter than the prompt of the cached use, since only then steps can follow a JRT prefill.
     """
     table = model.model.embed_tokens.positions
-    if table is not None:  # all of it must fit
+    if table is not None:  # the continuation must fit too
         length = min(length, table.shape[0] - NEW_TOKENS)
         padding, prefix, boundary = min(padding, length // 4), min(prefix, length // 2), min(boundary, length // 2)
     generator = torch.Generator().manual_seed(20)
@@ -90,7 +90,7 @@ def make_probe(
     own = set(input_names(mixers))
 
     def logits(tokens: Tensor, values: Mapping[str, Any] | None = None, **context: Any) -> Tensor:
-        """Those of the real vocabulary; `values` are inputs of mixers, where the model has some that read them."""
+        """Logits of the true vocabulary; `values` are inputs of mixers, for models that have such mixers."""
         inputs = inputs_of(mixers, {name: value for name, value in (values or {}).items() if name in own})
         return model(tokens, Context(**context, inputs=inputs))[0][..., :vocab_size].clone()
 
@@ -107,7 +107,7 @@ def make_probe(
 
 @contextmanager
 def packed_classes(folder: Path, family: str) -> Iterator[types.ModuleType]:
-    """The packed modelling module of a folder, imported under a name used nowhere else, forgotten afterwards."""
+    """Import the packed modelling module of a folder under a unique name, and unload it afterwards."""
     name = f"exported_{uuid.uuid4().hex}"
     package = types.ModuleType(name)
     package.__path__ = [str(folder)]
@@ -124,7 +124,7 @@ def packed_classes(folder: Path, family: str) -> Iterator[types.ModuleType]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars of transformers meanwhile."""
+    """Disable transformers' progress bars."""
     shown = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()
     try:
@@ -138,15 +138,15 @@ def verify_folder(folder: Path, family: str, prefix: str, probe: Probe, native: 
     """Largest logit difference, relative to the largest logit, between the probe and the folder's model.
 
     Args:
-        folder: as written, under any name.
-        family: ending of its modelling file.
-        prefix: of its class names.
-        probe: what the trainer's model says.
-        native: the folder holds no code of its own; transformers' classes are loaded, what they say of padding is not compared
-            and they are not asked to tell documents apart.
+        folder: the exported folder, under any name.
+        family: suffix of its modelling file.
+        prefix: prefix of its class names.
+        probe: tokens and logits of the trainer's model.
+        native: the folder holds no code; transformers' own classes are loaded, and logits of padding tokens and of packed
+            documents are not compared.
 
     Raises:
-        ExportError: it exceeds `TOLERANCE`, or the folder cannot be used at all; the message says in which use.
+        ExportError: the difference exceeds `TOLERANCE`, or the folder cannot be used; the message names the use.
     """
     classes = nullcontext(transformers) if native else packed_classes(folder, family)
     with classes as module, _quiet():
@@ -155,7 +155,7 @@ def verify_folder(folder: Path, family: str, prefix: str, probe: Probe, native: 
     bad = {what: value for what, value in differences.items() if not value <= TOLERANCE}
     if bad:
         raise ExportError(
-            "the exported folder computes other logits than the checkpoint and was removed",
+            "the exported folder's logits differ from the checkpoint's; it was removed",
             why="; ".join(f"{what}: {value:.2e} of the largest logit" for what, value in bad.items()),
             hint=f"the limit is {TOLERANCE:.0e}; please report this with the checkpoint's manifest.json",
         )
@@ -163,30 +163,30 @@ def verify_folder(folder: Path, family: str, prefix: str, probe: Probe, native: 
 
 
 def _difference(use: _Use, model: Any, probe: Probe, native: bool, what: str) -> float:
-    """How far apart the two models are in one use, relative to the largest logit."""
+    """Largest logit difference of the two models in one use, relative to the largest logit."""
     try:
         with torch.inference_mode():
             pair = use(model, probe, native)
-    except Exception as error:  # whatever transformers or the packed code raises, a person gets one message
+    except Exception as error:  # whatever transformers or the packed code raises, the user gets one message
         raise ExportError(
-            "the exported folder cannot be used as transformers users do and was removed",
+            "the exported folder does not work with transformers; it was removed",
             where=f"{what}, transformers {transformers.__version__}",
             why=f"{type(error).__name__}: {error}",
-            hint="docs/compatibility.md lists the versions that folders are proved with",
+            hint="docs/compatibility.md lists the tested versions",
         ) from error
     return 0.0 if pair is None else float((pair[0] - pair[1]).abs().max() / probe.plain.abs().max())
 
 
 _Use = Callable[[Any, Probe, bool], tuple[Tensor, Tensor] | None]
-"""(the folder's model, probe, native) -> (its logits, the trainer's); None where there is nothing to compare."""
+"""(the folder's model, probe, native) -> (its logits, the trainer's); None if there is nothing to compare."""
 
 
 def _extra(model: Any, probe: Probe, native: bool) -> dict[str, Any]:
-    """The prefix of the probe's padded passes, where the model has layers that read one."""
+    """The prefix length of the probe's padded uses, if the model has prefix layers."""
     return {} if native or "prefix_length" not in model.model.input_names() else {"prefix_length": probe.prefix}
 
 
-def _whole_pass(model: Any, probe: Probe, native: bool) -> tuple[Tensor, Tensor]:
+def _full_pass(model: Any, probe: Probe, native: bool) -> tuple[Tensor, Tensor]:
     return model(probe.tokens, use_cache=False).logits, probe.plain
 
 
@@ -211,19 +211,19 @@ def _cached_steps(model: Any, probe: Probe, native: bool) -> tuple[Tensor, Tenso
 def _packed_documents(model: Any, probe: Probe, native: bool) -> tuple[Tensor, Tensor] | None:
     if native:
         return None
-    places = torch.arange(probe.tokens.shape[1])
-    places = torch.where(places < probe.boundary, places, places - probe.boundary)
-    return model(probe.tokens, position_ids=places[None], use_cache=False).logits, probe.packed
+    positions = torch.arange(probe.tokens.shape[1])
+    positions = torch.where(positions < probe.boundary, positions, positions - probe.boundary)
+    return model(probe.tokens, position_ids=positions[None], use_cache=False).logits, probe.packed
 
 
 class _Follow(transformers.LogitsProcessor):
-    """Lets `generate` choose the trainer's tokens, so that a near tie does not part the two."""
+    """Makes `generate` choose the trainer's tokens, so that near ties do not make the two diverge."""
 
     def __init__(self, chosen: Tensor, start: int) -> None:
         self.chosen, self.start = chosen, start
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
-        """Scores [b, n] with the next token of `chosen` far above all others."""
+        """One-hot scores [b, n] of the next token of `chosen`."""
         return F.one_hot(self.chosen[:, input_ids.shape[1] - self.start], scores.shape[-1]).to(scores.dtype)
 
 
@@ -246,11 +246,11 @@ def _generated(model: Any, probe: Probe, native: bool, use_cache: bool) -> tuple
 
 _CACHE = "cache" if "cache" in {f.name for f in fields(CausalLMOutputWithPast)} else "past_key_values"
 _USES: dict[str, _Use] = {
-    "whole pass": _whole_pass,
+    "full pass": _full_pass,
     "left padding": _left_padding,
     "steps through the cache": _cached_steps,
     "packed documents": _packed_documents,
     "greedy generation with the cache": partial(_generated, use_cache=True),
     "greedy generation without the cache": partial(_generated, use_cache=False),
 }
-"""What is compared before a folder is kept; all generation is of a left-padded batch."""
+"""The compared uses; generation uses a left-padded batch."""

@@ -2,8 +2,8 @@
 
     y = W_out( silu(conv(W_conv x + b_conv)) * (W_gate x + b_gate) ) + b_out
 
-with a depthwise causal convolution of three taps over `expand * d` channels. The released code has one projection of twice that
-width; here its two halves are two parameters, so that tensor parallelism cuts each by channel.
+with a depthwise causal convolution of kernel size 3 over `expand * d` channels. The released code has one projection of twice
+that width; here its halves are two parameters, so that tensor parallelism shards each by channel.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class BaseConv(Layer):
         """Options of a BaseConv layer."""
 
         conv_width: int = 3
-        """Taps of the causal convolution."""
+        """Kernel size of the causal convolution."""
         expand: int = 2
         """Channels of the convolution per channel of the model."""
         bias: bool = True
@@ -74,9 +74,9 @@ class BaseConv(Layer):
         return {"conv": torch.zeros(batch, self.width - 1, self.conv1d.out_channels, dtype=dtype, device=device)}
 
     def plan(self) -> Mapping[str, str]:
-        """By channel of the convolution."""
-        cuts = {"conv1d.weight": "heads", "out_proj.weight": "row", "out_proj.bias": "replicated"}
-        return {name: cuts.get(name, "column") for name, _ in self.named_parameters()}
+        """Sharded by channel of the convolution."""
+        kinds = {"conv1d.weight": "heads", "out_proj.weight": "row", "out_proj.bias": "replicated"}
+        return {name: kinds.get(name, "column") for name, _ in self.named_parameters()}
 
     def init_rules(self) -> Mapping[str, str]:
         """Every matrix normal, the output scaled by depth, the convolution PyTorch's uniform +-1/sqrt(width)."""

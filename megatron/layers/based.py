@@ -1,12 +1,12 @@
 """Based's linear attention: the second-order Taylor polynomial of softmax attention (arXiv 2402.18668).
 
-Queries and keys are projected down to `feature_width` numbers per head, values keep the head's width; no rotary, no norm, no
+Queries and keys are projected to width `feature_width` per head, values keep the head's width; no rotary, no norm, no
 gate. `ops/taylor.py` has the formulas. The optional decay is that of the released `based-360M-30B`: numerators decay by a fixed
 rate 1 - 2^(decay_const - head) per head and are multiplied by a linear gate of the input; denominators are not.
 
-Differences from the released code, none of which touches the weights: denominators and states are in fp32 always, the feature
-map is the packed one (153 instead of 273 numbers at width 16), generation is right with every form (the originals build a wrong
-state in three of theirs), and padding and document boundaries are known.
+Differences from the released code, none of which affects the weights: denominators and states are always in fp32, the feature
+map is packed (153 instead of 273 features at width 16), generation is correct in every form (three of the original's build a
+wrong state), and padding and document boundaries are supported.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ class Based(Layer):
         """c of the decay rate 1 - 2^(c - head)."""
 
         def resolved(self) -> LayerConfig:
-            """The number of heads said; without decay its constant at the default."""
+            """Resolves the number of heads; without decay resets its constant."""
             constant = self.decay_const if self.decay else -3.0
             return replace(self, heads=self.heads or self.num_heads, decay_const=constant)
 
         def tp_divisor(self) -> int:
-            """The heads of the linear attention."""
+            """The number of heads of the linear attention."""
             return self.heads or self.num_heads
 
     def __init__(self, config: Config) -> None:
@@ -66,16 +66,16 @@ class Based(Layer):
 
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Projections of x [..., d]: q, k [..., h, f] and v [..., h, v]."""
-        narrow = (-1, self.feature_width)
+        head_shape = (-1, self.feature_width)
         v = self.proj_v(x).unflatten(-1, (-1, self.value_dim))
-        return self.proj_q(x).unflatten(-1, narrow), self.proj_k(x).unflatten(-1, narrow), v
+        return self.proj_q(x).unflatten(-1, head_shape), self.proj_k(x).unflatten(-1, head_shape), v
 
     def set_shard(self, rank: int, size: int) -> None:
-        """Rates of decay go by the number of the head."""
+        """Decay rates depend on the global head index."""
         self.first_head = rank * self.heads // size
 
     def log_decay(self, device: torch.device) -> Tensor | None:
-        """log(1 - 2^(c - head)) of the heads held here `[h]`, rounded to fp32 as the released buffer is; None without decay."""
+        """log(1 - 2^(c - head)) of the local heads `[h]`, rounded to fp32 like the released buffer; None without decay."""
         if self.decay_proj is None:
             return None
         count = self.decay_proj.out_features
@@ -90,15 +90,15 @@ class Based(Layer):
     def forward(self, x: Tensor, ctx: Context, state: State | None = None) -> tuple[Tensor, State | None]:
         """`x [b, s, d]` -> `y [b, s, d]`; see `Layer.forward`."""
         x = self.copy_to_tp(x)
-        rates = self.log_decay(x.device)
-        if rates is not None:  # a padded token neither writes nor decays
+        log_decay = self.log_decay(x.device)
+        if log_decay is not None:  # a padded token neither writes nor decays
             present = torch.ones(1, x.shape[1], device=x.device) if ctx.mask is None else ctx.mask
-            rates = present[..., None] * rates
+            log_decay = present[..., None] * log_decay
         y, recurrent = taylor(
             *self._heads(x),
             state=None if state is None else state["recurrent"],
             keep=ctx.mask,
-            log_decay=rates,
+            log_decay=log_decay,
             segment_ids=ctx.segment_ids,
             backend=ctx.backend,
         )
@@ -116,16 +116,16 @@ class Based(Layer):
         return {"recurrent": empty_taylor_state(batch, heads, self.feature_width, self.value_dim, dtype, device)}
 
     def plan(self) -> Mapping[str, str]:
-        """By head."""
+        """Sharded by head."""
         return {name: "row" if name == "out_proj.weight" else "column" for name, _ in self.named_parameters()}
 
     def init_rules(self) -> Mapping[str, str]:
-        """Every matrix normal, the output scaled by depth."""
+        """Normal matrices, the output scaled by depth."""
         return {name: "output" if name == "out_proj.weight" else "input" for name, _ in self.named_parameters()}
 
     def flops(self, seq_length: int) -> float:
         """Projections, and per head the chunked form: all pairs inside a chunk, features times state across."""
         d, f, c = self.config.hidden_size, self.feature_width, min(TAYLOR_CHUNK, seq_length)
-        heads, wide = d // self.value_dim, self.value_dim + 1
+        heads, columns = d // self.value_dim, self.value_dim + 1
         matrices = sum(math.prod(p.shape) for name, p in self.named_parameters() if name.endswith("weight"))
-        return 2.0 * matrices + heads * (2.0 * c * (f + wide) + 4.0 * feature_count(f) * wide)
+        return 2.0 * matrices + heads * (2.0 * c * (f + columns) + 4.0 * feature_count(f) * columns)

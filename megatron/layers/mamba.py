@@ -3,8 +3,8 @@
     a, z = W_in x, W_gate x        u = silu(conv(a))        dt, B, C = W_x u        dt = softplus(W_dt dt + bias)
     y = W_out( (scan(u, dt, -exp(A_log), B, C) + D u) * silu(z) )
 
-A Mamba model has no MLP beside it (`mlp_type: none`). Plain PyTorch: no external package is needed. Tensor parallelism cuts by
-channel; dt, B and C are sums over channels and met once more in the middle of the layer. The released code has one projection
+A Mamba model has no MLP (`mlp_type: none`). Plain PyTorch, without external packages. Tensor parallelism shards by
+channel; dt, B and C are sums over channels and need a second reduction inside the layer. The released code has one projection
 for a and z; here its halves are two parameters.
 """
 
@@ -27,7 +27,7 @@ from megatron.ops.ssm import selective_scan, selective_step
 
 
 class ChannelSum(nn.Module):
-    """A second meeting point of ranks: partial sums meet (`join`), and work on separate channels goes on (`split`)."""
+    """A second reduction inside the layer: reduces partial sums, then continues on separate channels."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,12 +35,12 @@ class ChannelSum(nn.Module):
         self.copy_to_tp: nn.Module = nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        """A partial sum of any shape -> the whole, on every rank."""
+        """A partial sum of any shape -> the sum over all ranks, on every rank."""
         return self.copy_to_tp(self.reduce_from_tp(x))
 
 
 class Mamba(Layer):
-    """The Mamba-1 mixer; heads have no meaning in it."""
+    """The Mamba-1 mixer, which has no heads."""
 
     names: ClassVar[tuple[str, ...]] = ("mamba",)
     uses_heads: ClassVar[bool] = False
@@ -51,24 +51,24 @@ class Mamba(Layer):
         """Options of a Mamba layer."""
 
         state_size: int = 16
-        """Numbers of state per channel."""
+        """State size N per channel."""
         conv_width: int = 4
-        """Taps of the causal convolution."""
+        """Kernel size of the causal convolution."""
         expand: int = 2
         """Channels of the layer per channel of the model."""
         dt_rank: int = 0
-        """Width of the bottleneck in front of the step sizes; 0 takes hidden_size / 16, rounded up."""
+        """Width of the low-rank projection of the step sizes; 0 takes hidden_size / 16, rounded up."""
         use_bias_in_conv: bool = True
         """Bias of the convolution."""
         use_bias_in_linears: bool = False
         """Biases of the projections into and out of the layer."""
 
         def resolved(self) -> LayerConfig:
-            """The width of the bottleneck said."""
+            """Resolves the width of the low-rank projection."""
             return replace(self, dt_rank=self.dt_rank or math.ceil(self.hidden_size / 16))
 
         def tp_divisor(self) -> int:
-            """The channels of the layer."""
+            """The number of channels of the layer."""
             return self.expand * self.hidden_size
 
     def __init__(self, config: Config) -> None:
@@ -88,8 +88,8 @@ class Mamba(Layer):
 
     def _selection(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Step sizes [..., channels] and B, C [..., n] of u [..., channels]."""
-        low = self.channel_sum(self.x_proj(u))
-        dt, b, c = low.split([self.dt_rank, self.states, self.states], -1)
+        projected = self.channel_sum(self.x_proj(u))
+        dt, b, c = projected.split([self.dt_rank, self.states, self.states], -1)
         return F.softplus(in_accumulation_dtype(self.dt_proj(dt))), b, c
 
     def _out(self, y: Tensor, u: Tensor, z: Tensor) -> Tensor:
@@ -141,15 +141,15 @@ class Mamba(Layer):
         }
 
     def plan(self) -> Mapping[str, str]:
-        """By channel."""
-        whole = {"conv1d.weight": "heads", "conv1d.bias": "heads", "A_log": "heads", "D": "heads"}
-        whole |= {"x_proj.weight": "row", "out_proj.weight": "row", "out_proj.bias": "replicated"}
-        return {name: whole.get(name, "column") for name, _ in self.named_parameters()}
+        """Sharded by channel."""
+        kinds = {"conv1d.weight": "heads", "conv1d.bias": "heads", "A_log": "heads", "D": "heads"}
+        kinds |= {"x_proj.weight": "row", "out_proj.weight": "row", "out_proj.bias": "replicated"}
+        return {name: kinds.get(name, "column") for name, _ in self.named_parameters()}
 
     def init_rules(self) -> Mapping[str, str]:
-        """The original's: PyTorch's uniform rule for matrices, A = -(1 .. n), D = 1, step sizes of 0.001 to 0.1.
+        """As in the original: PyTorch's uniform rule for matrices, A = -(1 .. n), D = 1, step sizes of 0.001 to 0.1.
 
-        `mixer_init: methods` draws the matrices, but that of the step sizes, as GPT-NeoX does: by its two init methods.
+        `mixer_init: methods` draws the matrices, except that of the step sizes, with GPT-NeoX's two init methods.
         """
         roles = {"A_log": "log_range", "D": "ones", "dt_proj.bias": "step_size", "out_proj.weight": "uniform_output"}
         roles |= dict.fromkeys(("in_proj.weight", "gate_proj.weight", "x_proj.weight"), "uniform_input")
@@ -157,7 +157,7 @@ class Mamba(Layer):
         return {n: roles.get(n, "zeros" if n.endswith("bias") else "conv") for n, _ in self.named_parameters()}
 
     def no_decay(self) -> tuple[str, ...]:
-        """A and D are rates and gains, not maps."""
+        """A and D are decay rates and gains, not projections."""
         return ("A_log", "D")
 
     def flops(self, seq_length: int) -> float:

@@ -1,12 +1,12 @@
 """MetaLA: linear attention with a dynamic decay as its only key (arXiv 2411.10741, NeurIPS 2024).
 
-Query, decay gate, value and output gate all read the same short convolution of the input; there is no key projection (the key
-is one minus the decay) and no positional encoding of any kind: order comes from decay and convolution. Keys and queries are
+Query, decay gate, value and output gate share one short convolution of the input; there is no key projection (the key
+is one minus the decay) and no positional encoding: decay and convolution encode the order. Keys and queries are
 half as wide as the model. Parameter names are those of the released checkpoints.
 
-Differences from the released code, none of which touches the weights: the key is formed in fp32 without cancellation
-(`gate_round` restores the old rounding), each tensor-parallel rank runs its own heads only, padding on either side leaves the
-state alone, a pass of several tokens continues from the convolution's history as well, and documents can be kept apart.
+Differences from the released code, none of which affects the weights: the key is computed in fp32 without cancellation
+(`gate_round` restores the original rounding), each tensor-parallel rank runs its own heads only, padding does not
+change the state, a pass of several tokens continues from the convolution's history too, and document masking is supported.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class MetaLA(Layer):
         """Options of a MetaLA layer."""
 
         conv_width: int = 4
-        """Taps of the short causal convolution in front of the projections."""
+        """Kernel size of the short causal convolution before the projections."""
         gate_round: str = "none"
         """none | bf16 | fp16: round gate and key as the released half-precision code does, to score its checkpoints."""
 
@@ -59,35 +59,35 @@ class MetaLA(Layer):
         self.aug_balance = nn.Parameter(torch.zeros(d // 2))
 
     def _heads(self, u: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Projections of u [..., d] cut into heads: q, z [..., h, k]; v, g [..., h, v]; w [h, k]; h from the shapes."""
+        """Projections of u [..., d] split into heads: q, z [..., h, k]; v, g [..., h, v]; w [h, k]; local h."""
         v = self.v_proj(u)
         if mask is not None:
             v = v * mask[..., None].to(v.dtype)
-        k, wide = (-1, self.key_dim), (-1, self.value_dim)
+        k_shape, v_shape = (-1, self.key_dim), (-1, self.value_dim)
         return (
-            self.q_proj(u).unflatten(-1, k),
-            self.k_gate(u).unflatten(-1, k),
-            v.unflatten(-1, wide),
-            self.g_proj(u).unflatten(-1, wide),
-            self.aug_balance.view(k),
+            self.q_proj(u).unflatten(-1, k_shape),
+            self.k_gate(u).unflatten(-1, k_shape),
+            v.unflatten(-1, v_shape),
+            self.g_proj(u).unflatten(-1, v_shape),
+            self.aug_balance.view(k_shape),
         )
 
     def _packed(self, u: Tensor, backend: str) -> Tensor:
-        """All projections of u [..., d] by one product: q | z | v | g."""
+        """All projections of u [..., d] in one matrix product: q | z | v | g."""
         return packed_linear(u, self._projections(), self.g_proj.bias, backend)
 
     def _projections(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.q_proj.weight, self.k_gate.weight, self.v_proj.weight, self.g_proj.weight
 
     def pack_weights(self) -> None:
-        """Put the four projections one behind the other in memory: the fused path then reads them as one without a copy."""
+        """Make the four projections contiguous in memory, so that the fused path reads them as one without a copy."""
         pack_weights(self._projections())
 
     def _mix(self, u: Tensor, ctx: Context, recurrent: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The operator on the projections of `u [b, s, d]`: y [b, s, h, v] and the last state.
+        """The MetaLA operator on the projections of `u [b, s, d]`: y [b, s, h, v] and the last state.
 
-        They are one product, whose gradient comes back in one piece. The paths that are to be an independent check have four,
-        and so have projections that are more than plain matrices (adapters, quantised weights, hooks).
+        The fused paths use one matrix product with one gradient. The paths that serve as an independent check use four
+        products, and so do projections that are not plain matrices (adapters, quantised weights, hooks).
         """
         plain = are_plain(self.q_proj, self.k_gate, self.v_proj, self.g_proj)
         if plain and chosen("metala", ctx.backend, u.device) in ("triton", "torch"):
@@ -126,8 +126,8 @@ class MetaLA(Layer):
         if ctx.in_place:
             u = self.copy_to_tp(conv_step_(x, self.conv1d.weight, state["conv"], backend=ctx.backend))
             w = self.aug_balance.view(-1, self.key_dim)
-            parts = cut_packed(self._packed(u, ctx.backend), w)
-            y = metala_step_(*parts, w, state["recurrent"], gate_round=self.gate_round, backend=ctx.backend)
+            projections = cut_packed(self._packed(u, ctx.backend), w)
+            y = metala_step_(*projections, w, state["recurrent"], gate_round=self.gate_round, backend=ctx.backend)
             return self.reduce_from_tp(self.out_proj(y.flatten(-2))), state
         x, history = x.unsqueeze(1), state["conv"]
         u = self.conv1d(x, history, backend=ctx.backend).squeeze(1)
@@ -138,14 +138,14 @@ class MetaLA(Layer):
     def init_state(self, batch: int, dtype: torch.dtype, device: torch.device | str) -> State:
         """recurrent [b, h, k, v] in fp32 (fp64 for an fp64 model), conv [b, width - 1, d] in the model's dtype."""
         heads = self.aug_balance.numel() // self.key_dim
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        dtype32 = torch.float64 if dtype == torch.float64 else torch.float32
         return {
-            "recurrent": torch.zeros(batch, heads, self.key_dim, self.value_dim, dtype=wide, device=device),
+            "recurrent": torch.zeros(batch, heads, self.key_dim, self.value_dim, dtype=dtype32, device=device),
             "conv": torch.zeros(batch, self.width - 1, self.conv1d.out_channels, dtype=dtype, device=device),
         }
 
     def plan(self) -> Mapping[str, str]:
-        """By head; the convolution stays whole because it runs before the split."""
+        """Sharded by head; the convolution is replicated because it runs before `copy_to_tp`."""
         return {
             "conv1d.weight": "replicated",
             "q_proj.weight": "column",
@@ -158,7 +158,7 @@ class MetaLA(Layer):
         }
 
     def init_rules(self) -> Mapping[str, str]:
-        """The released NeoX file's choices: conv keeps PyTorch's uniform +-1/sqrt(width), augmentation starts as a no-op."""
+        """As in the released NeoX code: conv keeps PyTorch's uniform +-1/sqrt(width), augmentation starts as a no-op."""
         return {
             "conv1d.weight": "conv",
             "q_proj.weight": "input",
@@ -171,11 +171,11 @@ class MetaLA(Layer):
         }
 
     def no_decay(self) -> tuple[str, ...]:
-        """The augmentation vector starts at zero and is a gain, not a map: decay would only pull it back."""
+        """The augmentation vector is a gain that starts at zero, so decay would only pull it back."""
         return ("aug_balance",)
 
     def flops(self, seq_length: int) -> float:
-        """Projections 8 d^2, convolution 2 w d, and per head the chunked scan: two products inside a chunk, two across."""
+        """Projections 8 d^2, convolution 2 w d, and per head the chunked scan: two products in a chunk, two across."""
         d, h, c = self.config.hidden_size, self.config.num_heads, min(64, seq_length)
         scan = 2 * c * (self.key_dim + self.value_dim) + 4 * self.key_dim * self.value_dim
         return 8.0 * d * d + 2.0 * self.width * d + h * scan

@@ -1,9 +1,9 @@
-"""Softmax attention over a short window: Based's local layer (arXiv 2402.18668), and a baseline of its own.
+"""Softmax attention over a short window: Based's local layer (arXiv 2402.18668), and a baseline.
 
 A token sees itself and the `window` tokens before it. Rotary positions over the whole head, no biases: the form of the released
-Based models, whose `window_size` counts both sides and is halved when it is read (256 there is 128 here: 129 keys).
-Its state is the window: constant however long the text is. `layers/softmax.py` has the general layer; this one stands alone
-because the text of a mixer's file goes into exported folders without its neighbours.
+Based models, whose `window_size` counts both sides and is halved on import (256 there is 128 here: 129 keys).
+Its state is the window, of constant size. `layers/softmax.py` has the general layer; this one is separate
+because exported folders pack each mixer's file without the others.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ class SlidingAttention(Layer):
         }
 
         window: int = 128
-        """Previous tokens that a token sees beside itself."""
+        """Previous tokens that a token sees in addition to itself."""
         rotary_fraction: float = 1.0
-        """Share of each head that is rotated; 0 for no positions at all."""
+        """Fraction of each head that is rotated; 0 for no positions."""
         rotary_base: float = 10000.0
         """Base of the rotary frequencies."""
         dropout: float = 0.0
         """Dropout on attention weights in training."""
 
         def resolved(self) -> LayerConfig:
-            """Without rotation its base at the default."""
+            """Without rotation, resets its base."""
             return self if self.rotary_fraction else replace(self, rotary_base=10000.0)
 
     def __init__(self, config: Config) -> None:
@@ -68,8 +68,8 @@ class SlidingAttention(Layer):
         u, o = self.copy_to_tp(x), self.options
         q, k, v = (p(u).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
         rule = Rule(1 / math.sqrt(self.head_dim), o.window, dropout=o.dropout if self.training else 0.0)
-        how = Mixing(rule, self.rotary, o.rotary_base)
-        y, state = mix(q, k, v, how, state, ctx.mask, ctx.segment_ids, ctx.backend, ctx.attentions)
+        mixing = Mixing(rule, self.rotary, o.rotary_base)
+        y, state = mix(q, k, v, mixing, state, ctx.mask, ctx.segment_ids, ctx.backend, ctx.attentions)
         return self.reduce_from_tp(self.out_proj(y.flatten(-2))), state
 
     def step(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
@@ -88,14 +88,14 @@ class SlidingAttention(Layer):
         return self.options.dropout > 0
 
     def plan(self) -> Mapping[str, str]:
-        """By head."""
+        """Sharded by head."""
         return {f"{p}.weight": "column" for p in ("q_proj", "k_proj", "v_proj")} | {"out_proj.weight": "row"}
 
     def init_rules(self) -> Mapping[str, str]:
-        """Input matrices, and the output projection smaller by depth (Based's own rule)."""
+        """Input matrices, and the output projection scaled down by depth (Based's rule)."""
         return {f"{p}.weight": "input" for p in ("q_proj", "k_proj", "v_proj")} | {"out_proj.weight": "output"}
 
     def flops(self, seq_length: int) -> float:
-        """Projections 8 d^2, and two products with the keys in sight."""
+        """Projections 8 d^2, and two products with the visible keys."""
         d, w = self.options.hidden_size, min(self.options.window, seq_length - 1)
         return 8.0 * d * d + 4.0 * d * (w + 1) * (1 - w / (2 * seq_length))

@@ -1,8 +1,8 @@
 """Softmax attention: GPT-NeoX's `global` and `flash` layers, and `alibi`, which has linear biases whatever `pos_emb` says.
 
 Multi-head or grouped-query, causal, with rotary positions (GPT-NeoX, Pythia, Llama), ALiBi (arXiv 2108.12409: train short, test
-long) or none of its own (learned ones are added to the embedding). It is the baseline of every comparison and can stand beside
-linear layers in one `attention_config`. What GPT-NeoX's flat keys say reaches a layer through `Config.neox_keys`.
+long) or none (the embedding adds learned ones). It is the baseline of every comparison and can be mixed with
+linear layers in one `attention_config`. GPT-NeoX's flat keys reach a layer through `Config.neox_keys`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from megatron.ops.rotary import rotary_width
 class SoftmaxAttention(Layer):
     """Causal attention over all earlier tokens, or over the last `window` of them.
 
-    Biases of the projections into heads are added per head, that of the output once, after the ranks' parts have met.
+    Biases of the input projections are added per head, that of the output once, after the reduction over ranks.
     """
 
     names: ClassVar[tuple[str, ...]] = ("global", "flash")
@@ -47,13 +47,13 @@ class SoftmaxAttention(Layer):
         }
 
         positions: str = "none"
-        """rotary, alibi, none, or learned (which the embedding adds: the layer itself then has none)."""
+        """rotary, alibi, none, or learned (added by the embedding, not by the layer)."""
         kv_heads: int | None = None
-        """Heads of keys and values, a divisor of the query heads; unset: as many as those."""
+        """Heads of keys and values, a divisor of the query heads; unset: the query heads."""
         window: int | None = None
-        """Previous tokens that a token sees beside itself; unset: all."""
+        """Previous tokens that a token sees in addition to itself; unset: all."""
         rotary_fraction: float = 1.0
-        """Share of each head that is rotated."""
+        """Fraction of each head that is rotated."""
         rotary_base: float = 10000.0
         """Base of the rotary frequencies."""
         bias: bool = False
@@ -70,7 +70,7 @@ class SoftmaxAttention(Layer):
         """ALiBi: all slopes are divided by this (position interpolation by a fixed factor)."""
 
         def resolved(self) -> LayerConfig:
-            """Heads of keys and values as a number; numbers of a kind of positions that is not used at their defaults."""
+            """Resolves the heads of keys and values; resets options of unused kinds of positions."""
             plain = replace(self, kv_heads=self.kv_heads or self.num_heads)
             if self.positions == "learned":  # the embedding adds them
                 plain = replace(plain, positions="none")
@@ -81,7 +81,7 @@ class SoftmaxAttention(Layer):
             return plain
 
         def tp_divisor(self) -> int:
-            """Whole heads, and with grouped queries whole groups of them."""
+            """Heads, and with grouped queries groups of heads."""
             return math.gcd(self.num_heads, self.kv_heads or self.num_heads)
 
     def __init__(self, config: Config) -> None:
@@ -103,18 +103,18 @@ class SoftmaxAttention(Layer):
         self.k_norm = nn.Parameter(torch.ones(groups, self.head_dim)) if config.qk_norm else None
 
     def set_shard(self, rank: int, size: int) -> None:
-        """Slopes go by the number of the head."""
+        """Slopes depend on the global head index."""
         self.first_head = rank * self.options.num_heads // size
 
     def slopes(self, device: torch.device | str) -> Tensor | None:
-        """ALiBi's slopes [h] of the heads held here, fp32 constants out of the whole model's list; None without ALiBi."""
+        """ALiBi's slopes [h] of the local heads, fp32; None without ALiBi."""
         if self.options.positions != "alibi":
             return None
-        held = self.q_proj.out_features // self.head_dim
-        every = alibi_slopes(self.options.num_heads, self.options.bias_max)[self.first_head : self.first_head + held]
-        return torch.tensor([m / self.options.slope_factor for m in every], dtype=torch.float32, device=device)
+        count = self.q_proj.out_features // self.head_dim
+        local_slopes = alibi_slopes(self.options.num_heads, self.options.bias_max)[self.first_head : self.first_head + count]
+        return torch.tensor([m / self.options.slope_factor for m in local_slopes], dtype=torch.float32, device=device)
 
-    def _how(self, x: Tensor) -> Mixing:
+    def _mixing(self, x: Tensor) -> Mixing:
         o = self.options
         slopes = self.slopes(x.device)
         if slopes is not None and x.dtype == torch.float64:
@@ -133,17 +133,17 @@ class SoftmaxAttention(Layer):
     def forward(self, x: Tensor, ctx: Context, state: State | None = None) -> tuple[Tensor, State | None]:
         """`x [b, s, d]` -> `y [b, s, d]`; see `Layer.forward`."""
         q, k, v = self._heads(self.copy_to_tp(x))
-        y, state = mix(q, k, v, self._how(x), state, ctx.mask, ctx.segment_ids, ctx.backend, ctx.attentions)
+        y, state = mix(q, k, v, self._mixing(x), state, ctx.mask, ctx.segment_ids, ctx.backend, ctx.attentions)
         return row_linear(self.out_proj, y.flatten(-2), self.reduce_from_tp), state
 
     def step(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
-        """`x [b, d]` -> `y [b, d]`: one query over everything remembered; see `Layer.step`."""
+        """`x [b, d]` -> `y [b, d]`: one query over the cache; see `Layer.step`."""
         y, after = self.forward(x.unsqueeze(1), Context(backend=ctx.backend, attentions=ctx.attentions), state)
         assert after is not None
         return y.squeeze(1), after
 
     def init_state(self, batch: int, dtype: torch.dtype, device: torch.device | str) -> State:
-        """No keys and values yet: see `ops/attention_cache.py`; constant in size with a window, growing without."""
+        """An empty cache: see `ops/attention_cache.py`; of constant size with a window, growing without."""
         groups = self.k_proj.out_features // self.head_dim
         return empty_cache(batch, groups, self.head_dim, self.options.window, dtype, device)
 
@@ -152,12 +152,12 @@ class SoftmaxAttention(Layer):
         return self.options.dropout > 0
 
     def plan(self) -> Mapping[str, str]:
-        """By head."""
-        cuts = {"out_proj.weight": "row", "out_proj.bias": "replicated", "q_norm": "heads", "k_norm": "heads"}
-        return {name: cuts.get(name, "column") for name, _ in self.named_parameters()}
+        """Sharded by head."""
+        kinds = {"out_proj.weight": "row", "out_proj.bias": "replicated", "q_norm": "heads", "k_norm": "heads"}
+        return {name: kinds.get(name, "column") for name, _ in self.named_parameters()}
 
     def init_rules(self) -> Mapping[str, str]:
-        """GPT-NeoX's: input and output matrices by their init methods, biases 0, gains 1."""
+        """As in GPT-NeoX: input and output matrices by their init methods, biases 0, gains 1."""
         rules = {"out_proj.weight": "output", "q_norm": "ones", "k_norm": "ones"}
         default = {name: "zeros" if name.endswith("bias") else "input" for name, _ in self.named_parameters()}
         return {name: rules.get(name, role) for name, role in default.items()}
@@ -167,13 +167,13 @@ class SoftmaxAttention(Layer):
         return () if self.q_norm is None else ("q_norm", "k_norm")
 
     def flops(self, seq_length: int) -> float:
-        """Projections, and two products with the keys in sight: half the sequence on average, or the window."""
+        """Projections, and two products with the visible keys: half the sequence on average, or the window."""
         d, kv = self.options.hidden_size, (self.options.kv_heads or self.options.num_heads) * self.head_dim
         w = self.options.window
-        sight = (seq_length + 1) / 2
+        visible = (seq_length + 1) / 2
         if w is not None and w + 1 < seq_length:
-            sight = (w + 1) * (1 - w / (2 * seq_length))
-        return 4.0 * d * d + 4.0 * d * kv + 4.0 * d * sight
+            visible = (w + 1) * (1 - w / (2 * seq_length))
+        return 4.0 * d * d + 4.0 * d * kv + 4.0 * d * visible
 
 
 class AlibiAttention(SoftmaxAttention):

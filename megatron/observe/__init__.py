@@ -1,9 +1,9 @@
-"""What a person sees of a run: numbers, lines, plots and the folder they lie in. Nothing here can stop a training.
+"""Observability of a run: metrics, console output, plots and the run folder. A failure here never stops training.
 
-metrics.py    throughput, FLOPs, utilisation, memory, remaining time
-jsonl.py      metrics.jsonl, always written, each step once
-sinks.py      TensorBoard and Weights & Biases when asked for
-console.py    the first line and the progress lines
+metrics.py    throughput, FLOPs, utilisation, memory, time remaining
+jsonl.py      metrics.jsonl, always written, one row per step
+sinks.py      TensorBoard and Weights & Biases, if configured
+console.py    the header line and the progress lines
 plot.py       loss.png from metrics.jsonl
-runfolder.py  the one shape of a run folder, and the copy of the console in log_dir
+runfolder.py  the layout of a run folder, and the copy of the console in log_dir
 """

@@ -1,6 +1,6 @@
-"""The lines a person reads: one at the start that says what will run, then one per log interval.
+"""Console output: a header line that describes the run, then one progress line per log interval.
 
-The progress line has GPT-NeoX's fields in GPT-NeoX's order, since scripts parse it, and ours after them:
+The progress line has GPT-NeoX's fields in GPT-NeoX's order, since scripts parse it, followed by ours:
 
     samples/sec: 3.250 | iteration       20/     100 | elapsed time per iteration (ms): 307.7 | learning rate:
     6.000E-04 |
@@ -27,7 +27,7 @@ def human(value: float, unit: str = "") -> str:
 
 
 def human_flops(flops_per_s: float) -> str:
-    """NeoX's way of writing a floating point rate: `12.3TFLOPS`."""
+    """A floating-point rate in NeoX's format: `12.3TFLOPS`."""
     for factor, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "K")):
         if flops_per_s >= factor:
             return f"{flops_per_s / factor:.1f}{prefix}FLOPS"
@@ -35,15 +35,26 @@ def human_flops(flops_per_s: float) -> str:
 
 
 def human_time(seconds: float) -> str:
-    """`1:02:03`, with days in front when there are any: `2d 1:02:03`."""
-    days, rest = divmod(round(seconds), 86400)
-    clock = f"{rest // 3600}:{rest // 60 % 60:02d}:{rest % 60:02d}"
+    """`1:02:03`, with days if there are any: `2d 1:02:03`."""
+    days, seconds_of_day = divmod(round(seconds), 86400)
+    clock = f"{seconds_of_day // 3600}:{seconds_of_day // 60 % 60:02d}:{seconds_of_day % 60:02d}"
     return f"{days}d {clock}" if days else clock
 
 
 @dataclass(frozen=True)
 class RunHeader:
-    """The facts of the first line. parameters: total and without embeddings. tokens: of the whole training."""
+    """The content of the header line.
+
+    Attributes:
+        model: mixers and shape of the model.
+        parameters: number of parameters.
+        non_embedding: number of parameters without embeddings.
+        tokens: tokens of the complete training.
+        train_iters: optimizer steps of the training.
+        mesh: description of the mesh.
+        run_folder: path of the run folder.
+        resumed_from: step of the checkpoint, 0 for a new run.
+    """
 
     model: str
     parameters: int
@@ -56,7 +67,7 @@ class RunHeader:
 
     def line(self) -> str:
         """`model metala 24 x 1024 | 380M parameters (...) | 15B tokens in 28610 steps | ... | run folder runs/x`."""
-        parts = [
+        fields = [
             f"model {self.model}",
             f"{human(self.parameters)} parameters ({human(self.non_embedding)} without embeddings)",
             f"{human(self.tokens)} tokens in {self.train_iters} iterations",
@@ -64,16 +75,23 @@ class RunHeader:
             f"run folder {self.run_folder}",
         ]
         if self.resumed_from:
-            parts.append(f"resumed from iteration {self.resumed_from}")
-        return " | ".join(parts)
+            fields.append(f"resumed from iteration {self.resumed_from}")
+        return " | ".join(fields)
 
 
 def progress_line(
     iteration: int, total: int, values: Mapping[str, float], *, mean_loss: float | None, skipped: int, nan: int, eta_s: float
 ) -> str:
-    """One progress line; `values` has the metrics of the step under their full names, absent ones are left out.
+    """One progress line.
 
-    skipped, nan: steps since the last line that left the weights alone, and those whose loss was no finite number.
+    Args:
+        iteration: current step.
+        total: steps of the training.
+        values: metrics of the step under their full names; absent ones are omitted.
+        mean_loss: mean loss since the last line, None if no step counts.
+        skipped: skipped steps since the last line.
+        nan: steps with a non-finite loss since the last line.
+        eta_s: estimated time remaining, in seconds.
     """
     fields = [
         f"samples/sec: {values['runtime/samples_per_sec']:.3f}",
@@ -101,13 +119,13 @@ def progress_line(
 
 
 class Console:
-    """Prints lines with the time of day in front, flushed, to a terminal and to a file alike."""
+    """Prints lines with a timestamp, flushed."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream
 
     def say(self, text: str) -> None:
-        """Print one message; a closed or broken stream is ignored, since a lost line must not stop a training."""
+        """Print one message; ignores a closed or broken stream, since a lost line must not stop training."""
         try:
             print(f"[{time.strftime('%Y-%m-%d %H:%M:%S')}] {text}", file=self._stream or sys.stdout, flush=True)
         except (OSError, ValueError):

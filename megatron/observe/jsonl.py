@@ -1,9 +1,7 @@
 """`metrics.jsonl`: one JSON object per logged step, each step once, also after a resume.
 
-An object is written as soon as the step is logged. Numbers that come later for the same step (its validation) are
-put into the
-same line: the file is only ever extended at its end, in one write. A resume drops what lies beyond the step it
-starts from, since those steps are run again.
+A row is written as soon as the step is logged. Later metrics of the same step (its validation) rewrite that last row, in a
+single write. A resume drops the rows after its first step, since those steps run again.
 """
 
 from __future__ import annotations
@@ -19,7 +17,7 @@ from megatron.files import atomic_open, parse_json
 
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
-    """All whole rows of a metrics file; a line torn by a kill is left out. An absent file has no rows."""
+    """All complete rows of a metrics file, without lines torn by a kill. An absent file has no rows."""
     return list(_rows(Path(path)))
 
 
@@ -37,27 +35,27 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _plain(value: float) -> float | None:
-    """JSON has no NaN and no infinity: they are written as null."""
+    """The value, or None (JSON null) for NaN and infinity."""
     return value if math.isfinite(value) else None
 
 
 def _set_aside(path: Path) -> None:
-    """Keep the metrics of an earlier training in the same folder as `metrics.<n>.jsonl`."""
+    """Rename the metrics of an earlier training in the same folder to `metrics.<n>.jsonl`."""
     if not path.is_file() or path.stat().st_size == 0:
         return
     number = 1
-    while (kept := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
+    while (backup := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
         number += 1
-    path.rename(kept)
+    path.rename(backup)
 
 
 class JsonLines:
     """Writes `metrics.jsonl`.
 
     Args:
-        path: the file; made when absent.
-        resume_from: the step that the run starts from. Rows beyond it, repeated rows and torn lines are dropped;
-            0 starts a new file and keeps an older one under another name.
+        path: the file; created if absent.
+        resume_from: step from which the run resumes. Later rows, repeated rows and torn lines are dropped;
+            0 starts a new file and renames an older one.
     """
 
     def __init__(self, path: str | Path, resume_from: int = 0) -> None:
@@ -65,16 +63,16 @@ class JsonLines:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if resume_from == 0:
             _set_aside(self.path)
-        kept = {row["iteration"]: row for row in _rows(self.path) if row["iteration"] <= resume_from}
+        rows = {row["iteration"]: row for row in _rows(self.path) if row["iteration"] <= resume_from}
         with atomic_open(self.path, "w") as handle:
-            handle.writelines(json.dumps(row) + "\n" for row in kept.values())
-        self._last: dict[str, Any] = list(kept.values())[-1] if kept else {}
+            handle.writelines(json.dumps(row) + "\n" for row in rows.values())
+        self._last: dict[str, Any] = list(rows.values())[-1] if rows else {}
         self._file = os.open(self.path, os.O_RDWR)
         self._end = os.lseek(self._file, 0, os.SEEK_END)
-        self._begin = self._end - len(json.dumps(self._last)) - 1 if kept else self._end
+        self._begin = self._end - len(json.dumps(self._last)) - 1 if rows else self._end
 
     def write(self, iteration: int, values: Mapping[str, float]) -> None:
-        """Add numbers of a step: a new row, or more fields of the last one.
+        """Add metrics of a step: a new row, or more fields of the last one.
 
         Raises:
             OSError: the disk is full or gone.

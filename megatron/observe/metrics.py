@@ -1,7 +1,7 @@
-"""Throughput, floating point rate, utilisation, memory and remaining time, from what the steps of an interval took.
+"""Throughput, FLOP rate, utilisation, memory and time remaining, from the steps of a log interval.
 
-Floating point operations are those of the real model (`train_flops_per_token`, forward and backward), not the
-softmax-transformer formula of GPT-NeoX: a linear layer must not look faster by being counted as a quadratic one.
+FLOPs are those of the actual model (`train_flops_per_token`, forward and backward), not GPT-NeoX's formula for softmax
+transformers: a linear layer must not appear faster by being counted as a quadratic one.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ import torch
 
 @dataclass(frozen=True)
 class CostModel:
-    """What one token costs and what the machine could do.
+    """The cost of a token and the peak rate of the hardware.
 
-    train_flops_per_token: forward plus backward of the whole model. world_size: processes (one GPU each).
-    peak_tflops: `peak_theoretical_tflops` of one GPU, None when unknown: no utilisation is reported then.
-    recompute: activations are recomputed, so that the hardware does one more forward than the model needs (factor 4/3).
+    Attributes:
+        train_flops_per_token: forward and backward FLOPs of the complete model.
+        world_size: number of processes (one GPU each).
+        peak_tflops: `peak_theoretical_tflops` of one GPU; None (unknown): utilisation is not reported.
+        recompute: activations are recomputed, so the hardware executes one additional forward pass (factor 4/3).
     """
 
     train_flops_per_token: float
@@ -43,7 +45,7 @@ class Interval:
     nan: int = 0
 
     def add(self, *, seconds: float, wait_s: float, tokens: int, samples: int, loss: float, skipped: bool) -> None:
-        """Count one step; the loss of a skipped one does not enter the mean, nor does one that is not finite."""
+        """Add a step; the mean loss excludes skipped steps and non-finite losses."""
         self.steps += 1
         self.seconds += seconds
         self.wait_s += wait_s
@@ -58,11 +60,11 @@ class Interval:
 
     @property
     def mean_loss(self) -> float | None:
-        """Mean loss of the steps that count, None when there are none."""
+        """Mean loss of the counted steps, None if there are none."""
         return self.loss_sum / self.counted if self.counted else None
 
     def metrics(self, cost: CostModel) -> dict[str, float]:
-        """Means over the interval under NeoX's `runtime/` names; times in seconds, FLOPs per second and GPU."""
+        """Means over the interval under NeoX's `runtime/` names; times in seconds, FLOPs per second per GPU."""
         seconds = max(self.seconds, 1e-9)
         flops = self.tokens * cost.train_flops_per_token / seconds / cost.world_size
         values = {
@@ -82,21 +84,21 @@ class Interval:
 
 
 def max_memory_gib() -> float:
-    """The most memory this process has held: of its GPU where it uses one, else resident host memory."""
+    """Peak memory of this process in GiB: of its GPU if it uses one, else resident host memory."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 class Remaining:
-    """Estimates the time to the end from step times; a running mean, so that a slow first step is soon forgotten."""
+    """Estimates the time remaining from a moving average of step times, which soon forgets a slow first step."""
 
     def __init__(self, weight: float = 0.3) -> None:
         self._weight = weight
         self._mean: float | None = None
 
     def update(self, seconds_per_step: float) -> None:
-        """Take in the mean step time of an interval."""
+        """Add the mean step time of an interval."""
         if self._mean is None:
             self._mean = seconds_per_step
         else:

@@ -1,6 +1,6 @@
-"""loss.png from metrics.jsonl: training and validation loss, and below them accuracy, learning rate and gradient norm.
+"""Plots loss.png from metrics.jsonl: training and validation loss, and below them accuracy, learning rate and gradient norm.
 
-A panel is drawn for what was logged; a curve of few points shows each of them, so that one point is seen.
+Only logged metrics get a panel; curves with few points have markers, so that a single point is visible.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ _FEW = 12  # points up to which each is marked
 
 
 def series(rows: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
-    """(iterations, values) of one metric; rows without it, or with null, are left out."""
+    """(iterations, values) of one metric, without rows that lack it or hold null."""
     points = [(row["iteration"], row[name]) for row in rows if isinstance(row.get(name), int | float)]
     return [x for x, _ in points], [y for _, y in points]
 
 
 def smooth(values: list[float], window: int) -> list[float]:
-    """Running mean over the last `window` points (fewer at the start): it knows nothing of what comes after a step."""
-    parts = (values[max(0, i + 1 - window) : i + 1] for i in range(len(values)))
-    return [sum(part) / len(part) for part in parts]
+    """Running mean over the last `window` points (fewer at the start), which excludes later points."""
+    windows = (values[max(0, i + 1 - window) : i + 1] for i in range(len(values)))
+    return [sum(window_values) / len(window_values) for window_values in windows]
 
 
 def plot_metrics(metrics_file: str | Path, image: str | Path, title: str = "") -> Path:
@@ -75,7 +75,7 @@ def _style(axes: Any, label: str) -> None:
 
 
 def _marks(values: list[float]) -> dict[str, Any]:
-    """A line through one point is nothing to see."""
+    """Markers for curves with few points: a line through one point is invisible."""
     return {"marker": "o", "markersize": 4} if len(values) <= _FEW else {}
 
 
@@ -86,7 +86,7 @@ def _draw_line(axes: Any, steps: list[int], values: list[float], color: str, lab
 
 
 def _draw_loss(axes: Any, rows: list[dict[str, Any]]) -> None:
-    """The logged steps, the means over the intervals between them where those are others, and a running mean of the better."""
+    """The losses of logged steps, the interval means if they differ, and a running mean."""
     steps, losses = series(rows, "train/lm_loss")
     axes.plot(steps, losses, color=_STEP, linewidth=1, label="training, logged step", **_marks(losses))
     mean_steps, means = series(rows, "train/lm_loss_mean")
@@ -104,7 +104,7 @@ def _draw_loss(axes: Any, rows: list[dict[str, Any]]) -> None:
 
 
 def _draw_accuracy(axes: Any, rows: list[dict[str, Any]]) -> None:
-    """Share of right answers; a task that has them (synthetic data) is learnt when this is 1, whatever the loss says."""
+    """Accuracy of tasks with answers (synthetic data); such a task is learned at 1, whatever the loss."""
     _draw_held_out(axes, rows, "accuracy", ".1%")
     axes.set_ylim(-0.03, 1.08)
     _style(axes, "accuracy")
@@ -125,7 +125,7 @@ def _draw_held_out(axes: Any, rows: list[dict[str, Any]], metric: str, form: str
 
 
 def _token_axis(axes: Any, rows: list[dict[str, Any]]) -> None:
-    """A second scale on top: tokens seen, which are proportional to steps."""
+    """A second axis on top with the number of tokens, which is proportional to the steps."""
     steps, tokens = series(rows, "train/tokens")
     if not steps or not steps[-1]:
         return

@@ -1,11 +1,11 @@
-"""The one shape of a run folder, so that a person (and a script) finds everything of any run at the same place.
+"""The layout of a run folder.
 
-<run>/config.yml      the merged configuration; an earlier, different one is kept as config.<n>.yml
+<run>/config.yml      the merged configuration; an earlier, different one is renamed to config.<n>.yml
 <run>/command.txt     every command that started or resumed the run, one per line with its time
-<run>/metrics.jsonl   (in log_dir when that is set)
+<run>/metrics.jsonl   (in log_dir if that is set)
 <run>/loss.png
-<run>/logs/           what the console showed
-<run>/checkpoints/    made by the first save, unless `save` names another folder
+<run>/logs/           copy of the console output
+<run>/checkpoints/    created by the first save, unless `save` names another folder
 """
 
 from __future__ import annotations
@@ -27,7 +27,12 @@ from megatron.files import write_text
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Paths of a run. log_dir: where metrics and console copies go when that is not the run folder itself."""
+    """Paths of a run.
+
+    Attributes:
+        root: the run folder.
+        log_dir: folder of metrics and console copies, if it is not the run folder.
+    """
 
     root: Path
     log_dir: Path | None = None
@@ -61,47 +66,47 @@ class RunFolder:
 def create_run_folder(
     root: str | Path, config_text: str, command: Sequence[str], log_dir: str | Path | None = None
 ) -> RunFolder:
-    """Make the folder (rank 0 only) and note the configuration and the command; an existing one is continued.
+    """Create the folder (rank 0 only) and record the configuration and the command; reuses an existing folder.
 
     Raises:
-        ConfigError: the folder cannot be made or written.
+        ConfigError: the folder cannot be created or written.
     """
     run = RunFolder(Path(root), Path(log_dir) if log_dir else None)
     try:
         run.root.mkdir(parents=True, exist_ok=True)
         run.logs.mkdir(parents=True, exist_ok=True)
-        _keep_other_config(run, config_text)
+        _back_up_config(run, config_text)
         write_text(run.config, config_text)
         with open(run.command, "a", encoding="utf-8") as handle:
             handle.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {shlex.join(command)}\n")
     except OSError as error:
-        raise ConfigError("the run folder cannot be made", where=str(run.root), why=str(error)) from error
+        raise ConfigError("the run folder cannot be created", where=str(run.root), why=str(error)) from error
     return run
 
 
-def _keep_other_config(run: RunFolder, config_text: str) -> None:
+def _back_up_config(run: RunFolder, config_text: str) -> None:
     if not run.config.is_file() or run.config.read_bytes() == config_text.encode():
         return
     number = 1
-    while (kept := run.root / f"config.{number}.yml").exists():
+    while (backup := run.root / f"config.{number}.yml").exists():
         number += 1
-    run.config.rename(kept)
+    run.config.rename(backup)
 
 
 class _Tee:
-    """A text stream that writes to two; whatever else is asked of it is answered by the first."""
+    """A text stream that writes to two streams; all other attributes are those of the first."""
 
     def __init__(self, first: TextIO, copy: TextIO) -> None:
         self._first, self._copy = first, copy
 
     def write(self, text: str) -> int:
-        """To both; a full disk under the copy does not silence the console."""
+        """Write to both; a full disk of the copy does not silence the console."""
         with contextlib.suppress(OSError, ValueError):
             self._copy.write(text)
         return self._first.write(text)
 
     def flush(self) -> None:
-        """Both."""
+        """Flush both."""
         with contextlib.suppress(OSError, ValueError):
             self._copy.flush()
         self._first.flush()
@@ -112,7 +117,7 @@ class _Tee:
 
 @contextlib.contextmanager
 def copy_console(folder: str | Path) -> Iterator[None]:
-    """Inside, stdout and stderr are copied to the end of `<folder>/<host>_stdout.txt` and `_stderr.txt`, as in NeoX."""
+    """Append stdout and stderr to `<folder>/<host>_stdout.txt` and `_stderr.txt` inside the context, as in NeoX."""
     folder, host = Path(folder), socket.gethostname()
     out, err = sys.stdout, sys.stderr
     with contextlib.ExitStack() as stack:
@@ -137,6 +142,6 @@ def _open_end(path: Path) -> TextIO:
 
 
 def _close(copy: TextIO) -> None:
-    """What a full disk did not take stays in the buffer and fails once more here."""
+    """Close a copy; text that a full disk refused is still buffered and fails again here."""
     with contextlib.suppress(OSError):
         copy.close()

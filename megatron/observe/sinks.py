@@ -1,6 +1,6 @@
-"""Where numbers go besides `metrics.jsonl`: TensorBoard and Weights & Biases, each only when asked for.
+"""Metric sinks: `metrics.jsonl`, and optionally TensorBoard and Weights & Biases.
 
-A sink that fails is reported once and never stops training; its package is imported only when it is used.
+A failing sink is reported once and never stops training; its package is imported only if it is used.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from megatron.observe.jsonl import JsonLines
 
 
 class Sink(Protocol):
-    """Takes the numbers of a step; steps never decrease."""
+    """Receives the metrics of steps; steps never decrease."""
 
     def write(self, iteration: int, values: Mapping[str, float]) -> None:
-        """Numbers of one step, under NeoX's metric names."""
+        """Write metrics of one step, under NeoX's metric names."""
 
     def close(self) -> None:
-        """Nothing comes after this."""
+        """Close the sink; no write follows."""
 
 
 class TensorBoard:
-    """Event files in `folder`; events beyond the step that a run resumes from are hidden by TensorBoard itself.
+    """Event files in `folder`; TensorBoard itself hides events after the step from which a run resumes.
 
-    One point per metric and step: a validation repeats the numbers of its step, of which the first stays.
+    One point per metric and step: a validation repeats the metrics of its step, of which only the first is written.
     """
 
     def __init__(self, folder: str | Path, resume_from: int = 0) -> None:
@@ -54,9 +54,17 @@ class TensorBoard:
 
 @dataclass(frozen=True)
 class WandbOptions:
-    """NeoX's `wandb_*` keys. folder: where its files go. config: the run's configuration, shown beside the plots.
+    """NeoX's `wandb_*` keys.
 
-    mode: `online`, `offline` (nothing is sent, no account is needed; `wandb sync` sends it later), None: as WANDB_MODE says.
+    Attributes:
+        folder: folder of W&B's files.
+        project: see `wandb_project`.
+        group: see `wandb_group`.
+        name: see `wandb_run_name`.
+        team: see `wandb_team`.
+        host: see `wandb_host`.
+        mode: `online`, `offline` (nothing is sent, no account is needed; `wandb sync` uploads later), None: WANDB_MODE.
+        config: configuration of the run.
     """
 
     folder: str | Path
@@ -70,7 +78,7 @@ class WandbOptions:
 
 
 class Wandb:
-    """One Weights & Biases run. Its id is kept in the folder, so that a resumed training goes on in the same run."""
+    """One Weights & Biases run. Its id is stored in the folder, so that a resumed training continues the same run."""
 
     def __init__(self, options: WandbOptions) -> None:
         import wandb  # needs the extra `wandb`
@@ -78,7 +86,7 @@ class Wandb:
         folder = Path(options.folder)
         folder.mkdir(parents=True, exist_ok=True)
         id_file = folder / "wandb_run_id.txt"
-        known = id_file.read_text(encoding="utf-8").strip() if id_file.is_file() else None
+        run_id = id_file.read_text(encoding="utf-8").strip() if id_file.is_file() else None
         settings = wandb.Settings(base_url=options.host) if options.host else None
         self._run = wandb.init(
             project=options.project,
@@ -87,8 +95,8 @@ class Wandb:
             entity=options.team,
             mode=options.mode,
             dir=str(folder),
-            id=known,
-            resume="allow" if known else None,
+            id=run_id,
+            resume="allow" if run_id else None,
             config=dict(options.config),
             settings=settings,
         )
@@ -105,7 +113,14 @@ class Wandb:
 
 @dataclass(frozen=True)
 class SinkOptions:
-    """Which sinks are wanted. metrics_file: path of `metrics.jsonl`. resume_from: the step the run starts from."""
+    """The sinks of a run.
+
+    Attributes:
+        metrics_file: path of `metrics.jsonl`.
+        resume_from: step from which the run resumes, 0 for a new run.
+        tensorboard_dir: folder of event files; None: no TensorBoard.
+        wandb: options of Weights & Biases; None: no W&B.
+    """
 
     metrics_file: str | Path
     resume_from: int = 0
@@ -114,10 +129,11 @@ class SinkOptions:
 
 
 class Sinks:
-    """All sinks of a run behind one door; only rank 0 makes one.
+    """All sinks of a run, on rank 0 only.
 
     Args:
-        sinks: name -> sink. report: takes the one line that says a sink has failed.
+        sinks: name -> sink.
+        report: called with the line that reports a failing sink.
     """
 
     def __init__(self, sinks: Mapping[str, Sink], report: Callable[[str], None] = print) -> None:
@@ -126,7 +142,7 @@ class Sinks:
 
     @classmethod
     def open(cls, options: SinkOptions, report: Callable[[str], None] = print) -> Sinks:
-        """Open those that are wanted; one that cannot be opened is reported and left out."""
+        """Open the configured sinks; reports and omits a sink that cannot be opened."""
         makers: list[tuple[str, Callable[[], Sink]]] = [
             ("metrics.jsonl", lambda: JsonLines(options.metrics_file, options.resume_from))
         ]
@@ -145,11 +161,11 @@ class Sinks:
         self._sinks[name] = make()
 
     def names(self) -> Sequence[str]:
-        """The sinks that are open."""
+        """Names of the open sinks."""
         return list(self._sinks)
 
     def write(self, iteration: int, values: Mapping[str, float]) -> None:
-        """Give numbers of one step to every sink."""
+        """Write metrics of one step to every sink."""
         for name, sink in self._sinks.items():
             self._guard(name, partial(sink.write, iteration, values))
 
@@ -159,11 +175,13 @@ class Sinks:
             self._guard(name, sink.close)
 
     def _guard(self, name: str, action: Callable[[], Any]) -> None:
-        """Run `action`; its failure is one line per sink, whatever a foreign package raises."""
+        """Run `action`; reports its failure once per sink, whatever a third-party package raises."""
         try:
             action()
         except Exception as error:
             if name not in self._reported:
                 self._reported.add(name)
                 hint = f"; pip install {error.name}" if isinstance(error, ModuleNotFoundError) else ""
-                self._report(f"warning: {name} does not take metrics ({type(error).__name__}: {error}){hint}; training goes on")
+                self._report(
+                    f"warning: {name} does not accept metrics ({type(error).__name__}: {error}){hint}; training continues"
+                )

@@ -100,7 +100,7 @@ def test_tensors(packed: PackedDataset) -> None:
     assert batch.labels[2].tolist() == packed[2][1:].tolist()
 
 
-def test_document_borders(packed: PackedDataset) -> None:
+def test_document_boundaries(packed: PackedDataset) -> None:
     options = {"eod_token": 0, "eod_mask_loss": True, "reset_state_at_eod": True}
     ends = 0
     for batch in list(Batches(packed, 4, 0, 1, **options))[:20]:  # type: ignore[arg-type]
@@ -161,7 +161,7 @@ def test_impossible_batches(arguments: tuple[int, ...], packed: PackedDataset) -
         Batches(packed, *arguments)  # type: ignore[arg-type]
 
 
-def test_borders_need_an_eod(packed: PackedDataset) -> None:
+def test_boundaries_need_an_eod(packed: PackedDataset) -> None:
     with pytest.raises(DataError, match="end-of-document"):
         Batches(packed, 1, 0, 1, reset_state_at_eod=True)
 

@@ -62,7 +62,7 @@ def test_lanes_equal_the_loop(weights: list[float], size: int, lanes: int) -> No
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_MAX_LANES", lanes)
         patch.setattr(module, "_MIN_STEPS", 1)
-        patch.setattr(module, "_PIECE", 700)
+        patch.setattr(module, "_CHUNK", 700)
         chosen, within = blend(weights, size)
     expected = one_by_one(weights, size)
     assert chosen.tolist() == expected

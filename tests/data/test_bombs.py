@@ -50,7 +50,7 @@ def little() -> Iterator[None]:
 def test_files_that_grow_without_end(name: str, tmp_path: Path, little: None) -> None:
     make: Callable[[Path], None] = gzip_bomb if name.endswith(".gz") else zstd_bomb
     make(tmp_path / name)
-    with pytest.raises(DataError, match="grows too much") as caught:
+    with pytest.raises(DataError, match="expands too much") as caught:
         list(RowReader([str(tmp_path / name)]))
     assert caught.value.where == str(tmp_path / name) and "more than 200 times" in str(caught.value)
 
@@ -63,7 +63,7 @@ def test_text_that_repeats_itself_is_no_bomb(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(data)
     rows = list(RowReader([str(tmp_path / name)]))
     assert b"\n".join(row.data.strip() for row in rows) + b"\n" == lines
-    assert rows[-1].place.offset == len(lines)
+    assert rows[-1].position.offset == len(lines)
 
 
 def test_frames_behind_each_other_and_a_cut_end(tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def test_pystdlib(sources: Path, tmp_path: Path) -> None:
     assert [str(path.relative_to(sources)) for path in python_sources(sources)] == [
         "b.py", "a/__init__.py", "a/broken.py", "a/latin.py", "a/z.py",
     ]  # fmt: skip
-    assert done.made and done.receipt["documents"] == 3 and done.receipt["undecodable_files"] == 1
+    assert done.created and done.receipt["documents"] == 3 and done.receipt["undecodable_files"] == 1
     tokenizer = build_tokenizer(done.tokenizer_type, done.vocab_file)
     assert (tokenizer.vocab_size, tokenizer.eod, tokenizer.pad) == (300, 0, 1)
     dataset = IndexedDataset(done.data_path)
@@ -68,10 +68,10 @@ def test_pystdlib(sources: Path, tmp_path: Path) -> None:
 
 def test_two_runs_are_equal_and_a_third_does_nothing(sources: Path, tmp_path: Path) -> None:
     for name in ("one", "two"):
-        assert prepare("pystdlib", CorpusRequest(tmp_path / name)).made
+        assert prepare("pystdlib", CorpusRequest(tmp_path / name)).created
     assert _files(tmp_path / "one/pystdlib") == _files(tmp_path / "two/pystdlib")
-    assert not prepare("pystdlib", CorpusRequest(tmp_path / "one")).made
-    assert prepare("pystdlib", CorpusRequest(tmp_path / "one", force=True)).made
+    assert not prepare("pystdlib", CorpusRequest(tmp_path / "one")).created
+    assert prepare("pystdlib", CorpusRequest(tmp_path / "one", force=True)).created
 
 
 @pytest.mark.parametrize("name", ["pystdlib_text_document.bin", "pystdlib_text_document.idx", "tokenizer.json", "receipt.json"])
@@ -83,7 +83,7 @@ def test_damage_is_made_good(name: str, sources: Path, tmp_path: Path) -> None:
         (folder / name).unlink()
         if content is not None:
             (folder / name).write_bytes(content)
-        assert prepare("pystdlib", CorpusRequest(tmp_path / "one")).made
+        assert prepare("pystdlib", CorpusRequest(tmp_path / "one")).created
         assert _files(folder) == before
 
 
@@ -92,8 +92,8 @@ def test_another_tokenizer(sources: Path, tmp_path: Path) -> None:
     done = prepare("pystdlib", request)
     assert done.vocab_file is None and done.receipt["vocab_size"] == 512
     assert IndexedDataset(done.data_path).get(0).astype("u1").tobytes() == (sources / "b.py").read_bytes() + b"\x00"
-    assert not prepare("pystdlib", request).made
-    assert prepare("pystdlib", CorpusRequest(tmp_path)).made  # the files there are of another tokenizer
+    assert not prepare("pystdlib", request).created
+    assert prepare("pystdlib", CorpusRequest(tmp_path)).created  # the files there are of another tokenizer
     with pytest.raises(DataError, match="vocab_file"):
         prepare("pystdlib", CorpusRequest(tmp_path / "new", "SPMTokenizer"))
     assert not (tmp_path / "new").exists()
@@ -136,14 +136,14 @@ def test_without_a_name_the_command_says_what_it_makes_and_what_else_there_is(
     monkeypatch.setattr(prepare_data, "prepare", made)
     prepare_data.main(["-d", str(tmp_path)])  # as GPT-NeoX's README types it
     said = capsys.readouterr().out
-    assert "no dataset was named, so pystdlib is made" in said and f"made {tmp_path}/pystdlib" in said
+    assert "no dataset was named: preparing pystdlib" in said and f"wrote {tmp_path}/pystdlib" in said
     assert "enwik8, wikitext103" in said or "wikitext103, enwik8" in said
     neox = {"enron", "pile_subset", "pile", "github", "arxiv", "europarl", "freelaw", "nih", "pubmed", "books1", "books3"}
     neox |= {"hackernews", "openwebtext2", "stackexchange", "ubuntu_irc", "youtube_subtitles", "c4", "c4_openwebtext"}
     assert all(f"{name}," in said or f"{name}\n" in said for name in neox)
     prepare_data.main(["enwik8", "-d", str(tmp_path)])
     said = capsys.readouterr().out
-    assert "no dataset was named" not in said and f"made {tmp_path}/enwik8" in said
+    assert "no dataset was named" not in said and f"wrote {tmp_path}/enwik8" in said
 
 
 def test_command_refuses_clearly(tmp_path: Path) -> None:

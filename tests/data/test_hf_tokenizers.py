@@ -160,13 +160,13 @@ def test_tokenizers_without_a_template(tmp_path: Path) -> None:
             "</s>",
             True,
             "adds <s> at the start and </s> at the end of each document;"
-            " the end-of-document token <|endoftext|> is appended behind it",
+            " the end-of-document token <|endoftext|> is appended after it",
         ),
         (
             "",
             "<|endoftext|>",
             True,
-            "adds <|endoftext|> at the end of each document; a second <|endoftext|> is appended behind it",
+            "adds <|endoftext|> at the end of each document; a second <|endoftext|> is appended after it",
         ),
     ],
 )
@@ -291,7 +291,7 @@ def test_a_job_logs_the_lines_of_its_tokenizer(tmp_path: Path, caplog: pytest.Lo
     (tmp_path / "in.txt").write_text("x")
     job = EncodeJob("HFTokenizer", str(write(tmp_path / "t.json", around("", "<|endoftext|>"))), append_eod=True)
     encode_corpus(job, [str(tmp_path / "in.txt")], str(tmp_path / "c"))
-    assert "a second <|endoftext|> is appended behind it" in caplog.text
+    assert "a second <|endoftext|> is appended after it" in caplog.text
     assert documents_of(tmp_path / "c")[0][-2:] == [0, 0]
 
 

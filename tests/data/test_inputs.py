@@ -16,7 +16,7 @@ import zstandard
 from megatron.data.encode import EncodeJob, EncodeOptions, encode_corpus
 from megatron.data.indexed import IndexedDataset
 from megatron.data.readers import RowReader, check_sums, expand_inputs
-from megatron.data.rows import Place, row_texts
+from megatron.data.rows import RowPosition, row_texts
 from megatron.errors import DataError
 
 RECORDS = [{"text": f"document {i} é漢\n" * (i % 7), "title": f"t{i}", "n": i} for i in range(700)]
@@ -64,7 +64,7 @@ def test_every_kind_gives_the_same_rows_from_any_place(name: str, tmp_path: Path
     assert reader.done_bytes == reader.total_bytes == (tmp_path / name).stat().st_size
     places = (0, 99, 345, 699) if name == "a.parquet" else (0, 1, 99, 100, 101, 345, 698, 699)
     for number in places:
-        assert _texts(RowReader(sources, ["title", "text"], rows[number].place)) == expected[number + 1 :]
+        assert _texts(RowReader(sources, ["title", "text"], rows[number].position)) == expected[number + 1 :]
 
 
 @NEEDS_DATASETS
@@ -81,11 +81,11 @@ def test_hub_data_sets(streaming: str, tmp_path: Path, monkeypatch: pytest.Monke
         f"hf:json?data_files={tmp_path}/plain.jsonl&streaming={streaming}",
     ):
         assert _texts(RowReader(expand_inputs([spec]), ["title", "text"])) == expected
-        assert _texts(RowReader([spec], ["title", "text"], Place(0, 300))) == expected[300:]
+        assert _texts(RowReader([spec], ["title", "text"], RowPosition(0, 300))) == expected[300:]
     shuffled = f"hf:{tmp_path}/saved?streaming={streaming}&shuffle=3&buffer_size=50"
     found = _texts(RowReader([shuffled], ["title", "text"]))
     assert found != expected and sorted(found) == sorted(expected)
-    assert _texts(RowReader([shuffled], ["title", "text"], Place(0, 300))) == found[300:]
+    assert _texts(RowReader([shuffled], ["title", "text"], RowPosition(0, 300))) == found[300:]
     with pytest.raises(DataError, match="no field 'body'"):
         list(RowReader([f"hf:{tmp_path}/saved"], ["body"]))
 

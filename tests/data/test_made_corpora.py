@@ -11,7 +11,7 @@ import pytest
 from tests.commands import run_here
 
 from megatron.data.corpora import CORPORA
-from megatron.data.corpus_request import BUILT_IN, command_that_makes
+from megatron.data.corpus_request import BUILT_IN, prepare_command
 from megatron.data.indexed import IndexedDataset
 from megatron.data.tokenizers import build_tokenizer
 from megatron.errors import DataError
@@ -21,14 +21,14 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_every_built_in_corpus_has_its_command() -> None:
     assert set(BUILT_IN) == set(CORPORA)
-    assert command_that_makes("data/enwik8/tokenizer.json") == "python prepare_data.py enwik8"
-    assert command_that_makes("/big disk/pystdlib/a.bin") == "python prepare_data.py pystdlib --data-dir '/big disk'"
-    assert command_that_makes("data/mine/tokenizer.json") is None
-    assert command_that_makes("pystdlib/tokenizer.json") == "python prepare_data.py pystdlib --data-dir ."
+    assert prepare_command("data/enwik8/tokenizer.json") == "python prepare_data.py enwik8"
+    assert prepare_command("/big disk/pystdlib/a.bin") == "python prepare_data.py pystdlib --data-dir '/big disk'"
+    assert prepare_command("data/mine/tokenizer.json") is None
+    assert prepare_command("pystdlib/tokenizer.json") == "python prepare_data.py pystdlib --data-dir ."
 
 
 def test_tokenizer_and_tokens(tmp_path: Path) -> None:
-    command = f"python prepare_data.py pystdlib --data-dir {tmp_path} makes it"
+    command = f"python prepare_data.py pystdlib --data-dir {tmp_path} creates it"
     for action in (
         lambda: build_tokenizer("HFTokenizer", tmp_path / "pystdlib" / "tokenizer.json"),
         lambda: IndexedDataset(tmp_path / "pystdlib" / "pystdlib_text_document"),
@@ -45,4 +45,4 @@ def test_tokenizer_and_tokens(tmp_path: Path) -> None:
 def test_quickstarts_without_data(name: str, tmp_path: Path) -> None:
     config = (ROOT / "configs" / f"{name}.yml").resolve()
     done = run_here("train.py", config, "--set", f"run_dir={tmp_path}/run", "--set", "load=null", cwd=tmp_path)
-    assert done.returncode == 3 and "python prepare_data.py pystdlib makes it" in done.stderr, done.stderr
+    assert done.returncode == 3 and "python prepare_data.py pystdlib creates it" in done.stderr, done.stderr

@@ -66,7 +66,7 @@ def test_resume_checks_tokenizer_and_data(made: str, corpus: str, golden: Path) 
             check_identity(saved, data_identity(paths, tokenizer))
 
 
-def test_merge_has_the_right_borders(golden: Path, tmp_path: Path) -> None:
+def test_merge_has_the_right_boundaries(golden: Path, tmp_path: Path) -> None:
     parts = [str(golden / f"preprocess/part{i}_text_document") for i in range(3)]
     merged = merge_corpora([*parts, str(golden / "writer/merged")], str(tmp_path / "all"))
     opened = [IndexedDataset(part) for part in parts]

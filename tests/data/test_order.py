@@ -18,7 +18,7 @@ from megatron.data.order import (
     build_sample_index,
     epochs_for,
     sample_counts,
-    split_borders,
+    split_boundaries,
     split_documents,
 )
 from megatron.data.order_cache import cached_sample_index
@@ -32,15 +32,15 @@ def test_splits_are_those_of_neox(golden_json: Callable[[str], Any]) -> None:
         # NeoX makes negative boundaries of a negative share; here that is an error like its own errors.
         if "error" in row or "-" in row["split"]:
             with pytest.raises(DataError):
-                split_borders(row["split"], row["size"])
+                split_boundaries(row["split"], row["size"])
         else:
-            assert split_borders(row["split"], row["size"]) == row["result"], row
+            assert split_boundaries(row["split"], row["size"]) == row["result"], row
 
 
 @pytest.mark.parametrize("split", ["nan,1", "inf", "1/2,1", "0,0,0,5"])
 def test_other_bad_splits(split: str) -> None:
     with pytest.raises(DataError, match="split"):
-        split_borders(split, 10)
+        split_boundaries(split, 10)
 
 
 def _documents(case: dict[str, Any], name: str, count: int) -> range:

@@ -62,7 +62,7 @@ def _kill_at(patch: pytest.MonkeyPatch, name: str, call: int) -> None:
     patch.setattr(encode, name, stop)
 
 
-@pytest.mark.parametrize("name", ["write_json", "publish_pair", "write_meta", "write_checksums", "remove_parts"])
+@pytest.mark.parametrize("name", ["write_json", "publish_pair", "write_meta", "write_checksums", "remove_partial_files"])
 def test_an_interrupt_anywhere_ends_in_the_same_bytes(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("megatron.data.encoder._BATCH_ROWS", 50)
     source = _write(tmp_path / "a.jsonl", 400)
@@ -106,7 +106,7 @@ def test_a_bad_row_late_in_a_run_does_not_cost_the_run(tmp_path: Path, monkeypat
 def test_two_processes_do_not_write_one_output(tmp_path: Path) -> None:
     source = _write(tmp_path / "a.jsonl", 10)
     run = encode._Run(JOB, lambda start: encode.RowReader([source], JOB.keys, start), str(tmp_path / "o"), ALWAYS)
-    writer = encode.PairParts(*run.outputs[0])
+    writer = encode.PartialPair(*run.outputs[0])
     with pytest.raises(DataError, match="another process"):
         encode_corpus(JOB, [source], str(tmp_path / "o"), ALWAYS)
     writer.discard()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron.data.batches import Batches, cu_seqlens
+from megatron.data.batches import Batches
 from megatron.data.blend import weights_by_documents
 from megatron.data.datasets import BlendedDataset, ChainedDataset, Dataset, RepeatedDataset
 from megatron.data.order import sample_counts
@@ -147,8 +147,3 @@ def test_label_lists(golden: Path) -> None:
     with pytest.raises(DataError, match="one label file per path"):
         dataset_from_list([text], None, "train", 48, 30, 8, label_paths=[label, label])
 
-
-def test_borders_for_kernels() -> None:
-    ids = torch.tensor([[0, 0, 1, 1, 1], [0, 0, 0, 0, 0], [0, 1, 2, 2, 2]])
-    boundaries, longest = cu_seqlens(ids)
-    assert boundaries.tolist() == [0, 2, 5, 10, 11, 12, 15] and boundaries.dtype == torch.int32 and longest == 5

@@ -100,7 +100,7 @@ def test_the_end_and_the_past(source: str) -> None:
         CharLevelTokenizer(), LENGTH, 10**6, key="body", repeat=False, window=4,
     )  # fmt: skip
     dataset[20]
-    with pytest.raises(DataError, match="is passed"):
+    with pytest.raises(DataError, match="no longer available"):
         dataset[16]
     with pytest.raises(DataError, match="stream ended"):
         dataset[10**6 - 1]
@@ -126,7 +126,7 @@ def test_a_stream_holds_what_the_template_adds(source: str, tmp_path: Path, capl
     assert [record.message for record in caplog.records] == [
         "the tokenizer's file stores truncation to 8 tokens, which is not used",
         "the tokenizer's template adds <s> at the start of each document;"
-        " the end-of-document token <|endoftext|> is appended behind it",
+        " the end-of-document token <|endoftext|> is appended after it",
     ]
 
 

@@ -31,7 +31,7 @@ def archive(tmp_path: Path) -> Path:
 
 def test_words_lines_and_articles(archive: Path, tmp_path: Path) -> None:
     done = prepare("wikitext103", CorpusRequest(tmp_path / "data", source=archive))
-    assert done.made and done.vocab_file is not None
+    assert done.created and done.vocab_file is not None
     tokenizer = build_tokenizer(done.tokenizer_type, done.vocab_file, None)
     train = IndexedDataset(done.data_path / "train_text_document")
     assert len(train) == 2, "two articles; the blank line before the first heading belongs to the first"
@@ -53,9 +53,9 @@ def test_splits_in_yaml_and_a_second_run(archive: Path, tmp_path: Path) -> None:
     lines = prepare("wikitext103", request).yaml_lines()
     assert 'valid_data_paths: ["' in lines and "tokenizer.json" in lines and "data_path:" not in lines
     again = prepare("wikitext103", request)
-    assert not again.made and again.receipt["documents"] == 4
+    assert not again.created and again.receipt["documents"] == 4
     (again.data_path / "test_text_document.bin").write_bytes(b"damaged")
-    assert prepare("wikitext103", request).made
+    assert prepare("wikitext103", request).created
 
 
 def test_another_tokenizer(archive: Path, tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_lines_are_no_documents(archive: Path, tmp_path: Path) -> None:
 
 def test_an_unpacked_folder(archive: Path, tmp_path: Path) -> None:
     zipfile.ZipFile(archive).extractall(tmp_path / "unpacked")
-    assert prepare("wikitext103", CorpusRequest(tmp_path / "data", source=tmp_path / "unpacked")).made
+    assert prepare("wikitext103", CorpusRequest(tmp_path / "data", source=tmp_path / "unpacked")).created
 
 
 def test_enwik8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,7 +100,7 @@ def test_activation_checkpointing_changes_nothing(interval: int) -> None:
 
 
 @pytest.mark.slow
-def test_document_borders_travel_through_the_pipeline() -> None:
+def test_document_boundaries_travel_through_the_pipeline() -> None:
     got = run_ranks(train, 4, 2, 2, "deepspeed", CLIPPED, model_config(), steps=4, segments=True)[0]
     want = oracle(True, segments=True)
     assert relative(got["losses"], want["losses"]) <= 1e-5

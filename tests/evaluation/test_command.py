@@ -67,9 +67,9 @@ def test_train_then_eval(config: Path, positions: str) -> None:
     ("words", "said"),
     [
         (["--eval_tasks", "perplexities"], "unknown evaluation task 'perplexities'"),
-        ([], "no evaluation task is named"),
+        ([], "there is no evaluation task"),
         (["--eval_tasks", "perplexity", "--eval_lengths", "0"], "eval_lengths"),
-        (["--eval_tasks", "perplexity", "--set", "save=null"], "no checkpoint is named"),
+        (["--eval_tasks", "perplexity", "--set", "save=null"], "there is no checkpoint to load"),
     ],
 )
 def test_mistakes_are_one_message(config: Path, words: list[str], said: str) -> None:

@@ -74,9 +74,9 @@ def test_kinds_of_transformers_are_read_where_they_lie(hub: Path, tmp_path: Path
     ("name", "values", "message"),
     [
         ("a/code", {"model_type": "odd", "auto_map": {"AutoModel": "m.M"}}, "needs code of its repository"),
-        ("a/bad", "{", "no config.json that can be read"),
-        ("a/deep", "[" * 100_000, "no config.json that can be read"),
-        ("a/list", [1], "is no object"),
+        ("a/bad", "{", "no readable config.json"),
+        ("a/deep", "[" * 100_000, "no readable config.json"),
+        ("a/list", [1], "is not an object"),
     ],
 )
 def test_what_is_refused(hub: Path, tmp_path: Path, name: str, values: Any, message: str) -> None:
@@ -86,7 +86,7 @@ def test_what_is_refused(hub: Path, tmp_path: Path, name: str, values: Any, mess
 
 
 def test_a_name_that_is_neither_folder_nor_model(hub: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="there is no folder a/none, and the Hub does not give") as caught:
+    with pytest.raises(DataError, match="there is no folder a/none, and the Hub has no accessible model") as caught:
         fetch("a/none", tmp_path)
     assert caught.value.why == "no snapshot of a/none"
     with pytest.raises(ConfigError, match="no model folder"):

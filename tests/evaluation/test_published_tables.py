@@ -92,7 +92,7 @@ def test_limited_figures_are_known_in_every_kind_of_file(facts: dict[str, Any], 
 def test_limited_figures_are_marked_with_their_averages() -> None:
     row = Row("a", "", {"x": 1.0, "y_twice@9": 7.0}, {"x": "2 of 9"})
     assert cells([row], columns_of([row]))[1] == ["a", "1.00*", "7.00", "1.00*", "7.00", "ours"]
-    assert footnotes([row], ["x", "y_twice@9"]) == ["* a: x on 2 of 9 examples; not comparable with whole figures"]
+    assert footnotes([row], ["x", "y_twice@9"]) == ["* a: x on 2 of 9 examples; not comparable with full results"]
 
 
 def test_a_whole_figure_beats_a_limited_one_in_any_order() -> None:

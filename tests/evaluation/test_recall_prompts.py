@@ -7,7 +7,7 @@ import pytest
 from megatron.errors import ConfigError
 from megatron.evaluation.tasks.build import SOURCES, answers_of, contains, contains_and_f1, documents, examples
 from megatron.evaluation.tasks.prompts import PROMPTS
-from megatron.evaluation.tasks.shorten import Tokens, anchor_place, cut_text
+from megatron.evaluation.tasks.shorten import Tokens, anchor_position, shorten
 
 CUE = "Summary of information above..."
 LETTERS = Tokens(lambda text: [ord(letter) for letter in text], lambda ids: "".join(map(chr, ids)))
@@ -68,20 +68,20 @@ DOCUMENT = "abcdefghijklmnopqrstuvwxyz"
     ],
 )
 def test_cut(anchors: list[str], wanted: str, found: bool) -> None:
-    piece = cut_text(f" {DOCUMENT}\n", anchors, LETTERS, 10)
-    assert piece is not None and (piece.text, piece.found, piece.tokens) == (wanted, found, 26)
+    piece = shorten(f" {DOCUMENT}\n", anchors, LETTERS, 10)
+    assert piece is not None and (piece.text, piece.has_anchor, piece.tokens) == (wanted, found, 26)
 
 
 def test_cut_exceptions() -> None:
-    short = cut_text("abcdefgh", ["gh"], LETTERS, 10)
+    short = shorten("abcdefgh", ["gh"], LETTERS, 10)
     assert short is not None and short.text == "bcdefgh"  # it would fit, and is cut all the same
-    assert cut_text(DOCUMENT, ["no", "z"], LETTERS, 10) is None and cut_text(DOCUMENT, [""], LETTERS, 10) is None
-    assert anchor_place(DOCUMENT, ["??"], ["!!", "xy", "cd"]) == 23 and anchor_place(DOCUMENT, ["b"], ["a"]) == 1
-    other = cut_text(DOCUMENT, ["??"], LETTERS, 10, alternatives=["cd"])
-    assert other is not None and other.text == "abcdefghij" and other.found
-    told = cut_text(DOCUMENT, ["??"], LETTERS, 10, tok_pos=12)
-    assert told is not None and told.text == "hijklmnopq" and not told.found
-    ignored = cut_text("abcdefgh", ["??"], LETTERS, 10, tok_pos=0)  # only texts beyond the budget use it
+    assert shorten(DOCUMENT, ["no", "z"], LETTERS, 10) is None and shorten(DOCUMENT, [""], LETTERS, 10) is None
+    assert anchor_position(DOCUMENT, ["??"], ["!!", "xy", "cd"]) == 23 and anchor_position(DOCUMENT, ["b"], ["a"]) == 1
+    other = shorten(DOCUMENT, ["??"], LETTERS, 10, alternatives=["cd"])
+    assert other is not None and other.text == "abcdefghij" and other.has_anchor
+    told = shorten(DOCUMENT, ["??"], LETTERS, 10, tok_pos=12)
+    assert told is not None and told.text == "hijklmnopq" and not told.has_anchor
+    ignored = shorten("abcdefgh", ["??"], LETTERS, 10, tok_pos=0)  # only texts beyond the budget use it
     assert ignored is not None and ignored.text == "cdefgh"
 
 
@@ -124,5 +124,5 @@ def test_scores() -> None:
 
 
 def test_a_budget_below_the_answer_is_refused() -> None:
-    with pytest.raises(ConfigError, match="leaves nothing"):
+    with pytest.raises(ConfigError, match="leaves no room"):
         documents("swde", "default", context_length=50)

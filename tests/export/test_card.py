@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 
 from megatron.checkpoint.manifest import Manifest
 from megatron.errors import ExportError
-from megatron.export.card import Stated, Subject, model_card
+from megatron.export.card import CardInfo, ExportedModel, model_card
 from megatron.export.hf import export_checkpoint
 from megatron.export.scores import Score
 from megatron.interop.tested_versions import PROVED_TRANSFORMERS
@@ -25,7 +25,9 @@ SCORES = (
 )
 
 
-def subject(*, native: bool = False, tokenizer: bool = True, facts: dict[str, Any] | None = None, **changes: Any) -> Subject:
+def subject(
+    *, native: bool = False, tokenizer: bool = True, facts: dict[str, Any] | None = None, **changes: Any
+) -> ExportedModel:
     manifest = Manifest(
         iteration=7000,
         save_id="x",
@@ -39,11 +41,11 @@ def subject(*, native: bool = False, tokenizer: bool = True, facts: dict[str, An
         optimizer={},
         files={},
     )
-    return Subject("tiny | run", replace(TINY, **changes), 19808, manifest, "float32", ["a note"], tokenizer, native)
+    return ExportedModel("tiny | run", replace(TINY, **changes), 19808, manifest, "float32", ["a note"], tokenizer, native)
 
 
-def card_of(stated: Stated | None = None, **options: Any) -> ModelCard:
-    return ModelCard(model_card(subject(**options), stated or Stated()))
+def card_of(stated: CardInfo | None = None, **options: Any) -> ModelCard:
+    return ModelCard(model_card(subject(**options), stated or CardInfo()))
 
 
 def test_metadata_of_an_unstated_card() -> None:
@@ -60,7 +62,7 @@ def test_metadata_of_an_unstated_card() -> None:
 
 def test_everything_stated() -> None:
     facts = {"data": ["hf:allenai/c4?split=train&name=en", "hf:../nowhere", "data/local_text_document"], "run": {"seed": 3}}
-    stated = Stated("apache-2.0", languages=("en", "code"), datasets=("ada/books", "allenai/c4"), scores=SCORES)
+    stated = CardInfo("apache-2.0", languages=("en", "code"), datasets=("ada/books", "allenai/c4"), scores=SCORES)
     stated.check()
     card = card_of(stated, facts=facts)
     data = card.data
@@ -76,12 +78,12 @@ def test_everything_stated() -> None:
 
 
 def test_what_is_not_finite_stands_in_the_table_only() -> None:
-    card = card_of(Stated(scores=(Score("perplexity", "perplexity", float("inf")),)))
+    card = card_of(CardInfo(scores=(Score("perplexity", "perplexity", float("inf")),)))
     assert "| perplexity | perplexity | inf |" in card.text and "model-index" not in card.data.to_dict()
 
 
 def test_a_license_that_the_hub_does_not_list() -> None:
-    stated = Stated("other", "our terms", "https://example.org/terms")
+    stated = CardInfo("other", "our terms", "https://example.org/terms")
     stated.check()
     card = card_of(stated)
     assert (card.data.license, card.data.license_name) == ("other", "our terms")
@@ -91,16 +93,16 @@ def test_a_license_that_the_hub_does_not_list() -> None:
 @pytest.mark.parametrize(
     ("stated", "message"),
     [
-        (Stated("Apache 2.0"), "no license identifier"),
-        (Stated("other"), "not said completely"),
-        (Stated("mit", "name"), "not said completely"),
-        (Stated(license_link="https://x"), "not said completely"),
-        (Stated(languages=("English",)), "no language code"),
-        (Stated(datasets=("a b",)), "no name of a dataset"),
-        (Stated(datasets=("tests/export",)), "no name of a dataset"),
+        (CardInfo("Apache 2.0"), "not a license identifier"),
+        (CardInfo("other"), "license is incomplete"),
+        (CardInfo("mit", "name"), "license is incomplete"),
+        (CardInfo(license_link="https://x"), "license is incomplete"),
+        (CardInfo(languages=("English",)), "not a language code"),
+        (CardInfo(datasets=("a b",)), "not the name of a dataset"),
+        (CardInfo(datasets=("tests/export",)), "not the name of a dataset"),
     ],
 )
-def test_what_the_hub_would_refuse(stated: Stated, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_hub_would_refuse(stated: CardInfo, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(Path(__file__).resolve().parents[2])
     with pytest.raises(ExportError, match=message):
         stated.check()
@@ -147,4 +149,4 @@ def test_a_prefix_is_explained(
     options = {"layer_options": {"jrt": {"feature_width": 4, "prefix_length": 24}}} if said else {}
     folder = export_checkpoint(make_checkpoint(**changes, **options), tmp_path / "hf").folder
     card = (folder / "README.md").read_text()
-    assert ("### The prefix" in card) == said and ("The first 24 tokens" in card) == said
+    assert ("### The prefix" in card) == said and ("the first 24 tokens" in card) == said

@@ -73,7 +73,7 @@ def test_push_dry_and_for_real(checkpoint: Path, tmp_path: Path) -> None:
     nobody = run(*push, cwd=tmp_path)
     assert nobody.returncode == 6 and "hf auth login" in nobody.stderr and "Traceback" not in nobody.stderr
     nowhere = run(*push, cwd=tmp_path, HF_TOKEN=TOKEN)
-    assert nowhere.returncode == 6 and "the Hub cannot be asked" in nowhere.stderr and "Traceback" not in nowhere.stderr
+    assert nowhere.returncode == 6 and "the Hub cannot be reached" in nowhere.stderr and "Traceback" not in nowhere.stderr
     with running_hub() as hub:
         done = run(*push, "--commit-message", "Step 0", cwd=tmp_path, HF_TOKEN=TOKEN, HF_ENDPOINT=hub.url)
         assert done.returncode == 0, done.stderr
@@ -104,7 +104,7 @@ def test_push_options_that_would_do_nothing(words: tuple[str, ...], message: str
 def test_a_push_that_cannot_be_is_refused_before_the_export(checkpoint: Path, tmp_path: Path) -> None:
     convert = ("tools/convert_to_hf.py", "--checkpoint", checkpoint, "--output", "hf")
     for more, message in (
-        (("--push-to-hub", "a b", "--dry-run"), "'a b' is no repository of the Hub"),
+        (("--push-to-hub", "a b", "--dry-run"), "'a b' is not a repository name of the Hub"),
         (("--push-to-hub", "a/b"), "no token for the Hugging Face Hub"),
         (("--license", "Apache 2"), "no license identifier"),
         (("--eval-results", "none.json"), "the results cannot be read"),

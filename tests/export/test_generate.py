@@ -99,7 +99,7 @@ def test_an_assistant_is_refused(load: Load) -> None:
 def test_as_assistant_is_refused(load: Load) -> None:
     sizes: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
     main = LlamaForCausalLM(LlamaConfig(vocab_size=64, intermediate_size=16, **sizes)).eval()
-    with pytest.raises(ValueError, match="recurrent state cannot take tokens back"):
+    with pytest.raises(ValueError, match="recurrent state cannot be rolled back"):
         generated(main, TOKENS[:1], None, assistant_model=load())
 
 

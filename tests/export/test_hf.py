@@ -95,7 +95,7 @@ def test_padding_rows_are_cut(make_checkpoint: Make, tmp_path: Path) -> None:
         checkpoint = make_checkpoint(facts=facts, tie_embeddings=tied, name=f"run{tied}")
         made = export_checkpoint(checkpoint, tmp_path / f"hf{tied}")
         assert read(made.folder)["vocab_size"] == 50
-        assert any("14 rows" in note and "cut off" in note for note in made.notes)
+        assert any("14 rows" in note and "were removed" in note for note in made.notes)
         full = read_full_weights(checkpoint)
         for name, value in load_file(made.folder / "model.safetensors").items():
             assert torch.equal(value, full[name][: len(value)])
@@ -146,8 +146,8 @@ def test_half_precision_checkpoint_keeps_its_dtype(make_checkpoint: Make, tmp_pa
 @pytest.mark.parametrize(
     ("right", "wrong", "what"),
     [
-        ("TAU = 16.0", "TAU = 15.0", "whole pass"),
-        ("held.states, held.seen = new + tail, held.seen", "held.seen = held.seen", "steps through the cache"),
+        ("TAU = 16.0", "TAU = 15.0", "full pass"),
+        ("active.states, active.seen = new + tail, active.seen", "active.seen = active.seen", "steps through the cache"),
         ("return None if all_shown else shown", "return None", "left padding"),
     ],
 )
@@ -164,7 +164,7 @@ def test_a_folder_that_differs_is_removed(
         return sources | {name: sources[name].replace(right, wrong)}
 
     monkeypatch.setattr(hf, "packed_sources", spoil)
-    with pytest.raises(ExportError, match="other logits") as caught:
+    with pytest.raises(ExportError, match="logits differ") as caught:
         export_checkpoint(make_checkpoint(), tmp_path / "hf")
     assert what in str(caught.value)
     assert not (tmp_path / "hf").exists() and not list(tmp_path.glob(".hf*"))

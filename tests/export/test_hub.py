@@ -46,7 +46,7 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def parcel(tmp_path: Path) -> Upload:
+def upload(tmp_path: Path) -> Upload:
     folder = tmp_path / "tiny"
     for name, text in FILES.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -57,63 +57,63 @@ def parcel(tmp_path: Path) -> Upload:
     return prepare(folder)
 
 
-def bytes_of(parcel: Upload) -> dict[str, bytes]:
-    return {name: (parcel.folder / name).read_bytes() for name in parcel.files}
+def bytes_of(upload: Upload) -> dict[str, bytes]:
+    return {name: (upload.folder / name).read_bytes() for name in upload.files}
 
 
-def test_new_repository(hub: Hub, api: HfApi, parcel: Upload) -> None:
-    done = publish(parcel, Destination("lab/tiny", private=True), sign_in(api))
+def test_new_repository(hub: Hub, api: HfApi, upload: Upload) -> None:
+    done = publish(upload, Destination("lab/tiny", private=True), sign_in(api))
     repo = hub.repos["lab/tiny"]
     assert repo.private and done.private and done.repo == "lab/tiny"
-    assert repo.branches["main"] == {".gitattributes": b"", **bytes_of(parcel)} and set(parcel.files) == set(FILES)
+    assert repo.branches["main"] == {".gitattributes": b"", **bytes_of(upload)} and set(upload.files) == set(FILES)
     assert repo.commits == [("main", "MetaLAForCausalLM tiny, exported by linear-neox")]
     assert done.url.startswith(f"{hub.url}/lab/tiny/commit/") and not done.replaced and not done.removed
 
 
-def test_own_namespace_branch_and_message(hub: Hub, api: HfApi, parcel: Upload) -> None:
-    done = publish(parcel, Destination("tiny", revision="step7", message="Step 7"), api)
+def test_own_namespace_branch_and_message(hub: Hub, api: HfApi, upload: Upload) -> None:
+    done = publish(upload, Destination("tiny", revision="step7", message="Step 7"), api)
     repo = hub.repos["ada/tiny"]
     assert done.repo == "ada/tiny" and not done.private
     assert list(repo.branches["main"]) == [".gitattributes"] and set(FILES) < set(repo.branches["step7"])
     assert repo.commits == [("step7", "Step 7")]
-    publish(parcel, Destination("tiny", revision="step7"), api)  # the branch is there by now
+    publish(upload, Destination("tiny", revision="step7"), api)  # the branch is there by now
     assert len(repo.commits) == 2
 
 
-def test_another_model_is_replaced_in_one_commit(hub: Hub, api: HfApi, parcel: Upload) -> None:
+def test_another_model_is_replaced_in_one_commit(hub: Hub, api: HfApi, upload: Upload) -> None:
     api.create_repo("ada/old")
     old = ("model-00001-of-00002.safetensors", "model.safetensors.index.json", "modeling_other.py", "tokenizer.json")
     stays = ("LICENSE", "picture.png", "README.md", "onnx/model.safetensors")
     hub.repos["ada/old"].branches["main"] |= dict.fromkeys((*old, *stays), b"old")
-    done = publish(parcel, Destination("ada/old"), api)
+    done = publish(upload, Destination("ada/old"), api)
     files = hub.repos["ada/old"].branches["main"]
     assert set(done.removed) == set(old) and done.replaced == ("README.md",) and len(hub.repos["ada/old"].commits) == 1
     assert not set(old) & set(files) and files["LICENSE"] == files["onnx/model.safetensors"] == b"old"
-    assert {name: files[name] for name in FILES} == bytes_of(parcel)
+    assert {name: files[name] for name in FILES} == bytes_of(upload)
 
 
-def test_large_files_travel_over_lfs(hub: Hub, api: HfApi, parcel: Upload, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_files_travel_over_lfs(hub: Hub, api: HfApi, upload: Upload, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
     hub.large = True
-    publish(parcel, Destination("ada/tiny"), api)
+    publish(upload, Destination("ada/tiny"), api)
     assert list(hub.stored.values()) == [b"w" * 5000]
-    assert {**hub.repos["ada/tiny"].branches["main"]} == {".gitattributes": b"", **bytes_of(parcel)}
+    assert {**hub.repos["ada/tiny"].branches["main"]} == {".gitattributes": b"", **bytes_of(upload)}
 
 
-def test_private_is_never_published_in_the_open(hub: Hub, api: HfApi, parcel: Upload) -> None:
+def test_private_is_never_published_in_the_open(hub: Hub, api: HfApi, upload: Upload) -> None:
     api.create_repo("ada/open")
     with pytest.raises(ExportError, match="ada/open exists and is public"):
-        publish(parcel, Destination("ada/open", private=True), api)
+        publish(upload, Destination("ada/open", private=True), api)
     assert not hub.repos["ada/open"].commits
 
 
 @pytest.mark.parametrize("name", ["a b/c", "a/b/c", "https://huggingface.co/a/b", "a--b", "x.git", ""])
 def test_bad_names(name: str) -> None:
-    with pytest.raises(ExportError, match="is no repository of the Hub"):
+    with pytest.raises(ExportError, match="is not a repository name of the Hub"):
         Destination(name)
 
 
-def test_tokens(hub: Hub, parcel: Upload) -> None:
+def test_tokens(hub: Hub, upload: Upload) -> None:
     with pytest.raises(ExportError, match="no token for the Hugging Face Hub"):
         sign_in(HfApi(endpoint=hub.url))
     with pytest.raises(ExportError, match="may only read"):
@@ -137,29 +137,29 @@ def test_tokens(hub: Hub, parcel: Upload) -> None:
     ],
 )
 def test_refused_and_interrupted(
-    hub: Hub, api: HfApi, parcel: Upload, repo: str, status: tuple[str, int, str], cut: str, why: str
+    hub: Hub, api: HfApi, upload: Upload, repo: str, status: tuple[str, int, str], cut: str, why: str
 ) -> None:
-    before = bytes_of(parcel)
+    before = bytes_of(upload)
     hub.status, hub.cut = status, cut
     with pytest.raises(ExportError) as refused:
-        publish(parcel, Destination(repo), api)
+        publish(upload, Destination(repo), api)
     text = str(refused.value)
-    assert f"did not get to {repo}" in text and why in text and TOKEN not in text
-    assert f"--folder {parcel.folder} --push-to-hub {repo}" in text and refused.value.exit_code == 6
-    assert bytes_of(parcel) == before and not (repo in hub.repos and hub.repos[repo].commits)
+    assert f"was not pushed to {repo}" in text and why in text and TOKEN not in text
+    assert f"--folder {upload.folder} --push-to-hub {repo}" in text and refused.value.exit_code == 6
+    assert bytes_of(upload) == before and not (repo in hub.repos and hub.repos[repo].commits)
     hub.status, hub.cut = ("", 0, ""), ""
-    publish(parcel, Destination("ada/tiny"), api)  # the same command once more
+    publish(upload, Destination("ada/tiny"), api)  # the same command once more
     assert set(FILES) < set(hub.repos["ada/tiny"].branches["main"])
 
 
-def test_card_that_the_hub_refuses(hub: Hub, api: HfApi, parcel: Upload) -> None:
-    (parcel.folder / "README.md").write_text("---\nlicense: nonsense\n---\n")
+def test_card_that_the_hub_refuses(hub: Hub, api: HfApi, upload: Upload) -> None:
+    (upload.folder / "README.md").write_text("---\nlicense: nonsense\n---\n")
     with pytest.raises(ExportError) as refused:
-        publish(parcel, Destination("ada/tiny"), api)
+        publish(upload, Destination("ada/tiny"), api)
     assert '"license" must be one of' in str(refused.value) and not hub.repos["ada/tiny"].commits
 
 
-def test_offline(api: HfApi, parcel: Upload, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline(api: HfApi, upload: Upload, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     huggingface_hub.close_session()
     try:
@@ -170,32 +170,32 @@ def test_offline(api: HfApi, parcel: Upload, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_ctrl_c_says_that_the_folder_stays(
-    api: HfApi, parcel: Upload, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    api: HfApi, upload: Upload, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(api, "upload_folder", stop)
     with pytest.raises(KeyboardInterrupt):
-        publish(parcel, Destination("ada/tiny"), api)
-    assert f"the folder stays as it is; once that is mended: --folder {parcel.folder}" in capsys.readouterr().out
+        publish(upload, Destination("ada/tiny"), api)
+    assert f"the folder is unchanged; to retry: --folder {upload.folder}" in capsys.readouterr().out
 
 
-def test_what_is_no_exported_folder(parcel: Upload, tmp_path: Path) -> None:
+def test_what_is_no_exported_folder(upload: Upload, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="not an exported folder"):
         prepare(tmp_path / "nothing")
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model.safetensors"}}
-    (parcel.folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ExportError, match="not whole") as lost:
-        prepare(parcel.folder)
+    (upload.folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ExportError, match="folder is incomplete") as lost:
+        prepare(upload.folder)
     assert "missing: model-00001-of-00002.safetensors" in str(lost.value)
-    (parcel.folder / "model.safetensors.index.json").write_text("[]")
+    (upload.folder / "model.safetensors.index.json").write_text("[]")
     with pytest.raises(ExportError, match="not an exported folder"):
-        prepare(parcel.folder)
+        prepare(upload.folder)
 
 
-def test_description(parcel: Upload) -> None:
-    said = describe(parcel, Destination("tiny", private=True, revision="b", message="m"))
+def test_description(upload: Upload) -> None:
+    said = describe(upload, Destination("tiny", private=True, revision="b", message="m"))
     assert said.splitlines()[:5] == [
         "repository: tiny (in the namespace of the token's owner)",
         "visibility: private",
@@ -204,4 +204,4 @@ def test_description(parcel: Upload) -> None:
         f"files: 4, {sum(map(len, FILES.values())):,} bytes",
     ]
     assert "  5,000  model.safetensors" in said and "not for others" not in said and ".git" not in said
-    assert "public, unless set otherwise" in describe(parcel, Destination("a/b"))
+    assert "public, unless set otherwise" in describe(upload, Destination("a/b"))

@@ -159,9 +159,9 @@ def test_generate_reads_each_token_once(model: Any) -> None:
 @pytest.mark.parametrize(
     ("mask", "word"),
     [
-        (torch.tensor([[1, 1, 2, 2]]), "0 .hidden. and 1"),
+        (torch.tensor([[1, 1, 2, 2]]), "0 .masked. and 1"),
         (torch.tensor([[0.0, -1e9, 0.0, 0.0]]), "additive"),
-        (torch.tensor([[0.5, 1, 1, 1]]), "0 .hidden. and 1"),
+        (torch.tensor([[0.5, 1, 1, 1]]), "0 .masked. and 1"),
         (torch.ones(1, 1, 4, 4), r"\[batch, length\]"),
         (torch.ones(1, 3), r"\[batch, length\]"),
         (torch.ones(2, 4), "2 rows for 1 rows"),
@@ -253,11 +253,11 @@ def test_documents_in_padded_rows(model: Any) -> None:
         ({"attention_mask": torch.ones(1, 7)}, "7 columns for 4 tokens"),
         ({"position_ids": torch.arange(3)[None]}, "position_ids must be"),
         ({"position_ids": torch.zeros(3, 1, 4, dtype=torch.long)}, "position_ids must be"),
-        ({"cu_seq_lens_q": torch.tensor([0, 3])}, "rise from 0 to the 4 tokens"),
-        ({"cu_seq_lens_q": torch.tensor([0, 3, 2, 4])}, "rise from 0"),
+        ({"cu_seq_lens_q": torch.tensor([0, 3])}, "increase from 0 to the 4 tokens"),
+        ({"cu_seq_lens_q": torch.tensor([0, 3, 2, 4])}, "increase from 0"),
         ({"cu_seq_lens_q": torch.tensor([0, 2, 4]), "cu_seq_lens_k": torch.tensor([0, 3, 4])}, "differ"),
         ({"seq_idx": torch.zeros(1, 5)}, "seq_idx must be"),
-        ({"seq_idx": torch.tensor([[0, 0, 1, 1]]), "position_ids": torch.arange(4)[None]}, "different places"),
+        ({"seq_idx": torch.tensor([[0, 0, 1, 1]]), "position_ids": torch.arange(4)[None]}, "different positions"),
     ],
 )
 def test_documents_that_contradict_themselves(model: Any, arguments: dict[str, Any], word: str) -> None:

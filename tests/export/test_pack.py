@@ -71,7 +71,7 @@ def test_registered_definitions_come_along(tmp_path: Path) -> None:
         (
             "from megatron.two import a\ndef b(): return 1\ndef top(): return a(), b()",
             "def b(): return 2\ndef a(): return b()",
-            "meet",
+            "two definitions of",
         ),
         ("from megatron.two import a\ndef top(): return a()", "import math as F\ndef a(): return F", ""),
         ("import numpy\ndef top(): return numpy", "", "numpy"),
@@ -80,7 +80,7 @@ def test_registered_definitions_come_along(tmp_path: Path) -> None:
         ("import megatron.two\ndef top(): return megatron", "", "cannot be packed"),
         ("from .two import a\ndef top(): return a", "", "relative"),
         ("from megatron.two import a as z\ndef top(): return z", "def a(): return 1", "another name"),
-        ("print('hello')\ndef top(): return 1", "", "only define"),
+        ("print('hello')\ndef top(): return 1", "", "only contain definitions"),
         ("from megatron.two import gone\ndef top(): return gone", "def a(): return 1", "gone"),
     ],
 )

@@ -84,11 +84,11 @@ def test_several_files_keep_their_order(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ({**HARNESS, "checkpoint": "runs/tiny/checkpoints/global_step9"}, "another checkpoint"),
-        ({**HARNESS, "results": {}}, "no figure"),
-        ({**PERPLEXITY, "rows": PERPLEXITY["rows"][1:]}, "no figure"),
+        ({**HARNESS, "results": {}}, "holds no result"),
+        ({**PERPLEXITY, "rows": PERPLEXITY["rows"][1:]}, "holds no result"),
         ({"x": 1}, "not results"),
         ("[1]", "not results"),
-        ("{", "no JSON"),
+        ("{", "not JSON"),
     ],
 )
 def test_refusals_name_the_file(tmp_path: Path, content: Any, message: str) -> None:

@@ -91,7 +91,9 @@ def test_prompts_stay_open(processor: str, tmp_path: Path) -> None:
     assert loaded("x")["input_ids"] == [270, *tokenizer.tokenize_piece("x")] == tokenizer.tokenize("x")[:-1]
     assert loaded("x", add_special_tokens=False)["input_ids"] == tokenizer.tokenize_piece("x")
     assert (loaded.bos_token, loaded.eos_token) == ("<s>", "<|endoftext|>")
-    assert [note for note in notes if "every document ended with </s>" in note and "append it yourself" in note] == notes[1:]
+    assert [
+        note for note in notes if "every document ended with </s>" in note and "to complete documents yourself" in note
+    ] == notes[1:]
     kept = json.loads((output / "tokenizer.json").read_text())["post_processor"]
     assert [part["type"] for part in kept["processors"]] == ["ByteLevel"] * (processor == "in a row") + ["TemplateProcessing"]
 
@@ -220,7 +222,7 @@ def test_a_folder_that_cannot_be_read_does_not_end_prompts_either(tmp_path: Path
     notes = export_tokenizer(source, {"type": "HFGPT2Tokenizer"}, output, None)
     settings = json.loads((output / "tokenizer_config.json").read_text())
     assert settings == {"add_eos_token": False, "add_bos_token": True, "legacy": False} and (output / "words.txt").is_file()
-    assert "cannot be written" in notes[0] and "add_eos_token was switched off" in notes[1]
+    assert "cannot be written" in notes[0] and "add_eos_token was disabled" in notes[1]
 
 
 def test_settings_that_transformers_cannot_read(tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ def _indexed(root: Path) -> None:
     corpus = IndexedDataset(root / "c")
     check_fingerprint(root / "c", build_tokenizer("CharLevelTokenizer"))
     corpus.check_vocabulary(512)
-    corpus.document_borders()
+    corpus.document_boundaries()
     for index in range(min(40, len(corpus))):
         corpus.get(index)
     index = cached_sample_index(root / "c", "train", range(len(corpus)), corpus.sizes, 16, 20, 1, small=0)

@@ -43,7 +43,7 @@ def test_prompts_are_not_dropped_in_silence(
 
 def test_prompts_and_a_kind_without_any_contradict(tmp_path: Path) -> None:
     words = ["-i", "p.txt", "--set", "text_gen_type=unconditional"]
-    with pytest.raises(ConfigError, match="takes no prompts, and p.txt holds some"):
+    with pytest.raises(ConfigError, match="takes no prompts, but p.txt holds some"):
         command.main([str(write_run(tmp_path)), *words])
 
 

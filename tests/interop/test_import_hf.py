@@ -99,7 +99,7 @@ def test_tokenizer_is_copied(folder: Path, tmp_path: Path) -> None:
     made = import_folder(folder, tmp_path / "ck")
     assert len(list((made.checkpoint / "tokenizer").iterdir())) == 3
     again = export_checkpoint(made.checkpoint, tmp_path / "again")
-    assert (again.folder / "words.tiktoken").is_file() and any("lie in the folder as they were" in n for n in again.notes)
+    assert (again.folder / "words.tiktoken").is_file() and any("original files are in the folder" in n for n in again.notes)
 
 
 def test_a_tokenizer_that_lies_elsewhere(folder: Path, tmp_path: Path) -> None:

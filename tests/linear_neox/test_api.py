@@ -188,7 +188,7 @@ def test_export_and_import_carry_the_model(trained: tuple[Path, ln.Trainer], tmp
     [
         (lambda t: ln.generate(t, "a", temprature=1.0), "temprature"),
         (lambda t: ln.generate(t.model, "a"), "no tokenizer"),
-        (lambda t: ln.perplexity(t.model, "a", tokenizer=t.tokenizer), "no length"),
+        (lambda t: ln.perplexity(t.model, "a", tokenizer=t.tokenizer), "length is unknown"),
         (lambda t: ln.load_config("configs/metalla.yml"), "not found"),
         (lambda t: ln.build_model(t.config, dtype="fp8"), "unknown dtype"),
         (lambda t: ln.load_checkpoint("/nowhere"), "not a checkpoint"),

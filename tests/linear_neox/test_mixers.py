@@ -126,7 +126,8 @@ def test_a_name_that_is_taken_is_refused_and_nothing_changes(halved: ModuleType)
 
 
 @pytest.mark.parametrize(
-    ("cls", "words"), [(dict, "no token mixer"), (type("Nameless", (ln.Layer,), {}), "has no name"), (3, "no token mixer")]
+    ("cls", "words"),
+    [(dict, "not a token mixer"), (type("Nameless", (ln.Layer,), {}), "has no name"), (3, "not a token mixer")],
 )
 def test_what_is_no_mixer_is_refused(cls: Any, words: str) -> None:
     with pytest.raises(ln.UserError, match=words):

@@ -40,7 +40,7 @@ def test_log_dir_takes_metrics_and_logs(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="cannot be made"):
+    with pytest.raises(ConfigError, match="cannot be created"):
         create_run_folder(tmp_path / "file" / "run", "", ["x"])
 
 

@@ -50,7 +50,7 @@ def test_a_broken_sink_is_reported_once_and_the_others_go_on() -> None:
         sinks.write(i, {"a": 1.0})
     sinks.close()
     assert len(kept.rows) == 3 and kept.closed
-    assert len(said) == 1 and "broken" in said[0] and "no space left" in said[0] and "training goes on" in said[0]
+    assert len(said) == 1 and "broken" in said[0] and "no space left" in said[0] and "training continues" in said[0]
 
 
 def test_a_missing_package_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,7 +64,7 @@ def test_arguments_become_ours(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="there is no folder"):
         pointers.LEADS["convert_hf_llama_to_neox"](["--model", "a/b", "--model_path", "out"])
     (tmp_path / "layer_00-model_00-model_states.pt").write_bytes(b"")
-    with pytest.raises(ConfigError, match="no checkpoint of ours") as caught:
+    with pytest.raises(ConfigError, match="not one of our checkpoints") as caught:
         pointers.LEADS["convert_neox_to_hf"](["--input_dir", str(tmp_path), "--config_file", "20B.yml", "--output_dir", "o"])
     assert "20B.yml" in str(caught.value.hint) and "tools/convert_to_hf.py --checkpoint" in str(caught.value.hint)
 

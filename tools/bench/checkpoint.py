@@ -189,7 +189,7 @@ class Methods:
 
 
 def _torch_load(path: Path) -> Any:
-    """The rule of the house keeps `torch.load` out of the tree; the measured call is made by name."""
+    """`torch.load`, by name: the tests forbid its direct use in the tree."""
     return getattr(torch, "load")(path, weights_only=True)  # noqa: B009
 
 
@@ -205,14 +205,14 @@ Found = dict[str, dict[str, list[tuple[float, float]]]]
 
 def measure(methods: Methods, rounds: int) -> Found:
     """kind -> method -> seconds of each round, elapsed and of all cores."""
-    found: Found = {"save": {}, "load, cold": {}, "load, cached": {}}
+    timings: Found = {"save": {}, "load, cold": {}, "load, cached": {}}
     for number in range(rounds + 1):  # the first warms up
         work = list(methods.saves().items())
         for name, save in work[::-1] if number % 2 else work:  # who comes first changes from round to round
             os.sync()
             seconds = timed(save)
             if number:
-                found["save"].setdefault(name, []).append(seconds)
+                timings["save"].setdefault(name, []).append(seconds)
         methods.saves()["ours"]()  # with hashes, for the loads
         os.sync()
         for kind in ("load, cold", "load, cached"):
@@ -223,10 +223,10 @@ def measure(methods: Methods, rounds: int) -> Found:
                     load()
                 seconds = timed(load)
                 if number:
-                    found[kind].setdefault(name, []).append(seconds)
+                    timings[kind].setdefault(name, []).append(seconds)
                 if not methods.same():
                     raise SystemExit(f"{name} gave other numbers than were saved")
-    return found
+    return timings
 
 
 def stall(methods: Methods) -> float:
@@ -241,10 +241,10 @@ def stall(methods: Methods) -> float:
     return statistics.median(seconds[1:])
 
 
-def summary(found: Found, megabytes: float) -> dict[str, Any]:
+def summary(timings: Found, megabytes: float) -> dict[str, Any]:
     """MB/s of each method (the fastest round and the median), core seconds, and ours as a ratio to the faster of the others."""
     result: dict[str, Any] = {}
-    for kind, methods in found.items():
+    for kind, methods in timings.items():
         best = {name: min(t for t, _ in rounds) for name, rounds in methods.items()}
         middle = {name: statistics.median(t for t, _ in rounds) for name, rounds in methods.items()}
         others = [name for name in methods if not name.startswith("ours") and name != "torch.save"]
@@ -263,8 +263,8 @@ def summary(found: Found, megabytes: float) -> dict[str, Any]:
         }
         if kind == "save":
             result[kind]["ours / torch.save without sync, fastest rounds"] = round(best["torch.save"] / best["ours"], 3)
-    extra = min(t for t, _ in found["load, cold"]["ours"]) - min(t for t, _ in found["load, cold"]["ours without hashes"])
-    result["verification at load (cold) / time of a save"] = round(extra / min(t for t, _ in found["save"]["ours"]), 4)
+    extra = min(t for t, _ in timings["load, cold"]["ours"]) - min(t for t, _ in timings["load, cold"]["ours without hashes"])
+    result["verification at load (cold) / time of a save"] = round(extra / min(t for t, _ in timings["save"]["ours"]), 4)
     return result
 
 
@@ -283,16 +283,16 @@ def main() -> None:
     try:
         methods = Methods(folder, config)
         megabytes = methods.full.nbytes() / 1e6
-        found = measure(methods, args.rounds)
+        timings = measure(methods, args.rounds)
         result = {
             "machine": f"{platform.machine()}, {os.cpu_count()} cores, {shutil.disk_usage(folder).total / 1e9:.0f} GB disk",
             "torch": torch.__version__,
             "state, MB": round(megabytes, 1),
             "rounds": args.rounds,
             "load of the machine": os.getloadavg()[0],
-            **summary(found, megabytes),
+            **summary(timings, megabytes),
             "background save keeps the training thread, s": round(stall(methods), 3),
-            "seconds": found,
+            "seconds": timings,
         }
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -133,7 +133,7 @@ def on_ranks(tp: int) -> dict[str, list[Message]]:
         if pid == 0:
             torch.set_num_threads(1)
             dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=tp)
-            rows = {name: [vars(m) for m in found] for name, found in measure(tp, rank).items()}
+            rows = {name: [vars(m) for m in messages] for name, messages in measure(tp, rank).items()}
             if rank == 0:
                 os.write(writer, json.dumps(rows).encode())
             dist.destroy_process_group()
@@ -144,7 +144,7 @@ def on_ranks(tp: int) -> dict[str, list[Message]]:
         raise SystemExit(f"a rank failed: exit codes {codes}")
     os.close(writer)
     with os.fdopen(reader, "rb") as pipe:
-        return {name: [Message(**row) for row in found] for name, found in json.loads(pipe.read()).items()}
+        return {name: [Message(**row) for row in messages] for name, messages in json.loads(pipe.read()).items()}
 
 
 def row(tp: int, layout: str, messages: Sequence[Message]) -> dict[str, Any]:
@@ -155,8 +155,8 @@ def row(tp: int, layout: str, messages: Sequence[Message]) -> dict[str, Any]:
     return {
         "tp": tp,
         "layout": layout,
-        "forward": ", ".join(f"{n} {op}" for (op, way), n in sorted(kinds.items()) if way == "forward"),
-        "backward": ", ".join(f"{n} {op}" for (op, way), n in sorted(kinds.items()) if way == "backward"),
+        "forward": ", ".join(f"{n} {op}" for (op, direction), n in sorted(kinds.items()) if direction == "forward"),
+        "backward": ", ".join(f"{n} {op}" for (op, direction), n in sorted(kinds.items()) if direction == "backward"),
         "activations_sent": round(share, 3),
         "mib_3b": round(share * LARGE["b"] * LARGE["s"] * LARGE["d"] * 2 / 2**20, 1),
     }
@@ -178,7 +178,7 @@ def main() -> None:
     parser.add_argument("--tp", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
-    rows = [row(tp, name, found) for tp in arguments.tp for name, found in on_ranks(tp).items()]
+    rows = [row(tp, name, messages) for tp in arguments.tp for name, messages in on_ranks(tp).items()]
     print(table(rows))
     if arguments.output:
         write_json(arguments.output, {"shape": SHAPE, "large": LARGE, "rows": rows})

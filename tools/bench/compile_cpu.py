@@ -87,9 +87,9 @@ def gradients(model: nn.Module, loss: Tensor) -> list[Tensor]:
     return [p.grad.double() for p in model.parameters() if p.grad is not None]
 
 
-def distance(got: list[Tensor], exact: list[Tensor]) -> float:
+def distance(actual: list[Tensor], exact: list[Tensor]) -> float:
     """Largest norm of a difference over the norm of what is exact."""
-    return max(float((a - b).norm() / b.norm().clamp_min(1e-30)) for a, b in zip(got, exact, strict=True))
+    return max(float((a - b).norm() / b.norm().clamp_min(1e-30)) for a, b in zip(actual, exact, strict=True))
 
 
 def alternating_ms(runs: list[Callable[[], Any]], repeats: int) -> list[float]:
@@ -113,7 +113,7 @@ def measure(kind: str, args: argparse.Namespace) -> dict[str, Any]:
     double = copy.deepcopy(model).double()
     exact, eager = gradients(double, step_of(double)(tokens)), gradients(model, step(tokens))
     compiled = torch.compile(step, **options)
-    step_s, step_cpu_s, got = timed(lambda: gradients(model, compiled(tokens)))
+    step_s, step_cpu_s, actual = timed(lambda: gradients(model, compiled(tokens)))
     steps = [lambda: step(tokens).backward(), lambda: compiled(tokens).backward()]
     eager_ms, compiled_ms = alternating_ms(steps, args.repeats)
     return {
@@ -124,9 +124,9 @@ def measure(kind: str, args: argparse.Namespace) -> dict[str, Any]:
         "forward_compile_cpu_s": round(forward_cpu_s, 1),
         "step_compile_s": round(step_s, 1),
         "step_compile_cpu_s": round(step_cpu_s, 1),
-        "compiled_from_eager": distance(got, eager),
+        "compiled_from_eager": distance(actual, eager),
         "eager_from_fp64": distance(eager, exact),
-        "compiled_from_fp64": distance(got, exact),
+        "compiled_from_fp64": distance(actual, exact),
         "eager_step_ms": eager_ms,
         "compiled_step_ms": compiled_ms,
     }

@@ -15,7 +15,7 @@ from megatron.files import write_json
 
 
 def save_result(benchmark: str, output: Path | None, rows: Sequence[Any], **facts: Any) -> None:
-    """Write the result of `tools/bench/<benchmark>.py`, and say where.
+    """Write the result of `tools/bench/<benchmark>.py`, and print its path.
 
     Args:
         benchmark: name of the file, without the ending.

@@ -73,8 +73,8 @@ def best(actions: dict[str, Callable[[], int]], repeats: int) -> dict[str, tuple
         for name, action in actions.items():
             begin, cpu = time.perf_counter(), cpu_seconds()
             units = action()
-            found = units / (time.perf_counter() - begin), units / (cpu_seconds() - cpu)
-            rates[name] = max(rates[name][0], found[0]), max(rates[name][1], found[1])
+            measured_rates = units / (time.perf_counter() - begin), units / (cpu_seconds() - cpu)
+            rates[name] = max(rates[name][0], measured_rates[0]), max(rates[name][1], measured_rates[1])
     return rates
 
 
@@ -111,20 +111,23 @@ def tokenisation(folder: Path, megabytes: int, repeats: int) -> dict[str, Any]:
     actions = {"library_1": lambda: alone(1), "workers_1": lambda: ours(1)}
     actions |= {"library_2": lambda: alone(2), "workers_2": lambda: ours(2)}
     rates = best(actions, repeats)
-    found: dict[str, Any] = {"text_megabytes": megabytes}
+    result: dict[str, Any] = {"text_megabytes": megabytes}
     for name, (rate, per_cpu) in rates.items():
-        found[name] = {"tokens_per_s": round(rate), "tokens_per_cpu_s": round(per_cpu)}
+        result[name] = {"tokens_per_s": round(rate), "tokens_per_cpu_s": round(per_cpu)}
         if name.startswith("workers"):
             wall, cpu = rates[name.replace("workers", "library")]
-            found[name] |= {"per_worker_over_library": round(rate / wall, 3), "per_cpu_s_over_library": round(per_cpu / cpu, 3)}
-    return found
+            result[name] |= {
+                "per_worker_over_library": round(rate / wall, 3),
+                "per_cpu_s_over_library": round(per_cpu / cpu, 3),
+            }
+    return result
 
 
 def loading(folder: Path, seconds: float) -> dict[str, Any]:
     """Samples/s of the loader on the corpus just made, with and without threads that read ahead."""
     from megatron.data.batches import Batches  # imports torch, which the workers of `tokenisation` would load too
 
-    found: dict[str, Any] = {"seq_length": SEQ_LENGTH, "micro_batch": 8}
+    result: dict[str, Any] = {"seq_length": SEQ_LENGTH, "micro_batch": 8}
     dataset = datasets_from_split(str(folder / "made_text_document"), "1", SEQ_LENGTH, {"train": 200_000}, 1)["train"]
     assert dataset is not None
     for threads in (0, 2):
@@ -135,16 +138,16 @@ def loading(folder: Path, seconds: float) -> dict[str, Any]:
             if time.perf_counter() - begin > seconds:
                 break
         rate = samples / (time.perf_counter() - begin)
-        found[f"threads_{threads}"] = {"samples_per_s": round(rate), "tokens_per_s": round(rate * SEQ_LENGTH)}
-    return found
+        result[f"threads_{threads}"] = {"samples_per_s": round(rate), "tokens_per_s": round(rate * SEQ_LENGTH)}
+    return result
 
 
 def build_index(documents: int, mean: int) -> dict[str, Any]:
     """Build the order of one epoch; run in a process of its own, whose peak is the memory needed, the sizes included."""
     sizes, rng = np.empty(documents, dtype=np.int32), np.random.default_rng(0)
     for at in range(0, documents, 1 << 22):
-        piece = sizes[at : at + (1 << 22)]
-        piece[:] = rng.exponential(mean, len(piece)) + 1
+        chunk = sizes[at : at + (1 << 22)]
+        chunk[:] = rng.exponential(mean, len(chunk)) + 1
     tokens = int(sizes.sum(dtype=np.int64))
     before, cpu = time.perf_counter(), time.process_time()
     order = build_sample_index(range(documents), sizes, SEQ_LENGTH, tokens // SEQ_LENGTH - 1, 1234)

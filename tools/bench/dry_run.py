@@ -1,4 +1,4 @@
-"""Whether `--dry-run` tells the truth: predicted memory of a training step against the measured peak, over many configurations.
+"""Accuracy of `--dry-run`: predicted and measured peak memory of a training step, for many configurations.
 
     python tools/bench/dry_run.py [--only NAME ...] [--output benchmarks/results/dry-run-memory.json]
 
@@ -77,10 +77,10 @@ def cases() -> list[Case]:
     short = replace(base, micro_batch=2)
     recompute = replace(base, activation_checkpoint_interval=1)
     metala = _model("metala")
-    found = [Case(f"{m}", _model(m), base) for m in ("metala", "based", "base_conv", "sliding", "global", "alibi", "jrt")]
-    found += [Case("mamba", _model("mamba", layers=2), short)]
-    found += [Case(f"{m} recomputed", _model(m), recompute) for m in ("metala", "based", "global")]
-    found += [
+    all_cases = [Case(f"{m}", _model(m), base) for m in ("metala", "based", "base_conv", "sliding", "global", "alibi", "jrt")]
+    all_cases += [Case("mamba", _model("mamba", layers=2), short)]
+    all_cases += [Case(f"{m} recomputed", _model(m), recompute) for m in ("metala", "based", "global")]
+    all_cases += [
         Case("metala recomputed, two blocks a piece", metala, replace(base, activation_checkpoint_interval=2)),
         Case("metala bf16", metala, bf16),
         Case("metala bf16, accumulation 2", metala, replace(bf16, gradient_accumulation=2)),
@@ -113,7 +113,7 @@ def cases() -> list[Case]:
         Case("metala DP 2, ZeRO-2", _model("metala", hidden=768, layers=2), replace(short, zero_stage=2), dp=2),
         Case("metala DP 2, ZeRO-3", _model("metala", hidden=768, layers=2), replace(short, zero_stage=3), dp=2),
     ]
-    return found
+    return all_cases
 
 
 def _batches(settings: EngineSettings, vocab: int) -> Iterator[Any]:
@@ -197,14 +197,14 @@ def run_case(case: Case) -> dict[str, Any]:
         os.waitpid(pid, 0)
     if len(sizes) < case.world:
         raise RuntimeError(f"{case.name}: a rank failed")
-    told = max(prints, key=lambda p: p.total)
+    estimate = max(prints, key=lambda p: p.total)
     measured = max(sizes)
     return {
         "name": case.name,
-        "predicted_mib": round(told.total / _MIB, 1),
+        "predicted_mib": round(estimate.total / _MIB, 1),
         "measured_mib": round(measured / _MIB, 1),
-        "error": round(told.total / measured - 1, 4),
-        "parts_mib": {k: round(v / _MIB, 1) for k, v in vars(told).items() if k not in ("parameters", "total")},
+        "error": round(estimate.total / measured - 1, 4),
+        "parts_mib": {k: round(v / _MIB, 1) for k, v in vars(estimate).items() if k not in ("parameters", "total")},
     }
 
 

@@ -68,7 +68,7 @@ def running(which: str | bool) -> Iterator[str]:
 
 
 def layer_rows(device: str, dtype: torch.dtype, clock: Clock, cases: list[tuple[int, int, int, int]]) -> list[dict[str, Any]]:
-    """Forward and backward ms of a whole mixer at (d, heads, batch, length)."""
+    """Forward and backward ms of a complete mixer at (d, heads, batch, length)."""
     rows = []
     for d, heads, b, t in cases:
         layer = MetaLA(MetaLA.Config(hidden_size=d, num_heads=heads)).to(device, dtype)
@@ -116,8 +116,8 @@ class Trainee:
         x = torch.randint(0, self.vocab, (micro_batch, self.length + 1), generator=torch.Generator().manual_seed(0))
         batch = Batch(x[:, :-1].contiguous(), x[:, 1:].contiguous(), torch.ones(micro_batch, self.length))
         ms = Clock(self.device, 2.0 if self.on_gpu else 0.0, 8)(lambda: self.engine.train_step(iter([batch]), 1e-4))
-        found = {"micro_batch": micro_batch, "tokens_per_s": micro_batch * self.length / ms * 1e3}
-        return found | ({"peak_gib": torch.cuda.max_memory_allocated() / 2**30} if self.on_gpu else {})
+        result = {"micro_batch": micro_batch, "tokens_per_s": micro_batch * self.length / ms * 1e3}
+        return result | ({"peak_gib": torch.cuda.max_memory_allocated() / 2**30} if self.on_gpu else {})
 
     def largest_that_fits(self, sizes: tuple[int, ...]) -> dict[str, Any]:
         """The first of these micro batches that does not run out of memory."""
@@ -148,12 +148,12 @@ def decoding(device: str, config: ModelConfig, backend: str, batch: int) -> dict
     """Milliseconds of a token step of `batch` texts, recorded as a graph on a GPU, and without one."""
     model = filled(config, device, torch.bfloat16 if device != "cpu" else torch.float32)
     tokens = torch.zeros(batch, dtype=torch.long, device=device)
-    clock, found = Clock(device, 0.5 if device != "cpu" else 0.0), {}
+    clock, timings = Clock(device, 0.5 if device != "cpu" else 0.0), {}
     with torch.inference_mode():
         for name, record in (("graph_ms", device != "cpu"), ("no_graph_ms", False)):
             step = TokenStep(model, model.init_state(batch), backend, record)
-            found[name] = clock(lambda: step(tokens))  # noqa: B023
-    return found
+            timings[name] = clock(lambda: step(tokens))  # noqa: B023
+    return timings
 
 
 def peer_decoding(config: ModelConfig, batch: int) -> dict[str, Any]:

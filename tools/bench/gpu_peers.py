@@ -36,13 +36,13 @@ def gate_and_key(z: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def around(o: Tensor, q: Tensor, key: Tensor, v: Tensor, g: Tensor, w: Tensor) -> Tensor:
-    """What stands behind the scan, as published."""
+    """The operations after the scan, as published."""
     o = o + torch.sigmoid((q * key * w).sum(-1, keepdim=True) * v)
     return F.layer_norm(o, o.shape[-1:], eps=1e-5) * F.silu(g)
 
 
 def glue(compiled: bool) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """What stands in front of and behind the scan; compiled for each shape, as a training run of one shape would have it."""
+    """The operations before and after the scan; compiled per shape, as in a training run of one shape."""
     if not compiled:
         return gate_and_key, around
     torch._dynamo.config.recompile_limit = 64  # beyond its default of 8 shapes it would silently run eagerly
@@ -74,12 +74,12 @@ def ours(backend: str) -> Variant:
 
 def variants(device: str) -> dict[str, Variant]:
     """Name -> what to run; the peers where the package is there (on a CPU our plain path stands in for them)."""
-    found = {"ours": ours("triton")}
+    functions = {"ours": ours("triton")}
     if device == "cpu":
-        return found | {"torch": ours("torch")}
+        return functions | {"torch": ours("torch")}
     if fla_version() is not None:
-        found |= {"fla + eager glue": by_fla(False), "fla + compiled glue": by_fla(True)}
-    return found
+        functions |= {"fla + eager glue": by_fla(False), "fla + compiled glue": by_fla(True)}
+    return functions
 
 
 def fla_step() -> Callable[[Any, Tensor, Tensor], tuple[Tensor, Tensor]]:

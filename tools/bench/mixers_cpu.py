@@ -231,7 +231,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--fla", type=Path, default=None, help="folder that holds flash-linear-attention's fla/ops")
-    parser.add_argument("--output", type=Path, default=None, help="JSON file; the plot goes beside it")
+    parser.add_argument("--output", type=Path, default=None, help="JSON file; the plot is written next to it")
     parser.add_argument("--peak", nargs=3, default=None, help=argparse.SUPPRESS)
     args = parser.parse_args()
     tune_cpu()

@@ -33,19 +33,19 @@ def _hf_folder(words: Sequence[str]) -> list[str]:
     p.add_argument("--config_file", help="NeoX's YAML; a checkpoint of ours knows its model")
     p.add_argument("--output_dir", required=True, help="new folder to write")
     p.add_argument("--precision", default="auto", choices=list(_DTYPES))
-    p.add_argument("--architecture", help="found by itself")
+    p.add_argument("--architecture", help="detected automatically")
     p.add_argument("--pad-token-id", help="that of the checkpoint's tokenizer")
     p.add_argument("--no_save_tokenizer", action="store_true", help="the tokenizer is always saved")
-    p.add_argument("--vocab-is-hf-tokenizer", action="store_true", help="found by itself")
+    p.add_argument("--vocab-is-hf-tokenizer", action="store_true", help="detected automatically")
     a = p.parse_args(list(words))
     if Path(a.input_dir).is_dir() and not _is_ours(Path(a.input_dir)):
         configs = [a.config_file] if a.config_file else []
         first = ["python", "tools/checkpoint.py", "import", a.input_dir, *configs, "--output", "IMPORTED"]
         second = ["python", "tools/convert_to_hf.py", "--checkpoint", "IMPORTED", "--output", a.output_dir]
         raise ConfigError(
-            "this is no checkpoint of ours",
+            "this is not one of our checkpoints",
             where=a.input_dir,
-            hint=f"one of GPT-NeoX is imported first: {shlex.join(first)}; then {shlex.join(second)}",
+            hint=f"import a GPT-NeoX checkpoint first: {shlex.join(first)}; then {shlex.join(second)}",
         )
     return ["convert_to_hf.py", "--checkpoint", a.input_dir, "--output", a.output_dir, "--dtype", _DTYPES[a.precision]]
 
@@ -103,7 +103,7 @@ POINTERS: dict[str, str] = {
     "convert_hf_to_sequential": "python tools/convert_from_hf.py --input HF_FOLDER --output CHECKPOINTS reads it for any mesh",
     "convert_neox_to_mamba_ssm": "python tools/convert_to_hf.py --checkpoint CHECKPOINT --output FOLDER exports Mamba too",
     "convert_raw_llama_weights_to_neox": (
-        "Meta's own files are not read: take the Hugging Face folder of the model, and "
+        "Meta's own files are not supported: use the Hugging Face folder of the model, and "
         "python tools/convert_from_hf.py --input HF_FOLDER --output CHECKPOINTS"
     ),
     "merge20b": (

@@ -16,7 +16,9 @@ from tools.compat.suite import commit, describe, environment_of_tests
 Tokens = list[list[int]]
 
 
-def verdict(expected: Mapping[str, Tokens] | str, found: Mapping[str, Tokens] | str, first: Mapping[str, Tokens] | None) -> str:
+def verdict(
+    expected: Mapping[str, Tokens] | str, generated: Mapping[str, Tokens] | str, first: Mapping[str, Tokens] | None
+) -> str:
     """What is wrong with one family under one pair, or "equal".
 
     Args:
@@ -29,14 +31,22 @@ def verdict(expected: Mapping[str, Tokens] | str, found: Mapping[str, Tokens] | 
     """
     if isinstance(expected, str):
         return expected
-    if isinstance(found, str):
-        return f"use: {found}"
-    wrong = [f"{way} differs from the trainer's" for way in ("greedy", "greedy without cache") if found[way] != expected[way]]
+    if isinstance(generated, str):
+        return f"use: {generated}"
+    wrong = [
+        f"{decoding} differs from the trainer's"
+        for decoding in ("greedy", "greedy without cache")
+        if generated[decoding] != expected[decoding]
+    ]
     same_text = expected["greedy"] == expected["greedy without cache"]
-    if same_text and found["beams"] != found["beams without cache"]:
+    if same_text and generated["beams"] != generated["beams without cache"]:
         wrong.append("beams with and without cache differ")
     if first is not None:
-        wrong += [f"{way} differ from the first pair's" for way in ("beams", "beams without cache") if found[way] != first[way]]
+        wrong += [
+            f"{decoding} differ from the first pair's"
+            for decoding in ("beams", "beams without cache")
+            if generated[decoding] != first[decoding]
+        ]
     return "; ".join(wrong) or "equal"
 
 
@@ -48,10 +58,10 @@ def _run(program: str, script: str, home: Path, *words: str) -> str | None:
     return None if done.returncode == 0 else done.stderr.strip().rpartition("\n")[2]
 
 
-def _used(program: str, folder: Path, output: Path, families: Sequence[str], what: dict[str, Any]) -> dict[str, Any]:
+def _used(program: str, folder: Path, output: Path, families: Sequence[str], settings: dict[str, Any]) -> dict[str, Any]:
     """Family -> what `use_folders.py` found, or why it found nothing."""
-    asked = json.dumps({**what, "families": list(families)})
-    error = _run(program, "use_folders.py", output.with_name(f"{output.stem}-home"), str(folder), str(output), asked)
+    request = json.dumps({**settings, "families": list(families)})
+    error = _run(program, "use_folders.py", output.with_name(f"{output.stem}-home"), str(folder), str(output), request)
     return dict.fromkeys(families, error) if error else json.loads(output.read_text(encoding="utf-8"))
 
 
@@ -79,7 +89,7 @@ def run_cross(
         except NotAvailable as error:
             missing[combination.transformers] = str(error)
     rows = []
-    what = {"prompts": list(prompts), "length": length}
+    settings = {"prompts": list(prompts), "length": length}
     with tempfile.TemporaryDirectory(prefix="cross-") as place:
         for exporter, program in programs.items():
             folder = Path(place) / exporter
@@ -89,13 +99,13 @@ def run_cross(
                 expected = json.loads((folder / "expected.json").read_text(encoding="utf-8"))
             exported = [name for name in families if not isinstance(expected[name], str)]
             for user, other in programs.items():
-                found = _used(other, folder, Path(place) / f"{exporter}-{user}.json", exported, what)
+                generated = _used(other, folder, Path(place) / f"{exporter}-{user}.json", exported, settings)
                 verdicts = {}
                 for name in families:
-                    got = found.get(name, "not exported")
-                    verdicts[name] = verdict(expected[name], got, first.get(name))
-                    if not isinstance(got, str):
-                        first.setdefault(name, got)
+                    tokens = generated.get(name, "not exported")
+                    verdicts[name] = verdict(expected[name], tokens, first.get(name))
+                    if not isinstance(tokens, str):
+                        first.setdefault(name, tokens)
                 rows.append({"exported": exporter, "used": user, "families": verdicts})
                 print(f"exported under {exporter}, used under {user}: {verdicts}", flush=True)
     head = {key: value for key, value in describe(combinations[0]).items() if key in ("python", "torch", "date")}

@@ -26,12 +26,12 @@ class NotAvailable(Exception):
 
 
 def uv() -> str:
-    """Path of the uv program, beside this interpreter or on PATH."""
-    beside = Path(sys.executable).with_name("uv")
-    found = str(beside) if beside.exists() else shutil.which("uv")
-    if found is None:
+    """Path of the uv program, next to this interpreter or on PATH."""
+    sibling = Path(sys.executable).with_name("uv")
+    program = str(sibling) if sibling.exists() else shutil.which("uv")
+    if program is None:
         raise UserError("uv is not installed", why="it makes the environments of the combinations", hint="make install-dev")
-    return found
+    return program
 
 
 def python_program(version: str) -> str:
@@ -48,8 +48,8 @@ def python_program(version: str) -> str:
     candidates += sorted((str(p) for p in pyenv.glob(f"versions/{version}.*/bin/python")), reverse=True)
     for program in filter(None, candidates):
         code = "import sys; print('%d.%d' % sys.version_info[:2])"
-        said = subprocess.run([program, "-c", code], capture_output=True, text=True, check=False)
-        if said.returncode == 0 and said.stdout.strip() == version:
+        process = subprocess.run([program, "-c", code], capture_output=True, text=True, check=False)
+        if process.returncode == 0 and process.stdout.strip() == version:
             return program
     raise NotAvailable(f"no Python {version} on this machine")
 
@@ -75,33 +75,35 @@ def beyond_its_range(name: str, version: str) -> bool:
     return not any(r.name == name and r.specifier.contains(version) for r in stated)
 
 
-def write_versions(wanted: Combination, file: Path, program: str) -> None:
+def write_versions(combination: Combination, file: Path, program: str) -> None:
     """Write the exact version of every package of a combination.
 
     All others than `torch` and `transformers` keep the version of their rule unless those two forbid it. A release beyond the
     range of requirements.txt replaces the range, so that it can be tried before the range is moved.
 
     Args:
-        wanted: the combination.
+        combination: the combination.
         file: where the versions go, in the form of a requirements file.
         program: the interpreter they are for.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     file.unlink(missing_ok=True)
-    if wanted.others != "newest":
-        lines = (ROOT / (OLDEST if wanted.others == "oldest" else CONSTRAINTS)).read_text(encoding="utf-8").splitlines(True)
-        kept = [line for line in lines if not line.startswith("torch==")]  # a local CPU build may serve instead
-        file.write_text("".join(kept), encoding="utf-8")
-    pins = {"torch": wanted.torch, "transformers": wanted.transformers}
+    if combination.others != "newest":
+        lines = (
+            (ROOT / (OLDEST if combination.others == "oldest" else CONSTRAINTS)).read_text(encoding="utf-8").splitlines(True)
+        )
+        pinned_lines = [line for line in lines if not line.startswith("torch==")]  # a local CPU build may serve instead
+        file.write_text("".join(pinned_lines), encoding="utf-8")
+    pins = {"torch": combination.torch, "transformers": combination.transformers}
     stated: dict[str, list[str]] = {"constraints": [], "overrides": []}
     for name, version in pins.items():
         stated["overrides" if beyond_its_range(name, version) else "constraints"].append(f"{name}=={version}")
-    words = ["--resolution", "lowest-direct"] if wanted.others == "oldest" else []
+    words = ["--resolution", "lowest-direct"] if combination.others == "oldest" else []
     with tempfile.TemporaryDirectory() as folder:
         for kind, lines in stated.items():
-            given = Path(folder) / f"{kind}.txt"
-            given.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-            words += [f"--{kind}", str(given)]
+            requirements_file = Path(folder) / f"{kind}.txt"
+            requirements_file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+            words += [f"--{kind}", str(requirements_file)]
         run_uv("pip", "compile", *REQUIREMENTS, *words, "--python", program, "--no-annotate", "--no-header", "-o", str(file))
 
 
@@ -110,7 +112,7 @@ def python_of(environment: Path) -> str:
     return str(environment / "bin" / "python")
 
 
-def make_environment(wanted: Combination) -> Path:
+def make_environment(combination: Combination) -> Path:
     """The environment of a combination, made or brought up to date.
 
     Returns:
@@ -119,18 +121,18 @@ def make_environment(wanted: Combination) -> Path:
     Raises:
         NotAvailable: no such Python here, or the packages do not go together.
     """
-    program = python_program(wanted.python)
-    place, versions = FOLDER / wanted.name, FOLDER / f"{wanted.name}.txt"
-    write_versions(wanted, versions, program)
+    program = python_program(combination.python)
+    place, versions = FOLDER / combination.name, FOLDER / f"{combination.name}.txt"
+    write_versions(combination, versions, program)
     if not Path(python_of(place)).exists():
         run_uv("venv", "--python", program, str(place))
     run_uv("pip", "sync", "--python", python_of(place), str(versions))
     return place
 
 
-def remove_environment(wanted: Combination) -> None:
+def remove_environment(combination: Combination) -> None:
     """Delete a combination's environment; what uv keeps for others stays in its own cache."""
-    shutil.rmtree(FOLDER / wanted.name, ignore_errors=True)
+    shutil.rmtree(FOLDER / combination.name, ignore_errors=True)
 
 
 def installed(environment: Path) -> dict[str, str]:

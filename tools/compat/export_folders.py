@@ -36,10 +36,10 @@ def export_families(folder: Path) -> dict[str, Any]:
         model, _ = load_model(checkpoint, dtype=torch.float64)
         prompts = [list(prompt.encode()) for prompt in PROMPTS]
         expected[name] = {}
-        for way, recompute in (("greedy", False), ("greedy without cache", True)):
+        for decoding, recompute in (("greedy", False), ("greedy without cache", True)):
             sampling = Sampling(maximum_tokens=NEW_TOKENS, recompute=recompute)
             texts = generate(model, prompts, sampling, eod=END, vocab_size=VOCABULARY)
-            expected[name][way] = [text.tokens for text in texts]
+            expected[name][decoding] = [text.tokens for text in texts]
         try:
             export_checkpoint(checkpoint, folder / name)
         except Exception as error:  # whatever a release of transformers raises is the result of this family

@@ -55,11 +55,11 @@ def weights(config: ModelConfig) -> dict[str, Tensor]:
     Returns:
         Logical name -> tensor, float32, the same on every run.
     """
-    generator, made = torch.Generator().manual_seed(1), {}
+    generator, weights_by_name = torch.Generator().manual_seed(1), {}
     for name, spec in param_specs(config).items():
         value = torch.randn(spec.shape, generator=generator)
-        made[name] = value * (0.35 if len(spec.shape) > 1 else 0.2) + (1.0 if "norm" in name else 0.0)
-    return made
+        weights_by_name[name] = value * (0.35 if len(spec.shape) > 1 else 0.2) + (1.0 if "norm" in name else 0.0)
+    return weights_by_name
 
 
 def write_checkpoint(name: str, folder: Path) -> Path:

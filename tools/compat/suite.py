@@ -16,7 +16,7 @@ from tools.compat.combinations import ROOT, SUITE, Combination
 from tools.compat.environments import NotAvailable, installed, make_environment, python_of
 
 SHOWN = ("numpy", "tokenizers", "huggingface-hub", "safetensors", "pydantic", "datasets", "peft", "accelerate", "lm-eval")
-"""Packages whose versions the page shows beside torch and transformers."""
+"""Packages whose versions the page shows in addition to torch and transformers."""
 
 
 def count(report: Path) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def describe(combination: Combination) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The commit of the tree; `+` behind it when files differ from it."""
+    """The commit of the tree, followed by `+` if files differ from it."""
 
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
@@ -62,8 +62,8 @@ def commit() -> str:
 
 def environment_of_tests() -> Mapping[str, str]:
     """Environment variables of every process of a combination: one thread, no hub, nothing of this interpreter's own paths."""
-    kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV", "PYTHONHOME")}
-    return {**kept, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    inherited = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV", "PYTHONHOME")}
+    return {**inherited, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
 def _pytest(environment: Path, tests: Sequence[str]) -> dict[str, Any]:
@@ -100,8 +100,8 @@ def run_suite(combination: Combination, tests: Sequence[str] = SUITE) -> dict[st
         environment = make_environment(combination)
     except NotAvailable as error:
         return {**row, "unavailable": str(error)}
-    found = installed(environment)
-    row["versions"] = {name: found[name] for name in ("torch", "transformers", *SHOWN) if name in found}
+    versions = installed(environment)
+    row["versions"] = {name: versions[name] for name in ("torch", "transformers", *SHOWN) if name in versions}
     return {**row, **_pytest(environment, tests)}
 
 
@@ -130,6 +130,6 @@ def run_failed_again(row: Mapping[str, Any]) -> dict[str, Any]:
     second = _pytest(make_environment(combination), [node_of(name) for name in row["failures"]])
     passed = sorted(set(row["failures"]) - set(second["failures"])) if second["passed"] else []
     again = {"passed": passed, "date": date.today().isoformat(), "commit": commit()}
-    left = [name for name in row["failures"] if name not in passed]
-    counts = {"passed": row["passed"] + len(passed), "failed": len(left), "failures": left}
+    failed = [name for name in row["failures"] if name not in passed]
+    counts = {"passed": row["passed"] + len(passed), "failed": len(failed), "failures": failed}
     return {**row, **counts, "again": [*row.get("again", ()), again]}

@@ -39,20 +39,20 @@ def new_tokens(folder: Path, prompts: list[str], length: int) -> dict[str, list[
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float64).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     batch = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
-    found = {}
-    for way, options in WAYS.items():
+    tokens = {}
+    for decoding, options in WAYS.items():
         rows = model.generate(**batch, max_new_tokens=length, do_sample=False, **options)[:, batch.input_ids.shape[1] :]
         end = tokenizer.eos_token_id
-        found[way] = [row[: row.index(end)] if end in row else row for row in rows.tolist()]
-    return found
+        tokens[decoding] = [row[: row.index(end)] if end in row else row for row in rows.tolist()]
+    return tokens
 
 
 if __name__ == "__main__":
-    source, asked = Path(sys.argv[1]), json.loads(sys.argv[3])
+    source, request = Path(sys.argv[1]), json.loads(sys.argv[3])
     result: dict[str, Any] = {}
-    for name in asked["families"]:
+    for name in request["families"]:
         try:
-            result[name] = new_tokens(source / name, asked["prompts"], asked["length"])
+            result[name] = new_tokens(source / name, request["prompts"], request["length"])
         except Exception as error:  # whatever a release of transformers raises is the result of this pair
             result[name] = f"{type(error).__name__}: {error}"
     Path(sys.argv[2]).write_text(json.dumps(result), encoding="utf-8")

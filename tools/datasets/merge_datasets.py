@@ -16,7 +16,7 @@ from megatron.errors import exit_on_error
 
 
 def main() -> None:
-    """Merge and say what came out."""
+    """Merge and print the result."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--input", required=True, help="folder of .bin and .idx pairs, taken in the order of their names")
     parser.add_argument("--output-prefix", required=True, help="path of the output without suffix")

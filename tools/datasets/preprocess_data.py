@@ -20,32 +20,32 @@ from megatron.errors import DataError, exit_on_error
 
 
 def parser() -> argparse.ArgumentParser:
-    """NeoX's flags and defaults, and our own after them."""
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument(
+    """The parser: NeoX's flags and defaults, followed by our own."""
+    parser_ = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser_.add_argument(
         "--input", required=True, help=f"files ({READABLE}), folders, hf:NAME?split=train datasets, separated by commas"
     )
-    made.add_argument("--jsonl-keys", nargs="+", default=["text"], help="fields (or columns) to read, one output each")
-    made.add_argument("--num-docs", type=int, help="number of documents if known; shown, nothing else")
-    made.add_argument("--tokenizer-type", required=True, help=", ".join(NAMES))
-    made.add_argument("--vocab-file", help="the tokenizer's file, or its folder")
-    made.add_argument("--merge-file", help="merges of a GPT-2 BPE")
-    made.add_argument("--append-eod", action="store_true", help="end each document by the end-of-document token")
-    made.add_argument("--ftfy", action="store_true", help="repair mojibake with ftfy")
-    made.add_argument("--output-prefix", required=True, help="path of the output without _{key}_document.bin")
-    made.add_argument("--dataset-impl", default="mmap", choices=["mmap", "cached"], help="cached: NeoX's legacy format")
-    made.add_argument("--workers", type=int, default=1, help="processes that tokenise")
-    made.add_argument("--log-interval", type=int, default=100, help="documents between lines of progress")
-    made.add_argument(
+    parser_.add_argument("--jsonl-keys", nargs="+", default=["text"], help="fields (or columns) to read, one output each")
+    parser_.add_argument("--num-docs", type=int, help="number of documents if known; only displayed")
+    parser_.add_argument("--tokenizer-type", required=True, help=", ".join(NAMES))
+    parser_.add_argument("--vocab-file", help="the tokenizer's file, or its folder")
+    parser_.add_argument("--merge-file", help="merges of a GPT-2 BPE")
+    parser_.add_argument("--append-eod", action="store_true", help="end each document with the end-of-document token")
+    parser_.add_argument("--ftfy", action="store_true", help="repair mojibake with ftfy")
+    parser_.add_argument("--output-prefix", required=True, help="path of the output without _{key}_document.bin")
+    parser_.add_argument("--dataset-impl", default="mmap", choices=["mmap", "cached"], help="cached: NeoX's legacy format")
+    parser_.add_argument("--workers", type=int, default=1, help="processes that tokenise")
+    parser_.add_argument("--log-interval", type=int, default=100, help="documents between progress lines")
+    parser_.add_argument(
         "--bad-row-limit", type=int, default=0, help="bad rows to set aside in PREFIX_bad_rows.jsonl before it is an error"
     )
-    made.add_argument("--input-sums", help="a list made by sha256sum: every input file must be in it and equal")
-    made.add_argument("--no-checksums", action="store_true", help="do not make .sums.json beside the token files")
-    return made
+    parser_.add_argument("--input-sums", help="a list written by sha256sum, which must contain every input file")
+    parser_.add_argument("--no-checksums", action="store_true", help="do not write .sums.json")
+    return parser_
 
 
 def run(args: argparse.Namespace, mask_before: tuple[int, ...] = ()) -> EncodeSummary:
-    """Encode as asked and say what was written."""
+    """Encode and print a summary."""
     if args.workers < 1 or args.log_interval < 1 or args.bad_row_limit < 0:
         raise DataError("--workers and --log-interval must be at least 1, --bad-row-limit at least 0")
     if args.num_docs is not None:
@@ -64,15 +64,15 @@ def run(args: argparse.Namespace, mask_before: tuple[int, ...] = ()) -> EncodeSu
         args.dataset_impl == "cached",
     )
     options = EncodeOptions(args.workers, args.log_interval, args.bad_row_limit, not args.no_checksums)
-    done = encode_corpus(job, inputs, args.output_prefix, options)
-    print(f"{done.documents} documents ({done.empty} without text), {done.bytes} bytes, {done.seconds:.1f} s")
-    if done.resumed_at:
-        print(f"the first {done.resumed_at} documents are from an interrupted run")
-    if done.bad:
-        print(f"{done.bad} bad rows were left out: {args.output_prefix}_bad_rows.jsonl")
-    for name, tokens in done.tokens.items():
+    summary = encode_corpus(job, inputs, args.output_prefix, options)
+    print(f"{summary.documents} documents ({summary.empty} without text), {summary.bytes} bytes, {summary.seconds:.1f} s")
+    if summary.resumed_at:
+        print(f"the first {summary.resumed_at} documents are from an interrupted run")
+    if summary.bad:
+        print(f"{summary.bad} bad rows were set aside: {args.output_prefix}_bad_rows.jsonl")
+    for name, tokens in summary.tokens.items():
         print(f"{args.output_prefix}_{name}: {tokens} tokens")
-    return done
+    return summary
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""As preprocess_data.py, and a label file beside the tokens: no loss up to and with the first `--mask-before-token`.
+"""As preprocess_data.py, with a label file: masks the loss up to and including the first `--mask-before-token`.
 
     python tools/datasets/preprocess_data_with_mask.py --input chats.jsonl --tokenizer-type HFTokenizer \\
         --vocab-file tokenizer.json --append-eod --output-prefix data/chats --mask-before-token 15
@@ -20,12 +20,12 @@ from tools.datasets.preprocess_data import parser, run
 
 def main() -> None:
     """Encode with labels."""
-    made = parser()
-    made.description = __doc__
-    made.add_argument("--mask-before-token", required=True, help="id, or ids in a row separated by commas")
-    args = made.parse_args()
+    parser_ = parser()
+    parser_.description = __doc__
+    parser_.add_argument("--mask-before-token", required=True, help="id, or consecutive ids separated by commas")
+    args = parser_.parse_args()
     try:
-        mark = tuple(int(part) for part in args.mask_before_token.split(","))
+        mark = tuple(int(token_id) for token_id in args.mask_before_token.split(","))
     except ValueError:
         raise DataError(f"--mask-before-token {args.mask_before_token} is not a list of token ids") from None
     if len(args.jsonl_keys) != 1:

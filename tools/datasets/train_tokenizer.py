@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--jsonl-keys", nargs="+", default=["text"], help="fields to read")
     parser.add_argument("--kind", default="bpe", choices=["bpe", "spm-bpe", "spm-unigram"], help="what to train")
     parser.add_argument("--vocab-size", type=int, default=52000, help="entries, special tokens included")
-    parser.add_argument("--num-docs", type=int, help="use only so many documents")
+    parser.add_argument("--num-docs", type=int, help="maximum number of documents")
     parser.add_argument("--output", required=True, help="tokenizer.json, or NAME.model")
     args = parser.parse_args()
     reader = RowReader(expand_inputs(args.input.split(",")), args.jsonl_keys)

@@ -1,8 +1,8 @@
-"""From a recall dataset to the documents and scores of an lm-eval task; the task files beside this one name what is here.
+"""Builds documents and scores of the recall tasks for lm-eval; used by the task files in this folder.
 
 Settings come as lm-eval's metadata: `recall` and `form` from the task file; `context_length`, `answer_length` and `tokenizer`
-from the person (`--metadata` of the `lm_eval` command, `eval_context_length` of ours). The document's budget is
-`context_length - answer_length` tokens; a context_length of 0 cuts nothing.
+from the user (`--metadata` of the `lm_eval` command, `eval_context_length` of ours). The document's budget is
+`context_length - answer_length` tokens; a context_length of 0 disables truncation.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import datasets
 
 from megatron.errors import ConfigError, DataError
 from megatron.evaluation.tasks.prompts import PROMPTS, SWDE_CUE, Record
-from megatron.evaluation.tasks.shorten import Tokens, cut_text
+from megatron.evaluation.tasks.shorten import Tokens, shorten
 
 _log = logging.getLogger(__name__)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -28,7 +28,14 @@ _ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 @dataclass(frozen=True)
 class Source:
-    """A dataset of the hub. document: the field that is cut. anchors: the fields that the cut keeps in sight."""
+    """A dataset of the Hub.
+
+    Attributes:
+        path: its name.
+        name: its configuration.
+        document: field to truncate.
+        anchors: fields that truncation keeps inside the document.
+    """
 
     path: str
     name: str | None
@@ -50,7 +57,14 @@ SOURCES = {
 
 @dataclass
 class Counts:
-    """What became of the records: how many were read, left out, lost their anchor (not found), or were shortened."""
+    """Counts of records.
+
+    Attributes:
+        records: records read.
+        dropped: records dropped.
+        anchor_missing: records whose document lacks the anchor.
+        shortened: records whose document was shortened.
+    """
 
     records: int = 0
     dropped: int = 0
@@ -66,9 +80,9 @@ def answers_of(record: Record) -> list[str]:
 def examples(
     records: Iterable[Record], recall: str, form: str, tokens: Tokens | None, budget: int
 ) -> tuple[list[dict[str, Any]], Counts]:
-    """The task's documents (`prompt`, `answers`) and what was left out; without a budget nothing is cut."""
+    """The task's documents (`prompt`, `answers`) and counts; without a budget documents are not truncated."""
     source, prompt = SOURCES[recall], PROMPTS[recall.split("_")[0], form]
-    counts, made = Counts(), []
+    counts, documents = Counts(), []
     for record in records:
         counts.records += 1
         gold = answers_of(record)
@@ -79,22 +93,22 @@ def examples(
             if recall == "swde":
                 changed["text"] = changed["text"].split(SWDE_CUE)[0]
             if tokens is not None and budget:
-                piece = _piece(changed, source, tokens, budget)
-                if piece is None:
+                excerpt = _shortened(changed, source, tokens, budget)
+                if excerpt is None:
                     counts.dropped += 1
                     continue
-                counts.anchor_missing += not piece.found
-                counts.shortened += piece.kept < piece.tokens
-                changed[source.document] = piece.text
-        made.append({"prompt": prompt(changed), "answers": gold})
-    return made, counts
+                counts.anchor_missing += not excerpt.has_anchor
+                counts.shortened += excerpt.length < excerpt.tokens
+                changed[source.document] = excerpt.text
+        documents.append({"prompt": prompt(changed), "answers": gold})
+    return documents, counts
 
 
-def _piece(record: Mapping[str, Any], source: Source, tokens: Tokens, budget: int) -> Any:
+def _shortened(record: Mapping[str, Any], source: Source, tokens: Tokens, budget: int) -> Any:
     anchors = [record[field] for field in source.anchors]
     first = [(value[0] if value else "") if isinstance(value, list) else value for value in anchors]
     others = record.get("alt_answers") or ()
-    return cut_text(record[source.document], first, tokens, budget, others, record.get("tok_pos"))
+    return shorten(record[source.document], first, tokens, budget, others, record.get("tok_pos"))
 
 
 def documents(
@@ -106,29 +120,35 @@ def documents(
     pretrained: str | None = None,
     **others: Any,
 ) -> dict[str, datasets.Dataset]:
-    """The validation split of a recall task, as lm-eval's `custom_dataset` gives it; counts are in its description.
+    """The validation split of a recall task for lm-eval's `custom_dataset`; its description holds the counts.
 
     Args:
-        tokenizer: what tokens are counted with; a folder or hub id, else that of `pretrained`, else `gpt2`.
+        recall: key of `SOURCES`.
+        form: default | twice | verbatim | stripped.
+        context_length: maximum number of tokens of document and answer; 0: no truncation.
+        answer_length: tokens reserved for the answer.
+        tokenizer: tokenizer that counts the tokens: a folder or Hub id; default: that of `pretrained`, else `gpt2`.
+        pretrained: model of the `lm_eval` command.
+        others: ignored metadata.
     """
     source = SOURCES[recall]
     context, answer = int(context_length), int(answer_length)
     if context and context <= answer:
-        raise ConfigError(f"a context_length of {context} leaves nothing beside the {answer} tokens of the answer")
+        raise ConfigError(f"a context_length of {context} leaves no room after the {answer} tokens of the answer")
     tokens = None
     if context and form in ("default", "twice"):
         tokens = tokenizer if isinstance(tokenizer, Tokens) else _tokens(tokenizer or pretrained or "gpt2")
-    made, counts = examples(records_of(source), recall, form, tokens, max(0, context - answer))
-    if not made:
+    built, counts = examples(records_of(source), recall, form, tokens, max(0, context - answer))
+    if not built:
         raise DataError(f"no example of {recall} is left", why=str(asdict(counts)))
     _log.info("%s (%s): %s", recall, form, asdict(counts))
-    found = datasets.Dataset.from_list(made)
-    found.info.description = json.dumps(asdict(counts))
-    return {"validation": found}
+    dataset = datasets.Dataset.from_list(built)
+    dataset.info.description = json.dumps(asdict(counts))
+    return {"validation": dataset}
 
 
 def records_of(source: Source) -> datasets.Dataset:
-    """The dataset from the hub, or from the folder of its name below the working directory (`--data-dir`)."""
+    """The dataset from the Hub, or from the folder of its name in the working directory (`--data-dir`)."""
     return datasets.load_dataset(source.path, source.name, split="validation")
 
 
@@ -143,23 +163,23 @@ def _tokens(name: str) -> Tokens:
 
 
 def contains(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
-    """1 where any gold string occurs in the generated line, whatever its case."""
+    """1 if any gold string occurs in the generated line, ignoring case."""
     return {"contains": _contains(results[0], doc["answers"])}
 
 
 def contains_and_f1(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
     """`contains`, and SQuAD's exact match and F1 (fractions), which JRT also reports for SQuAD and TriviaQA.
 
-    JRT hands SQuAD 2's metric the probability of "unanswerable" too; at that metric's threshold of 1 it changes nothing.
+    JRT also passes the probability of "unanswerable" to SQuAD 2's metric; at its threshold of 1 that has no effect.
     """
     golds = [words for answer in doc["answers"] if (words := _words(answer))] or [[]]
-    said = _words(results[0])
-    exact = max(float(said == gold) for gold in golds)
-    return {"contains": _contains(results[0], doc["answers"]), "exact": exact, "f1": max(_f1(said, gold) for gold in golds)}
+    line = _words(results[0])
+    exact = max(float(line == gold) for gold in golds)
+    return {"contains": _contains(results[0], doc["answers"]), "exact": exact, "f1": max(_f1(line, gold) for gold in golds)}
 
 
-def _contains(said: str, golds: Sequence[str]) -> float:
-    return float(any(re.search(re.escape(gold), said, re.IGNORECASE) for gold in golds))
+def _contains(predicted: str, golds: Sequence[str]) -> float:
+    return float(any(re.search(re.escape(gold), predicted, re.IGNORECASE) for gold in golds))
 
 
 def _words(text: str) -> list[str]:
@@ -168,8 +188,8 @@ def _words(text: str) -> list[str]:
     return _ARTICLES.sub(" ", bare).split()
 
 
-def _f1(said: Sequence[str], gold: Sequence[str]) -> float:
-    if not said or not gold:
-        return float(list(said) == list(gold))
-    common = sum((Counter(said) & Counter(gold)).values())
-    return 2 * common / (len(said) + len(gold))
+def _f1(predicted: Sequence[str], gold: Sequence[str]) -> float:
+    if not predicted or not gold:
+        return float(list(predicted) == list(gold))
+    common = sum((Counter(predicted) & Counter(gold)).values())
+    return 2 * common / (len(predicted) + len(gold))

@@ -1,7 +1,7 @@
-"""The prompts of the recall tasks, once and read twice (JRT-Prompt, arXiv 2407.05483), character by character as published.
+"""The prompts of the recall tasks, plain and read twice (JRT-Prompt, arXiv 2407.05483), character by character as published.
 
-A prompt is made from a record whose document may have been cut (`shorten.py`). The small differences between tasks in what is
-stripped belong to the published numbers. `key` is written with its first letter in upper case.
+A prompt is built from a record whose document may be truncated (`shorten.py`). The small differences between tasks in what is
+stripped are part of the published results. `key` is capitalised.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _TRIVIA_MARKS = re.compile(r"\[PAR\]|\[DOC\]|\[TLE\]")
 
 
 def _without_ending(text: str, ending: str) -> str:
-    """`text` without every repetition of `ending` at its end, whatever the case."""
+    """`text` without all repetitions of `ending` at its end, ignoring case."""
     while ending and text.lower().endswith(ending.lower()):
         text = text[: -len(ending)]
     return text
@@ -67,18 +67,18 @@ def squad(record: Record) -> str:
 
 
 def squad_twice(record: Record) -> str:
-    """Question, the whole context, then the (perhaps cut) text."""
+    """Question, the complete context, then the (possibly truncated) text."""
     return f"{record['question']} {record['context'].split('Question:')[0]}\n{squad(record)}"
 
 
 def nq(record: Record) -> str:
-    """Context and the beginning of the answer's sentence; a question at the context's end is taken off once."""
+    """Context and the beginning of the answer's sentence; a question at the context's end is removed once."""
     question = record["question"].strip()
     return f"{record['context'].strip().removesuffix(question).strip().strip('.')}. {question}"
 
 
 def drop(record: Record) -> str:
-    """As `nq`, the question taken off as often as it stands there, whatever its case."""
+    """As `nq`, but all repetitions of the question are removed, ignoring case."""
     return _cloze(record["context"].strip(), record["question"].strip())
 
 
@@ -86,9 +86,9 @@ def _cloze(context: str, question: str) -> str:
     return f"{_without_ending(context, question).strip().strip('.')}. {question}"
 
 
-def _cloze_twice(context: str, question: str, asked: str) -> str:
+def _cloze_twice(context: str, question: str, original: str) -> str:
     document = f"{_without_ending(context, question).strip().strip('.').strip()}."
-    return f"{asked} {document}\n{document} {question}"
+    return f"{original} {document}\n{document} {question}"
 
 
 def nq_twice(record: Record) -> str:
@@ -97,12 +97,12 @@ def nq_twice(record: Record) -> str:
 
 
 def triviaqa(record: Record) -> str:
-    """As `drop`, without the marks of paragraphs, documents and titles; a question in front of a mark and a space stays."""
+    """As `drop`, without the marks of paragraphs, documents and titles; a question before a mark and a space stays."""
     return _cloze(_TRIVIA_MARKS.sub("", record["context"].strip()), record["question"].strip())
 
 
 def triviaqa_twice(record: Record) -> str:
-    """As `nq_twice`, without those marks; the natural question stays as it is."""
+    """As `nq_twice`, without those marks; the natural question is unchanged."""
     context = _TRIVIA_MARKS.sub("", record["context"].strip())
     return _cloze_twice(context, record["question"].strip(), record["orig_question"])
 
