@@ -1,6 +1,6 @@
 """Train: `python train.py configs/x.yml` for one process; `deepy.py` or `torchrun` start this file on many.
 
-`--dry-run` says what the run needs and whether it fits, and starts nothing.
+`--dry-run` prints what the run needs and whether it fits, and starts nothing.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from megatron.launch.process_exit import leaving
 
 
 def main(argv: list[str]) -> int:
-    """Read the config on this rank, then train; the exit code."""
+    """Read the configuration on this rank, then train; returns the exit code."""
     parser = make_parser("Train a language model from YAML files.")
     parser.add_argument("--dry-run", action="store_true", help="print parameters, FLOPs and memory, start nothing")
-    parser.add_argument("--device-memory", type=float, metavar="GIB", help="memory of one rank that --dry-run judges by")
+    parser.add_argument("--device-memory", type=float, metavar="GIB", help="memory of one rank for --dry-run")
     parser.add_argument("--mfu", type=float, default=0.4, help="share of the device's peak for --dry-run's time (default 0.4)")
     arguments = parser.parse_intermixed_args(argv)
     env = read_rank_environment()
     run = config_from_args(arguments, world_size=None if arguments.dry_run else env.world_size)
-    if not run.world_size:  # a plan without global_num_gpus: num_nodes x num_gpus, else what one copy of the model needs
-        asked = (run.launch.num_gpus or 0) * max(1, run.launch.num_nodes)
-        run = config_from_args(arguments, world_size=asked or run.parallel.pipe_stages * run.parallel.tensor_ranks)
+    if not run.world_size:  # a dry run without global_num_gpus: num_nodes x num_gpus, else one model replica
+        processes = (run.launch.num_gpus or 0) * max(1, run.launch.num_nodes)
+        run = config_from_args(arguments, world_size=processes or run.parallel.pipe_stages * run.parallel.tensor_ranks)
     from megatron.assemble import dry_run, train
     from megatron.planning.dry_run import DOES_NOT_FIT
 
     if arguments.dry_run:
-        found = dry_run(run, arguments.device_memory, arguments.mfu)
-        print(found.text)
-        return 0 if found.fits or not found.binding else DOES_NOT_FIT
+        report = dry_run(run, arguments.device_memory, arguments.mfu)
+        print(report.text)
+        return 0 if report.fits or not report.binding else DOES_NOT_FIT
     require_data(run)
     return train(run, env, ["python", *sys.argv]).exit_code
 

@@ -17,7 +17,7 @@ from megatron.model.cost import count_parameters, forward_flops, train_flops
 from megatron.model.state_size import state_bytes
 from megatron.observe.console import human
 from megatron.parallel.mesh import Mesh
-from megatron.planning.memory import Known, MemoryEstimate, rank_footprint
+from megatron.planning.memory import Known, MemoryEstimate, rank_memory
 
 DOES_NOT_FIT = 8  # exit code of a dry run whose limit was given, or is that of this machine's accelerators
 _GIB, _MIB = 2**30, 2**20
@@ -77,14 +77,14 @@ class Report:
 def peak(run: RunShape, config: ModelConfig, known: Known, within: float | None = None) -> MemoryEstimate:
     """The rank that takes most; ranks differ by pipeline stage: the first, one between and the last are looked at.
 
-    known, within: see `rank_footprint`.
+    known, within: see `rank_memory`.
 
     Raises:
         ConfigError: the model cannot be cut over the mesh.
     """
     stages = sorted({0, run.pp // 2, run.pp - 1})
     meshes = [Mesh.shape_only(run.pp, run.tp, run.world, stage * run.dp * run.tp) for stage in stages]
-    found = [rank_footprint(config, mesh, run.settings, run.deepspeed, known=known, within=within) for mesh in meshes]
+    found = [rank_memory(config, mesh, run.settings, run.deepspeed, known=known, within=within) for mesh in meshes]
     return max(found, key=lambda f: f.total)
 
 

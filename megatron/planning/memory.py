@@ -227,7 +227,7 @@ def _kind(block: BlockStage) -> str:
     return f"{type(block.body.token_mixer).__name__} {shapes}"  # type: ignore[union-attr]
 
 
-def rank_footprint(
+def rank_memory(
     config: ModelConfig,
     mesh: Mesh,
     settings: EngineSettings,

@@ -14,7 +14,8 @@ import pytest
 from megatron.errors import ConfigError, LaunchError
 from megatron.launch import exports
 from megatron.launch.hosts import choose_hosts, parse_hostfile
-from megatron.launch.job import SUPERVISOR, Job
+from megatron.launch.job import Job
+from megatron.launch.options import SUPERVISOR
 from megatron.launch.runners import run_job
 from megatron.launch.stderr_follower import FirstError
 

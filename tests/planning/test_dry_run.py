@@ -17,7 +17,7 @@ from megatron.model.config import ModelConfig
 from megatron.parallel.mesh import Mesh
 from megatron.planning.capacity import limits
 from megatron.planning.dry_run import DeviceLimits, RunShape, advice, peak, report
-from megatron.planning.memory import _measure, rank_footprint
+from megatron.planning.memory import _measure, rank_memory
 
 MODEL = ModelConfig(vocab_size=256, hidden_size=64, num_layers=4, num_heads=4, mlp_width=128, layer_types=("global",) * 4)
 SETTINGS = EngineSettings(micro_batch=4, seq_length=64)
@@ -27,7 +27,7 @@ WIDE = 64 * 4 * 64 * 4  # bytes of one [b, s, d] in fp32
 
 def of(settings: EngineSettings = SETTINGS, deepspeed: bool = False, **mesh: int) -> object:
     sizes = {"pp": 1, "tp": 1, "world": 1, "rank": 0, **mesh}
-    return rank_footprint(MODEL, Mesh.shape_only(sizes["pp"], sizes["tp"], sizes["world"], sizes["rank"]), settings, deepspeed)
+    return rank_memory(MODEL, Mesh.shape_only(sizes["pp"], sizes["tp"], sizes["world"], sizes["rank"]), settings, deepspeed)
 
 
 def test_a_chain_of_known_size_is_counted_to_the_byte() -> None:
