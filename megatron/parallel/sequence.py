@@ -128,13 +128,13 @@ def _refused(why: str) -> ConfigError:
 def cut_sequence(model: nn.Module, specs: Mapping[str, ParamSpec], group: ProcessGroup, wide: bool) -> None:
     """Put the collectives into a model whose parameters are sharded: TP regions, embedding, output projection."""
     for module in list(model.modules()):
-        both = "split" in module._modules and "join" in module._modules
+        both = "copy_to_tp" in module._modules and "reduce_from_tp" in module._modules
         if both:
             module.copy_to_tp = nn.Identity()
             module.register_forward_pre_hook(GatherSequence(group, wide).before)
-        elif "split" in module._modules:
+        elif "copy_to_tp" in module._modules:
             module.copy_to_tp = GatherSequence(group, wide)
-        if "join" in module._modules:
+        if "reduce_from_tp" in module._modules:
             module.reduce_from_tp = ScatterSequence(group, wide)
 
 

@@ -92,9 +92,9 @@ def _set_collectives(model: nn.Module, specs: Mapping[str, ParamSpec], mesh: Mes
     if mesh.tp_group is None:
         return  # a mesh that only plans: shapes are cut, nothing will be run
     for name, module in list(model.named_modules()):
-        if "split" in module._modules:
+        if "copy_to_tp" in module._modules:
             module.copy_to_tp = CopyToTP(mesh.tp_group, wide)
-        if "join" in module._modules:
+        if "reduce_from_tp" in module._modules:
             module.reduce_from_tp = ReduceFromTP(mesh.tp_group, wide)
         if hasattr(module, "first_row"):
             module.first_row = local_slice(specs[f"{name}.weight"], mesh).start

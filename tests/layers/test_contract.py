@@ -158,7 +158,7 @@ def test_plan_and_rules_name_every_parameter(layer: Layer) -> None:
 
 
 def test_moving_parameters_in_memory_changes_nothing(layer: Layer) -> None:
-    """Tables: lay_together changes no value, no shape and no output."""
+    """Tables: pack_weights changes no value, no shape and no output."""
     x = inputs()
     before, (y, _) = {name: p.detach().clone() for name, p in layer.named_parameters()}, layer(x, Context())
     layer.pack_weights()
@@ -210,7 +210,7 @@ def test_parts_by_plan_sum_to_the_whole(layer: Layer, size: int) -> None:
         part.set_shard(rank, size)
         meetings = []
         for module in list(part.modules()):
-            if "join" in module._modules:
+            if "reduce_from_tp" in module._modules:
                 meetings.append(Meeting(barrier, parts, rank))
                 module.reduce_from_tp = meetings[-1]
         y, _ = part(x, Context())
@@ -244,7 +244,7 @@ def test_whole_parameters_stay_outside_of_the_cut_region(layer: Layer) -> None:
         grads = torch.autograd.grad(y.pow(2).sum(), list(named.values()), allow_unused=True)
         return {name for name, grad in zip(named, grads, strict=True) if grad is not None}
 
-    inside = (reached("split") - reached("join")) & set(replicated)
+    inside = (reached("copy_to_tp") - reached("reduce_from_tp")) & set(replicated)
     assert not inside, f"{sorted(inside)} would have a part of the gradient on each rank"
 
 
