@@ -6,8 +6,8 @@
     python tools/checkpoint.py reshard A --output DIR --pp 2 --dp 1 --tp 2
     python tools/checkpoint.py import  NEOX/global_step1000 [a.yml ...] --output DIR
 
-A PATH is a `global_step<N>` folder, or a save or run folder, whose newest is taken then. `import` reads
-GPT-NeoX/DeepSpeed folders; without config files it takes those that lie in their `configs/`.
+A PATH is a `global_step<N>` folder, or a save or run folder, whose newest checkpoint is used. `import` reads
+GPT-NeoX/DeepSpeed folders; without config files it uses those in their `configs/`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def inspect(args: argparse.Namespace) -> int:
 
 
 def verify(args: argparse.Namespace) -> int:
-    """Read every byte of one checkpoint, or of all in a save or run folder; a damaged one decides the exit code."""
+    """Read every byte of one checkpoint, or of all in a save or run folder; the exit code is 4 if any is damaged."""
     from megatron.checkpoint.find import latest_problem, no_checkpoint, place_of
     from megatron.checkpoint.layout import LATEST, MANIFEST, iteration_of, step_folders
     from megatron.checkpoint.load import damages
@@ -42,21 +42,21 @@ def verify(args: argparse.Namespace) -> int:
         if not place.is_dir() or (iteration_of(place.name) is None and not (place / MANIFEST).is_file()):
             raise no_checkpoint(place)
         folders = [place]
-    bad, problem = 0, latest_problem(place)
+    damaged, problem = 0, latest_problem(place)
     if problem:
-        bad += 1
+        damaged += 1
         print(f"{place / LATEST}: damaged\n  {problem}")
     for folder in folders:
-        found = damages(folder)
-        bad += bool(found)
-        print(f"{folder}: {'damaged' if found else 'whole'}")
-        for line in found:
+        lines = damages(folder)
+        damaged += bool(lines)
+        print(f"{folder}: {'damaged' if lines else 'whole'}")
+        for line in lines:
             print(f"  {line}")
-    return CheckpointError.exit_code if bad else 0
+    return CheckpointError.exit_code if damaged else 0
 
 
 def diff(args: argparse.Namespace) -> int:
-    """Print what differs between two checkpoints."""
+    """Print the differences between two checkpoints."""
     from megatron.checkpoint.find import newest_checkpoint
     from megatron.checkpoint.report import diff as lines
 
@@ -69,17 +69,17 @@ def diff(args: argparse.Namespace) -> int:
 
 
 def reshard(args: argparse.Namespace) -> int:
-    """Write a checkpoint again for another mesh."""
+    """Rewrite a checkpoint for another mesh."""
     from megatron.checkpoint.find import newest_checkpoint
     from megatron.checkpoint.offline_reshard import reshard as write
 
-    made = write(newest_checkpoint(args.path), args.output, pp=args.pp, dp=args.dp, tp=args.tp)
-    print(f"wrote {made}, cut for {args.pp} pipeline x {args.dp} data x {args.tp} tensor")
+    path = write(newest_checkpoint(args.path), args.output, pp=args.pp, dp=args.dp, tp=args.tp)
+    print(f"wrote {path}, sharded for {args.pp} pipeline x {args.dp} data x {args.tp} tensor")
     return 0
 
 
 def import_neox(args: argparse.Namespace) -> int:
-    """Import the weights of a GPT-NeoX folder, and write a YAML that trains them on."""
+    """Import the weights of a GPT-NeoX folder, and write a YAML that continues training."""
     from megatron.checkpoint.layout import iteration_of
     from megatron.checkpoint.save import save_weights
     from megatron.config.load import load_config
@@ -129,10 +129,12 @@ def make_parser() -> argparse.ArgumentParser:
         command.add_argument("path", type=Path, metavar="PATH")
         return command
 
-    add("inspect", inspect, "what a checkpoint holds").add_argument("--tensors", action="store_true", help="a line per weight")
+    add("inspect", inspect, "print the content of a checkpoint").add_argument(
+        "--tensors", action="store_true", help="a line per weight"
+    )
     add("verify", verify, "check every byte against the manifest")
     add("diff", diff, "compare two checkpoints, whatever their meshes").add_argument("other", type=Path, metavar="OTHER")
-    command = add("reshard", reshard, "write a checkpoint again for another mesh")
+    command = add("reshard", reshard, "rewrite a checkpoint for another mesh")
     for axis, text in (("pp", "pipeline"), ("dp", "data"), ("tp", "tensor")):
         command.add_argument(f"--{axis}", type=int, default=1, help=f"{text} parallel size of the new files")
     command.add_argument("--output", type=Path, required=True, help="save folder to write into")

@@ -1,10 +1,11 @@
-"""GPT-NeoX/DeepSpeed checkpoint folders as plain tensors: the files that are there, read by torch's restricted unpickler.
+"""Reads GPT-NeoX/DeepSpeed checkpoint folders as plain tensors, with torch's restricted unpickler.
 
-Two layouts exist. With pipeline size 1 and more: `layer_XX-model_YY-model_states.pt`, one file per stage XX and tensor rank YY,
-keys relative to the stage. With pipeline size 0: `mp_rank_YY_model_states.pt`, one per tensor rank, keys `sequential.XX.<key>`.
+There are two layouts. With pipeline size 1 and more: `layer_XX-model_YY-model_states.pt`, one file per stage XX and tensor rank
+YY, keys relative to the stage. With pipeline size 0: `mp_rank_YY_model_states.pt`, one per tensor rank, keys
+`sequential.XX.<key>`.
 
-The files are pickles. Only tensors, plain containers and numpy arrays may come out of them (`weights_only=True`): a file that
-asks for anything else is refused by name before it runs. This is the only file of the package that opens a pickle.
+The files are pickles. Only tensors, plain containers and numpy arrays are allowed (`weights_only=True`): a file with anything
+else is refused, with the name of the global, and nothing in it runs. No other file of the project opens a pickle.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _SAFE_TORCH = (2, 10)  # the restricted unpickler could be broken before (CVE-20
 
 
 def _numpy_globals() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
-    """What a random state of numpy is pickled as; the module was renamed in numpy 2."""
+    """The globals in a pickled random state of numpy; their module was renamed in numpy 2."""
     core = np._core.multiarray  # type: ignore[attr-defined]
     named: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [np.ndarray, np.dtype]
     for home in ("numpy.core.multiarray", "numpy._core.multiarray"):
@@ -38,10 +39,10 @@ def _numpy_globals() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]
 
 
 def read_pickle(path: Path) -> Any:
-    """The content of a `torch.save`d file, memory-mapped, nothing in it run.
+    """Load a `torch.save`d file, memory-mapped, without running anything in it.
 
     Raises:
-        CheckpointError: it asks for more than tensors, containers and numpy arrays, or is damaged.
+        CheckpointError: it holds more than tensors, containers and numpy arrays, or is damaged.
     """
     release = tuple(int(n) for n in torch.__version__.split("+")[0].split(".")[:2])
     if release < _SAFE_TORCH:
@@ -53,12 +54,12 @@ def read_pickle(path: Path) -> Any:
             return torch.load(path, weights_only=True, map_location="cpu", mmap=True)
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL (\S+)", str(error))
-        why = f"it asks for {named[1]}" if named else str(error).splitlines()[0]
+        reason = f"it asks for {named[1]}" if named else str(error).splitlines()[0]
         raise CheckpointError(
             "the file holds more than tensors and was not run",
             where=str(path),
-            why=why,
-            hint="save the weights again without it; this tool never executes what it finds in a file",
+            why=reason,
+            hint="save the weights again without it; this tool never executes code from a file",
         ) from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError("the file cannot be read", where=str(path), why=str(error).splitlines()[0]) from None
@@ -68,42 +69,45 @@ class ForeignFolder:
     """One `global_stepN` folder of GPT-NeoX.
 
     Attributes:
-        tp: tensor-parallel size it was saved with. stages: NeoX numbers of the stages that hold tensors.
+        tp: tensor-parallel size it was saved with.
+        stages: NeoX numbers of the stages that hold tensors.
 
     Raises:
-        CheckpointError: no such files, or one of them is missing.
+        CheckpointError: there are no such files, or one of them is missing.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._layers = self._numbered(_LAYER)
-        self._whole: dict[int, list[dict[str, Tensor]]] = {}
+        self._unpiped: dict[int, list[dict[str, Tensor]]] = {}
         ranks = self._numbered(_RANK)
         if self._layers:
-            found: dict[int, set[int]] = defaultdict(set)
+            ranks_of_stage: dict[int, set[int]] = defaultdict(set)
             for stage, rank in self._layers:
-                found[stage].add(rank)
-            self.stages, self.tp = sorted(found), 1 + max(rank for _, rank in self._layers)
-            self._bound(len(self._layers) // len(found))
-            missing = [f"layer_{s:02d}-model_{r:02d}" for s in self.stages for r in range(self.tp) if r not in found[s]]
+                ranks_of_stage[stage].add(rank)
+            self.stages, self.tp = sorted(ranks_of_stage), 1 + max(rank for _, rank in self._layers)
+            self._bound(len(self._layers) // len(ranks_of_stage))
+            missing = [
+                f"layer_{s:02d}-model_{r:02d}" for s in self.stages for r in range(self.tp) if r not in ranks_of_stage[s]
+            ]
         elif ranks:
             self.tp = 1 + max(rank for (rank,) in ranks)
             self._bound(len(ranks))
             missing = [f"mp_rank_{r:02d}" for r in range(self.tp) if (r,) not in ranks]
             if not missing:
-                self._whole = self._split([ranks[(rank,)] for rank in range(self.tp)])
-            self.stages = sorted(self._whole)
+                self._unpiped = self._split([ranks[(rank,)] for rank in range(self.tp)])
+            self.stages = sorted(self._unpiped)
         else:
-            why = "neither layer_XX-model_YY-model_states.pt nor mp_rank_YY_model_states.pt is there"
-            raise CheckpointError("not a GPT-NeoX checkpoint", where=str(path), why=why)
+            reason = "neither layer_XX-model_YY-model_states.pt nor mp_rank_YY_model_states.pt is there"
+            raise CheckpointError("not a GPT-NeoX checkpoint", where=str(path), why=reason)
         if missing:
             raise CheckpointError("files of the checkpoint are missing", where=str(path), why=", ".join(missing[:8]))
 
-    def _bound(self, there: int) -> None:
-        """Refuse a rank in a file's name that is far beyond the number of files, before the others are counted."""
-        if self.tp > max(1024, 2 * there):
-            why = f"a file's name says tensor rank {self.tp - 1:,}, there are {there} files of a stage"
-            raise CheckpointError("files of the checkpoint are missing", where=str(self.path), why=why)
+    def _bound(self, file_count: int) -> None:
+        """Refuse a rank in a file name that is far beyond the number of files, before missing files are listed."""
+        if self.tp > max(1024, 2 * file_count):
+            reason = f"a file's name says tensor rank {self.tp - 1:,}, there are {file_count} files of a stage"
+            raise CheckpointError("files of the checkpoint are missing", where=str(self.path), why=reason)
 
     def _numbered(self, pattern: re.Pattern[str]) -> dict[tuple[int, ...], Path]:
         names = sorted(self.path.iterdir()) if self.path.is_dir() else []
@@ -125,9 +129,9 @@ class ForeignFolder:
         return dict(stages)
 
     def stage(self, number: int) -> list[dict[str, Tensor]]:
-        """Per tensor rank: key -> that rank's part."""
-        if self._whole:
-            return self._whole[number]
+        """Per tensor rank: key -> that rank's shard."""
+        if self._unpiped:
+            return self._unpiped[number]
         return [self._state(self._layers[number, rank]) for rank in range(self.tp)]
 
     def _state(self, file: Path) -> dict[str, Tensor]:
@@ -137,5 +141,5 @@ class ForeignFolder:
         return {str(name): value for name, value in body.items() if isinstance(value, Tensor)}
 
     def config_files(self) -> Iterator[Path]:
-        """The YAML files that rode along."""
+        """The YAML files in its folder `configs`."""
         return iter(sorted((self.path / "configs").glob("*.y*ml")) if (self.path / "configs").is_dir() else [])
