@@ -12,12 +12,10 @@ A layer declares one of these kinds per parameter; `parallel/tensor.py` shards b
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 ShardKind = Literal["column", "row", "heads", "vocab", "replicated"]
-Plan = Mapping[str, ShardKind]
 _DIM: dict[str, int | None] = {"column": 0, "row": 1, "heads": 0, "vocab": 0, "replicated": None}
 
 

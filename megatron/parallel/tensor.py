@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-import torch
 from torch import Tensor, nn
 
 from megatron.errors import ConfigError
@@ -102,16 +101,3 @@ def _set_collectives(model: nn.Module, specs: Mapping[str, ParamSpec], mesh: Mes
             module.first_row = local_slice(specs[f"{name}.weight"], mesh).start
         if isinstance(module, Layer):
             module.set_shard(mesh.tp_rank, mesh.tp)
-
-
-def same_on_all_ranks(tensors: Mapping[str, Tensor], mesh: Mesh) -> list[str]:
-    """Names of tensors that are not bitwise equal on all tensor-parallel ranks; for checks and tests."""
-    if mesh.tp_group is None:
-        return []
-    different = []
-    for name, tensor in tensors.items():
-        replicas = [torch.empty_like(tensor) for _ in range(mesh.tp)]
-        torch.distributed.all_gather(replicas, tensor.detach().contiguous(), group=mesh.tp_group)
-        if any(not torch.equal(replica, tensor.detach()) for replica in replicas):
-            different.append(name)
-    return different
