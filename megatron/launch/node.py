@@ -53,8 +53,8 @@ class NodeProcesses:
             signal.signal(number, self._pass_on)
         for variables in environments:
             self._running.append(subprocess.Popen(command, env={**os.environ, **variables}, preexec_fn=die_with_parent))
-        for number in self._received:
-            self._send(number)
+        for early in self._received:
+            self._send(early)
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         self._received.append(number)

@@ -72,8 +72,8 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
             signal.signal(number, self._forward)
         self.child = subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=_die_with_parent)
-        for number in self._received:
-            self.send(number)
+        for early in self._received:
+            self.send(early)
 
     def _forward(self, number: int, frame: FrameType | None) -> None:
         if self.child is None:
