@@ -196,7 +196,7 @@ def test_find_latest_and_iteration(tmp_path: Path) -> None:
 
 def test_a_wrong_load_is_an_error_and_lists_what_is_there(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
-    with pytest.raises(CheckpointError, match="does not exist; beside it: checkpoints"):
+    with pytest.raises(CheckpointError, match="does not exist; its parent holds: checkpoints"):
         find_checkpoint(tmp_path / "checkpoint", save_dir=tmp_path / "checkpoints")
     (tmp_path / "checkpoints" / "notes.txt").write_text("")
     with pytest.raises(CheckpointError, match="it holds: notes.txt"):

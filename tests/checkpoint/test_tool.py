@@ -108,7 +108,7 @@ def test_reshard_there_and_back(path: Path, mesh: tuple[int, int, int], tmp_path
 
 
 def test_reshard_refuses(path: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="cannot be cut for tensor size 3"):
+    with pytest.raises(CheckpointError, match="cannot be sharded for tensor size 3"):
         reshard(path, tmp_path / "new", pp=1, dp=1, tp=3)
     with pytest.raises(CheckpointError, match="own save folder"):
         reshard(path, path.parent, pp=1, dp=1, tp=2)
@@ -149,12 +149,12 @@ def test_what_is_no_checkpoint_is_said(
     (tmp_path / "some.yml").touch()
     for asked, why in (
         (tmp_path, "it holds: some.yml"),
-        (tmp_path / "none", "does not exist; beside it: some.yml"),
+        (tmp_path / "none", "does not exist; its parent holds: some.yml"),
         (tmp_path / "some.yml", "this is a file"),
     ):
         assert run(monkeypatch, command, asked) == 4
         said = capsys.readouterr().err
-        assert "holds none" in said and why in said and "RUN/checkpoints takes the newest" in said
+        assert "holds none" in said and why in said and "RUN/checkpoints is the newest" in said
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).touch()
     assert run(monkeypatch, command, tmp_path) == 4
