@@ -76,9 +76,7 @@ def _variables(shape: Shape, site: Site) -> dict[str, str]:
 
 def _unmounted(shape: Shape) -> str:
     """A comment for each file that cannot be mounted."""
-    return "".join(
-        f"# The image must hold {path!a}: it lies in no folder that could be mounted.\n" for path in shape.places.files
-    )
+    return "".join(f"# The image must hold {path!a}: no folder that holds it can be mounted.\n" for path in shape.places.files)
 
 
 def kubernetes(shape: Shape, site: Site) -> str:

@@ -75,10 +75,10 @@ def launcher_environment(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def user_file(environ: Mapping[str, str], home: Path) -> dict[str, str]:
-    """Variables of the user's `.deepspeed_env` (home, then here; another name by DS_ENV_FILE): NAME=VALUE per line.
+    """Read the user's `.deepspeed_env` (in the home folder, then here; DS_ENV_FILE renames it): one NAME=VALUE per line.
 
     Raises:
-        LaunchError: a line is no assignment, or assigns a secret.
+        LaunchError: a line is not an assignment, or assigns a secret.
     """
     name, variables = environ.get("DS_ENV_FILE", ".deepspeed_env"), {}
     for folder in (home, Path(".")):
@@ -90,7 +90,7 @@ def user_file(environ: Mapping[str, str], home: Path) -> dict[str, str]:
                 continue
             key, equals, value = line.partition("=")
             if not equals or not re.fullmatch(r"\w+", key.strip()):
-                raise LaunchError(f"'{line}' is no NAME=VALUE", where=f"{path}:{number}")
+                raise LaunchError(f"'{line}' is not NAME=VALUE", where=f"{path}:{number}")
             if is_secret(key.strip(), value):
                 raise LaunchError(
                     f"{key.strip()} looks like a secret",

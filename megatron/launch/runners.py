@@ -87,7 +87,9 @@ def rendezvous_port(options: LaunchOptions, is_configured: bool, hosts: int) -> 
     must agree without communication, on the default.
 
     Args:
-        given: whether the configuration gives `master_port`. hosts: of the host file, 0 without one.
+        options: launch keys.
+        is_configured: the configuration sets `master_port`.
+        hosts: number of hosts in the host file; 0 without one.
     """
     several = options.num_nodes > 1 or (options.num_nodes < 0 and hosts > 1)
     return options.master_port if is_configured or (options.runner == "torchrun" and several) else free_port()
