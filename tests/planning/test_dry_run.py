@@ -37,10 +37,10 @@ def test_a_chain_of_known_size_is_counted_to_the_byte() -> None:
         x = torch.empty(8, 16, requires_grad=True)
         piece = _measure(lambda x: torch.relu(layer(x)), [layer], x)
     out = 8 * 32 * 4
-    assert piece.kept == out
+    assert piece.saved == out
     assert piece.forward == 2 * out
     assert piece.gradients == (16 * 32 + 32) * 4
-    assert piece.backward >= piece.kept + out + piece.gradients + 8 * 16 * 4
+    assert piece.backward >= piece.saved + out + piece.gradients + 8 * 16 * 4
 
 
 def test_parts_of_one_process() -> None:
