@@ -1,8 +1,8 @@
-"""Start a script on the processes that a configuration asks for: `deepy.py train.py -d configs metala.yml local_setup.yml`.
+"""Start a script on the processes of a configuration: `deepy.py train.py -d configs metala.yml local_setup.yml`.
 
-The habits are GPT-NeoX's. This command imports neither torch nor deepspeed: a mistake in the YAML shows in a fraction
-of a second, and one process needs no launcher at all. `--print-launch` says what would be run, `--print-job` writes the same
-job as a file for Slurm, Kubernetes or SkyPilot.
+The command line is GPT-NeoX's. This command imports neither torch nor deepspeed: a mistake in the YAML shows in a fraction
+of a second, and one process needs no launcher. `--print-launch` prints the command that would run, `--print-job` prints the
+same job as a file for Slurm, Kubernetes or SkyPilot.
 """
 
 from __future__ import annotations
@@ -46,52 +46,52 @@ def _parser() -> argparse.ArgumentParser:
     parser.epilog = "The flags of the script follow; `deepy.py SCRIPT --help` lists those of SCRIPT."
     parser.add_argument("--print-launch", action="store_true", help="print the command and environment of the job and stop")
     parser.add_argument("--print-job", choices=KINDS, help="print a job file for a cluster and stop")
-    job = parser.add_argument_group("job files", "of --print-job, what the configuration does not know of a cluster")
+    job = parser.add_argument_group("job files", "for --print-job: settings of a cluster that are not in the configuration")
     job.add_argument("--image", help="container image (kubernetes, skypilot)")
     job.add_argument("--cpu", action="store_true", help="for machines without GPUs")
     job.add_argument("--accelerator", default="H100", help="device type (skypilot; default H100)")
     job.add_argument("--time", help="time limit (slurm; default: that of the key time_limit and ten minutes)")
     job.add_argument("--partition", help="partition, or several with commas (slurm)")
-    job.add_argument("--cpus-per-task", type=int, metavar="N", help="cores of each process (default 4 beside a GPU, else 1)")
+    job.add_argument("--cpus-per-task", type=int, metavar="N", help="cores of each process (default 4 with a GPU, else 1)")
     job.add_argument(
-        "--storage", help="beginning of the names of claims (linear-neox), or of buckets and volumes (... and you)"
+        "--storage", help="prefix of the names of claims (linear-neox), or of buckets and volumes (linear-neox-USER)"
     )
     return parser
 
 
 def _split(argv: list[str]) -> tuple[str, list[str]]:
-    """(the script, its arguments): all but the script and the options of this command alone."""
-    own = {"--print-launch": 0, "--print-job": 1, "--image": 1, "--accelerator": 1, "--cpu": 0}
-    own |= {"--time": 1, "--partition": 1, "--cpus-per-task": 1, "--storage": 1}
-    script, rest, skip = None, list[str](), 0
+    """(the script, its arguments): without the options that only this command has."""
+    values_of = {"--print-launch": 0, "--print-job": 1, "--image": 1, "--accelerator": 1, "--cpu": 0}
+    values_of |= {"--time": 1, "--partition": 1, "--cpus-per-task": 1, "--storage": 1}
+    script, script_args, skip = None, list[str](), 0
     for word in argv:
         name = word.partition("=")[0]
         if skip:
             skip -= 1
-        elif name in own:
-            skip = own[name] if "=" not in word else 0
+        elif name in values_of:
+            skip = values_of[name] if "=" not in word else 0
         elif script is None and word.endswith(".py"):
             script = word
         else:
-            rest.append(word)
-    if script is None and _STARTS_NOTHING & {word.partition("=")[0] for word in rest}:
-        script = _TRAIN  # a plan, or a look at the configuration, is asked for without saying of what
+            script_args.append(word)
+    if script is None and _STARTS_NOTHING & {word.partition("=")[0] for word in script_args}:
+        script = _TRAIN  # a dry run or a print of the configuration needs no script
     if script is None or not Path(script).is_file():
         raise LaunchError(
             f"no such script: {script or '(none given)'}", hint="python deepy.py train.py configs/metala-quickstart.yml"
         )
-    return script, rest
+    return script, script_args
 
 
 def _ready(job: Job, options: LaunchOptions) -> Job:
-    """The job with every host reached and the address of rank 0 known."""
+    """Check that every host can be reached, and fill in the address of rank 0."""
     if job.route != "hosts" or job.launcher == "slurm":
         return job
-    asked = list(job.hosts) if not options.no_ssh_check else [h for h in (job.address_from,) if h]
-    found = addresses(asked)
+    hosts = list(job.hosts) if not options.no_ssh_check else [h for h in (job.address_from,) if h]
+    address_of = addresses(hosts)
     for name in withheld(os.environ):
         print(f"warning: {name} is set here and is not sent to the hosts (it would stand on a command line)", file=sys.stderr)
-    return job.with_address(found[job.address_from]) if job.address_from else job
+    return job.with_address(address_of[job.address_from]) if job.address_from else job
 
 
 def _job_text(arguments: argparse.Namespace, run: RunConfig, options: LaunchOptions, command: tuple[str, ...]) -> str:
@@ -123,9 +123,9 @@ def _job_text(arguments: argparse.Namespace, run: RunConfig, options: LaunchOpti
 
 
 def _print_help(argv: list[str]) -> None:
-    """Every flag that the command takes: its own, and those of the script (train.py where none is named).
+    """Print all flags: this command's, then those of the script (train.py if none is named).
 
-    A script is asked for its flags if it is one of ours, which answer --help alike.
+    Only scripts of this project are run with --help.
     """
     _parser().print_help()
     script = next((word for word in argv if word.endswith(".py") and Path(word).is_file()), _TRAIN)
@@ -135,7 +135,7 @@ def _print_help(argv: list[str]) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """Read the configuration, plan the job, run it; the job's exit code."""
+    """Read the configuration, plan the job and run it; returns the job's exit code."""
     if {"-h", "--help"} & set(argv):
         _print_help(argv)
         return 0

@@ -1,6 +1,6 @@
 """Train: `python train.py configs/x.yml` for one process; `deepy.py` or `torchrun` start this file on many.
 
-`--dry-run` says what the run needs and whether it fits, and starts nothing.
+`--dry-run` prints what the run needs and whether it fits, and starts nothing.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from megatron.launch.process_exit import leaving
 
 
 def main(argv: list[str]) -> int:
-    """Read the config on this rank, then train; the exit code."""
+    """Read the configuration on this rank, then train; returns the exit code."""
     parser = make_parser("Train a language model from YAML files.")
     parser.add_argument("--dry-run", action="store_true", help="print parameters, FLOPs and memory, start nothing")
-    parser.add_argument("--device-memory", type=float, metavar="GIB", help="memory of one rank that --dry-run judges by")
+    parser.add_argument("--device-memory", type=float, metavar="GIB", help="memory of one rank for --dry-run")
     parser.add_argument("--mfu", type=float, default=0.4, help="share of the device's peak for --dry-run's time (default 0.4)")
     arguments = parser.parse_intermixed_args(argv)
     env = read_rank_environment()
@@ -30,9 +30,9 @@ def main(argv: list[str]) -> int:
     from megatron.planning.dry_run import DOES_NOT_FIT
 
     if arguments.dry_run:
-        found = dry_run(run, arguments.device_memory, arguments.mfu)
-        print(found.text)
-        return 0 if found.fits or not found.binding else DOES_NOT_FIT
+        report = dry_run(run, arguments.device_memory, arguments.mfu)
+        print(report.text)
+        return 0 if report.fits or not report.binding else DOES_NOT_FIT
     require_data(run)
     return train(run, env, ["python", *sys.argv]).exit_code
 

@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron.checkpoint.background import Saver
+from megatron.checkpoint.load import LoadOptions
 from megatron.checkpoint.resume import Resumed, resume
+from megatron.checkpoint.save import SaveOptions
 from megatron.config.explain import print_config
 from megatron.config.schema import RunConfig
 from megatron.data.batches import Batch
@@ -80,20 +82,22 @@ def restore(run: RunConfig, engine: Engine, config: ModelConfig) -> Resumed:
     return resume(
         c.load,
         engine,
+        LoadOptions(
+            model_config=config.to_dict(),
+            load_optimizer=not c.no_load_optim,
+            load_rng=not c.no_load_rng,
+            finetune=c.finetune,
+            verify=c.verify_checkpoint,
+            in_place=True,  # the engine has nothing to lose: the run starts with these numbers or not at all
+        ),
         iteration=c.iteration,
         save_dir=c.save,
-        model_config=config.to_dict(),
-        load_optimizer=not c.no_load_optim,
-        load_rng=not c.no_load_rng,
-        finetune=c.finetune,
-        verify=c.verify_checkpoint,
-        in_place=True,  # nothing is lost: a run begins with these numbers, or not at all
     )
 
 
 def continued(run: RunConfig, found: Resumed, state: TrainState) -> Continued:
     """The learning rate from here on, and what changed since the checkpoint; a schedule that contradicts it raises."""
-    if not found.goes_on:
+    if not found.is_continuation:
         return started(run)
     return resumed(run, found.facts, state.applied_iterations, str(found.path))
 
@@ -185,14 +189,16 @@ def write_checkpoint(
         folder,
         parts.engine,
         {**state.to_dict(), "data": parts.data_pipeline.state()},
-        model_config=parts.config.to_dict(),
-        config_texts=run.config_texts,
-        tokenizer={path.name: path for path in tokenizer.files()},
-        facts={**checkpoint_facts(run, tokenizer), **goes_on},
-        keep_last=c.keep_last_n_checkpoints,
-        keep=c.extra_save_iters or (),
-        save_optimizer=not c.no_save_optim,
-        save_rng=not c.no_save_rng,
+        SaveOptions(
+            model_config=parts.config.to_dict(),
+            config_texts=run.config_texts,
+            tokenizer={path.name: path for path in tokenizer.files()},
+            facts={**checkpoint_facts(run, tokenizer), **goes_on},
+            keep_last=c.keep_last_n_checkpoints,
+            keep=c.extra_save_iters or (),
+            save_optimizer=not c.no_save_optim,
+            save_rng=not c.no_save_rng,
+        ),
     )
 
 
@@ -232,7 +238,7 @@ def _actions(run: RunConfig, parts: Parts, saver: Saver, control: Control, goes_
 
     def rewind() -> Mapping[str, Any]:
         assert c.save is not None  # a run without it has no checkpoint to go back to
-        return resume(c.save, engine, model_config=parts.config.to_dict(), verify=c.verify_checkpoint).state
+        return resume(c.save, engine, LoadOptions(model_config=parts.config.to_dict(), verify=c.verify_checkpoint)).state
 
     return Actions(save, evaluator("valid", "validation"), evaluator("test", "test"), saver.poll, saver.wait, rewind)
 

@@ -57,6 +57,10 @@ class CheckpointError(UserError):
     exit_code = 4
 
 
+class DamagedCheckpoint(CheckpointError):
+    """A file of a checkpoint is missing, altered, unreadable or of another save: a resume tries an older checkpoint."""
+
+
 class LaunchError(UserError):
     """Processes that cannot be started or that ended early."""
 

@@ -96,7 +96,7 @@ def test_finetune_starts_once(run: Callable[..., str], tmp_path: Path, caplog: p
     said = run("tuned", **tune, train_iters=4)
     assert set(rates(tmp_path / "tuned")) == {1, 2, 3, 4}, "it started again instead of going on"
     assert "train_iters: 2 -> 4" in said
-    assert f"going on from {tmp_path}/tuned/checkpoints/global_step2, which this run has saved since it started" in caplog.text
+    assert f"resuming from {tmp_path}/tuned/checkpoints/global_step2, which this run has saved since it started" in caplog.text
     manifest = read_manifest(tmp_path / "tuned" / "checkpoints" / "global_step4")
     assert manifest.optimizer and manifest.state["consumed_samples"] == 8
     run("tuned", **tune, train_iters=4)  # a finished run that a scheduler starts again

@@ -32,7 +32,7 @@ def inspect(args: argparse.Namespace) -> int:
 
 
 def verify(args: argparse.Namespace) -> int:
-    """Read every byte of one checkpoint, or of all in a save or run folder; a damaged one decides the exit code."""
+    """Read every byte of one checkpoint, or of all in a save or run folder; the exit code is 4 if any is damaged."""
     from megatron.checkpoint.find import latest_problem, no_checkpoint, place_of
     from megatron.checkpoint.layout import LATEST, MANIFEST, iteration_of, step_folders
     from megatron.checkpoint.load import damages
@@ -43,21 +43,21 @@ def verify(args: argparse.Namespace) -> int:
         if not place.is_dir() or (iteration_of(place.name) is None and not (place / MANIFEST).is_file()):
             raise no_checkpoint(place)
         folders = [place]
-    bad, problem = 0, latest_problem(place)
+    damaged, problem = 0, latest_problem(place)
     if problem:
-        bad += 1
+        damaged += 1
         print(f"{place / LATEST}: damaged\n  {problem}")
     for folder in folders:
-        found = damages(folder)
-        bad += bool(found)
-        print(f"{folder}: {'damaged' if found else 'whole'}")
-        for line in found:
+        lines = damages(folder)
+        damaged += bool(lines)
+        print(f"{folder}: {'damaged' if lines else 'whole'}")
+        for line in lines:
             print(f"  {line}")
-    return CheckpointError.exit_code if bad else 0
+    return CheckpointError.exit_code if damaged else 0
 
 
 def diff(args: argparse.Namespace) -> int:
-    """Print what differs between two checkpoints."""
+    """Print the differences between two checkpoints."""
     from megatron.checkpoint.find import newest_checkpoint
     from megatron.checkpoint.report import diff as lines
 
@@ -70,12 +70,12 @@ def diff(args: argparse.Namespace) -> int:
 
 
 def reshard(args: argparse.Namespace) -> int:
-    """Write a checkpoint again for another mesh."""
+    """Rewrite a checkpoint for another mesh."""
     from megatron.checkpoint.find import newest_checkpoint
     from megatron.checkpoint.offline_reshard import reshard as write
 
-    made = write(newest_checkpoint(args.path), args.output, pp=args.pp, dp=args.dp, tp=args.tp)
-    print(f"wrote {made}, cut for {args.pp} pipeline x {args.dp} data x {args.tp} tensor")
+    path = write(newest_checkpoint(args.path), args.output, pp=args.pp, dp=args.dp, tp=args.tp)
+    print(f"wrote {path}, sharded for {args.pp} pipeline x {args.dp} data x {args.tp} tensor")
     return 0
 
 
@@ -136,10 +136,12 @@ def make_parser() -> argparse.ArgumentParser:
         command.add_argument("path", type=Path, metavar="PATH")
         return command
 
-    add("inspect", inspect, "what a checkpoint holds").add_argument("--tensors", action="store_true", help="a line per weight")
+    add("inspect", inspect, "print the content of a checkpoint").add_argument(
+        "--tensors", action="store_true", help="a line per weight"
+    )
     add("verify", verify, "check every byte against the manifest")
     add("diff", diff, "compare two checkpoints, whatever their meshes").add_argument("other", type=Path, metavar="OTHER")
-    command = add("reshard", reshard, "write a checkpoint again for another mesh")
+    command = add("reshard", reshard, "rewrite a checkpoint for another mesh")
     for axis, text in (("pp", "pipeline"), ("dp", "data"), ("tp", "tensor")):
         command.add_argument(f"--{axis}", type=int, default=1, help=f"{text} parallel size of the new files")
     command.add_argument("--output", type=Path, required=True, help="save folder to write into")

@@ -1,8 +1,8 @@
-"""What the manifest says of a file: its size and the SHA-256 of every block.
+"""A file's entry in the manifest: its size and the SHA-256 of every block.
 
-A file is cut at the boundaries of its tensors and at every multiple of BLOCK, so damage is named by tensor, a rank verifies
-only what it reads, and several threads hash one file at once (hashlib gives the interpreter's lock back). A reader takes the
-boundaries from the manifest. A text file is one block, its plain SHA-256.
+Blocks end at tensor boundaries and at every multiple of BLOCK. So damage is named by tensor, a rank verifies only what it
+reads, and several threads hash one file at once (hashlib releases the GIL). A reader takes the boundaries from the manifest.
+A text file is one block with its plain SHA-256.
 """
 
 from __future__ import annotations
@@ -17,12 +17,17 @@ from pathlib import Path
 from typing import Any
 
 BLOCK = 8 << 20
-_STEP = 1 << 20  # bytes handled at once, so that the hash finds them in the processor's cache
+_STEP = 1 << 20  # bytes read and hashed at once, so that they are still in the CPU cache when they are hashed
 
 
 @dataclass(frozen=True)
 class FileEntry:
-    """size: bytes. blocks: (offset where the block ends, hex SHA-256) in file order; the last ends at `size`."""
+    """Size and hashes of one file.
+
+    Attributes:
+        size: bytes.
+        blocks: (offset of the block's end, hex SHA-256) in file order; the last block ends at `size`.
+    """
 
     size: int
     blocks: tuple[tuple[int, str], ...]
@@ -32,13 +37,13 @@ class FileEntry:
         return (self.blocks[index - 1][0] if index else 0), self.blocks[index][0]
 
     def covering(self, start: int, stop: int) -> range:
-        """The blocks that touch the bytes `[start, stop)`."""
+        """Indices of the blocks that overlap the bytes `[start, stop)`."""
         ends = [end for end, _ in self.blocks]
         return range(bisect_right(ends, start), bisect_left(ends, stop) + 1) if start < stop else range(0)
 
 
 def file_entry(value: Mapping[str, Any]) -> FileEntry:
-    """An entry from its JSON; version 1 had one hash per file.
+    """Parse a file's entry; version 1 had one hash per file.
 
     Raises:
         KeyError, TypeError, ValueError: a field is missing, or the blocks do not tile the file.
@@ -54,22 +59,29 @@ def file_entry(value: Mapping[str, Any]) -> FileEntry:
 
 
 def text_entry(path: Path) -> FileEntry:
-    """The entry of a small file that was written already."""
+    """The entry of a small file that already exists."""
     data = path.read_bytes()
     return FileEntry(len(data), ((len(data), hashlib.sha256(data).hexdigest()),))
 
 
 def read_into(fd: int, offset: int, target: memoryview, digest: Any = None) -> int:
-    """Fill `target` from `offset` of a file; the bytes that were there (fewer only at the end of the file).
+    """Fill `target` from a file.
 
-    digest: a hashlib object that is fed on the way.
+    Args:
+        fd: descriptor open for reading.
+        offset: file offset of the first byte.
+        target: memory to fill.
+        digest: a hashlib object to update with the bytes read.
+
+    Returns:
+        Bytes read; fewer than `len(target)` only at the end of the file.
     """
-    done = 0
-    while done < len(target):
-        count = os.preadv(fd, [target[done : done + _STEP]], offset + done)
+    position = 0
+    while position < len(target):
+        count = os.preadv(fd, [target[position : position + _STEP]], offset + position)
         if not count:
             break
         if digest is not None:
-            digest.update(target[done : done + count])
-        done += count
-    return done
+            digest.update(target[position : position + count])
+        position += count
+    return position

@@ -1,8 +1,7 @@
-"""One outcome on all ranks: an error on one of them must become the same error on every one, never a hang or a half
-save.
+"""Collective error check: an error on one rank becomes the same error on all ranks, never a hang or a partial save.
 
-The texts travel as plain bytes in a collective over the default process group, not over the disk (which may be the
-thing that is full) and not as pickles.
+The messages travel as plain bytes in a collective over the default process group, not over the disk (which may be full) and
+not as pickles.
 """
 
 from __future__ import annotations
@@ -15,25 +14,28 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from megatron.checkpoint.damage import DamagedCheckpoint
-from megatron.errors import CheckpointError, UserError
+from megatron.errors import CheckpointError, DamagedCheckpoint, UserError
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
 def _device(group: ProcessGroup | None) -> torch.device:
-    """Where collectives of a group want their tensors."""
+    """The device on which a group's collectives need their tensors."""
     if "gloo" in str(dist.get_backend_config(group)):
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())
 
 
 def exchange(text: str, group: ProcessGroup | None = None) -> list[str]:
-    """Every rank's text, in rank order, on every rank; without a process group the own text alone. Also a barrier.
+    """All-gather one text per rank. Also a barrier.
 
     Args:
-        group: of all ranks; None is the default group. Two threads must not use one group.
+        text: this rank's.
+        group: of all ranks; None is the default group. Two threads must not share a group.
+
+    Returns:
+        The texts in rank order; without a process group only this rank's.
     """
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return [text]
@@ -52,11 +54,12 @@ def exchange(text: str, group: ProcessGroup | None = None) -> list[str]:
 
 
 class CollectiveError:
-    """Collects what went wrong on this rank until `raise_on_all_ranks` tells everybody.
+    """Holds this rank's error until `raise_on_all_ranks` raises it everywhere.
 
     Args:
-        what, where: the message for errors that are not a `UserError`, whose cause is then the `why`.
-        group: which `exchange` to use.
+        what: message for errors that are not a `UserError`; their text becomes the `why`.
+        where: place for such errors.
+        group: process group for the exchange; None is the default group.
     """
 
     def __init__(self, what: str, where: str, group: ProcessGroup | None = None) -> None:
@@ -65,31 +68,31 @@ class CollectiveError:
 
     @contextlib.contextmanager
     def capture(self) -> Iterator[None]:
-        """Around one rank's part of the work: an error is kept, not raised, so that nobody is left waiting."""
+        """Wrap one rank's share of the work: an error is held, not raised, so that this rank still joins the collective."""
         try:
             yield
         except UserError as error:
             self.error = {"what": error.what, "where": error.where, "why": error.why, "hint": error.hint}
             self.error["damaged"] = isinstance(error, DamagedCheckpoint)
         except (OSError, ValueError, LookupError, TypeError, RuntimeError) as error:
-            why = f"{type(error).__name__}: {error}"
-            self.error = {"what": self.what, "where": self.where, "why": why, "hint": None, "damaged": False}
+            reason = f"{type(error).__name__}: {error}"
+            self.error = {"what": self.what, "where": self.where, "why": reason, "hint": None, "damaged": False}
 
     def raise_on_all_ranks(self) -> None:
         """Raise one CheckpointError on all ranks if any of them failed. A collective: every rank must call it.
 
-        It is a DamagedCheckpoint when damage is all that was met: then an older checkpoint may do.
+        It is a DamagedCheckpoint if all failures are damage: then an older checkpoint may work.
         """
         errors = exchange(json.dumps(self.error) if self.error else "", self.group)
         failed = {rank: json.loads(text) for rank, text in enumerate(errors) if text}
         if not failed:
             return
-        others = {rank: error for rank, error in failed.items() if not error["damaged"]}
-        told = others or failed
-        first = next(iter(told.values()))
-        why = first["why"]
+        not_damage = {rank: error for rank, error in failed.items() if not error["damaged"]}
+        reported = not_damage or failed
+        first = next(iter(reported.values()))
+        reason = first["why"]
         if len(errors) > 1:
-            seen = ", ".join(str(rank) for rank in list(told)[:8]) + (", ..." if len(told) > 8 else "")
-            why = f"{why} (seen by rank {seen} of {len(errors)})"
-        kind = CheckpointError if others else DamagedCheckpoint
-        raise kind(first["what"], where=first["where"], why=why, hint=first["hint"])
+            ranks = ", ".join(str(rank) for rank in list(reported)[:8]) + (", ..." if len(reported) > 8 else "")
+            reason = f"{reason} (seen by rank {ranks} of {len(errors)})"
+        kind = CheckpointError if not_damage else DamagedCheckpoint
+        raise kind(first["what"], where=first["where"], why=reason, hint=first["hint"])

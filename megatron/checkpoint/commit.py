@@ -1,13 +1,13 @@
-"""From a temporary folder to a checkpoint: the few renames whose order makes a kill at any moment harmless.
+"""The commit protocol: renames that turn a temporary folder into a checkpoint, in an order that survives a kill at any point.
 
     1  global_step<N>.tmp-<id> is filled and synced, its manifest last
-    2  a global_step<N> that exists already is renamed to .old-<id>
+    2  an existing global_step<N> is renamed to .old-<id>
     3  the temporary folder is renamed to global_step<N>; the save folder is synced
     4  `latest` is replaced
     5  the .old-<id> folder is deleted
 
-Between 2 and 3 the only whole copy of step N has the name .old-<id>; `recover` (at the next save) and `find_checkpoint`
-(at a load) both know that. Only rank 0 runs the functions of this file.
+Between 2 and 3 the only complete copy of step N is named .old-<id>; `recover` (at the next save) and `find_checkpoint` (at a
+load) handle that. Only rank 0 runs the functions of this file.
 """
 
 from __future__ import annotations
@@ -18,50 +18,51 @@ import shutil
 import uuid
 from pathlib import Path
 
-from megatron.checkpoint.layout import LATEST, MANIFEST, side_folders, step_folders, tag_of
+from megatron.checkpoint.layout import LATEST, MANIFEST, leftover_folders, step_folders, tag_of
 from megatron.errors import CheckpointError
 from megatron.files import fsync_folder, write_text
 
 
 def new_save_id() -> str:
-    """A short text that no other save has; it names the temporary folder and stands in every shard."""
+    """A unique id of a save; it is in the temporary folder's name and in the header of every shard file."""
     return uuid.uuid4().hex[:12]
 
 
 def temporary_folder(folder: Path, iteration: int, save_id: str) -> Path:
-    """Where a save is assembled."""
+    """The folder that a save writes into."""
     return folder / f"{tag_of(iteration)}.tmp-{save_id}"
 
 
 def recover(folder: Path) -> list[str]:
-    """Clear what an interrupted save left in `folder`; a step that was set aside and not replaced gets its name back.
+    """Remove what an interrupted save left in `folder`; a step that was set aside but not replaced gets its name back.
 
     Returns:
         The names that were removed or renamed, for the log.
     """
-    done = []
+    handled = []
     steps = step_folders(folder)
-    for step, path in side_folders(folder, "old"):
-        if step not in steps and (path / MANIFEST).is_file():
+    for step, path in leftover_folders(folder, "old"):
+        if step not in steps and (path / MANIFEST).is_file():  # killed between the two renames: this is the only copy
             os.rename(path, folder / tag_of(step))
             steps = step_folders(folder)
         else:
             shutil.rmtree(path)
-        done.append(path.name)
+        handled.append(path.name)
     for kind in ("tmp", "trash"):
-        for _, path in side_folders(folder, kind):
+        for _, path in leftover_folders(folder, kind):
             shutil.rmtree(path)
-            done.append(path.name)
-    if done:
+            handled.append(path.name)
+    if handled:
         fsync_folder(folder)
-    return done
+    return handled
 
 
 def check_space(folder: Path, needed: int) -> None:
     """Refuse a save that cannot fit, before anything is written.
 
     Args:
-        folder: the save folder. needed: bytes that all ranks together will write.
+        folder: the save folder.
+        needed: bytes that all ranks together will write.
 
     Raises:
         CheckpointError: less than `needed` plus one per cent is free.
@@ -78,7 +79,7 @@ def check_space(folder: Path, needed: int) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Make the names in `folder` and in its subfolders durable; the files in them are synced when they are written."""
+    """Make the names in `folder` and its subfolders durable; their files are synced when they are written."""
     for child in sorted(folder.iterdir()):
         if child.is_dir():
             sync_tree(child)
@@ -92,7 +93,7 @@ def publish(temporary: Path, iteration: int) -> Path:
         The checkpoint's folder.
 
     Raises:
-        OSError: a rename or a sync failed; what was whole before is whole still.
+        OSError: a rename or a sync failed; previous checkpoints are unchanged.
     """
     folder = temporary.parent
     final = folder / tag_of(iteration)
@@ -107,6 +108,7 @@ def publish(temporary: Path, iteration: int) -> Path:
         if aside is not None:
             os.rename(aside, final)
         raise
+    # The new name must be durable before `latest` names it: after a power loss `latest` would point at nothing.
     fsync_folder(folder)
     write_text(folder / LATEST, final.name)
     if aside is not None:
@@ -115,13 +117,13 @@ def publish(temporary: Path, iteration: int) -> Path:
 
 
 def discard(temporary: Path) -> None:
-    """Remove a temporary folder; what cannot be removed now is removed by the next save."""
+    """Remove a temporary folder; the next save retries what cannot be removed now."""
     with contextlib.suppress(OSError):
         shutil.rmtree(temporary)
 
 
 def delete_checkpoint(path: Path) -> None:
-    """Delete a checkpoint: renamed first, so that a kill half way never leaves half a checkpoint under its name."""
+    """Delete a checkpoint, renamed first: a kill during the deletion leaves no partial checkpoint under its name."""
     trash = path.with_name(f"{path.name}.trash-{new_save_id()}")
     os.rename(path, trash)
     fsync_folder(path.parent)

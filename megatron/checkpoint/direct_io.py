@@ -1,9 +1,9 @@
-"""Large reads and writes that go past the page cache where the file system allows it (`O_DIRECT`).
+"""Large writes that bypass the page cache where the file system allows it (`O_DIRECT`).
 
-A checkpoint is written once and, in a run that goes well, never read. Past the cache a save costs the processor one copy into
-aligned memory instead of the kernel's copy, its page allocation and the write-back of it; the disk works from the first
-chunk on instead of at the final sync; and the training data stay cached. Where direct writing is refused (at the
-opening or later), the same calls go through the cache: nothing but the speed depends on it.
+A checkpoint is written once and, in a run that goes well, never read. Bypassing the cache, a save costs the CPU one copy into
+aligned memory instead of the kernel's copy, page allocation and write-back; the disk starts with the first chunk instead of
+at the final sync; and the training data stays cached. Where direct writes are refused (at open or later), the same calls go
+through the cache: only the speed depends on it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Bytes = NDArray[np.uint8]
 
 
 class Buffers:
-    """`count` buffers of `size` bytes on page boundaries, made when they are first needed and used again."""
+    """A pool of `count` page-aligned buffers of `size` bytes, allocated on first use and reused."""
 
     def __init__(self, count: int, size: int) -> None:
         self._size, self._free = size, queue.SimpleQueue[Bytes | None]()
@@ -31,20 +31,20 @@ class Buffers:
             self._free.put(None)
 
     def take(self) -> Bytes:
-        """A buffer; waits while all are out."""
-        found = self._free.get()
-        return np.frombuffer(mmap.mmap(-1, self._size), dtype=np.uint8) if found is None else found
+        """Take a buffer; blocks while all are in use."""
+        buffer = self._free.get()
+        return np.frombuffer(mmap.mmap(-1, self._size), dtype=np.uint8) if buffer is None else buffer
 
     def give(self, buffer: Bytes) -> None:
-        """Back for the next one."""
+        """Return a buffer to the pool."""
         self._free.put(buffer)
 
 
 def create(path: Path, direct: bool) -> int:
-    """A new file for writing, past the page cache if `direct` and the file system can.
+    """Create a file for writing, with `O_DIRECT` if `direct` is set and the file system supports it.
 
     Raises:
-        OSError: it exists, or cannot be made.
+        OSError: it exists, or cannot be created.
     """
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     try:
@@ -52,27 +52,28 @@ def create(path: Path, direct: bool) -> int:
     except OSError as error:
         if not direct or error.errno != errno.EINVAL:
             raise
-        path.unlink(missing_ok=True)  # some file systems refuse after they have made it
+        path.unlink(missing_ok=True)  # some file systems refuse only after creating it
         return os.open(path, flags, 0o666)
 
 
-def _through_cache(fd: int) -> bool:
-    """Let a descriptor write through the page cache from here on; whether it did not before."""
+def _disable_direct(fd: int) -> bool:
+    """Clear `O_DIRECT` on a descriptor; returns whether it was set."""
     flags = fcntl.fcntl(fd, fcntl.F_GETFL)
     fcntl.fcntl(fd, fcntl.F_SETFL, flags & ~os.O_DIRECT)
     return bool(flags & os.O_DIRECT)
 
 
 def write_at(fd: int, offset: int, data: memoryview) -> None:
-    """Write all of `data` at `offset`; for a direct file all three must be multiples of ALIGN.
+    """Write all of `data` at `offset`; with `O_DIRECT`, address, offset and length must be multiples of ALIGN.
 
     Raises:
         OSError: the disk is full or broken.
     """
-    done = 0
-    while done < len(data):
+    position = 0
+    while position < len(data):
         try:
-            done += os.pwrite(fd, data[done:], offset + done)
+            position += os.pwrite(fd, data[position:], offset + position)
         except OSError as error:
-            if error.errno != errno.EINVAL or not _through_cache(fd):
+            # EINVAL: the file system takes no direct write of this shape, or a short write left an unaligned rest.
+            if error.errno != errno.EINVAL or not _disable_direct(fd):
                 raise

@@ -1,12 +1,12 @@
 """`manifest.json`: what a checkpoint holds, precise enough to read it on another mesh and to name any damaged file.
 
 format, version        so that a later release knows what it reads
-save_id                the same text stands in the header of every shard: generations cannot mix unseen
-iteration, state       the training state (cursor, counters), mesh, model_config, versions of the libraries
-weights                name -> shape, dtype, cut, stage, parts; a part is a slice in a file
-optimizer              name -> parts; a part is a range of the flattened local slice: fp32 master and moments in a file
+save_id                repeated in the header of every shard file: files of different saves cannot mix unnoticed
+iteration, state       the training state (data cursor, counters), mesh, model_config, library versions
+weights                name -> shape, dtype, cut (tensor-parallel sharding), stage, parts; a part is a shard: a slice in a file
+optimizer              name -> parts; here a shard is a range of the flattened local slice: fp32 master and moments
 files                  name -> size, SHA-256 of every block (`block_hashes.py`)
-sha256                 of all the rest, so that a flipped bit in this file is seen as well
+sha256                 of everything else, so that a flipped bit in this file is detected too
 """
 
 from __future__ import annotations
@@ -19,11 +19,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from megatron.checkpoint.block_hashes import FileEntry, file_entry
-from megatron.checkpoint.damage import DamagedCheckpoint
-from megatron.checkpoint.layout import MANIFEST, iteration_of
+from megatron.checkpoint.layout import MANIFEST, iteration_of, tp_rank_of
 from megatron.checkpoint.regions import FlatRange
 from megatron.checkpoint.validate import check_body
-from megatron.errors import CheckpointError
+from megatron.errors import CheckpointError, DamagedCheckpoint
 from megatron.files import read_json, write_text
 from megatron.parallel.shard_spec import Slice
 
@@ -33,7 +32,7 @@ _READABLE = (1, VERSION)  # version 1 had one hash per file
 
 
 @dataclass(frozen=True)
-class WeightPart:
+class WeightShard:
     """One stored slice of a weight: `[start, stop)` on `dim` of the global tensor (dim None: all of it), in `file`."""
 
     file: str
@@ -41,35 +40,52 @@ class WeightPart:
     start: int
     stop: int
 
+    @property
+    def tp(self) -> int | None:
+        """The tensor-parallel rank that wrote it."""
+        return tp_rank_of(self.file)
+
 
 @dataclass(frozen=True)
 class WeightEntry:
-    """A weight under its logical name: global shape, dtype, tensor-parallel cut, stage index, stored parts."""
+    """A weight under its logical name.
+
+    Attributes:
+        shape: of the global tensor.
+        dtype: name without the `torch.` prefix.
+        cut: how tensor parallelism shards it (`parallel/shard_spec.py`).
+        stage: index in the flat list of pipeline stages.
+        parts: its stored shards.
+    """
 
     shape: tuple[int, ...]
     dtype: str
     cut: str
     stage: int
-    parts: tuple[WeightPart, ...]
+    parts: tuple[WeightShard, ...]
 
-    def slice_of(self, part: WeightPart) -> Slice:
-        """The slice of the global tensor that a part holds."""
-        return Slice(self.shape, part.dim, part.start, part.stop)
+    def slice_of(self, shard: WeightShard) -> Slice:
+        """The slice of the global tensor that a shard holds."""
+        return Slice(self.shape, shard.dim, shard.start, shard.stop)
 
-    def optimizer_span(self, part: OptimizerPart) -> FlatRange:
-        """The range of this weight's flattened slice that a stored optimizer part covers."""
-        return FlatRange(Slice(self.shape, part.dim, part.start, part.stop), part.range_start, part.range_stop)
+    def optimizer_span(self, shard: OptimizerShard) -> FlatRange:
+        """The range of this weight's flattened slice that an optimizer shard covers."""
+        return FlatRange(Slice(self.shape, shard.dim, shard.start, shard.stop), shard.range_start, shard.range_stop)
 
 
 @dataclass(frozen=True)
-class OptimizerPart:
-    """The optimizer's numbers for `[range_start, range_stop)` of a flattened local slice (dim, start, stop as in
-    WeightPart).
+class OptimizerShard:
+    """Optimizer state of `[range_start, range_stop)` of a flattened local slice (dim, start, stop as in WeightShard).
 
-    In `file` lie `master/<name>` (fp32) and `<moment>/<name>` for each of `moments`; `step` is the parameter's
-    update count.
-    pp, tp: the rank that held it. The ranges of one (pp, tp) tile the slice; parameters that are replicated over
-    tensor ranks, and a tied output projection, are held by several.
+    The ranges of one (pp, tp) rank tile the slice. Parameters that are replicated over tensor-parallel ranks, and a tied
+    output projection, are stored by several ranks.
+
+    Attributes:
+        file: holds `master/<name>` (fp32) and `<moment>/<name>` for each of `moments`.
+        pp: pipeline rank that wrote it.
+        tp: tensor-parallel rank that wrote it.
+        step: the parameter's update count.
+        moments: names of the optimizer's moments, such as `exp_avg`.
     """
 
     file: str
@@ -85,13 +101,13 @@ class OptimizerPart:
 
     @property
     def holder(self) -> tuple[int | None, int, int, int, int]:
-        """What the parts that tile one slice have in common: the slice, and the ranks that held it."""
+        """What the shards that tile one slice share: the slice, and the (pp, tp) rank that wrote them."""
         return (self.dim, self.start, self.stop, self.pp, self.tp)
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """The whole description; see the head of this file."""
+    """The complete description; the module's docstring explains the fields."""
 
     iteration: int
     save_id: str
@@ -102,7 +118,7 @@ class Manifest:
     facts: Mapping[str, Any]
     versions: Mapping[str, str]
     weights: Mapping[str, WeightEntry]
-    optimizer: Mapping[str, tuple[OptimizerPart, ...]]
+    optimizer: Mapping[str, tuple[OptimizerShard, ...]]
     files: Mapping[str, FileEntry]
     format: str = FORMAT
     version: int = VERSION
@@ -121,27 +137,33 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     write_text(folder / MANIFEST, json.dumps(body, indent=1, ensure_ascii=False) + "\n")
 
 
-def _damaged(path: Path, why: str) -> DamagedCheckpoint:
-    return DamagedCheckpoint("the checkpoint's manifest is damaged", where=str(path), why=why, hint="use an older checkpoint")
+def _damaged(path: Path, reason: str) -> DamagedCheckpoint:
+    return DamagedCheckpoint(
+        "the checkpoint's manifest is damaged", where=str(path), why=reason, hint="use an older checkpoint"
+    )
 
 
 def _plain_name(name: str) -> bool:
-    """Whether a file name of the manifest stays inside the checkpoint's folder."""
+    """Whether a file name in the manifest stays inside the checkpoint's folder."""
     path = PurePosixPath(name)
     return bool(name) and not path.is_absolute() and ".." not in path.parts and "\\" not in name and "\0" not in name
 
 
 def weight_entry(value: Mapping[str, Any]) -> WeightEntry:
-    """A weight's entry from its JSON; KeyError or TypeError when a field is missing."""
-    parts = tuple(WeightPart(**part) for part in value["parts"])
-    return WeightEntry(tuple(value["shape"]), value["dtype"], value["cut"], value["stage"], parts)
+    """Parse a weight's entry.
+
+    Raises:
+        KeyError, TypeError: a field is missing.
+    """
+    shards = tuple(WeightShard(**shard) for shard in value["parts"])
+    return WeightEntry(tuple(value["shape"]), value["dtype"], value["cut"], value["stage"], shards)
 
 
 def _build(body: dict[str, Any]) -> Manifest:
     weights = {name: weight_entry(value) for name, value in body["weights"].items()}
     optimizer = {
-        name: tuple(OptimizerPart(**{**part, "moments": tuple(part["moments"])}) for part in parts)
-        for name, parts in body["optimizer"].items()
+        name: tuple(OptimizerShard(**{**shard, "moments": tuple(shard["moments"])}) for shard in shards)
+        for name, shards in body["optimizer"].items()
     }
     files = {name: file_entry(entry) for name, entry in body["files"].items()}
     return Manifest(**{**body, "weights": weights, "optimizer": optimizer, "files": files})
@@ -151,8 +173,8 @@ def read_manifest(path: str | Path) -> Manifest:
     """Read and check the manifest of a checkpoint folder.
 
     Raises:
-        CheckpointError: absent, not JSON, of another format or version, altered, or of another step than its folder
-            says.
+        CheckpointError: the manifest is absent, not JSON, altered, of another format or version, or its step differs from
+            the folder's name.
     """
     path = Path(path)
     file = path / MANIFEST
@@ -164,8 +186,8 @@ def read_manifest(path: str | Path) -> Manifest:
             if any(path.glob("*_states.pt"))
             else ""
         )
-        why = "manifest.json is missing, the save was never finished" if path.is_dir() else "no such folder"
-        raise DamagedCheckpoint("not a checkpoint", where=str(path), why=why + pickles) from None
+        reason = "manifest.json is missing, the save was never finished" if path.is_dir() else "no such folder"
+        raise DamagedCheckpoint("not a checkpoint", where=str(path), why=reason + pickles) from None
     except (OSError, ValueError) as error:
         raise _damaged(file, f"not readable as JSON ({error})") from error
     if not isinstance(body, dict) or body.get("format") != FORMAT:
@@ -175,7 +197,7 @@ def read_manifest(path: str | Path) -> Manifest:
     version = body.get("version")
     if type(version) is int and version > VERSION:
         raise CheckpointError(
-            "the checkpoint is of another release",
+            "the checkpoint was written by a newer release",
             where=str(file),
             why=f"version {version}, this code reads {' and '.join(map(str, _READABLE))}",
         )
@@ -199,8 +221,8 @@ def _cross_check(path: Path, manifest: Manifest) -> None:
             why=f"the manifest is of step {manifest.iteration}",
             hint="rename the folder back",
         )
-    used = {part.file for entry in manifest.weights.values() for part in entry.parts}
-    used |= {part.file for parts in manifest.optimizer.values() for part in parts}
-    for name in [*manifest.files, *used]:
+    shard_files = {shard.file for entry in manifest.weights.values() for shard in entry.parts}
+    shard_files |= {shard.file for shards in manifest.optimizer.values() for shard in shards}
+    for name in [*manifest.files, *shard_files]:
         if not _plain_name(name) or name not in manifest.files:
             raise _damaged(path / MANIFEST, f"'{name}' is not a listed file inside the checkpoint")

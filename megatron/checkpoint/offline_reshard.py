@@ -1,7 +1,7 @@
-"""Write a checkpoint again for another mesh, without an engine and without processes.
+"""Rewrites a checkpoint for another mesh, without an engine and without processes.
 
-No run needs this, since loading re-cuts. It is for moving: fewer, larger files, or files cut so that each rank of the next
-run reads its own only. One rank's share is in memory at a time.
+No run needs this, since loading reshards. It is for archiving and moving: fewer, larger files, or files sharded so that each
+rank of the next run reads only its own. One rank's share is in memory at a time.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from megatron.checkpoint.layout import rng_file
 from megatron.checkpoint.load import read_slices
 from megatron.checkpoint.manifest import Manifest, read_manifest
 from megatron.checkpoint.regions import FlatRange
-from megatron.checkpoint.reshard import Place
-from megatron.checkpoint.rng_state import saved_streams
+from megatron.checkpoint.reshard import MeshPosition
+from megatron.checkpoint.rng_state import saved_rng_file
 from megatron.checkpoint.safetensors_writer import write_files
 from megatron.checkpoint.save import CheckpointMetadata, describe
 from megatron.checkpoint.shard_contents import ShardContents, add_optimizer, add_weights, local_slice
-from megatron.checkpoint.shard_manifests import write_receipt
-from megatron.checkpoint.tensor_reader import Source
+from megatron.checkpoint.shard_manifests import write_shard_manifest
+from megatron.checkpoint.tensor_reader import CheckpointReader
 from megatron.engine.base import OptimizerSlice
 from megatron.engine.stages import balanced_bounds
 from megatron.errors import CheckpointError
@@ -32,15 +32,15 @@ from megatron.parallel.shard_spec import ParamSpec
 
 
 def specs_of(manifest: Manifest) -> dict[str, ParamSpec]:
-    """What the manifest knows of each parameter, as specs (role and decay are not stored and do not matter here)."""
-    found = {}
-    for name, entry in manifest.weights.items():
-        found[name] = ParamSpec(name, entry.shape, entry.cut, "input", True, entry.stage)  # type: ignore[arg-type]
-    return found
+    """The manifest's parameters as specs (role and weight decay are not stored and do not matter here)."""
+    return {
+        name: ParamSpec(name, entry.shape, entry.cut, "input", True, entry.stage)  # type: ignore[arg-type]
+        for name, entry in manifest.weights.items()
+    }
 
 
 def _stage_ranks(specs: dict[str, ParamSpec], pp: int) -> dict[int, int]:
-    """NeoX stage number -> pipeline rank: blocks in equal numbers, the rest beside them."""
+    """NeoX stage number -> pipeline rank: blocks are divided evenly, the other stages go with their neighbours."""
     stages = sorted({spec.stage for spec in specs.values()})
     last = max(s.stage for n, s in specs.items() if ".layers." in n)
     bounds = balanced_bounds([float(2 <= stage <= last) for stage in stages], pp)
@@ -52,27 +52,27 @@ def _ranges(length: int, mesh: Mesh) -> tuple[int, int]:
     return length * mesh.dp_rank // mesh.dp, length * (mesh.dp_rank + 1) // mesh.dp
 
 
-def _holdings(source: Source, mesh: Mesh, specs: dict[str, ParamSpec], ranks: dict[int, int]) -> ShardContents:
+def _contents(reader: CheckpointReader, mesh: Mesh, specs: dict[str, ParamSpec], ranks: dict[int, int]) -> ShardContents:
     """What one rank of the new mesh writes."""
-    manifest, holdings, place = source.manifest, ShardContents(), Place(mesh.pp_rank, mesh.tp_rank)
-    own = [name for name, spec in specs.items() if ranks[spec.stage] == mesh.pp_rank]
+    manifest, contents, position = reader.manifest, ShardContents(), MeshPosition(mesh.pp_rank, mesh.tp_rank)
+    names = [name for name, spec in specs.items() if ranks[spec.stage] == mesh.pp_rank]
     if mesh.dp_rank == 0:
-        wanted = (source.wanted_weight(name, local_slice(specs[name], mesh), place) for name in own)
-        weights: dict[str, Tensor] = dict(zip(own, source.tensors(wanted), strict=True))
-        add_weights(holdings, weights, specs, mesh)
+        requests = (reader.weight_request(name, local_slice(specs[name], mesh), position) for name in names)
+        weights: dict[str, Tensor] = dict(zip(names, reader.tensors(requests), strict=True))
+        add_weights(contents, weights, specs, mesh)
     if manifest.optimizer:
         plans = {}
-        for name in own:
-            part = local_slice(specs[name], mesh)
-            start, stop = _ranges(FlatRange.whole(part).stop, mesh)
+        for name in names:
+            local = local_slice(specs[name], mesh)
+            start, stop = _ranges(FlatRange.full(local).stop, mesh)
             if start < stop:
-                plans[name] = source.optimizer_reads(name, FlatRange(part, start, stop), place)
-        slices: dict[str, OptimizerSlice] = read_slices(source, plans)
-        add_optimizer(holdings, slices, specs, mesh)
-    streams = saved_streams(manifest, mesh)
-    if streams is not None:
-        holdings.files[rng_file(mesh.rank)] = source.whole_file(streams)
-    return holdings
+                plans[name] = reader.optimizer_reads(name, FlatRange(local, start, stop), position)
+        slices: dict[str, OptimizerSlice] = read_slices(reader, plans)
+        add_optimizer(contents, slices, specs, mesh)
+    rng_source = saved_rng_file(manifest, mesh)
+    if rng_source is not None:
+        contents.files[rng_file(mesh.rank)] = reader.read_file(rng_source)
+    return contents
 
 
 def _meshes(pp: int, dp: int, tp: int) -> Iterator[Mesh]:
@@ -80,15 +80,22 @@ def _meshes(pp: int, dp: int, tp: int) -> Iterator[Mesh]:
 
 
 def reshard(path: str | Path, output: str | Path, *, pp: int, dp: int, tp: int) -> Path:
-    """Write the checkpoint at `path` again for `pp x dp x tp` processes, below the save folder `output`.
+    """Rewrite a checkpoint for another mesh.
 
-    Random numbers are carried over where pipeline and data sizes stay; elsewhere they begin again at the load, as always.
+    Random number states are carried over if the pipeline and data-parallel sizes stay; otherwise the load reseeds, as always.
+
+    Args:
+        path: a `global_step<N>` folder.
+        output: the save folder to write into.
+        pp: pipeline-parallel size.
+        dp: data-parallel size.
+        tp: tensor-parallel size.
 
     Returns:
         `<output>/global_step<N>`.
 
     Raises:
-        CheckpointError: damage in what is read, a size that does not divide, or `output` is the checkpoint's own folder.
+        CheckpointError: the checkpoint is damaged, a size does not divide the model, or `output` is its own save folder.
     """
     path, output = Path(path), Path(output)
     manifest = read_manifest(path)
@@ -100,7 +107,7 @@ def reshard(path: str | Path, output: str | Path, *, pp: int, dp: int, tp: int) 
         for spec in specs.values():
             local_slice(spec, Mesh(1, 1, tp, 0))
     except ValueError as error:
-        raise CheckpointError(f"the model cannot be cut for tensor size {tp}", where=str(path), why=str(error)) from error
+        raise CheckpointError(f"the model cannot be sharded for tensor size {tp}", where=str(path), why=str(error)) from error
     save_id = commit.new_save_id()
     temporary = commit.temporary_folder(output, manifest.iteration, save_id)
     output.mkdir(parents=True, exist_ok=True)
@@ -108,13 +115,13 @@ def reshard(path: str | Path, output: str | Path, *, pp: int, dp: int, tp: int) 
     commit.check_space(output, sum(entry.size for entry in manifest.files.values()))
     temporary.mkdir()
     try:
-        with Source(path, manifest) as source:
+        with CheckpointReader(path, manifest) as reader:
             for mesh in _meshes(pp, dp, tp):
-                holdings = _holdings(source, mesh, specs, ranks)
+                contents = _contents(reader, mesh, specs, ranks)
                 header = {"save_id": save_id, "iteration": str(manifest.iteration)}
-                write_receipt(temporary, mesh.rank, holdings, write_files(temporary, holdings.files, header))
+                write_shard_manifest(temporary, mesh.rank, contents, write_files(temporary, contents.files, header))
         sizes = {"pp": pp, "dp": dp, "tp": tp}
-        describe(temporary, sizes, save_id, manifest.state, _companions(path, manifest), manifest.engine)
+        describe(temporary, sizes, save_id, manifest.state, _metadata(path, manifest), manifest.engine)
         return commit.publish(temporary, manifest.iteration)
     except BaseException as error:
         commit.discard(temporary)
@@ -123,8 +130,8 @@ def reshard(path: str | Path, output: str | Path, *, pp: int, dp: int, tp: int) 
         raise
 
 
-def _companions(path: Path, manifest: Manifest) -> CheckpointMetadata:
-    """Configs and tokenizer of the old one, checked."""
+def _metadata(path: Path, manifest: Manifest) -> CheckpointMetadata:
+    """Configs and tokenizer of the old checkpoint, verified."""
     texts, tokenizer = {}, {}
     for name, entry in manifest.files.items():
         folder, _, file = name.partition("/")

@@ -1,8 +1,8 @@
-"""Arithmetic of slices: which part of which stored piece fills which part of a wanted tensor.
+"""Arithmetic of resharding: which elements of which stored shard fill which elements of a target tensor.
 
-A piece is a `FlatRange`: a range of the flattened slice of a global tensor. That is how both weights (the range is the whole
-slice) and optimizer states (ZeRO cuts flattened slices anywhere) are stored, so one function re-cuts both. Nothing here
-reads a file, so that it can be tested over all pairs of meshes.
+A stored shard is a `FlatRange`: a range of the flattened slice of a global tensor. Weights (the range is the full slice) and
+optimizer states (ZeRO splits flattened slices anywhere) have this form, so one function reshards both. Nothing here reads a
+file, so all pairs of meshes can be tested.
 """
 
 from __future__ import annotations
@@ -18,27 +18,32 @@ Region = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True)
 class FlatRange:
-    """`[start, stop)` of the flattened slice `part` of a global tensor."""
+    """`[start, stop)` of the flattened slice `base` of a global tensor."""
 
-    part: Slice
+    base: Slice
     start: int
     stop: int
 
     @classmethod
-    def whole(cls, part: Slice) -> FlatRange:
-        """All of a slice."""
-        return cls(part, 0, prod(part.local_shape))
+    def full(cls, base: Slice) -> FlatRange:
+        """All elements of a slice."""
+        return cls(base, 0, prod(base.local_shape))
 
 
 @dataclass(frozen=True)
 class CopyRange:
-    """Take elements of stored piece number `piece` to the wanted one; both are flat, all numbers count elements.
+    """A strided copy from one stored shard to the target; both are flat, and all numbers count elements.
 
-    size: lengths of the loops. source, target: where the first element lies. source_strides, target_strides: steps of
-    each loop. An empty `size` is one element; a `size` of one entry with strides 1 is one contiguous run.
+    Attributes:
+        shard: index of the stored shard.
+        size: loop lengths; empty is a single element, one entry with strides 1 is one contiguous run.
+        source: offset of the first element in the shard.
+        source_strides: source step of each loop.
+        target: offset of the first element in the target.
+        target_strides: target step of each loop.
     """
 
-    piece: int
+    shard: int
     size: tuple[int, ...]
     source: int
     source_strides: tuple[int, ...]
@@ -47,7 +52,7 @@ class CopyRange:
 
     @property
     def source_stop(self) -> int:
-        """One beyond the last element that is read."""
+        """One past the last element that is read."""
         return self.source + 1 + sum((n - 1) * s for n, s in zip(self.size, self.source_strides, strict=True))
 
     @property
@@ -56,24 +61,19 @@ class CopyRange:
         return self.source_stop - self.source == prod(self.size)
 
 
-def box_of(part: Slice) -> Region:
-    """The box that a rank's slice covers."""
-    return tuple((part.start, part.stop) if i == part.dim else (0, n) for i, n in enumerate(part.shape))
-
-
-def volume(box: Region) -> int:
-    """Number of elements of a box."""
-    return prod(max(0, stop - start) for start, stop in box)
+def region_of(base: Slice) -> Region:
+    """The region of the global tensor that a rank's slice covers."""
+    return tuple((base.start, base.stop) if i == base.dim else (0, n) for i, n in enumerate(base.shape))
 
 
 def overlap(a: Region, b: Region) -> Region | None:
-    """The common part of two boxes, None when they have none."""
+    """The intersection of two regions; None when it is empty."""
     common = tuple((max(p, r), min(q, s)) for (p, q), (r, s) in zip(a, b, strict=True))
     return common if all(start < stop for start, stop in common) else None
 
 
-def range_boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Region]:
-    """A range of a flattened tensor as boxes, at most `2 * len(shape) - 1` of them."""
+def range_regions(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Region]:
+    """Split a range of a flattened tensor into at most `2 * len(shape) - 1` rectangular regions."""
     if start >= stop:
         return
     if not shape:
@@ -82,36 +82,37 @@ def range_boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Regio
     row = prod(shape[1:])
     first, last = start // row, (stop - 1) // row
     if first == last:
-        yield from (((first, first + 1), *box) for box in range_boxes(shape[1:], start - first * row, stop - first * row))
+        yield from (
+            ((first, first + 1), *region) for region in range_regions(shape[1:], start - first * row, stop - first * row)
+        )
         return
     if start % row:
-        yield from (((first, first + 1), *box) for box in range_boxes(shape[1:], start % row, row))
+        yield from (((first, first + 1), *region) for region in range_regions(shape[1:], start % row, row))
         first += 1
     if stop % row:
-        yield from (((last, last + 1), *box) for box in range_boxes(shape[1:], 0, stop % row))
+        yield from (((last, last + 1), *region) for region in range_regions(shape[1:], 0, stop % row))
         last -= 1
     if first <= last:
         yield ((first, last + 1), *((0, n) for n in shape[1:]))
 
 
-def _global_boxes(span: FlatRange) -> list[Region]:
-    base = [start for start, _ in box_of(span.part)]
-    found = range_boxes(span.part.local_shape, span.start, span.stop)
-    return [tuple((a + o, b + o) for (a, b), o in zip(box, base, strict=True)) for box in found]
+def _global_regions(span: FlatRange) -> list[Region]:
+    origin = [start for start, _ in region_of(span.base)]
+    local = range_regions(span.base.local_shape, span.start, span.stop)
+    return [tuple((a + o, b + o) for (a, b), o in zip(region, origin, strict=True)) for region in local]
 
 
-def _place(box: Region, span: FlatRange) -> tuple[int, tuple[int, ...]]:
-    """Where a box begins in the flat piece of `span`, and the strides in it."""
-    shape, strides = span.part.local_shape, []
-    for i in range(len(shape)):
-        strides.append(prod(shape[i + 1 :]))
-    base = [start for start, _ in box_of(span.part)]
-    begin = sum((start - o) * s for (start, _), o, s in zip(box, base, strides, strict=True))
-    return begin - span.start, tuple(strides)
+def _offset_and_strides(region: Region, span: FlatRange) -> tuple[int, tuple[int, ...]]:
+    """Where a region begins in the flat range `span`, and its strides there."""
+    shape = span.base.local_shape
+    strides = tuple(prod(shape[i + 1 :]) for i in range(len(shape)))
+    origin = [start for start, _ in region_of(span.base)]
+    begin = sum((start - o) * s for (start, _), o, s in zip(region, origin, strides, strict=True))
+    return begin - span.start, strides
 
 
-def _joined(copy: CopyRange) -> CopyRange:
-    """The same copy with as few loops as possible: neighbours that form one run in source and target are merged."""
+def _coalesced(copy: CopyRange) -> CopyRange:
+    """The same copy with as few loops as possible: adjacent loops that form one run in source and target are merged."""
     loops: list[tuple[int, int, int]] = []
     for n, s, t in zip(copy.size, copy.source_strides, copy.target_strides, strict=True):
         if n == 1:
@@ -121,38 +122,42 @@ def _joined(copy: CopyRange) -> CopyRange:
         else:
             loops.append((n, s, t))
     size, source, target = zip(*loops, strict=True) if loops else ((), (), ())
-    return CopyRange(copy.piece, tuple(size), copy.source, tuple(source), copy.target, tuple(target))
+    return CopyRange(copy.shard, tuple(size), copy.source, tuple(source), copy.target, tuple(target))
 
 
-def _copies(want: FlatRange, wanted: list[Region], stored: FlatRange, piece: int) -> Iterator[CopyRange]:
-    if want.part == stored.part:  # flat in both: one run, whatever the shape
-        start, stop = max(want.start, stored.start), min(want.stop, stored.stop)
+def _copies(target: FlatRange, target_regions: list[Region], stored: FlatRange, shard: int) -> Iterator[CopyRange]:
+    # The same slice on both sides: flat positions agree, so the overlap is one run whatever the shape.
+    if target.base == stored.base:
+        start, stop = max(target.start, stored.start), min(target.stop, stored.stop)
         if start < stop:
-            yield _joined(CopyRange(piece, (stop - start,), start - stored.start, (1,), start - want.start, (1,)))
+            yield _coalesced(CopyRange(shard, (stop - start,), start - stored.start, (1,), start - target.start, (1,)))
         return
-    for have in _global_boxes(stored):
-        for need in wanted:
-            common = overlap(need, have)
+    for stored_region in _global_regions(stored):
+        for target_region in target_regions:
+            common = overlap(target_region, stored_region)
             if common is not None:
-                source, source_strides = _place(common, stored)
-                target, target_strides = _place(common, want)
                 size = tuple(stop - start for start, stop in common)
-                yield _joined(CopyRange(piece, size, source, source_strides, target, target_strides))
+                yield _coalesced(
+                    CopyRange(shard, size, *_offset_and_strides(common, stored), *_offset_and_strides(common, target))
+                )
 
 
-def fill(want: FlatRange, stored: Sequence[FlatRange]) -> list[CopyRange]:
-    """How to fill `want` from stored pieces of the same global tensor.
+def fill(target: FlatRange, stored: Sequence[FlatRange]) -> list[CopyRange]:
+    """The copies that fill `target` from stored shards of the same global tensor.
 
     Args:
-        want: of the tensor's global shape, like all of `stored`.
-        stored: pieces that do not overlap; replicas must have been left out (see `reshard.py`).
+        target: the elements to fill.
+        stored: shards that do not overlap; the caller has dropped replicas (`reshard.py`).
+
+    Returns:
+        Copies that together write every element of `target` once.
 
     Raises:
-        ValueError: the pieces leave a hole in `want` or lie on top of each other.
+        ValueError: the shards overlap, or do not cover `target`.
     """
-    wanted = _global_boxes(want)
-    result = [copy for i, span in enumerate(stored) for copy in _copies(want, wanted, span, i)]
-    filled = sum(prod(copy.size) for copy in result)
-    if filled != want.stop - want.start:
-        raise ValueError(f"the stored pieces cover {filled} of {want.stop - want.start} elements")
-    return result
+    target_regions = _global_regions(target)
+    copies = [copy for i, span in enumerate(stored) for copy in _copies(target, target_regions, span, i)]
+    filled = sum(prod(copy.size) for copy in copies)
+    if filled != target.stop - target.start:
+        raise ValueError(f"the stored shards cover {filled} of {target.stop - target.start} elements")
+    return copies

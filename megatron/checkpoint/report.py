@@ -1,4 +1,4 @@
-"""What a checkpoint holds, and how two of them differ, as text for a person: behind `tools/checkpoint.py`."""
+"""Text for `tools/checkpoint.py`: the content of a checkpoint, and the differences between two."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron.checkpoint.compare import differences, model_differences
 from megatron.checkpoint.load import read_slices
 from megatron.checkpoint.manifest import Manifest, read_manifest
 from megatron.checkpoint.regions import FlatRange
-from megatron.checkpoint.tensor_reader import Source
+from megatron.checkpoint.tensor_reader import CheckpointReader
 from megatron.parallel.shard_spec import Slice
 
 
@@ -25,12 +25,17 @@ def _size(count: float) -> str:
     return f"{count:.1f} TB"
 
 
-def _numbers(manifest: Manifest) -> int:
-    return sum(FlatRange.whole(Slice(entry.shape, None, 0, 0)).stop for entry in manifest.weights.values())
+def _parameter_count(manifest: Manifest) -> int:
+    return sum(FlatRange.full(Slice(entry.shape, None, 0, 0)).stop for entry in manifest.weights.values())
 
 
 def inspect(path: str | Path, tensors: bool = False) -> str:
-    """A page about one checkpoint: step, mesh, model, sizes, versions. tensors: also one line per weight."""
+    """A page about one checkpoint: step, mesh, model, sizes, versions.
+
+    Args:
+        path: a `global_step<N>` folder.
+        tensors: add one line per weight.
+    """
     manifest = read_manifest(path)
     kinds: dict[str, list[int]] = {}
     for name, entry in manifest.files.items():
@@ -43,7 +48,7 @@ def inspect(path: str | Path, tensors: bool = False) -> str:
     lines = [
         f"{path}: step {manifest.iteration}, save {manifest.save_id}, format {manifest.format} {manifest.version}",
         "mesh       " + " x ".join(f"{axis} {size}" for axis, size in manifest.mesh.items()),
-        f"weights    {len(manifest.weights)} tensors, {_numbers(manifest):,} parameters, {', '.join(dtypes)}",
+        f"weights    {len(manifest.weights)} tensors, {_parameter_count(manifest):,} parameters, {', '.join(dtypes)}",
         f"optimizer  {'fp32 master, ' + ', '.join(moments) if manifest.optimizer else 'none'}",
         "files      " + ", ".join(f"{kind} {len(sizes)} ({_size(sum(sizes))})" for kind, sizes in sorted(kinds.items())),
         "state      " + json.dumps(dict(manifest.state)),
@@ -62,7 +67,7 @@ def inspect(path: str | Path, tensors: bool = False) -> str:
 
 
 def _difference(a: Tensor, b: Tensor) -> str:
-    """Empty when bitwise identical, else how far apart."""
+    """Empty when bitwise identical, else the number of differing elements and the largest difference."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return f"{a.dtype} {list(a.shape)} and {b.dtype} {list(b.shape)}"
     if torch.equal(a.view(-1).view(torch.uint8), b.view(-1).view(torch.uint8)):
@@ -71,39 +76,39 @@ def _difference(a: Tensor, b: Tensor) -> str:
     return f"{int((apart != 0).sum())} of {a.numel()} elements, at most {float(apart.nan_to_num(float('inf')).max()):.3g} apart"
 
 
-def _tensors(source: Source, name: str, optimizer: bool) -> dict[str, Tensor]:
+def _tensors(reader: CheckpointReader, name: str, optimizer: bool) -> dict[str, Tensor]:
     """A parameter's full weight, and its full optimizer state."""
-    found = {"weight": source.weight(name)}
+    tensors = {"weight": reader.weight(name)}
     if optimizer:
-        span = FlatRange.whole(Slice(source.manifest.weights[name].shape, None, 0, 0))
-        own = read_slices(source, {name: source.optimizer_reads(name, span)})[name]
-        found |= {"master": own.master, **own.moments, "step": torch.tensor(own.step)}
-    return found
+        span = FlatRange.full(Slice(reader.manifest.weights[name].shape, None, 0, 0))
+        state = read_slices(reader, {name: reader.optimizer_reads(name, span)})[name]
+        tensors |= {"master": state.master, **state.moments, "step": torch.tensor(state.step)}
+    return tensors
 
 
 def diff(a: str | Path, b: str | Path) -> Iterator[str]:
-    """Lines that say what differs, tensors compared bitwise whatever mesh each was saved on; none when all is equal.
+    """One line per difference; tensors are compared bitwise, whatever mesh each was saved on.
 
     Raises:
         CheckpointError: one of them is damaged.
     """
     first, second = read_manifest(a), read_manifest(b)
-    for what in ("state", "model_config", "engine"):
-        compare = model_differences if what == "model_config" else differences
-        for text in compare(dict(getattr(first, what)), dict(getattr(second, what))).values():
-            yield f"{what}: " + text.replace(" in the checkpoint", " in the first").replace(" here", " in the second")
+    for section in ("state", "model_config", "engine"):
+        compare = model_differences if section == "model_config" else differences
+        for text in compare(dict(getattr(first, section)), dict(getattr(second, section))).values():
+            yield f"{section}: " + text.replace(" in the checkpoint", " in the first").replace(" here", " in the second")
     for name in sorted(set(first.weights) ^ set(second.weights)):
         yield f"{name}: only in the {'first' if name in first.weights else 'second'}"
     both = bool(first.optimizer) and bool(second.optimizer)
     if bool(first.optimizer) != bool(second.optimizer):
         yield f"optimizer state: only in the {'first' if first.optimizer else 'second'}"
-    with Source(Path(a), first) as one, Source(Path(b), second) as two:
+    with CheckpointReader(Path(a), first) as first_reader, CheckpointReader(Path(b), second) as second_reader:
         for name in sorted(set(first.weights) & set(second.weights)):
             if first.weights[name].shape != second.weights[name].shape:
                 yield f"{name}: shape {list(first.weights[name].shape)} and {list(second.weights[name].shape)}"
                 continue
-            left, right = _tensors(one, name, both), _tensors(two, name, both)
-            for kind in left:
-                text = _difference(left[kind], right[kind]) if kind in right else "only in the first"
+            first_tensors, second_tensors = _tensors(first_reader, name, both), _tensors(second_reader, name, both)
+            for kind in first_tensors:
+                text = _difference(first_tensors[kind], second_tensors[kind]) if kind in second_tensors else "only in the first"
                 if text:
                     yield f"{name} {kind}: {text}"

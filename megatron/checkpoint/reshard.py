@@ -1,8 +1,8 @@
-"""What to read of a checkpoint of any mesh for a rank of any other: pure functions of the manifest and the wanted slices.
+"""Which bytes of a checkpoint, saved on any mesh, a rank of any other mesh reads: pure functions of the manifest.
 
-Each stored piece is a flat run of elements in a file. Of pieces that hold the same numbers (replicas over tensor ranks, the
-two copies of a tied matrix) one is taken: that of this rank's own place when there is one, so that a resume on the same
-mesh reads what the rank itself wrote.
+Each stored shard is a flat run of elements in a file. Of replicas (over tensor-parallel ranks, or the two copies of a tied
+matrix) one is read: the one written at this rank's own mesh position if there is one, so that on the same mesh a resume
+reads what the rank itself wrote.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from megatron.checkpoint.manifest import Manifest, OptimizerPart, WeightEntry
+from megatron.checkpoint.manifest import Manifest, OptimizerShard, WeightEntry
 from megatron.checkpoint.regions import CopyRange, FlatRange, fill
 from megatron.parallel.shard_spec import Slice
 
@@ -19,7 +19,7 @@ MASTER = "master"
 
 @dataclass(frozen=True)
 class Read:
-    """Elements `[start, stop)` of the flattened tensor `key` of `file`, and where they go (relative to `start`)."""
+    """Elements `[start, stop)` of the flattened tensor `key` of `file`, and where they are copied (relative to `start`)."""
 
     file: str
     key: str
@@ -29,56 +29,63 @@ class Read:
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a rank stands, as far as the choice among replicas goes."""
+class MeshPosition:
+    """A rank's pipeline and tensor-parallel coordinates, which decide among replicas."""
 
     pp: int = 0
     tp: int = 0
 
 
-def _reads(want: FlatRange, spans: Sequence[FlatRange], where: Callable[[int], tuple[str, str]]) -> tuple[Read, ...]:
-    """Reads that fill `want`, one for every stored piece that is touched."""
-    touched: dict[int, list[CopyRange]] = {}
-    for copy in fill(want, spans):
-        touched.setdefault(copy.piece, []).append(copy)
-    result = []
-    for piece, copies in touched.items():
+def _reads(target: FlatRange, spans: Sequence[FlatRange], locate: Callable[[int], tuple[str, str]]) -> tuple[Read, ...]:
+    """Reads that fill `target`, one for every stored shard that contributes; `locate` gives a shard's (file, key)."""
+    copies_of: dict[int, list[CopyRange]] = {}
+    for copy in fill(target, spans):
+        copies_of.setdefault(copy.shard, []).append(copy)
+    reads = []
+    for shard, copies in copies_of.items():
         start, stop = min(c.source for c in copies), max(c.source_stop for c in copies)
-        moved = tuple(
-            CopyRange(c.piece, c.size, c.source - start, c.source_strides, c.target, c.target_strides) for c in copies
+        shifted = tuple(
+            CopyRange(c.shard, c.size, c.source - start, c.source_strides, c.target, c.target_strides) for c in copies
         )
-        result.append(Read(*where(piece), start, stop, moved))
-    return tuple(result)
+        reads.append(Read(*locate(shard), start, stop, shifted))
+    return tuple(reads)
 
 
-def weight_reads(name: str, entry: WeightEntry, want: Slice, place: Place) -> tuple[Read, ...]:
-    """How to fill the slice `want` of a weight.
+def weight_reads(name: str, entry: WeightEntry, target: Slice, position: MeshPosition) -> tuple[Read, ...]:
+    """The reads that fill the slice `target` of a weight.
 
     Raises:
-        ValueError: the stored parts leave a hole or overlap.
+        ValueError: the stored shards overlap, or do not cover `target`.
     """
-    ending = f"-model_{place.tp:02d}.safetensors"
-    parts = sorted(entry.parts, key=lambda part: not part.file.endswith(ending))
-    chosen = list({entry.slice_of(part): part for part in reversed(parts)}.values())
-    spans = [FlatRange.whole(entry.slice_of(part)) for part in chosen]
-    return _reads(FlatRange.whole(want), spans, lambda i: (chosen[i].file, name))
+    preferred_first = sorted(entry.parts, key=lambda shard: shard.tp != position.tp)
+    # Replicas cover equal slices: this rank's own is read if there is one, else that of the lowest rank.
+    shards = list({entry.slice_of(shard): shard for shard in reversed(preferred_first)}.values())
+    spans = [FlatRange.full(entry.slice_of(shard)) for shard in shards]
+    return _reads(FlatRange.full(target), spans, lambda i: (shards[i].file, name))
 
 
-def chosen_parts(parts: Iterable[OptimizerPart], place: Place) -> list[OptimizerPart]:
-    """For every stored slice the parts of one holder, the nearest to `place`."""
-    holders: dict[tuple[int | None, int, int], list[OptimizerPart]] = {}
-    for part in parts:
-        holders.setdefault((part.dim, part.start, part.stop), []).append(part)
+def choose_replicas(shards: Iterable[OptimizerShard], position: MeshPosition) -> list[OptimizerShard]:
+    """For every stored slice the shards of one (pp, tp) rank, the nearest to `position`."""
+    replicas: dict[tuple[int | None, int, int], list[OptimizerShard]] = {}
+    for shard in shards:
+        replicas.setdefault((shard.dim, shard.start, shard.stop), []).append(shard)
     chosen = []
-    for same in holders.values():
-        best = min({p.holder for p in same}, key=lambda h: (h[3] != place.pp, h[4] != place.tp, h[3], h[4]))
-        chosen += [p for p in same if p.holder == best]
+    for same in replicas.values():
+        nearest = min({s.holder for s in same}, key=lambda h: (h[3] != position.pp, h[4] != position.tp, h[3], h[4]))
+        chosen += [s for s in same if s.holder == nearest]
     return chosen
 
 
 @dataclass(frozen=True)
 class OptimizerReads:
-    """How to fill one range of one parameter: reads of the master and of each moment; step: updates taken."""
+    """How to fill one range of one parameter's optimizer state.
+
+    Attributes:
+        span: the range.
+        master: reads of the fp32 master weight.
+        moments: name of a moment -> its reads.
+        step: updates taken.
+    """
 
     span: FlatRange
     master: tuple[Read, ...]
@@ -86,18 +93,19 @@ class OptimizerReads:
     step: int
 
 
-def optimizer_reads(manifest: Manifest, name: str, want: FlatRange, place: Place) -> OptimizerReads:
-    """How to fill `want` of a parameter's optimizer state.
+def optimizer_reads(manifest: Manifest, name: str, target: FlatRange, position: MeshPosition) -> OptimizerReads:
+    """The reads that fill the range `target` of a parameter's optimizer state.
 
     Raises:
-        ValueError: there is none, or the stored parts leave a hole or overlap.
+        ValueError: there is none, or the stored shards overlap or do not cover `target`.
     """
-    entry, parts = manifest.weights[name], chosen_parts(manifest.optimizer.get(name, ()), place)
-    if not parts:
+    entry, shards = manifest.weights[name], choose_replicas(manifest.optimizer.get(name, ()), position)
+    if not shards:
         raise ValueError("the checkpoint has no optimizer state of it")
-    spans = [entry.optimizer_span(part) for part in parts]
+    spans = [entry.optimizer_span(shard) for shard in shards]
 
-    def of(kind: str) -> tuple[Read, ...]:
-        return _reads(want, spans, lambda i: (parts[i].file, f"{kind}/{name}"))
+    def reads_of(kind: str) -> tuple[Read, ...]:
+        return _reads(target, spans, lambda i: (shards[i].file, f"{kind}/{name}"))
 
-    return OptimizerReads(want, of(MASTER), {m: of(m) for m in parts[0].moments}, max(part.step for part in parts))
+    moments = {moment: reads_of(moment) for moment in shards[0].moments}
+    return OptimizerReads(target, reads_of(MASTER), moments, max(shard.step for shard in shards))

@@ -1,8 +1,8 @@
-"""Which checkpoints go when a new one has been written (`keep_last_n_checkpoints`).
+"""Deletes old checkpoints when a new one has been written (`keep_last_n_checkpoints`).
 
-Two is the least: while there is one, a damaged file in it is the end of the run. A checkpoint that is kept counts only when
-it is verified: its manifest agrees with its own checksum and every file has the listed length and save. (The bytes were
-hashed while they were written and are hashed again when they are loaded; reading terabytes at each deletion is not done.)
+At least two stay: with only one, a damaged file in it would end the run. A checkpoint counts only if it is verified: its
+manifest matches its own checksum, and every file has the listed size and save id. (The bytes are hashed when they are
+written and again when they are loaded; a deletion does not read terabytes.)
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from megatron.checkpoint.commit import delete_checkpoint
-from megatron.checkpoint.layout import whole_steps
+from megatron.checkpoint.layout import complete_steps
 from megatron.checkpoint.manifest import read_manifest
 from megatron.errors import CheckpointError
 from megatron.files import parse_json
@@ -22,8 +22,8 @@ FEWEST = 2
 _HEADER_LIMIT = 100 << 20
 
 
-def is_whole(path: Path) -> bool:
-    """Whether a checkpoint's manifest is good and all its files have the listed length and the manifest's save id."""
+def is_complete(path: Path) -> bool:
+    """Whether a checkpoint's manifest is valid and all its files have the listed size and the manifest's save id."""
     try:
         manifest = read_manifest(path)
         return all(
@@ -49,48 +49,50 @@ def _save_id(path: Path) -> str | None:
             return ""
 
 
-def superfluous(
-    steps: Iterable[int], written: int, keep_last: int | None, keep: Collection[int], whole: Mapping[int, bool] | None = None
+def steps_to_delete(
+    steps: Iterable[int], written: int, keep_last: int | None, keep: Collection[int], intact: Mapping[int, bool] | None = None
 ) -> list[int]:
     """Steps to delete, ascending.
 
     Args:
-        steps: all checkpoints there are. written: the one just saved, never deleted (after a rewind it need not be
-            the largest).
+        steps: all checkpoints.
+        written: the one just saved, never deleted (after a rewind it need not be the largest).
         keep_last: how many of the newest stay, at least two; None keeps all.
-        keep: steps that stay in any case (`extra_save_iters`).
-        whole: step -> verified. Older ones stay until two verified ones are kept; None takes all for verified.
+        keep: steps that always stay (`extra_save_iters`).
+        intact: step -> verified. Older ones stay until two verified ones are kept; None treats all as verified.
     """
     if keep_last is None:
         return []
     ordered = sorted(steps)
     newest = set(ordered[-max(FEWEST, keep_last) :])
-    kept = {step for step in ordered if step in newest or step in keep or step == written}
-    good = sum(whole is None or whole[step] for step in kept)
+    retained = {step for step in ordered if step in newest or step in keep or step == written}
+    verified = sum(intact is None or intact[step] for step in retained)
     for step in reversed(ordered):
-        if good >= FEWEST:
+        if verified >= FEWEST:
             break
-        if step not in kept and (whole is None or whole[step]):
-            kept.add(step)
-            good += 1
-    return [step for step in ordered if step not in kept]
+        if step not in retained and (intact is None or intact[step]):
+            retained.add(step)
+            verified += 1
+    return [step for step in ordered if step not in retained]
 
 
 def retain(folder: Path, written: int, keep_last: int | None, keep: Collection[int]) -> list[str]:
-    """Delete what `superfluous` names, damaged ones first. Folders without our manifest are not ours and are left alone.
+    """Delete the `steps_to_delete`, damaged ones first. Folders without our manifest are not ours and stay.
 
     Returns:
-        One line per folder that could not be deleted or is kept although damaged: a reason to warn, not to stop training.
+        One line per folder that could not be deleted, or that is damaged and stays: a warning, no reason to stop training.
     """
-    there = whole_steps(folder)
-    if not superfluous(there, written, keep_last, keep):
+    folders = complete_steps(folder)
+    if not steps_to_delete(folders, written, keep_last, keep):
         return []
-    whole = {step: is_whole(path) for step, path in there.items()}
-    going = superfluous(there, written, keep_last, keep, whole)
-    problems = [f"{there[s]} is damaged, an older checkpoint stays for it" for s in there if s not in going and not whole[s]]
-    for step in sorted(going, key=lambda s: (whole[s], s)):
+    intact = {step: is_complete(path) for step, path in folders.items()}
+    doomed = steps_to_delete(folders, written, keep_last, keep, intact)
+    problems = [
+        f"{folders[s]} is damaged; an older checkpoint is kept instead" for s in folders if s not in doomed and not intact[s]
+    ]
+    for step in sorted(doomed, key=lambda s: (intact[s], s)):
         try:
-            delete_checkpoint(there[step])
+            delete_checkpoint(folders[step])
         except OSError as error:
-            problems.append(f"could not delete the old checkpoint {there[step]}: {error}")
+            problems.append(f"could not delete the old checkpoint {folders[step]}: {error}")
     return problems

@@ -1,8 +1,9 @@
-"""Random numbers across a resume: restored bitwise where a rank's role is the same, begun again by a fixed rule elsewhere.
+"""Random number generators across a resume: restored bitwise where a rank's role is the same, else reseeded by a fixed rule.
 
-A rank's streams belong to its role (pipeline stage, data rank) and are equal on tensor ranks (`parallel/random.py`). So they
-are restored whenever the pipeline and data sizes are those of the save, whatever the tensor size. On another mesh there is
-nothing to restore: the streams start from (seed, step, stage, data rank), the same on every resume of that step.
+A rank's generators belong to its role (pipeline stage, data-parallel rank) and are equal on tensor-parallel ranks
+(`parallel/random.py`). So they are restored if the pipeline and data-parallel sizes are those of the save, whatever the
+tensor size. On another mesh there is nothing to restore: they are seeded from (seed, step, stage, data-parallel rank), the
+same on every resume of that step.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ def mesh_text(manifest: Manifest, mesh: Mesh) -> str:
     saved = manifest.mesh
     if dict(saved) == {"pp": mesh.pp, "dp": mesh.dp, "tp": mesh.tp}:
         return ""
-    then = " x ".join(f"{axis} {size}" for axis, size in saved.items())
-    return f"saved on {then}, this run is pp {mesh.pp} x dp {mesh.dp} x tp {mesh.tp}"
+    saved_text = " x ".join(f"{axis} {size}" for axis, size in saved.items())
+    return f"saved on {saved_text}, this run is pp {mesh.pp} x dp {mesh.dp} x tp {mesh.tp}"
 
 
-def saved_streams(manifest: Manifest, mesh: Mesh) -> str | None:
-    """The file with this rank's streams, None when there is none for its role."""
+def saved_rng_file(manifest: Manifest, mesh: Mesh) -> str | None:
+    """The file with this rank's generator states; None when there is none for its role."""
     saved = manifest.mesh
     if (saved["pp"], saved["dp"]) != (mesh.pp, mesh.dp):
         return None
@@ -38,10 +39,9 @@ def saved_streams(manifest: Manifest, mesh: Mesh) -> str | None:
     return file if file in manifest.files else None
 
 
-def begin_streams(manifest: Manifest, seed: int, mesh: Mesh) -> None:
-    """Seed all generators from (seed, step, stage, data rank), and say so."""
+def reseed(manifest: Manifest, seed: int, mesh: Mesh) -> None:
+    """Seed all generators from (seed, step, stage, data-parallel rank), and log it."""
     seed_all(int(np.random.SeedSequence((seed, manifest.iteration)).generate_state(1)[0]), mesh)
     if mesh.rank == 0:
-        why = mesh_text(manifest, mesh) or "they were not saved (no_save_rng)"
-        step = manifest.iteration
-        _log.warning("random numbers start again from seed %d, step %d and the rank: %s", seed, step, why)
+        reason = mesh_text(manifest, mesh) or "they were not saved (no_save_rng)"
+        _log.warning("random numbers start again from seed %d, step %d and the rank: %s", seed, manifest.iteration, reason)

@@ -1,7 +1,7 @@
-"""Reading safetensors files in one pass: each block is hashed right after it is read, every cause of failure is named.
+"""Reads safetensors files in one pass: each block is hashed as soon as it is read, and every failure names its cause.
 
-Only the asked ranges are read, rounded to whole blocks when they are verified. Bytes go straight into the memory of the
-tensor that is returned. A read error is an `OSError` here and so a damaged file (a mapped file would end the process).
+Only the requested ranges are read, rounded to full blocks when they are verified. Bytes go straight into the memory of the
+returned tensor. Files are read, not mapped: a read error is then an `OSError`, reported as damage, and not a SIGBUS.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from megatron.checkpoint.block_hashes import FileEntry, read_into
-from megatron.checkpoint.damage import DamagedCheckpoint
 from megatron.checkpoint.safetensors_writer import CODES, threads
+from megatron.errors import DamagedCheckpoint
 from megatron.files import open_regular, parse_json
 
 _DTYPES = {code: dtype for dtype, code in CODES.items()}
@@ -27,12 +27,19 @@ _LONGEST_HEADER = 100 << 20
 _HINT = 1 << 20
 
 
-def _damaged(path: Path, why: str) -> DamagedCheckpoint:
-    return DamagedCheckpoint("a file of the checkpoint is damaged", where=str(path), why=why)
+def _damaged(path: Path, reason: str) -> DamagedCheckpoint:
+    return DamagedCheckpoint("a file of the checkpoint is damaged", where=str(path), why=reason)
 
 
 def open_file(path: Path, entry: FileEntry) -> int:
-    """A descriptor of a file whose presence and size agree with the manifest."""
+    """Open a file of a checkpoint.
+
+    Returns:
+        A descriptor for reading.
+
+    Raises:
+        DamagedCheckpoint: the file is missing or unreadable, or its size differs from the manifest.
+    """
     try:
         fd = open_regular(path)
         size = os.fstat(fd).st_size
@@ -43,12 +50,12 @@ def open_file(path: Path, entry: FileEntry) -> int:
     if size == entry.size:
         return fd
     os.close(fd)
-    word = "truncated" if size < entry.size else "wrong size"
-    raise _damaged(path, f"{word}: {size} bytes, manifest.json says {entry.size}")
+    problem = "truncated" if size < entry.size else "wrong size"
+    raise _damaged(path, f"{problem}: {size} bytes, manifest.json says {entry.size}")
 
 
 def read_exactly(path: Path, fd: int, offset: int, target: memoryview, digest: Any = None) -> None:
-    """Fill `target` from a file, feeding `digest`; a read error or an early end raises DamagedCheckpoint."""
+    """Fill `target` from a file and update `digest`; a read error or an early end of file raises DamagedCheckpoint."""
     try:
         count = read_into(fd, offset, target, digest)
     except OSError as error:
@@ -57,17 +64,17 @@ def read_exactly(path: Path, fd: int, offset: int, target: memoryview, digest: A
         raise _damaged(path, f"it ends at byte {offset + count}")
 
 
-def mismatch(found: str, digest: str) -> str:
-    """Empty when two SHA-256 are equal, else both beginnings."""
-    return "" if found == digest else f"its SHA-256 is {found[:16]}..., manifest.json says {digest[:16]}..."
+def hash_problem(actual: str, expected: str) -> str:
+    """A message with the beginnings of two SHA-256 digests; empty when they are equal."""
+    return "" if actual == expected else f"its SHA-256 is {actual[:16]}..., manifest.json says {expected[:16]}..."
 
 
 def _sha256(data: bytes | bytearray) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _is_row(row: Any, length: int) -> bool:
-    """Whether a header's row is a tensor inside `length` bytes of data."""
+def _is_tensor_entry(row: Any, length: int) -> bool:
+    """Whether a header's entry describes a tensor inside `length` bytes of data."""
     if not isinstance(row, dict) or not isinstance(row.get("dtype"), str) or row["dtype"] not in _DTYPES:
         return False
     shape, ends = row.get("shape"), row.get("data_offsets")
@@ -79,22 +86,24 @@ def _is_row(row: Any, length: int) -> bool:
     return bool(ends[1] <= length and ends[1] - ends[0] == size)
 
 
-class Reader:
+class SafetensorsReader:
     """One open file of a checkpoint.
 
     Args:
-        path, entry: the file and what the manifest says of it. verify: compare hashes; sizes are always compared.
+        path: the file.
+        entry: its entry in the manifest.
         pool: threads that read and hash.
+        verify: compare hashes; sizes are always compared.
 
     Raises:
-        DamagedCheckpoint: the file is absent, cut, altered in its header, or not a safetensors file.
+        DamagedCheckpoint: the file is missing, truncated, altered in its header, or not a safetensors file.
     """
 
     def __init__(self, path: Path, entry: FileEntry, pool: ThreadPoolExecutor, verify: bool = True) -> None:
         self.path, self.entry, self.verify, self._pool = path, entry, verify, pool
         self._fd = open_file(path, entry)
         try:
-            if verify and len(entry.blocks) == 1:  # of version 1, which hashed files as a whole
+            if verify and len(entry.blocks) == 1:  # version 1 has one hash per file
                 self._compare(0, _sha256(self._bytes(0, entry.size)), "the file")
                 self.verify = False
             self._table, self._base = self._header()
@@ -103,7 +112,7 @@ class Reader:
             raise
 
     def close(self) -> None:
-        """Close the file; tensors that were returned stay."""
+        """Close the file; returned tensors stay valid."""
         os.close(self._fd)
 
     def _header(self) -> tuple[dict[str, Any], int]:
@@ -123,10 +132,10 @@ class Reader:
         rows = {name: row for name, row in table.items() if name != "__metadata__"} if isinstance(table, dict) else {"": 0}
         texts = table.get("__metadata__", {}) if isinstance(table, dict) else {}
         if not isinstance(texts, dict) or not all(isinstance(text, str) for text in texts.values()):
-            raise _damaged(self.path, "the free texts of its header are none")
-        bad = next((name for name, row in rows.items() if not _is_row(row, size - 8 - length)), None)
-        if bad is not None:
-            raise _damaged(self.path, f"the header's entry of '{bad}' is wrong")
+            raise _damaged(self.path, "the metadata in its header is not text")
+        invalid = next((name for name, row in rows.items() if not _is_tensor_entry(row, size - 8 - length)), None)
+        if invalid is not None:
+            raise _damaged(self.path, f"the header's entry of '{invalid}' is wrong")
         return table, 8 + length
 
     def _bytes(self, start: int, stop: int) -> bytearray:
@@ -134,27 +143,27 @@ class Reader:
         read_exactly(self.path, self._fd, start, memoryview(data))
         return data
 
-    def _compare(self, index: int, found: str, what: str) -> None:
-        problem = mismatch(found, self.entry.blocks[index][1])
+    def _compare(self, index: int, digest: str, label: str) -> None:
+        problem = hash_problem(digest, self.entry.blocks[index][1])
         if problem:
             start, stop = self.entry.bounds(index)
-            raise _damaged(self.path, f"{what} (bytes {start} to {stop}): {problem}")
+            raise _damaged(self.path, f"{label} (bytes {start} to {stop}): {problem}")
 
     def names(self) -> list[str]:
         """Names of the tensors inside."""
         return [name for name in self._table if name != "__metadata__"]
 
     def form(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
-        """Shape and dtype of a tensor; an absent name raises DamagedCheckpoint."""
+        """Shape and dtype of a tensor; an unknown name raises DamagedCheckpoint."""
         row = self._row(name)
         return tuple(row["shape"]), _DTYPES[row["dtype"]]
 
     def metadata(self) -> dict[str, str]:
-        """The header's free texts."""
+        """The header's free metadata."""
         return dict(self._table.get("__metadata__") or {})
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor; an absent name raises DamagedCheckpoint."""
+        """The shape of a tensor; an unknown name raises DamagedCheckpoint."""
         return tuple(self._row(name)["shape"])
 
     def _row(self, name: str) -> dict[str, Any]:
@@ -163,14 +172,17 @@ class Reader:
             raise _damaged(self.path, f"it has no tensor '{name}'")
         return row
 
-    def start(self, name: str, start: int = 0, stop: int | None = None, into: Tensor | None = None) -> Pending:
-        """Begin to read elements `[start, stop)` of a flattened tensor.
+    def start(self, name: str, start: int = 0, stop: int | None = None, into: Tensor | None = None) -> PendingTensor:
+        """Start to read elements `[start, stop)` of a flattened tensor.
 
         Args:
-            into: contiguous memory of that dtype and size to read to, where that is possible; otherwise to new memory.
+            name: the tensor's key in the file.
+            start: first element.
+            stop: one past the last element; None reads to the end.
+            into: contiguous memory of the same dtype and size to read into; new memory is used where that is not possible.
 
         Raises:
-            DamagedCheckpoint: the name is absent or the tensor shorter.
+            DamagedCheckpoint: the name is unknown or the tensor is shorter.
         """
         row = self._row(name)
         dtype, (begin, end) = _DTYPES[row["dtype"]], row["data_offsets"]
@@ -178,20 +190,20 @@ class Reader:
         count = (end - begin) // width
         stop = count if stop is None else stop
         if not 0 <= start <= stop <= count:
-            raise _damaged(self.path, f"'{name}' has {count} elements, [{start}, {stop}) are wanted")
+            raise _damaged(self.path, f"'{name}' has {count} elements, [{start}, {stop}) are requested")
         first, last = self._base + begin + start * width, self._base + begin + stop * width
         blocks = self.entry.covering(first, last) if self.verify else range(0)
         low, high = first, last
-        if blocks:
+        if blocks:  # a hash covers a full block, so verified reads are extended to block boundaries
             low, high = min(first, self.entry.bounds(blocks[0])[0]), max(last, self.entry.bounds(blocks[-1])[1])
         fits = into is not None and (low, high) == (first, last) and into.dtype == dtype and into.numel() == stop - start
         raw = into.view(-1).view(torch.uint8) if fits and into is not None else torch.empty(high - low, dtype=torch.uint8)
         view = raw.numpy().data if high > low else memoryview(b"")
-        if high - low >= _HINT:  # the disk begins, whatever the threads are busy with
+        if high - low >= _HINT:  # the disk starts now, even while all threads are busy
             os.posix_fadvise(self._fd, low, high - low, os.POSIX_FADV_WILLNEED)
         jobs = [(i, *self.entry.bounds(i)) for i in blocks] or ([(-1, low, high)] if high > low else [])
         futures = [self._pool.submit(self._fetch, i, view[a - low : b - low], a, name) for i, a, b in jobs]
-        return Pending(futures, raw[first - low : last - low], dtype)
+        return PendingTensor(futures, raw[first - low : last - low], dtype)
 
     def _fetch(self, index: int, target: memoryview, offset: int, name: str) -> None:
         digest = hashlib.sha256() if index >= 0 else None
@@ -200,30 +212,30 @@ class Reader:
             self._compare(index, digest.hexdigest(), f"'{name}'")
 
     def read(self, name: str) -> Tensor:
-        """One whole tensor."""
+        """One complete tensor."""
         return self.start(name).wait().view(self.shape(name))
 
 
-class Pending:
-    """Elements that are on their way."""
+class PendingTensor:
+    """Elements that are being read."""
 
     def __init__(self, futures: list[Future[None]], raw: Tensor, dtype: torch.dtype) -> None:
         self._futures, self._raw, self._dtype = futures, raw, dtype
 
     @property
     def size(self) -> int:
-        """Bytes wanted."""
+        """Bytes requested."""
         return self._raw.numel()
 
     def wait(self) -> Tensor:
-        """The flat tensor; damage that was found on the way is raised here."""
+        """Wait for the reads and return the flat tensor; a damaged block raises DamagedCheckpoint here."""
         for future in self._futures:
             future.result()
         return self._raw.view(self._dtype)
 
 
-def damage_of(path: Path, entry: FileEntry) -> list[str]:
-    """All that is wrong with one file, as lines that name tensors; empty when it is good. Reads the whole file."""
+def file_damage(path: Path, entry: FileEntry) -> list[str]:
+    """Read a complete file and list what is damaged, one line per block with the tensor's name; empty when it is intact."""
     try:
         fd = open_file(path, entry)
     except DamagedCheckpoint as error:
@@ -251,20 +263,20 @@ def _block_problem(path: Path, fd: int, entry: FileEntry, index: int) -> str:
         read_exactly(path, fd, start, memoryview(bytearray(stop - start)), digest)
     except DamagedCheckpoint as error:
         return str(error.why)
-    return mismatch(digest.hexdigest(), entry.blocks[index][1])
+    return hash_problem(digest.hexdigest(), entry.blocks[index][1])
 
 
 def _names_of_blocks(fd: int, entry: FileEntry) -> dict[int, str]:
-    """Block number -> the tensor in it, of a file whose header is good; empty for a text file."""
-    head = bytearray(entry.blocks[0][0])
-    read_into(fd, 0, memoryview(head))
+    """Block index -> the tensor in it, for a file with an intact header; empty for a text file."""
+    header = bytearray(entry.blocks[0][0])
+    read_into(fd, 0, memoryview(header))
     try:
-        table = parse_json(head[8:])
+        table = parse_json(header[8:])
         rows = {name: row["data_offsets"] for name, row in table.items() if name != "__metadata__"}
     except (ValueError, TypeError, KeyError, AttributeError):
         return {}
-    found = {}
+    names = {}
     for name, (begin, end) in rows.items():
-        for index in entry.covering(len(head) + begin, len(head) + end):
-            found[index] = f"'{name}'"
-    return found
+        for index in entry.covering(len(header) + begin, len(header) + end):
+            names[index] = f"'{name}'"
+    return names

@@ -1,9 +1,9 @@
-"""Writing safetensors files: many at once, in chunks that several threads hash and write, synced before it returns.
+"""Writes many safetensors files at once, in chunks that several threads hash and write; all are synced at the end.
 
-The format is eight bytes of length, a JSON header and the raw bytes. The writer is ours because the library's own needs a
-whole file in host memory and hashes nothing. Each chunk is copied once, into aligned memory, hashed there while the processor's
-cache still holds it, and written past the page cache (`direct_io.py`); more threads than cores, so that some hash while
-others wait for the disk. `safetensors_reader.py` is the other half.
+The format is an 8-byte header length, a JSON header and the raw bytes. We have our own writer because the library's needs the
+complete file in host memory and does not hash. Each chunk is copied once into aligned memory, hashed while it is in the CPU
+cache, and written past the page cache (`direct_io.py`). There are more threads than cores, so that some hash while others
+wait for the disk. `safetensors_reader.py` is the counterpart.
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ CODES: dict[torch.dtype, str] = {
     torch.bool: "BOOL",
 }
 _FILES_AT_ONCE = 32  # open at a time, so that a deep model does not run out of descriptors
-_PIECE = 2 << 20  # bytes of one write: small enough that they are still in the processor's cache when the disk fetches them
-_STEP = 256 << 10  # bytes copied and hashed at once, so that the hash finds them in the processor's cache
-_DIRECT_FROM = 256 << 10  # bytes of a file that is worth a way past the page cache
-WAITING = 3  # threads beyond one per core: that many may wait for the disk
+_WRITE_SIZE = 2 << 20  # bytes of one write: small enough to be still in the CPU cache when the disk fetches them
+_STEP = 256 << 10  # bytes copied and hashed at once, so that they are still in the CPU cache when they are hashed
+_DIRECT_FROM = 256 << 10  # bytes from which a file is worth bypassing the page cache
+WAITING = 3  # threads beyond one per core, which may wait for the disk
 _SYNCS = 4
 Blocks = list[tuple[int, str]]
 
 
 def threads() -> int:
-    """Threads that compute beside each other (hash, copy), per process."""
+    """Threads per process that hash and copy in parallel."""
     return max(2, min(4, len(os.sched_getaffinity(0))))
 
 
@@ -61,7 +61,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def nbytes(tensors: Mapping[str, Tensor]) -> int:
-    """Bytes that these tensors take in a file, header left out."""
+    """Bytes that these tensors take in a file, without its header."""
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
@@ -84,21 +84,21 @@ def _raw(tensor: Tensor) -> Bytes:
     return flat.view(torch.uint8).numpy() if flat.numel() else np.empty(0, np.uint8)
 
 
-def _pieces(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[Bytes]:
-    """The file as the header, then every tensor."""
+def _sections(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[Bytes]:
+    """The file's content: the header, then every tensor."""
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # wide types first: aligned
     yield np.frombuffer(_header(tensors, order, metadata), dtype=np.uint8)
     for name in order:
         yield _raw(tensors[name])
 
 
-def _chunks(pieces: Iterator[Bytes]) -> Iterator[tuple[int, list[Bytes]]]:
-    """(offset, what lies there): the file cut at every multiple of BLOCK and at the boundaries of its pieces."""
+def _chunks(sections: Iterator[Bytes]) -> Iterator[tuple[int, list[Bytes]]]:
+    """Split the file at every multiple of BLOCK: (offset of the chunk, its segments, one per section it overlaps)."""
     offset, group, size = 0, list[Bytes](), 0
-    for piece in pieces:
+    for section in sections:
         at = 0
-        while at < len(piece):
-            group.append(piece[at : at + BLOCK - size])
+        while at < len(section):
+            group.append(section[at : at + BLOCK - size])
             at, size = at + len(group[-1]), size + len(group[-1])
             if size == BLOCK:
                 yield offset, group
@@ -108,30 +108,30 @@ def _chunks(pieces: Iterator[Bytes]) -> Iterator[tuple[int, list[Bytes]]]:
 
 
 def _write_chunk(file: _Open, offset: int, group: list[Bytes], buffer: Bytes, hashing: bool) -> Blocks:
-    """Write a chunk's parts through `buffer`; where each ends, and its hash. The work needs no interpreter's lock."""
-    found: Blocks = []
-    held = 0  # bytes of the buffer that are filled
-    for part in group:
+    """Write a chunk's segments through `buffer`; returns each segment's end offset and hash. Runs without the GIL."""
+    blocks: Blocks = []
+    filled = 0  # bytes in the buffer
+    for segment in group:
         digest, begin = hashlib.sha256() if hashing else None, 0
-        while begin < len(part):
-            piece = part[begin : begin + min(_STEP, len(buffer) - held)]
-            target = buffer[held : held + len(piece)]
-            np.copyto(target, piece)
+        while begin < len(segment):
+            step = segment[begin : begin + min(_STEP, len(buffer) - filled)]
+            target = buffer[filled : filled + len(step)]
+            np.copyto(target, step)
             if digest is not None:
                 digest.update(target.data)
-            begin, held = begin + len(piece), held + len(piece)
-            if held == len(buffer):
+            begin, filled = begin + len(step), filled + len(step)
+            if filled == len(buffer):
                 write_at(file.fd, offset, buffer.data)
-                offset, held = offset + held, 0
-        found.append((offset + held, digest.hexdigest() if digest else ""))
-    if held:  # what is written beyond the end is cut off when the file is whole
-        write_at(file.fd, offset, buffer[: -(-held // ALIGN) * ALIGN if file.direct else held].data)
-    return found
+                offset, filled = offset + filled, 0
+        blocks.append((offset + filled, digest.hexdigest() if digest else ""))
+    if filled:  # O_DIRECT writes full sectors; the padding is truncated when the file is complete
+        write_at(file.fd, offset, buffer[: -(-filled // ALIGN) * ALIGN if file.direct else filled].data)
+    return blocks
 
 
 @dataclass
 class _Open:
-    """A file that is being written."""
+    """A file in progress."""
 
     fd: int
     direct: bool
@@ -140,14 +140,14 @@ class _Open:
 
 
 class _Writer:
-    """The threads of one call, and as many chunks in host memory as there are threads."""
+    """The threads of one `write_files` call; it holds at most one buffer per thread in host memory."""
 
     def __init__(self, folder: Path, metadata: Mapping[str, str], hashing: bool) -> None:
         self.folder, self.metadata, self.hashing = folder, metadata, hashing
         count = threads() + WAITING
         self.work, self.sync = ThreadPoolExecutor(count, "write"), ThreadPoolExecutor(_SYNCS, "sync")
-        self.buffers = Buffers(count, _PIECE)
-        self.room = threading.BoundedSemaphore(2 * count)
+        self.buffers = Buffers(count, _WRITE_SIZE)
+        self.slots = threading.BoundedSemaphore(2 * count)  # bounds the queue, and with it the host memory
         self.open: dict[str, _Open] = {}
         self.entries: dict[str, FileEntry] = {}
         self.failed: BaseException | None = None
@@ -161,22 +161,22 @@ class _Writer:
             raise
         finally:
             self.buffers.give(buffer)
-            self.room.release()
+            self.slots.release()
 
     def add(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Hand one file to the threads; returns when all of its chunks are queued."""
+        """Queue one file; returns when all of its chunks are queued."""
         if len(self.open) >= _FILES_AT_ONCE:
             self.finish(next(iter(self.open)))
         direct = nbytes(tensors) >= _DIRECT_FROM
         file = self.open[name] = _Open(create(self.folder / name, direct), direct)
-        for offset, group in _chunks(_pieces(tensors, self.metadata)):
-            self.room.acquire()
-            if self.failed is not None:  # a full disk: do not hash the rest for nothing
+        for offset, group in _chunks(_sections(tensors, self.metadata)):
+            self.slots.acquire()
+            if self.failed is not None:  # a full disk: do not hash the rest in vain
                 raise self.failed
             file.futures.append(self.work.submit(self._task, file, offset, group))
 
     def begin_sync(self, name: str) -> None:
-        """Wait for a file's chunks and begin to make it durable."""
+        """Wait for a file's chunks and start its fsync."""
         file = self.open[name]
         blocks = tuple(block for future in file.futures for block in future.result())
         self.entries[name] = FileEntry(blocks[-1][0], blocks)
@@ -195,7 +195,7 @@ class _Writer:
         os.close(file.fd)
 
     def close(self) -> None:
-        """End the threads, then close what an error left open."""
+        """Stop the threads, then close the files that an error left open."""
         self.work.shutdown(cancel_futures=True)
         self.sync.shutdown(cancel_futures=True)
         for file in self.open.values():
@@ -205,17 +205,19 @@ class _Writer:
 def write_files(
     folder: Path, files: Mapping[str, Mapping[str, Tensor]], metadata: Mapping[str, str], *, hashing: bool = True
 ) -> dict[str, FileEntry]:
-    """Write safetensors files into a folder that nobody reads yet; all are synced when it returns.
+    """Write safetensors files into a folder that nobody reads yet; all are synced on return.
 
     Args:
-        files: file name -> its tensors, on any device; a few blocks at a time are held in host memory.
-        metadata: texts for the header of each. hashing: False leaves the hashes empty (to measure what they cost).
+        folder: an existing folder.
+        files: file name -> its tensors, on any device; a few blocks at a time are copied to host memory.
+        metadata: texts for the header of each file.
+        hashing: False leaves the hashes empty, to measure their cost.
 
     Returns:
         file name -> its size and the hashes of its blocks.
 
     Raises:
-        OSError: a file exists, the disk is full, the folder cannot be written; what was begun is left for the caller.
+        OSError: a file exists, the disk is full, or the folder is not writable; the caller removes partial files.
     """
     writer = _Writer(folder, metadata, hashing)
     try:
@@ -230,10 +232,10 @@ def write_files(
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> FileEntry:
-    """Write one safetensors file that is whole or absent, and return its entry.
+    """Write one safetensors file atomically, and return its entry.
 
     Raises:
-        OSError: the disk is full or the folder cannot be written; nothing is left at `path`.
+        OSError: the disk is full or the folder is not writable; nothing is left at `path`.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:

@@ -1,7 +1,7 @@
-"""Saving: every rank writes its own files into a temporary folder, rank 0 describes them and gives the folder its name.
+"""Saving: every rank writes its own files into a temporary folder; rank 0 writes the manifest and renames the folder.
 
-An error on any rank (a full disk) ends as one CheckpointError on all of them, with the temporary folder removed and the
-last good checkpoint and `latest` as they were. The order of renames is in `commit.py`.
+An error on any rank (such as a full disk) becomes one CheckpointError on all ranks; the temporary folder is removed, and the
+previous checkpoints and `latest` stay as they were. `commit.py` has the order of renames.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from megatron.checkpoint.layout import tag_of
 from megatron.checkpoint.manifest import Manifest, write_manifest
 from megatron.checkpoint.retention import retain
 from megatron.checkpoint.safetensors_writer import write_files
-from megatron.checkpoint.shard_contents import ShardContents, add_weights, engine_holdings
-from megatron.checkpoint.shard_manifests import take_receipts, write_receipt
+from megatron.checkpoint.shard_contents import ShardContents, add_weights, collect_contents
+from megatron.checkpoint.shard_manifests import merge_shard_manifests, write_shard_manifest
 from megatron.engine.base import Engine
 from megatron.errors import CheckpointError
 from megatron.files import atomic_open, write_text
@@ -44,11 +44,13 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class CheckpointMetadata:
-    """What rides along with the tensors.
+    """What a checkpoint stores besides the tensors.
 
-    model_config: compared at load. config_texts: file name -> original YAML text, for `configs/`.
-    tokenizer: file name -> path of a file to copy into `tokenizer/`. facts: anything JSON-able worth keeping
-    (tokenizer type, fingerprint of the data).
+    Attributes:
+        model_config: compared when the checkpoint is loaded.
+        config_texts: file name -> original YAML text, for `configs/`.
+        tokenizer: file name -> path of a file to copy into `tokenizer/`.
+        facts: any JSON-serializable metadata (tokenizer type, fingerprint of the data).
     """
 
     model_config: Mapping[str, Any]
@@ -58,13 +60,30 @@ class CheckpointMetadata:
 
 
 @dataclass(frozen=True)
-class Snapshot:
-    """All that one rank writes of one step, and what rank 0 needs to describe it."""
+class SaveOptions(CheckpointMetadata):
+    """How to save; the same at every step of a run and on all ranks.
 
-    holdings: ShardContents
+    Attributes:
+        keep_last: checkpoints to retain, at least two; None keeps all.
+        keep: steps that are never deleted.
+        save_optimizer: write the optimizer state.
+        save_rng: write the random number generator states.
+    """
+
+    keep_last: int | None = None
+    keep: Collection[int] = ()
+    save_optimizer: bool = True
+    save_rng: bool = True
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Everything that one rank writes for one step, and what rank 0 needs for the manifest."""
+
+    contents: ShardContents
     mesh: Mesh
     state: Mapping[str, Any]
-    companions: CheckpointMetadata
+    metadata: CheckpointMetadata
     engine_state: Mapping[str, Any]
 
     @property
@@ -73,39 +92,22 @@ class Snapshot:
         return int(self.state["iteration"])
 
 
-@dataclass(frozen=True)
-class SaveOptions:
-    """How to save, the same at every step of a run and on all ranks.
-
-    model_config, config_texts, tokenizer, facts: see `CheckpointMetadata`.
-    keep_last: checkpoints to retain, at least two; None for all. keep: steps never deleted.
-    """
-
-    model_config: Mapping[str, Any]
-    config_texts: Mapping[str, str] = field(default_factory=dict)
-    tokenizer: Mapping[str, str | Path] = field(default_factory=dict)
-    facts: Mapping[str, Any] = field(default_factory=dict)
-    keep_last: int | None = None
-    keep: Collection[int] = ()
-    save_optimizer: bool = True
-    save_rng: bool = True
-
-
-def save_checkpoint(folder: str | Path, engine: Engine, state: Mapping[str, Any], **options: Any) -> Path:
+def save_checkpoint(folder: str | Path, engine: Engine, state: Mapping[str, Any], options: SaveOptions) -> Path:
     """Save a running engine; every rank must call this at the same step, with the same arguments.
 
     Args:
-        folder: the save folder, shared by all nodes. state: the training state, JSON-able, with `iteration`.
-        options: the fields of `SaveOptions`; `model_config` is required.
+        folder: the save folder, shared by all nodes.
+        engine: the engine to save.
+        state: the training state, JSON-serializable, with `iteration`.
+        options: metadata and what to keep.
 
     Returns:
         `<folder>/global_step<iteration>`.
 
     Raises:
-        CheckpointError: on all ranks, when any of them could not write; nothing that was whole before has changed.
+        CheckpointError: on all ranks, if any of them could not write; previous checkpoints are unchanged.
     """
-    chosen = SaveOptions(**options)
-    return write_snapshot(Path(folder), take_snapshot(Path(folder), engine, state, chosen), chosen)
+    return write_snapshot(Path(folder), take_snapshot(Path(folder), engine, state, options), options)
 
 
 def take_snapshot(
@@ -117,23 +119,31 @@ def take_snapshot(
     copy: Callable[[ShardContents], None] | None = None,
     group: ProcessGroup | None = None,
 ) -> Snapshot:
-    """What this rank will write; without `copy` it shares memory with the engine, which must then not step meanwhile.
+    """Collect what this rank writes.
+
+    Args:
+        folder: the save folder, for messages.
+        engine: the engine to save.
+        state: the training state.
+        options: what to save.
+        copy: replaces the tensors by copies. Without it the snapshot shares memory with the engine, which must not step
+            before the snapshot is written.
+        group: process group of all ranks for the error check; None is the default group.
 
     Raises:
-        CheckpointError: on all ranks, when a rank's engine could not give its state (out of memory).
+        CheckpointError: on all ranks, if a rank's engine could not provide its state (such as out of memory).
     """
-    verdict, holdings = save_verdict(folder, state["iteration"], group), ShardContents()
-    with verdict.capture():
-        holdings = engine_holdings(engine, save_optimizer=options.save_optimizer, save_rng=options.save_rng)
+    errors, contents = save_errors(folder, state["iteration"], group), ShardContents()
+    with errors.capture():
+        contents = collect_contents(engine, save_optimizer=options.save_optimizer, save_rng=options.save_rng)
         if copy is not None:
-            copy(holdings)
-    verdict.raise_on_all_ranks()
-    companions = CheckpointMetadata(options.model_config, options.config_texts, options.tokenizer, options.facts)
-    return Snapshot(holdings, engine.mesh, dict(state), companions, engine.extra_state())
+            copy(contents)
+    errors.raise_on_all_ranks()
+    return Snapshot(contents, engine.mesh, dict(state), options, engine.extra_state())
 
 
 def write_snapshot(folder: Path, snapshot: Snapshot, options: SaveOptions, group: ProcessGroup | None = None) -> Path:
-    """Write, publish, and delete what is superfluous then; every rank calls this.
+    """Write and publish a snapshot, then delete old checkpoints; every rank calls this.
 
     Raises:
         CheckpointError: as `save_checkpoint`.
@@ -157,51 +167,68 @@ def save_weights(
     tokenizer: Mapping[str, str | Path] | None = None,
     facts: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Make a checkpoint of full weights without an engine (imports of other formats): one process, no optimizer state.
+    """Write a checkpoint of full weights without an engine (for imports): one process, no optimizer state.
+
+    Args:
+        folder: the save folder.
+        weights: logical name -> full tensor.
+        specs: logical name -> shape and sharding.
+        model_config: of the model.
+        iteration: step of the checkpoint.
+        state: further training state.
+        config_texts: see `CheckpointMetadata`.
+        tokenizer: see `CheckpointMetadata`.
+        facts: see `CheckpointMetadata`.
+
+    Returns:
+        `<folder>/global_step<iteration>`.
 
     Raises:
         CheckpointError: it cannot be written, a shape differs from its spec, or a weight is not finite.
     """
-    holdings, verdict = ShardContents(), save_verdict(Path(folder), iteration)
-    with verdict.capture():
+    contents, errors = ShardContents(), save_errors(Path(folder), iteration)
+    with errors.capture():
         for name, tensor in weights.items():
             if not bool(torch.isfinite(tensor).all()):
                 raise CheckpointError(f"'{name}' holds inf or NaN", why="such weights can neither be trained nor measured")
-        add_weights(holdings, weights, specs, Mesh.single())
-    verdict.raise_on_all_ranks()
-    companions = CheckpointMetadata(model_config, config_texts or {}, tokenizer or {}, facts or {})
+        add_weights(contents, weights, specs, Mesh.single())
+    errors.raise_on_all_ranks()
+    metadata = CheckpointMetadata(model_config, config_texts or {}, tokenizer or {}, facts or {})
     state = {**(state or {}), "iteration": iteration}
-    return _write(Path(folder), Snapshot(holdings, Mesh.single(), state, companions, {}), None)
+    return _write(Path(folder), Snapshot(contents, Mesh.single(), state, metadata, {}), None)
 
 
-def save_verdict(folder: Path, iteration: int, group: ProcessGroup | None = None) -> CollectiveError:
-    """The verdict of one save."""
+def save_errors(folder: Path, iteration: int, group: ProcessGroup | None = None) -> CollectiveError:
+    """The error check of one save."""
     text = f"the checkpoint of step {iteration} could not be saved; the earlier ones are untouched"
     return CollectiveError(text, str(folder), group)
 
 
 def _write(folder: Path, snapshot: Snapshot, group: ProcessGroup | None) -> Path:
-    mesh, holdings, iteration = snapshot.mesh, snapshot.holdings, snapshot.iteration
-    offers = [json.loads(text) for text in exchange(json.dumps([commit.new_save_id(), holdings.size]), group)]
-    save_id, needed = offers[0][0], sum(size for _, size in offers)
+    mesh, contents, iteration = snapshot.mesh, snapshot.contents, snapshot.iteration
+    # Each rank proposes a save id and sends its size: all take rank 0's id, and rank 0 checks the space for all of them.
+    proposals = [json.loads(text) for text in exchange(json.dumps([commit.new_save_id(), contents.size]), group)]
+    save_id, needed = proposals[0][0], sum(size for _, size in proposals)
     temporary = commit.temporary_folder(folder, iteration, save_id)
     header = {"save_id": save_id, "iteration": str(iteration)}
-    verdict = save_verdict(folder, iteration, group)
+    errors = save_errors(folder, iteration, group)
+    # Three phases with a collective error check after each: no rank writes before the folder exists, and rank 0 publishes
+    # only when every rank has written and synced its files.
     try:
-        with verdict.capture():
+        with errors.capture():
             if mesh.rank == 0:
                 _prepare(folder, temporary, needed)
-        verdict.raise_on_all_ranks()
-        with verdict.capture():
-            written = write_files(temporary, holdings.files, header)
-            write_receipt(temporary, mesh.rank, holdings, written)
-        verdict.raise_on_all_ranks()
-        with verdict.capture():
+        errors.raise_on_all_ranks()
+        with errors.capture():
+            written = write_files(temporary, contents.files, header)
+            write_shard_manifest(temporary, mesh.rank, contents, written)
+        errors.raise_on_all_ranks()
+        with errors.capture():
             if mesh.rank == 0:
                 sizes = {"pp": mesh.pp, "dp": mesh.dp, "tp": mesh.tp}
-                describe(temporary, sizes, save_id, snapshot.state, snapshot.companions, snapshot.engine_state)
+                describe(temporary, sizes, save_id, snapshot.state, snapshot.metadata, snapshot.engine_state)
                 commit.publish(temporary, iteration)
-        verdict.raise_on_all_ranks()
+        errors.raise_on_all_ranks()
     except BaseException:
         if mesh.rank == 0:
             commit.discard(temporary)
@@ -212,7 +239,7 @@ def _write(folder: Path, snapshot: Snapshot, group: ProcessGroup | None) -> Path
 def _prepare(folder: Path, temporary: Path, needed: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name in commit.recover(folder):
-        _log.warning("an interrupted save had left %s, cleared", folder / name)
+        _log.warning("removed %s, left behind by an interrupted save", folder / name)
     commit.check_space(folder, needed)
     temporary.mkdir()
 
@@ -222,44 +249,44 @@ def describe(
     mesh: Mapping[str, int],
     save_id: str,
     state: Mapping[str, Any],
-    companions: CheckpointMetadata,
+    metadata: CheckpointMetadata,
     engine_state: Mapping[str, Any],
 ) -> None:
-    """Rank 0, when all files and receipts are there: add the companions, join the receipts, write the manifest, last."""
-    joined = take_receipts(temporary, math.prod(mesh.values()))
-    joined.files.update(_copy_companions(temporary, companions))
+    """On rank 0, when all ranks have written: merge their manifests, add the metadata files, write `manifest.json` last."""
+    merged = merge_shard_manifests(temporary, math.prod(mesh.values()))
+    merged.files.update(_copy_metadata_files(temporary, metadata))
     manifest = Manifest(
         iteration=int(state["iteration"]),
         save_id=save_id,
         mesh=mesh,
-        model_config=companions.model_config,
+        model_config=metadata.model_config,
         state=state,
         engine=engine_state,
-        facts=companions.facts,
+        facts=metadata.facts,
         versions=_versions(),
-        weights=joined.weights,
-        optimizer=joined.optimizer,
-        files=joined.files,
+        weights=merged.weights,
+        optimizer=merged.optimizer,
+        files=merged.files,
     )
     write_manifest(temporary, manifest)
 
 
-def _copy_companions(temporary: Path, companions: CheckpointMetadata) -> dict[str, FileEntry]:
+def _copy_metadata_files(temporary: Path, metadata: CheckpointMetadata) -> dict[str, FileEntry]:
     written = []
-    if companions.config_texts:
+    if metadata.config_texts:
         (temporary / "configs").mkdir()
-    for name, text in companions.config_texts.items():
+    for name, text in metadata.config_texts.items():
         written.append(temporary / "configs" / Path(name).name)
         write_text(written[-1], text)
-    if companions.tokenizer:
+    if metadata.tokenizer:
         (temporary / "tokenizer").mkdir()
-    for name, source in companions.tokenizer.items():
+    for name, source in metadata.tokenizer.items():
         written.append(temporary / "tokenizer" / Path(name).name)
         try:
             with open(source, "rb") as original, atomic_open(written[-1]) as copy:
                 shutil.copyfileobj(original, copy)
         except FileNotFoundError as error:
-            raise CheckpointError("a tokenizer file is gone", where=str(source), why=str(error)) from error
+            raise CheckpointError("a tokenizer file no longer exists", where=str(source), why=str(error)) from error
     return {path.relative_to(temporary).as_posix(): text_entry(path) for path in written}
 
 

@@ -1,7 +1,7 @@
-"""What must be true of a manifest before anything is done by its word: types, sizes, and that the stored pieces are the whole.
+"""Validates a manifest before anything relies on it: types, sizes, and that the stored shards tile every tensor.
 
-`read_manifest` calls this, so that resume, `verify`, export and every tool refuse the same manifests. A right checksum proves
-only that the file is as it was written, not that what was written can be loaded.
+`read_manifest` calls this, so that resume, `verify`, export and every tool refuse the same manifests. A correct checksum only
+proves that the file is as it was written, not that its content can be loaded.
 """
 
 from __future__ import annotations
@@ -25,28 +25,28 @@ class InvalidManifest(ValueError):
     """A manifest that no save can have written; the text says what is wrong."""
 
 
-def _need(condition: bool, what: str) -> None:
+def _need(condition: bool, message: str) -> None:
     if not condition:
-        raise InvalidManifest(what)
+        raise InvalidManifest(message)
 
 
-def _count(value: Any, what: str, least: int = 0) -> int:
-    _need(type(value) is int and least <= value <= _MOST, f"{what} is {_short(value)}, not a whole number from {least} up")
+def _count(value: Any, label: str, least: int = 0) -> int:
+    _need(type(value) is int and least <= value <= _MOST, f"{label} is {_short(value)}, not an integer of at least {least}")
     return int(value)
 
 
-def _text(value: Any, what: str) -> str:
-    _need(isinstance(value, str) and bool(value), f"{what} is {_short(value)}, not a text")
+def _text(value: Any, label: str) -> str:
+    _need(isinstance(value, str) and bool(value), f"{label} is {_short(value)}, not a string")
     return str(value)
 
 
-def _table(value: Any, what: str) -> dict[str, Any]:
-    _need(isinstance(value, dict), f"{what} is {_short(value)}, not a table")
+def _table(value: Any, label: str) -> dict[str, Any]:
+    _need(isinstance(value, dict), f"{label} is {_short(value)}, not an object")
     return dict(value)
 
 
-def _list(value: Any, what: str) -> list[Any]:
-    _need(isinstance(value, list), f"{what} is {_short(value)}, not a list")
+def _list(value: Any, label: str) -> list[Any]:
+    _need(isinstance(value, list), f"{label} is {_short(value)}, not a list")
     return list(value)
 
 
@@ -56,11 +56,11 @@ def _short(value: Any) -> str:
 
 
 def check_body(body: Mapping[str, Any]) -> None:
-    """Check the JSON of a manifest of a version that is read here.
+    """Check the JSON of a manifest of a supported version.
 
     Raises:
-        InvalidManifest: a field is missing or of another type, a size is impossible, or the pieces of a tensor leave a hole or
-            overlap.
+        InvalidManifest: a field is missing or of the wrong type, a size is impossible, or the shards of a tensor overlap or
+            do not cover it.
     """
     _count(body.get("iteration"), "iteration")
     _text(body.get("save_id"), "save_id")
@@ -77,9 +77,9 @@ def check_body(body: Mapping[str, Any]) -> None:
     for name, entry in weights.items():
         _check_weight(name, _table(entry, f"the entry of '{name}'"), sizes)
     optimizer = _table(body.get("optimizer"), "optimizer")
-    for name, parts in optimizer.items():
-        _need(name in weights, f"there is optimizer state of '{name}', which is no weight")
-        _check_optimizer(name, tuple(weights[name]["shape"]), _list(parts, f"the optimizer state of '{name}'"), sizes)
+    for name, shards in optimizer.items():
+        _need(name in weights, f"there is optimizer state of '{name}', which is not a weight")
+        _check_optimizer(name, tuple(weights[name]["shape"]), _list(shards, f"the optimizer state of '{name}'"), sizes)
     without = sorted(set(weights) - set(optimizer)) if optimizer else []
     _need(not without, f"'{(without or [''])[0]}' has no optimizer state, others have")
 
@@ -109,23 +109,24 @@ def _check_file(name: str, entry: Any) -> int:
     return size
 
 
-def _file_of(part: Mapping[str, Any], name: str, sizes: Mapping[str, int]) -> int:
-    """The size of the file in which a part lies."""
-    file = _text(part.get("file"), f"the file of a part of '{name}'")
+def _file_size(shard: Mapping[str, Any], name: str, sizes: Mapping[str, int]) -> int:
+    """The size of the file that holds a shard."""
+    file = _text(shard.get("file"), f"the file of a shard of '{name}'")
     _need(file in sizes, f"'{file}' is not a listed file inside the checkpoint")
     return sizes[file]
 
 
-def _slice(part: Any, shape: tuple[int, ...], name: str) -> Slice:
-    """The slice that a part says it is of."""
-    part, what = _table(part, f"a part of '{name}'"), f"a part of '{name}'"
-    dim = part.get("dim")
-    start, stop = _count(part.get("start"), f"the start of {what}"), _count(part.get("stop"), f"the stop of {what}")
+def _slice(shard: Any, shape: tuple[int, ...], name: str) -> Slice:
+    """The slice that a shard's entry describes."""
+    label = f"a shard of '{name}'"
+    shard = _table(shard, label)
+    dim = shard.get("dim")
+    start, stop = _count(shard.get("start"), f"the start of {label}"), _count(shard.get("stop"), f"the stop of {label}")
     if dim is None:
-        _need("dim" in part and start == stop == 0, f"{what} is a slice of no dimension")
+        _need("dim" in shard and start == stop == 0, f"{label} is a slice of no dimension")
         return Slice(shape, None, start, stop)
-    _need(type(dim) is int and 0 <= dim < len(shape), f"{what} is cut on dimension {_short(dim)} of {len(shape)}")
-    _need(start <= stop <= shape[dim], f"{what} is [{start}, {stop}) of {shape[dim]}")
+    _need(type(dim) is int and 0 <= dim < len(shape), f"{label} is cut on dimension {_short(dim)} of {len(shape)}")
+    _need(start <= stop <= shape[dim], f"{label} is [{start}, {stop}) of {shape[dim]}")
     return Slice(shape, dim, start, stop)
 
 
@@ -137,62 +138,65 @@ def _check_weight(name: str, entry: Mapping[str, Any], sizes: Mapping[str, int])
     _need(isinstance(cut, str) and cut in _CUTS, f"'{name}' has the unknown cut {_short(cut)}")
     _need((cut_dim(cut) or 0) < max(1, len(shape)), f"'{name}' has {len(shape)} dimensions and the cut {cut}")  # type: ignore[arg-type]
     _count(entry.get("stage"), f"the stage of '{name}'")
-    parts = _list(entry.get("parts"), f"the parts of '{name}'")
-    slices = [_slice(part, shape, name) for part in parts]
-    for part, piece in zip(parts, slices, strict=True):
-        size, room = prod(piece.local_shape) * _DTYPES[str(dtype)], _file_of(part, name, sizes)
-        _need(size <= room, f"a part of '{name}' takes {size} bytes, its file has {room}")
+    shards = _list(entry.get("parts"), f"the shards of '{name}'")
+    slices = [_slice(shard, shape, name) for shard in shards]
+    for shard, local in zip(shards, slices, strict=True):
+        size, file_size = prod(local.local_shape) * _DTYPES[str(dtype)], _file_size(shard, name, sizes)
+        _need(size <= file_size, f"a shard of '{name}' takes {size} bytes, its file has {file_size}")
     check_tiles(name, shape, slices)
 
 
-def _check_optimizer(name: str, shape: tuple[int, ...], parts: list[Any], sizes: Mapping[str, int]) -> None:
-    slices = [_slice(part, shape, name) for part in parts]
-    held: dict[Any, list[tuple[int, int]]] = {}
-    moments = {tuple(_text(m, "a moment") for m in _list(part.get("moments"), f"the moments of '{name}'")) for part in parts}
-    _need(len(moments) == 1, f"the optimizer parts of '{name}' have different moments, or there are none")
-    for part, piece in zip(parts, slices, strict=True):
-        start, stop = (_count(part.get(f"range_{end}"), f"a range of '{name}'") for end in ("start", "stop"))
-        _need(start <= stop <= prod(piece.local_shape), f"a range of '{name}' is [{start}, {stop})")
-        _count(part.get("step"), f"the step of '{name}'")
-        room = _file_of(part, name, sizes)
-        _need(4 * (stop - start) <= room, f"optimizer state of '{name}' takes more than its file has")
-        place = (piece, _count(part.get("pp"), f"pp of '{name}'"), _count(part.get("tp"), f"tp of '{name}'"))
-        held.setdefault(place, []).append((start, stop))
-    check_tiles(name, shape, slices, held)
+def _check_optimizer(name: str, shape: tuple[int, ...], shards: list[Any], sizes: Mapping[str, int]) -> None:
+    slices = [_slice(shard, shape, name) for shard in shards]
+    ranges: dict[Any, list[tuple[int, int]]] = {}
+    moments = {tuple(_text(m, "a moment") for m in _list(shard.get("moments"), f"the moments of '{name}'")) for shard in shards}
+    _need(len(moments) == 1, f"the optimizer shards of '{name}' have different moments, or there are none")
+    for shard, local in zip(shards, slices, strict=True):
+        start, stop = (_count(shard.get(f"range_{end}"), f"a range of '{name}'") for end in ("start", "stop"))
+        _need(start <= stop <= prod(local.local_shape), f"a range of '{name}' is [{start}, {stop})")
+        _count(shard.get("step"), f"the step of '{name}'")
+        _need(4 * (stop - start) <= _file_size(shard, name, sizes), f"optimizer state of '{name}' takes more than its file has")
+        key = (local, _count(shard.get("pp"), f"pp of '{name}'"), _count(shard.get("tp"), f"tp of '{name}'"))
+        ranges.setdefault(key, []).append((start, stop))
+    check_tiles(name, shape, slices, ranges)
 
 
-def check_tiles(name: str, shape: tuple[int, ...], slices: Iterable[Slice], held: Mapping[Any, _Ranges] | None = None) -> None:
-    """Check that the stored pieces of a tensor are all of it and nothing twice.
+def check_tiles(
+    name: str, shape: tuple[int, ...], slices: Iterable[Slice], ranges: Mapping[Any, _Ranges] | None = None
+) -> None:
+    """Check that the stored shards cover a tensor completely and nothing twice.
 
     Args:
-        slices: what its parts cover; equal ones are replicas. held: (slice, ...) -> the ranges of the flattened slice that one
-            holder (pipeline and tensor rank) of it stored.
+        name: the tensor's, for messages.
+        shape: global shape.
+        slices: what its shards cover; equal slices are replicas.
+        ranges: (slice, pp, tp) -> the ranges of the flattened slice that this rank stored.
 
     Raises:
-        InvalidManifest: a hole, or pieces on top of each other.
+        InvalidManifest: the shards overlap or do not cover the tensor.
     """
     distinct, total = dict.fromkeys(slices), prod(shape)
-    dims = {piece.dim for piece in distinct}
+    dims = {local.dim for local in distinct}
     dim = dims.pop() if len(dims) == 1 else None
     if dim is None:
-        covered = sum(prod(piece.local_shape) for piece in distinct)
+        covered = sum(prod(local.local_shape) for local in distinct)
         _need(len(distinct) == 1, _misfit(name, covered, total))
     else:
         row = prod(n for i, n in enumerate(shape) if i != dim)
-        _check_ranges(name, [(piece.start, piece.stop) for piece in distinct], shape[dim], row)
-    for key, ranges in (held or {}).items():
-        _check_ranges(name, ranges, prod(key[0].local_shape))
+        _check_ranges(name, [(local.start, local.stop) for local in distinct], shape[dim], row)
+    for key, rank_ranges in (ranges or {}).items():
+        _check_ranges(name, rank_ranges, prod(key[0].local_shape))
 
 
 def _check_ranges(name: str, ranges: _Ranges, total: int, unit: int = 1) -> None:
-    """Ranges in units of `unit` elements tile `[0, total)`."""
-    at = 0
+    """Check that ranges, in units of `unit` elements, tile `[0, total)`."""
+    end = 0
     for start, stop in sorted(ranges):
-        _need(start == at, _misfit(name, unit * sum(b - a for a, b in ranges), unit * total))
-        at = stop
-    _need(at == total, _misfit(name, unit * sum(b - a for a, b in ranges), unit * total))
+        _need(start == end, _misfit(name, unit * sum(b - a for a, b in ranges), unit * total))
+        end = stop
+    _need(end == total, _misfit(name, unit * sum(b - a for a, b in ranges), unit * total))
 
 
 def _misfit(name: str, covered: int, total: int) -> str:
     twice = ", some of them twice" if covered >= total else ""
-    return f"the stored parts of '{name}' do not fit together: they cover {covered} of {total} elements{twice}"
+    return f"the stored shards of '{name}' do not tile it: they cover {covered} of {total} elements{twice}"

@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron.checkpoint.manifest import Manifest, read_manifest
-from megatron.checkpoint.reshard import Place
-from megatron.checkpoint.tensor_reader import Source
+from megatron.checkpoint.reshard import MeshPosition
+from megatron.checkpoint.tensor_reader import CheckpointReader
 from megatron.errors import CheckpointError, ConfigError
 from megatron.generation.load import model_config_of
 from megatron.layers.base import Context, State, input_names, inputs_of
@@ -309,12 +309,12 @@ def open_forward(
         model = build_model(config)
     shard_model(model, specs, mesh)
     names = _own_names(config, specs, mesh)
-    place = Place(mesh.pp_rank, mesh.tp_rank)
-    with Source(checkpoint, manifest) as source:
+    place = MeshPosition(mesh.pp_rank, mesh.tp_rank)
+    with CheckpointReader(checkpoint, manifest) as source:
         missing = names - set(manifest.weights)
         if missing:
             raise CheckpointError(f"the checkpoint has no '{min(missing)}'", where=str(checkpoint))
-        requests = (source.wanted_weight(name, local_slice(specs[name], mesh), place) for name in sorted(names))
+        requests = (source.weight_request(name, local_slice(specs[name], mesh), place) for name in sorted(names))
         weights = dict(zip(sorted(names), source.tensors(requests), strict=True))
     state = {name: torch.nn.Parameter(t.to(device, dtype or t.dtype), requires_grad=False) for name, t in weights.items()}
     if config.tie_embeddings and _EMBEDDING in state:

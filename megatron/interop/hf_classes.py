@@ -1,4 +1,4 @@
-"""Which Hugging Face classes a model is exported with: an official family where its config can say everything, else our own.
+"""Chooses the Hugging Face classes of an export: an official family if its config can express the model, else our own.
 
 A family is data: module names of its classes, and one function each way between our `ModelConfig` and its config fields.
 """
@@ -15,7 +15,7 @@ from megatron.interop.linear_config import LinearLMConfig
 from megatron.interop.metala_config import MetaLAConfig
 from megatron.model.config import ModelConfig
 
-# activations that the released MetaLA code knows; its "exp" is left out, whose normalisation is not documented
+# Activations of the released MetaLA code, without "exp", whose normalization is not documented.
 METALA_ACTIVATIONS = ("silu", "swish", "gelu", "relu", "elu", "sigmoid", "leak", "1+elu", "2+elu", "sine", "identity")
 _METALA_EPS = {"simplermsnorm": 1e-6, "layernorm": 1e-5}
 
@@ -24,9 +24,14 @@ _METALA_EPS = {"simplermsnorm": 1e-6, "layernorm": 1e-5}
 class Family:
     """Names of one family's classes and files.
 
-    name: ending of the packed files (`modeling_<name>.py`). prefix: of the class names. shell, config: modules that hold them.
-    fields: ModelConfig -> keyword arguments of the config class. config_class: that class.
-    native: set when the classes are transformers' own; then nothing is packed and `shell` and `config` are empty.
+    Attributes:
+        name: suffix of the packed files (`modeling_<name>.py`).
+        prefix: of the class names.
+        shell: module of the model classes.
+        config: module of the config class.
+        config_class: the config class.
+        fields: ModelConfig -> keyword arguments of the config class.
+        native: set if the classes are transformers' own; then nothing is packed, and `shell` and `config` are empty.
     """
 
     name: str
@@ -39,7 +44,7 @@ class Family:
 
     @property
     def auto_map(self) -> dict[str, str]:
-        """What config.json tells the Auto classes; nothing where they know the family already."""
+        """`auto_map` of config.json; empty if transformers knows the family."""
         if self.native is not None:
             return {}
         return {
@@ -50,7 +55,7 @@ class Family:
 
 
 def metala_obstacle(config: ModelConfig) -> str | None:
-    """Why the official MetaLA classes would compute something else, None when they compute the same."""
+    """Why the official MetaLA classes would compute something else; None if they compute the same."""
     options: Mapping[str, Any] = config.layer_options.get("metala", {})
     others = sorted(set(config.layer_types) - {"metala"})
     if others:
@@ -96,7 +101,7 @@ LINEAR = Family(
 
 
 def family_of(config: ModelConfig) -> tuple[Family, str]:
-    """The family a model is exported as, and a sentence that says why."""
+    """The family a model is exported as, and a sentence with the reason."""
     native = native_for(config)
     if native is not None:
         prefix = native.architecture.removesuffix("ForCausalLM")

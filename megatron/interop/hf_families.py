@@ -1,4 +1,4 @@
-"""The families of transformers that softmax models go to and come from: GPT-NeoX (Pythia), Llama, Mistral, Bloom, MPT."""
+"""Families of transformers for softmax attention models, both ways: GPT-NeoX (Pythia), Llama, Mistral, Bloom, MPT."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _NEOX_ACT = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu", "
 
 def _options(config: ModelConfig) -> dict[str, Any]:
     options = options_of(config)
-    assert isinstance(options, dict)  # the obstacle was asked for first
+    assert isinstance(options, dict)  # `obstacle` has been checked before
     return options
 
 
-def _refuse(what: str, wrong: bool) -> None:
+def _refuse(feature: str, wrong: bool) -> None:
     if wrong:
-        raise ValueError(f"{what} is not built")
+        raise ValueError(f"{feature} is not supported")
 
 
 def _rotary(settings: Any) -> dict[str, Any]:
@@ -166,15 +166,15 @@ def _mistral_fields(config: ModelConfig) -> dict[str, Any]:
         "hidden_act": "silu",
         "rms_norm_eps": config.norm_eps,
         "rope_parameters": _rope(options),
-        # their window counts the token itself, ours the tokens before it
+        # theirs includes the token itself, ours counts the tokens before it
         "sliding_window": None if options["window"] is None else options["window"] + 1,
     }
 
 
 def _llama_fields(config: ModelConfig) -> dict[str, Any]:
-    made = _mistral_fields(config)
-    del made["sliding_window"]
-    return {**made, "attention_bias": _options(config)["bias"], "mlp_bias": config.mlp_bias}
+    fields = _mistral_fields(config)
+    del fields["sliding_window"]
+    return {**fields, "attention_bias": _options(config)["bias"], "mlp_bias": config.mlp_bias}
 
 
 def _llama_shape(c: Any) -> ModelConfig:
@@ -262,7 +262,7 @@ MPT_LAYOUT = Layout(
 def _mpt_obstacle(config: ModelConfig) -> str | None:
     model = {"norm": "layernorm_no_bias", "mlp": "plain", "mlp_bias": False, "activation": "gelu", "tie_embeddings": True}
     model |= {"mlp_width": 4 * config.hidden_size}
-    # transformers' class reads alibi_bias_max and then uses 8 all the same
+    # transformers' class reads alibi_bias_max but always uses 8
     return obstacle_in(config, model, {"positions": "alibi", "bias": False, "bias_max": 8.0})
 
 
@@ -273,8 +273,8 @@ def _mpt_fields(config: ModelConfig) -> dict[str, Any]:
 
 def _mpt_shape(c: Any) -> ModelConfig:
     a = c.attn_config
-    asked = {"clip_qkv": a.clip_qkv, "softmax_scale": a.softmax_scale, "qk_ln": a.qk_ln, "prefix_lm": a.prefix_lm}
-    for name, value in asked.items():
+    unsupported = {"clip_qkv": a.clip_qkv, "softmax_scale": a.softmax_scale, "qk_ln": a.qk_ln, "prefix_lm": a.prefix_lm}
+    for name, value in unsupported.items():
         _refuse(f"attn_config.{name} = {value}", bool(value))
     _refuse("logit_scale", c.logit_scale is not None)
     _refuse("MPT without ALiBi", not a.alibi)
@@ -299,10 +299,10 @@ NATIVES: tuple[Native, ...] = (
 
 
 def native_by_type(model_type: Any) -> Native | None:
-    """The family of a config.json's `model_type`."""
+    """The family of a config.json's `model_type`; None if it is not in `NATIVES`."""
     return next((family for family in NATIVES if family.model_type == model_type), None)
 
 
 def native_for(config: ModelConfig) -> Native | None:
-    """The family whose config can say everything about a model."""
+    """The first family whose config can express a model; None if there is none."""
     return next((family for family in NATIVES if family.obstacle(config) is None), None)

@@ -1,8 +1,8 @@
-"""Models that the classes of transformers express: names and shapes of GPT-NeoX, Llama, Mistral, Bloom and MPT, both ways.
+"""Models that transformers' own classes can express: names and shapes of GPT-NeoX, Llama, Mistral, Bloom and MPT, both ways.
 
-A family here says what its config can hold (`obstacle`), which config fields a model has (`fields`), which model a config
-describes (`shape`), and how weights are called there (`Layout`). `hf_families.py` lists them. Nothing is packed: an export
-needs no `trust_remote_code`.
+A family declares what its config cannot express (`obstacle`), the config fields of a model (`fields`), the model of a config
+(`shape`), and its weight names (`Layout`). `hf_families.py` lists them. No source is packed: the export needs no
+`trust_remote_code`.
 """
 
 from __future__ import annotations
@@ -26,12 +26,15 @@ _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
 @dataclass(frozen=True)
 class Layout:
-    """Where weights stand in a family's state dict.
+    """Weight names in a family's state dict.
 
-    outer: our name -> theirs, outside the blocks. block: their prefix of block i, such as `model.layers.{}.`. inner: our module
-    -> theirs within a block (`.weight` and `.bias` follow). fused: their one module of queries, keys and values, None when they
-    are apart. by_head: the rows of the fused one are q, k, v of head 0, then of head 1, ...; else all q, all k, all v.
-    ignored: endings of names that are no weights (tables of older files).
+    Attributes:
+        outer: our name -> theirs, outside the blocks.
+        block: their prefix of block i, such as `model.layers.{}.`.
+        inner: our module -> theirs within a block, without `.weight` or `.bias`.
+        fused: their fused module of queries, keys and values; None if they are separate.
+        by_head: the rows of the fused module are q, k, v of head 0, then of head 1, ...; else all q, all k, all v.
+        ignored: suffixes of names that are not weights (buffers in older files).
     """
 
     outer: Mapping[str, str]
@@ -44,7 +47,18 @@ class Layout:
 
 @dataclass(frozen=True)
 class Native:
-    """One family of transformers; see the head of this file. architecture: its class; length_key: its longest text."""
+    """One family of transformers (see the module).
+
+    Attributes:
+        model_type: in config.json.
+        architecture: name of its causal language model class.
+        config_class: its config class.
+        layout: its weight names.
+        obstacle: why its config cannot express a model; None if it can.
+        fields: config fields of a model.
+        shape: the model of a config object.
+        length_key: config field of the maximum sequence length.
+    """
 
     model_type: str
     architecture: str
@@ -57,29 +71,29 @@ class Native:
 
 
 def options_of(config: ModelConfig) -> dict[str, Any] | str:
-    """The options that all attention layers share, defaults included; a sentence where there is no such thing."""
+    """The options of all attention layers, with defaults; a sentence with the reason if they differ or others exist."""
     others = sorted(set(config.layer_types) - SOFTMAX)
     if others:
         return f"it has {', '.join(others)} layers"
-    found = []
+    distinct = []
     for name in dict.fromkeys(config.layer_types):
         values = layer_options(config, name) | {"dropout": 0.0}
-        if values not in found:
-            found.append(values)
-    return found[0] if len(found) == 1 else "its attention layers differ from each other"
+        if values not in distinct:
+            distinct.append(values)
+    return distinct[0] if len(distinct) == 1 else "its attention layers differ from each other"
 
 
-def first_difference(have: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:
-    """A sentence on the first entry of `wanted` that `have` does not equal; a set stands for its members."""
-    for name, value in wanted.items():
-        good = have[name] in value if isinstance(value, (set, frozenset)) else have[name] == value
-        if not good:
-            return f"its {name} is {have[name]}"
+def first_difference(values: Mapping[str, Any], required: Mapping[str, Any]) -> str | None:
+    """A sentence about the first value that differs from `required`, where a set allows each member; None if all match."""
+    for name, value in required.items():
+        matches = values[name] in value if isinstance(value, (set, frozenset)) else values[name] == value
+        if not matches:
+            return f"its {name} is {values[name]}"
     return None
 
 
 def obstacle_in(config: ModelConfig, model: Mapping[str, Any], attention: Mapping[str, Any]) -> str | None:
-    """Why a family that wants these fields of the model and these attention options cannot hold it; None when it can."""
+    """Why a family that requires these model fields and attention options cannot express a model; None if it can."""
     options = options_of(config)
     if isinstance(options, str):
         return options
@@ -98,20 +112,20 @@ def obstacle_in(config: ModelConfig, model: Mapping[str, Any], attention: Mappin
 
 
 def to_native(layout: Layout, config: ModelConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our full weights under their names."""
-    made: dict[str, Tensor] = {}
+    """Rename our full weights to a family's names."""
+    renamed: dict[str, Tensor] = {}
     for name, value in weights.items():
-        found = _LAYER.fullmatch(name)
-        if found is None:
-            made[layout.outer[name]] = value
+        match = _LAYER.fullmatch(name)
+        if match is None:
+            renamed[layout.outer[name]] = value
             continue
-        module, _, leaf = found[2].rpartition(".")
+        module, _, leaf = match[2].rpartition(".")
         if layout.fused is None or not module.endswith(("q_proj", "k_proj", "v_proj")):
-            made[f"{layout.block.format(found[1])}{layout.inner[module]}.{leaf}"] = value
+            renamed[f"{layout.block.format(match[1])}{layout.inner[module]}.{leaf}"] = value
         elif module.endswith("q_proj"):
-            three = [weights[name.replace("q_proj", f"{part}_proj")] for part in "qkv"]
-            made[f"{layout.block.format(found[1])}{layout.fused}.{leaf}"] = _fuse(three, config.num_heads, layout.by_head)
-    return made
+            three = [weights[name.replace("q_proj", f"{letter}_proj")] for letter in "qkv"]
+            renamed[f"{layout.block.format(match[1])}{layout.fused}.{leaf}"] = _fuse(three, config.num_heads, layout.by_head)
+    return renamed
 
 
 def _fuse(three: list[Tensor], heads: int, by_head: bool) -> Tensor:
@@ -121,26 +135,26 @@ def _fuse(three: list[Tensor], heads: int, by_head: bool) -> Tensor:
 
 
 def from_native(layout: Layout, config: ModelConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Their weights under our names; what the layout does not know keeps its name, so that the importer reports it."""
+    """Rename a family's weights to our names; unknown weights keep their names, so that the importer reports them."""
     outer = {theirs: ours for ours, theirs in layout.outer.items()}
     inner = {theirs: ours for ours, theirs in layout.inner.items()}
     block = re.compile(re.escape(layout.block).replace(r"\{\}", r"(\d+)") + r"(.+)\.(weight|bias)")
-    made: dict[str, Tensor] = {}
+    renamed: dict[str, Tensor] = {}
     for name, value in weights.items():
-        found = block.fullmatch(name)
+        match = block.fullmatch(name)
         if name in outer:
-            made[outer[name]] = value
+            renamed[outer[name]] = value
         elif name.endswith(layout.ignored) and layout.ignored:
             continue
-        elif found is not None and found[2] == layout.fused:
+        elif match is not None and match[2] == layout.fused:
             parts = _split(value, config.num_heads, layout.by_head)
-            stem = f"model.layers.{found[1]}.token_mixer"
-            made |= {f"{stem}.{part}_proj.{found[3]}": t for part, t in zip("qkv", parts, strict=True)}
-        elif found is not None and found[2] in inner:
-            made[f"model.layers.{found[1]}.{inner[found[2]]}.{found[3]}"] = value
+            stem = f"model.layers.{match[1]}.token_mixer"
+            renamed |= {f"{stem}.{letter}_proj.{match[3]}": t for letter, t in zip("qkv", parts, strict=True)}
+        elif match is not None and match[2] in inner:
+            renamed[f"model.layers.{match[1]}.{inner[match[2]]}.{match[3]}"] = value
         else:
-            made[name] = value
-    return made
+            renamed[name] = value
+    return renamed
 
 
 def _split(value: Tensor, heads: int, by_head: bool) -> list[Tensor]:
@@ -152,13 +166,16 @@ def _split(value: Tensor, heads: int, by_head: bool) -> list[Tensor]:
 def read_native(
     family: Native, settings: Mapping[str, Any], weights: Mapping[str, Tensor]
 ) -> tuple[ModelConfig, dict[str, Tensor], list[str]]:
-    """A folder of this family as a model of ours: its shape, its weights under our names, and notes.
+    """Read a folder of one of transformers' families.
+
+    Returns:
+        (model config, weights under our names, notes).
 
     Raises:
-        ExportError: config.json asks for something that the family's plain form does not have.
+        ExportError: config.json has a feature that is not supported.
     """
-    said = {name: value for name, value in settings.items() if name not in ("model_type", "auto_map", "architectures")}
-    theirs = foreign_settings(family.config_class, said)
+    config_fields = {name: value for name, value in settings.items() if name not in ("model_type", "auto_map", "architectures")}
+    theirs = foreign_settings(family.config_class, config_fields)
     try:
         config = family.shape(theirs)
     except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:

@@ -1,7 +1,7 @@
-"""Hugging Face folders -> checkpoints of ours: released MetaLA models, and everything that this project exported.
+"""Imports Hugging Face folders as checkpoints: released models, transformers' families, and exports of this project.
 
-Sizes are read from the tensors; config.json says what tensors cannot (heads, activation, embedding scale). Where the two
-disagree the tensors are right and a note says so. What was inferred is returned, printed and kept in the manifest.
+Sizes are read from the tensors; config.json gives what tensors cannot show (heads, activation, embedding scale). Where the two
+disagree the tensors win, with a note. What was inferred is returned, printed and stored in the manifest.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _MOST_LAYERS = 10_000
 
 @dataclass(frozen=True)
 class Imported:
-    """The checkpoint that was written, the model in it, and what was inferred on the way."""
+    """The written checkpoint, its model, and notes about what was inferred."""
 
     checkpoint: Path
     config: ModelConfig
@@ -58,23 +58,23 @@ def import_folder(source: str | Path, output: str | Path, *, tokenizer: Path | N
     Args:
         source: the Hugging Face folder.
         output: the save folder.
-        tokenizer: a folder that holds the tokenizer's files, None when `source` does.
+        tokenizer: a folder with the tokenizer's files; None is `source`.
 
     Raises:
-        ExportError: not such a folder, a model type that is not known, weights that do not make up that model, or a pickle
-            that holds more than tensors.
-        CheckpointError: the checkpoint cannot be written, or would stand among those of a run.
+        ExportError: not a Hugging Face folder, an unknown model type, weights that do not fit the model, or a pickle that
+            holds more than tensors.
+        CheckpointError: the checkpoint cannot be written, or the output folder holds checkpoints of a run.
     """
     source, output, tokenizer = Path(source), Path(output), Path(tokenizer or source)
     refuse_to_mix(output, 0)
     settings = _read_settings(source)
     native = native_by_type(settings.get("model_type"))
     if native is not None and not is_released(settings):
-        config, weights, found = read_native(native, settings, read_weights(source))
-        return _write(source, output, tokenizer, family_of(config)[0], settings, config, weights, found)
+        config, weights, notes = read_native(native, settings, read_weights(source))
+        return _write(source, output, tokenizer, family_of(config)[0], settings, config, weights, notes)
     if is_released(settings):
-        config, weights, found = read_released(settings, read_weights(source))
-        return _write(source, output, tokenizer, LINEAR, settings, config, weights, found)
+        config, weights, notes = read_released(settings, read_weights(source))
+        return _write(source, output, tokenizer, LINEAR, settings, config, weights, notes)
     family = next((f for f in (METALA, LINEAR) if f.config_class.model_type == settings.get("model_type")), None)
     if family is None:
         raise ExportError(
@@ -120,7 +120,7 @@ def _read_settings(source: Path) -> dict[str, Any]:
     if not source.is_dir():
         raise ExportError("no such folder", where=str(source))
     if (source / "manifest.json").is_file():
-        raise ExportError("this is a checkpoint of ours already", where=str(source), hint="use it as `load`")
+        raise ExportError("this already is a checkpoint of this project", where=str(source), hint="use it as `load`")
     if not (source / "config.json").is_file():
         inside = ", ".join(sorted(p.name for p in source.iterdir())[:8]) or "nothing"
         raise ExportError("not a Hugging Face folder: config.json is missing", where=str(source), why=f"it holds: {inside}")
@@ -133,7 +133,7 @@ def _read_settings(source: Path) -> dict[str, Any]:
 
 
 def _tie(weights: dict[str, Tensor], settings: Mapping[str, Any], notes: list[str]) -> tuple[dict[str, Tensor], bool]:
-    """Whether the output projection is the embedding; a stored copy of it is dropped."""
+    """(weights, whether the output projection is tied to the embedding); a stored copy of the embedding is dropped."""
     if _HEAD not in weights:
         if settings.get("tie_word_embeddings") is False:
             notes.append("tied output projection: the file holds none, although config.json says untied")
@@ -152,10 +152,10 @@ def _tie(weights: dict[str, Tensor], settings: Mapping[str, Any], notes: list[st
 
 def _model_config(family: Family, settings: Mapping[str, Any], weights: Mapping[str, Tensor], notes: list[str]) -> ModelConfig:
     try:
-        usual = family.config_class.attribute_map  # our exports repeat sizes under these; the official names decide
+        usual = family.config_class.attribute_map  # our exports repeat sizes under these names; the official names decide
         repeated = {name for name, official in usual.items() if official in settings}
-        said = {name: value for name, value in settings.items() if name not in {"model_type", "auto_map", *repeated}}
-        fields = foreign_settings(family.config_class, said).model_fields()
+        config_fields = {name: value for name, value in settings.items() if name not in {"model_type", "auto_map", *repeated}}
+        fields = foreign_settings(family.config_class, config_fields).model_fields()
         if family is METALA:
             fields |= _metala_fields(settings, weights, notes)
         return ModelConfig.from_dict(fields)
@@ -164,13 +164,13 @@ def _model_config(family: Family, settings: Mapping[str, Any], weights: Mapping[
 
 
 def _metala_fields(settings: Mapping[str, Any], weights: Mapping[str, Tensor], notes: list[str]) -> dict[str, Any]:
-    """What the tensors say about a released MetaLA folder; differences from config.json become notes."""
+    """Model fields of a released MetaLA folder, read from the tensors; differences from config.json become notes."""
     rows, size = _shape(weights, _EMBEDDING)
     layers = 1 + max((int(m[1]) for m in map(_LAYER.match, weights) if m), default=-1)
     width = _shape(weights, "model.layers.0.channel_mixer.l1.weight")[0]
     kernel_size = _shape(weights, "model.layers.0.token_mixer.conv1d.weight")[-1]
-    said = {"vocab_size": rows, "decoder_embed_dim": size, "decoder_layers": layers, "glu_dim": width}
-    for name, number in said.items():
+    sizes = {"vocab_size": rows, "decoder_embed_dim": size, "decoder_layers": layers, "glu_dim": width}
+    for name, number in sizes.items():
         if name not in settings:
             notes.append(f"{name} = {number}, read from the tensors (config.json does not say)")
         elif settings[name] != number:
@@ -178,7 +178,7 @@ def _metala_fields(settings: Mapping[str, Any], weights: Mapping[str, Tensor], n
     if "decoder_attention_heads" not in settings:
         raise ValueError("decoder_attention_heads is missing, and tensors do not show the number of heads")
     layernorm = "model.layers.0.token_norm.weight" in weights
-    found: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "vocab_size": rows,
         "hidden_size": size,
         "num_layers": layers,
@@ -191,14 +191,14 @@ def _metala_fields(settings: Mapping[str, Any], weights: Mapping[str, Tensor], n
     }
     if kernel_size != 4:
         options = {"gate_round": settings.get("gate_round", "none"), "conv_width": kernel_size}
-        found["layer_options"] = {"metala": options}
-        notes.append(f"convolution of {kernel_size} taps, read from the tensors")
-    return found
+        fields["layer_options"] = {"metala": options}
+        notes.append(f"convolution with kernel size {kernel_size}, read from the tensors")
+    return fields
 
 
 def _activation(name: str, notes: list[str]) -> str:
     if name == "exp":
-        raise ValueError("glu_act 'exp' is normalised in a way the released description does not state")
+        raise ValueError("glu_act 'exp' has a normalization that the released description does not state")
     if name not in METALA_ACTIVATIONS:
         notes.append(f"glu_act '{name}' is the identity, as in the released code")
         return "identity"
@@ -212,17 +212,19 @@ def _shape(weights: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
 
 
 def _check(config: ModelConfig, weights: Mapping[str, Tensor], source: Path) -> None:
-    """Every parameter of the model is there, in its shape, and nothing else."""
+    """Raise ExportError unless the weights are exactly the model's parameters, with their shapes."""
     try:
         specs = param_specs(config)
     except UserError as error:
         raise ExportError("config.json and the weights do not make a model", where=str(source), why=str(error)) from None
     missing, extra = sorted(set(specs) - set(weights)), sorted(set(weights) - set(specs))
-    odd = [f"{n} is {tuple(weights[n].shape)}" for n in specs if n in weights and tuple(weights[n].shape) != specs[n].shape]
+    reshaped = [
+        f"{n} is {tuple(weights[n].shape)}" for n in specs if n in weights and tuple(weights[n].shape) != specs[n].shape
+    ]
     problems = [f"missing: {', '.join(missing[:3])}"] * bool(missing)
-    problems += [f"unknown: {', '.join(extra[:3])}"] * bool(extra) + odd[:3]
+    problems += [f"unknown: {', '.join(extra[:3])}"] * bool(extra) + reshaped[:3]
     if problems:
-        count = len(missing) + len(extra) + len(odd)
+        count = len(missing) + len(extra) + len(reshaped)
         raise ExportError(f"{count} weights do not fit the model", where=str(source), why="; ".join(problems))
 
 
@@ -232,7 +234,7 @@ def _tokenizer_files(source: Path) -> dict[str, Path]:
 
 
 def _facts(source: Path, family: Family, settings: Mapping[str, Any], config: ModelConfig, notes: list[str]) -> dict[str, Any]:
-    """What an export needs again: ids of special tokens and where the model came from."""
+    """Metadata that an export needs again: ids of special tokens and the origin of the model."""
     tokenizer: dict[str, Any] = {"vocab_size": config.vocab_size}
     for key, field in (("eod", "eos_token_id"), ("pad", "pad_token_id"), ("bos", "bos_token_id")):
         number = settings.get(field)

@@ -1,6 +1,6 @@
-"""The configuration class of exported folders that no official class can express: hybrids, norms with a gain, plain MLPs.
+"""Configuration class of exports that no official class can express: hybrids, norms with a weight, ungated MLPs.
 
-Packed as `configuration_linear_lm.py`; imports transformers only. It carries our own `ModelConfig` as one dictionary.
+Packed as `configuration_linear_lm.py`; imports transformers only. It holds our `ModelConfig` as one dictionary.
 """
 
 from __future__ import annotations
@@ -13,7 +13,11 @@ from megatron.interop.tested_versions import warn_if_unproved
 
 
 class LinearLMConfig(PretrainedConfig):
-    """Any model of ours: `architecture` holds the fields of its `ModelConfig`; sizes are also given under their usual names."""
+    """Configuration of any model of this project.
+
+    Attributes:
+        architecture: the fields of its `ModelConfig`; sizes are also attributes under their usual names.
+    """
 
     model_type = "linear_lm"
     keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012 - transformers adds to the list
@@ -48,10 +52,10 @@ class LinearLMConfig(PretrainedConfig):
         """The fields of our `ModelConfig`.
 
         Raises:
-            ValueError: a size was changed beside `architecture`.
+            ValueError: a size attribute differs from `architecture`.
         """
-        for name, own in _SIZES.items():
-            _check_size(name, getattr(self, name), self.architecture[own])
+        for name, field in _SIZES.items():
+            _check_size(name, getattr(self, name), self.architecture[field])
         return {**self.architecture, "vocab_size": self.vocab_size, "tie_embeddings": self.tie_word_embeddings}
 
 
@@ -59,6 +63,6 @@ _SIZES = {"hidden_size": "hidden_size", "num_hidden_layers": "num_layers", "num_
 """Usual name of a size -> its name in `architecture`, which decides."""
 
 
-def _check_size(name: str, value: Any, own: Any) -> None:
-    if value != own:
-        raise ValueError(f"{name} {value} is not what `architecture` says, {own}: change the field there")
+def _check_size(name: str, value: Any, expected: Any) -> None:
+    if value != expected:
+        raise ValueError(f"{name} {value} is not what `architecture` says, {expected}: change the field there")

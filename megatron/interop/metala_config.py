@@ -1,7 +1,7 @@
-"""The configuration class of exported MetaLA folders: the official fields, so that folders are exchangeable both ways.
+"""Configuration class of exported MetaLA folders: the official fields, so that folders work both ways.
 
 Packed as `configuration_metala.py`; imports transformers only. Two fields are ours; the official class keeps unknown fields
-as plain attributes and is not disturbed by them.
+as plain attributes and ignores them.
 """
 
 from __future__ import annotations
@@ -15,12 +15,21 @@ from megatron.interop.tested_versions import warn_if_unproved
 
 
 class MetaLAConfig(PretrainedConfig):
-    """Sizes and choices of a MetaLA model, by the names of the released `config.json`.
+    """Sizes and options of a MetaLA model, with the names of the released `config.json`.
 
-    decoder_embed_dim d, decoder_layers L, decoder_attention_heads H, glu_dim the MLP width (-1 = d), glu_act its activation,
-    bias its biases, norm_type simplermsnorm | layernorm, no_scale_embedding turns off the factor sqrt(d). causal and
-    add_bos_token have no effect, as in the released code. Ours: norm_eps (None = 1e-6 for simplermsnorm, 1e-5 for layernorm)
-    and gate_round (none | bf16 | fp16, rounds gate and key as the released code does in half precision).
+    Args:
+        decoder_embed_dim: hidden size d.
+        decoder_layers: number of layers.
+        decoder_attention_heads: number of heads.
+        glu_dim: MLP width; -1 is d.
+        glu_act: activation of the MLP.
+        bias: the MLP has biases.
+        norm_type: simplermsnorm or layernorm.
+        no_scale_embedding: do not multiply the embedding by sqrt(d).
+        causal: no effect, as in the released code.
+        add_bos_token: no effect, as in the released code.
+        norm_eps: ours; None is 1e-6 for simplermsnorm, 1e-5 for layernorm.
+        gate_round: ours; none, bf16 or fp16: round gate and key as the released code does in half precision.
     """
 
     model_type = "metala"
@@ -71,27 +80,27 @@ class MetaLAConfig(PretrainedConfig):
         self.gate_round = gate_round
         kwargs |= {"pad_token_id": pad_token_id, "bos_token_id": bos_token_id, "eos_token_id": eos_token_id}
         kwargs["tie_word_embeddings"] = tie_word_embeddings
-        for usual, own in self.attribute_map.items():
-            self._take(usual, own, kwargs.pop(usual, None))
+        for usual, official in self.attribute_map.items():
+            self._take(usual, official, kwargs.pop(usual, None))
         warn_if_unproved(kwargs.get("proved_transformers"))
         super().__init__(**kwargs)
 
-    def _take(self, usual: str, own: str, value: Any) -> None:
-        """A size under its usual name; one that contradicts the official name is refused."""
-        default = inspect.signature(type(self).__init__).parameters[own].default
-        if value is None or value == getattr(self, own):
+    def _take(self, usual: str, official: str, value: Any) -> None:
+        """Set a size that is given under its usual name; a value that contradicts the official name raises ValueError."""
+        default = inspect.signature(type(self).__init__).parameters[official].default
+        if value is None or value == getattr(self, official):
             return
-        if getattr(self, own) != default:
-            raise ValueError(f"{own} is {getattr(self, own)} and {usual}, another name of it, is {value}")
-        setattr(self, own, value)
+        if getattr(self, official) != default:
+            raise ValueError(f"{official} is {getattr(self, official)} and {usual}, another name of it, is {value}")
+        setattr(self, official, value)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields; sizes also under their usual names, where tools such as PEFT look for them."""
-        return {**super().to_dict(), **{usual: getattr(self, own) for usual, own in self.attribute_map.items()}}
+        return {**super().to_dict(), **{usual: getattr(self, official) for usual, official in self.attribute_map.items()}}
 
     def model_fields(self) -> dict[str, Any]:
-        """The fields of our `ModelConfig` that say the same."""
-        simple = self.norm_type == "simplermsnorm"  # any other word is LayerNorm in the released code
+        """The equivalent fields of our `ModelConfig`."""
+        simple = self.norm_type == "simplermsnorm"  # any other value is LayerNorm in the released code
         return {
             "vocab_size": self.vocab_size,
             "hidden_size": self.decoder_embed_dim,

@@ -1,10 +1,11 @@
-"""GPT-NeoX/DeepSpeed checkpoint folders as plain tensors: the files that are there, read by torch's restricted unpickler.
+"""Reads GPT-NeoX/DeepSpeed checkpoint folders as plain tensors, with torch's restricted unpickler.
 
-Two layouts exist. With pipeline size 1 and more: `layer_XX-model_YY-model_states.pt`, one file per stage XX and tensor rank YY,
-keys relative to the stage. With pipeline size 0: `mp_rank_YY_model_states.pt`, one per tensor rank, keys `sequential.XX.<key>`.
+There are two layouts. With pipeline size 1 and more: `layer_XX-model_YY-model_states.pt`, one file per stage XX and tensor rank
+YY, keys relative to the stage. With pipeline size 0: `mp_rank_YY_model_states.pt`, one per tensor rank, keys
+`sequential.XX.<key>`.
 
-The files are pickles. Only tensors, plain containers and numpy arrays may come out of them (`weights_only=True`): a file that
-asks for anything else is refused by name before it runs. This is the only file of the package that opens a pickle.
+The files are pickles. Only tensors, plain containers and numpy arrays are allowed (`weights_only=True`): a file with anything
+else is refused, with the name of the global, and nothing in it runs. No other file of the project opens a pickle.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ _SAFE_TORCH = (2, 10)  # the restricted unpickler could be broken before (CVE-20
 
 
 def _numpy_globals() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
-    """What a random state of numpy is pickled as; the module was renamed in numpy 2."""
+    """The globals in a pickled random state of numpy; their module was renamed in numpy 2."""
     core = np._core.multiarray  # type: ignore[attr-defined]
     named: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [np.ndarray, np.dtype]
     for home in ("numpy.core.multiarray", "numpy._core.multiarray"):
@@ -44,10 +45,10 @@ def _numpy_globals() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]
 
 
 def read_pickle(path: Path) -> Any:
-    """The content of a `torch.save`d file, memory-mapped where it can be, nothing in it run.
+    """Load a `torch.save`d file, memory-mapped if possible, without running anything in it.
 
     Raises:
-        CheckpointError: it asks for more than tensors, containers and numpy arrays, or is damaged.
+        CheckpointError: it holds more than tensors, containers and numpy arrays, or is damaged.
     """
     release = tuple(int(n) for n in torch.__version__.split("+")[0].split(".")[:2])
     if release < _SAFE_TORCH:
@@ -69,12 +70,12 @@ def read_pickle(path: Path) -> Any:
             raise CheckpointError(
                 "the file is damaged", where=str(path), why="it is not what torch.save writes", hint=_COPY
             ) from None
-        why = f"it asks for {named[1]}" if named else str(error).splitlines()[0]
+        reason = f"it asks for {named[1]}" if named else str(error).splitlines()[0]
         raise CheckpointError(
             "the file holds more than tensors and was not run",
             where=str(path),
-            why=why,
-            hint="save the weights again without it; this tool never executes what it finds in a file",
+            why=reason,
+            hint="save the weights again without it; this tool never executes code from a file",
         ) from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
@@ -129,31 +130,32 @@ class ForeignFolder:
     """One `global_stepN` folder of GPT-NeoX.
 
     Attributes:
-        tp: tensor-parallel size it was saved with. stages: NeoX numbers of the stages that hold tensors.
+        tp: tensor-parallel size it was saved with.
+        stages: NeoX numbers of the stages that hold tensors.
 
     Raises:
-        CheckpointError: no such files, or one of them is missing.
+        CheckpointError: there are no such files, or one of them is missing.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._layers = self._numbered(_LAYER)
-        self._whole: dict[int, list[dict[str, Tensor]]] = {}
+        self._unpiped: dict[int, list[dict[str, Tensor]]] = {}
         ranks = self._numbered(_RANK)
         if self._layers:
-            found: dict[int, set[int]] = defaultdict(set)
+            ranks_of_stage: dict[int, set[int]] = defaultdict(set)
             for stage, rank in self._layers:
-                found[stage].add(rank)
-            self.stages, self.tp = sorted(found), 1 + max(rank for _, rank in self._layers)
-            self._bound(len(self._layers) // len(found))
-            missing = [layer_name(s, r) for s in self.stages for r in range(self.tp) if r not in found[s]]
+                ranks_of_stage[stage].add(rank)
+            self.stages, self.tp = sorted(ranks_of_stage), 1 + max(rank for _, rank in self._layers)
+            self._bound(len(self._layers) // len(ranks_of_stage))
+            missing = [layer_name(s, r) for s in self.stages for r in range(self.tp) if r not in ranks_of_stage[s]]
         elif ranks:
             self.tp = 1 + max(rank for (rank,) in ranks)
             self._bound(len(ranks))
             missing = [f"mp_rank_{r:02d}_model_states.pt" for r in range(self.tp) if (r,) not in ranks]
             if not missing:
-                self._whole = self._split([ranks[(rank,)] for rank in range(self.tp)])
-            self.stages = sorted(self._whole)
+                self._unpiped = self._split([ranks[(rank,)] for rank in range(self.tp)])
+            self.stages = sorted(self._unpiped)
         else:
             raise _no_foreign_checkpoint(path)
         if missing:
@@ -173,11 +175,11 @@ class ForeignFolder:
         found = [body.get(key) for key in ("iteration", "global_steps")] if isinstance(body, Mapping) else []
         return next((int(step) for step in found if isinstance(step, int) and 0 <= step < 10**18), None)
 
-    def _bound(self, there: int) -> None:
-        """Refuse a rank in a file's name that is far beyond the number of files, before the others are counted."""
-        if self.tp > max(1024, 2 * there):
-            why = f"a file's name says tensor rank {self.tp - 1:,}, there are {there} files of a stage"
-            raise CheckpointError("files of the checkpoint are missing", where=str(self.path), why=why)
+    def _bound(self, file_count: int) -> None:
+        """Refuse a rank in a file name that is far beyond the number of files, before missing files are listed."""
+        if self.tp > max(1024, 2 * file_count):
+            reason = f"a file's name says tensor rank {self.tp - 1:,}, there are {file_count} files of a stage"
+            raise CheckpointError("files of the checkpoint are missing", where=str(self.path), why=reason)
 
     def _numbered(self, pattern: re.Pattern[str]) -> dict[tuple[int, ...], Path]:
         names = sorted(self.path.iterdir()) if self.path.is_dir() else []
@@ -199,9 +201,9 @@ class ForeignFolder:
         return dict(stages)
 
     def stage(self, number: int) -> list[dict[str, Tensor]]:
-        """Per tensor rank: key -> that rank's part."""
-        if self._whole:
-            return self._whole[number]
+        """Per tensor rank: key -> that rank's shard."""
+        if self._unpiped:
+            return self._unpiped[number]
         return [self._state(self._layers[number, rank]) for rank in range(self.tp)]
 
     def _state(self, file: Path) -> dict[str, Tensor]:
@@ -211,5 +213,5 @@ class ForeignFolder:
         return {str(name): value for name, value in body.items() if isinstance(value, Tensor)}
 
     def config_files(self) -> Iterator[Path]:
-        """The YAML files that rode along."""
+        """The YAML files in its folder `configs`."""
         return iter(sorted((self.path / "configs").glob("*.y*ml")) if (self.path / "configs").is_dir() else [])

@@ -1,10 +1,9 @@
-"""The layouts of the released Based, JRT, Attention and Mamba models (hazyresearch/*, state-spaces/*) as ours.
+"""Imports the released Based, JRT, Attention and Mamba models (hazyresearch/*, state-spaces/*).
 
-Their config.json is a GPT2Config dump whose mixers are Hydra dictionaries, or Mamba's own dataclass; neither says a model type.
-Transformers' `mamba` has the tensors of the latter under all but one of the same names, and says its type.
-Tensors are believed before the config: which mixer a layer is, widths, biases, decay and the vocabulary's rows are read from
-them. Three of their parameters hold two of ours, one above the other: `fc1` (up, gate), `in_proj` (convolution, gate)
-and `Wqkv`. What was decided on the way is returned as notes.
+Their config.json is a GPT2Config dump with Hydra dictionaries for the mixers, or Mamba's own dataclass; neither has a model
+type. Transformers' `mamba` has a model type, and the latter's tensors with one name changed. Tensors take precedence over the
+config: mixers, widths, biases, decay and vocabulary size are read from them. Three of their parameters stack several of ours:
+`fc1` (up, gate), `in_proj` (convolution, gate) and `Wqkv`. Decisions are returned as notes.
 """
 
 from __future__ import annotations
@@ -29,19 +28,19 @@ _MIXERS = {
     "SlidingAttention": "sliding",
     "SlidingsMHA": "sliding",
 }
-"""Last part of a Hydra target -> our mixer; the module paths changed over the years and say nothing."""
+"""Last component of a Hydra target -> our mixer; the module paths have changed over the years."""
 _EMBEDDINGS = {
     "transformer": "transformer.embeddings.word_embeddings.weight",
     "backbone": "backbone.embedding.weight",
     "transformers": "backbone.embeddings.weight",
 }
-_INERT = "transformer.decay.decay"
-"""Logarithms of the decay rates."""
+_DECAY = "transformer.decay.decay"
+"""Buffer with the logarithms of the decay rates; layers without a `decay_proj` ignore it."""
 _CHANGED_WINDOW = 4096
 
 
 def is_released(settings: Mapping[str, Any]) -> bool:
-    """Is this config.json one of those projects', or of transformers' Mamba?"""
+    """Whether a config.json is from one of these projects, or from transformers' Mamba."""
     if settings.get("model_type") == "mamba":
         return True
     if settings.get("model_type") not in (None, "gpt2"):
@@ -51,7 +50,7 @@ def is_released(settings: Mapping[str, Any]) -> bool:
 
 @dataclass
 class _Reading:
-    """One folder on its way: its config, its cleaned tensors by layer, and what has been found."""
+    """A folder that is being read: its config, its tensors by layer, and the results so far."""
 
     settings: Mapping[str, Any]
     layers: list[dict[str, Tensor]]
@@ -60,7 +59,7 @@ class _Reading:
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def hydra(self, mixer: str) -> Mapping[str, Any]:
-        """The config's dictionary of a mixer of ours; empty when there is none."""
+        """The config's dictionary of a mixer; empty if there is none."""
         for key in ("mixer", "alt_mixer", "alt_mixer_2"):
             entry = self.settings.get(key)
             if isinstance(entry, Mapping) and _MIXERS.get(str(entry.get("_target_", "")).rpartition(".")[2]) == mixer:
@@ -69,55 +68,58 @@ class _Reading:
 
     def option(self, mixer: str, values: Mapping[str, Any]) -> None:
         """Set a mixer's options; all layers of a kind must have the same."""
-        known = self.options.setdefault(mixer, dict(values))
-        if known != values:
-            raise ExportError(f"two {mixer} layers of this model differ", why=f"{known} and {dict(values)}")
+        existing = self.options.setdefault(mixer, dict(values))
+        if existing != values:
+            raise ExportError(f"two {mixer} layers of this model differ", why=f"{existing} and {dict(values)}")
 
 
 def read_released(
     settings: Mapping[str, Any], weights: Mapping[str, Tensor]
 ) -> tuple[ModelConfig, dict[str, Tensor], list[str]]:
-    """(model, weights under our names, notes) of a released folder's config.json and tensors.
+    """Read a released folder's config.json and tensors.
+
+    Returns:
+        (model config, weights under our names, notes).
 
     Raises:
-        ExportError: tensors that belong to no mixer we know, or that do not fit the config.
+        ExportError: tensors belong to an unknown mixer or do not fit the config.
     """
     reading = _clean(settings, weights)
     mamba = any(name.startswith("backbone.") for name in reading.outer)
-    found: dict[str, Tensor] = {}
+    renamed: dict[str, Tensor] = {}
     types = []
     for i, tensors in enumerate(reading.layers):
         kind = _kind(reading, i, tensors)
         types.append(kind)
         for name, tensor in tensors.items():
-            for ours, part in _RENAME[kind](name, tensor):
-                found[f"model.layers.{i}.{ours}"] = part
+            for ours, shard in _RENAME[kind](name, tensor):
+                renamed[f"model.layers.{i}.{ours}"] = shard
     stem = "backbone" if mamba else "transformer"
     embedding = _EMBEDDINGS["transformers" if settings.get("model_type") == "mamba" else stem]
     table = _need(reading.outer, embedding)
-    found["model.embed_tokens.weight"] = table
-    found["model.final_norm.weight"] = _need(reading.outer, f"{stem}.norm_f.weight" if mamba else f"{stem}.ln_f.weight")
-    known = {embedding, f"{stem}.norm_f.weight", f"{stem}.ln_f.weight", "lm_head.weight", _INERT}
-    if unknown := sorted(set(reading.outer) - known):
+    renamed["model.embed_tokens.weight"] = table
+    renamed["model.final_norm.weight"] = _need(reading.outer, f"{stem}.norm_f.weight" if mamba else f"{stem}.ln_f.weight")
+    used = {embedding, f"{stem}.norm_f.weight", f"{stem}.ln_f.weight", "lm_head.weight", _DECAY}
+    if unknown := sorted(set(reading.outer) - used):
         raise ExportError("the weights hold more than this layout has", why=", ".join(unknown[:5]))
     head = reading.outer.get("lm_head.weight")
     tied = head is None or torch.equal(head, table)
     if not tied and head is not None:
-        found["lm_head.weight"] = head
+        renamed["lm_head.weight"] = head
     _say_vocabulary(reading, len(table), tied)
-    return _model(reading, tuple(types), table, tied, mamba), found, reading.notes
+    return _model(reading, tuple(types), table, tied, mamba), renamed, reading.notes
 
 
 def _need(tensors: Mapping[str, Tensor], name: str) -> Tensor:
     if name not in tensors:
         raise ExportError(
-            f"the weights hold no {name}", why="they are of none of the released layouts", hint="is the folder whole?"
+            f"the weights hold no {name}", why="they have none of the released layouts", hint="is the folder complete?"
         )
     return tensors[name]
 
 
 def _clean(settings: Mapping[str, Any], weights: Mapping[str, Tensor]) -> _Reading:
-    """Drop Lightning's counters and prefix, put tensors to their layers."""
+    """Drop Lightning's counters and prefix, and group the tensors by layer."""
     reading = _Reading(settings, [], {})
     counters = [name for name in weights if "metrics" in name]
     if counters:
@@ -140,11 +142,11 @@ def _clean(settings: Mapping[str, Any], weights: Mapping[str, Tensor]) -> _Readi
 
 
 def _kind(reading: _Reading, i: int, tensors: Mapping[str, Tensor]) -> str:
-    """Our mixer of layer `i`, by its tensors; sets its options."""
+    """The mixer of layer `i`, recognized by its tensors; sets its options."""
     if "mixer.g_norm.weight" in tensors:
         raise ExportError(
             f"layer {i} is of the ThunderKittens demonstration",
-            why="it has a norm per head in place of the denominator, which is another model",
+            why="it has a norm per head instead of the denominator, which is another model",
         )
     if "mixer.A_log" in tensors:
         return _mamba(reading, tensors)
@@ -160,19 +162,19 @@ def _kind(reading: _Reading, i: int, tensors: Mapping[str, Tensor]) -> str:
         return "base_conv"
     if "mixer.Wqkv.weight" in tensors:
         return _attention(reading, i)
-    raise ExportError(f"layer {i} is no mixer we know", why=", ".join(sorted(tensors)))
+    raise ExportError(f"layer {i} has an unknown mixer", why=", ".join(sorted(tensors)))
 
 
 def _linear(reading: _Reading, tensors: Mapping[str, Tensor]) -> str:
     kind = "jrt" if "mixer.proj_k_enc.weight" in tensors else "based"
-    said, rows = reading.hydra(kind), tensors["mixer.proj_q.weight"].shape[0]
-    width = said.get("feature_dim") or (said.get("feature_map") or {}).get("input_dim")
-    heads = said.get("num_heads") or (rows // width if width else reading.settings["n_head"])
+    entry, rows = reading.hydra(kind), tensors["mixer.proj_q.weight"].shape[0]
+    width = entry.get("feature_dim") or (entry.get("feature_map") or {}).get("input_dim")
+    heads = entry.get("num_heads") or (rows // width if width else reading.settings["n_head"])
     if rows % heads or (width and rows != heads * width):
         raise ExportError(f"{rows} rows of proj_q do not make {heads} heads of {width or '?'}", where="config.json, alt_mixer")
     values = {"feature_width": rows // heads, "heads": heads}
     if kind == "jrt":
-        length = said.get("enc_length") or reading.settings.get("enc_length") or 1024
+        length = entry.get("enc_length") or reading.settings.get("enc_length") or 1024
         reading.option("jrt", {**values, "prefix_length": length})
     else:
         constant = float(reading.settings.get("decay_const", -3))
@@ -183,31 +185,31 @@ def _linear(reading: _Reading, tensors: Mapping[str, Tensor]) -> str:
 
 
 def _check_decay(reading: _Reading, decay: bool, heads: int, constant: float) -> None:
-    """The stored rates must be those of the formula; without a gate in the layers they have no effect."""
-    rates = reading.outer.get(_INERT)
+    """Check that the stored decay rates equal the formula's; without a `decay_proj` they have no effect."""
+    rates = reading.outer.get(_DECAY)
     if not decay:
         if rates is not None and not any("decay buffer" in note for note in reading.notes):
             reading.notes.append("the decay buffer has no effect without decay_proj (as in the released code) and is dropped")
         return
     if reading.settings.get("decay_denom"):
-        raise ExportError("decay_denom is not built", why="no released model has it", where="config.json")
-    want = torch.log1p(-torch.exp2(constant - torch.arange(heads, dtype=torch.float64)))
-    if rates is not None and (rates.shape != want.shape or not torch.allclose(rates.double(), want, atol=1e-5)):
-        raise ExportError("the stored decay rates are not 1 - 2^(decay_const - head)", where=_INERT)
+        raise ExportError("decay_denom is not supported", why="no released model has it", where="config.json")
+    expected = torch.log1p(-torch.exp2(constant - torch.arange(heads, dtype=torch.float64)))
+    if rates is not None and (rates.shape != expected.shape or not torch.allclose(rates.double(), expected, atol=1e-5)):
+        raise ExportError("the stored decay rates are not 1 - 2^(decay_const - head)", where=_DECAY)
 
 
 def _attention(reading: _Reading, i: int) -> str:
     fraction = float(reading.settings.get("rotary_emb_fraction", 0.0))
-    said = reading.hydra("sliding")
-    if not said:
+    entry = reading.hydra("sliding")
+    if not entry:
         positions = "rotary" if fraction else "none"
         reading.option("global", {"positions": positions, "rotary_fraction": fraction or 1.0})
         return "global"
-    window = int(said["window_size"])
+    window = int(entry["window_size"])
     if window == _CHANGED_WINDOW and i in (7, 17) and reading.hydra("jrt"):
         raise ExportError(
             f"layer {i} of this model has a window of 256 although the config says {window}",
-            why="the original changes it for layers 7 and 17, and one window per kind of layer is all that can be said here",
+            why="the original changes it for layers 7 and 17, and this project has one window per kind of layer",
         )
     if "sliding" not in reading.options:
         reading.notes.append(
@@ -220,7 +222,7 @@ def _attention(reading: _Reading, i: int) -> str:
 def _mamba(reading: _Reading, tensors: Mapping[str, Tensor]) -> str:
     activation = reading.settings.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
-        raise ExportError(f"Mamba with the activation '{activation}' is not built", where="config.json, hidden_act")
+        raise ExportError(f"Mamba with the activation '{activation}' is not supported", where="config.json, hidden_act")
     inner, states = tensors["mixer.A_log"].shape
     values = {
         "state_size": states,
@@ -235,7 +237,7 @@ def _mamba(reading: _Reading, tensors: Mapping[str, Tensor]) -> str:
 
 
 def _halves(first: str, second: str) -> Callable[[str, Tensor], list[tuple[str, Tensor]]]:
-    """One tensor whose upper half is `first` and whose lower half is `second`."""
+    """Splits a tensor whose upper half is `first` and whose lower half is `second`."""
 
     def cut(leaf: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
         upper, lower = tensor.chunk(2)
@@ -245,7 +247,7 @@ def _halves(first: str, second: str) -> Callable[[str, Tensor], list[tuple[str, 
 
 
 def _shared(name: str, tensor: Tensor) -> list[tuple[str, Tensor]] | None:
-    """Names that all layers of the GPT family have."""
+    """Rename a parameter that all layers of the GPT family have; None for others."""
     module, _, leaf = name.rpartition(".")
     if module == "mlp.fc1":  # up above gate; our l1 is the gate
         return _halves("channel_mixer.l2", "channel_mixer.l1")(leaf, tensor)
@@ -269,7 +271,7 @@ def _rename_plain(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
 def _rename_attention(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
     if name.startswith("mixer.Wqkv."):
         leaf = name.rpartition(".")[2]
-        return [(f"token_mixer.{p}_proj.{leaf}", part) for p, part in zip("qkv", tensor.chunk(3), strict=True)]
+        return [(f"token_mixer.{p}_proj.{leaf}", projection) for p, projection in zip("qkv", tensor.chunk(3), strict=True)]
     return _rename_plain(name, tensor)
 
 
@@ -290,8 +292,8 @@ _RENAME: dict[str, Callable[[str, Tensor], list[tuple[str, Tensor]]]] = {
 
 
 def _say_vocabulary(reading: _Reading, rows: int, tied: bool) -> None:
-    said = reading.settings.get("vocab_size")
-    reading.notes.append(f"vocabulary of {rows} rows, padding kept (config.json says {said})")
+    configured = reading.settings.get("vocab_size")
+    reading.notes.append(f"vocabulary of {rows} rows, padding kept (config.json says {configured})")
     if not tied:
         reading.notes.append("untied output projection: lm_head.weight differs from the embedding")
 

@@ -1,6 +1,6 @@
-"""Weights written by others: safetensors (single or sharded) and `pytorch_model.bin`, read without running anything in them.
+"""Reads weight files of Hugging Face folders: safetensors (single or sharded) and `pytorch_model.bin`, without running code.
 
-A `.bin` file is a pickle; `interop/neox_files.py` reads it through torch's restricted unpickler.
+A `.bin` file is a pickle; `interop/neox_files.py` reads it with torch's restricted unpickler.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _INDEX = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 
 def load_foreign_pickle(path: Path) -> dict[str, Tensor]:
-    """Tensors of a foreign `torch.save`d state dict.
+    """Load the tensors of a `torch.save`d state dict.
 
     Raises:
-        ExportError: the file wants more than tensors (hostile or a whole pickled model), is damaged, or is not a dict.
+        ExportError: the file holds more than tensors (hostile, or a pickled model), is damaged, or is not a dict.
     """
     try:
         loaded = read_pickle(path)
@@ -39,7 +39,7 @@ def load_foreign_pickle(path: Path) -> dict[str, Tensor]:
 
 
 def load_foreign_safetensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of one safetensors file; a truncated or foreign-format file raises ExportError."""
+    """Load all tensors of one safetensors file; a truncated file or another format raises ExportError."""
     try:
         with safe_open(path, framework="pt") as handle:
             return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 - safe_open is no mapping
@@ -54,7 +54,7 @@ def _line(error: Exception) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """One JSON object from a foreign folder; a damaged file raises ExportError with its place."""
+    """Read a JSON object from a folder of another project; a damaged file raises ExportError."""
     try:
         value = files.read_json(path)
     except (OSError, ValueError) as error:
@@ -64,26 +64,26 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def foreign_settings(config_class: Callable[..., Any], said: Mapping[str, Any]) -> Any:
-    """The configuration object of transformers from what a config.json says.
+def foreign_settings(config_class: Callable[..., Any], fields: Mapping[str, Any]) -> Any:
+    """Create a config object of transformers from the fields of a config.json.
 
     Raises:
-        ExportError: it refuses a value. Which exception comes of a wrong one is not documented and differs by release.
+        ExportError: it refuses a value. The exception types for wrong values are undocumented and differ by release.
     """
     try:
-        return config_class(**said)
+        return config_class(**fields)
     except Exception as error:
         raise ExportError("config.json does not describe a model", why=" ".join(str(error).split()) or repr(error)) from None
 
 
 def inner_file(folder: Path, name: str) -> Path:
-    """The file `name` of a foreign folder, which may be a link only where the Hub's cache makes one.
+    """The path of a file inside a folder of another project; links out of the folder are only allowed in the Hub's cache.
 
-    A snapshot of the cache (`models--O--N/snapshots/REVISION`) links to `models--O--N/blobs`; elsewhere a link must end in the
-    folder itself. Weights and tokenizers end up in what is written, so a link to anywhere would publish any file.
+    A snapshot of the cache (`models--O--N/snapshots/REVISION`) links to `models--O--N/blobs`; elsewhere a link must stay in the
+    folder. Weights and tokenizers are copied into the output, so an arbitrary link could publish any file.
 
     Raises:
-        ExportError: it leads out of the folder, is no regular file, or links to itself.
+        ExportError: the file is outside the folder, is not a regular file, or links to itself.
     """
     path, root = folder / name, folder.resolve()
     homes = [root]
@@ -105,7 +105,7 @@ def weight_files(folder: Path) -> list[Path]:
     """The files that hold the weights of a Hugging Face folder, safetensors before pickles.
 
     Raises:
-        ExportError: there are none, shards are missing, or the index or a link leads out of the folder.
+        ExportError: there are none, shards are missing, or the index or a link points outside the folder.
     """
     for single, index in zip(_SINGLE, _INDEX, strict=True):
         if (folder / single).is_file():
@@ -121,16 +121,16 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _shards(folder: Path, index: str) -> list[str]:
-    """The names of the shards, all of them there."""
+    """The names of the shards, which must all exist."""
     table = read_json(inner_file(folder, index)).get("weight_map")
     if not isinstance(table, dict) or not all(isinstance(name, str) for name in table.values()):
-        why = "weight_map is not a table of tensors and file names"
-        raise ExportError("the shard index is damaged", where=str(folder / index), why=why, hint="download it again")
+        reason = "weight_map is not a table of tensors and file names"
+        raise ExportError("the shard index is damaged", where=str(folder / index), why=reason, hint="download it again")
     names = sorted(set(table.values()))
     outside = [name for name in names if Path(name).name != name or "\0" in name or not name.endswith((".safetensors", ".bin"))]
     if outside:
-        why = f"{outside[0]!r:.80} is not the name of a weight file in it"
-        raise ExportError("the shard index points outside the folder", where=str(folder / index), why=why)
+        reason = f"{outside[0]!r:.80} is not the name of a weight file in it"
+        raise ExportError("the shard index points outside the folder", where=str(folder / index), why=reason)
     missing = [name for name in names if not (folder / name).is_file()]
     if missing or not names:
         few = ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
@@ -145,6 +145,6 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     """Name -> tensor of every weight in a Hugging Face folder (any of the four layouts), on the CPU."""
     weights: dict[str, Tensor] = {}
     for path in weight_files(folder):
-        part = load_foreign_safetensors(path) if path.suffix == ".safetensors" else load_foreign_pickle(path)
-        weights.update(part)
+        shard = load_foreign_safetensors(path) if path.suffix == ".safetensors" else load_foreign_pickle(path)
+        weights.update(shard)
     return weights

@@ -1,7 +1,7 @@
-"""Job files of clusters that run containers: a JobSet of Kubernetes, a task of SkyPilot.
+"""Job files for container clusters: a Kubernetes JobSet, a SkyPilot task.
 
-On each node `megatron/launch/node.py` starts the ranks, so that the container ends with a code of docs/reliability.md
-and a signal reaches every rank.
+On each node `megatron/launch/node.py` starts the ranks. So the container ends with an exit code of docs/reliability.md, and a
+signal reaches every rank.
 """
 
 from __future__ import annotations
@@ -11,59 +11,58 @@ import re
 import shlex
 from typing import Any
 
+import yaml
+
 from megatron.launch.job_shape import AGAIN, SECRETS, Shape, Site
 from megatron.launch.mounts import HOME, Folder, slug
 
-# Ends that the same start meets again: a defect, configuration, data, checkpoint, export, training, no room, nowhere to save.
-# Not 5: ranks that did not find each other may do so at the next start.
+# Exit codes that a restart would meet again: a defect, configuration, data, checkpoint, export, training, does not fit, no
+# save folder. Not 5: ranks that did not find each other may do so at the next start.
 _FINAL = (1, 2, 3, 4, 6, 7, 8, 76)
 _PLAIN_KEY = re.compile(r"[A-Za-z][\w./-]*")
-_END = "\n"
 _SHARED = "/mnt/linear-neox"  # where SkyPilot mounts what the work folder links to
 
 
-def _quoted(text: str) -> str:
-    """A double-quoted scalar of YAML; what a reader might take for a line end or refuse is written as its number."""
-    named = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\t": "\\t"}
-
-    def sign(letter: str) -> str:
-        if letter in named:
-            return named[letter]
-        code = ord(letter)
-        return letter if letter.isprintable() and code < 0x10000 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
-
-    return '"' + "".join(map(sign, text)) + '"'
+class _Text(str):
+    """A string that is quoted or in block style, so that no reader takes it for another type; all but plain keys."""
 
 
-def _scalar(value: object) -> str:
-    if isinstance(value, str):
-        return _quoted(value)
-    return {True: "true", False: "false", None: "null"}[value] if value is None or isinstance(value, bool) else str(value)
+class _Dumper(yaml.SafeDumper):
+    """Block style, with indented lists and without aliases."""
+
+    def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:
+        """Indent lists below their key too."""
+        super().increase_indent(flow, False)
+
+    def ignore_aliases(self, data: object) -> bool:
+        """Write a repeated value again."""
+        return True
 
 
-def to_yaml(value: object, indent: int = 0) -> str:
-    """Block YAML of dictionaries, lists and scalars; strings of several printable lines stand as they are."""
-    pad = "  " * indent
+def _represent_text(dumper: yaml.SafeDumper, text: _Text) -> yaml.ScalarNode:
+    lines = text.split("\n")
+    # Block style only where it gives exactly this text back: printable lines, no indentation, at most one final line end.
+    readable = len(lines) > 1 and all(map(str.isprintable, lines)) and text[:1] not in (" ", "\n") and text[-2:] != "\n\n"
+    return dumper.represent_scalar("tag:yaml.org,2002:str", str(text), style="|" if readable else '"')
+
+
+_Dumper.add_representer(_Text, _represent_text)
+
+
+def _mark_texts(value: object) -> object:
     if isinstance(value, dict):
-        rows = []
-        for key, item in value.items():
-            head = pad + (key if _PLAIN_KEY.fullmatch(key) else _quoted(key)) + ":"
-            if isinstance(item, dict | list) and item:
-                rows.append(f"{head}\n{to_yaml(item, indent + 1)}")
-            elif isinstance(item, str) and "\n" in item and _readable(item):
-                body = "\n".join("  " * (indent + 1) + line if line else "" for line in item.rstrip("\n").split("\n"))
-                rows.append(f"{head} {'|' if item[-1] == _END else '|-'}{_END}{body}")
-            else:
-                rows.append(f"{head} {'{}' if item == {} else '[]' if item == [] else _scalar(item)}")
-        return "\n".join(rows)
+        return {key if _PLAIN_KEY.fullmatch(key) else _Text(key): _mark_texts(item) for key, item in value.items()}
     if isinstance(value, list):
-        return "\n".join(f"{pad}- " + (to_yaml(v, indent + 1).lstrip() if isinstance(v, dict) else _scalar(v)) for v in value)
-    return pad + _scalar(value)
+        return [_mark_texts(item) for item in value]
+    return _Text(value) if isinstance(value, str) else value
 
 
-def _readable(text: str) -> bool:
-    """Whether block style gives exactly this text back: it begins at the margin and ends with at most one line end."""
-    return all(line.isprintable() for line in text.split("\n")) and text[:1] not in ("", " ", "\n") and text[-2:] != "\n\n"
+def to_yaml(value: object) -> str:
+    """Block YAML of dictionaries, lists and scalars; printable strings of several lines are in block style."""
+    text = yaml.dump(
+        _mark_texts(value), Dumper=_Dumper, sort_keys=False, default_flow_style=False, allow_unicode=True, width=1 << 30
+    )
+    return text.removesuffix("\n")
 
 
 def _image(shape: Shape, site: Site) -> str:
@@ -75,11 +74,9 @@ def _variables(shape: Shape, site: Site) -> dict[str, str]:
     return {"OMP_NUM_THREADS": str(site.cores(shape.gpus)), **device, **shape.variables}
 
 
-def _not_there(shape: Shape) -> str:
-    """A comment on what cannot be mounted."""
-    return "".join(
-        f"# The image must hold {path!a}: it lies in no folder that could be mounted.\n" for path in shape.places.files
-    )
+def _unmounted(shape: Shape) -> str:
+    """A comment for each file that cannot be mounted."""
+    return "".join(f"# The image must hold {path!a}: no folder that holds it can be mounted.\n" for path in shape.places.files)
 
 
 def kubernetes(shape: Shape, site: Site) -> str:
@@ -106,7 +103,7 @@ def kubernetes(shape: Shape, site: Site) -> str:
         "name": "trainer",
         "image": _image(shape, site),
         "workingDir": HOME,
-        # Kubernetes fills $(NAME) in; $$( is a plain $(
+        # Kubernetes substitutes $(NAME); $$( is a literal $(
         "command": [*start, *(word.replace("$(", "$$(") for word in shape.command)],
         "ports": [{"containerPort": shape.port, "protocol": "TCP"}],
         "env": [*({"name": n, "value": v.replace("$(", "$$(")} for n, v in _variables(shape, site).items()), *secrets],
@@ -115,7 +112,7 @@ def kubernetes(shape: Shape, site: Site) -> str:
     }
     pod = {
         "restartPolicy": "Never",
-        "terminationGracePeriodSeconds": shape.save_s,  # a save may last so long; a pod that has ended is not waited for
+        "terminationGracePeriodSeconds": shape.save_s,  # the longest save; pods that end earlier are not waited for
         "containers": [container],
         "volumes": volumes,
     }
@@ -137,22 +134,22 @@ def kubernetes(shape: Shape, site: Site) -> str:
         "kind": "JobSet",
         "metadata": {"name": shape.name},
         "spec": {
-            # All pods start again when one is lost; the run goes on from its last checkpoint. A mistake ends it.
+            # All pods restart when one is lost, and the run resumes from its last checkpoint. A user's mistake ends it.
             "failurePolicy": {"maxRestarts": 10, "rules": [final]},
             "network": {"enableDNSHostnames": True},
             "replicatedJobs": [{"name": "ranks", "replicas": 1, "template": {"spec": job}}],
         },
     }
-    head = f"# Written by deepy.py --print-job kubernetes. Submit: kubectl apply -f THIS_FILE\n{_not_there(shape)}"
+    head = f"# Written by deepy.py --print-job kubernetes. Submit: kubectl apply -f THIS_FILE\n{_unmounted(shape)}"
     names = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": f"{shape.name}-configs"}}
     texts = to_yaml({**names, "data": {key: text for key, _, text in configs}}) + "\n---\n" if configs else ""
     return f"{head}{texts}{to_yaml(body)}\n"
 
 
 def _sky_folders(shape: Shape, site: Site) -> tuple[dict[str, Any], str]:
-    """(mounts, shell lines that put them where the configuration looks).
+    """(mounts, shell lines that link them to the paths in the configuration).
 
-    One node writes through a cached bucket; several need one file system that all of them see, a network volume.
+    One node writes through a cached bucket; several need a shared file system, a network volume.
     """
     mounts: dict[str, Any] = {}
     lines = ""
@@ -171,7 +168,7 @@ def _sky_mount(folder: Folder, name: str, nodes: int) -> object:
 
 
 def skypilot(shape: Shape, site: Site) -> str:
-    """A task for `sky jobs launch`; the work folder is sent along, data and results lie in buckets or volumes."""
+    """A task for `sky jobs launch`; the work folder is uploaded, data and results are in buckets or volumes."""
     cores = shape.slots * site.cores(shape.gpus)
     resources: dict[str, object] = (
         {"accelerators": f"{site.accelerator}:{shape.slots}"} if shape.gpus else {"cpus": f"{cores}+"}
@@ -191,9 +188,9 @@ def skypilot(shape: Shape, site: Site) -> str:
         "workdir": ".",
         **mounts,
         "envs": _variables(shape, site),
-        # empty: not needed; `--secret NAME` fills one from the environment
+        # empty is optional; `--secret NAME` fills one from the environment
         "secrets": dict.fromkeys(SECRETS, ""),
         "run": run,
     }
     submit = "# Written by deepy.py --print-job skypilot. Submit: sky jobs launch THIS_FILE [--secret WANDB_API_KEY]\n"
-    return f"{submit}{_not_there(shape)}{to_yaml(body)}\n"
+    return f"{submit}{_unmounted(shape)}{to_yaml(body)}\n"

@@ -1,6 +1,6 @@
-"""Who am I: the rank of this process, from whatever started it (torchrun, DeepSpeed, mpirun, srun, or nothing).
+"""The rank of this process, from the environment of its launcher (torchrun, DeepSpeed, mpirun, srun, or none).
 
-Reading needs no torch. `init_process_group` then connects the processes and makes one timeout hold for every group.
+Reading it does not need torch. `init_process_group` then connects the processes and sets one timeout for every group.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ DEFAULT_PORT = 29500
 
 @dataclass(frozen=True)
 class RankEnvironment:
-    """This process's place; `source` says which starter's variables were found (torch, openmpi, mpich, slurm or none)."""
+    """This process's rank, and the launcher whose variables gave it (`source`: torch, openmpi, mpich, slurm or none)."""
 
     rank: int = 0
     local_rank: int = 0
@@ -35,33 +35,33 @@ class RankEnvironment:
 
 
 def read_rank_environment(environ: Mapping[str, str] | None = None) -> RankEnvironment:
-    """Find rank and world size in the environment.
+    """Read rank and world size from the environment.
 
-    `RANK`/`WORLD_SIZE` (torchrun, DeepSpeed) win over OpenMPI's variables, those over MPICH's and Slurm's. A Slurm allocation
-    without `srun` is one process: only a job step has a step id.
+    `RANK`/`WORLD_SIZE` (torchrun, DeepSpeed) take precedence over OpenMPI's variables, those over MPICH's and Slurm's. A Slurm
+    allocation without `srun` is one process: only a job step has a step id.
 
     Raises:
         LaunchError: a variable is not a number, or rank and world size contradict each other.
     """
     env = os.environ if environ is None else environ
     if "RANK" in env and "WORLD_SIZE" in env:
-        found = _make(env, "torch", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+        process = _make(env, "torch", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
     elif "OMPI_COMM_WORLD_RANK" in env:
         prefix = "OMPI_COMM_WORLD_"
-        found = _make(env, "openmpi", *(prefix + name for name in ("RANK", "LOCAL_RANK", "SIZE", "LOCAL_SIZE")))
+        process = _make(env, "openmpi", *(prefix + name for name in ("RANK", "LOCAL_RANK", "SIZE", "LOCAL_SIZE")))
     elif "PMI_RANK" in env and "PMI_SIZE" in env and "SLURM_STEP_ID" not in env:  # MPICH's mpirun; some sruns set them too
-        found = _make(env, "mpich", "PMI_RANK", "MPI_LOCALRANKID", "PMI_SIZE", "MPI_LOCALNRANKS")
+        process = _make(env, "mpich", "PMI_RANK", "MPI_LOCALRANKID", "PMI_SIZE", "MPI_LOCALNRANKS")
     elif "SLURM_PROCID" in env and "SLURM_STEP_ID" in env:
         total = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in env else "SLURM_NTASKS"
-        found = _make(env, "slurm", "SLURM_PROCID", "SLURM_LOCALID", total, "SLURM_STEP_TASKS_PER_NODE")
+        process = _make(env, "slurm", "SLURM_PROCID", "SLURM_LOCALID", total, "SLURM_STEP_TASKS_PER_NODE")
     else:
         return RankEnvironment()
-    if not 0 <= found.rank < found.world_size:
+    if not 0 <= process.rank < process.world_size:
         raise LaunchError(
-            f"rank {found.rank} of {found.world_size} processes is impossible",
-            where=f"environment of the {found.source} launcher",
+            f"rank {process.rank} of {process.world_size} processes is impossible",
+            where=f"environment of the {process.source} launcher",
         )
-    return found
+    return process
 
 
 def _make(env: Mapping[str, str], source: str, rank: str, local: str, size: str, local_size: str) -> RankEnvironment:
@@ -89,19 +89,19 @@ def _integer(env: Mapping[str, str], name: str, default: int) -> int:
 
 
 def _slurm_first_host(env: Mapping[str, str]) -> str:
-    """First host of `node[01-04,7],other`; the rest of Slurm's grammar is not needed for the first."""
+    """First host of a Slurm node list such as `node[01-04,7],other`."""
     nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or ""
     match = re.match(r"([^,\[]+)(?:\[(\w+))?", nodes)
     return (match.group(1) + (match.group(2) or "")) if match else "127.0.0.1"
 
 
 def _slurm_port(env: Mapping[str, str]) -> int:
-    """A port that two jobs on one node do not share."""
+    """A port from the job id, so that two jobs on one node use different ports."""
     return 15000 + _integer(env, "SLURM_JOB_ID", 0) % 20000
 
 
 def _mpi_master(env: RankEnvironment) -> str:
-    """Address of rank 0 under mpirun, which sets none: known on one host, asked through MPI on several."""
+    """Address of rank 0 under mpirun, which sets none: localhost on one host, broadcast through MPI on several."""
     if env.world_size == env.local_world_size:
         return "127.0.0.1"
     try:
@@ -114,22 +114,24 @@ def _mpi_master(env: RankEnvironment) -> str:
         ) from error
     import socket
 
-    own = socket.gethostbyname(socket.gethostname())
-    return str(MPI.COMM_WORLD.bcast(own, root=0))
+    address = socket.gethostbyname(socket.gethostname())
+    return str(MPI.COMM_WORLD.bcast(address, root=0))
 
 
-def choose_backend(wanted: str | None, has_accelerator: bool) -> str:
-    """`nccl` on accelerators and `gloo` on CPUs; NeoX's default `nccl` on a CPU machine means gloo."""
+def choose_backend(backend: str | None, has_accelerator: bool) -> str:
+    """`nccl` on accelerators and `gloo` on CPUs, where NeoX's default `nccl` also means gloo."""
     if not has_accelerator:
         return "gloo"
-    return wanted or "nccl"
+    return backend or "nccl"
 
 
 def init_process_group(env: RankEnvironment, backend: str | None = None, timeout_s: float = 1800.0) -> None:
-    """Connect all processes; nothing to do for one. Sets RANK, LOCAL_RANK, WORLD_SIZE, MASTER_* for libraries that read them.
+    """Connect all processes, and set RANK, LOCAL_RANK, WORLD_SIZE and MASTER_* for libraries that read them.
 
     Args:
-        backend: nccl | gloo | None (what the machine has). timeout_s: of every collective in every group.
+        env: this process's rank; with one process nothing is connected.
+        backend: nccl, gloo, or None for what the machine has.
+        timeout_s: of every collective in every group.
 
     Raises:
         LaunchError: the processes do not find each other in time.
@@ -143,9 +145,9 @@ def init_process_group(env: RankEnvironment, backend: str | None = None, timeout
     if env.world_size == 1 or dist.is_initialized():
         return
     address = env.master_addr or _mpi_master(env)
-    place = {"RANK": env.rank, "LOCAL_RANK": env.local_rank, "WORLD_SIZE": env.world_size}
-    place |= {"LOCAL_WORLD_SIZE": env.local_world_size, "MASTER_PORT": env.master_port}
-    os.environ.update({name: str(value) for name, value in place.items()} | {"MASTER_ADDR": address})
+    variables = {"RANK": env.rank, "LOCAL_RANK": env.local_rank, "WORLD_SIZE": env.world_size}
+    variables |= {"LOCAL_WORLD_SIZE": env.local_world_size, "MASTER_PORT": env.master_port}
+    os.environ.update({name: str(value) for name, value in variables.items()} | {"MASTER_ADDR": address})
     if torch.cuda.is_available():
         torch.cuda.set_device(env.local_rank)
     try:
@@ -160,7 +162,7 @@ def init_process_group(env: RankEnvironment, backend: str | None = None, timeout
 
 
 def close_process_group() -> None:
-    """End the connection, so that no warning is printed at exit; harmless without one."""
+    """Destroy the process group if there is one, so that no warning is printed at exit."""
     import torch.distributed as dist
 
     if dist.is_available() and dist.is_initialized():

@@ -1,47 +1,43 @@
-"""From launch options and a machine to one job: processes, environment, command line, files. Pure; starts nothing.
+"""Plans a job from launch options and a machine: processes, environment, command line, files. Pure; starts nothing.
 
-Four routes. `python`: one process, no launcher. `local`: several processes on this machine through DeepSpeed's per-node
+There are four routes. `python`: one process, no launcher. `local`: several processes on this machine with DeepSpeed's per-node
 launcher. `torchrun`: PyTorch's launcher, started by the same command on every host. `hosts`: DeepSpeed's runner with pdsh,
-openmpi, mpich or slurm. The script gets the same config arguments that `deepy.py` was given; nothing is encoded.
+openmpi, mpich or slurm (`multinode.py`). The script gets the config arguments of `deepy.py` unchanged.
 """
 
 from __future__ import annotations
 
 import base64
 import json
-import os
-import re
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
-from megatron.errors import ConfigError, LaunchError
-from megatron.launch.exports import check_own_exports, environment_file, exported
-from megatron.launch.hosts import Hosts, choose_hosts, hostfile_text
-from megatron.launch.options import LAUNCHERS, RUNNERS, LaunchOptions, Machine
-from megatron.launch.shell_safety import check_address, check_place, for_pdsh, launcher_words
+from megatron.errors import ConfigError
+from megatron.launch.hosts import Hosts, choose_hosts
+from megatron.launch.multinode import plan_hosts
+from megatron.launch.options import ADDRESS, LAUNCHERS, SUPERVISOR, LaunchOptions, Machine
+from megatron.launch.shell_safety import check_address
 
-# Read unasked by DeepSpeed's runner and so by us: its presence alone means several hosts.
+# DeepSpeed's runner reads it by default, and so do we: its presence alone means several hosts.
 SYSTEM_HOSTFILE = "/job/hostfile"
-SUPERVISOR = str(Path(__file__).with_name("supervisor.py"))
-# OpenMP's threads wait by spinning; 1,000 turns instead of 10^8 costs nothing on a quiet machine (0.42 s a step of the
-# quickstart either way) and halves a step when another program wants the cores (1.85 -> 1.40 s, worst 5.6 -> 1.5 s).
+# OpenMP's threads wait by spinning. 1,000 spins instead of 10^8 cost nothing on an idle machine (0.42 s a step of the
+# quickstart either way) and shorten a step when another program uses the cores (1.85 -> 1.40 s, worst 5.6 -> 1.5 s).
 _CPU_ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "GOMP_SPINCOUNT": "1000"}
-# A host that is switched off or cut off ends its ssh connection after 15 seconds instead of never.
-SSH_OPTIONS = "-o ServerAliveInterval=5 -o ServerAliveCountMax=3"
-_PLAIN = re.compile(
-    r"[\w@%+=:,./-]*"
-)  # values that DeepSpeed's mpirun runners do not put quotes around (no shell removes them)
 
 
 @dataclass(frozen=True)
 class Job:
     """What will be started.
 
-    environment: additions to the launching shell's. processes: all ranks. hosts: where they run, by slot. files: path ->
-    text, to be written before the start. address_from: the host whose first address takes the place of `ADDRESS` in command
-    and files.
+    Attributes:
+        route: python, local, torchrun or hosts.
+        command: the command line.
+        environment: additions to the launching shell's.
+        processes: number of ranks.
+        hosts: host -> slots.
+        files: path -> text, to be written before the start.
+        launcher: name of the launcher; empty for `python`.
+        address_from: the host whose first address replaces `ADDRESS` in command and files.
     """
 
     route: str
@@ -60,11 +56,8 @@ class Job:
         return replace(self, command=command, files=files, address_from=None)
 
 
-ADDRESS = "ADDRESS_OF_RANK_0"
-
-
 def local_processes(options: LaunchOptions, machine: Machine) -> int:
-    """Processes on one machine: `num_gpus`, else all accelerators, else what one copy of the model needs.
+    """Processes on one machine: `num_gpus`, else all accelerators, else the size of one model replica.
 
     Raises:
         ConfigError: more processes than accelerators.
@@ -89,7 +82,7 @@ def _check_mesh(count: int, options: LaunchOptions) -> None:
 
 
 def resolve_hosts(options: LaunchOptions, machine: Machine, pool: Mapping[str, int] | None) -> Hosts:
-    """Host -> slots. Without a host file: this machine, or under Slurm and torchrun `num_nodes` hosts that are yet to be named.
+    """Host -> slots. Without a host file: this machine, or under Slurm and torchrun `num_nodes` placeholder hosts.
 
     Raises:
         ConfigError: filters or counts contradict the hosts.
@@ -103,7 +96,7 @@ def resolve_hosts(options: LaunchOptions, machine: Machine, pool: Mapping[str, i
     if pool is None:
         if options.num_nodes > 1:
             raise ConfigError(
-                f"num_nodes {options.num_nodes} needs to know the hosts",
+                f"num_nodes {options.num_nodes} needs the names of the hosts",
                 hint="hostfile: a file of `host slots=N` lines, or slurm",
             )
         filtered = options.include or options.exclude
@@ -125,15 +118,22 @@ def plan_job(
     scratch: str = "launch",
     alone: bool = False,
 ) -> Job:
-    """Decide the route and write the command.
+    """Choose the route and build the command.
 
     Args:
-        script: path of the user script. script_args: handed to it as they are. port: rendezvous port to use.
-        pool: hosts and slots of the host file. environ: variables that may be exported (`exports.py`). scratch: folder of the
-            files that the launcher reads. alone: the script only plans (`--dry-run`): one process whatever the mesh.
+        options: launch keys.
+        machine: the launching machine.
+        script: path of the user script.
+        script_args: passed to it unchanged.
+        port: rendezvous port.
+        pool: host -> number of slots, from the host file; None without one.
+        environ: variables that may be exported (`exports.py`).
+        scratch: folder of the files that the launcher reads.
+        alone: the script only plans (`--dry-run`): one process whatever the mesh.
 
     Raises:
-        ConfigError: options contradict each other or the machine. LaunchError: something that cannot be sent to hosts.
+        ConfigError: options contradict each other or the machine.
+        LaunchError: a variable or path cannot be sent to the hosts.
     """
     if options.runner not in LAUNCHERS:
         raise ConfigError(f"unknown launcher '{options.runner}'", hint="one of " + ", ".join(LAUNCHERS))
@@ -153,11 +153,21 @@ def plan_job(
         (host, slots) = next(iter(hosts.items()))
         if host in ("localhost", "127.0.0.1", machine.hostname):
             return single if count == 1 else _local_job(options, machine, slots, [script, *script_args], port, environment)
-    return _hosts_job(options, machine, hosts, [script, *script_args], port, dict(environ or {}), scratch)
+    plan = plan_hosts(
+        options,
+        machine,
+        hosts,
+        [script, *script_args],
+        port=port,
+        environ=environ or {},
+        scratch=scratch,
+        threads=_threads(machine, hosts),
+    )
+    return Job("hosts", plan.command, plan.environment, count, hosts, plan.files, options.runner, plan.address_from)
 
 
 def _threads(machine: Machine, hosts: Hosts) -> str:
-    """OMP_NUM_THREADS: each process would otherwise start one thread per core."""
+    """OMP_NUM_THREADS; without it each process starts one thread per core."""
     return str(max(1, machine.cores // max(map(len, hosts.values()))))
 
 
@@ -165,7 +175,7 @@ def _local_job(
     options: LaunchOptions, machine: Machine, slots: tuple[int, ...], words: list[str], port: int, environment: dict[str, str]
 ) -> Job:
     environment["OMP_NUM_THREADS"] = _threads(machine, {"localhost": slots})
-    # The launcher writes these ids into CUDA_VISIBLE_DEVICES, over what the user had put there.
+    # The launcher overwrites CUDA_VISIBLE_DEVICES with these ids, so they must be those that the user's value allows.
     names = [machine.devices[slot] if machine.devices else str(slot) for slot in slots]
     world = encode_world({"localhost": [int(name) if name.isdecimal() else name for name in names]})
     command: tuple[str, ...] = (machine.python, "-u", "-m", "deepspeed.launcher.launch", f"--world_info={world}")
@@ -179,7 +189,7 @@ def _torchrun_job(
 ) -> Job:
     counts = {len(slots) for slots in hosts.values()}
     if len(counts) > 1 or any(slots != tuple(range(len(slots))) for slots in hosts.values()):
-        raise ConfigError("torchrun needs the same slots, from 0 on, on every host", hint="use pdsh for uneven hosts")
+        raise ConfigError("torchrun needs the same slots, starting at 0, on every host", hint="use pdsh for uneven hosts")
     environment["OMP_NUM_THREADS"] = _threads(machine, hosts)
     command: tuple[str, ...] = (
         machine.python,
@@ -200,69 +210,6 @@ def _torchrun_job(
     return Job("torchrun", (*command, *words), environment, sum(map(len, hosts.values())), hosts, launcher="torchrun")
 
 
-def _hosts_job(
-    options: LaunchOptions, machine: Machine, hosts: Hosts, words: list[str], port: int, environ: dict[str, str], scratch: str
-) -> Job:
-    """DeepSpeed's runner with the resolved hosts and the variables that may travel, both in files of the run folder."""
-    launcher = options.runner
-    assert launcher in RUNNERS
-    whole = all(slots == tuple(range(len(slots))) for slots in hosts.values())
-    if launcher != "pdsh" and (not whole or (launcher != "openmpi" and len({len(s) for s in hosts.values()}) > 1)):
-        raise ConfigError(
-            f"{launcher} cannot choose single slots or uneven hosts", why="it places processes by number", hint="use pdsh"
-        )
-    first = next(iter(hosts))
-    address = options.master_addr or (ADDRESS if launcher != "slurm" else first)
-    send = {"OMP_NUM_THREADS": _threads(machine, hosts)} | ({} if machine.accelerators else {"GOMP_SPINCOUNT": "1000"})
-    send |= exported(environ, options.export_env) if launcher != "slurm" else {}  # srun hands its own environment on
-    if launcher in ("openmpi", "slurm"):  # DeepSpeed's runners of these tell the ranks neither
-        send |= {"MASTER_PORT": str(port)}
-        send |= {"MASTER_ADDR": address} if launcher == "openmpi" or options.master_addr else {}
-    if launcher in ("openmpi", "mpich"):
-        for name in options.export_env:
-            if name in send and not _PLAIN.fullmatch(send[name]):
-                raise LaunchError(
-                    f"export_env: {launcher} cannot carry the value of {name}", why="it has blanks or special signs"
-                )
-        send = {n: v for n, v in send.items() if _PLAIN.fullmatch(v)}
-    files = {f"{scratch}/hostfile": hostfile_text({h: tuple(range(max(s) + 1)) for h, s in hosts.items()})}
-    files[f"{scratch}/environment"] = environment_file(send, launcher == "pdsh") if launcher != "slurm" else ""
-    arguments = [f"--hostfile={scratch}/hostfile", f"--master_addr={address}", f"--master_port={port}", "--no_ssh_check"]
-    if not whole:
-        arguments.append("--include=" + "@".join(f"{h}:{','.join(map(str, s))}" for h, s in hosts.items()))
-    if extra := _launcher_args(options, machine, hosts):
-        arguments.append(f"--launcher_args={shlex.join(extra)}")
-    arguments += [f"--launcher={launcher}", "--force_multi", "--no_local_rank"]
-    if launcher == "pdsh":
-        check_own_exports(environ)
-        check_place(machine.python, "the interpreter")
-        check_place(os.path.abspath("."), "the working folder")
-        words = [machine.python, "-SE", *for_pdsh([SUPERVISOR, "--watch-stdin", *words])]
-        arguments.append("--no_python")
-    environment = {"DS_ENV_FILE": f"{scratch}/environment"} | ({} if machine.accelerators else {"DS_ACCELERATOR": "cpu"})
-    if launcher == "pdsh":
-        environment["PDSH_SSH_ARGS_APPEND"] = SSH_OPTIONS
-    if launcher == "slurm":
-        environment |= send
-    command = (machine.python, "-m", "deepspeed.launcher.runner", *arguments, "--log_level=critical", *words)
-    total = sum(map(len, hosts.values()))
-    return Job("hosts", command, environment, total, hosts, files, launcher, first if address == ADDRESS else None)
-
-
-def _launcher_args(options: LaunchOptions, machine: Machine, hosts: Hosts) -> list[str]:
-    """Arguments for mpirun or srun: ours that keep a job together, then the user's."""
-    ours: list[str] = []
-    if options.runner == "openmpi":
-        ours = ["--bind-to", "none"]  # else two ranks of several threads share a core each
-    if options.runner == "slurm":
-        slots = len(next(iter(hosts.values())))
-        ours = [f"--nodes={len(hosts)}", f"--ntasks-per-node={slots}", "--kill-on-bad-exit=1"]
-        ours += [f"--gpus-per-node={slots}"] if machine.accelerators else []
-        ours += [f"--nodelist={','.join(hosts)}"] if options.hostfile else []
-        ours += [f"--{name}={value}" for name in ("comment", "account") if (value := getattr(options, name))]
-    return ours + launcher_words(options.launcher_args, options.runner)
-
-
 def encode_world(hosts: Mapping[str, Sequence[int | str]]) -> str:
-    """DeepSpeed's own form of hosts and slots for its per-node launcher (base64 of JSON)."""
+    """Hosts and slots in the format of DeepSpeed's per-node launcher (base64 of JSON)."""
     return base64.urlsafe_b64encode(json.dumps({h: list(s) for h, s in hosts.items()}).encode()).decode()

@@ -1,4 +1,4 @@
-"""What a job file is made of: the job's shape and places, and what only the command line can say of a cluster."""
+"""The inputs of a job file: the job's shape and paths, and the cluster's settings from the command line."""
 
 from __future__ import annotations
 
@@ -16,10 +16,20 @@ _CPUS_PER_GPU = 4
 
 @dataclass(frozen=True)
 class Shape:
-    """name: of the run. nodes x slots processes; gpus: whether a slot is a GPU. command: script and arguments.
+    """A job: `nodes` x `slots` processes.
 
-    places: what is read and written. save_s: the longest that a save may last. time_limit: the run's own, as in its key.
-    variables: of `export_env`, for the ranks.
+    Attributes:
+        name: of the run.
+        nodes: number of nodes.
+        slots: processes per node.
+        gpus: a slot is a GPU.
+        run_dir: folder of the run.
+        command: script and arguments.
+        port: rendezvous port.
+        places: paths that are read and written.
+        save_s: seconds that a save may take at most.
+        time_limit: the run's own limit, as in its key.
+        variables: of `export_env`, for the ranks.
     """
 
     name: str
@@ -37,10 +47,16 @@ class Shape:
 
 @dataclass(frozen=True)
 class Site:
-    """What only the command line can say of a cluster.
+    """Settings of a cluster, from the command line.
 
-    image: container image. accelerator: SkyPilot's name of the device. time, partition: Slurm's. cpus: cores of each process.
-    storage: beginning of the names of claims, volumes and buckets. python: the interpreter whose folder a Slurm job puts first.
+    Attributes:
+        image: container image.
+        accelerator: SkyPilot's name of the device.
+        time: Slurm's time limit.
+        partition: Slurm's partition.
+        cpus: cores of each process.
+        storage: prefix of the names of claims, volumes and buckets.
+        python: the interpreter whose folder a Slurm job puts first on PATH.
     """
 
     image: str | None = None
@@ -57,13 +73,18 @@ class Site:
 
 
 def shape_of(options: LaunchOptions, name: str, run_dir: str, command: tuple[str, ...], gpus: bool, **more: object) -> Shape:
-    """Nodes and slots of a job: `num_nodes` x `num_gpus`, else as many slots as one copy of the model needs.
+    """Nodes and slots of a job: `num_nodes` x `num_gpus`, else the size of one model replica.
 
     Args:
+        options: launch keys.
+        name: of the run.
+        run_dir: folder of the run.
+        command: script and arguments.
+        gpus: a slot is a GPU.
         more: the other fields of `Shape`.
 
     Raises:
-        ConfigError: they do not hold the mesh.
+        ConfigError: the mesh does not fit into the processes.
     """
     nodes = max(1, options.num_nodes)
     slots = options.num_gpus or -(-options.model_processes // nodes)

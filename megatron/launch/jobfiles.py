@@ -1,8 +1,8 @@
-"""The job as a file for a cluster: `sbatch` of Slurm, a JobSet of Kubernetes, a task of SkyPilot.
+"""The job as a file for a cluster: a Slurm batch script, a Kubernetes JobSet, a SkyPilot task.
 
-The same processes, mesh and arguments as `deepy.py` would start by itself. Ranks find each other through the variables that the
-cluster sets; secrets are named, never written. Exit codes 21, 22 and 75 (docs/reliability.md) mean "start me again". No value
-of a configuration reaches a shell or a file's syntax unquoted.
+The file starts the same processes, mesh and arguments as `deepy.py`. Ranks find each other through the cluster's variables;
+secrets are named, never written. Exit codes 21, 22 and 75 (docs/reliability.md) mean "restart". No value of a configuration
+reaches a shell or the file's syntax unquoted.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from megatron.launch.shell_safety import launcher_words
 from megatron.reliability.signals import seconds_of
 
 KINDS = ("slurm", "kubernetes", "skypilot")
-_MARGIN_S = 600  # between a run's own time limit and the cluster's: start-up, and the signal five minutes before the end
+_MARGIN_S = 600  # from a run's own time limit to the cluster's: startup, and the signal five minutes before the end
 
 
 def job_file(kind: str, options: LaunchOptions, shape: Shape, site: Site | None = None) -> str:
-    """Text of the file.
+    """The content of a job file of one of `KINDS`.
 
     Raises:
-        ConfigError: a value cannot stand in it.
+        ConfigError: a value cannot be written into it.
     """
     site = site or Site()
     if kind == "slurm":
@@ -34,24 +34,24 @@ def job_file(kind: str, options: LaunchOptions, shape: Shape, site: Site | None 
 
 
 def _directive(key: str, value: object) -> str:
-    """One option of sbatch, whose parser knows double quotes and backslashes.
+    """One sbatch option; sbatch's parser supports double quotes and backslashes.
 
     Raises:
-        ConfigError: the value has a line end or another control sign.
+        ConfigError: the value has a line end or another control character.
     """
     text = str(value)
     if not text.isprintable():
-        raise ConfigError(f"{key} {text!r} cannot stand in a job file", why="it has a line end or another control sign")
+        raise ConfigError(f"{key} {text!r} cannot be in a job file", why="it has a line end or another control character")
     quoted = re.sub(r'(["\\])', r"\\\1", text)
     return f"#SBATCH --{key}={text}\n" if re.fullmatch(r"[\w%+=:,./@-]+", text) else f'#SBATCH --{key}="{quoted}"\n'
 
 
 def _time(shape: Shape, site: Site) -> str | None:
-    """Slurm's time limit: as asked, else of the run's own limit with room to end by itself."""
+    """Slurm's time limit: from the command line, else the run's own limit plus a margin."""
     if site.time is not None:
         if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", site.time):
             hint = "minutes, 3:50:00, or 1-06:00:00 with days first"
-            raise ConfigError(f"--time {site.time!r} is not a time of Slurm", hint=hint)
+            raise ConfigError(f"--time {site.time!r} is not a Slurm time", hint=hint)
         return site.time
     seconds = seconds_of(shape.time_limit)
     if seconds is None:
@@ -73,7 +73,7 @@ def _slurm(options: LaunchOptions, shape: Shape, site: Site) -> str:
         "partition": site.partition,
         "account": options.account,
         "comment": options.comment,
-        # USR1 five minutes before the time limit: all ranks save and leave with 75, and the job queues itself again
+        # USR1 five minutes before the time limit: all ranks save and exit with 75, and the job requeues itself
         "signal": "USR1@300",
         "open-mode": "append",
         "output": logs.replace("%", "%%") + "/slurm-%j.txt",

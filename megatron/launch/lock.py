@@ -1,9 +1,9 @@
-"""One run per save folder: `<save>/run.lock` names the run that holds it, and a second start is refused by that name.
+"""One run per save folder: `<save>/run.lock` names the run that holds it, and a second run is refused with that name.
 
-A lock must never outlive its run, for a scheduler starts a killed run again at once, perhaps on another host. So the file is a
-claim and not a lock of the kernel: whoever reads it on the same machine asks the process table, whoever reads it elsewhere
-waits for the next heartbeat, a number that the holder counts up. Numbers are compared, not clocks. flock() guards the moment of
-reading and writing only; where a file system has none, the next heartbeat shows who came second, and that run leaves.
+A lock must never outlive its run, because a scheduler restarts a killed run at once, perhaps on another host. So the file is a
+claim, not a kernel lock: a reader on the same machine looks into the process table, a reader elsewhere waits for the next
+heartbeat, a counter that the holder increments. Counters are compared, not clocks. flock() only protects each read and write;
+where the file system has no flock(), the next heartbeat shows which run came second, and that one exits.
 """
 
 from __future__ import annotations
@@ -29,21 +29,31 @@ from megatron.errors import CheckpointError, LaunchError
 
 NAME = "run.lock"
 BEAT_S = 5.0
-SILENT_S = 30.0  # without a heartbeat for so long a run elsewhere has ended
-HERE_S = 2.0  # a process of this machine that still runs after so long is not about to end
-LEAVING_S = 600.0  # a run that was asked to leave may save first
+SILENT_S = 30.0  # a run on another machine without a heartbeat for this long has ended
+HERE_S = 2.0  # a process of this machine that still runs after this long is not about to end
+LEAVING_S = 600.0  # a run that was asked to stop may save first
 _GUARD_S = 5.0
 _LOOK_S = 0.25
 _LONGEST = 16_384
-# A process that is dying holds its number still: it is on its way out (PF_EXITING of the kernel), or SIGKILL waits for it.
+# A dying process still has its pid: the kernel has set PF_EXITING, or SIGKILL is pending.
 _EXITING, _KILLED = 0x4, 1 << (signal.SIGKILL - 1)
 
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a folder. boot, space: the kernel and its process numbers; born: start of the process in clock ticks.
+    """The run that holds a folder.
 
-    since: when the run started, for people. beat: counts up while it lives. leaving: it was asked to end and saves.
+    Attributes:
+        key: unique id of this holder.
+        host: host name.
+        boot: boot id of the kernel.
+        space: its pid namespace.
+        pid: process id.
+        born: start of the process in clock ticks, because pids are reused.
+        since: when the run started, for messages.
+        command: of the run, for messages.
+        beat: heartbeat counter.
+        leaving: the run was asked to stop and is saving.
     """
 
     key: str
@@ -66,17 +76,17 @@ class Holder:
 
     @classmethod
     def of(cls, text: str) -> Holder | None:
-        """What a lock file says; None for an empty one and for anything else."""
+        """Parse a lock file; None if it is empty or invalid."""
         try:
             holder = cls(**json.loads(text))
         except (ValueError, TypeError, RecursionError):
             return None
         kinds = {"str": str, "int": int, "bool": bool}
-        right = all(type(getattr(holder, n)) is kinds[str(t)] for n, t in cls.__annotations__.items())
-        return holder if right else None
+        valid = all(type(getattr(holder, n)) is kinds[str(t)] for n, t in cls.__annotations__.items())
+        return holder if valid else None
 
     def lives(self) -> bool | None:
-        """Whether its process runs; None where that cannot be seen from here."""
+        """Whether its process runs; None if that cannot be seen from this machine."""
         machine = _machine()
         if not all(machine) or machine != (self.boot, self.space):
             return None
@@ -84,13 +94,13 @@ class Holder:
         return process is not None and process[0] == self.born
 
     def ends(self) -> bool:
-        """Whether it is about to end by itself."""
+        """Whether it is about to end."""
         process = _process(self.pid) if self.lives() else None
         return self.leaving or (process is not None and process[1])
 
 
 def _machine() -> tuple[str, str]:
-    """(this boot of this kernel, its space of process numbers); empty words where there is no /proc."""
+    """(boot id of the kernel, pid namespace); empty strings without /proc."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -98,7 +108,7 @@ def _machine() -> tuple[str, str]:
 
 
 def _process(pid: int) -> tuple[int, bool] | None:
-    """(start in clock ticks, whether it is dying) of a process; None when there is none or only its remains."""
+    """(start in clock ticks, whether it is dying) of a process; None if it does not exist or is a zombie."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
         signals = re.findall(r"(?m)^S(?:ig|hd)Pnd:\s*(\w+)$", Path(f"/proc/{pid}/status").read_text(errors="replace"))
@@ -110,7 +120,7 @@ def _process(pid: int) -> tuple[int, bool] | None:
 
 @contextlib.contextmanager
 def _guarded(path: Path) -> Iterator[int]:
-    """The open lock file, alone with it as far as the file system can say so."""
+    """Open the lock file with an exclusive flock(), where the file system has one."""
     deadline = time.monotonic() + _GUARD_S
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
@@ -121,7 +131,7 @@ def _guarded(path: Path) -> Iterator[int]:
                 os.close(file)
                 time.sleep(0.01)
                 continue
-        # Whoever ended meanwhile took the file away: this one is nobody's.
+        # A run that has released the folder meanwhile has unlinked the file: only the inode at `path` counts.
         with contextlib.suppress(OSError):
             if os.fstat(file).st_ino == os.stat(path).st_ino:
                 break
@@ -143,17 +153,17 @@ def _write(file: int, holder: Holder) -> None:
 
 
 class _Judge:
-    """Looks at what a lock file says, again and again; `look` is True when the folder is free."""
+    """Decides from repeated reads of a lock file whether the folder is free."""
 
     def __init__(self, folder: Path, say: Callable[[str], object], clock: Callable[[], float]) -> None:
         self._folder, self._say, self._clock, self._begin = folder, say, clock, clock()
-        self._text, self._changed_at, self._beats, self._said = "", clock(), 0, False
+        self._text, self._changed_at, self._beats, self._announced = "", clock(), 0, False
 
     def look(self, text: str) -> bool:
-        """One look.
+        """Whether the folder is free, from one more read of the file.
 
         Raises:
-            LaunchError: another run holds the folder and goes on.
+            LaunchError: another run holds the folder and is not about to end.
         """
         if not text.strip():
             return True
@@ -165,17 +175,15 @@ class _Judge:
         if lives is False:
             return True
         if lives is None and now - self._changed_at >= SILENT_S:
-            self._say(
-                f"{self._folder / NAME}: nothing was heard of {_named(holder)} for {SILENT_S:g} s; its folder is taken over"
-            )
+            self._say(f"{self._folder / NAME}: no heartbeat from {_named(holder)} for {SILENT_S:g} s; its folder is taken over")
             return True
-        goes_on = False
+        alive = False
         if holder is not None:
-            goes_on = now - self._begin >= HERE_S if lives else self._beats > 0
-            if goes_on and (not holder.ends() or now - self._begin >= LEAVING_S):
+            alive = now - self._begin >= HERE_S if lives else self._beats > 0
+            if alive and (not holder.ends() or now - self._begin >= LEAVING_S):
                 raise _in_use(self._folder, holder)
-        if not self._said and (lives is None or goes_on):
-            self._said = True
+        if not self._announced and (lives is None or alive):
+            self._announced = True
             wait = "its end" if holder and holder.ends() else f"a sign of life, at most {SILENT_S:g} s"
             self._say(f"{self._folder} is held by {_named(holder)}: waiting for {wait}")
         return False
@@ -226,7 +234,7 @@ def refuse_if_held(
 
 
 class FolderLock:
-    """A folder that this process holds until `release`. Made by `take`."""
+    """A folder that this process holds until `release`; created by `take`."""
 
     def __init__(self, folder: Path, holder: Holder, leaving: Callable[[], bool], lost: Callable[[int], Any]) -> None:
         self.path, self._holder, self._leaving, self._lost = folder / NAME, holder, leaving, lost
@@ -245,15 +253,20 @@ class FolderLock:
         clock: Callable[[], float] = time.monotonic,
         pause: Callable[[float], object] = time.sleep,
     ) -> FolderLock:
-        """Hold `folder`, which is made when it is missing; of several processes of a run one does this.
+        """Take `folder`, creating it if it is missing; only one process of a run does this.
 
         Args:
-            command: of this run, for the message to a second one. say: for a line while it must be found out whether the
-                holder lives. leaving: whether this run was asked to end. lost: called with an exit code when another run has
-                taken the folder over while this one stood still.
+            folder: the save folder.
+            command: of this run, for the message to a second run.
+            say: called with a line while this run waits to learn whether the holder is alive.
+            leaving: whether this run was asked to stop.
+            lost: called with an exit code if another run has taken the folder over while this one was suspended.
+            clock: seconds, monotonic.
+            pause: sleeps for some seconds.
 
         Raises:
-            LaunchError: another run holds the folder. CheckpointError: the folder cannot be written.
+            LaunchError: another run holds the folder.
+            CheckpointError: the folder is not writable.
         """
         folder, holder = Path(folder), Holder.here(command)
         judge = _Judge(folder, say, clock)
@@ -276,27 +289,27 @@ class FolderLock:
             if time.monotonic() - last < BEAT_S and self._leaving() == self._holder.leaving:
                 continue
             last = time.monotonic()
-            with contextlib.suppress(OSError):  # a full disk ends no run
+            with contextlib.suppress(OSError):  # a full disk must not end the run
                 self.beat()
 
     def beat(self) -> None:
-        """Count up; who finds another run in the file leaves at once."""
+        """Increment the counter; if another run is in the file, this one exits at once."""
         with _guarded(self.path) as file:
-            now = Holder.of(_read(file))
-            if now is None or now.key == self._holder.key:
+            current = Holder.of(_read(file))
+            if current is None or current.key == self._holder.key:
                 self._holder = replace(self._holder, beat=self._holder.beat + 1, leaving=bool(self._leaving()))
                 _write(file, self._holder)
                 return
-        text = f"error: {self.path} was taken over by {_named(now)}, while this run stood still: leaving\n"
+        text = f"error: {self.path} was taken over by {_named(current)} while this run was suspended: leaving\n"
         with contextlib.suppress(OSError):
             os.write(sys.__stderr__.fileno() if sys.__stderr__ is not None else 2, text.encode())
         self._lost(LaunchError.exit_code)
 
     def release(self) -> None:
-        """Give the folder back."""
+        """Release the folder."""
         self._end.set()
         self._thread.join(BEAT_S)
         with contextlib.suppress(OSError), _guarded(self.path) as file:
-            now = Holder.of(_read(file))
-            if now is None or now.key == self._holder.key:
+            current = Holder.of(_read(file))
+            if current is None or current.key == self._holder.key:
                 os.unlink(self.path)

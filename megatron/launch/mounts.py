@@ -1,4 +1,4 @@
-"""What a run reads and writes, as the folders that a container must be given: mounts of Kubernetes and SkyPilot jobs."""
+"""The folders that a run reads and writes, as mounts of Kubernetes and SkyPilot jobs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,13 @@ def slug(text: str, limit: int = 40) -> str:
 
 @dataclass(frozen=True)
 class Folder:
-    """One folder of a job. path: in the container. name: of its claim, volume or bucket. written: not only read."""
+    """One folder of a job.
+
+    Attributes:
+        path: in the container.
+        name: of its claim, volume or bucket.
+        written: the run writes into it.
+    """
 
     path: str
     name: str
@@ -34,15 +40,18 @@ class Folder:
 
     @property
     def relative(self) -> str | None:
-        """Its name inside the project's folder, None elsewhere."""
+        """Path relative to the project's folder; None outside it."""
         return posixpath.relpath(self.path, HOME) if self.path.startswith(f"{HOME}/") else None
 
 
 @dataclass(frozen=True)
 class Places:
-    """folders: to be mounted. files: read from the project's own folder itself, where nothing can be mounted.
+    """The paths of a run.
 
-    configs: path in the container -> text of each configuration file.
+    Attributes:
+        folders: to be mounted.
+        files: read from the project's own folder, where nothing can be mounted.
+        configs: (path in the container, text) of each configuration file.
     """
 
     folders: tuple[Folder, ...] = ()
@@ -51,29 +60,33 @@ class Places:
 
 
 def _paths(section: Any, keys: Iterable[str]) -> list[str]:
-    """The values of path keys, lists taken apart, unset ones and datasets of a hub left out."""
-    found: list[str] = []
+    """The values of path keys, flattened, without unset ones and Hub datasets."""
+    paths: list[str] = []
     for key in keys:
         value = getattr(section, key)
-        found += [] if not value else [value] if isinstance(value, str) else list(value)
-    return [path for path in found if not path.startswith("hf:")]
+        paths += [] if not value else [value] if isinstance(value, str) else list(value)
+    return [path for path in paths if not path.startswith("hf:")]
 
 
 def in_container(path: str) -> str:
-    """Absolute path; relative ones lie in the project's folder."""
+    """Absolute path; relative paths start at the project's folder."""
     return posixpath.normpath(posixpath.join(HOME, path))
 
 
 def places_of(run: Any, configs: Iterable[tuple[str, str]] = ()) -> Places:
-    """The places of a `RunConfig`. configs: (path as typed, text) of its files.
+    """The paths of a `RunConfig`.
 
-    A large corpus keeps its sample index beside it, so that folders of data count as written.
+    Folders of data count as written, because a large corpus keeps its sample index next to it.
+
+    Args:
+        run: the configuration.
+        configs: (path as typed, text) of its files.
     """
     logging, checkpoint = run.logging, run.checkpoint
     written = [logging.run_dir, *_paths(checkpoint, ("save",)), *_paths(logging, ("log_dir", "tensorboard_dir"))]
     data, tokenizer = _paths(run.data, _DATA), _paths(run.tokenizer, ("vocab_file", "merge_file"))
     read = [*_paths(checkpoint, ("load",)), *_paths(run.data, _STREAMS)]
-    found: dict[str, bool] = {}
+    written_by_folder: dict[str, bool] = {}
     files: list[str] = []
     for path, is_file, is_written in (
         *((path, False, True) for path in written),
@@ -85,15 +98,17 @@ def places_of(run: Any, configs: Iterable[tuple[str, str]] = ()) -> Places:
         if folder is None or (is_file and folder == in_container(path)):
             files.append(path)
         elif not (folder.startswith(f"{HOME}/") and PurePosixPath(folder).name in _IN_IMAGE):
-            found[folder] = found.get(folder, False) or is_written
-    outer = [path for path in found if not any(path.startswith(f"{other}/") for other in found)]
-    folders = [Folder(p, _name(p), any(w for q, w in found.items() if q == p or q.startswith(f"{p}/"))) for p in outer]
+            written_by_folder[folder] = written_by_folder.get(folder, False) or is_written
+    outer = [path for path in written_by_folder if not any(path.startswith(f"{other}/") for other in written_by_folder)]
+    folders = [
+        Folder(p, _name(p), any(w for q, w in written_by_folder.items() if q == p or q.startswith(f"{p}/"))) for p in outer
+    ]
     texts = tuple((in_container(path), text) for path, text in configs)
     return Places(tuple(folders), tuple(dict.fromkeys(files)), texts)
 
 
 def _folder(path: str) -> str | None:
-    """The folder to mount so that `path` is there: inside the project the first part, elsewhere the one that holds it."""
+    """The folder to mount for `path`: inside the project its top-level folder, elsewhere its parent."""
     if path == HOME:
         return None
     if path.startswith(f"{HOME}/"):

@@ -1,20 +1,23 @@
-"""The launch keys of a configuration, in GPT-NeoX's names, and what the launching machine is."""
+"""The launch keys of a configuration, under GPT-NeoX's names, and the launching machine."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from megatron.launch.environment import DEFAULT_PORT
 
-# Those of DeepSpeed's runner that need hosts, then our own two.
+# Launchers of DeepSpeed's runner, which need hosts; then our own two.
 RUNNERS = ("pdsh", "openmpi", "mpich", "slurm")
 LAUNCHERS = (*RUNNERS, "torchrun", "none")
+SUPERVISOR = str(Path(__file__).with_name("supervisor.py"))
+ADDRESS = "ADDRESS_OF_RANK_0"  # stands for the address until the host has been asked for it
 
 
 @dataclass(frozen=True)
 class LaunchOptions:
-    """How processes are started, and the mesh that they must hold. num_nodes -1: all hosts of the host file."""
+    """How processes are started, and the mesh that they must hold; `num_nodes` -1 is all hosts of the host file."""
 
     hostfile: str | None = None
     include: str | None = None
@@ -38,19 +41,19 @@ class LaunchOptions:
     @classmethod
     def from_sections(cls, *sections: Any) -> LaunchOptions:
         """Collect the fields from objects that have them as attributes (`run.launch`, `run.parallel`)."""
-        found: dict[str, Any] = {}
+        values: dict[str, Any] = {}
         for field in fields(cls):
             for section in sections:
                 if hasattr(section, field.name):
-                    found[field.name] = getattr(section, field.name)
+                    values[field.name] = getattr(section, field.name)
         # NeoX writes 0 for "no pipeline".
-        found["pipe_parallel_size"] = max(1, found.get("pipe_parallel_size", 1))
-        found["model_parallel_size"] = max(1, found.get("model_parallel_size", 1))
-        return cls(**found)
+        values["pipe_parallel_size"] = max(1, values.get("pipe_parallel_size", 1))
+        values["model_parallel_size"] = max(1, values.get("model_parallel_size", 1))
+        return cls(**values)
 
     @property
     def model_processes(self) -> int:
-        """Processes that one copy of the model needs."""
+        """Processes of one model replica."""
         return self.pipe_parallel_size * self.model_parallel_size
 
     @property
@@ -63,7 +66,14 @@ class LaunchOptions:
 
 @dataclass(frozen=True)
 class Machine:
-    """What the launching machine has: ids of visible accelerators, CPU cores, python, its name."""
+    """The launching machine.
+
+    Attributes:
+        devices: ids of the visible accelerators.
+        cores: CPU cores of this process.
+        python: path of the interpreter.
+        hostname: its name.
+    """
 
     devices: tuple[str, ...]
     cores: int
@@ -72,5 +82,5 @@ class Machine:
 
     @property
     def accelerators(self) -> int:
-        """How many accelerators."""
+        """Number of accelerators."""
         return len(self.devices)

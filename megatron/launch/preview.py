@@ -1,6 +1,6 @@
-"""`--print-launch`: a job as commands that could be typed, with what DeepSpeed's runner makes of it on the hosts.
+"""`--print-launch`: a job as a command line, with the command that DeepSpeed's runner starts for it.
 
-The second half restates `deepspeed/launcher/multinode_runner.py` (0.19.8); a test runs the true runner against stand-ins for
+`runner_command` restates `deepspeed/launcher/multinode_runner.py` (0.19.8); a test runs the real runner against stand-ins for
 pdsh, mpirun and srun and compares word for word.
 """
 
@@ -11,14 +11,15 @@ import shlex
 from collections.abc import Mapping
 
 from megatron.launch.hosts import parse_hostfile
-from megatron.launch.job import ADDRESS, Job, encode_world
+from megatron.launch.job import Job, encode_world
+from megatron.launch.options import ADDRESS
 
 _NODE_LAUNCH = ("-u", "-m", "deepspeed.launcher.launch")
 _HELPER = "launcher_helper.py"
 
 
 def describe(job: Job) -> str:
-    """Comments that say who runs where, files to write, then the command; what a shell runs when it is pasted."""
+    """Comments with hosts and files, then the command; a shell can run the text as it is."""
     rows = [f"# {job.processes} {'process' if job.processes == 1 else 'processes'}, route {job.route}"]
     if job.launcher:
         rows[0] += f", launcher {job.launcher}"
@@ -38,17 +39,17 @@ def describe(job: Job) -> str:
 def _options(job: Job) -> tuple[dict[str, str], tuple[str, ...]]:
     """(options of the runner, user script and its arguments)."""
     words = job.command[3:]
-    found: dict[str, str] = {}
-    for place, word in enumerate(words):
+    options: dict[str, str] = {}
+    for index, word in enumerate(words):
         if not word.startswith("--"):
-            return found, words[place:]
+            return options, words[index:]
         name, _, value = word[2:].partition("=")
-        found[name] = value
-    return found, ()
+        options[name] = value
+    return options, ()
 
 
 def _exports(job: Job, quote: bool) -> dict[str, str]:
-    """NAME -> value as the runner writes it: the file's, with its quotes, but for UCX and PYTHONPATH which it adds itself."""
+    """Name -> value as the runner writes it, with its quotes; without the variables that it adds itself (UCX, PYTHONPATH)."""
     text = next(text for path, text in job.files.items() if path.endswith("/environment"))
     pairs = [line.split("=", 1) for line in text.splitlines()]
     plain = set("%@+=:,./-_")
@@ -56,7 +57,12 @@ def _exports(job: Job, quote: bool) -> dict[str, str]:
 
 
 def runner_command(job: Job, environ: Mapping[str, str] | None = None) -> tuple[str, ...]:
-    """What DeepSpeed's runner starts for this job. environ: of the runner; its PYTHON*, UCX* ... variables travel too."""
+    """The command that DeepSpeed's runner starts for this job.
+
+    Args:
+        job: of the route `hosts`.
+        environ: of the runner; it also sends its PYTHON*, UCX* ... variables.
+    """
     options, script = _options(job)
     python = job.command[0]
     exports = _exports(job, quote=True)

@@ -1,11 +1,10 @@
-"""How a process of a job ends: with its launcher when that is killed, and with its own code whatever C++ threads still do.
+"""How a rank exits: together with its launcher when that is killed, and with its own code whatever C++ threads still do.
 
-A gloo worker thread gives a tensor back a moment after the collective that it served has returned, for which it needs the
-interpreter's lock. When the interpreter is already being taken down, CPython (up to 3.13) ends such a thread by unwinding it
-through C++ frames that may not be unwound: `terminate called without an active exception`, and a run that has done everything
-ends with 134, the more often the busier its machine is. `destroy_process_group` does not join these threads as long as anybody
-(DeepSpeed does) refers to a group. So a command that may join others runs what is registered for its end and then leaves the
-interpreter standing.
+A gloo worker thread releases a tensor shortly after its collective has returned, and needs the GIL for that. If the
+interpreter is already finalizing, CPython (up to 3.13) ends the thread by unwinding C++ frames that must not be unwound:
+`terminate called without an active exception`, and a successful run exits with 134, more often on a busy machine.
+`destroy_process_group` does not join these threads while anything (such as DeepSpeed) refers to a group. So a command that may
+be a rank runs its atexit functions and then exits without finalizing the interpreter.
 """
 
 from __future__ import annotations
@@ -21,14 +20,14 @@ import traceback
 from collections.abc import Iterator
 from typing import NoReturn
 
-AT_EXIT_S = 20.0  # for what libraries have registered with atexit
+AT_EXIT_S = 20.0  # limit for functions that libraries have registered with atexit
 _PR_SET_PDEATHSIG = 1
-# Variables of torchrun and of DeepSpeed's launcher: the parent is a launcher, and one that is killed leaves its ranks running.
+# Set by torchrun and by DeepSpeed's launcher: the parent is a launcher, and a killed launcher leaves its ranks running.
 _LAUNCHED = ("TORCHELASTIC_RUN_ID", "CROSS_RANK")
 
 
 def leave(code: int) -> NoReturn:
-    """End the process with `code`: registered functions run, streams are flushed, no thread is waited for."""
+    """Exit with `code`: atexit functions run, streams are flushed, threads are not joined."""
     timer = threading.Timer(AT_EXIT_S, os._exit, (code,))
     timer.daemon = True
     timer.start()
@@ -42,13 +41,11 @@ def leave(code: int) -> NoReturn:
 
 @contextlib.contextmanager
 def leaving() -> Iterator[None]:
-    """Around the body of a command that may be a rank of several: it dies with its launcher, and the process ends here, with
-    the code that it would have.
-    """
+    """Wrap the body of a command that may be a rank: it dies with its launcher, and the process exits here with its code."""
     if any(name in os.environ for name in _LAUNCHED):
         die_with_parent()
         if os.getppid() == 1 and b"python" not in _command_line(1):
-            os._exit(128 + signal.SIGKILL)  # the launcher was killed before the line above
+            os._exit(128 + signal.SIGKILL)  # the launcher was killed before `die_with_parent` took effect
     try:
         yield
     except SystemExit as end:
@@ -62,7 +59,7 @@ def leaving() -> Iterator[None]:
 
 
 def die_with_parent(number: int = signal.SIGKILL) -> None:
-    """The kernel sends this process `number` when the one that started it dies; nothing where there is no such call."""
+    """Let the kernel send signal `number` to this process when its parent dies (Linux only)."""
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(number))
 
@@ -72,4 +69,4 @@ def _command_line(pid: int) -> bytes:
         with open(f"/proc/{pid}/cmdline", "rb") as file:
             return file.read()
     except OSError:
-        return b"python"  # not known
+        return b"python"  # unknown: assume it is a launcher

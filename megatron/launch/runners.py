@@ -1,4 +1,4 @@
-"""Starts a job and stays with it: signals go through, the exit code comes back, its first error is said last.
+"""Starts a job and waits for it: forwards signals, returns the exit code, and prints the job's first error last.
 
 Imports neither torch nor deepspeed.
 """
@@ -22,19 +22,19 @@ from typing import IO
 
 from megatron.errors import LaunchError
 from megatron.launch.exports import launcher_environment
-from megatron.launch.job import SUPERVISOR, Job
-from megatron.launch.options import LaunchOptions, Machine
+from megatron.launch.job import Job
+from megatron.launch.options import SUPERVISOR, LaunchOptions, Machine
 from megatron.launch.process_exit import die_with_parent
 from megatron.launch.stderr_follower import FirstError
 
-# What the codes of `megatron/reliability/stop.py` and `watchdog.py` mean; those files import torch, this one must not.
-_LEFT = {
-    75: "it was asked to leave (signal or time limit) and its work is saved: the same command goes on",
-    76: "it was asked to leave and had no folder to save to",
-    21: "a rank stood still, see the watchdog's report; the same command goes on from the last checkpoint",
-    22: "a rank was lost, see the report; the same command goes on from the last checkpoint",
+# The exit codes of `megatron/reliability/stop.py` and `watchdog.py`; those files import torch, this one must not.
+_EXIT_REASONS = {
+    75: "it was asked to stop (signal or time limit) and its work is saved: the same command resumes it",
+    76: "it was asked to stop and had no folder to save to",
+    21: "a rank hung, see the watchdog's report; the same command resumes from the last checkpoint",
+    22: "a rank was lost, see the report; the same command resumes from the last checkpoint",
 }
-# After the first host has ended with an error, the others have so long to end by themselves (their connections break at once).
+# When a host has ended with an error, the others have this long to exit by themselves (their connections break at once).
 HOST_GRACE_S = 12.0
 _SSH_FAILED = 255
 _RANK_END = re.compile(rb"(?:\S+: )?supervisor: rank (\d+) ended with (\d+)$")
@@ -43,8 +43,8 @@ _RANK_END = re.compile(rb"(?:\S+: )?supervisor: rank (\d+) ended with (\d+)$")
 def visible_devices(environ: Mapping[str, str] | None = None) -> tuple[str, ...]:
     """Ids of the GPUs that a process started here would see.
 
-    They come from the device files (or `nvidia-smi` where there are none), cut down by CUDA_VISIBLE_DEVICES as CUDA does it:
-    the list ends at the first entry that does not exist; entries may also be UUIDs.
+    They come from the device files (or `nvidia-smi` if there are none), filtered by CUDA_VISIBLE_DEVICES as CUDA does: the list
+    ends at the first entry that does not exist; entries may also be UUIDs.
     """
     env = os.environ if environ is None else environ
     present = len(glob.glob("/dev/nvidia[0-9]*"))
@@ -58,13 +58,13 @@ def chosen_devices(present: int, visible: str | None) -> tuple[str, ...]:
     """The ids that `visible` (a value of CUDA_VISIBLE_DEVICES, None if unset) leaves of `present` GPUs."""
     if visible is None:
         return tuple(str(i) for i in range(present))
-    chosen: list[str] = []
-    for item in (part.strip() for part in visible.split(",")):
+    ids: list[str] = []
+    for item in (entry.strip() for entry in visible.split(",")):
         exists = int(item) < present if item.isdecimal() else present and item.startswith(("GPU-", "MIG-"))
         if not exists:
             break
-        chosen.append(item)
-    return tuple(chosen)
+        ids.append(item)
+    return tuple(ids)
 
 
 def this_machine() -> Machine:
@@ -74,30 +74,32 @@ def this_machine() -> Machine:
 
 
 def free_port() -> int:
-    """A TCP port that nobody on this machine uses now, chosen again by the kernel for each call."""
+    """A TCP port that is free on this machine, chosen by the kernel."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         return int(probe.getsockname()[1])
 
 
-def rendezvous_port(options: LaunchOptions, given: bool, hosts: int) -> int:
-    """The port where the ranks meet: `master_port` where the configuration gives one, else a free one.
+def rendezvous_port(options: LaunchOptions, is_configured: bool, hosts: int) -> int:
+    """The rendezvous port: `master_port` if the configuration sets it, else a free one.
 
-    Ranks that one command starts are told it, over all hosts. torchrun on several hosts is started by a command on each, which
-    must agree without having met: on the default.
+    One command passes the port to all ranks on all hosts. torchrun on several hosts is started by a command on each host; these
+    must agree without communication, on the default.
 
     Args:
-        given: whether the configuration gives `master_port`. hosts: of the host file, 0 without one.
+        options: launch keys.
+        is_configured: the configuration sets `master_port`.
+        hosts: number of hosts in the host file; 0 without one.
     """
     several = options.num_nodes > 1 or (options.num_nodes < 0 and hosts > 1)
-    return options.master_port if given or (options.runner == "torchrun" and several) else free_port()
+    return options.master_port if is_configured or (options.runner == "torchrun" and several) else free_port()
 
 
 def write_files(job: Job) -> None:
-    """Write what the launcher reads (host file, exported variables) into the run folder, readable for everybody.
+    """Write the files that the launcher reads (host file, exported variables) into the run folder.
 
     Raises:
-        LaunchError: the folder cannot be written.
+        LaunchError: the folder is not writable.
     """
     for name, text in job.files.items():
         try:
@@ -108,9 +110,10 @@ def write_files(job: Job) -> None:
 
 
 def run_job(job: Job) -> tuple[int, str]:
-    """Run to the end: (exit code, the job's first error, empty when nothing was heard of one).
+    """Run a job to its end. A job of one plain process replaces this process and does not return.
 
-    A job of one plain process replaces this one and does not return.
+    Returns:
+        (exit code, the job's first error or an empty string).
 
     Raises:
         LaunchError: the program cannot be started.
@@ -124,10 +127,10 @@ def run_job(job: Job) -> tuple[int, str]:
             os.execve(job.command[0], list(job.command), environment)
         if job.route == "hosts":
             environment = launcher_environment(environment)
-        # A session of its own: Ctrl-C in a terminal would reach the launcher too, which gives its ranks 30 s and exits with 1.
-        # Its standard input is our end's sign, whatever ends us: supervisors (of ranks, or of a runner) wait for it.
+        # A new session: Ctrl-C in a terminal would otherwise reach the launcher too, which gives its ranks 30 s and exits
+        # with 1. The pipe to its standard input closes when this process ends, however it ends: supervisors watch for that.
         child = subprocess.Popen(
-            _kept(job),
+            _supervised(job),
             env=environment,
             start_new_session=True,
             stdin=subprocess.DEVNULL if job.route == "torchrun" else subprocess.PIPE,
@@ -141,17 +144,17 @@ def run_job(job: Job) -> tuple[int, str]:
     return follower.finish(code)
 
 
-def _kept(job: Job) -> tuple[str, ...]:
-    """The command; a runner of several hosts, whose pdsh or mpirun would outlive it, below a supervisor."""
+def _supervised(job: Job) -> tuple[str, ...]:
+    """The command; a runner of several hosts gets a supervisor, because its pdsh or mpirun would outlive it."""
     if job.route != "hosts":
         return job.command
-    # pdsh is never asked: DeepSpeed's runner would then kill every job on the hosts by name.
+    # No SIGTERM for pdsh: DeepSpeed's runner would then kill every DeepSpeed job on the hosts by name.
     option = "--group-at-once" if job.launcher == "pdsh" else "--group"
     return (job.command[0], "-SE", SUPERVISOR, option, *job.command[1:])
 
 
 class _Follower:
-    """Passes the job's stderr on, and ends a job of several hosts when one of them has failed."""
+    """Forwards the job's stderr, and ends a job of several hosts when one of them has failed."""
 
     def __init__(self, child: subprocess.Popen[bytes], job: Job) -> None:
         self._child, self._job, self._codes, self._ranks = child, job, list[int](), dict[int, int]()
@@ -167,7 +170,7 @@ class _Follower:
             if match := _RANK_END.match(line.rstrip()):
                 self._ranks[int(match.group(1))] = int(match.group(2))
                 continue
-            with contextlib.suppress(OSError):  # nobody hears it; the job must not wait for a pipe that fills
+            with contextlib.suppress(OSError):  # stderr is closed; keep reading, or the job blocks on a full pipe
                 os.write(sys.stderr.fileno(), line)
             self._first.hear(line.decode(errors="replace").rstrip("\n"))
 
@@ -177,41 +180,41 @@ class _Follower:
         self._codes.append(code)
 
     def end_group(self) -> None:
-        """Kill runner and pdsh: the ssh connections end, and the supervisors on the hosts end their ranks (`supervisor.py`)."""
+        """Kill runner and pdsh; the ssh connections close, and the supervisors on the hosts end their ranks."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._child.pid, signal.SIGKILL)
 
     def finish(self, code: int) -> tuple[int, str]:
-        """The exit code to give back and the first error. What hosts reported beats the launcher's own end."""
+        """(exit code to return, first error); codes reported by hosts take precedence over the launcher's own."""
         self._timer.cancel()
         self._thread.join(timeout=2.0)
-        told = [c for c in self._codes if c]
-        if told:
-            ours = [c for c in told if c < 128]
-            # A cut connection (255) is a lost rank; codes of ours say more than "ended by signal 9".
-            code = ours[0] if ours else 22 if _SSH_FAILED in told else told[0]
+        failures = [c for c in self._codes if c]
+        if failures:
+            ours = [c for c in failures if c < 128]
+            # A broken connection (255) is a lost rank; our own codes say more than "ended by signal 9".
+            code = ours[0] if ours else 22 if _SSH_FAILED in failures else failures[0]
         elif self._job.launcher == "pdsh" and not code and len(self._ranks) < self._job.processes:
-            code = 22  # the launcher says that all is well, but not every rank has reported its end
+            code = 22  # the launcher reports success, but not every rank has reported its end
         return code, self._first.text()
 
 
 def _wait(child: subprocess.Popen[bytes], job: Job, follower: _Follower) -> int:
-    """Wait for the launcher; its exit code, 128 + n for a signal n.
+    """Wait for the launcher and forward signals; returns its exit code, 128 + n for signal n.
 
-    Signals are passed on: to the ranks themselves where they are the launcher's children, since DeepSpeed's launcher would end
-    them after 30 seconds and hide their exit code (75: stopped, work saved); with pdsh by ending the connections, at which the
-    supervisors ask their ranks to leave (its runner would kill every DeepSpeed job on the hosts by name); else to the launcher.
-    A closed terminal counts as SIGTERM.
+    Ranks that are the launcher's children get the signal directly: DeepSpeed's launcher would kill them after 30 seconds and
+    hide their exit code (75: stopped, work saved). With pdsh the connections are closed, and the supervisors stop their ranks
+    (its runner would kill every DeepSpeed job on the hosts by name). Otherwise the launcher gets the signal. SIGHUP (a closed
+    terminal) is forwarded as SIGTERM.
     """
 
     def forward(number: int, frame: FrameType | None) -> None:
         if job.launcher == "pdsh":
             follower.end_group()
             return
-        wanted = signal.SIGTERM if number == signal.SIGHUP else number
+        signal_number = signal.SIGTERM if number == signal.SIGHUP else number
         for pid in (children(child.pid) if job.route == "local" else ()) or (child.pid,):
             with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, wanted)
+                os.kill(pid, signal_number)
 
     passed = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
     previous = {number: signal.signal(number, forward) for number in passed}
@@ -220,25 +223,26 @@ def _wait(child: subprocess.Popen[bytes], job: Job, follower: _Follower) -> int:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-    # DeepSpeed's launcher hands the negative number of a signal to exit(), which makes 256 - n of it.
+    # DeepSpeed's launcher passes the negative signal number to exit(), which turns it into 256 - n.
     return 128 - code if code < 0 else 384 - code if 192 <= code < 255 else code
 
 
 def children(pid: int) -> tuple[int, ...]:
     """Process ids of the direct children of `pid`; empty where there is no /proc."""
-    found: list[int] = []
+    pids: list[int] = []
     for listing in glob.glob(f"/proc/{pid}/task/*/children"):
         with contextlib.suppress(OSError), open(listing, encoding="ascii") as file:
-            found += [int(word) for word in file.read().split()]
-    return tuple(found)
+            pids += [int(word) for word in file.read().split()]
+    return tuple(pids)
 
 
 def explain_failure(job: Job, code: int) -> LaunchError:
-    """The error to show when a job ended with `code`; its first error follows it on the screen."""
-    if code in _LEFT:
-        return LaunchError(f"the job left with exit code {code}", why=_LEFT[code], hint="docs/reliability.md lists the codes")
-    why = "the first process that failed says so; the others were stopped"
+    """The error to print when a job ended with `code`; the job's first error is printed after it."""
+    if code in _EXIT_REASONS:
+        hint = "docs/reliability.md lists the codes"
+        return LaunchError(f"the job left with exit code {code}", why=_EXIT_REASONS[code], hint=hint)
+    reason = "the first process that failed says so; the others were stopped"
     if code > 128:
         name = signal.Signals(code - 128).name if code - 128 in set(signal.Signals) else str(code - 128)
-        why = f"a process was ended by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
-    return LaunchError(f"the job ended with exit code {code}", where=f"{job.processes} processes, {job.launcher}", why=why)
+        reason = f"a process was ended by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
+    return LaunchError(f"the job ended with exit code {code}", where=f"{job.processes} processes, {job.launcher}", why=reason)

@@ -1,9 +1,9 @@
-"""The two all-reduces of tensor parallelism as modules that stand in a layer's `split` and `join`.
+"""The two all-reduces of tensor parallelism, as the modules `copy_to_tp` and `reduce_from_tp` of a layer.
 
-A layer written for one device calls `self.copy_to_tp(x)` where work on separate heads begins and `self.reduce_from_tp(y)` where
-the partial sums meet. `CopyToTP` is the identity forward and sums gradients backward; `ReduceFromTP` sums forward and is the
-identity backward. Together they are all the communication of a block: two all-reduces forward, two backward.
-Every tensor collective of this project goes through `all_reduce` here, so that a test can count them.
+A layer written for one device calls `self.copy_to_tp(x)` where work on separate heads begins and `self.reduce_from_tp(y)` to
+sum the partial results. `CopyToTP` is the identity forward and sums gradients backward (Megatron's f); `ReduceFromTP` sums
+forward and is the identity backward (Megatron's g). They are all communication of a block: two all-reduces forward and two
+backward. Every tensor-parallel all-reduce goes through `all_reduce` here, so that a test can count them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from megatron.ops.precision import outside_autocast
 
 
 def all_reduce(x: Tensor, group: ProcessGroup | None, op: Any = dist.ReduceOp.SUM) -> Tensor:
-    """A new tensor: the reduction of `x` over `group`; `x` itself when there is no group.
+    """Reduce `x` over `group` into a new tensor; without a group `x` itself.
 
     The input is copied first: a gradient or an activation may be in use elsewhere, and gloo and NCCL reduce in place.
     """
@@ -63,7 +63,7 @@ class _Reduce(torch.autograd.Function):
 
 
 class CopyToTP(nn.Module):
-    """Entry of a split region: the same `x` on every tensor-parallel rank; its gradient is the sum over ranks."""
+    """Entry of a tensor-parallel region: the same `x` on every rank; its gradient is summed over ranks."""
 
     def __init__(self, group: ProcessGroup, wide: bool = False) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class CopyToTP(nn.Module):
 
 
 class ReduceFromTP(nn.Module):
-    """Exit of a split region: the sum of the ranks' partial results, on every rank."""
+    """Exit of a tensor-parallel region: the sum of the ranks' partial results, on every rank."""
 
     def __init__(self, group: ProcessGroup, wide: bool = False) -> None:
         super().__init__()

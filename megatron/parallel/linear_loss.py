@@ -1,12 +1,13 @@
-"""Output projection and cross entropy in one, a block of tokens at a time: the logits of a whole batch never exist.
+"""Fused output projection and cross entropy, one block of tokens at a time: the logits of a full batch never exist.
 
-At 50,000 words the logits of a micro batch and their gradient are by far the largest tensors of a step. Here a block of tokens
-is multiplied, its loss and the gradient of its logits are formed at once, and both products of the backward follow while the
-block is at hand: as many operations as the plain way, a block's worth of its memory, and one fp32 sum of the matrix's
-gradient. Works where the vocabulary is split over ranks, like `parallel/loss.py`, with the same two reductions per block.
+With a vocabulary of 50,000 the logits of a micro batch and their gradient are by far the largest tensors of a step. Here each
+block of tokens is projected, its loss and the gradient of its logits are computed at once, and both matrix products of the
+backward follow while the block exists: the same number of operations as without fusion, the memory of one block, and one fp32
+accumulator for the matrix's gradient. It works with a vocabulary sharded over ranks, like `parallel/loss.py`, with the same two
+all-reduces per block.
 
-The gradients are made in the forward, for upstream 1 and with weights brought to at most 1; the backward scales them. So a loss
-scale of fp16 acts on them where it would have acted.
+The forward computes the gradients for an upstream gradient of 1 and with weights scaled to at most 1; the backward scales them.
+So an fp16 loss scale acts on them where it would act without fusion.
 """
 
 from __future__ import annotations
@@ -26,17 +27,17 @@ from megatron.parallel.loss import check_labels
 
 
 def _whole(stats: tuple[Tensor, Tensor, Tensor], group: ProcessGroup | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Maximum, sum of exponentials and the label's logit of the whole vocabulary from those of one rank's columns."""
-    own, total, picked = stats
+    """Maximum, sum of exponentials and the label's logit over the full vocabulary, from those of this rank's columns."""
+    local_peak, total, picked = stats
     if group is None:
         return stats
-    peak = all_reduce(own, group, dist.ReduceOp.MAX)
-    total, picked = all_reduce(torch.stack((total * (own - peak).exp(), picked)), group)
+    peak = all_reduce(local_peak, group, dist.ReduceOp.MAX)
+    total, picked = all_reduce(torch.stack((total * (local_peak - peak).exp(), picked)), group)
     return peak, total, picked
 
 
 def _accumulate(sum_: Tensor, left: Tensor, right: Tensor) -> None:
-    """sum_ [n, d] += left^T right, the sum wider than the factors where they are narrow."""
+    """sum_ [n, d] += left^T right, accumulated in sum_'s dtype."""
     if left.dtype == sum_.dtype:
         sum_.addmm_(left.t(), right)
     elif left.device.type == "cuda":
@@ -47,7 +48,7 @@ def _accumulate(sum_: Tensor, left: Tensor, right: Tensor) -> None:
 
 @outside_autocast
 class _LinearCrossEntropy(torch.autograd.Function):
-    """sum(weights * ce(x @ matrix^T)): x [t, d], matrix [n, d], labels [t] (global; any where the weight is 0), weights [t]."""
+    """sum(weights * ce(x @ matrix^T)): x [t, d], matrix [n, d], labels [t] (global; any where weights are 0), weights [t]."""
 
     @staticmethod
     def forward(
@@ -65,10 +66,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         local = torch.where((local >= 0) & (local < n), local, -1)
         unit = weights.amax().clamp_min(torch.finfo(weights.dtype).tiny)
         share = weights / unit
-        wanted = any(ctx.needs_input_grad[:2])
-        dx = torch.empty_like(x) if wanted else None
-        wide = torch.float64 if matrix.dtype == torch.float64 else torch.float32
-        dmatrix = torch.zeros(matrix.shape, dtype=wide, device=matrix.device) if ctx.needs_input_grad[1] else None
+        needs_gradient = any(ctx.needs_input_grad[:2])
+        dx = torch.empty_like(x) if needs_gradient else None
+        sum_dtype = torch.float64 if matrix.dtype == torch.float64 else torch.float32
+        dmatrix = torch.zeros(matrix.shape, dtype=sum_dtype, device=matrix.device) if ctx.needs_input_grad[1] else None
         loss = weights.new_zeros(())
         for start in range(0, x.shape[0], block):
             at = slice(start, start + block)
@@ -90,10 +91,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> Any:
         unit, dx, dmatrix = ctx.saved_tensors
         factor = upstream * unit
-        given = None
-        if dmatrix is not None:  # rounded as it is scaled: no second fp32 copy
-            given = torch.mul(dmatrix, factor, out=torch.empty(dmatrix.shape, dtype=ctx.dtype, device=dmatrix.device))
-        return torch.mul(dx, factor, out=torch.empty_like(dx)), given, None, None, None, None, None
+        matrix_gradient = None
+        if dmatrix is not None:  # scaled and rounded in one step: no second fp32 copy
+            matrix_gradient = torch.mul(dmatrix, factor, out=torch.empty(dmatrix.shape, dtype=ctx.dtype, device=dmatrix.device))
+        return torch.mul(dx, factor, out=torch.empty_like(dx)), matrix_gradient, None, None, None, None, None
 
 
 def linear_token_loss(
@@ -106,13 +107,18 @@ def linear_token_loss(
     block: int = 1024,
     backend: str = "auto",
 ) -> Tensor:
-    """Mean cross entropy of `x [b, s, d]` times `matrix [n / tp, d]` over the counted tokens: as `token_loss` of their product.
+    """Mean cross entropy over the counted tokens of the logits `x @ matrix^T`, as `token_loss` of that product.
 
-    Under autocast the product is formed in its format, as any other of its region.
+    Under autocast the product is computed in autocast's dtype, like every matrix product there.
 
     Args:
-        labels: [b, s] global ids, -100 = ignored. loss_mask: [b, s] of weights, None for all ones. block: tokens at a time.
+        x: [b, s, d] hidden states.
+        matrix: [n / tp, d] this rank's rows of the output projection.
+        labels: [b, s] global ids, -100 is ignored.
+        loss_mask: [b, s] weights; None is all ones.
         group: tensor-parallel group; None for one device.
+        block: tokens at a time.
+        backend: kernel backend.
 
     Raises:
         DataError: a counted label is outside the padded vocabulary (on a CPU).

@@ -1,8 +1,7 @@
-"""Cross entropy over logits whose vocabulary is split over tensor-parallel ranks, in fp32, without gathering the logits.
+"""Vocabulary-parallel cross entropy in fp32, without gathering the logits.
 
-Each rank holds the columns of its own vocabulary rows. Two all-reduces of `[b, s]` numbers (the maximum; then the
-target's logit and the sum of exponentials together) are enough forward, and none is needed backward. Without a group
-it is the ordinary loss.
+Each rank holds the logits of its vocabulary shard. The forward needs two all-reduces of `[b, s]` numbers (the maximum; then the
+target's logit and the sum of exponentials together), the backward none. Without a group it is the ordinary loss.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ class _CrossEntropy(torch.autograd.Function):
         local = local.masked_fill(outside, 0)
         target = (x.gather(-1, local[:, None]).squeeze(-1) - peak).masked_fill(outside, 0.0)
         target, total = all_reduce(torch.stack((target, exp.sum(-1))), group)
-        # The sum is divided out here, so that backward only scales: softmax stays the one saved [t, n_local] tensor.
+        # Normalized here, so that backward only scales: the softmax is the only saved [t, n_local] tensor.
         ctx.save_for_backward(exp.div_(total[:, None]), local, outside)
         ctx.dtype = logits.dtype
         return total.log() - target
@@ -48,20 +47,25 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def check_labels(labels: Tensor, loss_mask: Tensor, vocab_size: int) -> None:
-    """On a CPU, refuse label ids outside the padded vocabulary where the mask counts them.
+    """On a CPU, refuse counted label ids outside the padded vocabulary.
 
-    On a GPU nothing is checked: it would wait for the device at every micro batch; the data's own check stands before it.
+    On a GPU nothing is checked, because that would synchronize at every micro batch; the data is checked when it is read.
+
+    Args:
+        labels: global ids.
+        loss_mask: of the same shape; ids with a positive weight are checked.
+        vocab_size: padded vocabulary size.
 
     Raises:
-        DataError: with the first bad id.
+        DataError: it names the first invalid id.
     """
     if labels.device.type != "cpu":
         return
-    bad = ((labels < 0) | (labels >= vocab_size)) & (loss_mask > 0)
-    if bool(bad.any()):
+    invalid = ((labels < 0) | (labels >= vocab_size)) & (loss_mask > 0)
+    if bool(invalid.any()):
         raise DataError(
-            f"label id {int(labels[bad][0])} is outside the vocabulary of {vocab_size} rows",
-            why="the data were made with another tokenizer, or the vocabulary size of the config is too small",
+            f"label id {int(labels[invalid][0])} is outside the vocabulary of {vocab_size} rows",
+            why="the data was tokenized with another tokenizer, or the vocabulary size of the config is too small",
             hint="check tokenizer_type and vocab_file against the ones used for data_path",
         )
 
@@ -70,7 +74,9 @@ def vocab_parallel_token_loss(logits_local: Tensor, labels: Tensor, loss_mask: T
     """Mean cross entropy over the counted tokens: `sum(mask * ce) / sum(mask)`, the same scalar on every rank of the group.
 
     Args:
-        logits_local: [b, s, n / tp], this rank's vocabulary columns. labels: [b, s] global ids. loss_mask: [b, s], 1 counts.
+        logits_local: [b, s, n / tp], logits of this rank's vocabulary shard.
+        labels: [b, s] global ids.
+        loss_mask: [b, s], 1 counts.
         group: tensor-parallel group; None for one device.
 
     Raises:
@@ -82,5 +88,5 @@ def vocab_parallel_token_loss(logits_local: Tensor, labels: Tensor, loss_mask: T
     flat = logits_local.reshape(-1, width)
     losses = _CrossEntropy.apply(flat, labels.reshape(-1), rank * width, group)
     mask = loss_mask.reshape(-1).float()
-    # The floor keeps a micro batch without counted tokens at loss 0, as `model/loss.py` does.
+    # The clamp gives a micro batch without counted tokens the loss 0, as `model/loss.py` does.
     return (losses * mask).sum() / mask.sum().clamp_min(1e-9)

@@ -1,8 +1,7 @@
-"""The grid of processes: pipeline x data x tensor, and the process groups along its three axes.
+"""The device mesh: pipeline x data x tensor parallel ranks, and the process groups along its three axes.
 
-This file is the only owner of process groups besides DeepSpeed's own. Ranks are laid out as in GPT-NeoX, tensor fastest:
-`rank = (pp_rank * dp + dp_rank) * tp + tp_rank`. One process needs no process group at all: every group is then None, and so is
-the group of an axis of size 1.
+Only this file and DeepSpeed create mesh groups. Ranks are ordered as in GPT-NeoX, tensor fastest:
+`rank = (pp_rank * dp + dp_rank) * tp + tp_rank`. The group of an axis of size 1 is None, so one process needs no process group.
 """
 
 from __future__ import annotations
@@ -18,12 +17,12 @@ if TYPE_CHECKING:
 
 
 def rank_of(pp_rank: int, dp_rank: int, tp_rank: int, *, dp: int, tp: int) -> int:
-    """Global rank of a grid point."""
+    """Global rank of a mesh position."""
     return (pp_rank * dp + dp_rank) * tp + tp_rank
 
 
 def data_parallel_size(world_size: int, pp: int, tp: int) -> int:
-    """How many copies of the model `world_size` processes hold.
+    """Number of model replicas in `world_size` processes.
 
     Raises:
         ConfigError: `world_size` is not a multiple of `pp * tp`, or a size is below 1.
@@ -41,7 +40,17 @@ def data_parallel_size(world_size: int, pp: int, tp: int) -> int:
 
 @dataclass(frozen=True)
 class Mesh:
-    """One process's place in the grid. A group is None when its axis has one process."""
+    """One process's position in the mesh.
+
+    Attributes:
+        pp: pipeline-parallel size.
+        dp: data-parallel size.
+        tp: tensor-parallel size.
+        rank: global rank.
+        pp_group: this rank's pipeline group; None if `pp` is 1.
+        dp_group: this rank's data-parallel group; None if `dp` is 1.
+        tp_group: this rank's tensor-parallel group; None if `tp` is 1.
+    """
 
     pp: int
     dp: int
@@ -53,17 +62,17 @@ class Mesh:
 
     @property
     def world_size(self) -> int:
-        """Processes in the grid."""
+        """Processes in the mesh."""
         return self.pp * self.dp * self.tp
 
     @property
     def tp_rank(self) -> int:
-        """Place along the tensor axis."""
+        """Rank along the tensor axis."""
         return self.rank % self.tp
 
     @property
     def dp_rank(self) -> int:
-        """Place along the data axis."""
+        """Rank along the data axis."""
         return self.rank // self.tp % self.dp
 
     @property
@@ -73,21 +82,24 @@ class Mesh:
 
     @classmethod
     def single(cls) -> Mesh:
-        """The grid of one process, without process groups."""
+        """The mesh of one process, without process groups."""
         return cls(1, 1, 1, 0)
 
     @classmethod
     def shape_only(cls, pp: int, tp: int, world_size: int, rank: int) -> Mesh:
-        """A place in a grid without process groups: for planning (dry run, resharding, estimates)."""
+        """A position in a mesh without process groups, for planning (dry run, resharding, estimates)."""
         return cls(pp, data_parallel_size(world_size, pp, tp), tp, rank)
 
     @classmethod
     def create(cls, pp: int, tp: int, world_size: int, rank: int, timeout_s: float | None = None) -> Mesh:
-        """Make the groups of all axes; every process of the default group must call this, with the same sizes.
+        """Create the groups of all axes; every process of the default group must call this with the same sizes.
 
         Args:
-            pp, tp: pipeline and tensor sizes. world_size, rank: of the default process group.
-            timeout_s: seconds after which a collective of these groups fails; None takes torch's default, which
+            pp: pipeline-parallel size.
+            tp: tensor-parallel size.
+            world_size: of the default process group.
+            rank: in the default process group.
+            timeout_s: seconds after which a collective of these groups fails; None is torch's default, which
                 `launch.environment.init_process_group` sets.
 
         Raises:
@@ -101,7 +113,7 @@ class Mesh:
         return cls(pp, mesh.dp, tp, rank, groups["pp"], groups["dp"], groups["tp"])
 
     def axis_ranks(self) -> dict[str, list[list[int]]]:
-        """Axis name -> the rank lists of all its groups, in an order that is the same on every process."""
+        """Axis name -> the rank lists of all its groups, in the same order on every process."""
         pps, dps, tps = range(self.pp), range(self.dp), range(self.tp)
 
         def at(p: int, d: int, t: int) -> int:
@@ -120,27 +132,27 @@ class Mesh:
 
 
 def _own_group(rank_lists: list[list[int]], rank: int, timeout: timedelta | None) -> ProcessGroup | None:
-    """Create the groups of one axis and return the caller's; none is made for an axis of size 1."""
+    """Create the groups of one axis and return this rank's; None for an axis of size 1."""
     if len(rank_lists[0]) == 1:
         return None
     import torch.distributed as dist  # here, so that planning a mesh (deepy.py, dry runs) needs no torch
 
-    own = None
+    own_group = None
     for ranks in rank_lists:
         group = dist.new_group(ranks, timeout=timeout)
         if rank in ranks:
-            own = group
-    return own
+            own_group = group
+    return own_group
 
 
 def set_default_timeout(seconds: float) -> None:
-    """Make `seconds` the timeout of every process group made from now on, whoever makes it.
+    """Set the default timeout of every process group that is created from now on, by any library.
 
-    DeepSpeed makes its groups without one and would get torch's 30 minutes, however short the default group's is: a cut
-    network cable then hangs the job in a sub-group long after the main group gave up.
+    DeepSpeed creates its groups without a timeout and would get torch's 30 minutes, however short the default group's is: a
+    broken connection then hangs the job in a subgroup long after the main group has given up.
     """
     import torch.distributed.distributed_c10d as c10d
 
     for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
-        if isinstance(getattr(c10d, name, None), timedelta):  # the second is None in a torch without NCCL
+        if isinstance(getattr(c10d, name, None), timedelta):  # the second one is None in a torch without NCCL
             setattr(c10d, name, timedelta(seconds=seconds))

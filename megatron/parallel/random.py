@@ -1,8 +1,8 @@
-"""Random numbers of a rank: where they start and how they are carried through a checkpoint.
+"""Random number generators of a rank: their seeds, and their states in a checkpoint.
 
 Dropout on replicated activations must draw the same numbers on all tensor-parallel ranks and different ones on data-parallel
-ranks and pipeline stages (GPT-NeoX repeats its masks over data-parallel ranks; we do not). So a rank's stream is a function of
-(seed, stage, data rank) and not of the tensor rank. Initial weights do not depend on these streams: see `model/init.py`.
+ranks and pipeline stages (GPT-NeoX repeats its masks over data-parallel ranks; we do not). So a rank's seed is a function of
+(seed, stage, data-parallel rank), not of the tensor-parallel rank. Initial weights do not depend on it: see `model/init.py`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from megatron.parallel.mesh import Mesh
 
 
 def stream_seed(seed: int, mesh: Mesh) -> int:
-    """The 32-bit seed of this rank's streams; equal on tensor-parallel ranks, distinct otherwise."""
+    """The 32-bit seed of this rank's generators; equal on tensor-parallel ranks, distinct otherwise."""
     return int(np.random.SeedSequence((seed, mesh.pp_rank, mesh.dp_rank)).generate_state(1)[0])
 
 
@@ -33,9 +33,9 @@ def seed_all(seed: int, mesh: Mesh) -> None:
 
 
 def capture_rng() -> dict[str, Tensor]:
-    """State of all generators of this process as CPU tensors (`python`, `numpy`, `torch`, and `cuda` on a GPU).
+    """States of all generators of this process as CPU tensors (`python`, `numpy`, `torch`, and `cuda` on a GPU).
 
-    The two Mersenne twisters are stored as float64: 32-bit words and the cached Gaussian are both exact there.
+    The two Mersenne twisters are stored as float64, where both 32-bit words and the cached Gaussian are exact.
     """
     version, words, gauss = random.getstate()
     _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]
@@ -50,12 +50,12 @@ def capture_rng() -> dict[str, Tensor]:
 
 
 def restore_rng(state: Mapping[str, Tensor]) -> None:
-    """Put the generators back where `capture_rng` found them.
+    """Restore the generators to a state of `capture_rng`.
 
-    A state saved on a CPU leaves the GPU's generator as it is, and the reverse.
+    A state saved on a CPU does not change the GPU's generator, and vice versa.
 
     Raises:
-        CheckpointError: a generator's state is missing or has a wrong size; nothing was changed then.
+        CheckpointError: a generator's state is missing or invalid; no generator was changed.
     """
     check_rng(state)
     _restore(state, random.setstate, np.random.set_state, torch.set_rng_state)
@@ -64,7 +64,7 @@ def restore_rng(state: Mapping[str, Tensor]) -> None:
 
 
 def check_rng(state: Mapping[str, Tensor]) -> None:
-    """Raise CheckpointError unless `state` can be restored; tried on generators of its own."""
+    """Raise CheckpointError unless `state` can be restored; it is tried on temporary generators."""
     try:
         _restore(state, random.Random().setstate, np.random.RandomState().set_state, torch.Generator().set_state)
     except (KeyError, ValueError, TypeError, RuntimeError, ArithmeticError) as error:
@@ -74,7 +74,7 @@ def check_rng(state: Mapping[str, Tensor]) -> None:
 def _restore(
     state: Mapping[str, Tensor], python: Callable[[Any], None], numpy: Callable[[Any], None], torch_: Callable[[Tensor], Any]
 ) -> None:
-    """Give each generator, by its function that takes a state, what was captured."""
+    """Pass the captured states to the `set_state` functions of the three generators."""
     version, has_gauss, gauss, *words = state["python"].tolist()
     python((int(version), tuple(int(w) for w in words), gauss if has_gauss else None))
     position, has_gauss, cached, *keys = state["numpy"].tolist()

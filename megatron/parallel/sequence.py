@@ -1,12 +1,13 @@
-"""Sequence parallelism of the norm regions: between tensor-parallel regions each rank holds its own piece of the sequence.
+"""Sequence parallelism of the norm regions: between tensor-parallel regions each rank holds its own shard of the sequence.
 
-The two all-reduces of a block become a gather and a reduce-scatter each, which send as many bytes, and norms, residual stream
-and the activations kept for them shrink by the tensor-parallel size (Megatron's sequence parallelism, arXiv 2205.05198). A
-mixer needs the whole sequence: it is gathered in front of it, short convolution included, and partial sums leave it scattered.
+Each of the two all-reduces of a block becomes an all-gather and a reduce-scatter, which send the same number of bytes; norms,
+residual stream and their saved activations shrink by the tensor-parallel size (Megatron's sequence parallelism, arXiv
+2205.05198). A mixer, with its short convolution, needs the full sequence: it is gathered before the mixer, and the partial sums
+are scattered after it.
 
-Every parameter that is not cut then sees a part of the work on each rank: a norm its piece of the sequence, a convolution in
-front of the heads the gradient of its rank's heads. Their gradients are summed over the ranks as they are made, which is exact
-because back-propagation is linear in the gradient.
+Every replicated parameter then sees a part of the work on each rank: a norm its shard of the sequence, a convolution before the
+heads the gradient of its rank's heads. Their gradients are summed over the ranks as they are computed, which is exact because
+backpropagation is linear in the gradient.
 """
 
 from __future__ import annotations
@@ -27,22 +28,22 @@ from megatron.parallel.shard_spec import ParamSpec
 
 
 def gather_sequence(x: Tensor, group: ProcessGroup) -> Tensor:
-    """Pieces [b, s / t, d] -> [b, s, d] on every rank."""
-    piece = x.transpose(0, 1).contiguous()
-    whole = piece.new_empty((piece.shape[0] * dist.get_world_size(group), *piece.shape[1:]))
+    """Shards [b, s / t, d] -> [b, s, d] on every rank."""
+    shard = x.transpose(0, 1).contiguous()
+    full = shard.new_empty((shard.shape[0] * dist.get_world_size(group), *shard.shape[1:]))
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
-    gather(whole, piece, group=group)
-    return whole.transpose(0, 1).contiguous()
+    gather(full, shard, group=group)
+    return full.transpose(0, 1).contiguous()
 
 
 def scatter_sum(x: Tensor, group: ProcessGroup, wide: bool) -> Tensor:
-    """Partial sums [b, s, d] -> this rank's piece [b, s / t, d] of their sum; formed in fp32 when `wide` and x is narrower."""
-    whole = x.float() if wide and x.element_size() < 4 else x
-    whole = whole.transpose(0, 1).contiguous()
-    piece = whole.new_empty((whole.shape[0] // dist.get_world_size(group), *whole.shape[1:]))
+    """Partial sums [b, s, d] -> this rank's shard [b, s / t, d] of their sum; in fp32 if `wide` is set and x has 16 bits."""
+    full = x.float() if wide and x.element_size() < 4 else x
+    full = full.transpose(0, 1).contiguous()
+    shard = full.new_empty((full.shape[0] // dist.get_world_size(group), *full.shape[1:]))
     scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # renamed in torch 2.13
-    scatter(piece, whole, group=group)
-    return piece.transpose(0, 1).contiguous().to(x.dtype)
+    scatter(shard, full, group=group)
+    return shard.transpose(0, 1).contiguous().to(x.dtype)
 
 
 @outside_autocast
@@ -74,7 +75,7 @@ class _ScatterSum(torch.autograd.Function):
 
 
 class GatherSequence(nn.Module):
-    """Entry of a tensor-parallel region: the whole sequence; the partial gradients of the ranks are summed on the way back."""
+    """Entry of a tensor-parallel region: the full sequence; the backward sums the ranks' partial gradients."""
 
     def __init__(self, group: ProcessGroup, wide: bool = False) -> None:
         super().__init__()
@@ -85,12 +86,12 @@ class GatherSequence(nn.Module):
         return _Gather.apply(x, self.group, self.wide)
 
     def before(self, module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        """As a forward pre-hook: the module gets the whole sequence."""
+        """A forward pre-hook that passes the full sequence to the module."""
         return (self(arguments[0]), *arguments[1:])
 
 
 class ScatterSequence(nn.Module):
-    """Exit of a tensor-parallel region: this rank's piece of the summed result."""
+    """Exit of a tensor-parallel region: this rank's shard of the summed result."""
 
     def __init__(self, group: ProcessGroup, wide: bool = False) -> None:
         super().__init__()
@@ -102,32 +103,38 @@ class ScatterSequence(nn.Module):
 
 
 def check_sequence_parallel(model: nn.Module, specs: Mapping[str, ParamSpec], tp: int, seq_length: int, dropout: float) -> None:
-    """Refuse what would not be exact; nothing to refuse on one tensor-parallel rank.
+    """Refuse what sequence parallelism cannot compute exactly; with one tensor-parallel rank everything is allowed.
+
+    Args:
+        model: its mixers are checked.
+        specs: of its parameters.
+        tp: tensor-parallel size.
+        seq_length: tokens of a sequence.
+        dropout: of the hidden states.
 
     Raises:
-        ConfigError: a sequence that does not divide, dropout, learned positions, or a mixer that sums over the ranks inside.
+        ConfigError: the sequence does not divide, there is dropout or learned positions, or a mixer reduces over ranks inside.
     """
     if tp == 1:
         return
     if seq_length % tp:
-        raise _refused(f"seq_length {seq_length} cannot be cut over model_parallel_size {tp}")
+        raise _refused(f"seq_length {seq_length} is not divisible by model_parallel_size {tp}")
     if dropout > 0:
         raise _refused("hidden_dropout would not drop the same activations as without it")
     if any(name.endswith(".positions") for name in specs):
-        raise _refused("learned positions are added to the whole sequence")
+        raise _refused("learned positions are added to the full sequence")
     for module in model.modules():
         if isinstance(module, Layer) and module.tp_reductions > 1:
-            why = f"{type(module).__name__} sums over the ranks {module.tp_reductions} times, inside its own sequence"
-            raise _refused(why)
+            reason = f"{type(module).__name__} sums over the ranks {module.tp_reductions} times, inside its own sequence"
+            raise _refused(reason)
 
 
-def _refused(why: str) -> ConfigError:
-    return ConfigError("sequence_parallel cannot be exact here", why=why, hint="sequence_parallel: false")
+def _refused(reason: str) -> ConfigError:
+    return ConfigError("sequence_parallel cannot be exact here", why=reason, hint="sequence_parallel: false")
 
 
 def cut_sequence(model: nn.Module, specs: Mapping[str, ParamSpec], group: ProcessGroup, wide: bool) -> None:
-    """Put the collectives into a model whose parameters are cut already: regions with both ends, embedding, output
-    projection."""
+    """Install the collectives in a model with sharded parameters: tensor-parallel regions, embedding, output projection."""
     for module in list(model.modules()):
         both = "copy_to_tp" in module._modules and "reduce_from_tp" in module._modules
         if both:
@@ -142,7 +149,7 @@ def cut_sequence(model: nn.Module, specs: Mapping[str, ParamSpec], group: Proces
 def sum_replicated_gradients(
     parameters: Mapping[str, nn.Parameter], specs: Mapping[str, ParamSpec], group: ProcessGroup
 ) -> None:
-    """From now on gradients of parameters that are not cut are summed over the ranks, in fp32, as they are made."""
+    """Register hooks that sum the gradients of replicated parameters over the ranks, in fp32, as they are computed."""
     for name, param in parameters.items():
         if specs[name].cut == "replicated":
             param.register_hook(lambda grad: tp_sum(grad, group, wide=True))

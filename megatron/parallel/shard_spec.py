@@ -1,29 +1,27 @@
-"""How a parameter is cut over tensor-parallel ranks, as data.
+"""How a parameter is sharded over tensor-parallel ranks, as data.
 
-A layer says per parameter which of these it is; `parallel/tensor.py` cuts by it, `checkpoint/` stores and re-cuts by it,
-`export/` joins by it. There is no second table of names. Nothing here needs torch.
+A layer declares one of these kinds per parameter; `parallel/tensor.py` shards by it, `checkpoint/` stores and reshards by it,
+`export/` gathers by it. There is no other table of names. Nothing here needs torch.
 
-    column      output rows are split: weight [out, in] on dim 0, bias [out] on dim 0
-    row         input columns are split: weight [out, in] on dim 1 (partial sums are joined by one all-reduce)
+    column      output rows are sharded: weight [out, in] on dim 0, bias [out] on dim 0
+    row         input columns are sharded: weight [out, in] on dim 1 (one all-reduce sums the partial results)
     heads       contiguous blocks of heads on dim 0 of any tensor (self-augmentation vector, per-head decay)
     vocab       vocabulary rows on dim 0 (embedding table, output projection)
-    replicated  the same on every rank
+    replicated  equal on every rank
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 ShardKind = Literal["column", "row", "heads", "vocab", "replicated"]
-Plan = Mapping[str, ShardKind]
 _DIM: dict[str, int | None] = {"column": 0, "row": 1, "heads": 0, "vocab": 0, "replicated": None}
 
 
 @dataclass(frozen=True)
 class Slice:
-    """The part of one global tensor that one rank holds: `[start, stop)` on `dim`; dim None is the whole tensor."""
+    """One rank's slice of a global tensor: `[start, stop)` on `dim`; `dim` None is the full tensor."""
 
     shape: tuple[int, ...]
     dim: int | None
@@ -32,39 +30,43 @@ class Slice:
 
     @property
     def local_shape(self) -> tuple[int, ...]:
-        """Shape of the part."""
+        """Shape of the slice."""
         if self.dim is None:
             return self.shape
         return tuple(self.stop - self.start if i == self.dim else n for i, n in enumerate(self.shape))
 
 
 def cut_dim(cut: ShardKind) -> int | None:
-    """The dimension that a cut splits, None for a replicated parameter."""
+    """The sharded dimension; None for a replicated parameter."""
     return _DIM[cut]
 
 
 def slice_of(shape: tuple[int, ...], cut: ShardKind, rank: int, size: int) -> Slice:
-    """The slice of a global `shape` held by tensor-parallel rank `rank` of `size`.
+    """The slice of a global `shape` that tensor-parallel rank `rank` of `size` holds.
 
     Raises:
-        ValueError: the dimension is not divisible by `size`; whoever builds the model checks this first.
+        ValueError: the dimension is not divisible by `size`.
     """
     dim = _DIM[cut]
     if dim is None or size == 1:
         return Slice(tuple(shape), None if dim is None else dim, 0, 0 if dim is None else shape[dim])
     if shape[dim] % size:
         raise ValueError(f"dimension {dim} of {tuple(shape)} cannot be cut in {size} equal parts")
-    part = shape[dim] // size
-    return Slice(tuple(shape), dim, rank * part, (rank + 1) * part)
+    length = shape[dim] // size
+    return Slice(tuple(shape), dim, rank * length, (rank + 1) * length)
 
 
 @dataclass(frozen=True)
 class ParamSpec:
-    """What is true of one parameter on every mesh.
+    """The properties of a parameter that do not depend on the mesh.
 
-    name: its logical name, which is also its name in an exported folder (`model.layers.0.token_mixer.q_proj.weight`).
-    shape: the global shape. cut: how tensor parallelism cuts it. role: initialiser role, see `model/init.py`.
-    decay: whether weight decay applies. stage: index in the flat list of stages (NeoX's file number).
+    Attributes:
+        name: its logical name, also in an exported folder (`model.layers.0.token_mixer.q_proj.weight`).
+        shape: the global shape.
+        cut: how tensor parallelism shards it.
+        role: initializer, see `model/init.py`.
+        decay: weight decay applies.
+        stage: index in the flat list of stages (NeoX's file number).
     """
 
     name: str

@@ -1,10 +1,10 @@
-"""Counts collectives: what was sent, how large, over how many ranks, in the forward or the backward pass.
+"""Counts collectives: operation, size, number of ranks, forward or backward.
 
     with count_traffic() as messages:
         engine.train_step(...)
 
-Every collective of torch.distributed goes through the functions replaced here, DeepSpeed's included. Groups of one rank send
-nothing and are left out.
+Every collective of torch.distributed, DeepSpeed's included, goes through the functions that are patched here. Groups of one
+rank send nothing and are not counted.
 """
 
 from __future__ import annotations
@@ -39,7 +39,15 @@ _OPS = (
 
 @dataclass(frozen=True)
 class Message:
-    """One collective. numel, bytes: of the whole tensor it is about (the gathered one of a gather). ranks: of its group."""
+    """One collective.
+
+    Attributes:
+        op: its function in torch.distributed.
+        numel: elements of the full tensor (for a gather, the gathered one).
+        bytes: size of the full tensor.
+        ranks: size of its group.
+        backward: it ran in a backward pass.
+    """
 
     op: str
     numel: int
@@ -49,25 +57,25 @@ class Message:
 
     @property
     def sent(self) -> float:
-        """Bytes that each rank sends with the usual ring: 2 (t - 1) / t of the tensor for an all-reduce, half for the rest."""
+        """Bytes that each rank sends with a ring algorithm: 2 (t - 1) / t of the tensor for an all-reduce, half for others."""
         share = (self.ranks - 1) / self.ranks
         return self.bytes * share * (2 if self.op == "all_reduce" else 1)
 
 
 def _tensor_of(op: str, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[int, int]:
-    """(elements, bytes) of the whole tensor; the larger of input and output."""
+    """(elements, bytes) of the full tensor; the larger of input and output."""
     sizes = []
     for value in (*arguments, *keywords.values()):
-        parts = value if isinstance(value, (list, tuple)) else [value]
-        tensors = [part for part in parts if isinstance(part, Tensor)]
+        items = value if isinstance(value, (list, tuple)) else [value]
+        tensors = [item for item in items if isinstance(item, Tensor)]
         sizes.append((sum(t.numel() for t in tensors), sum(t.numel() * t.element_size() for t in tensors)))
     return max(sizes)
 
 
 @contextmanager
 def count_traffic() -> Iterator[list[Message]]:
-    """Collectives that this rank takes part in while inside, in order."""
-    found: list[Message] = []
+    """Record the collectives of this rank inside the context, in order."""
+    messages: list[Message] = []
     depth = [0]
 
     def counted(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
@@ -78,8 +86,8 @@ def count_traffic() -> Iterator[list[Message]]:
             if ranks > 1 and not depth[0]:
                 numel, size = _tensor_of(name, arguments, keywords)
                 backward = torch._C._current_graph_task_id() != -1
-                found.append(Message(name, numel, size, ranks, backward))
-            depth[0] += 1  # one may be written with another
+                messages.append(Message(name, numel, size, ranks, backward))
+            depth[0] += 1  # a collective may call another one, which is not counted again
             try:
                 return real(*arguments, **keywords)
             finally:
@@ -91,7 +99,7 @@ def count_traffic() -> Iterator[list[Message]]:
     for name, real in replaced.items():
         setattr(dist, name, counted(name, real))
     try:
-        yield found
+        yield messages
     finally:
         for name, real in replaced.items():
             setattr(dist, name, real)

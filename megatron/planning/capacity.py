@@ -1,4 +1,4 @@
-"""How much memory one rank of this machine has, for the verdict of `--dry-run`."""
+"""How much memory one rank of this machine has, for `--dry-run`."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ _GIB = 2**30
 
 
 def limits(device_memory: float | None, tflops: float | None, mfu: float, ranks_here: int) -> DeviceLimits:
-    """What was asked for, else this machine's accelerator, else a share of its memory, which is no verdict about others.
+    """The capacity of a rank: as given, else this machine's accelerator, else a share of its memory, which does not bind.
 
     Args:
-        device_memory: GiB of one rank, of `--device-memory`. tflops: peak of one device. ranks_here: processes that share a
-        CPU's memory.
+        device_memory: GiB of one rank, from `--device-memory`.
+        tflops: peak of one device.
+        mfu: model FLOPs utilization that is reached.
+        ranks_here: processes that share a CPU's memory.
     """
     if device_memory:
         return DeviceLimits(device_memory, "--device-memory", True, tflops, mfu)
@@ -22,8 +24,9 @@ def limits(device_memory: float | None, tflops: float | None, mfu: float, ranks_
         device = torch.cuda.get_device_properties(0)
         return DeviceLimits(device.total_memory / _GIB, device.name, True, tflops, mfu)
     share = _total_memory() / max(1, ranks_here)
-    said = f"this machine's memory over {ranks_here} rank{'s' if ranks_here > 1 else ''}; --device-memory GIB plans for another"
-    return DeviceLimits(share / _GIB, said, False, tflops, mfu)
+    ranks = f"{ranks_here} rank{'s' if ranks_here > 1 else ''}"
+    source = f"this machine's memory over {ranks}; --device-memory GIB plans for another"
+    return DeviceLimits(share / _GIB, source, False, tflops, mfu)
 
 
 def _total_memory() -> float:

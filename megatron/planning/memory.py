@@ -1,8 +1,8 @@
-"""How much memory a training step takes on one rank, found by running its stages on fake tensors: shapes without numbers.
+"""Estimates the memory of a training step on one rank by running its stages on fake tensors: shapes without values.
 
-Each kind of block is run forward and backward once under a counter of live storage; what a run of many blocks takes is put
-together from that. So the count follows whatever a mixer keeps for its backward, and needs no formula per mixer. Weights,
-masters and moments are counted from the cut parameters. The plain PyTorch path is counted; fused kernels keep less.
+Each kind of block runs forward and backward once under a counter of live storage, and the peak of many blocks is assembled
+from that. So the estimate follows whatever a mixer saves for its backward and needs no formula per mixer. Weights, masters
+and moments are counted from the sharded parameters. The plain PyTorch path is counted; fused kernels save less.
 """
 
 from __future__ import annotations
@@ -33,17 +33,24 @@ from megatron.parallel.mesh import Mesh
 from megatron.parallel.tensor import shard_model
 from megatron.planning.fixed_memory import Buffers, deepspeed_buffers, plain_buffers, share
 
-# Mixers choose their chunk by the lowest log decay of the batch; this is what fresh weights give.
+# Mixers choose their chunk length by the lowest log decay of a batch; this is its value with initial weights.
 _TYPICAL = -1.0
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes of one rank. `total` is the fullest moment of a step; each part is at its own largest, not all at that moment.
+    """Bytes of one rank. Each part is at its own maximum, not all at the same time.
 
-    activations: kept for the backward by blocks and embedding; logits: the output layer and the loss; workspace: what else is
-    alive at the fullest moment (a block's own backward, buckets of DeepSpeed, inputs); recomputed: activations if every block
-    were recomputed.
+    Attributes:
+        weights: parameters.
+        gradients: gradients and their sums.
+        optimizer: masters and moments.
+        activations: saved for the backward by blocks and embedding.
+        logits: the output layer and the loss.
+        workspace: other memory that is live at the peak (a block's own backward, DeepSpeed's buckets, inputs).
+        total: peak memory of a step.
+        parameters: number of parameters, not bytes.
+        recomputed: activations if every block were recomputed.
     """
 
     weights: int
@@ -58,7 +65,7 @@ class MemoryEstimate:
 
 
 class _Live(TorchDispatchMode):
-    """Counts the bytes of storages that operations make, as long as they live. `peak` can be set back to `now`."""
+    """Counts the bytes of live storages that operations allocate; `peak` can be reset to `now`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,7 +73,7 @@ class _Live(TorchDispatchMode):
         self._seen: dict[int, weakref.ref[Any]] = {}
 
     def add(self, tensor: Tensor) -> None:
-        """Count the storage of `tensor` until it is freed; one that is known already is not counted again."""
+        """Count the storage of `tensor` until it is freed; a storage is counted once."""
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if key in self._seen:
@@ -84,7 +91,7 @@ class _Live(TorchDispatchMode):
         if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
             return args[0].fake_device  # asked twice for each operation, and answered slowly
         if func is torch.ops.aten._local_scalar_dense.default:
-            return False if args[0].dtype == torch.bool else _TYPICAL  # fake tensors have no numbers to give
+            return False if args[0].dtype == torch.bool else _TYPICAL  # fake tensors have no values
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
@@ -93,23 +100,27 @@ class _Live(TorchDispatchMode):
 
 
 @dataclass(frozen=True)
-class _Piece:
-    """One piece of the chain, in bytes above what was alive before it.
+class _Segment:
+    """One segment of the chain, in bytes above what was live before it.
 
-    kept: after its forward. forward, backward: the most during either; backward includes kept and the gradients it makes.
+    Attributes:
+        saved: live after its forward, for its backward.
+        forward: peak during its forward.
+        backward: peak during its backward, including `saved` and its gradients.
+        gradients: gradients of its parameters.
     """
 
-    kept: int
+    saved: int
     forward: int
     backward: int
     gradients: int
 
 
-Known = dict[tuple[object, ...], _Piece]
+Cache = dict[tuple[object, ...], _Segment]
 
 
-def _measure(run: Callable[[Tensor], Tensor], modules: Sequence[nn.Module], x: Tensor) -> _Piece:
-    """Run a piece forward and backward; `x` is its input, which the piece before keeps."""
+def _measure(run: Callable[[Tensor], Tensor], modules: Sequence[nn.Module], x: Tensor) -> _Segment:
+    """Run a segment forward and backward; its input `x` is saved by the segment before."""
     _give_storage(modules)
     live = _Live()
     with live:
@@ -120,18 +131,18 @@ def _measure(run: Callable[[Tensor], Tensor], modules: Sequence[nn.Module], x: T
         before = live.now
         live.peak = before
         out = run(x)
-        kept, forward = live.now - before, live.peak - before
+        saved, forward = live.now - before, live.peak - before
         grad = torch.empty_like(out) if out.dim() else None
         live.peak = live.now
         torch.autograd.backward([out], [grad] if grad is not None else None)
         backward = live.peak - before
     params = {id(p): p for module in modules for p in module.parameters()}
-    # Gradients of parameters that one product made are pieces of one storage.
+    # Parameters whose gradients come from one matrix product share a storage: count it once.
     storages = [p.grad.untyped_storage() for p in params.values() if p.grad is not None]
-    made = sum({storage._cdata: storage.nbytes() for storage in storages}.values())
+    gradients = sum({storage._cdata: storage.nbytes() for storage in storages}.values())
     for param in params.values():
         param.grad = None
-    return _Piece(kept, forward, backward, made)
+    return _Segment(saved, forward, backward, gradients)
 
 
 def _give_storage(modules: Sequence[nn.Module]) -> None:
@@ -174,8 +185,8 @@ def _local(config: ModelConfig, mesh: Mesh, settings: EngineSettings) -> _Local:
 
 def _head(settings: EngineSettings, mesh: Mesh, tail: Sequence[nn.Module], x: Tensor) -> Tensor:
     """Norm, output projection and loss."""
-    seen = run_stages(list(tail), (x,))
-    assert isinstance(seen, Tensor)
+    logits_or_hidden = run_stages(list(tail), (x,))
+    assert isinstance(logits_or_hidden, Tensor)
     labels = torch.zeros(x.shape[:2], dtype=torch.long)
     mask = torch.ones(x.shape[:2])
 
@@ -187,89 +198,95 @@ def _head(settings: EngineSettings, mesh: Mesh, tail: Sequence[nn.Module], x: Te
             )
         return token_loss(logits, y, w) if mesh.tp == 1 or w is None else vocab_parallel_token_loss(logits, y, w, None)
 
-    return objective_loss(replace(settings.objective, tally=None), seen, labels, mask, mean)[0]
+    return objective_loss(replace(settings.objective, tally=None), logits_or_hidden, labels, mask, mean)[0]
 
 
 @dataclass(frozen=True)
 class _Chain:
-    """Pieces of one micro batch in order; the head is the last where `has_head`."""
+    """The segments of one micro batch in order; with `has_head` the last one is the head.
 
-    pieces: list[_Piece]
+    Attributes:
+        tokens: bytes of one micro batch of data.
+    """
+
+    segments: list[_Segment]
     has_head: bool
-    tokens: int  # bytes of one micro batch as it comes from the data
+    tokens: int
 
 
-def _chain(config: ModelConfig, mesh: Mesh, settings: EngineSettings, local: _Local, known: Known) -> _Chain:
+def _chain(config: ModelConfig, mesh: Mesh, settings: EngineSettings, local: _Local, cache: Cache) -> _Chain:
     """Measure each kind of block once, the embedding and the head."""
     b, s = settings.micro_batch, settings.seq_length
     dtype, interval = DTYPES[settings.dtype], settings.activation_checkpoint_interval
     blocks = [stage for stage in local.stages if isinstance(stage, BlockStage)]
-    pieces: list[_Piece] = []
+    segments: list[_Segment] = []
     if local.first:
         size = b * s * config.hidden_size * dtype.itemsize
         table = sum(p.numel() * dtype.itemsize for p in local.stages[0].parameters())
-        pieces.append(_Piece(size, size, size * 2 + table, table))
-    pieces += _block_pieces(config, settings, blocks, interval, known)
+        segments.append(_Segment(size, size, size * 2 + table, table))
+    segments += _block_segments(config, settings, blocks, interval, cache)
     if local.last:
         tail = [stage for stage in local.stages[len(local.stages) - 2 :] if not isinstance(stage, BlockStage)]
         x = torch.empty(b, s, config.hidden_size, dtype=dtype, requires_grad=True)
-        pieces.append(_measure(lambda x: _head(settings, mesh, tail, x), tail, x))
-    return _Chain(pieces, local.last, b * s * (8 + 8 + 4))
+        segments.append(_measure(lambda x: _head(settings, mesh, tail, x), tail, x))
+    return _Chain(segments, local.last, b * s * (8 + 8 + 4))
 
 
-def _block_pieces(
-    config: ModelConfig, settings: EngineSettings, blocks: Sequence[BlockStage], interval: int, known: Known
-) -> list[_Piece]:
+def _block_segments(
+    config: ModelConfig, settings: EngineSettings, blocks: Sequence[BlockStage], interval: int, cache: Cache
+) -> list[_Segment]:
     """Runs of `interval` blocks (1 without recomputation); equal ones are measured once."""
     shape = (settings.micro_batch, settings.seq_length, config.hidden_size)
-    pieces = []
+    segments = []
     for at in range(0, len(blocks), interval or 1):
-        part = blocks[at : at + (interval or 1)]
-        key = (*shape, settings.dtype, interval, settings.kernel_backend, *(_kind(block) for block in part))
-        if key not in known:
+        run = blocks[at : at + (interval or 1)]
+        key = (*shape, settings.dtype, interval, settings.kernel_backend, *(_kind(block) for block in run))
+        if key not in cache:
             x = torch.empty(*shape, dtype=DTYPES[settings.dtype], requires_grad=True)
-            known[key] = _measure(lambda x, part=part: _through(part, x, interval), part, x)  # type: ignore[misc]
-        pieces.append(known[key])
-    return pieces
+            cache[key] = _measure(lambda x, run=run: _forward(run, x, interval), run, x)  # type: ignore[misc]
+        segments.append(cache[key])
+    return segments
 
 
-def _through(part: Sequence[nn.Module], x: Tensor, interval: int) -> Tensor:
-    activations = run_stages(list(part), (x,), interval)
+def _forward(run: Sequence[nn.Module], x: Tensor, interval: int) -> Tensor:
+    activations = run_stages(list(run), (x,), interval)
     return activations[0]
 
 
 def _kind(block: BlockStage) -> str:
-    """Blocks that take the same memory: the same mixer class with parameters of the same shapes."""
+    """Equal for blocks that take the same memory: the same mixer class with parameters of the same shapes."""
     shapes = ",".join(str(tuple(p.shape)) for p in block.parameters())
     return f"{type(block.body.token_mixer).__name__} {shapes}"  # type: ignore[union-attr]
 
 
-def rank_footprint(
+def rank_memory(
     config: ModelConfig,
     mesh: Mesh,
     settings: EngineSettings,
     deepspeed: bool,
     *,
     resident: bool = False,
-    known: Known | None = None,
+    cache: Cache | None = None,
     within: float | None = None,
 ) -> MemoryEstimate:
-    """Memory of the rank `mesh.rank`.
+    """Estimate the memory of the rank `mesh.rank`.
 
     Args:
+        config: the model.
         mesh: sizes only (`Mesh.shape_only`).
+        settings: of the engine.
         deepspeed: which engine's buffers are counted.
         resident: count DeepSpeed's bucket only as far as it is filled, as the resident set of a CPU process does. An
-            accelerator gives all of it at once.
-        known: what was measured before, for other meshes and settings of the same `config`; grows.
-        within: bytes. A rank whose weights and optimizer alone take more is not measured further (`total` is those alone), and
-            `recomputed` is not looked for.
+            accelerator allocates all of it.
+        cache: segments measured for other meshes and settings of the same `config`; extended here.
+        within: bytes. A rank whose weights and optimizer alone take more is not measured further (`total` is those alone),
+            and `recomputed` is not computed.
 
     Raises:
-        ConfigError: the model cannot be cut over the mesh.
+        ConfigError: the model cannot be sharded over the mesh.
     """
-    known = {} if known is None else known
-    table.cache_clear()  # tables are cached: fake ones must not meet true ones
+    cache = {} if cache is None else cache
+    table.cache_clear()  # tables are cached: fake ones must not mix with real ones
     local = _local(config, mesh, settings)
     count, width = sum(p.numel() for p in local.parameters), DTYPES[settings.dtype].itemsize
     if deepspeed:
@@ -281,39 +298,51 @@ def rank_footprint(
     if within is not None and least > within:
         return MemoryEstimate(weights, buffers.gradients, buffers.optimizer, 0, 0, 0, least, count, 0)
     with FakeTensorMode(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of looking at addresses of fake tensors
-        chain = _chain(config, mesh, settings, local, known)
+        warnings.simplefilter("ignore")  # about data pointers of fake tensors
+        chain = _chain(config, mesh, settings, local, cache)
         recomputed = 0
         if within is None:
             blocks = [stage for stage in local.stages if isinstance(stage, BlockStage)]
-            recomputed = sum(piece.kept for piece in _block_pieces(config, settings, blocks, 1, known))
-            recomputed += chain.pieces[0].kept if local.first else 0
+            recomputed = sum(segment.saved for segment in _block_segments(config, settings, blocks, 1, cache))
+            recomputed += chain.segments[0].saved if local.first else 0
     table.cache_clear()
     return _assemble(chain, weights, buffers, recomputed, count, mesh, settings)
 
 
 def _assemble(
-    chain: _Chain, weights: int, shards: Buffers, recomputed: int, count: int, mesh: Mesh, settings: EngineSettings
+    chain: _Chain, weights: int, buffers: Buffers, recomputed: int, count: int, mesh: Mesh, settings: EngineSettings
 ) -> MemoryEstimate:
-    """The fullest moment of a step from its pieces."""
-    pieces = chain.pieces
+    """The peak of a step: resident memory, plus the largest dynamic memory over the backward of all segments.
+
+    While segment i runs its backward, the dynamic memory is
+
+        saved[0:i]                  activations of the segments before it, in this micro batch
+        + (in_flight - 1) * saved   activations of the other micro batches that the 1F1B schedule holds
+        + max(forward, backward)    its own peak, which includes what it saved and the gradients it makes
+        + grads_so_far              gradients of the segments after it, whose backward is done
+
+    and with accumulation in place also the gradient sums of earlier micro batches of the segments not yet done.
+    """
+    segments = chain.segments
     accumulates = settings.gradient_accumulation > 1
-    flight = min(mesh.pp - mesh.pp_rank, settings.gradient_accumulation)
-    held = [piece.kept for piece in pieces]
-    activations = sum(held[:-1] if chain.has_head else held) + (flight - 1) * sum(held)
-    made = sum(piece.gradients for piece in pieces)
-    standing = weights + shards.optimizer + shards.standing + settings.gradient_accumulation * chain.tokens
-    best, kept_then = 0, 0
-    later = 0  # gradients that the pieces behind have made by now; the running sums of narrow weights are among `standing`
-    for place in range(len(pieces) - 1, -1, -1):
-        piece, before = pieces[place], sum(held[:place]) + (flight - 1) * sum(held)
-        moment = before + max(piece.forward, piece.backward) + later
-        if accumulates and shards.in_place:  # the sums of the micro batches before are there beside this piece's new gradients
-            moment += made - later
-        if moment > best:
-            best, kept_then = moment, before + piece.kept
-        later += 0 if shards.bucket_takes else piece.gradients
-    peak = standing + max(best, shards.step)
-    logits = pieces[-1].backward - pieces[-1].gradients if chain.has_head else 0
-    workspace = max(0, peak - standing - kept_then - made) + shards.standing
-    return MemoryEstimate(weights, shards.gradients, shards.optimizer, activations, logits, workspace, peak, count, recomputed)
+    in_flight = min(mesh.pp - mesh.pp_rank, settings.gradient_accumulation)
+    saved = [segment.saved for segment in segments]
+    activations = sum(saved[:-1] if chain.has_head else saved) + (in_flight - 1) * sum(saved)
+    total_gradients = sum(segment.gradients for segment in segments)
+    resident = weights + buffers.optimizer + buffers.standing + settings.gradient_accumulation * chain.tokens
+    peak_dynamic, saved_at_peak = 0, 0
+    grads_so_far = 0  # fp32 sums of 16-bit weights are in `buffers.standing`, not here
+    for i in reversed(range(len(segments))):
+        segment, saved_before = segments[i], sum(saved[:i]) + (in_flight - 1) * sum(saved)
+        dynamic = saved_before + max(segment.forward, segment.backward) + grads_so_far
+        if accumulates and buffers.in_place:  # the sums of earlier micro batches exist next to this segment's new gradients
+            dynamic += total_gradients - grads_so_far
+        if dynamic > peak_dynamic:
+            peak_dynamic, saved_at_peak = dynamic, saved_before + segment.saved
+        grads_so_far += 0 if buffers.bucket_takes else segment.gradients
+    peak = resident + max(peak_dynamic, buffers.step)
+    logits = segments[-1].backward - segments[-1].gradients if chain.has_head else 0
+    workspace = max(0, peak - resident - saved_at_peak - total_gradients) + buffers.standing
+    return MemoryEstimate(
+        weights, buffers.gradients, buffers.optimizer, activations, logits, workspace, peak, count, recomputed
+    )

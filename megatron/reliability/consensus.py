@@ -1,7 +1,7 @@
-"""One small vote of all ranks on the CPU, so that what any of them has noticed becomes everybody's decision.
+"""Consensus: small all-reduces on the CPU, so that what one rank has noticed becomes a decision of all ranks.
 
-Signals, the clock and slow data are known to single ranks; acting on them alone would leave the others in a collective for
-ever. The votes travel in a gloo group of their own: no accelerator is waited for, and no other collective is met.
+Single ranks notice signals, the time limit and slow data; a rank that acts alone leaves the others in a collective forever.
+The flags travel in a separate gloo group: nobody waits for an accelerator, and no other collective interleaves.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 
 
 class Consensus:
-    """`group` None: one process, whose vote is the result."""
+    """Reductions over a group; None is a single process, whose values are the result."""
 
     def __init__(self, group: ProcessGroup | None = None) -> None:
         self._group = group
 
     @classmethod
     def of_all_ranks(cls) -> Consensus:
-        """Make the group; every rank of the default process group calls this at the same place."""
+        """Create the group; every rank of the default process group calls this at the same point."""
         import torch.distributed as dist
 
         if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
@@ -30,28 +30,28 @@ class Consensus:
 
     @property
     def alone(self) -> bool:
-        """Whether there is nobody else to ask."""
+        """Whether this is the only process."""
         return self._group is None
 
     def reduce_max(self, values: Sequence[int]) -> list[int]:
-        """The largest of all ranks' values, place by place; every rank calls this with as many values."""
+        """Elementwise maximum over all ranks; every rank calls this with the same number of values."""
         if self._group is None:
             return list(values)
         import torch
         import torch.distributed as dist
 
-        votes = torch.tensor(values, dtype=torch.int64)
-        dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self._group)
-        return [int(v) for v in votes.tolist()]
+        flags = torch.tensor(values, dtype=torch.int64)
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._group)
+        return [int(flag) for flag in flags.tolist()]
 
     def gather(self, values: Sequence[int]) -> list[list[int]]:
-        """Every rank's values in rank order; as many values on each rank."""
+        """Every rank's values in rank order; every rank passes the same number."""
         if self._group is None:
             return [list(values)]
         import torch
         import torch.distributed as dist
 
-        own = torch.tensor(values, dtype=torch.int64)
-        parts = [torch.empty_like(own) for _ in range(dist.get_world_size(self._group))]
-        dist.all_gather(parts, own, group=self._group)
-        return [part.tolist() for part in parts]
+        local = torch.tensor(values, dtype=torch.int64)
+        gathered = [torch.empty_like(local) for _ in range(dist.get_world_size(self._group))]
+        dist.all_gather(gathered, local, group=self._group)
+        return [row.tolist() for row in gathered]

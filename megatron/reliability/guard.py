@@ -1,9 +1,9 @@
-"""Bad numbers: which steps are skipped, how many may be, and what happens when they are too many.
+"""Loss-spike guard: which steps are skipped, how many may be, and what happens when the budget is exhausted.
 
-The engine skips a step whose loss or gradient norm is not finite or above the limits given here, before its optimizer runs
-(`engine/skip_step.py`); weights, optimizer and schedule stay as they were, bitwise. The limits come from the steps applied
-before, which every rank knows alike, so no message is needed. The counters travel in the training state: a resumed run decides
-as the uninterrupted one.
+The engine skips a step whose loss or gradient norm is not finite or exceeds the limits from here, before its optimizer runs
+(`engine/skip_step.py`); weights, optimizer and schedule stay bitwise as they were. The limits come from earlier applied steps,
+which are equal on every rank, so that no communication is needed. The counters are in the training state: a resumed run
+decides like an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -19,18 +19,23 @@ from megatron.engine.skip_step import StepLimits
 from megatron.errors import ConfigError
 
 POLICIES = ("stop", "rewind")
-# The window's own spread is floored at this part of its mean: a curve without noise must not make every wiggle a spike.
+# The standard deviation is at least this fraction of the mean: on a curve without noise not every wiggle is a spike.
 _LEAST_SPREAD = 0.02
 
 
 @dataclass(frozen=True)
 class GuardOptions:
-    """How much is forgiven.
+    """Limits of the guard.
 
-    budget: steps that may be skipped within `window` steps; one more and `on_budget` says what happens: stop, or rewind to the
-        last checkpoint and go on behind the bad samples. max_rewinds: per run, then it stops.
-    spike_sigma: a loss or gradient norm this many standard deviations above the mean of the last `spike_window` applied steps
-        is a spike and skipped; 0 is off. overflows: skipped steps in a row while a loss scale is searched (fp16).
+    Attributes:
+        budget: steps that may be skipped within `window` steps.
+        window: steps over which `budget` counts.
+        on_budget: what happens at one more: `stop`, or `rewind` to the last checkpoint and continue after the bad samples.
+        max_rewinds: rewinds per run; then the run stops.
+        spike_sigma: skip a step whose loss or gradient norm is this many standard deviations above the mean of the last
+            `spike_window` applied steps; 0 is off.
+        spike_window: applied steps that the mean is taken over.
+        overflows: skipped steps in a row that are allowed while the loss scale is searched (fp16).
     """
 
     budget: int = 10
@@ -45,19 +50,31 @@ class GuardOptions:
         if self.on_budget not in POLICIES:
             raise ConfigError(f"unknown on_skip_budget '{self.on_budget}'", hint="one of " + ", ".join(POLICIES))
         if self.spike_sigma and self.spike_window < 8:
-            raise ConfigError(f"spike_window {self.spike_window} is too short to know what is usual", hint="at least 8")
+            raise ConfigError(
+                f"spike_window {self.spike_window} is too short for a mean and a standard deviation", hint="at least 8"
+            )
 
 
 @dataclass(frozen=True)
 class StepDecision:
-    """Of one step. reason: why it was skipped, empty for an applied one. spent: the budget is used up, this step included."""
+    """The guard's decision about one step.
+
+    Attributes:
+        reason: why it was skipped; empty for an applied step.
+        budget_exhausted: the budget is exhausted, this step included.
+    """
 
     reason: str = ""
     budget_exhausted: bool = False
 
 
 class StepGuard:
-    """The memory of a run's numbers. scaled: a loss scale is being searched, so that overflows are usual."""
+    """Tracks the losses, gradient norms and skipped steps of a run.
+
+    Args:
+        options: limits.
+        scaled: the loss is scaled (fp16), so that overflows are normal.
+    """
 
     def __init__(self, options: GuardOptions, scaled: bool = False) -> None:
         self.options, self._scaled = options, scaled
@@ -67,7 +84,7 @@ class StepGuard:
         self._overflows = 0
 
     def limits(self) -> StepLimits:
-        """For the next step; infinite while the rule is off or the window is not full."""
+        """Limits for the next step; infinite while the spike rule is off or its window is not full."""
         if not self.options.spike_sigma or len(self._losses) < self.options.spike_window:
             return StepLimits()
         return StepLimits(self._limit(self._losses), self._limit(self._norms))
@@ -78,7 +95,7 @@ class StepGuard:
         return mean + self.options.spike_sigma * spread
 
     def decide(self, iteration: int, loss: float, norm: float, skipped: bool) -> StepDecision:
-        """Count step `iteration`, with what the engine said of it."""
+        """Record the engine's result of step `iteration`."""
         if not skipped:
             self._overflows = 0
             if self.options.spike_sigma:
@@ -103,26 +120,26 @@ class StepGuard:
         return f"a spike: the gradient norm {norm:.4g} is above {limits.grad_norm:.4g}"
 
     def budget_text(self) -> str:
-        """The budget in words, for the message that ends the run."""
+        """The exhausted budget, for the message that ends the run."""
         if self._overflows >= self.options.overflows:
             return f"{self._overflows} steps in a row overflowed"
         return f"{len(self._skips)} steps were skipped within {self.options.window}, {self.options.budget} are allowed"
 
     def reset(self) -> None:
-        """After a rewind: what is behind us no longer counts, and the window is that of other weights."""
+        """Clear everything after a rewind: earlier skips no longer count, and the window belongs to other weights."""
         self._skips, self._overflows = [], 0
         self._losses.clear()
         self._norms.clear()
 
     def state(self) -> dict[str, Any]:
-        """As JSON types; empty for a calm run without a spike rule."""
+        """The state as JSON types; empty for a run without skips and without a spike rule."""
         state: dict[str, Any] = {"skips": self._skips} if self._skips else {}
         if self._losses:
             state |= {"losses": list(self._losses), "norms": list(self._norms)}
         return state
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Put back `state`."""
+        """Restore a `state`."""
         self._skips = [int(step) for step in state.get("skips", ())]
         for values, name in ((self._losses, "losses"), (self._norms, "norms")):
             values.clear()

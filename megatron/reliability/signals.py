@@ -1,9 +1,9 @@
-"""Signals and the time limit: noticed at once on one rank, acted upon by all at a step they agree on (`stop.py`).
+"""Signals and the time limit: noticed at once on one rank, handled by all ranks at the same step (`stop.py`).
 
-A signal handler written in Python runs only between two Python instructions of the main thread, which may sit in a collective
-for minutes. So the numbers are read by a thread of their own, from the descriptor that the interpreter's C handler writes
-to. The first signal is kept for the next vote; a second one leaves at once with 128 + its number, as shells report it. Signals
-within `ECHO_S` of the first are the same request: a terminal sends Ctrl-C to every process, and launchers pass it on besides.
+A Python signal handler only runs between two bytecode instructions of the main thread, which may be in a collective for
+minutes. So a separate thread reads the signal numbers from the descriptor that the interpreter's C handler writes to. The first
+signal is kept for the next consensus; a second one exits at once with 128 + its number, as shells report it. Signals within
+`ECHO_S` of the first are the same request: a terminal sends Ctrl-C to every process, and launchers forward it too.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ DEFAULT_SIGNALS = ("SIGTERM", "SIGUSR1", "SIGINT")
 
 
 def signal_numbers(names: Sequence[str]) -> tuple[int, ...]:
-    """`SIGTERM`, `TERM` or `15` -> 15.
+    """Parse signal names: `SIGTERM`, `TERM` or `15` is 15.
 
     Raises:
-        ConfigError: no such signal here, or one that no process can handle.
+        ConfigError: there is no such signal, or no process can handle it.
     """
-    found = []
+    numbers = []
     for name in names:
         word = str(name).upper()
         number = getattr(signal, word if word.startswith("SIG") else f"SIG{word}", None)
         number = int(word) if word.isdecimal() else number
         if number is None or number in (signal.SIGKILL, signal.SIGSTOP) or number not in signal.valid_signals():
             raise ConfigError(f"exit_signals names '{name}'", why="there is no such signal, or nobody can catch it")
-        found.append(int(number))
-    return tuple(found)
+        numbers.append(int(number))
+    return tuple(numbers)
 
 
 def seconds_of(text: str | float | None) -> float | None:
@@ -52,17 +52,20 @@ def seconds_of(text: str | float | None) -> float | None:
     if text is None:
         return None
     match = re.fullmatch(r"(?:(\d+)-)?(?:(?:(\d+):)?(\d+):)?(\d+(?:\.\d+)?)", str(text).strip())
-    parts = [float(part or 0) for part in match.groups()] if match else [0.0]
-    if match is None or not any(parts):
+    fields = [float(field or 0) for field in match.groups()] if match else [0.0]
+    if match is None or not any(fields):
         raise ConfigError(f"time_limit '{text}' is not a time", hint='"3:50:00" (hours), "45:00" (minutes), or seconds')
-    days, hours, minutes, seconds = parts
+    days, hours, minutes, seconds = fields
     return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 class StopSignals:
-    """Catches the given signals from `start` to `stop`; `received` is the first one's number, 0 before it.
+    """Catches signals from `start` to `stop`; `received` is the number of the first one, 0 before it.
 
-    leave: what a second signal does with 128 + its number; by default the process ends without clean-up.
+    Args:
+        numbers: the signals.
+        leave: called by a second signal with 128 + its number; the default exits without cleanup.
+        clock: seconds, monotonic.
     """
 
     def __init__(
@@ -78,7 +81,7 @@ class StopSignals:
         self._link: tuple[socket.socket, socket.socket] | None = None
 
     def start(self) -> StopSignals:
-        """Begin; call it in the main thread."""
+        """Install the handlers; call it in the main thread."""
         reader, writer = socket.socketpair()
         writer.setblocking(False)
         self._link = reader, writer
@@ -88,7 +91,7 @@ class StopSignals:
         return self
 
     def stop(self) -> None:
-        """Put back what was there before."""
+        """Restore the previous handlers."""
         if self._link is None:
             return
         for number, handler in self._previous.items():
@@ -110,7 +113,7 @@ class StopSignals:
                 self.note(number)
 
     def note(self, number: int) -> None:
-        """One signal has come."""
+        """Record one signal."""
         if number not in self.numbers:
             return
         now = self._clock()
@@ -123,29 +126,29 @@ class StopSignals:
 
 
 def _nothing(number: int, frame: FrameType | None) -> None:
-    """The interpreter writes the number to the descriptor by itself, if a handler is set."""
+    """Does nothing: the interpreter writes the number to the wakeup descriptor only if a handler is set."""
 
 
 def _say(text: str) -> None:
-    """To stderr, without the interpreter's buffers: the main thread may hold them."""
+    """Write to stderr unbuffered: the main thread may hold the buffer's lock."""
     rank = os.environ.get("RANK", "0")
     with contextlib.suppress(OSError):
         os.write(sys.__stderr__.fileno() if sys.__stderr__ is not None else 2, f"rank {rank}: {text}\n".encode())
 
 
 class TimeLimit:
-    """Whether it is time to leave: `limit_s` after `begin`, less what one more step and save take."""
+    """Whether the run must stop: `limit_s` after its start, less the time for one more step and a save."""
 
     def __init__(self, limit_s: float | None, clock: Callable[[], float] = time.monotonic) -> None:
         self._limit_s, self._clock, self._begin = limit_s, clock, clock()
         self._step_s = self._save_s = 0.0
 
     def took(self, *, step_s: float = 0.0, save_s: float = 0.0) -> None:
-        """Remember how long a step or a save lasted."""
+        """Record the duration of a step or a save."""
         self._step_s, self._save_s = step_s or self._step_s, max(self._save_s, save_s)
 
     def is_up(self) -> bool:
-        """Whether another step and a save may not fit any more."""
+        """Whether another step and a save may not fit into the limit."""
         if self._limit_s is None:
             return False
         return self._clock() - self._begin + 2 * self._step_s + 1.5 * self._save_s >= self._limit_s

@@ -79,7 +79,7 @@ def fit(
                 if every(options.exit_interval, state.iteration):
                     run.request_stop(f"exit_interval {options.exit_interval}")
             loop.after()
-        loop.control.ballot.reduce_max([0])  # together: a launcher ends the others when the first leaves with a code
+        loop.control.consensus.reduce_max([0])  # together: a launcher ends the others when the first leaves with a code
     except RuntimeError as error:  # a collective that broke, or a defect
         lost = loop.control.explain(error)
         loop.control.close(f"{type(error).__name__}: {error}"[:200], 1)
@@ -196,7 +196,7 @@ class _Loop:
         if judgement is None:
             return
         run, mesh = self.run, self.run.engine.mesh
-        every_rank = self.control.ballot.gather(self.step_ids)
+        every_rank = self.control.consensus.gather(self.step_ids)
         if len(every_rank) < mesh.world_size:  # nobody to ask: this rank's own
             every_rank = [self.step_ids]
         own = tuple(tuple(every_rank[rank]) for rank in range(0, min(len(every_rank), mesh.dp * mesh.tp), mesh.tp))
@@ -258,7 +258,7 @@ class _Loop:
             return
         self.control.phase("save")
         bad = self.run.engine.first_not_finite()
-        if any(self.control.ballot.reduce_max([int(bad is not None)])):
+        if any(self.control.consensus.reduce_max([int(bad is not None)])):
             place = "" if bad is None else f": {bad}"
             raise self._stopped(f"weights or optimizer state are not finite{place}", self.run.state.iteration)
         self.checked_at = self.run.state.iteration

@@ -16,7 +16,7 @@ from megatron.checkpoint.background import Saver
 from megatron.checkpoint.layout import MANIFEST
 from megatron.checkpoint.load import load_checkpoint, verify_checkpoint
 from megatron.checkpoint.safetensors_writer import write_files
-from megatron.checkpoint.save import save_checkpoint
+from megatron.checkpoint.save import SaveOptions, save_checkpoint
 from megatron.errors import CheckpointError
 from megatron.parallel.mesh import Mesh
 from tests.checkpoint.fakes import MODEL, FakeEngine
@@ -53,10 +53,10 @@ def same_bytes(folder: str) -> bool:
 
     patch.setattr("megatron.checkpoint.commit.new_save_id", lambda: ID)
     torch.manual_seed(1 + mesh.rank)
-    first = save_checkpoint(Path(folder) / "a", FakeEngine(mesh, 1), {"iteration": 7}, model_config=MODEL)
+    first = save_checkpoint(Path(folder) / "a", FakeEngine(mesh, 1), {"iteration": 7}, SaveOptions(model_config=MODEL))
     patch.setattr("megatron.checkpoint.save.write_files", slow)
     engine, saver = FakeEngine(mesh, 1), Saver()
-    second = saver.save(Path(folder) / "b", engine, {"iteration": 7}, model_config=MODEL)
+    second = saver.save(Path(folder) / "b", engine, {"iteration": 7}, SaveOptions(model_config=MODEL))
     assert saver.poll() is None
     assert not second.exists()
     spoil(engine)
@@ -79,7 +79,7 @@ def test_buffers_are_reused_and_saves_follow_each_other(tmp_path: Path) -> None:
     saver, engine = Saver(), FakeEngine(seed=1)
     places = []
     for step in (1, 2, 3):
-        saver.save(tmp_path, engine, {"iteration": step}, model_config=MODEL, keep_last=2)
+        saver.save(tmp_path, engine, {"iteration": step}, SaveOptions(model_config=MODEL, keep_last=2))
         places.append(sorted(t.data_ptr() for t in saver._copy._buffers.values()))
     saver.wait()
     assert places[0] == places[1] == places[2]
@@ -95,11 +95,11 @@ def failing(folder: str, how: str) -> list[str]:
     def full(*_: Any, **__: Any) -> Any:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    saver.save(folder, FakeEngine(mesh, 1), {"iteration": 7}, model_config=MODEL)
+    saver.save(folder, FakeEngine(mesh, 1), {"iteration": 7}, SaveOptions(model_config=MODEL))
     saver.wait()
     if mesh.rank == 1:
         patch.setattr("megatron.checkpoint.save.write_files", full)
-    saver.save(folder, FakeEngine(mesh, 2), {"iteration": 9}, model_config=MODEL)
+    saver.save(folder, FakeEngine(mesh, 2), {"iteration": 9}, SaveOptions(model_config=MODEL))
     said = []
     for step in range(10, 2000):
         try:
@@ -107,12 +107,12 @@ def failing(folder: str, how: str) -> list[str]:
                 if saver.poll() is not None:
                     break
             else:
-                saver.save(folder, FakeEngine(mesh, 2), {"iteration": 11}, model_config=MODEL)
+                saver.save(folder, FakeEngine(mesh, 2), {"iteration": 11}, SaveOptions(model_config=MODEL))
         except CheckpointError as error:
             said = [f"{step if how == 'save' else ''}{error}"]
             break
     patch.undo()
-    saver.save(folder, FakeEngine(mesh, 3), {"iteration": 12}, model_config=MODEL)
+    saver.save(folder, FakeEngine(mesh, 3), {"iteration": 12}, SaveOptions(model_config=MODEL))
     path = saver.wait()
     assert path is not None
     engine = FakeEngine(mesh, 4)
@@ -134,7 +134,7 @@ def test_the_manifest_of_a_state_that_goes_on(tmp_path: Path) -> None:
     """The state is a copy as well: the loop counts on in its own."""
     state = {"iteration": 7, "consumed_samples": 56}
     saver = Saver()
-    path = saver.save(tmp_path, FakeEngine(), state, model_config=MODEL)
+    path = saver.save(tmp_path, FakeEngine(), state, SaveOptions(model_config=MODEL))
     state["iteration"] = 8
     saver.wait()
     assert (path / MANIFEST).is_file()

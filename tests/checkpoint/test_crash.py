@@ -17,7 +17,7 @@ import pytest
 from megatron.checkpoint.background import Saver
 from megatron.checkpoint.find import find_checkpoint
 from megatron.checkpoint.load import load_checkpoint, verify_checkpoint
-from megatron.checkpoint.save import save_checkpoint
+from megatron.checkpoint.save import SaveOptions, save_checkpoint
 from megatron.errors import CheckpointError
 from tests.checkpoint.fakes import MODEL, FakeEngine
 
@@ -86,13 +86,13 @@ def install(patch: pytest.MonkeyPatch, counter: Counter) -> None:
 
 def save(folder: Path, step: int, seed: int, **options: Any) -> Path:
     """One small checkpoint."""
-    return save_checkpoint(folder, FakeEngine(seed=seed), {"iteration": step}, model_config=MODEL, **options)
+    return save_checkpoint(folder, FakeEngine(seed=seed), {"iteration": step}, SaveOptions(model_config=MODEL, **options))
 
 
 def save_behind(folder: Path, step: int, seed: int, **options: Any) -> Path:
     """The same checkpoint, written by a background thread; the engine's numbers are overwritten meanwhile."""
     saver, engine = Saver(), FakeEngine(seed=seed)
-    saver.save(folder, engine, {"iteration": step}, model_config=MODEL, **options)
+    saver.save(folder, engine, {"iteration": step}, SaveOptions(model_config=MODEL, **options))
     for part in engine.slices.values():
         part.master.zero_()
     path = saver.wait()

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 
 from megatron.checkpoint.find import find_checkpoint
 from megatron.checkpoint.layout import MANIFEST
-from megatron.checkpoint.load import damages, load_checkpoint, read_full_weights, verify_checkpoint
+from megatron.checkpoint.load import LoadOptions, damages, load_checkpoint, read_full_weights, verify_checkpoint
 from megatron.checkpoint.manifest import read_manifest
-from megatron.checkpoint.save import save_checkpoint
+from megatron.checkpoint.save import SaveOptions, save_checkpoint
 from megatron.errors import CheckpointError
 from tests.checkpoint.fakes import MODEL, FakeEngine
 
@@ -32,7 +32,9 @@ FILES = (
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     """A good checkpoint."""
-    return save_checkpoint(tmp_path, FakeEngine(), {"iteration": 7}, model_config=MODEL, config_texts={"a.yml": "x: 1"})
+    return save_checkpoint(
+        tmp_path, FakeEngine(), {"iteration": 7}, SaveOptions(model_config=MODEL, config_texts={"a.yml": "x: 1"})
+    )
 
 
 def refused(path: Path, *says: str) -> None:
@@ -76,7 +78,7 @@ def test_missing(path: Path, file: str) -> None:
 
 
 def test_a_shard_of_another_save(path: Path, tmp_path: Path) -> None:
-    other = save_checkpoint(tmp_path / "other", FakeEngine(), {"iteration": 7}, model_config=MODEL)
+    other = save_checkpoint(tmp_path / "other", FakeEngine(), {"iteration": 7}, SaveOptions(model_config=MODEL))
     shutil.copy(other / FILES[0], path / FILES[0])
     refused(path, FILES[0])
     body = json.loads((path / MANIFEST).read_text())
@@ -115,10 +117,10 @@ def test_without_verification_sizes_and_saves_are_compared_still(path: Path) -> 
     data = bytearray((path / FILES[1]).read_bytes())
     data[-1] ^= 1
     (path / FILES[1]).write_bytes(data)
-    load_checkpoint(path, FakeEngine(seed=2), verify=False)
+    load_checkpoint(path, FakeEngine(seed=2), LoadOptions(verify=False))
     (path / FILES[1]).write_bytes(data[:-1])
     with pytest.raises(CheckpointError, match="truncated"):
-        load_checkpoint(path, FakeEngine(seed=2), verify=False)
+        load_checkpoint(path, FakeEngine(seed=2), LoadOptions(verify=False))
 
 
 @pytest.mark.parametrize("change", ["length", "json", "offsets", "dtype", "shape"])
@@ -137,7 +139,7 @@ def test_headers_that_lie(path: Path, change: str) -> None:
     assert before in data
     file.write_bytes(data.replace(before, after, 1))
     with pytest.raises(CheckpointError, match="header"):
-        load_checkpoint(path, FakeEngine(seed=2), verify=False)
+        load_checkpoint(path, FakeEngine(seed=2), LoadOptions(verify=False))
 
 
 def test_version_1_is_read(path: Path) -> None:

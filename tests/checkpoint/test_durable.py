@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 
 from megatron.checkpoint import commit
-from megatron.checkpoint.manifest import OptimizerPart
-from megatron.checkpoint.reshard import Place, chosen_parts
+from megatron.checkpoint.manifest import OptimizerShard
+from megatron.checkpoint.reshard import MeshPosition, choose_replicas
 from megatron.checkpoint.safetensors_writer import write_files
-from megatron.checkpoint.save import save_checkpoint
-from megatron.checkpoint.shard_contents import engine_holdings
-from megatron.checkpoint.shard_manifests import take_receipts, write_receipt
+from megatron.checkpoint.save import SaveOptions, save_checkpoint
+from megatron.checkpoint.shard_contents import collect_contents
+from megatron.checkpoint.shard_manifests import merge_shard_manifests, write_shard_manifest
 from megatron.errors import CheckpointError
 from megatron.files import write_text
 from megatron.parallel.mesh import Mesh
@@ -70,7 +70,7 @@ def test_a_name_is_given_when_everything_under_it_is_durable(
     if direct:
         monkeypatch.setattr("megatron.checkpoint.safetensors_writer._DIRECT_FROM", 1)
     texts = {"a.yml": "num_layers: 1\n"}
-    final = save_checkpoint(tmp_path, FakeEngine(), {"iteration": 7}, model_config=MODEL, config_texts=texts)
+    final = save_checkpoint(tmp_path, FakeEngine(), {"iteration": 7}, SaveOptions(model_config=MODEL, config_texts=texts))
     named = _at(events, "rename", "/global_step7")
     temporary = events[named][1]
     before = {path for kind, path, *_ in events[:named] if kind == "sync"}
@@ -90,7 +90,7 @@ def test_a_name_is_given_when_everything_under_it_is_durable(
 def test_an_overwritten_step_is_set_aside_and_removed_last(tmp_path: Path, events: list[Event]) -> None:
     for seed in (1, 2):
         events.clear()
-        save_checkpoint(tmp_path, FakeEngine(seed=seed), {"iteration": 7}, model_config=MODEL)
+        save_checkpoint(tmp_path, FakeEngine(seed=seed), {"iteration": 7}, SaveOptions(model_config=MODEL))
     aside = next(i for i, e in enumerate(events) if e[0] == "rename" and ".old-" in e[2])
     named = next(i for i, e in enumerate(events) if e[0] == "rename" and e[2].endswith("/global_step7") and ".tmp-" in e[1])
     gone = next(i for i, e in enumerate(events) if e[0] == "remove" and ".old-" in e[1])
@@ -98,7 +98,7 @@ def test_an_overwritten_step_is_set_aside_and_removed_last(tmp_path: Path, event
 
 
 def test_a_name_that_cannot_be_given_goes_back_to_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save_checkpoint(tmp_path, FakeEngine(seed=1), {"iteration": 7}, model_config=MODEL)
+    save_checkpoint(tmp_path, FakeEngine(seed=1), {"iteration": 7}, SaveOptions(model_config=MODEL))
     before, rename = (tmp_path / "global_step7" / "manifest.json").read_bytes(), os.rename
 
     def refused(source: str | Path, target: str | Path) -> None:
@@ -108,7 +108,7 @@ def test_a_name_that_cannot_be_given_goes_back_to_the_old_checkpoint(tmp_path: P
 
     monkeypatch.setattr(os, "rename", refused)
     with pytest.raises(CheckpointError, match="could not be saved"):
-        save_checkpoint(tmp_path, FakeEngine(seed=2), {"iteration": 7}, model_config=MODEL)
+        save_checkpoint(tmp_path, FakeEngine(seed=2), {"iteration": 7}, SaveOptions(model_config=MODEL))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["global_step7", "latest"]
     assert (tmp_path / "global_step7" / "manifest.json").read_bytes() == before
 
@@ -131,13 +131,13 @@ def _receipts(folder: Path, ranks: int) -> None:
     """Files and receipts of the ranks of a mesh of two tensor ranks."""
     for rank in range(ranks):
         mesh = Mesh.shape_only(1, 2, 2, rank)
-        holdings = engine_holdings(FakeEngine(mesh), save_optimizer=True, save_rng=False)
-        write_receipt(folder, rank, holdings, write_files(folder, holdings.files, {}))
+        contents = collect_contents(FakeEngine(mesh), save_optimizer=True, save_rng=False)
+        write_shard_manifest(folder, rank, contents, write_files(folder, contents.files, {}))
 
 
 def test_receipts_of_all_ranks_are_one_whole(tmp_path: Path) -> None:
     _receipts(tmp_path, 2)
-    joined = take_receipts(tmp_path, 2)
+    joined = merge_shard_manifests(tmp_path, 2)
     for name, spec in SPECS.items():
         held = sum(part.range_stop - part.range_start for part in joined.optimizer[name])
         assert len(joined.weights[name].parts) == len(joined.optimizer[name]) == 2, name
@@ -148,9 +148,9 @@ def test_receipts_of_all_ranks_are_one_whole(tmp_path: Path) -> None:
 def test_a_rank_that_wrote_nothing_leaves_a_hole_that_is_named(tmp_path: Path) -> None:
     _receipts(tmp_path, 1)
     with pytest.raises(CheckpointError, match="was not written completely"):
-        take_receipts(tmp_path, 1)
+        merge_shard_manifests(tmp_path, 1)
     with pytest.raises(CheckpointError, match="the files of rank 1 did not arrive"):
-        take_receipts(tmp_path, 2)
+        merge_shard_manifests(tmp_path, 2)
 
 
 def test_a_save_that_cannot_fit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,8 +162,8 @@ def test_a_save_that_cannot_fit_is_refused(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_of_replicas_the_one_of_the_own_place_is_read() -> None:
-    parts = [OptimizerPart(f"{tp}{pp}", pp, tp, None, 0, 0, 0, 4, 1, ("exp_avg",)) for pp in (0, 1) for tp in (0, 1)]
+    parts = [OptimizerShard(f"{tp}{pp}", pp, tp, None, 0, 0, 0, 4, 1, ("exp_avg",)) for pp in (0, 1) for tp in (0, 1)]
     for pp in (0, 1):
         for tp in (0, 1):
-            assert [(p.pp, p.tp) for p in chosen_parts(parts, Place(pp, tp))] == [(pp, tp)]
-    assert [(p.pp, p.tp) for p in chosen_parts(parts[:2], Place(1, 1))] == [(0, 1)]
+            assert [(p.pp, p.tp) for p in choose_replicas(parts, MeshPosition(pp, tp))] == [(pp, tp)]
+    assert [(p.pp, p.tp) for p in choose_replicas(parts[:2], MeshPosition(1, 1))] == [(0, 1)]

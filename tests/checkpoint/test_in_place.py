@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron.checkpoint.damage import DamagedCheckpoint
-from megatron.checkpoint.load import load_checkpoint
+from megatron.checkpoint.load import LoadOptions, load_checkpoint
 from megatron.checkpoint.resume import resume
-from megatron.checkpoint.save import save_checkpoint
+from megatron.checkpoint.save import SaveOptions, save_checkpoint
 from megatron.engine.base import EngineSettings
 from megatron.engine.single_process import SingleProcessEngine
+from megatron.errors import DamagedCheckpoint
 from tests.checkpoint.fakes import MODEL, FakeEngine
 from tests.engine.engine_cases import SEQ, micro_batches, model_config
 
@@ -25,10 +25,10 @@ def single(dtype: str, seed: int = 1234) -> SingleProcessEngine:
 
 
 def test_the_numbers_land_in_the_memory_that_was_there(tmp_path: Path) -> None:
-    path = save_checkpoint(tmp_path, FakeEngine(seed=1), {"iteration": 7}, model_config=MODEL)
+    path = save_checkpoint(tmp_path, FakeEngine(seed=1), {"iteration": 7}, SaveOptions(model_config=MODEL))
     engine = FakeEngine(seed=2)
     tensors = {**engine.weights(), **{f"{n} m": s.moments["exp_avg"] for n, s in engine.slices.items()}}
-    load_checkpoint(path, engine, in_place=True)
+    load_checkpoint(path, engine, LoadOptions(in_place=True))
     assert engine.same_as(FakeEngine(seed=1))
     now = {**engine.weights(), **{f"{n} m": s.moments["exp_avg"] for n, s in engine.slices.items()}}
     assert {n: t.data_ptr() for n, t in tensors.items()} == {n: t.data_ptr() for n, t in now.items()}
@@ -45,13 +45,13 @@ def damage(folder: Path) -> None:
 
 def test_damage_is_found_before_anything_is_called_loaded(tmp_path: Path) -> None:
     for step, seed in ((5, 1), (7, 3)):
-        save_checkpoint(tmp_path, FakeEngine(seed=seed), {"iteration": step}, model_config=MODEL)
+        save_checkpoint(tmp_path, FakeEngine(seed=seed), {"iteration": step}, SaveOptions(model_config=MODEL))
     damage(tmp_path / "global_step7")
     engine, before = FakeEngine(seed=2), FakeEngine(seed=2)
     with pytest.raises(DamagedCheckpoint, match="SHA-256"):
         load_checkpoint(tmp_path / "global_step7", engine)
     assert engine.same_as(before), "without `in_place` an engine keeps its numbers"
-    found = resume(tmp_path, engine, in_place=True)
+    found = resume(tmp_path, engine, LoadOptions(in_place=True))
     assert found.state["iteration"] == 5
     assert engine.same_as(FakeEngine(seed=1)), "of the damaged one nothing is left"
 
@@ -63,9 +63,9 @@ def test_masters_survive_a_change_of_precision(tmp_path: Path, saved: str, loade
     batches = micro_batches(first.mesh)
     for _ in range(2):
         first.train_step(batches, 1e-2)
-    path = save_checkpoint(tmp_path, first, {"iteration": 2}, model_config={})
+    path = save_checkpoint(tmp_path, first, {"iteration": 2}, SaveOptions(model_config={}))
     own = {name: s.moments["exp_avg"].data_ptr() for name, s in second.optimizer_slices().items()}
-    load_checkpoint(path, second, in_place=True)
+    load_checkpoint(path, second, LoadOptions(in_place=True))
     for name, want in first.optimizer_slices().items():
         got = second.optimizer_slices()[name]
         assert torch.equal(got.master, want.master)

@@ -13,9 +13,9 @@ import torch.distributed as dist
 
 from megatron.checkpoint.collective_errors import exchange
 from megatron.checkpoint.find import find_checkpoint
-from megatron.checkpoint.load import load_checkpoint, read_full_weights, verify_checkpoint
+from megatron.checkpoint.load import LoadOptions, load_checkpoint, read_full_weights, verify_checkpoint
 from megatron.checkpoint.manifest import read_manifest
-from megatron.checkpoint.save import save_checkpoint
+from megatron.checkpoint.save import SaveOptions, save_checkpoint
 from megatron.errors import CheckpointError
 from megatron.parallel.mesh import Mesh
 from tests.checkpoint.fakes import MODEL, SPECS, FakeEngine, full
@@ -32,13 +32,13 @@ def mesh_of(pp: int, dp: int, tp: int) -> Mesh:
 def save_and_load(folder: str, pp: int, dp: int, tp: int, zero: bool) -> bool:
     mesh = mesh_of(pp, dp, tp)
     torch.manual_seed(100 + mesh.rank)
-    path = save_checkpoint(folder, FakeEngine(mesh, 1, zero), {"iteration": 7}, model_config=MODEL)
+    path = save_checkpoint(folder, FakeEngine(mesh, 1, zero), {"iteration": 7}, SaveOptions(model_config=MODEL))
     expected = torch.rand(4)
     torch.manual_seed(5)
     engine = FakeEngine(mesh, 2, zero)
     found = find_checkpoint(folder)
     assert found == path
-    state = load_checkpoint(path, engine, model_config=MODEL)
+    state = load_checkpoint(path, engine, LoadOptions(model_config=MODEL))
     return state == {"iteration": 7} and engine.same_as(FakeEngine(mesh, 1, zero)) and torch.equal(torch.rand(4), expected)
 
 
@@ -86,7 +86,7 @@ def test_weights_and_optimizers_load_on_any_mesh(tmp_path: Path) -> None:
 
 def fail_on_rank_one(folder: str, when: str) -> str:
     mesh = mesh_of(1, 2, 1)
-    save_checkpoint(folder, FakeEngine(mesh, 1), {"iteration": 7}, model_config=MODEL)
+    save_checkpoint(folder, FakeEngine(mesh, 1), {"iteration": 7}, SaveOptions(model_config=MODEL))
     guilty = mesh.rank == (0 if when in ("publish", "prepare") else 1)
 
     def full_disk(*_: Any, **__: Any) -> Any:
@@ -95,14 +95,14 @@ def fail_on_rank_one(folder: str, when: str) -> str:
     patch = pytest.MonkeyPatch()
     targets = {
         "write": "megatron.checkpoint.save.write_files",
-        "receipt": "megatron.checkpoint.save.write_receipt",
+        "receipt": "megatron.checkpoint.save.write_shard_manifest",
         "publish": "megatron.checkpoint.commit.publish",
         "prepare": "megatron.checkpoint.commit.recover",
     }
     if guilty:
         patch.setattr(targets[when], full_disk)
     try:
-        save_checkpoint(folder, FakeEngine(mesh, 2), {"iteration": 9}, model_config=MODEL)
+        save_checkpoint(folder, FakeEngine(mesh, 2), {"iteration": 9}, SaveOptions(model_config=MODEL))
     except CheckpointError as error:
         text = str(error)
     else:

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from megatron.checkpoint.layout import layer_file, optimizer_file
-from megatron.checkpoint.manifest import Manifest, OptimizerPart, WeightEntry, WeightPart
+from megatron.checkpoint.manifest import Manifest, OptimizerShard, WeightEntry, WeightShard
 from megatron.checkpoint.regions import FlatRange
-from megatron.checkpoint.reshard import Place, Read, optimizer_reads, weight_reads
+from megatron.checkpoint.reshard import MeshPosition, Read, optimizer_reads, weight_reads
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.shard_spec import ShardKind, slice_of
 
@@ -67,7 +67,7 @@ def owned(mesh: Mesh) -> dict[str, tuple[int, int]]:
 def saved(pp: int, dp: int, tp: int) -> tuple[Manifest, dict[tuple[str, str], np.ndarray[Any, Any]]]:
     """The manifest that a mesh would write, and (file, key) -> element numbers in place of values."""
     weights: dict[str, WeightEntry] = {}
-    optimizer: dict[str, tuple[OptimizerPart, ...]] = {}
+    optimizer: dict[str, tuple[OptimizerShard, ...]] = {}
     content: dict[tuple[str, str], np.ndarray[Any, Any]] = {}
     stages = {name: stage for name, _, _, stage in PARAMETERS}
     for rank in range(pp * dp * tp):
@@ -80,13 +80,13 @@ def saved(pp: int, dp: int, tp: int) -> tuple[Manifest, dict[tuple[str, str], np
                 file = layer_file(stages[name], mesh.tp_rank)
                 content[file, name] = values
                 parts = weights[name].parts if name in weights else ()
-                piece = WeightPart(file, part.dim, part.start, part.stop)
+                piece = WeightShard(file, part.dim, part.start, part.stop)
                 weights[name] = WeightEntry(shape, "float32", cut, stages[name], (*parts, piece))
             if name in ranges:
                 start, stop = ranges[name]
                 file = optimizer_file(mesh.dp_rank, mesh.pp_rank, mesh.tp_rank)
                 content[file, f"master/{name}"] = values[start:stop]
-                own = OptimizerPart(file, mesh.pp_rank, mesh.tp_rank, part.dim, part.start, part.stop, start, stop, 3, ())
+                own = OptimizerShard(file, mesh.pp_rank, mesh.tp_rank, part.dim, part.start, part.stop, start, stop, 3, ())
                 optimizer[name] = (*optimizer.get(name, ()), own)
     manifest = Manifest(3, "", {"pp": pp, "dp": dp, "tp": tp}, {}, {}, {}, {}, {}, weights, optimizer, {})
     return manifest, content
@@ -113,7 +113,7 @@ def check(then: tuple[int, int, int], now: tuple[int, int, int], ranks: list[int
     manifest, content = saved(*then)
     for rank in ranks:
         mesh = Mesh(*now, rank)
-        place = Place(mesh.pp_rank, mesh.tp_rank)
+        place = MeshPosition(mesh.pp_rank, mesh.tp_rank)
         for name in held(mesh.pp, mesh.pp_rank):
             shape, cut = SHAPES[name]
             part, expected = slice_of(shape, cut, mesh.tp_rank, mesh.tp), numbers(name, mesh)
@@ -147,9 +147,9 @@ def test_a_rank_reads_a_part_of_the_bytes() -> None:
     """From one rank to four: a quarter of each cut tensor's rows, and the runs between for one cut by columns."""
     manifest, _ = saved(1, 1, 1)
     shape, cut = SHAPES["0.q"]
-    (rows,) = weight_reads("0.q", manifest.weights["0.q"], slice_of(shape, cut, 1, 4), Place())
+    (rows,) = weight_reads("0.q", manifest.weights["0.q"], slice_of(shape, cut, 1, 4), MeshPosition())
     assert (rows.start, rows.stop) == (10, 20)
     shape, cut = SHAPES["0.o"]
-    (columns,) = weight_reads("0.o", manifest.weights["0.o"], slice_of(shape, cut, 1, 4), Place())
+    (columns,) = weight_reads("0.o", manifest.weights["0.o"], slice_of(shape, cut, 1, 4), MeshPosition())
     assert (columns.start, columns.stop) == (2, 36)
     assert [copy.size for copy in columns.copies] == [(5, 2)]

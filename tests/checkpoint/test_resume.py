@@ -9,8 +9,9 @@ import torch.distributed as dist
 
 from megatron.checkpoint.find import candidates
 from megatron.checkpoint.layout import MANIFEST
+from megatron.checkpoint.load import LoadOptions
 from megatron.checkpoint.resume import resume
-from megatron.checkpoint.save import save_checkpoint
+from megatron.checkpoint.save import SaveOptions, save_checkpoint
 from megatron.errors import CheckpointError
 from megatron.parallel.mesh import Mesh
 from tests.checkpoint.fakes import MODEL, FakeEngine
@@ -21,7 +22,7 @@ SHARD = "layer_02-model_00.safetensors"
 
 def save(folder: Path, step: int, mesh: Mesh | None = None) -> Path:
     """A checkpoint whose seed is its step."""
-    return save_checkpoint(folder, FakeEngine(mesh, step), {"iteration": step}, model_config=MODEL)
+    return save_checkpoint(folder, FakeEngine(mesh, step), {"iteration": step}, SaveOptions(model_config=MODEL))
 
 
 def flip(file: Path) -> None:
@@ -41,7 +42,7 @@ def three(tmp_path: Path) -> Path:
 
 def test_the_newest_when_it_is_good(three: Path) -> None:
     engine = FakeEngine(seed=1)
-    found = resume(three, engine, model_config=MODEL)
+    found = resume(three, engine, LoadOptions(model_config=MODEL))
     assert (found.path, found.state, found.skipped) == (three / "global_step8", {"iteration": 8}, ())
     assert engine.same_as(FakeEngine(seed=8))
 
@@ -59,7 +60,7 @@ def test_back_to_the_one_before(three: Path, caplog: pytest.LogCaptureFixture) -
 
 def test_without_verification_the_damage_is_loaded(three: Path) -> None:
     flip(three / "global_step8" / SHARD)
-    assert resume(three, FakeEngine(), verify=False).path == three / "global_step8"
+    assert resume(three, FakeEngine(), LoadOptions(verify=False)).path == three / "global_step8"
 
 
 def test_an_explicit_step_never_falls_back(three: Path) -> None:
@@ -83,7 +84,7 @@ def test_none_is_whole(three: Path) -> None:
 
 def test_another_model_is_no_damage(three: Path) -> None:
     with pytest.raises(CheckpointError, match="of another model"):
-        resume(three, FakeEngine(), model_config={**MODEL, "hidden_size": 16})
+        resume(three, FakeEngine(), LoadOptions(model_config={**MODEL, "hidden_size": 16}))
 
 
 @pytest.mark.parametrize(("content", "step"), [("nonsense", 8), ("global_step7", 5), ("global_step5", 5), (None, 8)])

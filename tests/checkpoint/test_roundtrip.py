@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from megatron.checkpoint.find import find_checkpoint
-from megatron.checkpoint.layout import whole_steps
-from megatron.checkpoint.load import load_checkpoint, read_full_weights, verify_checkpoint
+from megatron.checkpoint.layout import complete_steps
+from megatron.checkpoint.load import LoadOptions, load_checkpoint, read_full_weights, verify_checkpoint
 from megatron.checkpoint.manifest import read_manifest
-from megatron.checkpoint.retention import superfluous
-from megatron.checkpoint.save import save_checkpoint, save_weights
+from megatron.checkpoint.retention import steps_to_delete
+from megatron.checkpoint.save import SaveOptions, save_checkpoint, save_weights
 from megatron.checkpoint.shard_contents import local_slice
-from megatron.checkpoint.tensor_reader import Source
+from megatron.checkpoint.tensor_reader import CheckpointReader
 from megatron.errors import CheckpointError
 from megatron.parallel.mesh import Mesh
 from tests.checkpoint.fakes import MODEL, SPECS, FakeEngine, full, part
@@ -30,13 +30,15 @@ STATE = {"iteration": 7, "consumed_samples": 56}
 
 def save(folder: Path, step: int = 7, seed: int = 1, **options: object) -> Path:
     """One checkpoint of a fake engine."""
-    return save_checkpoint(folder, FakeEngine(seed=seed), {**STATE, "iteration": step}, model_config=MODEL, **options)  # type: ignore[arg-type]
+    return save_checkpoint(
+        folder, FakeEngine(seed=seed), {**STATE, "iteration": step}, SaveOptions(model_config=MODEL, **options)
+    )  # type: ignore[arg-type]
 
 
 def test_round_trip_is_bit_equal(tmp_path: Path) -> None:
     path = save(tmp_path)
     engine = FakeEngine(seed=2)
-    assert load_checkpoint(path, engine, model_config=MODEL) == STATE
+    assert load_checkpoint(path, engine, LoadOptions(model_config=MODEL)) == STATE
     assert engine.same_as(FakeEngine(seed=1))
     assert not engine.refreshed
 
@@ -86,7 +88,7 @@ def test_random_numbers_go_on(tmp_path: Path) -> None:
     torch.manual_seed(4)
     own = torch.rand(5).tolist()
     torch.manual_seed(4)
-    load_checkpoint(path, FakeEngine(), load_rng=False)
+    load_checkpoint(path, FakeEngine(), LoadOptions(load_rng=False))
     assert torch.rand(5).tolist() == own
 
 
@@ -94,7 +96,7 @@ def test_finetune_takes_weights_only(tmp_path: Path) -> None:
     path, engine = save(tmp_path), FakeEngine(seed=2)
     torch.manual_seed(4)
     before = torch.get_rng_state()
-    assert load_checkpoint(path, engine, finetune=True) == {}
+    assert load_checkpoint(path, engine, LoadOptions(finetune=True)) == {}
     assert torch.equal(torch.get_rng_state(), before)
     assert engine.same_as(FakeEngine(seed=1), optimizer=False)
     assert engine.refreshed
@@ -104,7 +106,7 @@ def test_finetune_takes_weights_only(tmp_path: Path) -> None:
 
 def test_no_load_optim_keeps_the_step(tmp_path: Path) -> None:
     path, engine = save(tmp_path), FakeEngine(seed=2)
-    assert load_checkpoint(path, engine, load_optimizer=False)["iteration"] == 7
+    assert load_checkpoint(path, engine, LoadOptions(load_optimizer=False))["iteration"] == 7
     assert engine.refreshed
     assert engine.slices["model.scale"].step == 42
 
@@ -113,14 +115,14 @@ def test_a_checkpoint_without_optimizer_says_so(tmp_path: Path) -> None:
     path = save(tmp_path, save_optimizer=False, save_rng=False)
     with pytest.raises(CheckpointError, match="no optimizer state(.|\n)*no_load_optim"):
         load_checkpoint(path, FakeEngine())
-    load_checkpoint(path, FakeEngine(seed=2), load_optimizer=False)
+    load_checkpoint(path, FakeEngine(seed=2), LoadOptions(load_optimizer=False))
 
 
 def test_another_model_is_named_field_by_field(tmp_path: Path) -> None:
     path = save(tmp_path)
     other = {**MODEL, "hidden_size": 16, "layer_options": {"metala": {"k": 4}}, "norm": "rmsnorm"}
     with pytest.raises(CheckpointError) as caught:
-        load_checkpoint(path, FakeEngine(), model_config=other)
+        load_checkpoint(path, FakeEngine(), LoadOptions(model_config=other))
     text = str(caught.value)
     for piece in ("hidden_size is 8 in the checkpoint, 16 here", "layer_options.metala.k is 2", "norm is null"):
         assert piece in text
@@ -132,7 +134,7 @@ def test_another_model_is_named_field_by_field(tmp_path: Path) -> None:
 def test_fields_that_do_not_change_the_function_may_differ(tmp_path: Path, field: str, value: object) -> None:
     """Also a field that the checkpoint, of an older version, does not have."""
     path = save(tmp_path)
-    load_checkpoint(path, FakeEngine(), model_config={**MODEL, field: value})
+    load_checkpoint(path, FakeEngine(), LoadOptions(model_config={**MODEL, field: value}))
 
 
 def test_other_parameters_are_named(tmp_path: Path) -> None:
@@ -160,8 +162,8 @@ def test_a_rank_reads_its_share_of_the_bytes(tmp_path: Path) -> None:
         "model.layers.0.token_norm.weight": 16,
     }
     for name, size in wanted.items():
-        with Source(path, read_manifest(path), verify=False) as source:
-            found = list(source.tensors([source.wanted_weight(name, local_slice(SPECS[name], mesh))]))
+        with CheckpointReader(path, read_manifest(path), verify=False) as source:
+            found = list(source.tensors([source.weight_request(name, local_slice(SPECS[name], mesh))]))
             assert source.bytes_read == size  # bf16: a quarter of 128 and of 64 elements, all of 8
         assert torch.equal(found[0], part(name, full(name, 1), mesh).bfloat16())
 
@@ -172,7 +174,7 @@ def test_weights_alone_make_a_checkpoint(tmp_path: Path) -> None:
     assert path.name == "global_step0"
     assert read_manifest(path).facts == {"from": "hf"}
     engine = FakeEngine(seed=2)
-    assert load_checkpoint(path, engine, finetune=True) == {}
+    assert load_checkpoint(path, engine, LoadOptions(finetune=True)) == {}
     again = read_full_weights(path)
     assert all(torch.equal(again[n], weights[n]) and again[n].dtype == torch.float32 for n in SPECS)
     with pytest.raises(CheckpointError, match="model.scale"):
@@ -194,7 +196,7 @@ def test_find_latest_and_iteration(tmp_path: Path) -> None:
 
 def test_a_wrong_load_is_an_error_and_lists_what_is_there(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
-    with pytest.raises(CheckpointError, match="does not exist; beside it: checkpoints"):
+    with pytest.raises(CheckpointError, match="does not exist; its parent holds: checkpoints"):
         find_checkpoint(tmp_path / "checkpoint", save_dir=tmp_path / "checkpoints")
     (tmp_path / "checkpoints" / "notes.txt").write_text("")
     with pytest.raises(CheckpointError, match="it holds: notes.txt"):
@@ -236,11 +238,11 @@ def test_neox_folders_are_recognised(tmp_path: Path) -> None:
 def test_retention(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4):
         save(tmp_path, step, keep_last=2, keep={1})
-    assert sorted(whole_steps(tmp_path)) == [1, 3, 4]
+    assert sorted(complete_steps(tmp_path)) == [1, 3, 4]
     (tmp_path / "global_step2").mkdir()
     (tmp_path / "global_step2" / "mine.txt").write_text("not a checkpoint of ours")
     save(tmp_path, 5, keep_last=1, keep={1})
-    assert sorted(whole_steps(tmp_path)) == [1, 4, 5], "never fewer than two"
+    assert sorted(complete_steps(tmp_path)) == [1, 4, 5], "never fewer than two"
     assert (tmp_path / "global_step2" / "mine.txt").exists()
 
 
@@ -250,10 +252,10 @@ def test_retention_does_not_count_damaged_ones(tmp_path: Path, caplog: pytest.Lo
     file = tmp_path / "global_step3" / "layer_02-model_00.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
     save(tmp_path, 4, keep_last=2)
-    assert sorted(whole_steps(tmp_path)) == [2, 3, 4], "step 2 stays because 3 cannot be used"
+    assert sorted(complete_steps(tmp_path)) == [2, 3, 4], "step 2 stays because 3 cannot be used"
     assert "global_step3 is damaged" in caplog.text
     save(tmp_path, 5, keep_last=2)
-    assert sorted(whole_steps(tmp_path)) == [4, 5]
+    assert sorted(complete_steps(tmp_path)) == [4, 5]
 
 
 @settings(max_examples=200)
@@ -261,7 +263,7 @@ def test_retention_does_not_count_damaged_ones(tmp_path: Path, caplog: pytest.Lo
 def test_never_fewer_than_two_good_ones(steps: set[int], keep_last: int, keep: set[int], data: st.DataObject) -> None:
     written = data.draw(st.sampled_from(sorted(steps)))
     whole = {step: step == written or data.draw(st.booleans()) for step in steps}
-    left = steps - set(superfluous(steps, written, keep_last, keep, whole))
+    left = steps - set(steps_to_delete(steps, written, keep_last, keep, whole))
     assert written in left and keep & steps <= left
     assert sum(whole[step] for step in left) >= min(2, sum(whole.values()))
     assert len(left) <= max(2, keep_last) + len(keep & steps) + 2
@@ -271,7 +273,7 @@ def test_retention_keeps_what_was_just_written_after_a_rewind(tmp_path: Path) ->
     for step in (10, 20, 30):
         save(tmp_path, step)
     save(tmp_path, 12, keep_last=2)
-    assert sorted(whole_steps(tmp_path)) == [12, 20, 30]
+    assert sorted(complete_steps(tmp_path)) == [12, 20, 30]
     assert find_checkpoint(tmp_path) == tmp_path / "global_step12"
 
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from megatron.checkpoint.find import newest_checkpoint
-from megatron.checkpoint.load import load_checkpoint, verify_checkpoint
+from megatron.checkpoint.load import LoadOptions, load_checkpoint, verify_checkpoint
 from megatron.checkpoint.manifest import read_manifest
 from megatron.checkpoint.offline_reshard import reshard
 from megatron.checkpoint.report import diff, inspect
-from megatron.checkpoint.save import save_checkpoint
+from megatron.checkpoint.save import SaveOptions, save_checkpoint
 from megatron.errors import CheckpointError
 from megatron.parallel.mesh import Mesh
 from tests.checkpoint.fakes import MODEL, FakeEngine
@@ -32,7 +32,7 @@ def path(tmp_path: Path) -> Path:
     """One checkpoint."""
     state = {"iteration": 7, "consumed_samples": 56}
     texts = {"a.yml": "x: 1\n"}
-    return save_checkpoint(tmp_path / "a", FakeEngine(), state, model_config=MODEL, config_texts=texts)
+    return save_checkpoint(tmp_path / "a", FakeEngine(), state, SaveOptions(model_config=MODEL, config_texts=texts))
 
 
 def test_inspect(path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -51,7 +51,7 @@ def test_inspect(path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
 
 
 def test_verify(path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    second = save_checkpoint(path.parent, FakeEngine(), {"iteration": 9}, model_config=MODEL)
+    second = save_checkpoint(path.parent, FakeEngine(), {"iteration": 9}, SaveOptions(model_config=MODEL))
     assert run(monkeypatch, "verify", path.parent) == 0
     file = path / "layer_02-model_00.safetensors"
     data = bytearray(file.read_bytes())
@@ -70,7 +70,9 @@ def test_diff(path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     engine.slices["model.scale"].moments["exp_avg"] += 1
     with torch.no_grad():
         engine.parameters()["model.layers.0.token_norm.weight"][3] = 5.0
-    other = save_checkpoint(path.parents[1] / "b", engine, {"iteration": 8}, model_config={**MODEL, "hidden_size": 9})
+    other = save_checkpoint(
+        path.parents[1] / "b", engine, {"iteration": 8}, SaveOptions(model_config={**MODEL, "hidden_size": 9})
+    )
     lines = list(diff(path, other))
     assert [line.split(":")[0] for line in lines] == [
         "state",
@@ -96,7 +98,7 @@ def test_reshard_there_and_back(path: Path, mesh: tuple[int, int, int], tmp_path
     assert (made / "configs" / "a.yml").read_text() == "x: 1\n"
     for rank in range(dp * tp):
         engine = FakeEngine(Mesh(1, dp, tp, rank), 2)
-        assert load_checkpoint(made, engine, load_rng=False)["consumed_samples"] == 56
+        assert load_checkpoint(made, engine, LoadOptions(load_rng=False))["consumed_samples"] == 56
         assert engine.same_as(FakeEngine(Mesh(1, dp, tp, rank), 1))
     back = reshard(made, tmp_path / "back", pp=1, dp=1, tp=1)
     assert list(diff(path, back)) == []
@@ -106,7 +108,7 @@ def test_reshard_there_and_back(path: Path, mesh: tuple[int, int, int], tmp_path
 
 
 def test_reshard_refuses(path: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="cannot be cut for tensor size 3"):
+    with pytest.raises(CheckpointError, match="cannot be sharded for tensor size 3"):
         reshard(path, tmp_path / "new", pp=1, dp=1, tp=3)
     with pytest.raises(CheckpointError, match="own save folder"):
         reshard(path, path.parent, pp=1, dp=1, tp=2)
@@ -120,7 +122,9 @@ def test_reshard_refuses(path: Path, tmp_path: Path) -> None:
 def test_a_run_folder_means_its_newest_checkpoint(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    later = save_checkpoint(path.parent, FakeEngine(), {"iteration": 9, "consumed_samples": 72}, model_config=MODEL)
+    later = save_checkpoint(
+        path.parent, FakeEngine(), {"iteration": 9, "consumed_samples": 72}, SaveOptions(model_config=MODEL)
+    )
     run_folder = tmp_path / "run"
     run_folder.mkdir()
     path.parent.rename(run_folder / "checkpoints")
@@ -145,12 +149,12 @@ def test_what_is_no_checkpoint_is_said(
     (tmp_path / "some.yml").touch()
     for asked, why in (
         (tmp_path, "it holds: some.yml"),
-        (tmp_path / "none", "does not exist; beside it: some.yml"),
+        (tmp_path / "none", "does not exist; its parent holds: some.yml"),
         (tmp_path / "some.yml", "this is a file"),
     ):
         assert run(monkeypatch, command, asked) == 4
         said = capsys.readouterr().err
-        assert "holds none" in said and why in said and "RUN/checkpoints takes the newest" in said
+        assert "holds none" in said and why in said and "RUN/checkpoints is the newest" in said
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).touch()
     assert run(monkeypatch, command, tmp_path) == 4

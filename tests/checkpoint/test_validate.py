@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 
 from megatron.checkpoint.layout import LATEST, MANIFEST
-from megatron.checkpoint.load import damages
+from megatron.checkpoint.load import LoadOptions, damages
 from megatron.checkpoint.manifest import _digest
 from megatron.checkpoint.resume import resume
-from megatron.checkpoint.save import save_checkpoint
+from megatron.checkpoint.save import SaveOptions, save_checkpoint
 from tests.checkpoint.fakes import MODEL, FakeEngine
 from tools import checkpoint as tool
 
@@ -30,7 +30,9 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A save folder with the steps 7 and 9."""
     folder = tmp_path_factory.mktemp("good")
     for step in (7, 9):
-        save_checkpoint(folder, FakeEngine(seed=step), {"iteration": step}, model_config=MODEL, config_texts={"a.yml": "x: 1"})
+        save_checkpoint(
+            folder, FakeEngine(seed=step), {"iteration": step}, SaveOptions(model_config=MODEL, config_texts={"a.yml": "x: 1"})
+        )
     return folder
 
 
@@ -198,7 +200,7 @@ def test_verify_and_resume_agree(name: str, two: Path) -> None:
     found = damages(newest)
     assert found and all(line.strip() for line in found)
     engine = FakeEngine(seed=3)
-    resumed = resume(two, engine, model_config=MODEL)
+    resumed = resume(two, engine, LoadOptions(model_config=MODEL))
     assert resumed.path == two / "global_step7" and resumed.state["iteration"] == 7
     assert len(resumed.skipped) == 1 and "global_step9" in resumed.skipped[0]
     assert engine.same_as(FakeEngine(seed=7))
@@ -207,7 +209,7 @@ def test_verify_and_resume_agree(name: str, two: Path) -> None:
 def test_the_undamaged_one_is_whole(two: Path) -> None:
     signed(two / "global_step9", lambda body: None)
     assert damages(two / "global_step9") == []
-    assert resume(two, FakeEngine(), model_config=MODEL).state == {"iteration": 9}
+    assert resume(two, FakeEngine(), LoadOptions(model_config=MODEL)).state == {"iteration": 9}
 
 
 LATESTS: dict[str, Callable[[Path], Any]] = {
@@ -231,7 +233,7 @@ def test_a_bad_latest_is_named_and_the_newest_used(
 ) -> None:
     (two / LATEST).unlink()
     LATESTS[name](two / LATEST)
-    found = resume(two, FakeEngine(), model_config=MODEL)
+    found = resume(two, FakeEngine(), LoadOptions(model_config=MODEL))
     assert found.path is not None and any("latest" in line for line in found.skipped)
     assert found.path.name == ("global_step7" if name == "of no checkpoint" else "global_step9")
     monkeypatch.setattr("sys.argv", ["checkpoint.py", "verify", str(two)])

@@ -54,7 +54,7 @@ def test_mistakes_are_one_message_and_exit_codes(checkpoint: Path, tmp_path: Pat
     lost = run("tools/convert_to_hf.py", "--checkpoint", tmp_path / "x", "--output", tmp_path / "hf", cwd=tmp_path)
     assert lost.returncode == 4 and "not a checkpoint" in lost.stderr and "Traceback" not in lost.stderr
     lost = run("tools/convert_from_hf.py", "--input", checkpoint, "--output", tmp_path / "ck", cwd=tmp_path)
-    assert lost.returncode == 6 and "checkpoint of ours" in lost.stderr and "Traceback" not in lost.stderr
+    assert lost.returncode == 6 and "already is a checkpoint" in lost.stderr and "Traceback" not in lost.stderr
 
 
 def test_push_dry_and_for_real(checkpoint: Path, tmp_path: Path) -> None:

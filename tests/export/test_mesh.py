@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron.checkpoint.load import read_full_weights
-from megatron.checkpoint.save import save_checkpoint
+from megatron.checkpoint.save import SaveOptions, save_checkpoint
 from megatron.engine.base import EngineSettings
 from megatron.engine.build import build_engine
 from megatron.export.hf import export_checkpoint
@@ -27,7 +27,7 @@ def save_run(folder: str, kind: str, pp: int, tp: int, tied: bool) -> str:
     engine = build_engine(kind, config, mesh, EngineSettings(seq_length=16, zero_stage=1), 0)
     facts = {"tokenizer": {"vocab_size": 60, "eod": 0, "pad": 0}}
     try:
-        return str(save_checkpoint(folder, engine, {"iteration": 3}, model_config=config.to_dict(), facts=facts))
+        return str(save_checkpoint(folder, engine, {"iteration": 3}, SaveOptions(model_config=config.to_dict(), facts=facts)))
     finally:
         engine.close()
 

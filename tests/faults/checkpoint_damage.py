@@ -22,7 +22,7 @@ from megatron.checkpoint.layout import MANIFEST
 from megatron.checkpoint.load import damages
 from megatron.checkpoint.manifest import read_manifest
 from megatron.checkpoint.resume import resume
-from megatron.checkpoint.save import save_checkpoint
+from megatron.checkpoint.save import SaveOptions, save_checkpoint
 from tests.checkpoint.fakes import MODEL, FakeEngine
 from tests.faults.report import as_typed, store
 
@@ -44,9 +44,13 @@ class Damager:
     def __init__(self, folder: Path, seed: int) -> None:
         self.rng, self.folder = random.Random(seed), folder / "a"
         texts = {"a.yml": "x: 1\ny: 2\n"}
-        save_checkpoint(self.folder, FakeEngine(seed=1), {"iteration": 7}, model_config=MODEL, config_texts=texts)
-        self.path = save_checkpoint(self.folder, FakeEngine(seed=2), {"iteration": 9}, model_config=MODEL, config_texts=texts)
-        other = save_checkpoint(folder / "b", FakeEngine(seed=2), {"iteration": 9}, model_config=MODEL, config_texts=texts)
+        save_checkpoint(self.folder, FakeEngine(seed=1), {"iteration": 7}, SaveOptions(model_config=MODEL, config_texts=texts))
+        self.path = save_checkpoint(
+            self.folder, FakeEngine(seed=2), {"iteration": 9}, SaveOptions(model_config=MODEL, config_texts=texts)
+        )
+        other = save_checkpoint(
+            folder / "b", FakeEngine(seed=2), {"iteration": 9}, SaveOptions(model_config=MODEL, config_texts=texts)
+        )
         self.good = {name: (self.path / name).read_bytes() for name in [*read_manifest(self.path).files, MANIFEST]}
         self.other = {name: (other / name).read_bytes() for name in self.good}
 

@@ -44,6 +44,7 @@ def say(pipe: int, *words: object) -> None:
 def live(rank: int, folder: Path, mode: str, pipe: int) -> None:
     """A rank's life: resume, train, save after each step, until it is killed or the run is over."""
     from megatron.checkpoint.background import Saver
+    from megatron.checkpoint.save import SaveOptions
     from megatron.launch.environment import init_process_group, read_rank_environment
     from tests.faults.checkpoint_run import Run, model_of
 
@@ -60,7 +61,7 @@ def live(rank: int, folder: Path, mode: str, pipe: int) -> None:
         say(pipe, "step", rank, run.iteration, loss, norm, run.digest())
         if rank == 0:
             say(pipe, "save", 0, run.iteration)
-        saver.save(folder, run.engine, run.state, keep_last=2, **run.options)
+        saver.save(folder, run.engine, run.state, SaveOptions(keep_last=2, **run.options))
         if mode == "sync" and rank == 0:
             say(pipe, "whole", 0, run.iteration)
         if mode == "async":

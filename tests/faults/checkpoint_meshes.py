@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron.checkpoint.save import save_checkpoint
+from megatron.checkpoint.save import SaveOptions, save_checkpoint
 from megatron.parallel.shard_spec import slice_of
 from tests.faults.checkpoint_run import Run, model_of
 from tests.faults.report import as_typed, store
@@ -79,7 +79,7 @@ def save_job(folder: str, mesh: Mesh3, dtype: str, zero_stage: int) -> tuple[Pie
     run = Run("deepspeed", model_of(4, dropout=0.0), pp=mesh[0], tp=mesh[2], zero_stage=zero_stage, dtype=dtype)
     for _ in range(3):
         run.step()
-    save_checkpoint(Path(folder), run.engine, run.state, **run.options)
+    save_checkpoint(Path(folder), run.engine, run.state, SaveOptions(**run.options))
     saved = pieces(run)
     loss = run.step()[0]
     run.engine.close()

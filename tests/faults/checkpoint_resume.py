@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron.checkpoint.save import save_checkpoint
+from megatron.checkpoint.save import SaveOptions, save_checkpoint
 from megatron.registry import layer_names
 from tests.faults.checkpoint_run import Run, model_of
 from tests.faults.report import as_typed, store
@@ -41,7 +41,7 @@ def stop_everywhere(
     whole, record = Run("single", config), list[Step]()
     for _ in range(steps):
         record.append(advance(whole))
-        save_checkpoint(folder, whole.engine, whole.state, **whole.options)
+        save_checkpoint(folder, whole.engine, whole.state, SaveOptions(**whole.options))
     other, wrong, compared = Run("single", config, seed=99), list[str](), 0
     stops = only or tuple(range(1, steps))
     for k in stops:

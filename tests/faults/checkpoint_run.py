@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron.checkpoint.load import LoadOptions
 from megatron.checkpoint.resume import resume
 from megatron.engine.base import Engine, EngineSettings
 from megatron.engine.build import build_engine
@@ -89,13 +90,13 @@ class Run:
         """Arguments of every save."""
         return {"model_config": self.config.to_dict(), "config_texts": {"a.yml": "x: 1\n"}}
 
-    def resume(self, folder: Path, **options: Any) -> tuple[str, ...]:
-        """Go on from what is in the folder, as a run does when it begins; what was skipped."""
-        options = {"model_config": self.config.to_dict(), "in_place": True, **options}
-        found = resume(folder, self.engine, save_dir=folder, **options)
-        self.iteration = found.state.get("iteration", 0)
-        self.cursor = found.state.get("consumed_samples", 0)
-        return found.skipped
+    def resume(self, folder: Path, iteration: int | None = None) -> tuple[str, ...]:
+        """Resume from the folder as a run does when it starts; the checkpoints that were skipped."""
+        options = LoadOptions(model_config=self.config.to_dict(), in_place=True)
+        resumed = resume(folder, self.engine, options, iteration=iteration, save_dir=folder)
+        self.iteration = resumed.state.get("iteration", 0)
+        self.cursor = resumed.state.get("consumed_samples", 0)
+        return resumed.skipped
 
     def digest(self) -> str:
         """SHA-256 of this rank's weights, masters, moments, steps, random states, cursor."""

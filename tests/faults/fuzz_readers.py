@@ -163,23 +163,25 @@ def _sentencepiece(root: Path) -> None:
 
 
 def _checkpoint_seeds(root: Path) -> None:
-    from megatron.checkpoint.save import save_checkpoint
+    from megatron.checkpoint.save import SaveOptions, save_checkpoint
     from tests.checkpoint.fakes import MODEL, FakeEngine
 
     for step in (7, 9):
-        save_checkpoint(root, FakeEngine(seed=step), {"iteration": step}, model_config=MODEL, config_texts={"a.yml": "x: 1"})
+        save_checkpoint(
+            root, FakeEngine(seed=step), {"iteration": step}, SaveOptions(model_config=MODEL, config_texts={"a.yml": "x: 1"})
+        )
 
 
 def _checkpoint(root: Path) -> None:
     """Where `damages` finds nothing in the newest one, a resume takes it."""
-    from megatron.checkpoint.load import damages
+    from megatron.checkpoint.load import LoadOptions, damages
     from megatron.checkpoint.resume import resume
     from megatron.errors import CheckpointError
     from tests.checkpoint.fakes import MODEL, FakeEngine
 
     whole = [step for step in (7, 9) if not damages(root / f"global_step{step}")]
     try:
-        found = resume(root, FakeEngine(seed=1), model_config=MODEL)
+        found = resume(root, FakeEngine(seed=1), LoadOptions(model_config=MODEL))
     except CheckpointError as error:
         if "of another model" in error.what:
             return

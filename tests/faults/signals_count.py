@@ -76,7 +76,7 @@ def job(folder: Path, spec: dict[str, Any]) -> dict[str, Any]:
 
 def one(root: Path, number: int, rng: random.Random, unbroken: dict[str, float]) -> dict[str, Any]:
     """One trial; `wrong` is empty when all went well."""
-    from megatron.checkpoint.layout import whole_steps
+    from megatron.checkpoint.layout import complete_steps
 
     mesh = MESHES[number % len(MESHES)]
     kind = rng.choice([signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
@@ -95,8 +95,8 @@ def one(root: Path, number: int, rng: random.Random, unbroken: dict[str, float])
     if not wrong:
         step = results[0]["iteration"]
         wrong = "" if step == results[1]["iteration"] else "the ranks left at different steps"
-        if not wrong and step and max(whole_steps(save), default=None) != step:
-            wrong = f"step {step} is not saved: {sorted(whole_steps(save))}"
+        if not wrong and step and max(complete_steps(save), default=None) != step:
+            wrong = f"step {step} is not saved: {sorted(complete_steps(save))}"
         if not wrong and step < STEPS - 2:
             wrong = _resumed(root / f"resume{number}", mesh, save, step, unbroken)
     if wrong:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron.checkpoint.layout import whole_steps
+from megatron.checkpoint.layout import complete_steps
 from megatron.engine.base import StepResult
 from megatron.engine.schedule import learning_rate
 from megatron.engine.skip_step import StepLimits, should_skip
@@ -99,7 +99,7 @@ def test_a_spent_budget_rewinds_past_the_samples(tmp_path: Path) -> None:
     late = [s for s in recorder.steps if s.iteration > 6]
     assert [list(s.sample_ids) for s in late] == [list(range(8 * i - 8, 8 * i)) for i in (7, 8, 9)]
     assert late[0].learning_rate == learning_rate(4, CURVE), "the schedule went back with the weights"
-    assert 9 in whole_steps(tmp_path / "b")
+    assert 9 in complete_steps(tmp_path / "b")
 
 
 def test_rewinds_have_a_limit_and_need_a_checkpoint(tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def test_no_false_alarm_in_ten_thousand_steps_with_a_long_compile() -> None:
             moves, since = moves + 1, now
         for roll in rolls:
             for rank in range(3):
-                roll.hear(beat(rank, moves, now - since, settled=not compiling), now)
+                roll.receive(beat(rank, moves, now - since, settled=not compiling), now)
         assert all(roll.alarm(now) is None for roll in rolls), now
     assert moves > 1400
     assert START_FACTOR * timeout >= 600
@@ -68,7 +68,7 @@ def test_the_silent_rank_is_named_although_the_others_stand_longer() -> None:
     for tick in range(9):
         for rank in range(3):
             if rank != 2 or tick == 0:
-                roll.hear(beat(rank, 11 if rank != 2 else 10, 4.0 * tick, f"step, {IN_COLLECTIVE} all_reduce"), 4.0 * tick)
+                roll.receive(beat(rank, 11 if rank != 2 else 10, 4.0 * tick, f"step, {IN_COLLECTIVE} all_reduce"), 4.0 * tick)
     alarm = roll.alarm(32.1)
     assert alarm is not None
     assert alarm.lost
@@ -82,7 +82,7 @@ def test_the_silent_rank_is_named_although_the_others_stand_longer() -> None:
 def test_the_rank_that_moved_least_is_named() -> None:
     roll = Membership(T, 4)
     for rank in range(4):
-        roll.hear(beat(rank, 9 if rank == 1 else 10, T + 1), 100.0)
+        roll.receive(beat(rank, 9 if rank == 1 else 10, T + 1), 100.0)
     alarm = roll.alarm(100.0)
     assert alarm is not None
     assert (alarm.lost, alarm.culprits) == (False, (1,))
@@ -92,7 +92,7 @@ def test_of_equal_ranks_the_one_outside_a_collective_is_named() -> None:
     roll = Membership(T, 3)
     for rank in range(3):
         phase = "forward/backward" if rank == 0 else f"forward/backward, {IN_COLLECTIVE} recv"
-        roll.hear(beat(rank, 10, T + 1, phase), 100.0)
+        roll.receive(beat(rank, 10, T + 1, phase), 100.0)
     alarm = roll.alarm(100.0)
     assert alarm is not None
     assert alarm.culprits == (0,)
@@ -101,28 +101,28 @@ def test_of_equal_ranks_the_one_outside_a_collective_is_named() -> None:
 def test_who_left_well_is_no_culprit_and_who_left_badly_is_at_once() -> None:
     roll = Membership(T, 3)
     for rank in range(3):
-        roll.hear(beat(rank), 0.0)
-    roll.hear(replace(beat(1), ended="finished"), 1.0)
+        roll.receive(beat(rank), 0.0)
+    roll.receive(replace(beat(1), ended="finished"), 1.0)
     for now in (10.0, 20.0, 29.0):
-        roll.hear(beat(0, int(now)), now)
-        roll.hear(beat(2, int(now)), now)
+        roll.receive(beat(0, int(now)), now)
+        roll.receive(beat(2, int(now)), now)
         assert roll.alarm(now) is None
-    roll.hear(replace(beat(2), ended="DataError: sample 77 is damaged", code=3), 29.5)
+    roll.receive(replace(beat(2), ended="DataError: sample 77 is damaged", code=3), 29.5)
     alarm = roll.alarm(29.6)
     assert alarm is not None
     assert alarm.culprits == (2,)
     assert "sample 77 is damaged (exit code 3)" in alarm.text
-    assert "never heard of" not in alarm.text
+    assert "no heartbeat ever from" not in alarm.text
 
 
 def test_who_left_because_of_another_is_no_culprit_and_its_words_are_taken_over() -> None:
     roll = Membership(T, 3)
     for rank in range(3):
-        roll.hear(beat(rank), 0.0)
-    roll.hear(replace(beat(1), ended="rank 0 is lost", code=22), 1.0)
+        roll.receive(beat(rank), 0.0)
+    roll.receive(replace(beat(1), ended="rank 0 is lost", code=22), 1.0)
     assert roll.alarm(1.0) is None
     assert roll.missing(1.0, T) == []
-    roll.hear(replace(beat(1), ended="another rank hangs", code=21, report="stuck: rank 0\n..."), 2.0)
+    roll.receive(replace(beat(1), ended="another rank hangs", code=21, report="stuck: rank 0\n..."), 2.0)
     alarm = roll.alarm(2.0)
     assert alarm is not None
     assert (alarm.lost, alarm.text) == (False, "stuck: rank 0\n...")
@@ -130,8 +130,8 @@ def test_who_left_because_of_another_is_no_culprit_and_its_words_are_taken_over(
 
 def test_datagrams_that_overtake_each_other_or_come_from_elsewhere() -> None:
     roll = Membership(T, 2)
-    roll.hear(beat(1, 10), 5.0)
-    roll.hear(beat(1, 9), 6.0)
+    roll.receive(beat(1, 10), 5.0)
+    roll.receive(beat(1, 9), 6.0)
     assert roll.facts()[1].moves == 10
     data = beat(1).encode("abc")
     assert Heartbeat.decode(data, "abc") == beat(1)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from megatron.checkpoint.layout import whole_steps
+from megatron.checkpoint.layout import complete_steps
 from megatron.errors import ConfigError
 from megatron.reliability.signals import ECHO_S, StopSignals, TimeLimit, seconds_of, signal_numbers
 from megatron.reliability.stop import EXIT_SAVED, EXIT_UNSAVED, Control
@@ -62,7 +62,7 @@ def test_one_process_saves_and_leaves(tmp_path: Path, number: int) -> None:
     run, recorder = train(make_engine(), tmp_path, options(20, save_rule=rule), hooks=hooks, control=control)
     control.close()
     assert (run.exit_code, run.stop, run.state.iteration) == (EXIT_SAVED, signal.Signals(number).name, 3)
-    assert sorted(whole_steps(tmp_path)) == [3]
+    assert sorted(complete_steps(tmp_path)) == [3]
     assert recorder.heard[-1] == f"stopped: {signal.Signals(number).name}"
     assert signal.getsignal(signal.SIGINT) is before, "the handlers before are back"
     whole, rest = train(make_engine(), None, options(5)), train(make_engine(), tmp_path, options(5), resume=True)
@@ -82,7 +82,7 @@ def test_before_the_first_step_there_is_nothing_to_save(tmp_path: Path) -> None:
     signals.note(signal.SIGTERM)
     run, recorder = train(make_engine(), tmp_path, options(20), control=Control(signals=signals))
     assert (run.exit_code, run.state.iteration, recorder.steps) == (EXIT_SAVED, 0, [])
-    assert not whole_steps(tmp_path)
+    assert not complete_steps(tmp_path)
 
 
 def test_a_signal_while_waiting_for_data_leaves_without_the_data(tmp_path: Path) -> None:
@@ -101,7 +101,7 @@ def test_a_signal_while_waiting_for_data_leaves_without_the_data(tmp_path: Path)
     run, _ = train(make_engine(), tmp_path, options(20), control=control, data=stalled)
     assert time.monotonic() - begin < 20
     assert (run.exit_code, run.state.iteration, run.state.consumed_samples) == (EXIT_SAVED, 4, 32)
-    assert sorted(whole_steps(tmp_path)) == [4]
+    assert sorted(complete_steps(tmp_path)) == [4]
 
 
 def test_a_signal_during_an_evaluation_gives_it_up(tmp_path: Path) -> None:

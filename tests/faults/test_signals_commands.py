@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron.checkpoint.layout import whole_steps
+from megatron.checkpoint.layout import complete_steps
 from megatron.launch.runners import children
 from tests.commands import run_here
 from tests.parallel.rank_server import free_port
@@ -65,11 +65,11 @@ def test_one_process(config: Path) -> None:
     child.send_signal(signal.SIGUSR1)
     text = end(child)
     assert "stopped: SIGUSR1 at iteration" in text
-    first = max(whole_steps(config.parent / "save"))
+    first = max(complete_steps(config.parent / "save"))
     child = start(config, "--set", f"train_iters={first + 100_000}")
     child.send_signal(signal.SIGTERM)
     end(child)
-    assert max(whole_steps(config.parent / "save")) > first
+    assert max(complete_steps(config.parent / "save")) > first
 
 
 @pytest.mark.slow
@@ -81,7 +81,7 @@ def test_two_ranks_through_the_launcher(config: Path, number: int) -> None:
     name = "SIGTERM" if number == signal.SIGHUP else signal.Signals(number).name
     assert f"stopped: {name} at iteration" in text
     assert "its work is saved" in text
-    assert whole_steps(config.parent / "save")
+    assert complete_steps(config.parent / "save")
 
 
 @pytest.mark.slow

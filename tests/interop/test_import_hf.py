@@ -138,7 +138,7 @@ def test_weights_that_do_not_fit(folder: Path, tmp_path: Path, edit: Any, word: 
 def test_wrong_folders(folder: Path, tmp_path: Path, make_checkpoint: Make) -> None:
     with pytest.raises(ExportError, match="no such folder"):
         import_folder(tmp_path / "nowhere", tmp_path / "ck")
-    with pytest.raises(ExportError, match="checkpoint of ours"):
+    with pytest.raises(ExportError, match="already is a checkpoint"):
         import_folder(make_checkpoint(name="other"), tmp_path / "ck")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ExportError, match=r"config\.json is missing"):

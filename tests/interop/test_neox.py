@@ -147,7 +147,7 @@ def change(stages: dict[int, list[dict[str, Tensor]]], what: str) -> None:
         ("missing", "k_gate.weight' is not in the checkpoint(.|\n)*stage 02"),
         ("extra", "stage 02 holds tensors(.|\n)*attention.dense.bias"),
         ("size", "l1.weight' has another size"),
-        ("differ", "aug_balance' cannot be joined(.|\n)*differ between the tensor ranks"),
+        ("differ", "aug_balance' cannot be merged(.|\n)*differ between the tensor ranks"),
     ],
 )
 def test_what_does_not_fit_is_named(tmp_path: Path, what: str, says: str) -> None:

@@ -145,10 +145,10 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
         ({"num_heads": 3, "hidden_size": 48}, "another size"),
         (
             {"layer_options": {"global": {"positions": "rotary", "bias": True, "kv_heads": 2}}},
-            "cannot be taken out of 'attention.query_key_value",
+            "cannot be selected from 'attention.query_key_value",
         ),
         ({"embedding_norm": True}, "GPT-NeoX has none for"),
-        ({"mlp": "gated", "mlp_width": 24}, "l3.weight' cannot be joined"),
+        ({"mlp": "gated", "mlp_width": 24}, "l3.weight' cannot be merged"),
         ({"layer_options": {"global": {"positions": "rotary", "bias": True, "qk_norm": True}}}, "q_norm' is not in"),
     ):
         with pytest.raises(CheckpointError, match=said):

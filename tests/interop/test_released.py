@@ -137,7 +137,7 @@ def test_untied_output_matrix(tmp_path: Path) -> None:
     [
         ({"transformer.layers.1.mixer.g_norm.weight": torch.ones(8)}, {}, "ThunderKittens"),
         ({"transformer.layers.0.mixer.conv.conv.weight": None}, {}, "no convolution"),
-        ({"transformer.layers.1.mixer.proj_q.weight": None}, {}, "no mixer we know"),
+        ({"transformer.layers.1.mixer.proj_q.weight": None}, {}, "has an unknown mixer"),
         ({"transformer.ln_f.weight": None}, {}, "hold no"),
         ({"transformer.surprise": torch.ones(2)}, {}, "more than this layout"),
         ({}, {"alt_mixer": {**SETTINGS["alt_mixer"], "feature_dim": 5}}, "do not make"),

@@ -45,7 +45,7 @@ def test_a_missing_host_file_names_no_hosts_to_slurm(capsys: pytest.CaptureFixtu
 
 
 def test_a_missing_host_file_does_not_hide_that_hosts_are_needed(started: list[Job]) -> None:
-    with pytest.raises(ConfigError, match="num_nodes 2 needs to know the hosts"):
+    with pytest.raises(ConfigError, match="num_nodes 2 needs the names of the hosts"):
         deepy.main([TRAIN, QUICK, "-H", "/mock_path", "--num_nodes", "2"])
     assert not started
 
@@ -62,7 +62,7 @@ def test_host_files_that_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(LaunchError, match="cannot read the host file"):
         find_pool(str(tmp_path))
     path.write_text("a slots=none\n")
-    with pytest.raises(LaunchError, match="is no line of a host file"):
+    with pytest.raises(LaunchError, match="is not a line of a host file"):
         find_pool(str(path))
     path.write_text("localhost slots=2\n")
     monkeypatch.setenv("DLTS_HOSTFILE", str(path))  # GPT-NeoX's variable

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from megatron.errors import ConfigError, LaunchError
-from megatron.launch.job import SUPERVISOR, Job, plan_job
-from megatron.launch.options import LaunchOptions, Machine
+from megatron.launch.job import Job, plan_job
+from megatron.launch.options import SUPERVISOR, LaunchOptions, Machine
 from megatron.launch.preview import describe
 from megatron.launch.runners import chosen_devices, rendezvous_port
 
@@ -86,7 +86,7 @@ def test_dry_run_is_one_process_whatever_the_mesh() -> None:
         (CPU, POOL, {"model_parallel_size": 3}, "8 processes cannot hold"),
         (CPU, POOL, {"include": "n1", "exclude": "n2"}, "contradict"),
         (CPU, None, {"launcher": "magic"}, "unknown launcher"),
-        (CPU, None, {"num_nodes": 2}, "needs to know the hosts"),
+        (CPU, None, {"num_nodes": 2}, "needs the names of the hosts"),
         (CPU, POOL, {"launcher": "openmpi", "include": "n1:1"}, "single slots"),
         (CPU, {"a": 1, "b": 2}, {"launcher": "slurm"}, "uneven"),
         (CPU, None, {"launcher": "none", "model_parallel_size": 2}, "cannot hold"),
@@ -118,9 +118,9 @@ def test_without_a_port_in_the_configuration_two_jobs_get_two() -> None:
     """Both free ports are bound at once, so that they cannot be one."""
     plain = LaunchOptions()
     with socket.socket() as first, socket.socket() as second:
-        first.bind(("", rendezvous_port(plain, given=False, hosts=0)))
-        second.bind(("", rendezvous_port(plain, given=False, hosts=0)))
-    many = {rendezvous_port(LaunchOptions(hostfile="h"), given=False, hosts=2) for _ in range(5)}
+        first.bind(("", rendezvous_port(plain, is_configured=False, hosts=0)))
+        second.bind(("", rendezvous_port(plain, is_configured=False, hosts=0)))
+    many = {rendezvous_port(LaunchOptions(hostfile="h"), is_configured=False, hosts=2) for _ in range(5)}
     assert len(many) > 1 and 29500 not in many, "one command tells all hosts, so that the port may be any"
 
 

@@ -141,12 +141,12 @@ def test_slurm_time(limit: str | int | None, asked: str | None, slurm: str) -> N
 
 def test_what_cannot_stand_in_a_job_file_is_refused() -> None:
     for options in (dataclasses.replace(OPTIONS, comment="a\n#SBATCH --uid=0"), dataclasses.replace(OPTIONS, account="a\x00")):
-        with pytest.raises(ConfigError, match="cannot stand in a job file"):
+        with pytest.raises(ConfigError, match="cannot be in a job file"):
             job_file("slurm", options, shape(), SITE)
-    with pytest.raises(ConfigError, match="cannot stand in a job file"):
+    with pytest.raises(ConfigError, match="cannot be in a job file"):
         job_file("slurm", OPTIONS, dataclasses.replace(shape(), run_dir="a\nb"), SITE)
     for bad in ("soon", "1:2:3:4", "1;x"):
-        with pytest.raises(ConfigError, match="is not a time of Slurm"):
+        with pytest.raises(ConfigError, match="is not a Slurm time"):
             job_file("slurm", OPTIONS, shape(), Site(time=bad))
     with pytest.raises(ConfigError, match="cannot hold"):
         shape_of(LaunchOptions(num_nodes=1, num_gpus=3, model_parallel_size=2), "a", "r", (), True)

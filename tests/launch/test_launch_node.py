@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron.launch.node import rank_environment, verdict
+from megatron.launch.node import job_exit_code, rank_environment
 from tests.launch.tiny_run import write_run
 from tests.parallel.rank_server import free_port
 from tests.tiny_run import losses
@@ -63,8 +63,8 @@ def test_the_code_is_that_of_the_ranks(codes: tuple[str, str], code: int, tmp_pa
     assert process.returncode == code
 
 
-def test_verdict() -> None:
-    assert [verdict(codes) for codes in ([], [0, 0], [-9, 22], [22, 3], [0, -15], [-11, -9])] == [0, 0, 22, 22, 143, 139]
+def test_job_exit_code() -> None:
+    assert [job_exit_code(codes) for codes in ([], [0, 0], [-9, 22], [22, 3], [0, -15], [-11, -9])] == [0, 0, 22, 22, 143, 139]
 
 
 @pytest.mark.slow

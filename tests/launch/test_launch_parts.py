@@ -14,7 +14,8 @@ import pytest
 from megatron.errors import ConfigError, LaunchError
 from megatron.launch import exports
 from megatron.launch.hosts import choose_hosts, parse_hostfile
-from megatron.launch.job import SUPERVISOR, Job
+from megatron.launch.job import Job
+from megatron.launch.options import SUPERVISOR
 from megatron.launch.runners import run_job
 from megatron.launch.stderr_follower import FirstError
 
@@ -59,7 +60,7 @@ def test_filters(options: dict[str, object], hosts: dict[str, tuple[int, ...]]) 
     [
         ({"include": "c"}, "not in the host file"),
         ({"include": "b:2"}, "no slot 2"),
-        ({"include": "b:x"}, "no host:slot"),
+        ({"include": "b:x"}, "is not host:slot"),
         ({"exclude": "a@b"}, "leaves no host"),
         ({"num_nodes": 3}, "more than the 2 hosts"),
         ({"num_gpus": 3}, "more than the 2 slots of b"),

@@ -25,8 +25,8 @@ from megatron.config.neox_keys import NEOX_KEYS
 from megatron.config.schema import key_fields
 from megatron.errors import UserError
 from megatron.launch import shell_safety as shell_words
-from megatron.launch.job import SUPERVISOR, Job, plan_job
-from megatron.launch.options import LaunchOptions, Machine
+from megatron.launch.job import Job, plan_job
+from megatron.launch.options import SUPERVISOR, LaunchOptions, Machine
 from megatron.launch.preview import runner_command
 from tests.launch.tiny_run import write_run
 
@@ -166,7 +166,7 @@ def test_words_of_launchers_are_refused_by_name(key: str, kind: str) -> None:
 def test_hosts_are_names(name: str, hosts: Hosts, monkeypatch: pytest.MonkeyPatch) -> None:
     (hosts.folder / "hosts").write_text(f"{name} slots=1\nn2 slots=1\n")
     config = write_run(hosts.folder / "data", hostfile=str(hosts.folder / "hosts"), num_gpus=1)
-    assert "is no name of a host" in str(planned(monkeypatch, str(config)))
+    assert "is not a host name" in str(planned(monkeypatch, str(config)))
 
 
 @pytest.mark.parametrize("name", ["node-1.cluster", "10.0.0.7", "me@node", "fe80::1"])

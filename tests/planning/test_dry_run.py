@@ -17,7 +17,7 @@ from megatron.model.config import ModelConfig
 from megatron.parallel.mesh import Mesh
 from megatron.planning.capacity import limits
 from megatron.planning.dry_run import DeviceLimits, RunShape, advice, peak, report
-from megatron.planning.memory import _measure, rank_footprint
+from megatron.planning.memory import _measure, rank_memory
 
 MODEL = ModelConfig(vocab_size=256, hidden_size=64, num_layers=4, num_heads=4, mlp_width=128, layer_types=("global",) * 4)
 SETTINGS = EngineSettings(micro_batch=4, seq_length=64)
@@ -27,7 +27,7 @@ WIDE = 64 * 4 * 64 * 4  # bytes of one [b, s, d] in fp32
 
 def of(settings: EngineSettings = SETTINGS, deepspeed: bool = False, **mesh: int) -> object:
     sizes = {"pp": 1, "tp": 1, "world": 1, "rank": 0, **mesh}
-    return rank_footprint(MODEL, Mesh.shape_only(sizes["pp"], sizes["tp"], sizes["world"], sizes["rank"]), settings, deepspeed)
+    return rank_memory(MODEL, Mesh.shape_only(sizes["pp"], sizes["tp"], sizes["world"], sizes["rank"]), settings, deepspeed)
 
 
 def test_a_chain_of_known_size_is_counted_to_the_byte() -> None:
@@ -37,10 +37,10 @@ def test_a_chain_of_known_size_is_counted_to_the_byte() -> None:
         x = torch.empty(8, 16, requires_grad=True)
         piece = _measure(lambda x: torch.relu(layer(x)), [layer], x)
     out = 8 * 32 * 4
-    assert piece.kept == out
+    assert piece.saved == out
     assert piece.forward == 2 * out
     assert piece.gradients == (16 * 32 + 32) * 4
-    assert piece.backward >= piece.kept + out + piece.gradients + 8 * 16 * 4
+    assert piece.backward >= piece.saved + out + piece.gradients + 8 * 16 * 4
 
 
 def test_parts_of_one_process() -> None:
@@ -87,10 +87,10 @@ def test_turns_that_are_left_out_take_no_memory_of_their_own(mixer: str, monkeyp
     options = {"jrt": {"prefix_length": 500}} if mixer == "jrt" else {}
     model = replace(MODEL, layer_types=(mixer,), num_layers=1, layer_options=options)
     settings = replace(SETTINGS, seq_length=1000, micro_batch=5, dtype="bf16")
-    few = rank_footprint(model, Mesh.single(), settings, deepspeed=False)
+    few = rank_memory(model, Mesh.single(), settings, deepspeed=False)
     for operator in ("opaque", "ssm", "prefix"):
         monkeypatch.setattr(f"megatron.ops.{operator}.has_numbers", lambda x: True)
-    assert rank_footprint(model, Mesh.single(), settings, deepspeed=False) == few
+    assert rank_memory(model, Mesh.single(), settings, deepspeed=False) == few
 
 
 def test_a_mesh_that_the_model_does_not_fit_is_refused() -> None:

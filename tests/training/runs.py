@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from megatron.checkpoint.find import find_checkpoint
-from megatron.checkpoint.load import load_checkpoint
-from megatron.checkpoint.save import save_checkpoint
+from megatron.checkpoint.load import LoadOptions, load_checkpoint
+from megatron.checkpoint.save import SaveOptions, save_checkpoint
 from megatron.engine.base import Engine, EngineSettings
 from megatron.engine.build import build_engine
 from megatron.engine.schedule import ScheduleConfig, learning_rate
@@ -146,7 +146,7 @@ def train(
     state = TrainState()
     path = find_checkpoint(folder, None, folder) if resume and folder else None
     if path is not None:
-        state = TrainState.from_dict(load_checkpoint(path, engine, model_config=MODEL.to_dict()))
+        state = TrainState.from_dict(load_checkpoint(path, engine, LoadOptions(model_config=MODEL.to_dict())))
     recorder = Recorder()
     own: list[Hook] = [recorder, *hooks]
     if metrics is not None and engine.mesh.rank == 0:
@@ -155,12 +155,12 @@ def train(
 
     def save(now: TrainState) -> Path:
         assert folder is not None
-        return save_checkpoint(folder, engine, now.to_dict(), model_config=MODEL.to_dict(), keep_last=keep_last)
+        return save_checkpoint(folder, engine, now.to_dict(), SaveOptions(model_config=MODEL.to_dict(), keep_last=keep_last))
 
     def rewind() -> Mapping[str, Any]:
         newest = find_checkpoint(folder, None, folder) if folder else None
         assert newest is not None
-        return load_checkpoint(newest, engine, model_config=MODEL.to_dict())
+        return load_checkpoint(newest, engine, LoadOptions(model_config=MODEL.to_dict()))
 
     asked = None if control is None else control.stop_asked
     validate = Evaluator(engine, lambda: data(engine.mesh, 10_000), 2, stop_asked=asked)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron.checkpoint.layout import whole_steps
+from megatron.checkpoint.layout import complete_steps
 from megatron.engine.base import StepResult
 from megatron.errors import TrainingError
 from megatron.observe.jsonl import read_rows
@@ -42,7 +42,7 @@ def test_order_of_moments(tmp_path: Path) -> None:
     assert run.state.iteration == 5
     assert run.state.consumed_samples == 5 * 8
     assert run.state.consumed_tokens == 5 * 8 * 16
-    assert sorted(whole_steps(tmp_path)) == [0, 2, 4, 5]
+    assert sorted(complete_steps(tmp_path)) == [0, 2, 4, 5]
     assert (tmp_path / "latest").read_text() == "global_step5"
 
 
@@ -83,7 +83,7 @@ def test_exit_interval_saves_and_says_why(tmp_path: Path) -> None:
     run, recorder = train(make_engine(), tmp_path, options(20, exit_interval=3))
     assert run.stop == "exit_interval 3"
     assert run.state.iteration == 3
-    assert sorted(whole_steps(tmp_path)) == [3]
+    assert sorted(complete_steps(tmp_path)) == [3]
     assert recorder.heard[-1] == "stopped: exit_interval 3"
     assert "validation 3" not in recorder.heard
 
@@ -95,7 +95,7 @@ def test_a_hook_may_stop_the_run(tmp_path: Path) -> None:
                 run.request_stop("enough")
 
     run, _ = train(make_engine(), tmp_path, options(20), hooks=[Stopper()])
-    assert (run.stop, run.state.iteration, sorted(whole_steps(tmp_path))) == ("enough", 2, [2])
+    assert (run.stop, run.state.iteration, sorted(complete_steps(tmp_path))) == ("enough", 2, [2])
 
 
 def test_resume_is_bit_equal(tmp_path: Path) -> None:
@@ -156,7 +156,7 @@ def test_bad_numbers_in_the_weights_stop_the_run(tmp_path: Path, result: StepRes
     assert "samples 24 to 31" in text
     assert "24, 25, 26" in text
     assert "step 2" in text
-    assert sorted(whole_steps(tmp_path)) == [2]
+    assert sorted(complete_steps(tmp_path)) == [2]
     train(make_engine(), tmp_path, options(4), resume=True)
 
 
@@ -177,7 +177,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, where: str) -
     engine.train_step = train_step  # type: ignore[method-assign]
     with pytest.raises(TrainingError, match="step 4: weights or optimizer state are not finite: model.embed_tokens.weight"):
         train(engine, tmp_path, options(20, save_rule=SaveRule(factor=2, train_iters=20)))
-    assert sorted(whole_steps(tmp_path)) == [2]
+    assert sorted(complete_steps(tmp_path)) == [2]
     engine.train_step = real  # type: ignore[method-assign]
     with pytest.raises(TrainingError, match="not finite"):
         train(engine, None, options(1))

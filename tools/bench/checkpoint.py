@@ -34,9 +34,9 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from megatron.checkpoint import save as saving
 from megatron.checkpoint.background import Saver
-from megatron.checkpoint.load import load_checkpoint
+from megatron.checkpoint.load import LoadOptions, load_checkpoint
 from megatron.checkpoint.safetensors_writer import threads, write_files
-from megatron.checkpoint.save import save_checkpoint
+from megatron.checkpoint.save import SaveOptions, save_checkpoint
 from megatron.engine.base import MOMENTS, Engine, EngineSettings, MicroBatch, OptimizerSlice, StepResult, copy_all
 from megatron.files import write_json
 from megatron.model.build import param_specs
@@ -137,7 +137,7 @@ class Methods:
 
         shutil.rmtree(self.ours, ignore_errors=True)
         with patch.object(saving, "write_files", write):
-            save_checkpoint(self.ours, self.full, {"iteration": 1}, model_config=self.config.to_dict())
+            save_checkpoint(self.ours, self.full, {"iteration": 1}, SaveOptions(model_config=self.config.to_dict()))
 
     def _dcp(self, count: int) -> None:
         shutil.rmtree(self.tree, ignore_errors=True)
@@ -172,7 +172,9 @@ class Methods:
             dcp_load(self.empty.state_dict(), checkpoint_id=self.tree, no_dist=True)
 
         def own(verify: bool) -> None:
-            load_checkpoint(step, self.empty, model_config=self.config.to_dict(), verify=verify, load_rng=False, in_place=True)
+            load_checkpoint(
+                step, self.empty, LoadOptions(model_config=self.config.to_dict(), verify=verify, load_rng=False, in_place=True)
+            )
 
         return {
             "torch.load": (self.file, foreign),
@@ -235,7 +237,7 @@ def stall(methods: Methods) -> float:
     seconds = []
     for _ in range(3):
         begin = time.perf_counter()
-        saver.save(methods.ours, methods.full, state, model_config=methods.config.to_dict())
+        saver.save(methods.ours, methods.full, state, SaveOptions(model_config=methods.config.to_dict()))
         seconds.append(time.perf_counter() - begin)
         saver.wait()
     return statistics.median(seconds[1:])

@@ -37,7 +37,7 @@ from megatron.files import write_json
 from megatron.launch.environment import init_process_group, read_rank_environment
 from megatron.model.config import ModelConfig
 from megatron.parallel.mesh import Mesh
-from megatron.planning.memory import rank_footprint
+from megatron.planning.memory import rank_memory
 
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1
 _MIB = 2**20
@@ -186,7 +186,7 @@ def run_case(case: Case) -> dict[str, Any]:
         pids.append(pid)
     os.close(writer)
     prints = [
-        rank_footprint(
+        rank_memory(
             case.model, Mesh.shape_only(case.pp, case.tp, case.world, rank), case.settings, case.deepspeed, resident=True
         )
         for rank in sorted({0, case.world - 1})
