@@ -13,8 +13,8 @@ from pydantic import Field
 
 from megatron import registry
 from megatron.config import kinds
-from megatron.config.neox_keys import NEOX_KEYS, NeoxKey, Status
-from megatron.config.own_keys import OLD_ALIASES, OLD_KEYS, OWN_KEYS
+from megatron.config.neox_keys import NeoxKey, Status, neox_keys, older_keys
+from megatron.config.own_keys import OWN_KEYS
 from megatron.config.schema import key_fields
 
 
@@ -72,21 +72,18 @@ _BOUNDS = {
 @functools.cache
 def catalog() -> dict[str, KeyInfo]:
     """Every known key, sections first in their order, then keys without a section, then mixers' options."""
-    found: dict[str, KeyInfo] = {}
+    keys: dict[str, KeyInfo] = {}
+    neox = neox_keys()
     for name, field in key_fields().items():
-        row = NEOX_KEYS.get(name) or NeoxKey(name, "", None, "implemented", OWN_KEYS[name])
-        origin = "NeoX" if name in NEOX_KEYS else "ours"
+        row = neox.get(name) or NeoxKey(name, "", None, "implemented", OWN_KEYS[name])
         limits = tuple(field.info.metadata)
-        found[name] = _info(row, field.section, field.info.annotation, limits, field.default, origin)
-    for row in NEOX_KEYS.values():
-        if row.name not in found:
-            found[row.name] = _plain(row, "NeoX")
-    for name, (kind, reason) in OLD_KEYS.items():
-        found[name] = _plain(NeoxKey(name, kind, None, "refused", "A key of older NeoX files.", reason), "older NeoX")
-    for name, (kind, target) in OLD_ALIASES.items():
-        found[name] = _plain(NeoxKey(name, kind, None, "alias", f"Older spelling of {target}.", target), "older NeoX")
-    _add_layer_options(found)
-    return found
+        keys[name] = _info(row, field.section, field.info.annotation, limits, field.default, "NeoX" if name in neox else "ours")
+    for rows, origin in ((neox, "NeoX"), (older_keys(), "older NeoX")):
+        for row in rows.values():
+            if row.name not in keys:
+                keys[row.name] = _info(row, "", kinds.parse_type(row.kind), (), row.default, origin)
+    _add_layer_options(keys)
+    return keys
 
 
 def _info(row: NeoxKey, section: str, annotation: Any, limits: tuple[Any, ...], default: Any, origin: str) -> KeyInfo:
@@ -94,21 +91,17 @@ def _info(row: NeoxKey, section: str, annotation: Any, limits: tuple[Any, ...], 
     return KeyInfo(row.name, section, annotation, limits, words, default, row.status, row.doc, row.reason, origin)
 
 
-def _plain(row: NeoxKey, origin: str) -> KeyInfo:
-    return _info(row, "", kinds.parse_type(row.kind), (), row.default, origin)
-
-
-def _add_layer_options(found: dict[str, KeyInfo]) -> None:
+def _add_layer_options(keys: dict[str, KeyInfo]) -> None:
     """Mixers' options; they replace a NeoX key of the same name that has no section (`mamba_use_bias_in_conv`)."""
     for layer, options in registry.layer_options().items():
         for field, option in options.items():
             name = f"{layer}_{field}"
-            if name in found and found[name].section:
+            if name in keys and keys[name].section:
                 continue
             row = NeoxKey(name, option.type, option.default, "implemented", option.doc)
             kind = kinds.parse_type(option.type)
             limits = _limits(field, kind, option.default)
-            found[name] = _info(row, "layers", kind, limits, option.default, f"mixer {layer}")
+            keys[name] = _info(row, "layers", kind, limits, option.default, f"mixer {layer}")
 
 
 def _limits(field: str, kind: Any, default: Any) -> tuple[Any, ...]:

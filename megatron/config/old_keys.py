@@ -1,6 +1,6 @@
 """Keys of files in GPT-NeoX's repository that NeoX itself no longer knows, read as what they said.
 
-`gas` and `save_interval` are plain renamings (`own_keys.OLD_ALIASES`). Those here need another key's value: a share of the
+`gas` and `save_interval` are plain renamings (aliases in `neox_keys.tsv`). Those here need another key's value: a share of the
 learning rate becomes a rate, a number of steps a share of the schedule. Where that value is missing they are refused.
 """
 

@@ -116,24 +116,6 @@ OWN_KEYS: dict[str, str] = {
     "run_dir": "Folder of the run: config, metrics, logs, plots. Unset: the parent of save, or runs/<config name>.",
 }
 
-# key -> (type, why it is refused where `old_keys.py` cannot read it): keys of files in NeoX's repository that NeoX itself no
-# longer knows.
-OLD_KEYS: dict[str, tuple[str, str]] = {
-    "attention_type": ("str", "NeoX does not know it any more; write num_kv_heads, beside which groupedquery says nothing"),
-    "autotuning_config": ("dict", "NeoX does not know it any more, and the autotuner is not supported"),
-    "decay_lr_to": ("float", "NeoX does not know it; read as min_lr = decay_lr_to x lr where lr is given and min_lr is not"),
-    "warmup_iters": (
-        "int",
-        "NeoX does not know it; read as warmup = warmup_iters / lr_decay_iters (train_iters) where warmup is not given",
-    ),
-}
-
-# other spelling -> (type, the key): names of NeoX's past that published files, such as Pythia's, still hold.
-OLD_ALIASES: dict[str, tuple[str, str]] = {
-    "gas": ("int", "gradient_accumulation_steps"),
-    "save_interval": ("int", "checkpoint_factor"),
-}
-
 # Values of implemented keys that are not built: key -> value -> why and what to use.
 REFUSED_VALUES: dict[str, dict[str | bool, str]] = {
     "pos_emb": {

@@ -11,7 +11,7 @@ from pathlib import Path
 from megatron.config import neox_files
 from megatron.config.catalog import KeyInfo, catalog
 from megatron.config.frozen import thaw
-from megatron.config.neox_keys import NEOX_KEYS
+from megatron.config.neox_keys import neox_keys
 from megatron.config.own_keys import REFUSED_VALUES
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
@@ -98,10 +98,10 @@ def keys_page() -> str:
     ours, older = (sum(i.origin == name for i in infos) for name in ("ours", "older NeoX"))
     return _KEYS.format(
         keys=len(infos),
-        neox=len(NEOX_KEYS),
+        neox=len(neox_keys()),
         ours=ours,
         older=older,
-        mixers=len(infos) - len(NEOX_KEYS) - ours - older,
+        mixers=len(infos) - len(neox_keys()) - ours - older,
         **{status: len(rows) for status, rows in by_status.items()},
         values=len(values),
         implemented_rows=_sections(by_status["implemented"]),
