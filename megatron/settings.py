@@ -25,9 +25,8 @@ from megatron.observe.sinks import SinkOptions, WandbOptions
 from megatron.registry import layer_info
 from megatron.training.accuracy import Tally
 from megatron.training.cadence import SaveRule
-from megatron.training.guard import GuardOptions
 from megatron.training.objectives import Objective
-from megatron.training.options import FitOptions
+from megatron.training.options import FitOptions, GuardOptions
 
 
 def tokenizer_of(run: RunConfig) -> Tokenizer:

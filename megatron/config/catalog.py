@@ -14,7 +14,6 @@ from pydantic import Field
 from megatron import registry
 from megatron.config import kinds
 from megatron.config.neox_keys import NeoxKey, Status, neox_keys, older_keys
-from megatron.config.own_keys import OWN_KEYS
 from megatron.config.schema import key_fields
 
 
@@ -75,7 +74,7 @@ def catalog() -> dict[str, KeyInfo]:
     keys: dict[str, KeyInfo] = {}
     neox = neox_keys()
     for name, field in key_fields().items():
-        row = neox.get(name) or NeoxKey(name, "", None, "implemented", OWN_KEYS[name])
+        row = neox.get(name) or NeoxKey(name, "", None, "implemented", field.info.description or "")
         limits = tuple(field.info.metadata)
         keys[name] = _info(row, field.section, field.info.annotation, limits, field.default, "NeoX" if name in neox else "ours")
     for rows, origin in ((neox, "NeoX"), (older_keys(), "older NeoX")):

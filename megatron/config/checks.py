@@ -13,7 +13,7 @@ from megatron import registry
 from megatron.config import pattern
 from megatron.config.catalog import catalog
 from megatron.config.frozen import thaw
-from megatron.config.own_keys import REFUSED_VALUES
+from megatron.config.neox_keys import refused_values
 from megatron.config.problems import Problems
 from megatron.config.rules import RULES
 from megatron.config.schema import RunConfig
@@ -74,14 +74,10 @@ def _refused(run: RunConfig, problems: Problems) -> set[str]:
         if value is not None and thaw(value) != thaw(info.default):
             problems.add(f"{key}: {thaw(value)!r} is not supported", place_of(run, key), info.reason)
             found.add(key)
-    for key, reasons in REFUSED_VALUES.items():
+    for key, reasons in refused_values().items():
         value = run.get(key)
         if value in reasons:
-            problems.add(
-                f"{key}: {str(value).lower() if value is True else value} is not supported",
-                place_of(run, key),
-                reasons[value],
-            )
+            problems.add(f"{key}: {value} is not supported", place_of(run, key), reasons[value])
             found.add(key)
     return found
 

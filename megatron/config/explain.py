@@ -17,9 +17,9 @@ from pydantic import TypeAdapter
 from megatron.config import kinds
 from megatron.config.catalog import KeyInfo, catalog
 from megatron.config.frozen import thaw
+from megatron.config.neox_keys import refused_values
 from megatron.config.nested import find, is_open, names_inside, nested_catalog
 from megatron.config.nested_keys import NO_EFFECT
-from megatron.config.own_keys import REFUSED_VALUES
 from megatron.config.pages import write_pages
 from megatron.config.schema import RunConfig
 from megatron.config.yaml_reader import normalise_key
@@ -59,7 +59,7 @@ def explain(key: str, run: RunConfig | None = None) -> str:
     lines += [f"  {info.doc}"] if info.doc else []
     lines += [f"  type:    {info.type_name}", f"  default: {json.dumps(thaw(info.default))}"]
     lines.append(f"  status:  {_status(info)}")
-    for value, reason in REFUSED_VALUES.get(info.name, {}).items():
+    for value, reason in refused_values().get(info.name, {}).items():
         lines.append(f"           not {value}: {reason}")
     if run is not None:
         lines.append(f"  here:    {_value_here(info, run)}")
@@ -180,8 +180,8 @@ def _flow(value: Any) -> str:
 
 def _row(info: KeyInfo) -> str:
     cells = [f"`{info.name}`", info.type_name, f"`{json.dumps(thaw(info.default))}`", _status(info), info.doc]
-    if info.name in REFUSED_VALUES:
-        cells[3] += "; not built: " + ", ".join(str(value) for value in REFUSED_VALUES[info.name])
+    if info.name in refused_values():
+        cells[3] += "; not built: " + ", ".join(str(value) for value in refused_values()[info.name])
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from megatron.config import pattern
-from megatron.config.base import Section
+from megatron.config.frozen import Section, own
 
 GATED = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu", "bilinear": "identity", "glu": "sigmoid"}
 _LLAMA_MULTIPLE = 256
@@ -55,14 +55,19 @@ class ModelSection(Section):
     max_position_embeddings: int = Field(default=0, ge=0, le=_LONGEST)
     intermediate_size: int | None = Field(default=None, gt=0, le=_WIDEST)
     mlp_multiple_of: int = Field(default=1, gt=0, le=1 << 20)
-    mlp_branch_size: int | None = Field(default=None, gt=0, le=_WIDEST)
+    mlp_branch_size: int | None = own(None, "Width of one MLP branch; overrides every other width rule.", gt=0, le=_WIDEST)
     expansion_factor: float | None = Field(default=None, gt=0, le=1024)
-    mlp_type: Literal["regular", "llama", "none"] = "regular"
+    mlp_type: Literal["regular", "llama", "none"] = own(
+        "regular",
+        "`regular`: NeoX's MLP, gated if the activation is; `llama`: act(x W1) * (x W3) W2 whose width is intermediate_size,"
+        " else 8/3 of hidden_size rounded up to 256; `none`: blocks are a mixer alone. Unset, metala layers with activation "
+        "silu take llama, mamba layers none.",
+    )
     activation: Activation = "gelu"
     norm: Norm = "layernorm"
     layernorm_epsilon: float = Field(default=1e-5, gt=0)
     rms_norm_epsilon: float = Field(default=1e-8, gt=0)
-    simplermsnorm_epsilon: float = Field(default=1e-6, gt=0)
+    simplermsnorm_epsilon: float = own(1e-6, "Epsilon of `norm: simplermsnorm`, MetaLA's RMSNorm without a gain.", gt=0)
     bias_gelu_fusion: bool = False
     use_bias_in_mlp: bool = True
     use_bias_in_attn_linear: bool = True
@@ -77,10 +82,14 @@ class ModelSection(Section):
     init_method: Init = "normal"
     output_layer_init_method: Init = "scaled_normal"
     init_method_std: float = Field(default=0.02, ge=0)
-    mixer_init: Literal["own", "methods"] = "own"
-    embedding_scale: bool = False
-    embedding_norm: bool = False
-    residual_fp32: bool = False
+    mixer_init: Literal["own", "methods"] = own(
+        "own",
+        "Initialization of mixers that have a rule of their own (mamba: PyTorch's uniform rule): `own`, by that rule; "
+        "`methods`, by init_method and output_layer_init_method as in GPT-NeoX. Unset: methods if one of those two is given.",
+    )
+    embedding_scale: bool = own(False, "Multiply embeddings by the square root of hidden_size.")
+    embedding_norm: bool = own(False, "A norm of the type `norm` after the embedding, as in Bloom.")
+    residual_fp32: bool = own(False, "Keep the residual stream between blocks in fp32, whatever the dtype of the weights.")
     hidden_dropout: float = Field(default=0.0, ge=0, lt=1)
     attention_dropout: float = Field(default=0.0, ge=0, lt=1)
     make_vocab_size_divisible_by: int = Field(default=128, gt=0, le=1 << 20)

@@ -18,8 +18,7 @@ from typing import Any, Literal, NamedTuple
 
 Status = Literal["implemented", "ignored", "refused", "alias"]
 
-_TABLE = Path(__file__).with_name("neox_keys.tsv")
-_OLDER = "older NeoX"  # keys and spellings of files in NeoX's repository that NeoX itself no longer knows
+_FILE = Path(__file__).with_name("neox_keys.tsv")
 
 
 class NeoxKey(NamedTuple):
@@ -42,30 +41,45 @@ class NeoxKey(NamedTuple):
     reason: str = ""
 
 
+class _Tables(NamedTuple):
+    keys: dict[str, NeoxKey]
+    older: dict[str, NeoxKey]
+    refused_values: dict[str, dict[str, str]]
+
+
 @functools.cache
-def _tables() -> tuple[dict[str, NeoxKey], dict[str, NeoxKey]]:
-    """The keys of NeoX, and those of older files, by name in the order of the table."""
-    current: dict[str, NeoxKey] = {}
-    older: dict[str, NeoxKey] = {}
-    reasons: dict[str, str] = {}
-    rows = current
-    for line in _TABLE.read_text(encoding="utf-8").splitlines():
+def _tables() -> _Tables:
+    """The groups of the file, in its order."""
+    tables, reasons = _Tables({}, {}, {}), dict[str, str]()
+    group = ""
+    for line in _FILE.read_text(encoding="utf-8").splitlines():
         if line.startswith("["):
-            rows = older if line == f"[{_OLDER}]" else current
-        elif line.startswith("@"):
-            name, _, reasons[name] = line.partition("\t")
-        elif not line.startswith("#"):
-            name, kind, default, status, doc, *reason = line.split("\t")
-            why = reasons[reason[0]] if reason and reason[0].startswith("@") else "".join(reason)
-            rows[name] = NeoxKey(name, kind, json.loads(default), status, doc, why)  # type: ignore[arg-type]
-    return current, older
+            group = line[1:-1]
+            continue
+        name, *cells = line.split("\t")
+        if name.startswith(("#", "@")):
+            reasons[name] = "".join(cells)
+            continue
+        cells[-1] = reasons.get(cells[-1], cells[-1])
+        if group == "refused values":
+            tables.refused_values.setdefault(name, {})[cells[0]] = cells[1]
+        else:
+            kind, default, status, *texts = cells
+            rows = tables.older if group == "older NeoX" else tables.keys
+            rows[name] = NeoxKey(name, kind, json.loads(default), status, *texts)  # type: ignore[arg-type]
+    return tables
 
 
 def neox_keys() -> dict[str, NeoxKey]:
     """Name -> row of every key of GPT-NeoX."""
-    return _tables()[0]
+    return _tables().keys
 
 
 def older_keys() -> dict[str, NeoxKey]:
-    """Name -> row of the keys that only older NeoX files use; `old_keys.py` translates those that need another key's value."""
-    return _tables()[1]
+    """Name -> row of the keys and spellings that only older NeoX files use, such as Pythia's."""
+    return _tables().older
+
+
+def refused_values() -> dict[str, dict[str, str]]:
+    """Implemented key -> value that is not built -> why, and what to use."""
+    return _tables().refused_values

@@ -11,8 +11,7 @@ from pathlib import Path
 from megatron.config import neox_files
 from megatron.config.catalog import KeyInfo, catalog
 from megatron.config.frozen import thaw
-from megatron.config.neox_keys import neox_keys
-from megatron.config.own_keys import REFUSED_VALUES
+from megatron.config.neox_keys import neox_keys, refused_values
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
@@ -94,7 +93,7 @@ def keys_page() -> str:
     """The text of `docs/keys.md`."""
     infos = list(catalog().values())
     by_status = {status: [i for i in infos if i.status == status] for status in ("implemented", "alias", "ignored", "refused")}
-    values = [(key, value, why) for key, reasons in REFUSED_VALUES.items() for value, why in reasons.items()]
+    values = [(key, value, why) for key, reasons in refused_values().items() for value, why in reasons.items()]
     ours, older = (sum(i.origin == name for i in infos) for name in ("ours", "older NeoX"))
     return _KEYS.format(
         keys=len(infos),

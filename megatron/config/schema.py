@@ -13,11 +13,9 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field
 from pydantic.fields import FieldInfo
 
-from megatron.config.base import Options, Section
-from megatron.config.edge_sections import EvaluationSection, GenerationSection, LaunchSection, LoggingSection
-from megatron.config.frozen import freeze, thaw
+from megatron.config.command_sections import EvaluationSection, GenerationSection, LaunchSection, LoggingSection
+from megatron.config.frozen import Options, Section, freeze, thaw
 from megatron.config.model_section import ModelSection
-from megatron.config.reliability_section import ReliabilitySection
 from megatron.config.run_sections import (
     BatchSection,
     CheckpointSection,
@@ -25,6 +23,7 @@ from megatron.config.run_sections import (
     OptimizerSection,
     ParallelSection,
     PrecisionSection,
+    ReliabilitySection,
     ScheduleSection,
     TokenizerSection,
     TrainingSection,

@@ -16,36 +16,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron.engine.veto import Limits
-from megatron.errors import ConfigError
+from megatron.training.options import GuardOptions
 
-POLICIES = ("stop", "rewind")
 # The window's own spread is floored at this part of its mean: a curve without noise must not make every wiggle a spike.
 _LEAST_SPREAD = 0.02
-
-
-@dataclass(frozen=True)
-class GuardOptions:
-    """How much is forgiven.
-
-    budget: steps that may be skipped within `window` steps; one more and `on_budget` says what happens: stop, or rewind to the
-        last checkpoint and go on behind the bad samples. max_rewinds: per run, then it stops.
-    spike_sigma: a loss or gradient norm this many standard deviations above the mean of the last `spike_window` applied steps
-        is a spike and skipped; 0 is off. overflows: skipped steps in a row while a loss scale is searched (fp16).
-    """
-
-    budget: int = 10
-    window: int = 1000
-    on_budget: str = "stop"
-    max_rewinds: int = 3
-    spike_sigma: float = 0.0
-    spike_window: int = 128
-    overflows: int = 50
-
-    def __post_init__(self) -> None:
-        if self.on_budget not in POLICIES:
-            raise ConfigError(f"unknown on_skip_budget '{self.on_budget}'", hint="one of " + ", ".join(POLICIES))
-        if self.spike_sigma and self.spike_window < 8:
-            raise ConfigError(f"spike_window {self.spike_window} is too short to know what is usual", hint="at least 8")
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,7 @@ from megatron.config import kinds
 from megatron.config import neox_keys as neox_keys_module
 from megatron.config.catalog import catalog
 from megatron.config.frozen import thaw
-from megatron.config.neox_keys import neox_keys, older_keys
-from megatron.config.own_keys import OWN_KEYS, REFUSED_VALUES
+from megatron.config.neox_keys import neox_keys, older_keys, refused_values
 from megatron.config.schema import key_fields
 
 TABLE = Path(neox_keys_module.__file__).with_suffix(".tsv")
@@ -56,7 +55,6 @@ def test_sections_keep_neox_defaults_and_types() -> None:
     for name, field in key_fields().items():
         row = neox_keys().get(name)
         if row is None:
-            assert name in OWN_KEYS
             continue
         if name not in OTHER_DEFAULTS:
             assert thaw(field.default) == row.default, name
@@ -67,11 +65,11 @@ def test_sections_keep_neox_defaults_and_types() -> None:
 
 def test_the_table_names_each_key_and_each_reason_once() -> None:
     rows = [line.split("\t") for line in TABLE.read_text(encoding="utf-8").splitlines() if line[0] not in "#["]
-    assert [name for name, count in Counter(row[0] for row in rows).items() if count > 1] == []
-    texts = [row[-1] for row in rows if len(row) in (2, 6) and row[3:4] != ["alias"]]
-    reasons = {row[0] for row in rows if row[0].startswith("@")}
-    assert reasons == {text for text in texts if text.startswith("@")}
-    assert [text for text, count in Counter(texts).items() if count > 1 and text not in reasons] == []
+    names = Counter(row[0] for row in rows if len(row) != 3)
+    assert [name for name, count in names.items() if count > 1] == []
+    texts = Counter(row[-1] for row in rows if len(row) != 5 and row[3:4] != ["alias"])
+    shared = {name for name in names if name.startswith("@")}
+    assert shared == {text for text, count in texts.items() if count > 1}
     assert {row[3] for row in rows if len(row) == 5} == {"implemented"}
 
 
@@ -79,8 +77,14 @@ def test_every_row_says_something() -> None:
     for row in neox_keys().values():
         assert row.doc.endswith((".", "?")), row.name
         assert (row.status == "implemented") == (row.reason == ""), row.name
-    assert not set(OWN_KEYS) & set(neox_keys())
     assert not set(older_keys()) & set(neox_keys())
+
+
+def test_our_keys_are_documented_beside_the_field_and_those_of_neox_in_the_table() -> None:
+    for name, field in key_fields().items():
+        doc = field.info.description or ""
+        assert doc.endswith(".") if name not in neox_keys() else doc == "", name
+        assert catalog()[name].doc == (neox_keys()[name].doc if name in neox_keys() else doc)
 
 
 def test_implemented_keys_have_a_section_and_aliases_a_target() -> None:
@@ -89,14 +93,11 @@ def test_implemented_keys_have_a_section_and_aliases_a_target() -> None:
             assert row.name in key_fields(), row.name
         if row.status == "alias":
             assert row.reason.split(".")[0] in key_fields(), row.name
-    assert set(OWN_KEYS) <= set(key_fields())
 
 
 def test_refused_values_are_choices() -> None:
-    for key, values in REFUSED_VALUES.items():
-        annotation = key_fields()[key].info.annotation
-        allowed = (True, False) if annotation is bool else kinds.choices(annotation)
-        assert set(values) <= set(allowed), key
+    for key, values in refused_values().items():
+        assert set(values) <= set(kinds.choices(key_fields()[key].info.annotation)), key
 
 
 def test_options_of_mixers_are_keys() -> None:

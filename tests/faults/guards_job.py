@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from megatron.engine.base import Engine
 from megatron.parallel.ballot import Ballot
 from megatron.training.control import Control
-from megatron.training.guard import GuardOptions
+from megatron.training.options import GuardOptions
 from tests.training.runs import ACCUMULATION, Recorder, make_engine, options, train
 
 KINDS = ("nan", "inf", "gradient", "loss")

@@ -17,7 +17,8 @@ from megatron.errors import ConfigError, TrainingError
 from megatron.parallel.ballot import Ballot
 from megatron.training.cadence import SaveRule
 from megatron.training.control import Control
-from megatron.training.guard import Guard, GuardOptions
+from megatron.training.guard import Guard
+from megatron.training.options import GuardOptions
 from tests.faults.guards_count import CASES, check
 from tests.parallel.ranks import RankError, run_ranks
 from tests.training.runs import CURVE, make_engine, options, train

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from megatron.training.guard import Guard, GuardOptions
+from megatron.training.guard import Guard
+from megatron.training.options import GuardOptions
 
 
 def test_the_limit_is_the_mean_and_so_many_spreads() -> None:

@@ -14,8 +14,8 @@ from megatron.engine.base import StepResult
 from megatron.errors import TrainingError
 from megatron.observe.jsonl import read_rows
 from megatron.training.cadence import SaveRule
-from megatron.training.guard import GuardOptions
 from megatron.training.hooks import Hook, Run, Step
+from megatron.training.options import GuardOptions
 from megatron.training.state import TrainState
 from tests.training.runs import make_engine, options, train
 

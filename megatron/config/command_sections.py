@@ -6,13 +6,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from megatron.config.base import Names, Section
+from megatron.config.frozen import Names, Section, own
 
 
 class LoggingSection(Section):
     """What is written where while a run goes on."""
 
-    run_dir: str = ""
+    run_dir: str = own("", "Folder of the run: config, metrics, logs, plots. Unset: the parent of save, or runs/<config name>.")
     log_interval: int = Field(default=100, gt=0)
     log_dir: str | None = None
     tensorboard_dir: str | None = None
@@ -23,7 +23,11 @@ class LoggingSection(Section):
     wandb_project: str = "neox"
     wandb_host: str = "https://api.wandb.ai"
     wandb_init_all_ranks: bool = False
-    wandb_mode: Literal["online", "offline"] | None = None
+    wandb_mode: Literal["online", "offline"] | None = own(
+        None,
+        "`offline`: W&B's files are written to the run folder, without an account or a network, and `wandb sync` uploads "
+        "them later; `online`: they are uploaded. Unset: the variable WANDB_MODE decides.",
+    )
     peak_theoretical_tflops: float | None = Field(default=None, gt=0)
     log_grad_norm: bool = False
     log_param_norm: bool = False
@@ -50,8 +54,10 @@ class LaunchSection(Section):
     master_addr: str | None = None
     master_port: int = Field(default=29500, gt=0, lt=65536)
     launcher: Literal["pdsh", "openmpi", "mpich", "mvapich", "slurm", "torchrun", "none"] = "pdsh"
-    launcher_args: str = ""
-    export_env: Names = ()
+    launcher_args: str = own("", "More arguments for mpirun, srun or pdsh, as one string.")
+    export_env: Names = own(
+        (), "Names or patterns of environment variables to pass to every rank besides the usual ones; no secrets."
+    )
     deepspeed_mpi: bool = False
     deepspeed_slurm: bool = False
     force_multi: bool = False
@@ -73,7 +79,11 @@ class GenerationSection(Section):
     sample_input_file: str | None = None
     sample_output_file: str = "samples.txt"
     num_samples: int = Field(default=1, gt=0)
-    prompt_mode: Literal["plain", "left_pad", "read_twice"] = "plain"
+    prompt_mode: Literal["plain", "left_pad", "read_twice"] = own(
+        "plain",
+        "How generate.py fills a prompt shorter than a JRT model's prefix: `plain` not at all, `left_pad` with masked "
+        "spaces, `read_twice` with the prompt itself.",
+    )
     recompute: bool = False
     return_logits: bool = False
 
@@ -83,14 +93,24 @@ class EvaluationSection(Section):
 
     eval_tasks: Names | None = None
     eval_results_prefix: str = ""
-    eval_lengths: tuple[Annotated[int, Field(gt=0)], ...] | None = None
-    eval_stride: int | None = Field(default=None, gt=0)
-    eval_split: Literal["train", "valid", "test"] = "valid"
-    eval_limit: int | None = Field(default=None, gt=0)
-    eval_batch_size: int = Field(default=8, gt=0)
-    eval_max_length: int | None = Field(default=None, gt=1)
-    eval_num_fewshot: int | None = Field(default=None, ge=0)
-    eval_data_dir: str | None = None
-    eval_context_length: int = Field(default=1000, ge=0)
-    eval_prefix_scope: Literal["context", "whole"] = "context"
-    eval_stop_at_eod: bool = True
+    eval_lengths: tuple[Annotated[int, Field(gt=0)], ...] | None = own(
+        None, "Lengths at which `eval.py --eval_tasks perplexity` scores the text; unset: seq_length alone."
+    )
+    eval_stride: int | None = own(
+        None, "Tokens scored per pass of a sliding evaluation; unset: the length (non-overlapping).", gt=0
+    )
+    eval_split: Literal["train", "valid", "test"] = own("valid", "The data split to score: train, valid or test.")
+    eval_limit: int | None = own(None, "perplexity: score only the first N tokens; lm-eval tasks: N examples of each.", gt=0)
+    eval_batch_size: int = own(8, "Rows per pass of lm-eval tasks; scores do not depend on it.", gt=0)
+    eval_max_length: int | None = own(None, "Longest context that the model reads in lm-eval tasks; unset: seq_length.", gt=1)
+    eval_num_fewshot: int | None = own(None, "Few-shot examples of lm-eval tasks; unset: the task's own number.", ge=0)
+    eval_data_dir: str | None = own(None, "Folder of local datasets for lm-eval tasks, each under its hub name.")
+    eval_context_length: int = own(
+        1000, "Recall tasks: tokens of document and answer (50); the document is cropped around its answer; 0: no limit.", ge=0
+    )
+    eval_prefix_scope: Literal["context", "whole"] = own(
+        "context", "JRT models: the prefix is the prompt (context) or also the scored text (whole, as released)."
+    )
+    eval_stop_at_eod: bool = own(
+        True, "Generation in lm-eval tasks stops at an end of document; the released Based and JRT code does not stop."
+    )
