@@ -1,16 +1,19 @@
-"""From the sections of a RunConfig to the plain settings that each part takes: parts know nothing of the configuration.
+"""From the sections of a RunConfig to the plain settings of each part: parts know nothing of the configuration.
 
-Used by `assemble.py` alone; one function per part, no behaviour.
+One function per part, no behaviour. `fill` copies fields that have the name of a key, so a new key is one line in its section
+and one in the part's dataclass; only what differs in name or value is written here.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from megatron.config.frozen import thaw
-from megatron.config.schema import RunConfig
+from megatron.config.schema import RunConfig, sections
 from megatron.data.masking import Masking
 from megatron.data.synthetic.dataset import SPLITS, read_slices, task_kind
 from megatron.data.synthetic.numbers import NumberTokenizer
@@ -27,6 +30,9 @@ from megatron.training.accuracy import Tally
 from megatron.training.cadence import SaveRule
 from megatron.training.objectives import Objective
 from megatron.training.options import FitOptions, GuardOptions
+
+Part = TypeVar("Part")
+PROPERTIES = (property, functools.cached_property)
 
 
 def tokenizer_of(run: RunConfig) -> Tokenizer:
@@ -65,62 +71,70 @@ def layer_options(run: RunConfig) -> dict[str, dict[str, Any]]:
     return found
 
 
+def shared_names(part: type) -> dict[str, str]:
+    """Field of a part's dataclass -> the section that has a key, or a value derived from its keys, of the same name."""
+    owners: dict[str, str] = {}
+    for section, cls in sections().items():
+        names = {*cls.model_fields, *(name for name, value in vars(cls).items() if isinstance(value, PROPERTIES))}
+        for field in dataclasses.fields(part):
+            if field.name in names:
+                assert field.name not in owners, f"{field.name} of {part.__name__} is in {owners[field.name]} and {section}"
+                owners[field.name] = section
+    return owners
+
+
+def fill(part: type[Part], run: RunConfig, **given: Any) -> Part:
+    """Settings of a part: the fields that are given, and all others that bear the name of a key of the run.
+
+    Args:
+        part: dataclass of the settings. A field that is neither given nor named as a key keeps its default.
+        run: configuration.
+        given: fields whose value is not that of the key of the same name, or that have another name than their key.
+    """
+    owners = shared_names(part)
+    copied = {name: getattr(getattr(run, section), name) for name, section in owners.items() if name not in given}
+    return part(**copied, **given)
+
+
 def model_config(run: RunConfig, rows: int) -> ModelConfig:
-    """The model's mathematics out of the run's sections. rows: of the embedding, padding included."""
+    """The model's mathematics.
+
+    Args:
+        run: configuration.
+        rows: rows of the embedding, padding included.
+    """
     m = run.model
-    return ModelConfig(
+    return fill(
+        ModelConfig,
+        run,
         vocab_size=rows,
-        hidden_size=m.hidden_size,
-        num_layers=m.num_layers,
         num_heads=m.num_attention_heads,
-        mlp_width=m.mlp_width,
-        layer_types=tuple(m.layer_types),
         layer_options=layer_options(run),
         norm=m.norm if m.use_bias_in_norms or m.norm != "layernorm" else "layernorm_no_bias",
-        norm_eps=m.norm_eps,
         mlp=m.mlp_form,
         activation=m.mlp_activation,
         mlp_bias=m.use_bias_in_mlp,
         tie_embeddings=not m.no_weight_tying,
-        embedding_scale=m.embedding_scale,
-        embedding_norm=m.embedding_norm,
-        residual_fp32=m.residual_fp32,
-        hidden_dropout=m.hidden_dropout,
-        init_method=m.init_method,
         output_init_method=m.output_layer_init_method,
         init_std=m.init_method_std,
         learned_positions=m.max_position_embeddings if m.pos_emb == "learned" else 0,
         parallel_residual=m.gpt_j_residual,
         shared_norm=m.gpt_j_residual and m.gpt_j_tied,
-        mixer_init=m.mixer_init,
     )
 
 
 def engine_settings(run: RunConfig) -> EngineSettings:
-    """What the engine is told."""
-    training, optimizer, batch = run.training, run.optimizer, run.batch
-    return EngineSettings(
-        seed=training.seed,
-        dtype=run.precision.dtype,
-        micro_batch=batch.train_micro_batch_size_per_gpu,
-        gradient_accumulation=batch.gradient_accumulation_steps,
-        seq_length=run.model.seq_length,
-        optimizer_type=optimizer.optimizer_type,
-        lr=optimizer.lr,
-        betas=optimizer.betas,
-        eps=optimizer.eps,
-        weight_decay=optimizer.weight_decay,
-        gradient_clipping=optimizer.gradient_clipping,
-        zero_stage=run.parallel.zero_stage,
+    """Settings of the engine."""
+    training = run.training
+    return fill(
+        EngineSettings,
+        run,
+        micro_batch=run.batch.train_micro_batch_size_per_gpu,
+        gradient_accumulation=run.batch.gradient_accumulation_steps,
         activation_checkpoint_interval=training.checkpoint_num_layers if training.checkpoint_activations else 0,
         fp32_grad_accum=run.precision.grad_accum_dtype == "fp32",
-        fp32_allreduce=optimizer.fp32_allreduce,
-        sequence_parallel=run.parallel.sequence_parallel,
         fp16=dict(run.precision.fp16 or {}),
-        kernel_backend=training.kernel_backend,
-        loss_chunk_tokens=training.loss_chunk_tokens,
         partition_method=run.parallel.pipe_partition_method,
-        weight_decay_rule=optimizer.weight_decay_rule,
         objective=objective(run),
     )
 
@@ -185,31 +199,29 @@ def run_shape(run: RunConfig, vocabulary: str) -> RunShape:
 
 
 def fit_options(run: RunConfig) -> FitOptions:
-    """What the loop is told."""
-    t = run.training
-    return FitOptions(
-        train_iters=t.train_iters,
+    """Options of the training loop."""
+    return fill(
+        FitOptions,
+        run,
         samples_per_step=run.batch.train_batch_size,
-        seq_length=run.model.seq_length,
         save_rule=_save_rule(run),
-        eval_interval=t.eval_interval or None,
+        eval_interval=run.training.eval_interval or None,
         eval_at_start=True,
-        exit_interval=t.exit_interval,
         guard=guard_options(run),
     )
 
 
 def guard_options(run: RunConfig) -> GuardOptions:
-    """What the guard of bad numbers is told."""
+    """Options of the guard of non-finite numbers and loss spikes."""
     r = run.reliability
-    return GuardOptions(r.skip_budget, r.skip_window, r.on_skip_budget, spike_sigma=r.spike_sigma, spike_window=r.spike_window)
+    return fill(GuardOptions, run, budget=r.skip_budget, window=r.skip_window, on_budget=r.on_skip_budget)
 
 
 def schedule_config(run: RunConfig) -> ScheduleConfig:
-    """The curve of the learning rate that the config describes."""
+    """The learning-rate schedule that the config describes."""
     s = run.schedule
     horizon = decay_horizon(run.training.train_iters, s.lr_decay_iters, s.lr_decay_fraction)
-    return ScheduleConfig(run.optimizer.lr, horizon, s.lr_decay_style, s.warmup, s.min_lr, s.warmup_start_lr)
+    return fill(ScheduleConfig, run, horizon=horizon, style=s.lr_decay_style, warmup_start=s.warmup_start_lr)
 
 
 def schedule_of(run: RunConfig) -> Callable[[int], float]:
