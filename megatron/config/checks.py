@@ -23,9 +23,9 @@ from megatron.errors import DataError
 def check_run(run: RunConfig, problems: Problems, *, unknown_keys: bool = False) -> None:
     """Add every refused key, refused value and broken rule to `problems`."""
     refused = _refused(run, problems)
-    for rule in RULES:
-        if not (rule.needs and unknown_keys) and not refused & set(rule.keys) and rule.broken(run):
-            problems.add(rule.message(run), place_of(run, *rule.keys), rule.hint)
+    for violation in (violation for rule in RULES for violation in rule(run)):
+        if not (violation.missing and unknown_keys) and not refused & set(violation.keys):
+            problems.add(violation.message, place_of(run, *violation.keys), violation.hint)
     _check_mixers(run, problems)
     _check_layer_options(run, problems)
 

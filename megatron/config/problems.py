@@ -1,18 +1,33 @@
-"""What is wrong in a configuration, gathered before it is reported.
+"""What is wrong in a configuration, collected before it is reported.
 
-A person who made three mistakes should read three lines, not run the program three times. Every check therefore adds a
-`Problem`, and only `raise_if_any` turns them into the one `ConfigError` that ends the process.
+A person who made three mistakes should read three lines, not run the program three times. Every check adds to `Problems`, and
+only `raise_if_any` turns them into the one `ConfigError` that ends the process.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from megatron.errors import ConfigError
 
 
-@dataclass(frozen=True)
-class Problem:
+class Violation(NamedTuple):
+    """A broken cross rule.
+
+    Attributes:
+        keys: the keys whose places are reported.
+        message: what is wrong, with the numbers.
+        hint: what to try.
+        missing: a key is absent. Not reported beside unknown keys, since one of those may be its misspelling.
+    """
+
+    keys: tuple[str, ...]
+    message: str
+    hint: str = ""
+    missing: bool = False
+
+
+class Problem(NamedTuple):
     """One mistake: the sentence, the place (`file:line`), and what to try."""
 
     message: str
@@ -20,30 +35,29 @@ class Problem:
     hint: str = ""
 
 
-@dataclass
 class Problems:
     """A growing list of mistakes."""
 
-    items: list[Problem] = field(default_factory=list)
+    def __init__(self) -> None:
+        self.items: list[Problem] = []
 
     def add(self, message: str, place: str = "", hint: str = "") -> None:
-        """Remember one mistake; the same one twice is kept once."""
+        """Append one mistake, unless it is listed already."""
         problem = Problem(message, place, hint)
         if problem not in self.items:
             self.items.append(problem)
 
     def raise_if_any(self) -> None:
-        """Raise one `ConfigError` that lists everything found so far, or do nothing."""
-        if not self.items:
-            return
+        """Raise one `ConfigError` that lists everything so far, or do nothing."""
         if len(self.items) == 1:
-            only = self.items[0]
-            raise ConfigError(only.message, where=only.place or None, hint=only.hint or None)
-        lines = [f"{len(self.items)} problems in the configuration"]
-        for number, problem in enumerate(self.items, 1):
-            lines.append(f"  {number}. {problem.message}")
-            if problem.place:
-                lines.append(f"     where: {problem.place}")
-            if problem.hint:
-                lines.append(f"     try: {problem.hint}")
-        raise ConfigError("\n".join(lines))
+            message, place, hint = self.items[0]
+            raise ConfigError(message, where=place or None, hint=hint or None)
+        if self.items:
+            lines = [f"{len(self.items)} problems in the configuration"]
+            for number, (message, place, hint) in enumerate(self.items, 1):
+                lines += [
+                    f"  {number}. {message}",
+                    *([f"     where: {place}"] * bool(place)),
+                    *([f"     try: {hint}"] * bool(hint)),
+                ]
+            raise ConfigError("\n".join(lines))
