@@ -17,9 +17,8 @@ from pydantic import TypeAdapter
 from megatron.config import kinds
 from megatron.config.catalog import KeyInfo, catalog
 from megatron.config.frozen import thaw
-from megatron.config.neox_keys import refused_values
+from megatron.config.neox_keys import NO_EFFECT, refused_values
 from megatron.config.nested import find, is_open, names_inside, nested_catalog
-from megatron.config.nested_keys import NO_EFFECT
 from megatron.config.pages import write_pages
 from megatron.config.schema import RunConfig
 from megatron.config.yaml_reader import normalise_key

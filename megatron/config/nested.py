@@ -1,4 +1,4 @@
-"""Values inside dictionary-valued keys, held to the table of `nested_keys.py`: unknown names, types, bounds and their lines."""
+"""Values inside dictionaries, checked against the table of `neox_keys.tsv`: unknown names, types, bounds, and their lines."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import functools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from dataclasses import replace
+from typing import Annotated, Any
 
 from pydantic import Field
 
 from megatron.config import kinds
 from megatron.config.catalog import KeyInfo, catalog
-from megatron.config.nested_keys import NESTED, OPEN, Entry
+from megatron.config.frozen import freeze
+from megatron.config.neox_keys import NestedKey, nested_keys, open_dictionaries
 from megatron.config.problems import Problems
 from megatron.config.yaml_reader import Source
 from megatron.registry import nearest
@@ -20,6 +22,7 @@ from megatron.registry import nearest
 # GPT-NeoX's rule that a hyphen equals an underscore, where one of its files has it in a number: 1.0e_8.
 _EXPONENT = re.compile(r"([0-9.]+[eE])_([0-9]+)")
 _LARGEST = 2**63 - 1
+_SHARE = Annotated[float, Field(ge=0, lt=1)]
 
 Check = Callable[[KeyInfo, Any, str], tuple[Any, bool]]
 
@@ -27,24 +30,21 @@ Check = Callable[[KeyInfo, Any, str], tuple[Any, bool]]
 @functools.cache
 def nested_catalog() -> dict[str, KeyInfo]:
     """Dotted name -> what is known about it, for all entries of all dictionaries."""
-    return {f"{key}.{name}": _info(key, name, entry) for key, entries in NESTED.items() for name, entry in entries.items()}
+    return {f"{entry.key}.{entry.name}": _info(entry) for entry in nested_keys()}
 
 
-def _info(key: str, name: str, entry: Entry) -> KeyInfo:
-    outer = catalog()[key]
-    annotation = kinds.parse_type(entry.kind) if isinstance(entry.kind, str) else entry.kind
-    limits = () if entry.low is None else (Field(ge=entry.low),)
-    return KeyInfo(
-        name=f"{key}.{name}",
-        section=outer.section,
+def _info(entry: NestedKey) -> KeyInfo:
+    outer = catalog()[entry.key]
+    betas = entry.kind == "Betas"
+    annotation = tuple[_SHARE, _SHARE] if betas else kinds.parse_type(entry.kind)
+    return replace(
+        outer,
+        name=f"{entry.key}.{entry.name}",
         annotation=annotation,
-        limits=limits,
-        type_name="a list of two numbers" if name == "params.betas" else kinds.type_name(annotation),
-        default=entry.default,
-        status=outer.status,
+        limits=() if entry.least is None else (Field(ge=entry.least),),
+        type_name="a list of two numbers" if betas else kinds.type_name(annotation),
+        default=freeze(entry.default),
         doc=entry.doc,
-        reason=outer.reason,
-        origin=outer.origin,
     )
 
 
@@ -56,7 +56,7 @@ def names_inside(dotted: str) -> tuple[str, ...]:
 
 def is_open(dotted: str) -> bool:
     """May this dictionary hold names that nobody lists?"""
-    return dotted in OPEN or any(dotted.startswith(f"{name}.") for name in OPEN)
+    return dotted in open_dictionaries() or any(dotted.startswith(f"{name}.") for name in open_dictionaries())
 
 
 def find(dotted: str) -> KeyInfo | None:

@@ -12,8 +12,8 @@ import pytest
 from megatron.config.catalog import catalog
 from megatron.config.explain import arguments_page, explain, schema
 from megatron.config.load import load_config
+from megatron.config.neox_keys import nested_keys, open_dictionaries
 from megatron.config.nested import nested_catalog
-from megatron.config.nested_keys import NESTED, OPEN
 from megatron.config.schema import RunConfig
 from megatron.errors import ConfigError
 
@@ -128,8 +128,10 @@ def test_numbers_are_fitted_inside_dictionaries_too(load_values: Callable[..., R
 def test_every_dictionary_is_described_or_open() -> None:
     dictionaries = {name for name, info in catalog().items() if "dict" in str(info.annotation)}
     inner = {name for name, info in nested_catalog().items() if info.annotation == dict[str, Any]}
-    described = set(NESTED) | {name for name in inner if any(other.startswith(f"{name}.") for other in nested_catalog())}
-    assert dictionaries | inner == described | set(OPEN)
+    described = {entry.key for entry in nested_keys()} | {
+        name for name in inner if any(other.startswith(f"{name}.") for other in nested_catalog())
+    }
+    assert dictionaries | inner == described | open_dictionaries()
 
 
 def test_entries_are_explained_listed_and_in_the_schema(load_values: Callable[..., RunConfig]) -> None:
