@@ -46,6 +46,13 @@ class KeyInfo:
     origin: str
 
     @property
+    def status_text(self) -> str:
+        """The status with its reason."""
+        if self.status == "alias":
+            return f"alias of {self.reason}"
+        return f"{self.status}: {self.reason}" if self.reason else self.status
+
+    @property
     def layer_field(self) -> str:
         """For a mixer's option the field of its `Config`: `metala_gate_round` -> `gate_round`."""
         return self.name[len(self.section_layer) + 1 :]

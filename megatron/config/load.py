@@ -14,10 +14,10 @@ from typing import Any
 from megatron.config import checks
 from megatron.config.catalog import catalog
 from megatron.config.derive import Draft, derive_all
-from megatron.config.old_keys import translate_old_keys
 from megatron.config.problems import Problems
 from megatron.config.schema import RunConfig, key_fields, sections
-from megatron.config.values import apply_overrides, check_values, move_extra_arguments, resolve_aliases
+from megatron.config.spellings import move_extra_arguments, resolve_aliases, translate_old_keys
+from megatron.config.values import apply_overrides, check_values
 from megatron.config.yaml_reader import Source, read_files
 
 # Values inside the optimizer dictionary that people look for under their own name.

@@ -1,8 +1,7 @@
-"""From what the files say to typed values: aliases, `--set`, unknown keys, types. Nothing here knows what keys mean."""
+"""From the values of the files to typed ones: `--set`, unknown keys, types. Nothing here knows what keys mean."""
 
 from __future__ import annotations
 
-import copy
 import difflib
 import functools
 from collections.abc import Mapping
@@ -16,56 +15,17 @@ from megatron.config.frozen import thaw
 from megatron.config.nested import check_inside, find, is_open, names_inside, odd_numbers, place_of
 from megatron.config.problems import Problems
 from megatron.config.run_sections import DTYPE_NAMES
+from megatron.config.spellings import EXTRA, assign
 from megatron.config.yaml_reader import BAD_YAML, Source, normalise_key, parse_scalar
 from megatron.registry import nearest
 
-_EXTRA = "deepspeed_extra_args"
 _SLIP = 0.85  # likeness from which a name of DeepSpeed's own is taken for a slip
-
-
-def resolve_aliases(source: Source, problems: Problems) -> None:
-    """Move NeoX's derived copies (`lr`, `zero_stage`, ...) to the key they copy; two different values are an error."""
-    for key in [k for k in source.values if k in catalog() and catalog()[k].status == "alias"]:
-        value, place = source.values.pop(key), source.places[key]
-        if value is None:
-            continue
-        target = catalog()[key].reason
-        present = _lookup(source.values, target)
-        if present is not None and present != value:
-            where = source.places.get(target) or source.places.get(target.split(".")[0], "")
-            message = f"{key} is {value!r} but {target} is {present!r}, and they are the same setting"
-            problems.add(message, f"{place} and {where}", f"keep {target}")
-        elif present is None:
-            _assign(source, target, value, place)
-
-
-def move_extra_arguments(source: Source, problems: Problems) -> None:
-    """Entries of `deepspeed_extra_args` that are keys here act as if they stood at the top level; the others are left there."""
-    extra = source.values.get(_EXTRA)
-    if not isinstance(extra, dict):
-        return
-    left = {}
-    for raw_key, value in extra.items():
-        key, place = normalise_key(str(raw_key)), source.places.get(f"{_EXTRA}.{raw_key}", source.places.get(_EXTRA, ""))
-        if key not in catalog() or key == _EXTRA:
-            left[raw_key] = value
-        elif source.values.get(key) not in (None, value):
-            message = f"{key} is {source.values[key]!r} and {value!r} in {_EXTRA}, and they are the same setting"
-            problems.add(message, f"{source.places.get(key, '')} and {place}", f"remove it from {_EXTRA}")
-        else:
-            source.values[key] = value
-            moved = {k.removeprefix(f"{_EXTRA}."): v for k, v in source.places.items() if k.startswith(f"{_EXTRA}.{raw_key}.")}
-            source.places |= {key: place, **moved}
-    if left:
-        source.values[_EXTRA] = left
-    else:
-        del source.values[_EXTRA]
 
 
 def apply_overrides(source: Source, overrides: Mapping[str, Any], labels: Mapping[str, str], problems: Problems) -> None:
     """Put command-line values over the files. Dotted keys reach into dictionaries, text is read as YAML."""
     for raw_key, raw_value in overrides.items():
-        head, _, rest = str(raw_key).removeprefix(f"{_EXTRA}.").partition(".")
+        head, _, rest = str(raw_key).removeprefix(f"{EXTRA}.").partition(".")
         key, place = normalise_key(head), labels.get(raw_key, "--set")
         info = catalog().get(key)
         if info is not None and info.status == "alias" and not rest:
@@ -80,8 +40,10 @@ def apply_overrides(source: Source, overrides: Mapping[str, Any], labels: Mappin
         if rest and not isinstance(source.values.get(key) or {}, dict):
             problems.add(f"{raw_key}: {key} is not a dictionary", place)
             continue
-        _forget(source, dotted)
-        _assign(source, dotted, value, place)
+        # No message may name a line whose value is replaced.
+        for name in [n for n in source.places if n == dotted or n.startswith(f"{dotted}.")]:
+            del source.places[name]
+        assign(source, dotted, value, place)
 
 
 def check_values(source: Source, problems: Problems) -> tuple[dict[str, Any], set[str]]:
@@ -117,7 +79,7 @@ def _check(info: KeyInfo, raw: Any, source: Source, problems: Problems) -> tuple
 
     if odd:
         return None, False
-    if info.name == _EXTRA and isinstance(raw, dict):
+    if info.name == EXTRA and isinstance(raw, dict):
         _check_extra(raw, source, problems)
     if isinstance(raw, dict) and (names_inside(info.name) or is_open(info.name)):
         raw, fits = check_inside(info.name, raw, source, one, problems)
@@ -130,7 +92,7 @@ def _check_extra(values: dict[str, Any], source: Source, problems: Problems) -> 
     """Entries that were left in `deepspeed_extra_args` because they are no keys: those that nearly are one are slips."""
     for name in values:
         if near := difflib.get_close_matches(normalise_key(str(name)), list(catalog()), 1, _SLIP):
-            problems.add(f"unknown key {_EXTRA}.{name}", place_of(source, f"{_EXTRA}.{name}"), f"did you mean '{near[0]}'?")
+            problems.add(f"unknown key {EXTRA}.{name}", place_of(source, f"{EXTRA}.{name}"), f"did you mean '{near[0]}'?")
 
 
 @functools.cache
@@ -186,40 +148,3 @@ def _parse_override(value: Any, info: KeyInfo | None) -> Any:
     if info is not None and kinds.accepts(info.annotation, str) and not isinstance(parsed, (str, type(None))):
         return value  # a name such as 12 or 2024-01-01 stays text where text is wanted
     return parsed
-
-
-def _lookup(values: dict[str, Any], dotted: str) -> Any:
-    node: Any = values
-    for part in dotted.split("."):
-        if not isinstance(node, dict) or part not in node:
-            return None
-        node = node[part]
-    return node
-
-
-def _assign(source: Source, dotted: str, value: Any, place: str) -> None:
-    """Set a (dotted) key; a missing dictionary starts from the key's default, so one entry can be changed alone."""
-    head, *rest = dotted.split(".")
-    source.places[dotted] = place
-    if not rest:
-        source.values[head] = value
-        return
-    if not isinstance(source.values.get(head), dict):
-        info = catalog().get(head)
-        source.values[head] = thaw(info.default) if info is not None and info.default else {}
-        source.places[head] = place
-    else:
-        source.values[head] = copy.deepcopy(source.values[head])
-    node, name = source.values[head], head
-    for part in rest[:-1]:
-        name = f"{name}.{part}"
-        if not isinstance(node.get(part), dict):
-            node[part], source.places[name] = {}, place
-        node = node[part]
-    node[rest[-1]] = value
-
-
-def _forget(source: Source, dotted: str) -> None:
-    """Drop the places of what is about to be replaced, so that no message names a line that no longer counts."""
-    for key in [k for k in source.places if k == dotted or k.startswith(f"{dotted}.")]:
-        del source.places[key]

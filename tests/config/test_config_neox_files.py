@@ -14,7 +14,7 @@ import pytest
 from megatron.config import neox_files
 from megatron.config.catalog import catalog
 from megatron.config.frozen import thaw
-from megatron.config.pages import DOCS, keys_page, neox_page
+from megatron.config.pages import ROOT, keys_page, neox_page
 from megatron.config.schema import RunConfig
 from megatron.config.yaml_reader import normalise_key
 from megatron.errors import ConfigError
@@ -31,8 +31,8 @@ NOT_BUILT = (
 
 
 def test_pages_are_fresh() -> None:
-    assert (DOCS / "neox.md").read_text(encoding="utf-8") == neox_page(), STALE
-    assert (DOCS / "keys.md").read_text(encoding="utf-8") == keys_page(), STALE
+    assert (ROOT / "docs" / "neox.md").read_text(encoding="utf-8") == neox_page(), STALE
+    assert (ROOT / "docs" / "keys.md").read_text(encoding="utf-8") == keys_page(), STALE
 
 
 def test_every_key_stands_on_the_page_of_keys_under_its_status() -> None:

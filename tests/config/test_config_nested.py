@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from megatron.config.catalog import catalog
-from megatron.config.explain import arguments_page, explain, schema
+from megatron.config.explain import explain
 from megatron.config.load import load_config
 from megatron.config.neox_keys import nested_keys, open_dictionaries
 from megatron.config.nested import nested_catalog
+from megatron.config.pages import arguments_page, schema
 from megatron.config.schema import RunConfig
 from megatron.errors import ConfigError
 
