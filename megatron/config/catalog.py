@@ -1,6 +1,6 @@
-"""One list of every key a YAML may hold: NeoX's, ours, and the options of every token mixer.
+"""The list of all keys of a YAML: NeoX's, ours, and the options of every token mixer.
 
-The reader, `--explain`, the generated page and the editor schema all ask here, so they cannot disagree.
+The reader, `--explain`, the generated pages and the editor schema all use this list, so they cannot disagree.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class KeyInfo:
         name: the flat key.
         section: section of `RunConfig`, `layers`, or empty for keys without one.
         annotation: the type.
-        limits: pydantic's limits beside the type (`gt=0`, read-only dictionaries).
+        limits: pydantic's constraints besides the type (`gt=0`, read-only dictionaries).
         type_name: the type in words.
         default: the default here.
         status: implemented, ignored, refused or alias.
@@ -63,9 +63,9 @@ class KeyInfo:
         return self.origin.removeprefix("mixer ") if self.section == "layers" else ""
 
 
-# Sizes of mixers that cost memory with the width of the model; the others are lengths.
+# Upper bounds of mixers' sizes that multiply the width of the model; the others are lengths.
 _LARGEST = {"conv_width": 1 << 10, "expand": 1 << 10, "feature_width": 1 << 10, "state_size": 1 << 14, "heads": 1 << 16}
-# Bounds of mixers' numbers that are no sizes, by the name of the option.
+# Bounds of mixers' options that are not sizes.
 _BOUNDS = {
     "dropout": Field(ge=0, lt=1),
     "rotary_fraction": Field(ge=0, le=1),

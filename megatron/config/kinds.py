@@ -1,8 +1,8 @@
-"""Type names as text (`Union[int, List[int]]`, `int | None`) -> Python annotations, and values made to fit them.
+"""Types as text (`Union[int, List[int]]`, `int | None`) -> Python annotations, and harmless conversions of values to them.
 
-NeoX's key table and the mixers' `Config` classes give types as text. They are read through the syntax tree, so nothing
-is evaluated. `fit` forgives what is harmless (10000.0 for a whole number, the letter case of a choice); everything else
-is left for pydantic's strict mode to refuse.
+The table of NeoX's keys and the mixers' `Config` classes give types as text. They are read through the syntax tree; nothing is
+evaluated. `fit` accepts what is harmless (10000.0 for a whole number, the letter case of a choice); pydantic's strict mode
+refuses everything else.
 """
 
 from __future__ import annotations

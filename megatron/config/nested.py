@@ -55,7 +55,7 @@ def names_inside(dotted: str) -> tuple[str, ...]:
 
 
 def is_open(dotted: str) -> bool:
-    """May this dictionary hold names that nobody lists?"""
+    """May this dictionary have entries that are not in the table?"""
     return dotted in open_dictionaries() or any(dotted.startswith(f"{name}.") for name in open_dictionaries())
 
 
@@ -65,10 +65,17 @@ def find(dotted: str) -> KeyInfo | None:
 
 
 def check_inside(dotted: str, values: Mapping[str, Any], source: Source, check: Check, problems: Problems) -> tuple[Any, bool]:
-    """The dictionary `dotted` with its entries made to fit, and whether all of them are as they should be.
+    """Check the entries of a dictionary.
 
     Args:
-        check: holds one value to what is known about it: the fitting value, and whether it fits; it reports what does not.
+        dotted: its name.
+        values: its entries.
+        source: where they were written.
+        check: checks one value; returns the converted value and whether it fits, and reports it if not.
+        problems: list of mistakes.
+
+    Returns:
+        The converted dictionary, and whether all entries fit.
     """
     fitted, good = dict(values), True
     for name, value in values.items():
@@ -90,7 +97,7 @@ def check_inside(dotted: str, values: Mapping[str, Any], source: Source, check: 
 
 
 def place_of(source: Source, dotted: str) -> str:
-    """Where a dotted name was written; else what lies in it, or what it lies in."""
+    """`file:line` of a dotted name; else of an entry of it, or of the dictionary that it is in."""
     if dotted in source.places:
         return source.places[dotted]
     inside = [place for name, place in source.places.items() if name.startswith(f"{dotted}.")]
@@ -99,13 +106,13 @@ def place_of(source: Source, dotted: str) -> str:
 
 
 def _number(value: Any, info: KeyInfo) -> Any:
-    """Text such as 1.0e_8 as the number that it means."""
+    """The number that a text such as 1.0e_8 means."""
     match = _EXPONENT.fullmatch(value) if isinstance(value, str) and kinds.accepts(info.annotation, float) else None
     return float(f"{match.group(1)}-{match.group(2)}") if match else value
 
 
 def odd_numbers(dotted: str, value: Any) -> Iterator[tuple[str, str]]:
-    """(dotted name, what is wrong) of each number that no part can use, at any depth."""
+    """(dotted name, what is wrong) of each number that is not finite or too large, at any depth."""
     if isinstance(value, Mapping):
         for name, inner in value.items():
             yield from odd_numbers(f"{dotted}.{name}", inner)

@@ -19,11 +19,11 @@ from megatron.config.spellings import EXTRA, assign
 from megatron.config.yaml_reader import BAD_YAML, Source, normalise_key, parse_scalar
 from megatron.registry import nearest
 
-_SLIP = 0.85  # likeness from which a name of DeepSpeed's own is taken for a slip
+_SLIP = 0.85  # similarity to one of our keys from which a name is taken for a misspelling
 
 
 def apply_overrides(source: Source, overrides: Mapping[str, Any], labels: Mapping[str, str], problems: Problems) -> None:
-    """Put command-line values over the files. Dotted keys reach into dictionaries, text is read as YAML."""
+    """Override the files by command-line values. Dotted keys reach into dictionaries, text is read as YAML."""
     for raw_key, raw_value in overrides.items():
         head, _, rest = str(raw_key).removeprefix(f"{EXTRA}.").partition(".")
         key, place = normalise_key(head), labels.get(raw_key, "--set")
@@ -65,7 +65,7 @@ def check_values(source: Source, problems: Problems) -> tuple[dict[str, Any], se
 
 
 def _check(info: KeyInfo, raw: Any, source: Source, problems: Problems) -> tuple[Any, bool]:
-    """The value of a key in its type, entries of dictionaries included, and whether it is as it should be."""
+    """The value of a key in its type, entries of dictionaries included, and whether it fits."""
     odd = list(odd_numbers(info.name, raw))
     for dotted, message in odd:
         problems.add(message, place_of(source, dotted.partition("[")[0]))
@@ -89,7 +89,7 @@ def _check(info: KeyInfo, raw: Any, source: Source, problems: Problems) -> tuple
 
 
 def _check_extra(values: dict[str, Any], source: Source, problems: Problems) -> None:
-    """Entries that were left in `deepspeed_extra_args` because they are no keys: those that nearly are one are slips."""
+    """Report entries of `deepspeed_extra_args` that are nearly keys."""
     for name in values:
         if near := difflib.get_close_matches(normalise_key(str(name)), list(catalog()), 1, _SLIP):
             problems.add(f"unknown key {EXTRA}.{name}", place_of(source, f"{EXTRA}.{name}"), f"did you mean '{near[0]}'?")
@@ -98,7 +98,7 @@ def _check_extra(values: dict[str, Any], source: Source, problems: Problems) -> 
 @functools.cache
 def _adapter(dotted: str) -> TypeAdapter[Any]:
     info = find(dotted)
-    assert info is not None  # only names that were found are checked
+    assert info is not None  # only known names are checked
     parts = (info.annotation, *info.limits)
     annotation: Any = Annotated[parts] if info.limits else info.annotation
     return TypeAdapter(annotation, config=ConfigDict(strict=True))
@@ -131,7 +131,7 @@ def _type_problem(info: KeyInfo, value: Any, error: ValidationError, place: str)
 
 
 def _fits_unquoted(info: KeyInfo, value: Any) -> bool:
-    """Whether a text would be a value of the key without its quotes; most texts are not even YAML then."""
+    """Would a text be a value of the key without its quotes? Most texts are not even YAML then."""
     if not isinstance(value, str):
         return False
     try:
@@ -146,5 +146,5 @@ def _parse_override(value: Any, info: KeyInfo | None) -> Any:
         return thaw(value)
     parsed = parse_scalar(value)
     if info is not None and kinds.accepts(info.annotation, str) and not isinstance(parsed, (str, type(None))):
-        return value  # a name such as 12 or 2024-01-01 stays text where text is wanted
+        return value  # a name such as 12 or 2024-01-01 stays text if the key is text
     return parsed
