@@ -36,7 +36,7 @@ PROPERTIES = (property, functools.cached_property)
 
 
 def tokenizer_of(run: RunConfig) -> Tokenizer:
-    """The tokenizer that the config names; numbers for a synthetic task that is not made of words."""
+    """The tokenizer that the config names; numbers for a synthetic task without text."""
     spec = run.data.synthetic
     if spec is not None and not task_kind(spec.get("task")).reads_text:
         parts = [part for split in SPLITS for part in read_slices(spec, split)]
@@ -45,30 +45,33 @@ def tokenizer_of(run: RunConfig) -> Tokenizer:
 
 
 def vocabulary_rows(run: RunConfig, tokenizer: Tokenizer) -> int:
-    """Rows of the embedding: `padded_vocab_size` where it is set, else the tokenizer's size, padded."""
-    asked = run.tokenizer.padded_vocab_size
-    if asked is None:
+    """Rows of the embedding: `padded_vocab_size` if it is set, else the tokenizer's size, padded.
+
+    Raises:
+        ConfigError: `padded_vocab_size` is smaller than the vocabulary.
+    """
+    rows = run.tokenizer.padded_vocab_size
+    if rows is None:
         return padded_vocab_size(tokenizer.vocab_size, run.model.make_vocab_size_divisible_by, run.parallel.tensor_ranks)
-    # a padding token that the tokenizer's folder lacks needs a row only where samples are filled up with it
-    if asked < (tokenizer.vocab_size if run.data.pack_impl == "unpacked" else tokenizer.text_vocab_size):
+    # A padding token that the tokenizer's folder lacks needs a row only if samples are padded with it.
+    if rows < (tokenizer.vocab_size if run.data.pack_impl == "unpacked" else tokenizer.text_vocab_size):
         raise ConfigError(
-            f"padded_vocab_size {asked} is smaller than the tokenizer's {tokenizer.vocab_size} entries",
+            f"padded_vocab_size {rows} is smaller than the tokenizer's {tokenizer.vocab_size} entries",
             where=run.provenance.get("padded_vocab_size"),
             hint="leave it out and it follows the tokenizer",
         )
-    return asked
+    return rows
 
 
 def layer_options(run: RunConfig) -> dict[str, dict[str, Any]]:
     """Mixer -> its options that differ from its defaults: its own keys, else the NeoX keys that its `Config` names."""
-    found: dict[str, dict[str, Any]] = {}
+    changed: dict[str, dict[str, Any]] = {}
     for info in {name: layer_info(name) for name in run.model.layer_types}.values():
-        said = {field: run.get(key) for field, key in info.neox_keys.items() if run.get(key) is not None}
-        said |= thaw(run.layers.get(info.names[0], {}))
-        changed = {field: value for field, value in said.items() if value != info.options[field].default}
-        if changed:
-            found[info.names[0]] = changed
-    return found
+        values = {field: run.get(key) for field, key in info.neox_keys.items() if run.get(key) is not None}
+        values |= thaw(run.layers.get(info.names[0], {}))
+        if options := {field: value for field, value in values.items() if value != info.options[field].default}:
+            changed[info.names[0]] = options
+    return changed
 
 
 def shared_names(part: type) -> dict[str, str]:
@@ -140,22 +143,26 @@ def engine_settings(run: RunConfig) -> EngineSettings:
 
 
 def objective(run: RunConfig) -> Objective:
-    """What the loss is. A model that reads a prefix in both directions must not be trained to predict inside it."""
-    t, seen = run.training, layer_options(run).get("jrt", {}).get("prefix_length", 0)
+    """The training objective. A model that reads a prefix in both directions must not be trained to predict inside it.
+
+    Raises:
+        ConfigError: objective and prefix of the layers contradict each other, or the prefix fills the sequence.
+    """
+    t, prefix = run.training, layer_options(run).get("jrt", {}).get("prefix_length", 0)
     tally = None if run.data.synthetic is None else Tally()
-    length = t.objective_prefix_length or seen
+    length = t.objective_prefix_length or prefix
     if t.objective == "causal":
-        if seen:
+        if prefix:
             raise ConfigError(
-                f"objective causal with jrt layers that see the first {seen} tokens in both directions",
+                f"objective causal with jrt layers that read the first {prefix} tokens in both directions",
                 where=run.provenance.get("jrt_prefix_length"),
-                why="the model would be trained to predict tokens that it sees",
+                why="the model would be trained to predict tokens that it reads",
                 hint="objective: jrt (masked tokens in the prefix) or objective: prefix",
             )
         return Objective(tally=tally, mean_over=t.loss_mean_over)
-    if seen and length != seen:
+    if prefix and length != prefix:
         raise ConfigError(
-            f"objective_prefix_length {length} is not jrt_prefix_length {seen}",
+            f"objective_prefix_length {length} is not jrt_prefix_length {prefix}",
             where=run.provenance.get("objective_prefix_length"),
             hint="leave objective_prefix_length out and it follows",
         )
@@ -165,7 +172,15 @@ def objective(run: RunConfig) -> Objective:
 
 
 def masking(run: RunConfig, rows: int) -> Masking | None:
-    """Which tokens of a batch are hidden; None unless the objective hides some. rows: of the embedding."""
+    """Masking of tokens in a batch; None unless the objective masks some.
+
+    Args:
+        run: configuration.
+        rows: rows of the embedding, padding included.
+
+    Raises:
+        ConfigError: the mask token is not in the vocabulary.
+    """
     t = run.training
     if t.objective != "jrt":
         return None
@@ -181,7 +196,12 @@ def _save_rule(run: RunConfig) -> SaveRule:
 
 
 def run_shape(run: RunConfig, vocabulary: str) -> RunShape:
-    """What the dry run is told. vocabulary: a word on where the number of rows comes from."""
+    """Sizes of the dry run.
+
+    Args:
+        run: configuration.
+        vocabulary: source of the number of vocabulary rows, in words.
+    """
     parallel, c, iters = run.parallel, run.checkpoint, run.training.train_iters
     world = parallel.pipe_stages * parallel.tensor_ranks * max(1, parallel.data_parallel_size)
     return RunShape(
@@ -225,13 +245,13 @@ def schedule_config(run: RunConfig) -> ScheduleConfig:
 
 
 def schedule_of(run: RunConfig) -> Callable[[int], float]:
-    """Steps applied so far -> learning rate of the next, by the config."""
+    """Number of applied steps -> learning rate of the next."""
     curve = schedule_config(run)
     return lambda step: learning_rate(step, curve)
 
 
 def tokenizer_records(run: RunConfig) -> tuple[dict[str, Path], dict[str, Any]]:
-    """(files, facts) of the configured tokenizer for a checkpoint that is imported; empty where its files are not here."""
+    """Files and metadata of the tokenizer for a checkpoint that is imported; empty if its files are missing."""
     try:
         tokenizer = tokenizer_of(run)
     except DataError:
@@ -240,12 +260,12 @@ def tokenizer_records(run: RunConfig) -> tuple[dict[str, Path], dict[str, Any]]:
 
 
 def checkpoint_facts(run: RunConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """What an export and a later resume want to know of a run besides its tensors."""
+    """Metadata of a checkpoint for exports and resumed runs."""
     special: dict[str, int | None] = {} if tokenizer.bos is None else {"bos": tokenizer.bos}
     for key in ("eod", "pad"):
         try:
             special[key] = getattr(tokenizer, key)
-        except DataError:  # a vocabulary without an end of document can train, it cannot stop a generation
+        except DataError:  # a vocabulary without an end of document can train, but not stop a generation
             special[key] = None
     return {
         "tokenizer": {
@@ -270,7 +290,13 @@ def checkpoint_facts(run: RunConfig, tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def sink_options(run: RunConfig, folder: RunFolder, resume_from: int) -> SinkOptions:
-    """Where metrics go."""
+    """Destinations of metrics.
+
+    Args:
+        run: configuration.
+        folder: folder of the run.
+        resume_from: step of the checkpoint; metrics of later steps are dropped.
+    """
     log = run.logging
     wandb = None
     if log.use_wandb:

@@ -26,7 +26,6 @@ class KeyInfo:
         section: section of `RunConfig`, `layers`, or empty for keys without one.
         annotation: the type.
         limits: pydantic's constraints besides the type (`gt=0`, read-only dictionaries).
-        type_name: the type in words.
         default: the default here.
         status: implemented, ignored, refused or alias.
         doc: one sentence.
@@ -38,12 +37,16 @@ class KeyInfo:
     section: str
     annotation: Any
     limits: tuple[Any, ...]
-    type_name: str
     default: Any
     status: Status
     doc: str
     reason: str
     origin: str
+
+    @property
+    def type_name(self) -> str:
+        """The type in words."""
+        return kinds.type_name(self.annotation)
 
     @property
     def status_text(self) -> str:
@@ -93,8 +96,7 @@ def catalog() -> dict[str, KeyInfo]:
 
 
 def _info(row: NeoxKey, section: str, annotation: Any, limits: tuple[Any, ...], default: Any, origin: str) -> KeyInfo:
-    words = kinds.type_name(annotation)
-    return KeyInfo(row.name, section, annotation, limits, words, default, row.status, row.doc, row.reason, origin)
+    return KeyInfo(row.name, section, annotation, limits, default, row.status, row.doc, row.reason, origin)
 
 
 def _add_layer_options(keys: dict[str, KeyInfo]) -> None:

@@ -1,4 +1,4 @@
-"""The sections around a run: logging, launching, generation, evaluation. Field names are NeoX's flat keys."""
+"""The sections of the commands around a training: logging, launching, generation, evaluation. See `run_sections.py`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megatron.config.frozen import Names, Section, own
 
 
 class LoggingSection(Section):
-    """What is written where while a run goes on."""
+    """What a run logs, and where."""
 
     run_dir: str = own("", "Folder of the run: config, metrics, logs, plots. Unset: the parent of save, or runs/<config name>.")
     log_interval: int = Field(default=100, gt=0)
@@ -44,7 +44,7 @@ class LoggingSection(Section):
 
 
 class LaunchSection(Section):
-    """How processes are started; the options of NeoX's (DeepSpeed's) launcher."""
+    """Options of NeoX's (DeepSpeed's) launcher."""
 
     hostfile: str | None = None
     include: str | None = None
@@ -68,7 +68,7 @@ class LaunchSection(Section):
 
 
 class GenerationSection(Section):
-    """What `generate.py` does."""
+    """Options of `generate.py`."""
 
     text_gen_type: Literal["unconditional", "input-file", "interactive", "precompute"] | None = None
     temperature: float = Field(default=0.0, ge=0)
@@ -89,7 +89,7 @@ class GenerationSection(Section):
 
 
 class EvaluationSection(Section):
-    """What `eval.py` does."""
+    """Options of `eval.py`."""
 
     eval_tasks: Names | None = None
     eval_results_prefix: str = ""

@@ -22,7 +22,7 @@ from megatron.registry import nearest
 # GPT-NeoX's rule that a hyphen equals an underscore, where one of its files has it in a number: 1.0e_8.
 _EXPONENT = re.compile(r"([0-9.]+[eE])_([0-9]+)")
 _LARGEST = 2**63 - 1
-_SHARE = Annotated[float, Field(ge=0, lt=1)]
+_BETAS = tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]]
 
 Check = Callable[[KeyInfo, Any, str], tuple[Any, bool]]
 
@@ -35,14 +35,11 @@ def nested_catalog() -> dict[str, KeyInfo]:
 
 def _info(entry: NestedKey) -> KeyInfo:
     outer = catalog()[entry.key]
-    betas = entry.kind == "Betas"
-    annotation = tuple[_SHARE, _SHARE] if betas else kinds.parse_type(entry.kind)
     return replace(
         outer,
         name=f"{entry.key}.{entry.name}",
-        annotation=annotation,
+        annotation=_BETAS if entry.kind == "Betas" else kinds.parse_type(entry.kind),
         limits=() if entry.least is None else (Field(ge=entry.least),),
-        type_name="a list of two numbers" if betas else kinds.type_name(annotation),
         default=freeze(entry.default),
         doc=entry.doc,
     )

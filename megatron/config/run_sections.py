@@ -16,20 +16,18 @@ from megatron.training.signals import DEFAULT_SIGNALS
 
 # PyTorch's and DeepSpeed's names of number formats -> the names of `precision`.
 DTYPE_NAMES = {
-    "fp32": "fp32",
-    "float32": "fp32",
-    "bf16": "bfloat16",
-    "bfloat16": "bfloat16",
-    "fp16": "fp16",
-    "float16": "fp16",
-}
+    "fp32": "fp32", "float32": "fp32", "bf16": "bfloat16", "bfloat16": "bfloat16", "fp16": "fp16", "float16": "fp16",
+}  # fmt: skip
+TokenizerType = Literal[
+    "GPT2BPETokenizer", "HFTokenizer", "HFGPT2Tokenizer", "SPMTokenizer", "CharLevelTokenizer", "TiktokenTokenizer",
+]  # fmt: skip
 _MOST_SAMPLES = 1 << 24  # of one step
-# Every one of these is decoupled AdamW in the end; the names differ in which library computes it.
+# All of them are decoupled AdamW, computed by different libraries.
 _ADAM = ("adam", "adamw", "fusedadam", "torch_adam")
 
 
 class ParallelSection(Section):
-    """The mesh: pipeline x tensor x data, and what ZeRO cuts. `world_size` 0 means not known yet."""
+    """The mesh: pipeline x tensor x data, and what ZeRO shards. `world_size` 0 means not known yet."""
 
     pipe_parallel_size: int = Field(default=0, ge=0)
     model_parallel_size: int = Field(default=1, ge=0)
@@ -44,7 +42,7 @@ class ParallelSection(Section):
 
     @property
     def zero_stage(self) -> int:
-        """`zero_optimization.stage`; 0 when unset (or a list of stages for NeoX's autotuner, which is refused)."""
+        """`zero_optimization.stage`; 0 if unset (or a list of stages for NeoX's autotuner, which is refused)."""
         stage = (self.zero_optimization or {}).get("stage", 0)
         return stage if isinstance(stage, int) else 0
 
@@ -124,7 +122,7 @@ class ScheduleSection(Section):
 
 
 class BatchSection(Section):
-    """Batch sizes in sequences. All three are filled in when the world size is known; 0 means not known yet."""
+    """Batch sizes in sequences. All three are derived once the world size is known; 0 means not known yet."""
 
     train_batch_size: int = Field(default=0, ge=0, le=_MOST_SAMPLES)
     train_micro_batch_size_per_gpu: int = Field(default=0, ge=0, le=_MOST_SAMPLES)
@@ -132,7 +130,7 @@ class BatchSection(Section):
 
 
 class PrecisionSection(Section):
-    """The number format of the forward and backward pass, and of the gradient sum."""
+    """The dtype of the forward and backward pass, and of gradient accumulation."""
 
     fp16: Options | None = None
     bf16: Options | None = None
@@ -146,13 +144,13 @@ class PrecisionSection(Section):
 
     @property
     def grad_accum_dtype(self) -> str:
-        """The format in which gradients are summed: `data_types.grad_accum_dtype`, else fp32."""
+        """The dtype of gradient accumulation: `data_types.grad_accum_dtype`, else fp32."""
         name = str((self.data_types or {}).get("grad_accum_dtype") or "fp32").lower()
         return DTYPE_NAMES.get(name, name)
 
 
 class TrainingSection(Section):
-    """How long to train, when to evaluate, and what happens between forward and backward."""
+    """Length of the training, evaluation, objective, and what happens between forward and backward."""
 
     train_iters: int = Field(default=0, ge=0)
     train_epochs: int | None = Field(default=None, gt=0)
@@ -195,7 +193,7 @@ class TrainingSection(Section):
 
 
 class DataSection(Section):
-    """Which token files are read, how they are split and cut into samples."""
+    """Which token files are read, and how they are split and packed into samples."""
 
     data_path: str | None = None
     train_data_paths: Names | None = None
@@ -234,23 +232,16 @@ class DataSection(Section):
 
 
 class TokenizerSection(Section):
-    """The tokenizer that made the data, which is also the one used for generation and export."""
+    """The tokenizer of the data, also used for generation and export."""
 
-    tokenizer_type: Literal[
-        "GPT2BPETokenizer",
-        "HFTokenizer",
-        "HFGPT2Tokenizer",
-        "SPMTokenizer",
-        "CharLevelTokenizer",
-        "TiktokenTokenizer",
-    ] = "GPT2BPETokenizer"
+    tokenizer_type: TokenizerType = "GPT2BPETokenizer"
     vocab_file: str | None = None
     merge_file: str | None = None
     padded_vocab_size: int | None = Field(default=None, gt=0, le=1 << 24)
 
 
 class CheckpointSection(Section):
-    """Where and when to save, and what to load."""
+    """What is saved where and when, and what is loaded."""
 
     save: str | None = None
     load: str | None = None
@@ -275,7 +266,7 @@ class CheckpointSection(Section):
 
 
 class ReliabilitySection(Section):
-    """When to leave with the work saved, what to skip, and how long a rank may be silent."""
+    """Signals and time limits, skipped steps, and hanging ranks."""
 
     time_limit: str | int | float | None = own(
         None,
