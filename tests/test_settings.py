@@ -1,4 +1,4 @@
-"""Settings of parts: the fields that are copied by name, and what is made of several keys at once."""
+"""Settings of parts: the fields that are copied by name, and those that depend on several keys."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""docs/neox.md and docs/keys.md are fresh; the kept facts of GPT-NeoX's files agree with the catalog and with the files.
+"""docs/neox.md and docs/keys.md are fresh; the recorded facts of GPT-NeoX's files agree with the catalog and with the files.
 
 The files are not part of this project; what they say, as GPT-NeoX's own reader gave it, is among the golden files.
 """
@@ -51,7 +51,7 @@ def test_there_are_59_files_and_they_are_started_with_known_ones() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(name for name, fact in FACTS.items() if fact["accepted"]))
-def test_keys_of_accepted_files_have_the_status_that_is_kept(name: str) -> None:
+def test_keys_of_accepted_files_have_the_recorded_status(name: str) -> None:
     fact = FACTS[name]
     for key in fact["keys"]:
         info = catalog()[normalise_key(key)]
@@ -61,7 +61,7 @@ def test_keys_of_accepted_files_have_the_status_that_is_kept(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(name for name, fact in FACTS.items() if not fact["accepted"]))
-def test_refused_files_are_refused_for_what_is_kept(name: str, load_values: Callable[..., RunConfig]) -> None:
+def test_refused_files_are_refused_for_the_recorded_reasons(name: str, load_values: Callable[..., RunConfig]) -> None:
     """The deciding keys alone, in a small run, are refused in the same words; each for a feature that is not built here."""
     fact = FACTS[name]
     deciding = {**fact["deciding"]}
@@ -69,9 +69,9 @@ def test_refused_files_are_refused_for_what_is_kept(name: str, load_values: Call
         deciding["attention_config"] = [[deciding["attention_config"][0][0], "all"]]
     with pytest.raises(ConfigError) as caught:
         load_values({**deciding, **({"num_layers": 4} if "attention_config" in deciding else {})})
-    found = [what for what, _ in neox_files.reasons(caught.value)]
+    refusals = [what for what, _ in neox_files.reasons(caught.value)]
     for what, hint in fact["why"]:
-        assert what in found
+        assert what in refusals
         assert "is not built" in what or any(word in hint for word in NOT_BUILT), (what, hint)
 
 

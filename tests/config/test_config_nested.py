@@ -28,7 +28,7 @@ train_micro_batch_size_per_gpu: 1
 PARAMS = "optimizer:\n  type: Adam\n  params: "
 ADAM = "optimizer: {type: Adam, params: {lr: 0.001}}\n"
 
-# text behind HEAD -> (line of the mistake, what is wrong, what to try)
+# text after HEAD -> (line of the mistake, what is wrong, what to try)
 MISTAKES: list[tuple[str, int, str, str]] = [
     ("optimizer:\n  type: Adam\n  params:\n    lr: .nan\n", 10, "optimizer.params.lr is nan, which is not a finite number", ""),
     (PARAMS + "{lr: .inf}\n", 9, "optimizer.params.lr is inf", ""),
