@@ -1,11 +1,10 @@
-"""Values inside dictionaries, checked against the table of `neox_keys.tsv`: unknown names, types, bounds, and their lines."""
+"""What is known about entries of dictionaries, by dotted names such as `optimizer.params.lr`."""
 
 from __future__ import annotations
 
 import functools
 import math
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Annotated, Any
 
@@ -15,16 +14,10 @@ from megatron.config import kinds
 from megatron.config.catalog import KeyInfo, catalog
 from megatron.config.frozen import freeze
 from megatron.config.neox_keys import NestedKey, nested_keys, open_dictionaries
-from megatron.config.problems import Problems
 from megatron.config.yaml_reader import Source
-from megatron.registry import nearest
 
-# GPT-NeoX's rule that a hyphen equals an underscore, where one of its files has it in a number: 1.0e_8.
-_EXPONENT = re.compile(r"([0-9.]+[eE])_([0-9]+)")
 _LARGEST = 2**63 - 1
 _BETAS = tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]]
-
-Check = Callable[[KeyInfo, Any, str], tuple[Any, bool]]
 
 
 @functools.cache
@@ -61,38 +54,6 @@ def find(dotted: str) -> KeyInfo | None:
     return nested_catalog().get(dotted) if "." in dotted else catalog().get(dotted)
 
 
-def check_inside(dotted: str, values: Mapping[str, Any], source: Source, check: Check, problems: Problems) -> tuple[Any, bool]:
-    """Check the entries of a dictionary.
-
-    Args:
-        dotted: its name.
-        values: its entries.
-        source: where they were written.
-        check: checks one value; returns the converted value and whether it fits, and reports it if not.
-        problems: list of mistakes.
-
-    Returns:
-        The converted dictionary, and whether all entries fit.
-    """
-    fitted, good = dict(values), True
-    for name, value in values.items():
-        inner = f"{dotted}.{name}"
-        info, place = nested_catalog().get(inner), place_of(source, inner)
-        if info is None:
-            if not is_open(dotted):
-                problems.add(f"unknown key {inner}", place, nearest(str(name), list(names_inside(dotted))))
-                good = False
-            continue
-        if value is None:
-            continue
-        if isinstance(value, Mapping) and names_inside(inner):
-            fitted[name], fits = check_inside(inner, value, source, check, problems)
-        else:
-            fitted[name], fits = check(info, _number(value, info), place)
-        good = good and fits
-    return fitted, good
-
-
 def place_of(source: Source, dotted: str) -> str:
     """`file:line` of a dotted name; else of an entry of it, or of the dictionary that it is in."""
     if dotted in source.places:
@@ -100,12 +61,6 @@ def place_of(source: Source, dotted: str) -> str:
     inside = [place for name, place in source.places.items() if name.startswith(f"{dotted}.")]
     outer = dotted.rpartition(".")[0]
     return inside[0] if inside else place_of(source, outer) if outer else ""
-
-
-def _number(value: Any, info: KeyInfo) -> Any:
-    """The number that a text such as 1.0e_8 means."""
-    match = _EXPONENT.fullmatch(value) if isinstance(value, str) and kinds.accepts(info.annotation, float) else None
-    return float(f"{match.group(1)}-{match.group(2)}") if match else value
 
 
 def odd_numbers(dotted: str, value: Any) -> Iterator[tuple[str, str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -12,13 +13,15 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from megatron.config import kinds
 from megatron.config.catalog import KeyInfo, catalog
 from megatron.config.frozen import thaw
-from megatron.config.nested import check_inside, find, is_open, names_inside, odd_numbers, place_of
+from megatron.config.nested import find, is_open, names_inside, odd_numbers, place_of
 from megatron.config.problems import Problems
 from megatron.config.run_sections import DTYPE_NAMES
 from megatron.config.spellings import EXTRA, assign
 from megatron.config.yaml_reader import BAD_YAML, Source, normalise_key, parse_scalar
 from megatron.registry import nearest
 
+# NeoX takes a hyphen for an underscore, and one of its files has 1.0e_8 as a number.
+_EXPONENT = re.compile(r"([0-9.]+[eE])_([0-9]+)")
 _SLIP = 0.85  # similarity to one of our keys from which a name is taken for a misspelling
 
 
@@ -57,35 +60,47 @@ def check_values(source: Source, problems: Problems) -> tuple[dict[str, Any], se
             problems.add(f"unknown key {key}", source.places.get(key, ""), hint)
             bad.add(key)
         elif raw is not None:
-            good[key], fits = _check(info, raw, source, problems)
-            if not fits:
-                del good[key]
+            odd = list(odd_numbers(key, raw))
+            for dotted, message in odd:
+                problems.add(message, place_of(source, dotted.partition("[")[0]))
+            value, fits = (None, False) if odd else _check(info, raw, source, problems)
+            if fits:
+                good[key] = value
+            else:
                 bad.add(key)
     return good, bad
 
 
-def _check(info: KeyInfo, raw: Any, source: Source, problems: Problems) -> tuple[Any, bool]:
-    """The value of a key in its type, entries of dictionaries included, and whether it fits."""
-    odd = list(odd_numbers(info.name, raw))
-    for dotted, message in odd:
-        problems.add(message, place_of(source, dotted.partition("[")[0]))
-
-    def one(inner: KeyInfo, value: Any, place: str) -> tuple[Any, bool]:
-        try:
-            return _adapter(inner.name).validate_python(kinds.fit(value, inner.annotation)), True
-        except ValidationError as error:
-            problems.add(*_type_problem(inner, value, error, place))
-            return None, False
-
-    if odd:
-        return None, False
-    if info.name == EXTRA and isinstance(raw, dict):
-        _check_extra(raw, source, problems)
-    if isinstance(raw, dict) and (names_inside(info.name) or is_open(info.name)):
-        raw, fits = check_inside(info.name, raw, source, one, problems)
+def _check(info: KeyInfo, value: Any, source: Source, problems: Problems) -> tuple[Any, bool]:
+    """The value of a key or entry in its type, and whether it and all its own entries fit."""
+    if info.name == EXTRA and isinstance(value, dict):
+        _check_extra(value, source, problems)
+    if isinstance(value, dict) and (names_inside(info.name) or is_open(info.name)):
+        value, fits = _check_entries(info.name, value, source, problems)
         if not fits:
             return None, False
-    return one(info, raw, source.places.get(info.name, ""))
+    try:
+        return _adapter(info.name).validate_python(kinds.fit(value, info.annotation)), True
+    except ValidationError as error:
+        problems.add(*_type_problem(info, value, error, place_of(source, info.name)))
+        return None, False
+
+
+def _check_entries(dotted: str, values: dict[str, Any], source: Source, problems: Problems) -> tuple[dict[str, Any], bool]:
+    """The dictionary `dotted` with its entries in their types, and whether all of them fit."""
+    fitted, good = dict(values), True
+    for name, value in values.items():
+        info = find(f"{dotted}.{name}")
+        if info is None and not is_open(dotted):
+            place, hint = place_of(source, f"{dotted}.{name}"), nearest(str(name), list(names_inside(dotted)))
+            problems.add(f"unknown key {dotted}.{name}", place, hint)
+            good = False
+        elif info is not None and value is not None:
+            match = _EXPONENT.fullmatch(value) if isinstance(value, str) and kinds.accepts(info.annotation, float) else None
+            number = float(f"{match.group(1)}-{match.group(2)}") if match else value
+            fitted[name], fits = _check(info, number, source, problems)
+            good = good and fits
+    return fitted, good
 
 
 def _check_extra(values: dict[str, Any], source: Source, problems: Problems) -> None:
