@@ -165,7 +165,7 @@ def _batch(draft: Draft) -> None:
         hint = f"world size {world} = {cells} model-parallel x {world // cells} data-parallel; leave one size unset"
         draft.reject(str(error), *_BATCH_KEYS, hint=hint)
         return
-    why = f"batch sizes solved over {world // cells} data-parallel ranks"
+    why = f"global batch = micro batch x accumulation steps x {world // cells} data-parallel ranks"
     for key, old, new in zip(_BATCH_KEYS, given, (solved.train, solved.micro, solved.accumulation), strict=True):
         if not old:
             draft.derive(key, new, why)
