@@ -19,16 +19,16 @@ from typing import TYPE_CHECKING
 from megatron.config.cli import config_from_args, make_parser
 from megatron.config.yaml_reader import find_config
 from megatron.errors import LaunchError, exit_on_error
+from megatron.launch.connectivity import addresses
 from megatron.launch.exports import is_secret, user_file, withheld
 from megatron.launch.hosts import find_pool
 from megatron.launch.job import SYSTEM_HOSTFILE, Job, plan_job
+from megatron.launch.job_shape import Site, shape_of
 from megatron.launch.jobfiles import KINDS, job_file
+from megatron.launch.mounts import places_of, slug
 from megatron.launch.options import LaunchOptions
-from megatron.launch.places import places_of, slug
 from megatron.launch.preview import describe
-from megatron.launch.reach import addresses
 from megatron.launch.runners import explain_failure, rendezvous_port, run_job, this_machine
-from megatron.launch.shape import Site, shape_of
 
 if TYPE_CHECKING:
     from megatron.config.schema import RunConfig

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from megatron.config.cli import config_from_args, make_parser
 from megatron.errors import ConfigError, DataError, exit_on_error
-from megatron.launch.ending import leaving
 from megatron.launch.environment import RankEnvironment, close_process_group, init_process_group, read_rank_environment
+from megatron.launch.process_exit import leaving
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -66,7 +66,7 @@ def _opened(run: RunConfig) -> tuple[LanguageModel, Tokenizer, Path]:
 
 def _tokens(run: RunConfig) -> NDArray[Any]:
     """The split's tokens."""
-    from megatron.evaluation.stream import corpora_tokens, split_tokens
+    from megatron.evaluation.documents import corpora_tokens, split_tokens
 
     data, name, limit = run.data, run.evaluation.eval_split, run.evaluation.eval_limit
     if data.data_path is not None:
@@ -79,9 +79,9 @@ def _tokens(run: RunConfig) -> NDArray[Any]:
 
 def perplexity(run: RunConfig) -> None:
     """Perplexity at every length, as a table, JSON and PNG."""
+    from megatron.evaluation.documents import measured
     from megatron.evaluation.perplexity import score
     from megatron.evaluation.report import plot_lengths, table
-    from megatron.evaluation.stream import measured
     from megatron.files import write_json
 
     asked = run.evaluation
@@ -162,7 +162,7 @@ def _options(run: RunConfig, model: ModelConfig) -> HarnessOptions:
 def _request(run: RunConfig, names: Sequence[str], tokenizer: Tokenizer) -> Request:
     """What is measured."""
     from megatron.evaluation.options import Request
-    from megatron.evaluation.tasks.cut import Tokens
+    from megatron.evaluation.tasks.shorten import Tokens
 
     asked = run.evaluation
     settings = {
@@ -175,8 +175,8 @@ def _request(run: RunConfig, names: Sequence[str], tokenizer: Tokenizer) -> Requ
 
 def _measured(run: RunConfig, names: Sequence[str], forward: Forward, tokenizer: Tokenizer, checkpoint: Path) -> None:
     try:
-        from megatron.evaluation.harness import HarnessLM
-        from megatron.evaluation.suite import measure, score_lines, summary
+        from megatron.evaluation.lm_eval_model import HarnessLM
+        from megatron.evaluation.run_lm_eval import measure, score_lines, summary
     except ImportError as error:
         raise ConfigError(
             "lm-eval is not installed", why=str(error), hint="pip install -r requirements/requirements-eval.txt"
@@ -220,7 +220,7 @@ def main(argv: list[str]) -> None:
     parser = make_parser("Measure a trained model.")
     parser.add_argument("--eval_lengths", "--eval-lengths", nargs="+", metavar="N", help="tokens that a pass reads at most")
     parser.add_argument("--eval_stride", "--eval-stride", metavar="N", help="tokens scored per pass (sliding evaluation)")
-    parser.add_argument("--data-dir", "--eval_data_dir", metavar="DIR", help="local data sets under their hub names (lm-eval)")
+    parser.add_argument("--data-dir", "--eval_data_dir", metavar="DIR", help="local datasets under their hub names (lm-eval)")
     parser.add_argument("--limit", "--eval_limit", metavar="N", help="examples per task (lm-eval), tokens (perplexity)")
     arguments = parser.parse_intermixed_args(argv)
     if arguments.eval_lengths:

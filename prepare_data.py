@@ -19,10 +19,10 @@ DEFAULT = "pystdlib"
 
 
 def _said_by_default() -> str:
-    """What was chosen for a user who named no data set, and what else there is."""
+    """What was chosen for a user who named no dataset, and what else there is."""
     others = ", ".join(name for name in CORPORA if name != DEFAULT)
     return (
-        f"no data set was named, so {DEFAULT} is made (GPT-NeoX's default is enwik8); also built in: {others}\n"
+        f"no dataset was named, so {DEFAULT} is made (GPT-NeoX's default is enwik8); also built in: {others}\n"
         f"GPT-NeoX's other sets are not built in: {', '.join(sorted(NEOX_CORPORA))}\n"
         "turn a copy of one into token files with tools/datasets/preprocess_data.py --input FILE\n"
     )

@@ -10,8 +10,8 @@ import sys
 from megatron.config.checks import require_data
 from megatron.config.cli import config_from_args, make_parser
 from megatron.errors import exit_on_error
-from megatron.launch.ending import leaving
 from megatron.launch.environment import read_rank_environment
+from megatron.launch.process_exit import leaving
 
 
 def main(argv: list[str]) -> int:
@@ -27,7 +27,7 @@ def main(argv: list[str]) -> int:
         asked = (run.launch.num_gpus or 0) * max(1, run.launch.num_nodes)
         run = config_from_args(arguments, world_size=asked or run.parallel.pipe_stages * run.parallel.tensor_ranks)
     from megatron.assemble import dry_run, train
-    from megatron.launch.preflight import DOES_NOT_FIT
+    from megatron.planning.dry_run import DOES_NOT_FIT
 
     if arguments.dry_run:
         found = dry_run(run, arguments.device_memory, arguments.mfu)

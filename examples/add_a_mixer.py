@@ -71,7 +71,7 @@ class DecayAttention(Layer):
 
     def forward(self, x: Tensor, ctx: Context, state: State | None = None) -> tuple[Tensor, State | None]:
         """`x [b, s, d]` -> `y [b, s, d]`; see `Layer.forward`."""
-        q, k, v, log_decay = self._inputs(self.split(x))
+        q, k, v, log_decay = self._inputs(self.copy_to_tp(x))
         if ctx.mask is not None:  # padding writes nothing and forgets nothing
             seen = ctx.mask[:, None].to(v.dtype)
             v, log_decay = v * seen[..., None], log_decay * seen
@@ -82,7 +82,7 @@ class DecayAttention(Layer):
         weights = (total[..., :, None] - total[..., None, :]).masked_fill(~visible, -torch.inf).exp()
         y = (q @ k.transpose(-1, -2) * weights) @ v
         if state is None:
-            return self.join(self.out_proj(y.transpose(1, 2).flatten(2))), None
+            return self.reduce_from_tp(self.out_proj(y.transpose(1, 2).flatten(2))), None
         after = total[..., -1, None, None].exp() * state["S"]
         last = visible[..., -1, :].to(v.dtype)
         if ctx.segment_ids is not None:
@@ -92,7 +92,7 @@ class DecayAttention(Layer):
         else:
             y = y + (q * total.exp()[..., None]) @ state["S"]
         kept = k * ((total[..., -1:] - total).exp() * last)[..., None]
-        return self.join(self.out_proj(y.transpose(1, 2).flatten(2))), {"S": after + kept.transpose(-1, -2) @ v}
+        return self.reduce_from_tp(self.out_proj(y.transpose(1, 2).flatten(2))), {"S": after + kept.transpose(-1, -2) @ v}
 
     def step(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
         """`x [b, d]` -> `y [b, d]`; see `Layer.step`."""

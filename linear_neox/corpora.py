@@ -12,7 +12,7 @@ from megatron.data import corpora
 from megatron.data.corpus_request import CorpusRequest, PreparedCorpus
 from megatron.data.encode import EncodeJob, EncodeOptions, encode_corpus
 from megatron.data.tokenizers import Tokenizer, build_tokenizer
-from megatron.evaluation import stream
+from megatron.evaluation import documents as stream
 
 
 def prepare_data(name: str = "pystdlib", folder: str | Path = "data", *, source: str | Path | None = None) -> PreparedCorpus:

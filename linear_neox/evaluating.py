@@ -15,9 +15,9 @@ from megatron.config.yaml_reader import read_files
 from megatron.data.tokenizers import Tokenizer
 from megatron.errors import ConfigError
 from megatron.evaluation.perplexity import Score, score
-from megatron.evaluation.recall import run_point
-from megatron.evaluation.sweep import describe, points_of
 from megatron.model.lm import LanguageModel
+from megatron.synthetics.sweep import describe, points_of
+from megatron.synthetics.train_point import run_point
 
 
 def perplexity(

@@ -9,7 +9,7 @@ from linear_neox.models import Checkpoint
 from megatron.checkpoint.find import newest_checkpoint
 from megatron.export.card import Stated
 from megatron.export.hf import Exported, export_checkpoint
-from megatron.export.importer import Imported, import_folder
+from megatron.interop.import_hf import Imported, import_folder
 
 
 def export_hf(

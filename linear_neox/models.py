@@ -22,9 +22,9 @@ from megatron.model import cost
 from megatron.model.build import build_model as build_unset
 from megatron.model.build import param_specs
 from megatron.model.config import ModelConfig
-from megatron.model.init import materialise
+from megatron.model.init import init_weights
 from megatron.model.lm import LanguageModel
-from megatron.parallel.plan import slice_of
+from megatron.parallel.shard_spec import slice_of
 from megatron.settings import model_config as model_config_of
 from megatron.settings import tokenizer_of, vocabulary_rows
 
@@ -114,7 +114,7 @@ def build_model(
     specs = param_specs(config)
     with torch.device("meta"):
         model = build_unset(config)
-    materialise(
+    init_weights(
         model,
         {name: name for name, _ in model.named_parameters()},
         specs,
@@ -126,7 +126,7 @@ def build_model(
     )
     for module in model.modules():
         if isinstance(module, Layer):
-            module.lay_together()
+            module.pack_weights()
     return model
 
 
@@ -139,7 +139,7 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype:
 
 
 def count_parameters(config: ModelConfig | ConfigLike, *, vocab_size: int | None = None) -> tuple[int, int]:
-    """(all parameters, those without the embedding and the output matrix), without allocating any."""
+    """(all parameters, those without the embedding and the output projection), without allocating any."""
     return cost.count_parameters(config if isinstance(config, ModelConfig) else model_config(config, vocab_size=vocab_size))
 
 

@@ -78,10 +78,10 @@ class Trainer:
         self._parts = assemble.build(run, RankEnvironment(), lambda: None)
         resumed = assemble.restore(run, self.engine, self.config)
         self._state = TrainState.from_dict(resumed.state)
-        self.run: RunConfig = self._parts.feeding.build(resumed.state.get("data", {}))
+        self.run: RunConfig = self._parts.data_pipeline.build(resumed.state.get("data", {}))
         self._goes_on = assemble.continued(self.run, resumed, self._state)
         consumed = self._state.consumed_samples, self._state.consumed_tokens
-        self._batches = self._parts.feeding.training(self._parts.mesh, *consumed)
+        self._batches = self._parts.data_pipeline.training(self._parts.mesh, *consumed)
         close = getattr(self._batches, "close", None)  # it may read ahead on a thread, which must end before Python does
         self._end_reading = weakref.finalize(self, close) if close is not None else None
         self._hooks = list(hooks)

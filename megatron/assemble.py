@@ -20,26 +20,29 @@ from megatron.checkpoint.background import Saver
 from megatron.checkpoint.resume import Resumed, resume
 from megatron.config.explain import print_config
 from megatron.config.schema import RunConfig
-from megatron.continuing import Continued, resumed, started
 from megatron.data.batches import Batch
 from megatron.data.tokenizers import Tokenizer
+from megatron.data_pipeline import DataPipeline
 from megatron.engine.base import Engine
 from megatron.engine.build import build_engine
 from megatron.errors import UserError
-from megatron.feeding import Feeding
-from megatron.launch.capacity import limits
 from megatron.launch.environment import RankEnvironment, close_process_group, init_process_group
 from megatron.launch.lock import FolderLock
-from megatron.launch.preflight import Report, report
 from megatron.model.config import ModelConfig
 from megatron.model.cost import count_parameters, train_flops
-from megatron.observe.console import Console, Opening
+from megatron.observe.console import Console, RunHeader
 from megatron.observe.metrics import CostModel
 from megatron.observe.plot import plot_metrics
 from megatron.observe.runfolder import RunFolder, copy_console, create_run_folder
 from megatron.observe.sinks import Sinks
-from megatron.parallel.ballot import Ballot
 from megatron.parallel.mesh import Mesh
+from megatron.planning.capacity import limits
+from megatron.planning.dry_run import Report, report
+from megatron.reliability.consensus import Consensus
+from megatron.reliability.signals import StopSignals, TimeLimit, seconds_of, signal_numbers
+from megatron.reliability.stop import Control
+from megatron.reliability.watchdog import Watchdog
+from megatron.resume_settings import Continued, resumed, started
 from megatron.settings import (
     checkpoint_facts,
     engine_settings,
@@ -50,18 +53,15 @@ from megatron.settings import (
     tokenizer_of,
     vocabulary_rows,
 )
-from megatron.training.control import Control
 from megatron.training.evaluate import Evaluator
 from megatron.training.hooks import Hook, Run
 from megatron.training.loop import Actions, fit
 from megatron.training.reporting import Reporting
-from megatron.training.signals import StopSignals, TimeLimit, seconds_of, signal_numbers
 from megatron.training.state import TrainState
-from megatron.training.watchdog import Watchdog
 
 
 def dry_run(run: RunConfig, device_memory: float | None = None, mfu: float = 0.4) -> Report:
-    """What the run needs, without data and without allocating: see `launch/preflight.py`. device_memory: GiB of a rank."""
+    """What the run needs, without data and without allocating: see `planning/dry_run.py`. device_memory: GiB of a rank."""
     if run.tokenizer.padded_vocab_size:
         rows, origin = run.tokenizer.padded_vocab_size, "padded_vocab_size"
     else:
@@ -132,7 +132,7 @@ def _opening(run: RunConfig, config: ModelConfig, mesh: Mesh, folder: RunFolder,
     tokens = run.training.train_iters * run.batch.train_batch_size * run.model.seq_length
     shape = f"{mixers} {config.num_layers} x {config.hidden_size}"
     place = f"{mesh.describe()}, {engine.describe()}"
-    return Opening(shape, total, inner, tokens, run.training.train_iters, place, str(folder.root), start).line()
+    return RunHeader(shape, total, inner, tokens, run.training.train_iters, place, str(folder.root), start).line()
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class Parts:
 
     tokenizer: Tokenizer
     config: ModelConfig
-    feeding: Feeding
+    data_pipeline: DataPipeline
     mesh: Mesh
     engine: Engine
 
@@ -157,20 +157,22 @@ def build(run: RunConfig, env: RankEnvironment, connected: Callable[[], object])
     tokenizer = tokenizer_of(run)
     rows = vocabulary_rows(run, tokenizer)
     config = model_config(run, rows)
-    feeding = Feeding(run, tokenizer, rows)
-    feeding.check()
+    data_pipeline = DataPipeline(run, tokenizer, rows)
+    data_pipeline.check()
     settings = engine_settings(run)
     init_process_group(env, run.parallel.distributed_backend, settings.timeout_s)
     connected()
     mesh = Mesh.create(run.parallel.pipe_stages, run.parallel.tensor_ranks, env.world_size, env.rank)
     if settings.objective.tally is not None:
         settings.objective.tally.group = mesh.tp_group
-    return Parts(tokenizer, config, feeding, mesh, build_engine(run.parallel.engine, config, mesh, settings, env.local_rank))
+    return Parts(
+        tokenizer, config, data_pipeline, mesh, build_engine(run.parallel.engine, config, mesh, settings, env.local_rank)
+    )
 
 
 def _control(run: RunConfig, rank: int, signals: StopSignals, limit: TimeLimit) -> Control:
     """What may end the run from outside; every rank makes it at the same place."""
-    ballot, timeout = Ballot.of_all_ranks(), run.reliability.hang_timeout
+    ballot, timeout = Consensus.of_all_ranks(), run.reliability.hang_timeout
     return Control(ballot, signals, limit, Watchdog.open(timeout, rank, ballot) if timeout else None)
 
 
@@ -182,7 +184,7 @@ def write_checkpoint(
     return saver.save(
         folder,
         parts.engine,
-        {**state.to_dict(), "data": parts.feeding.state()},
+        {**state.to_dict(), "data": parts.data_pipeline.state()},
         model_config=parts.config.to_dict(),
         config_texts=run.config_texts,
         tokenizer={path.name: path for path in tokenizer.files()},
@@ -206,11 +208,11 @@ def build_evaluator(
         split: prefix of the metrics.
         stop_asked: asked between parts of the evaluation; true gives it up.
     """
-    if parts.feeding.sets.get(name) is None or not run.training.eval_iters:
+    if parts.data_pipeline.sets.get(name) is None or not run.training.eval_iters:
         return None
 
     def first() -> Iterator[Batch]:
-        return parts.feeding.evaluation(name, parts.mesh)
+        return parts.data_pipeline.evaluation(name, parts.mesh)
 
     engine = parts.engine
     tally = engine.settings.objective.tally
@@ -262,7 +264,7 @@ def train(run: RunConfig, env: RankEnvironment, command: Sequence[str]) -> Run:
         stack.callback(close_process_group)
         stack.callback(parts.engine.close)
         found = restore(run, parts.engine, parts.config)
-        state, run = TrainState.from_dict(found.state), parts.feeding.build(found.state.get("data", {}))
+        state, run = TrainState.from_dict(found.state), parts.data_pipeline.build(found.state.get("data", {}))
         goes_on = continued(run, found, state)
         console.say(_opening(run, parts.config, parts.mesh, folder, parts.engine, state.iteration))
         for line in goes_on.lines:
@@ -272,7 +274,7 @@ def train(run: RunConfig, env: RankEnvironment, command: Sequence[str]) -> Run:
         hooks: list[Hook] = []
         if env.is_main:
             hooks = reporting_hooks(run, folder, parts.config, parts.mesh, state.iteration, console)
-        batches = parts.feeding.training(parts.mesh, state.consumed_samples, state.consumed_tokens)
+        batches = parts.data_pipeline.training(parts.mesh, state.consumed_samples, state.consumed_tokens)
         control = _control(run, env.rank, signals, limit)
         stack.callback(control.close)
         actions, options = _actions(run, parts, saver, control, goes_on.facts), fit_options(run)

@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Iterator
 
-from megatron.streams import steady_streams
+from megatron.stdio import steady_streams
 
 
 class UserError(Exception):
@@ -79,7 +79,7 @@ class TrainingError(UserError):
 def exit_on_error(screen_is_result: bool = True) -> Iterator[None]:
     """Around a command's body: print a `UserError` once and exit with its code, no traceback.
 
-    Streams that are closed or lost end nothing (`streams.py`).
+    Streams that are closed or lost end nothing (`stdio.py`).
 
     Args:
         screen_is_result: somebody wants what the command prints, so that a full disk under it is an error at the end.

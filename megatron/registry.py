@@ -101,7 +101,7 @@ def _inherited(nodes: list[ast.ClassDef], name: str) -> Any:
 def _all_options(configs: list[ast.ClassDef]) -> dict[str, OptionInfo]:
     """Options of a `Config` and of those it inherits from (given nearest first), in the order of the dataclass's fields.
 
-    A field that is set anew without a string after it keeps its documentation; `no_options` takes inherited fields out.
+    A field that is set again without a string after it keeps its documentation; `no_options` takes inherited fields out.
     """
     options: dict[str, OptionInfo] = {}
     for config in reversed(configs):

@@ -15,21 +15,22 @@ from typing import Any, TypeVar
 from megatron.config.frozen import thaw
 from megatron.config.schema import RunConfig, sections
 from megatron.data.masking import Masking
-from megatron.data.synthetic.dataset import SPLITS, read_slices, task_kind
-from megatron.data.synthetic.numbers import NumberTokenizer
 from megatron.data.tokenizers import Tokenizer, build_tokenizer, padded_vocab_size
 from megatron.engine.base import EngineSettings
 from megatron.engine.schedule import ScheduleConfig, decay_horizon, learning_rate
 from megatron.errors import ConfigError, DataError
-from megatron.launch.preflight import RunShape
+from megatron.model.accuracy import AnswerCounts
 from megatron.model.config import ModelConfig
+from megatron.model.objectives import Objective
 from megatron.observe.runfolder import RunFolder
 from megatron.observe.sinks import SinkOptions, WandbOptions
+from megatron.planning.dry_run import RunShape
 from megatron.registry import layer_info
-from megatron.training.accuracy import Tally
-from megatron.training.cadence import SaveRule
-from megatron.training.objectives import Objective
-from megatron.training.options import FitOptions, GuardOptions
+from megatron.reliability.guard_options import GuardOptions
+from megatron.synthetics.dataset import SPLITS, read_slices, task_kind
+from megatron.synthetics.number_tokenizer import NumberTokenizer
+from megatron.training.intervals import SaveRule
+from megatron.training.options import FitOptions
 
 Part = TypeVar("Part")
 PROPERTIES = (property, functools.cached_property)
@@ -149,7 +150,7 @@ def objective(run: RunConfig) -> Objective:
         ConfigError: objective and prefix of the layers contradict each other, or the prefix fills the sequence.
     """
     t, prefix = run.training, layer_options(run).get("jrt", {}).get("prefix_length", 0)
-    tally = None if run.data.synthetic is None else Tally()
+    tally = None if run.data.synthetic is None else AnswerCounts()
     length = t.objective_prefix_length or prefix
     if t.objective == "causal":
         if prefix:

@@ -1,4 +1,4 @@
-"""A 12-layer Based and a JRT model as a user runs them: train through deepy.py, resume to the bit, export, generate."""
+"""A 12-layer Based and a JRT model as a user runs them: train through deepy.py, resume bitwise, export, generate."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_train_resume_export_generate(kind: str, corpus: Path, tmp_path: Path) -
     assert len(expected) == 8
     run("deepy.py", "train.py", config, "--set", "exit_interval=5")
     run("deepy.py", "train.py", config)
-    assert losses(tmp_path / "run") == expected, "resumed to the bit, hidden tokens included"
+    assert losses(tmp_path / "run") == expected, "resumed bitwise, hidden tokens included"
     if kind == "jrt":
         rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
         for row in (r for r in rows if "train/ntp_loss" in r):

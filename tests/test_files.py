@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron import files
-from megatron.training.heartbeat import Beat
+from megatron.reliability.heartbeat import Heartbeat
 
 
 @pytest.mark.parametrize(
@@ -77,4 +77,4 @@ def test_json_files_are_read_by_the_one_that_does_not_trust_them() -> None:
 
 def test_a_datagram_of_anybody_is_no_beat() -> None:
     for data in (b"[" * 60_000, b'{"job":' + b"9" * 5000 + b"}", b"\xff", b"{}", b"[]"):
-        assert Beat.decode(data, "key") is None
+        assert Heartbeat.decode(data, "key") is None

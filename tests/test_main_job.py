@@ -1,4 +1,4 @@
-"""The main job as a user runs it: one YAML, real commands, resume to the bit, and one clear message for every mistake."""
+"""The main job as a user runs it: one YAML, real commands, resume bitwise, and one clear message for every mistake."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def losses(run_dir: Path) -> list[float]:
 
 @pytest.mark.slow
 def test_stop_and_resume_is_bit_equal_and_the_run_folder_is_whole(config: Path, tmp_path: Path) -> None:
-    """Stopped after step 7 of 20 and started again: every loss as in the unbroken run, dropout included."""
+    """Stopped after step 7 of 20 and started again: every loss as in the uninterrupted run, dropout included."""
     whole = tmp_path / "whole"
     place = ("--set", f"run_dir={whole}", "--set", f"save={whole}/checkpoints", "--set", f"load={whole}/checkpoints")
     run("deepy.py", "train.py", config, *place)
@@ -233,7 +233,7 @@ def test_fused_kernels_train_as_the_plain_path_does(config: Path, tmp_path: Path
 
 
 def _stopped_and_resumed(config: Path, tmp_path: Path, *overrides: str) -> None:
-    """Six steps at once, and stopped after the third: the same losses to the bit."""
+    """Six steps at once, and stopped after the third: the same losses bitwise."""
     import train
 
     def go(name: str, *more: str) -> list[float]:

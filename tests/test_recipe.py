@@ -10,7 +10,7 @@ import pytest
 
 from megatron.config.load import load_config
 from megatron.errors import ConfigError
-from megatron.export.families import METALA_ACTIVATIONS
+from megatron.interop.hf_classes import METALA_ACTIVATIONS
 from megatron.model.config import ModelConfig
 from megatron.model.resolved import resolved
 from megatron.recipe import Start, announcement, command, model_keys, write_recipe

@@ -16,8 +16,9 @@ from megatron.engine.base import EngineSettings
 from megatron.engine.schedule import ScheduleConfig
 from megatron.errors import ConfigError
 from megatron.model.config import ModelConfig
+from megatron.reliability.guard_options import GuardOptions
 from megatron.settings import engine_settings, fill, masking, objective, shared_names
-from megatron.training.options import FitOptions, GuardOptions
+from megatron.training.options import FitOptions
 from tests.arrival.case import BASE, Case, make_ground
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints from the command line: look into one, verify, compare, re-cut, import.
+"""Checkpoints from the command line: look into one, verify, compare, reshard, import.
 
     python tools/checkpoint.py inspect runs/x/checkpoints/global_step1000 [--tensors]
     python tools/checkpoint.py verify  runs/x                             every checkpoint of a run, every byte
@@ -64,14 +64,14 @@ def diff(args: argparse.Namespace) -> int:
     for line in lines(newest_checkpoint(args.path), newest_checkpoint(args.other)):
         print(line)
         count += 1
-    print(f"{count} differences" if count else "equal, to the bit")
+    print(f"{count} differences" if count else "equal, bitwise")
     return 1 if count else 0
 
 
 def reshard(args: argparse.Namespace) -> int:
     """Write a checkpoint again for another mesh."""
     from megatron.checkpoint.find import newest_checkpoint
-    from megatron.checkpoint.reshard import reshard as write
+    from megatron.checkpoint.offline_reshard import reshard as write
 
     made = write(newest_checkpoint(args.path), args.output, pp=args.pp, dp=args.dp, tp=args.tp)
     print(f"wrote {made}, cut for {args.pp} pipeline x {args.dp} data x {args.tp} tensor")
@@ -80,11 +80,11 @@ def reshard(args: argparse.Namespace) -> int:
 
 def import_neox(args: argparse.Namespace) -> int:
     """Import the weights of a GPT-NeoX folder, and write a YAML that trains them on."""
-    from megatron.checkpoint.foreign import ForeignFolder
     from megatron.checkpoint.layout import iteration_of
-    from megatron.checkpoint.neox import fitted, read_neox, vocabulary_rows
     from megatron.checkpoint.save import save_weights
     from megatron.config.load import load_config
+    from megatron.interop.neox import fitted, read_neox, vocabulary_rows
+    from megatron.interop.neox_files import ForeignFolder
     from megatron.model.build import param_specs
     from megatron.recipe import announcement, start_of_run
     from megatron.settings import model_config, tokenizer_records

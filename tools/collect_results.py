@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron.errors import ConfigError, exit_on_error
-from megatron.evaluation.collected import Row, columns_of, footnotes, read_published, read_results, write_tables
+from megatron.evaluation.published_tables import Row, columns_of, footnotes, read_published, read_results, write_tables
 
 PUBLISHED = Path(__file__).resolve().parents[1] / "benchmarks" / "published" / "scores.csv"
 

@@ -108,7 +108,7 @@ def main() -> int:
     parser.add_argument("--failed-again", action="store_true", help="run the failed tests of every row once more")
     parser.add_argument("--tests", nargs="+", default=list(SUITE), help="other tests; their counts are not recorded")
     parser.add_argument("--remove", action="store_true", help="delete each environment afterwards")
-    parser.add_argument("--page", action="store_true", help="only write docs/compatibility.md anew from the results")
+    parser.add_argument("--page", action="store_true", help="only write docs/compatibility.md again from the results")
     arguments = parser.parse_args()
     combinations = asked_for(arguments)
     if not (combinations or arguments.cross or arguments.page or arguments.failed_again):

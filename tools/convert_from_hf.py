@@ -1,4 +1,4 @@
-"""Hugging Face folder -> checkpoint and a YAML that trains it on: the command around `megatron.export.importer`."""
+"""Hugging Face folder -> checkpoint and a YAML that trains it on: the command around `megatron.interop.import_hf`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def main() -> None:
     parser.add_argument("--data", help="to train on: prefix of token files, or a file or folder of text (jsonl, txt, ...)")
     with exit_on_error():
         arguments = parser.parse_args()
-        from megatron.export.importer import import_folder
+        from megatron.interop.import_hf import import_folder
         from megatron.recipe import announcement, start_of
 
         made = import_folder(arguments.input, arguments.output)

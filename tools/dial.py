@@ -24,7 +24,7 @@ from megatron.config.load import load_config
 from megatron.errors import exit_on_error
 from megatron.files import write_json
 from megatron.model.config import ModelConfig
-from megatron.model.memory import state_bytes, total
+from megatron.model.state_size import state_bytes, total
 from megatron.settings import model_config
 
 

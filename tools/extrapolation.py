@@ -57,8 +57,8 @@ def evaluated(folder: Path, config: str, a: argparse.Namespace) -> dict[str, Any
 
     from megatron.checkpoint.find import find_checkpoint
     from megatron.config.load import load_config
+    from megatron.evaluation.documents import measured, split_tokens
     from megatron.evaluation.perplexity import score
-    from megatron.evaluation.stream import measured, split_tokens
     from megatron.generation.load import load_model
     from megatron.settings import tokenizer_of
 

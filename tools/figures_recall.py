@@ -20,8 +20,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron.errors import DataError, exit_on_error
-from megatron.evaluation.sweep_results import read_lines
 from megatron.files import write_text
+from megatron.synthetics.sweep_results import read_lines
 
 Row = Mapping[str, Any]
 _MARKS = "osD^vP*X<>h"

@@ -132,7 +132,7 @@ def work(order: Mapping[str, Any]) -> None:
     """What a worker process does: load the model once, write one file per task."""
     from megatron.evaluation.models import ModelOptions, open_model, place_of
     from megatron.evaluation.options import Request
-    from megatron.evaluation.suite import measure, score_lines, summary
+    from megatron.evaluation.run_lm_eval import measure, score_lines, summary
 
     settings, model = dict(order["settings"]), Model(order["name"], Path(order["path"]))
     limit, shots, context = (settings.pop(key) for key in ("limit", "num_fewshot", "context_length"))
@@ -169,7 +169,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--limit", type=int, help="examples per task")
     p.add_argument("-p", "--parallelize", action="store_true", help="one process per device")
     p.add_argument("--processes", type=int, default=2, help="of -p on a machine without accelerators")
-    p.add_argument("--data-dir", help="local data sets under their hub names")
+    p.add_argument("--data-dir", help="local datasets under their hub names")
     p.add_argument("--batch-size", type=int, default=8)
     p.add_argument("--num-fewshot", type=int)
     p.add_argument("--max-length", type=int, help="tokens read at most; unset: as trained")

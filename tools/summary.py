@@ -19,7 +19,7 @@ from megatron.observe.plot import plot_metrics, series
 
 
 def draw(run: Path, metrics: Path) -> None:
-    """Make loss.png anew unless it shows all of the metrics; what stands against it is said."""
+    """Make loss.png again unless it shows all of the metrics; what stands against it is said."""
     plot = run / "loss.png"
     if plot.is_file() and plot.stat().st_mtime >= metrics.stat().st_mtime:
         return

@@ -25,9 +25,9 @@ import torch
 from megatron.config.problems import Problems
 from megatron.config.yaml_reader import read_files
 from megatron.errors import ConfigError, TrainingError, exit_on_error
-from megatron.evaluation.recall import Point
-from megatron.evaluation.sweep import describe, group, points_of, solved, work
-from megatron.evaluation.sweep_results import Results
+from megatron.synthetics.sweep import describe, group, points_of, solved, work
+from megatron.synthetics.sweep_results import Results
+from megatron.synthetics.train_point import Point
 
 
 def read_sweep(path: Path) -> list[Point]:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from megatron.checkpoint.layout import tag_of
 from megatron.checkpoint.save import SaveOptions, Snapshot, save_checkpoint, take_snapshot, write_snapshot
-from megatron.checkpoint.shards import Holdings
+from megatron.checkpoint.shard_contents import ShardContents
 from megatron.engine.base import Engine, copy_all
 from megatron.errors import CheckpointError
 
@@ -43,7 +43,7 @@ class HostCopy:
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, str], Tensor] = {}
 
-    def __call__(self, holdings: Holdings) -> None:
+    def __call__(self, holdings: ShardContents) -> None:
         """Replace all tensors of `holdings` by copies that no training step touches."""
         kept: dict[tuple[str, str], Tensor] = {}
         pairs = []
@@ -118,7 +118,7 @@ class Saver:
         if self._job is None:
             return None
         running, failed = self._vote(self._job)
-        if failed:  # all fail together (agree.py); the slower ones are a moment behind
+        if failed:  # all fail together (collective_errors.py); the slower ones are a moment behind
             self._job.thread.join(_BEHIND_S)
         return self._end(failed) if failed or not running else None
 

@@ -1,6 +1,6 @@
 """Loading: work out what this rank needs from the manifest, read and verify it, and hand it to the engine.
 
-Weights, optimizer masters and moments are re-cut for any mesh while they are read, without an offline step. All ranks read
+Weights, optimizer masters and moments are resharded for any mesh while they are read, without an offline step. All ranks read
 and verify before any of them changes its engine, and one rank's damaged file is an error on all.
 """
 
@@ -15,17 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.checkpoint.agree import Verdict
-from megatron.checkpoint.boxes import Span
+from megatron.checkpoint.collective_errors import CollectiveError
 from megatron.checkpoint.compare import check_model, check_names, model_problems
 from megatron.checkpoint.damage import DamagedCheckpoint
 from megatron.checkpoint.layout import MANIFEST, RNG
 from megatron.checkpoint.manifest import Manifest, read_manifest
-from megatron.checkpoint.randomness import begin_streams, mesh_text, saved_streams
-from megatron.checkpoint.reader import damage_of
-from megatron.checkpoint.recut import MASTER, OptimizerReads, Place, Read
-from megatron.checkpoint.shards import local_slice
-from megatron.checkpoint.source import Source, Wanted
+from megatron.checkpoint.regions import FlatRange
+from megatron.checkpoint.reshard import MASTER, OptimizerReads, Place, Read
+from megatron.checkpoint.rng_state import begin_streams, mesh_text, saved_streams
+from megatron.checkpoint.safetensors_reader import damage_of
+from megatron.checkpoint.shard_contents import local_slice
+from megatron.checkpoint.tensor_reader import Source, TensorRequest
 from megatron.engine.base import Engine, OptimizerSlice
 from megatron.errors import CheckpointError
 from megatron.parallel.random import check_rng, restore_rng
@@ -52,7 +52,7 @@ def load_checkpoint(
         model_config: this run's model; compared with the saved one when given.
         load_optimizer: False (no_load_optim) keeps the step but starts the moments at zero.
         load_rng: False (no_load_rng) keeps this run's random numbers. True restores them where pipeline and data sizes are
-            those of the save; on another mesh they start anew from (seed, step, rank), which the log says.
+            those of the save; on another mesh they start again from (seed, step, rank), which the log says.
         finetune: weights only; no optimizer, no random numbers, and an empty state (step 0).
         verify: compare the SHA-256 of all that this rank reads; sizes and save ids are compared in any case.
         in_place: read straight into the engine's memory, for an engine that has nothing to lose: damage is found all the same
@@ -69,17 +69,17 @@ def load_checkpoint(
     """
     path = Path(path)
     wanted = _Options(load_optimizer and not finetune, load_rng and not finetune, verify, in_place)
-    verdict = Verdict("the checkpoint could not be loaded", str(path))
-    with verdict.watch():
+    verdict = CollectiveError("the checkpoint could not be loaded", str(path))
+    with verdict.capture():
         manifest = read_manifest(path)
         _check(path, manifest, engine, model_config, wanted.optimizer)
         if look is not None:
             look(manifest)
         found = _read(path, manifest, engine, wanted)
-    verdict.settle()
-    with verdict.watch():
+    verdict.raise_on_all_ranks()
+    with verdict.capture():
         _hand_over(engine, manifest, found)
-    verdict.settle()
+    verdict.raise_on_all_ranks()
     return {} if finetune else dict(manifest.state)
 
 
@@ -112,7 +112,7 @@ def _check(path: Path, manifest: Manifest, engine: Engine, model_config: Mapping
         raise CheckpointError("the checkpoint holds no optimizer state", where=str(path), hint=hint)
     text = mesh_text(manifest, engine.mesh)
     if text and engine.mesh.rank == 0:
-        _log.info("re-cut at load: %s", text)
+        _log.info("reshard at load: %s", text)
 
 
 def _read(path: Path, manifest: Manifest, engine: Engine, options: _Options) -> _Found:
@@ -157,7 +157,7 @@ def _read_optimizer(source: Source, engine: Engine, in_place: bool) -> dict[str,
     plans: dict[str, OptimizerReads] = {}
     slices = engine.optimizer_slices()
     for name, own in slices.items():
-        span = Span(local_slice(engine.specs[name], mesh), own.start, own.stop)
+        span = FlatRange(local_slice(engine.specs[name], mesh), own.start, own.stop)
         plans[name] = source.optimizer_reads(name, span, place)
     # In fp32 a master may be the weight itself, which is read from its own file and copied before.
     weights = {param.data_ptr() for param in engine.parameters().values()}
@@ -174,7 +174,7 @@ def read_slices(
 ) -> dict[str, OptimizerSlice]:
     """The optimizer slices that `plans` describes, on the CPU.
 
-    homes: (name, "master" or a moment) -> memory to read to, see `Wanted`.
+    homes: (name, "master" or a moment) -> memory to read to, see `TensorRequest`.
     """
     result, into = {}, homes or {}
     tensors = source.tensors(
@@ -191,8 +191,8 @@ def _all(plan: OptimizerReads) -> dict[str, tuple[Read, ...]]:
     return {"master": plan.master, **plan.moments}
 
 
-def _flat(name: str, plan: OptimizerReads, reads: tuple[Read, ...], into: Tensor | None) -> Wanted:
-    return Wanted(name, (plan.span.stop - plan.span.start,), torch.float32, reads, into)
+def _flat(name: str, plan: OptimizerReads, reads: tuple[Read, ...], into: Tensor | None) -> TensorRequest:
+    return TensorRequest(name, (plan.span.stop - plan.span.start,), torch.float32, reads, into)
 
 
 def _hand_over(engine: Engine, manifest: Manifest, found: _Found) -> None:

@@ -5,7 +5,7 @@ save_id                the same text stands in the header of every shard: genera
 iteration, state       the training state (cursor, counters), mesh, model_config, versions of the libraries
 weights                name -> shape, dtype, cut, stage, parts; a part is a slice in a file
 optimizer              name -> parts; a part is a range of the flattened local slice: fp32 master and moments in a file
-files                  name -> size, SHA-256 of every block (`blocks.py`)
+files                  name -> size, SHA-256 of every block (`block_hashes.py`)
 sha256                 of all the rest, so that a flipped bit in this file is seen as well
 """
 
@@ -18,14 +18,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from megatron.checkpoint.blocks import FileEntry, file_entry
-from megatron.checkpoint.boxes import Span
+from megatron.checkpoint.block_hashes import FileEntry, file_entry
 from megatron.checkpoint.damage import DamagedCheckpoint
 from megatron.checkpoint.layout import MANIFEST, iteration_of
-from megatron.checkpoint.sound import check_body
+from megatron.checkpoint.regions import FlatRange
+from megatron.checkpoint.validate import check_body
 from megatron.errors import CheckpointError
 from megatron.files import read_json, write_text
-from megatron.parallel.plan import Slice
+from megatron.parallel.shard_spec import Slice
 
 FORMAT = "metala-checkpoint"
 VERSION = 2
@@ -56,9 +56,9 @@ class WeightEntry:
         """The slice of the global tensor that a part holds."""
         return Slice(self.shape, part.dim, part.start, part.stop)
 
-    def optimizer_span(self, part: OptimizerPart) -> Span:
+    def optimizer_span(self, part: OptimizerPart) -> FlatRange:
         """The range of this weight's flattened slice that a stored optimizer part covers."""
-        return Span(Slice(self.shape, part.dim, part.start, part.stop), part.range_start, part.range_stop)
+        return FlatRange(Slice(self.shape, part.dim, part.start, part.stop), part.range_start, part.range_stop)
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class OptimizerPart:
     In `file` lie `master/<name>` (fp32) and `<moment>/<name>` for each of `moments`; `step` is the parameter's
     update count.
     pp, tp: the rank that held it. The ranges of one (pp, tp) tile the slice; parameters that are replicated over
-    tensor ranks, and a tied output matrix, are held by several.
+    tensor ranks, and a tied output projection, are held by several.
     """
 
     file: str

@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron.checkpoint.boxes import Span
 from megatron.checkpoint.compare import differences, model_differences
 from megatron.checkpoint.load import read_slices
 from megatron.checkpoint.manifest import Manifest, read_manifest
-from megatron.checkpoint.source import Source
-from megatron.parallel.plan import Slice
+from megatron.checkpoint.regions import FlatRange
+from megatron.checkpoint.tensor_reader import Source
+from megatron.parallel.shard_spec import Slice
 
 
 def _size(count: float) -> str:
@@ -26,7 +26,7 @@ def _size(count: float) -> str:
 
 
 def _numbers(manifest: Manifest) -> int:
-    return sum(Span.whole(Slice(entry.shape, None, 0, 0)).stop for entry in manifest.weights.values())
+    return sum(FlatRange.whole(Slice(entry.shape, None, 0, 0)).stop for entry in manifest.weights.values())
 
 
 def inspect(path: str | Path, tensors: bool = False) -> str:
@@ -62,7 +62,7 @@ def inspect(path: str | Path, tensors: bool = False) -> str:
 
 
 def _difference(a: Tensor, b: Tensor) -> str:
-    """Empty when equal to the bit, else how far apart."""
+    """Empty when bitwise identical, else how far apart."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return f"{a.dtype} {list(a.shape)} and {b.dtype} {list(b.shape)}"
     if torch.equal(a.view(-1).view(torch.uint8), b.view(-1).view(torch.uint8)):
@@ -75,14 +75,14 @@ def _tensors(source: Source, name: str, optimizer: bool) -> dict[str, Tensor]:
     """A parameter's full weight, and its full optimizer state."""
     found = {"weight": source.weight(name)}
     if optimizer:
-        span = Span.whole(Slice(source.manifest.weights[name].shape, None, 0, 0))
+        span = FlatRange.whole(Slice(source.manifest.weights[name].shape, None, 0, 0))
         own = read_slices(source, {name: source.optimizer_reads(name, span)})[name]
         found |= {"master": own.master, **own.moments, "step": torch.tensor(own.step)}
     return found
 
 
 def diff(a: str | Path, b: str | Path) -> Iterator[str]:
-    """Lines that say what differs, tensors compared to the bit whatever mesh each was saved on; none when all is equal.
+    """Lines that say what differs, tensors compared bitwise whatever mesh each was saved on; none when all is equal.
 
     Raises:
         CheckpointError: one of them is damaged.

@@ -1,137 +1,103 @@
-"""Write a checkpoint again for another mesh, without an engine and without processes.
+"""What to read of a checkpoint of any mesh for a rank of any other: pure functions of the manifest and the wanted slices.
 
-No run needs this, since loading re-cuts. It is for moving: fewer, larger files, or files cut so that each rank of the next
-run reads its own only. One rank's share is in memory at a time.
+Each stored piece is a flat run of elements in a file. Of pieces that hold the same numbers (replicas over tensor ranks, the
+two copies of a tied matrix) one is taken: that of this rank's own place when there is one, so that a resume on the same
+mesh reads what the rank itself wrote.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
-from torch import Tensor
+from megatron.checkpoint.manifest import Manifest, OptimizerPart, WeightEntry
+from megatron.checkpoint.regions import CopyRange, FlatRange, fill
+from megatron.parallel.shard_spec import Slice
 
-from megatron.checkpoint import commit
-from megatron.checkpoint.boxes import Span
-from megatron.checkpoint.layout import rng_file
-from megatron.checkpoint.load import read_slices
-from megatron.checkpoint.manifest import Manifest, read_manifest
-from megatron.checkpoint.randomness import saved_streams
-from megatron.checkpoint.receipts import write_receipt
-from megatron.checkpoint.recut import Place
-from megatron.checkpoint.save import Companions, describe
-from megatron.checkpoint.shards import Holdings, add_optimizer, add_weights, local_slice
-from megatron.checkpoint.source import Source
-from megatron.checkpoint.tensors import write_files
-from megatron.engine.base import OptimizerSlice
-from megatron.engine.stages import balanced_bounds
-from megatron.errors import CheckpointError
-from megatron.files import sha256_of
-from megatron.parallel.mesh import Mesh
-from megatron.parallel.plan import ParamSpec
+MASTER = "master"
 
 
-def specs_of(manifest: Manifest) -> dict[str, ParamSpec]:
-    """What the manifest knows of each parameter, as specs (role and decay are not stored and do not matter here)."""
-    found = {}
-    for name, entry in manifest.weights.items():
-        found[name] = ParamSpec(name, entry.shape, entry.cut, "input", True, entry.stage)  # type: ignore[arg-type]
-    return found
+@dataclass(frozen=True)
+class Read:
+    """Elements `[start, stop)` of the flattened tensor `key` of `file`, and where they go (relative to `start`)."""
+
+    file: str
+    key: str
+    start: int
+    stop: int
+    copies: tuple[CopyRange, ...]
 
 
-def _stage_ranks(specs: dict[str, ParamSpec], pp: int) -> dict[int, int]:
-    """NeoX stage number -> pipeline rank: blocks in equal numbers, the rest beside them."""
-    stages = sorted({spec.stage for spec in specs.values()})
-    last = max(s.stage for n, s in specs.items() if ".layers." in n)
-    bounds = balanced_bounds([float(2 <= stage <= last) for stage in stages], pp)
-    return {stage: sum(i >= bound for bound in bounds[1:-1]) for i, stage in enumerate(stages)}
+@dataclass(frozen=True)
+class Place:
+    """Where a rank stands, as far as the choice among replicas goes."""
+
+    pp: int = 0
+    tp: int = 0
 
 
-def _ranges(length: int, mesh: Mesh) -> tuple[int, int]:
-    """A data-parallel rank's share of a flattened slice."""
-    return length * mesh.dp_rank // mesh.dp, length * (mesh.dp_rank + 1) // mesh.dp
+def _reads(want: FlatRange, spans: Sequence[FlatRange], where: Callable[[int], tuple[str, str]]) -> tuple[Read, ...]:
+    """Reads that fill `want`, one for every stored piece that is touched."""
+    touched: dict[int, list[CopyRange]] = {}
+    for copy in fill(want, spans):
+        touched.setdefault(copy.piece, []).append(copy)
+    result = []
+    for piece, copies in touched.items():
+        start, stop = min(c.source for c in copies), max(c.source_stop for c in copies)
+        moved = tuple(
+            CopyRange(c.piece, c.size, c.source - start, c.source_strides, c.target, c.target_strides) for c in copies
+        )
+        result.append(Read(*where(piece), start, stop, moved))
+    return tuple(result)
 
 
-def _holdings(source: Source, mesh: Mesh, specs: dict[str, ParamSpec], ranks: dict[int, int]) -> Holdings:
-    """What one rank of the new mesh writes."""
-    manifest, holdings, place = source.manifest, Holdings(), Place(mesh.pp_rank, mesh.tp_rank)
-    own = [name for name, spec in specs.items() if ranks[spec.stage] == mesh.pp_rank]
-    if mesh.dp_rank == 0:
-        wanted = (source.wanted_weight(name, local_slice(specs[name], mesh), place) for name in own)
-        weights: dict[str, Tensor] = dict(zip(own, source.tensors(wanted), strict=True))
-        add_weights(holdings, weights, specs, mesh)
-    if manifest.optimizer:
-        plans = {}
-        for name in own:
-            part = local_slice(specs[name], mesh)
-            start, stop = _ranges(Span.whole(part).stop, mesh)
-            if start < stop:
-                plans[name] = source.optimizer_reads(name, Span(part, start, stop), place)
-        slices: dict[str, OptimizerSlice] = read_slices(source, plans)
-        add_optimizer(holdings, slices, specs, mesh)
-    streams = saved_streams(manifest, mesh)
-    if streams is not None:
-        holdings.files[rng_file(mesh.rank)] = source.whole_file(streams)
-    return holdings
-
-
-def _meshes(pp: int, dp: int, tp: int) -> Iterator[Mesh]:
-    return (Mesh(pp, dp, tp, rank) for rank in range(pp * dp * tp))
-
-
-def reshard(path: str | Path, output: str | Path, *, pp: int, dp: int, tp: int) -> Path:
-    """Write the checkpoint at `path` again for `pp x dp x tp` processes, below the save folder `output`.
-
-    Random numbers are carried over where pipeline and data sizes stay; elsewhere they begin anew at the load, as always.
-
-    Returns:
-        `<output>/global_step<N>`.
+def weight_reads(name: str, entry: WeightEntry, want: Slice, place: Place) -> tuple[Read, ...]:
+    """How to fill the slice `want` of a weight.
 
     Raises:
-        CheckpointError: damage in what is read, a size that does not divide, or `output` is the checkpoint's own folder.
+        ValueError: the stored parts leave a hole or overlap.
     """
-    path, output = Path(path), Path(output)
-    manifest = read_manifest(path)
-    if output.resolve() == path.resolve().parent:
-        raise CheckpointError("a checkpoint cannot be re-cut into its own save folder", where=str(output))
-    specs = specs_of(manifest)
-    try:
-        ranks = _stage_ranks(specs, pp)
-        for spec in specs.values():
-            local_slice(spec, Mesh(1, 1, tp, 0))
-    except ValueError as error:
-        raise CheckpointError(f"the model cannot be cut for tensor size {tp}", where=str(path), why=str(error)) from error
-    save_id = commit.new_save_id()
-    temporary = commit.temporary_folder(output, manifest.iteration, save_id)
-    output.mkdir(parents=True, exist_ok=True)
-    commit.recover(output)
-    commit.check_space(output, sum(entry.size for entry in manifest.files.values()))
-    temporary.mkdir()
-    try:
-        with Source(path, manifest) as source:
-            for mesh in _meshes(pp, dp, tp):
-                holdings = _holdings(source, mesh, specs, ranks)
-                header = {"save_id": save_id, "iteration": str(manifest.iteration)}
-                write_receipt(temporary, mesh.rank, holdings, write_files(temporary, holdings.files, header))
-        sizes = {"pp": pp, "dp": dp, "tp": tp}
-        describe(temporary, sizes, save_id, manifest.state, _companions(path, manifest), manifest.engine)
-        return commit.publish(temporary, manifest.iteration)
-    except BaseException as error:
-        commit.discard(temporary)
-        if isinstance(error, OSError):
-            raise CheckpointError("the new checkpoint cannot be written", where=str(output), why=str(error)) from error
-        raise
+    ending = f"-model_{place.tp:02d}.safetensors"
+    parts = sorted(entry.parts, key=lambda part: not part.file.endswith(ending))
+    chosen = list({entry.slice_of(part): part for part in reversed(parts)}.values())
+    spans = [FlatRange.whole(entry.slice_of(part)) for part in chosen]
+    return _reads(FlatRange.whole(want), spans, lambda i: (chosen[i].file, name))
 
 
-def _companions(path: Path, manifest: Manifest) -> Companions:
-    """Configs and tokenizer of the old one, checked."""
-    texts, tokenizer = {}, {}
-    for name, entry in manifest.files.items():
-        folder, _, file = name.partition("/")
-        if file and entry.blocks[0][1] != sha256_of(path / name):
-            raise CheckpointError("a file of the checkpoint is damaged", where=str(path / name))
-        if folder == "configs":
-            texts[file] = (path / name).read_text(encoding="utf-8")
-        elif folder == "tokenizer":
-            tokenizer[file] = path / name
-    return Companions(manifest.model_config, texts, tokenizer, manifest.facts)
+def chosen_parts(parts: Iterable[OptimizerPart], place: Place) -> list[OptimizerPart]:
+    """For every stored slice the parts of one holder, the nearest to `place`."""
+    holders: dict[tuple[int | None, int, int], list[OptimizerPart]] = {}
+    for part in parts:
+        holders.setdefault((part.dim, part.start, part.stop), []).append(part)
+    chosen = []
+    for same in holders.values():
+        best = min({p.holder for p in same}, key=lambda h: (h[3] != place.pp, h[4] != place.tp, h[3], h[4]))
+        chosen += [p for p in same if p.holder == best]
+    return chosen
+
+
+@dataclass(frozen=True)
+class OptimizerReads:
+    """How to fill one range of one parameter: reads of the master and of each moment; step: updates taken."""
+
+    span: FlatRange
+    master: tuple[Read, ...]
+    moments: Mapping[str, tuple[Read, ...]]
+    step: int
+
+
+def optimizer_reads(manifest: Manifest, name: str, want: FlatRange, place: Place) -> OptimizerReads:
+    """How to fill `want` of a parameter's optimizer state.
+
+    Raises:
+        ValueError: there is none, or the stored parts leave a hole or overlap.
+    """
+    entry, parts = manifest.weights[name], chosen_parts(manifest.optimizer.get(name, ()), place)
+    if not parts:
+        raise ValueError("the checkpoint has no optimizer state of it")
+    spans = [entry.optimizer_span(part) for part in parts]
+
+    def of(kind: str) -> tuple[Read, ...]:
+        return _reads(want, spans, lambda i: (parts[i].file, f"{kind}/{name}"))
+
+    return OptimizerReads(want, of(MASTER), {m: of(m) for m in parts[0].moments}, max(part.step for part in parts))

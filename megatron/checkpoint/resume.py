@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron.checkpoint.agree import Verdict, exchange
+from megatron.checkpoint.collective_errors import CollectiveError, exchange
 from megatron.checkpoint.damage import DamagedCheckpoint
 from megatron.checkpoint.find import Candidates, candidates
 from megatron.checkpoint.load import load_checkpoint
@@ -96,7 +96,7 @@ def resume(
         if own.paths and rank == 0:
             _log.info("going on from %s, which this run has saved since it started from %s", path, facts.get(STARTED_FROM))
         elif finetune and rank == 0:
-            _log.info("starting from the weights of %s; optimizer, step and place in the data begin anew", path)
+            _log.info("starting from the weights of %s; optimizer, step and place in the data begin again", path)
         return Resumed(path, state, tuple(skipped), facts, not finetune)
     if not skipped:
         return Resumed(None, {})
@@ -169,10 +169,10 @@ def _line(path: Path, error: CheckpointError) -> str:
 
 def _agreed(find: Callable[[], Candidates], where: str | Path, rank: int) -> Candidates:
     """Rank 0's candidates, on every rank."""
-    verdict, found = Verdict("the checkpoints could not be listed", str(where)), Candidates((), (), False)
-    with verdict.watch():
+    verdict, found = CollectiveError("the checkpoints could not be listed", str(where)), Candidates((), (), False)
+    with verdict.capture():
         if rank == 0:
             found = find()
-    verdict.settle()
+    verdict.raise_on_all_ranks()
     body = json.loads(exchange(json.dumps([[str(p) for p in found.paths], list(found.notes), found.explicit]))[0])
     return Candidates(tuple(map(Path, body[0])), tuple(body[1]), body[2])

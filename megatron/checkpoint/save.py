@@ -22,19 +22,19 @@ import torch
 from torch import Tensor
 
 from megatron.checkpoint import commit
-from megatron.checkpoint.agree import Verdict, exchange
-from megatron.checkpoint.blocks import FileEntry, text_entry
+from megatron.checkpoint.block_hashes import FileEntry, text_entry
+from megatron.checkpoint.collective_errors import CollectiveError, exchange
 from megatron.checkpoint.layout import tag_of
 from megatron.checkpoint.manifest import Manifest, write_manifest
-from megatron.checkpoint.receipts import take_receipts, write_receipt
 from megatron.checkpoint.retention import retain
-from megatron.checkpoint.shards import Holdings, add_weights, engine_holdings
-from megatron.checkpoint.tensors import write_files
+from megatron.checkpoint.safetensors_writer import write_files
+from megatron.checkpoint.shard_contents import ShardContents, add_weights, engine_holdings
+from megatron.checkpoint.shard_manifests import take_receipts, write_receipt
 from megatron.engine.base import Engine
 from megatron.errors import CheckpointError
 from megatron.files import atomic_open, write_text
 from megatron.parallel.mesh import Mesh
-from megatron.parallel.plan import ParamSpec
+from megatron.parallel.shard_spec import ParamSpec
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -43,7 +43,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Companions:
+class CheckpointMetadata:
     """What rides along with the tensors.
 
     model_config: compared at load. config_texts: file name -> original YAML text, for `configs/`.
@@ -61,10 +61,10 @@ class Companions:
 class Snapshot:
     """All that one rank writes of one step, and what rank 0 needs to describe it."""
 
-    holdings: Holdings
+    holdings: ShardContents
     mesh: Mesh
     state: Mapping[str, Any]
-    companions: Companions
+    companions: CheckpointMetadata
     engine_state: Mapping[str, Any]
 
     @property
@@ -77,7 +77,7 @@ class Snapshot:
 class SaveOptions:
     """How to save, the same at every step of a run and on all ranks.
 
-    model_config, config_texts, tokenizer, facts: see `Companions`.
+    model_config, config_texts, tokenizer, facts: see `CheckpointMetadata`.
     keep_last: checkpoints to retain, at least two; None for all. keep: steps never deleted.
     """
 
@@ -114,7 +114,7 @@ def take_snapshot(
     state: Mapping[str, Any],
     options: SaveOptions,
     *,
-    copy: Callable[[Holdings], None] | None = None,
+    copy: Callable[[ShardContents], None] | None = None,
     group: ProcessGroup | None = None,
 ) -> Snapshot:
     """What this rank will write; without `copy` it shares memory with the engine, which must then not step meanwhile.
@@ -122,13 +122,13 @@ def take_snapshot(
     Raises:
         CheckpointError: on all ranks, when a rank's engine could not give its state (out of memory).
     """
-    verdict, holdings = save_verdict(folder, state["iteration"], group), Holdings()
-    with verdict.watch():
+    verdict, holdings = save_verdict(folder, state["iteration"], group), ShardContents()
+    with verdict.capture():
         holdings = engine_holdings(engine, save_optimizer=options.save_optimizer, save_rng=options.save_rng)
         if copy is not None:
             copy(holdings)
-    verdict.settle()
-    companions = Companions(options.model_config, options.config_texts, options.tokenizer, options.facts)
+    verdict.raise_on_all_ranks()
+    companions = CheckpointMetadata(options.model_config, options.config_texts, options.tokenizer, options.facts)
     return Snapshot(holdings, engine.mesh, dict(state), companions, engine.extra_state())
 
 
@@ -162,22 +162,22 @@ def save_weights(
     Raises:
         CheckpointError: it cannot be written, a shape differs from its spec, or a weight is not finite.
     """
-    holdings, verdict = Holdings(), save_verdict(Path(folder), iteration)
-    with verdict.watch():
+    holdings, verdict = ShardContents(), save_verdict(Path(folder), iteration)
+    with verdict.capture():
         for name, tensor in weights.items():
             if not bool(torch.isfinite(tensor).all()):
                 raise CheckpointError(f"'{name}' holds inf or NaN", why="such weights can neither be trained nor measured")
         add_weights(holdings, weights, specs, Mesh.single())
-    verdict.settle()
-    companions = Companions(model_config, config_texts or {}, tokenizer or {}, facts or {})
+    verdict.raise_on_all_ranks()
+    companions = CheckpointMetadata(model_config, config_texts or {}, tokenizer or {}, facts or {})
     state = {**(state or {}), "iteration": iteration}
     return _write(Path(folder), Snapshot(holdings, Mesh.single(), state, companions, {}), None)
 
 
-def save_verdict(folder: Path, iteration: int, group: ProcessGroup | None = None) -> Verdict:
+def save_verdict(folder: Path, iteration: int, group: ProcessGroup | None = None) -> CollectiveError:
     """The verdict of one save."""
     text = f"the checkpoint of step {iteration} could not be saved; the earlier ones are untouched"
-    return Verdict(text, str(folder), group)
+    return CollectiveError(text, str(folder), group)
 
 
 def _write(folder: Path, snapshot: Snapshot, group: ProcessGroup | None) -> Path:
@@ -188,20 +188,20 @@ def _write(folder: Path, snapshot: Snapshot, group: ProcessGroup | None) -> Path
     header = {"save_id": save_id, "iteration": str(iteration)}
     verdict = save_verdict(folder, iteration, group)
     try:
-        with verdict.watch():
+        with verdict.capture():
             if mesh.rank == 0:
                 _prepare(folder, temporary, needed)
-        verdict.settle()
-        with verdict.watch():
+        verdict.raise_on_all_ranks()
+        with verdict.capture():
             written = write_files(temporary, holdings.files, header)
             write_receipt(temporary, mesh.rank, holdings, written)
-        verdict.settle()
-        with verdict.watch():
+        verdict.raise_on_all_ranks()
+        with verdict.capture():
             if mesh.rank == 0:
                 sizes = {"pp": mesh.pp, "dp": mesh.dp, "tp": mesh.tp}
                 describe(temporary, sizes, save_id, snapshot.state, snapshot.companions, snapshot.engine_state)
                 commit.publish(temporary, iteration)
-        verdict.settle()
+        verdict.raise_on_all_ranks()
     except BaseException:
         if mesh.rank == 0:
             commit.discard(temporary)
@@ -222,7 +222,7 @@ def describe(
     mesh: Mapping[str, int],
     save_id: str,
     state: Mapping[str, Any],
-    companions: Companions,
+    companions: CheckpointMetadata,
     engine_state: Mapping[str, Any],
 ) -> None:
     """Rank 0, when all files and receipts are there: add the companions, join the receipts, write the manifest, last."""
@@ -244,7 +244,7 @@ def describe(
     write_manifest(temporary, manifest)
 
 
-def _copy_companions(temporary: Path, companions: Companions) -> dict[str, FileEntry]:
+def _copy_companions(temporary: Path, companions: CheckpointMetadata) -> dict[str, FileEntry]:
     written = []
     if companions.config_texts:
         (temporary / "configs").mkdir()

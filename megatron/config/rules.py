@@ -13,7 +13,7 @@ from megatron.config.frozen import thaw
 from megatron.config.problems import Violation
 from megatron.config.schema import RunConfig
 from megatron.errors import ConfigError
-from megatron.training.signals import seconds_of, signal_numbers
+from megatron.reliability.signals import seconds_of, signal_numbers
 
 _SPLITS = ("train", "valid", "test")
 _OPTIMIZER_HINT = "write optimizer: {type: Adam, params: {lr: 3.0e-4, betas: [0.9, 0.95]}}"
@@ -143,7 +143,7 @@ def _synthetic_problem(run: RunConfig) -> str:
     """What is wrong with the parameters of a synthetic task; empty if nothing is, or if only a tokenizer can tell."""
     if run.data.synthetic is None:
         return ""
-    from megatron.data.synthetic.dataset import SPLITS, read_slices, task_kind  # needs numpy
+    from megatron.synthetics.dataset import SPLITS, read_slices, task_kind  # needs numpy
 
     try:
         if not task_kind(run.data.synthetic.get("task")).reads_text:

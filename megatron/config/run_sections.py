@@ -11,8 +11,8 @@ from typing import Any, Literal
 from pydantic import Field
 
 from megatron.config.frozen import Names, Options, Section, own
-from megatron.training.options import MIN_SPIKE_WINDOW, BudgetPolicy, GuardOptions
-from megatron.training.signals import DEFAULT_SIGNALS
+from megatron.reliability.guard_options import MIN_SPIKE_WINDOW, BudgetPolicy, GuardOptions
+from megatron.reliability.signals import DEFAULT_SIGNALS
 
 # PyTorch's and DeepSpeed's names of number formats -> the names of `precision`.
 DTYPE_NAMES = {

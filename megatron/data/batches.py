@@ -1,6 +1,6 @@
 """From a global sample number to the tensors of one rank; the number is the whole cursor of the data.
 
-Global micro-batch k holds samples `[k * micro * dp, (k + 1) * micro * dp)` and data-parallel rank r takes its contiguous slice,
+Global micro batch k holds samples `[k * micro * dp, (k + 1) * micro * dp)` and data-parallel rank r takes its contiguous slice,
 as in NeoX. What a step sees depends on the global batch only, never on how many ranks share it, so a run can go on with another
 number of ranks, another micro batch, or another batch size, without repeating or leaving out a sample.
 """
@@ -26,14 +26,14 @@ __all__ = ["Batch", "Batches", "BlendedDataset", "Dataset", "PackedDataset", "cu
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch of one rank, on the CPU.
+    """One micro batch of one rank, on the CPU.
 
     Attributes:
         tokens: i64 [b, s], what the model reads.
         labels: i64 [b, s], the token after each of them.
         loss_mask: f32 [b, s], 0 where the loss is not counted (the label there is 0 if the target was negative).
         segment_ids: i32 [b, s], number of end-of-document tokens before the position (such a token belongs to the document it
-            ends), or None where borders are ignored.
+            ends), or None where boundaries are ignored.
         sample_ids: the global sample numbers, b of them.
         inputs: what single kinds of mixers read beside the tokens (`Layer.Inputs`), by name: tensors [b, s] or numbers.
     """
@@ -47,13 +47,13 @@ class Batch:
 
 
 class Batches:
-    """Iterates over this rank's micro-batches, from `next_sample` to the last whole global batch.
+    """Iterates over this rank's micro batches, from `next_sample` to the last whole global batch.
 
     Args:
         dataset: where samples come from.
-        micro_batch: samples per rank and micro-batch (b).
+        micro_batch: samples per rank and micro batch (b).
         data_rank, data_size: place in, and size of, the data-parallel group.
-        gradient_accumulation: micro-batches per step; data end with a whole step.
+        gradient_accumulation: micro batches per step; data end with a whole step.
         start_sample: first global sample number, the cursor of a checkpoint.
         eod_token: id that ends documents; needed by the next two.
         eod_mask_loss: no loss where the token read is `eod_token`.
@@ -95,19 +95,19 @@ class Batches:
                 f"the data cursor stands at sample {start_sample} and there are {len(dataset)}",
                 why="the checkpoint was made with more data, or train_iters was lowered",
             )
-        borders = reset_state_at_eod or reset_attention_at_eod
-        if eod_token is None and (eod_mask_loss or borders):
+        boundaries = reset_state_at_eod or reset_attention_at_eod
+        if eod_token is None and (eod_mask_loss or boundaries):
             raise DataError("eod_mask_loss and reset_*_at_eod need an end-of-document token", why="none is known")
         self.dataset = dataset
         self.micro_batch, self.data_rank, self.data_size = micro_batch, data_rank, data_size
         self.gradient_accumulation, self.num_workers = gradient_accumulation, num_workers
-        self.eod_token, self.eod_mask_loss, self.with_borders = eod_token, eod_mask_loss, borders
+        self.eod_token, self.eod_mask_loss, self.with_borders = eod_token, eod_mask_loss, boundaries
         self.next_sample = self._start_sample = start_sample
         self._start_tokens = start_sample * dataset.seq_length if start_tokens is None else start_tokens
 
     @property
     def samples_per_micro_batch(self) -> int:
-        """Samples of one micro-batch on all ranks."""
+        """Samples of one micro batch on all ranks."""
         return self.micro_batch * self.data_size
 
     @property
@@ -148,7 +148,7 @@ class Batches:
             yield batch
 
     def _read_ahead(self, starts: range) -> Iterator[Batch]:
-        """The same micro-batches in the same order, up to two per thread in advance; an error surfaces in its turn."""
+        """The same micro batches in the same order, up to two per thread in advance; an error surfaces in its turn."""
         pool = ThreadPoolExecutor(self.num_workers, thread_name_prefix="batches")
         waiting: deque[Future[Batch]] = deque()
         try:
@@ -162,7 +162,7 @@ class Batches:
             pool.shutdown(wait=True, cancel_futures=True)
 
     def _load(self, start: int) -> Batch:
-        """This rank's part of the global micro-batch whose first sample is `start`."""
+        """This rank's part of the global micro batch whose first sample is `start`."""
         first = start + self.data_rank * self.micro_batch
         ids = list(range(first, first + self.micro_batch))
         samples = [self.dataset.sample(i) for i in ids]
@@ -187,7 +187,7 @@ def _targets(sample: Sample) -> NDArray[np.int64]:
 
 
 def cu_seqlens(segment_ids: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """Document borders in the form variable-length kernels want.
+    """Document boundaries in the form variable-length kernels want.
 
     Args:
         segment_ids: [b, s], constant inside a document and different in the next.
@@ -199,5 +199,5 @@ def cu_seqlens(segment_ids: torch.Tensor) -> tuple[torch.Tensor, int]:
     changes = torch.ones_like(segment_ids, dtype=torch.bool)
     changes[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
     starts = changes.flatten().nonzero().flatten()
-    borders = torch.cat([starts, starts.new_tensor([segment_ids.numel()])]).to(torch.int32)
-    return borders, int(borders.diff().max()) if segment_ids.numel() else 0
+    boundaries = torch.cat([starts, starts.new_tensor([segment_ids.numel()])]).to(torch.int32)
+    return boundaries, int(boundaries.diff().max()) if segment_ids.numel() else 0

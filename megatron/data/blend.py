@@ -1,4 +1,4 @@
-"""Which of several corpora each sample comes from: NeoX's greedy blend, exact to the last bit and fast.
+"""Which of several corpora each sample comes from: NeoX's greedy blend, exact bitwise and fast.
 
 At step i the corpus is chosen whose share `w * max(i, 1)` exceeds what it has given so far the most; ties go to the first.
 That is a chain of n dependent choices, too slow in Python for millions. But a chain forgets: started with slightly wrong

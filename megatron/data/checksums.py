@@ -44,7 +44,7 @@ def _record(prefix: str | Path) -> dict[str, Any] | None:
         whole = record["format"] == 1 and type(block) is int and block > 0
         for kind in ("bin", "idx"):
             length, sums = record[kind]["bytes"], record[kind]["sha256"]
-            whole = whole and type(length) is int and len(sums) == -(-length // block)
+            whole = whole and type(length) is int and type(sums) is list and len(sums) == -(-length // block)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -71,13 +71,13 @@ def prepare(name: str, request: CorpusRequest) -> PreparedCorpus:
             raise DataError("the corpus cannot be written", where=where, why=error.strerror) from None
     if name in NEOX_CORPORA:
         raise DataError(
-            f"data set {name!r} is not built in",
+            f"dataset {name!r} is not built in",
             why=f"built in are {', '.join(CORPORA)}",
             hint="turn your copy into token files with tools/datasets/preprocess_data.py --input FILE",
         )
     near = difflib.get_close_matches(name, [*CORPORA, *sorted(NEOX_CORPORA)], n=3)
     raise DataError(
-        f"data set {name!r} is unknown",
+        f"dataset {name!r} is unknown",
         why=f"nearest: {', '.join(near)}" if near else None,
         hint=f"built in: {', '.join(CORPORA)}; for your own text use tools/datasets/preprocess_data.py",
     )

@@ -44,7 +44,7 @@ class Dataset(Protocol):
 
 
 class TokenDataset:
-    """What all data sets share: `dataset[i]` is the tokens (i64 [seq_length + 1]) of `dataset.sample(i)`."""
+    """What all datasets share: `dataset[i]` is the tokens (i64 [seq_length + 1]) of `dataset.sample(i)`."""
 
     seq_length: int
 

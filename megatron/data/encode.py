@@ -1,6 +1,6 @@
 """Turns text into token files: rows go to workers in batches, tokens come back in order, one writer per output.
 
-Whatever the number of workers and however often the process was killed, the files are the same bytes: `parts.py` holds what is
+Whatever the number of workers and however often the process was killed, the files are the same bytes: `partial_files.py` holds what is
 done, the journal `PREFIX.progress.json` says up to which row. An error leaves what a later
 run can go on from (for example with a limit for bad rows), or nothing.
 """
@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from megatron.data.checksums import write_checksums
 from megatron.data.encoder import BadRow, Encoded, EncodeJob, Encoder, encode_here, encode_in_pool, in_batches
 from megatron.data.fingerprint import describe, write_meta
-from megatron.data.parts import PairParts, Part, publish_pair, remove_parts
+from megatron.data.partial_files import PairParts, Part, publish_pair, remove_parts
 from megatron.data.progress import Progress
 from megatron.data.readers import RowReader, expand_inputs
 from megatron.data.rows import Place, Row
@@ -93,7 +93,7 @@ def encode_corpus(
     """Write `{output_prefix}_{key}_document.bin/.idx` for each key.
 
     Args:
-        inputs: files, folders or `hf:` data sets, see `expand_inputs`.
+        inputs: files, folders or `hf:` datasets, see `expand_inputs`.
         options: see there; None: the defaults.
 
     Raises:

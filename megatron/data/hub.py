@@ -1,6 +1,6 @@
-"""Rows of a Hugging Face data set: `hf:NAME?split=train&name=CONFIG&streaming=true`, from the hub or from a folder on disk.
+"""Rows of a Hugging Face dataset: `hf:NAME?split=train&name=CONFIG&streaming=true`, from the hub or from a folder on disk.
 
-Nothing of a data set is ever executed. Parameters: split (train), name, revision, data_files, streaming (false), shuffle (a
+Nothing of a dataset is ever executed. Parameters: split (train), name, revision, data_files, streaming (false), shuffle (a
 seed; with streaming, buffer_size rows, 10,000, are mixed).
 """
 
@@ -18,14 +18,14 @@ _PARAMETERS = ("split", "name", "revision", "data_files", "streaming", "shuffle"
 
 
 def parse(spec: str) -> tuple[str, dict[str, str]]:
-    """The data set's name and its parameters; a DataError names a parameter that does not exist."""
+    """The dataset's name and its parameters; a DataError names a parameter that does not exist."""
     name, _, query = spec.removeprefix(PREFIX).partition("?")
     given = dict(parse_qsl(query, keep_blank_values=True))
     wrong = [key for key in given if key not in _PARAMETERS]
     numbers = [key for key in ("shuffle", "buffer_size") if not given.get(key, "0").isdigit()]
     if not name or wrong or numbers or given.get("streaming", "false") not in ("true", "false"):
         raise DataError(
-            "the data set cannot be read from its name",
+            "the dataset cannot be read from its name",
             where=spec,
             why=f"parameters that are unknown or no numbers: {', '.join(wrong + numbers) or 'none, but see streaming'}",
             hint=f"hf:NAME?split=train&streaming=true; parameters: {', '.join(_PARAMETERS)}",
@@ -37,7 +37,7 @@ def read_hub(spec: str, keys: Sequence[str], skip: int = 0) -> Iterator[tuple[st
     """(`spec:row`, the text of each key) for the rows from number `skip` on.
 
     Raises:
-        DataError: the package `datasets` is missing, the data set cannot be had, or a field is missing or no text.
+        DataError: the package `datasets` is missing, the dataset cannot be had, or a field is missing or no text.
     """
     rows = _open(spec)
     try:
@@ -47,7 +47,7 @@ def read_hub(spec: str, keys: Sequence[str], skip: int = 0) -> Iterator[tuple[st
     except DataError:
         raise
     except Exception as error:  # the library passes on whatever its readers and the network raise
-        raise DataError("the data set cannot be read", where=spec, why=f"{type(error).__name__}: {error}") from None
+        raise DataError("the dataset cannot be read", where=spec, why=f"{type(error).__name__}: {error}") from None
 
 
 def _open(spec: str) -> Any:
@@ -56,7 +56,7 @@ def _open(spec: str) -> Any:
         import datasets
     except ImportError:
         hint = "pip install datasets (requirements: the extra `datasets`)"
-        raise DataError("reading a Hugging Face data set needs the package datasets", where=spec, hint=hint) from None
+        raise DataError("reading a Hugging Face dataset needs the package datasets", where=spec, hint=hint) from None
     split, streaming = given.get("split", "train"), given.get("streaming") == "true"
     try:
         if any((Path(name) / file).is_file() for file in ("dataset_info.json", "dataset_dict.json")):
@@ -71,7 +71,7 @@ def _open(spec: str) -> Any:
             rows = rows.shuffle(seed=int(given["shuffle"]), **buffer)
     except Exception as error:  # the library passes on whatever its readers and the network raise
         raise DataError(
-            "the data set cannot be opened",
+            "the dataset cannot be opened",
             where=spec,
             why=f"{type(error).__name__}: {error}",
             hint="check name, split and name= (configuration); without a network give a folder or data_files=",

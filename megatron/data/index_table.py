@@ -27,7 +27,7 @@ class IndexTable:
         dtype: type of a token on disk.
         sizes: i32 [N], tokens per sequence.
         offsets: i64 [N], first byte of each sequence in `.bin`.
-        doc_idx: i64 [D], sequences before each document border.
+        doc_idx: i64 [D], sequences before each document boundary.
         total_tokens: the sum of the sizes.
         legacy: it is a TNTIDX file.
     """
@@ -79,7 +79,7 @@ def _prove_length(length: int, expected: int, count: int, documents: int, path: 
         state = "cut" if length < expected else "too long"
         raise damaged(
             f"the index is {state}: {length} bytes instead of {expected}",
-            f"the header promises {count} sequences and {documents} document borders",
+            f"the header promises {count} sequences and {documents} document boundaries",
             path,
         )
     if count == 0:
@@ -147,19 +147,19 @@ def _prove_offsets(sizes: NDArray[np.int32], offsets: NDArray[np.int64], item: i
     return total
 
 
-def _prove_documents(borders: NDArray[np.int64], sequences: int, path: Path) -> None:
+def _prove_documents(boundaries: NDArray[np.int64], sequences: int, path: Path) -> None:
     """doc_idx starts at 0, never falls, and ends at N (NeoX's own merge leaves it as [0], which is let through)."""
-    if len(borders) == 0 or borders[0] != 0:
-        raise damaged("the document index does not start with 0", f"it has {len(borders)} entries", path)
-    for at in range(0, len(borders) - 1, BLOCK):
-        piece = borders[at : at + BLOCK + 1]
+    if len(boundaries) == 0 or boundaries[0] != 0:
+        raise damaged("the document index does not start with 0", f"it has {len(boundaries)} entries", path)
+    for at in range(0, len(boundaries) - 1, BLOCK):
+        piece = boundaries[at : at + BLOCK + 1]
         falls = piece[1:] < piece[:-1]
         if falls.any():
             place = at + int(np.argmax(falls)) + 1
-            raise damaged(f"document border {place} is lower than the one before", "borders count sequences", path)
-    if len(borders) > 1 and borders[-1] != sequences:
+            raise damaged(f"document boundary {place} is lower than the one before", "boundaries count sequences", path)
+    if len(boundaries) > 1 and boundaries[-1] != sequences:
         raise damaged(
-            f"the last document border is {borders[-1]}",
+            f"the last document boundary is {boundaries[-1]}",
             f"the index lists {sequences} sequences, they must be equal",
             path,
         )

@@ -43,7 +43,7 @@ class IndexedDataset:
     Attributes:
         sizes: i32 [N], tokens per sequence.
         offsets: i64 [N], first byte of each sequence in `.bin`.
-        doc_idx: i64 [D], sequences before each document border.
+        doc_idx: i64 [D], sequences before each document boundary.
         dtype: type of a token on disk.
         total_tokens: tokens of all sequences.
 

@@ -63,7 +63,7 @@ class IndexedWriter:
         self.total_tokens += len(values)
 
     def end_document(self) -> None:
-        """Set a document border after the sequences added so far."""
+        """Set a document boundary after the sequences added so far."""
         self._doc_idx.append(len(self._sizes))
 
     def add_document(self, tokens: Tokens) -> None:
@@ -71,14 +71,14 @@ class IndexedWriter:
         self.add_sequence(tokens)
         self.end_document()
 
-    def add_corpus(self, sizes: NDArray[np.int32], borders: NDArray[np.int64], blocks: Iterable[NDArray[Any]]) -> None:
-        """Append another corpus: its sequences, its document borders (from 0), its tokens (which must fit the type on disk)."""
+    def add_corpus(self, sizes: NDArray[np.int32], boundaries: NDArray[np.int64], blocks: Iterable[NDArray[Any]]) -> None:
+        """Append another corpus: its sequences, its document boundaries (from 0), its tokens (which must fit the type on disk)."""
         base = len(self._sizes)
         for block in blocks:
             self._bin.write(block.astype(self.dtype, copy=False).tobytes())
             self.total_tokens += len(block)
         self._sizes.frombytes(np.asarray(sizes, dtype=np.int32).tobytes())
-        self._doc_idx.frombytes((np.asarray(borders[1:], dtype=np.int64) + base).tobytes())
+        self._doc_idx.frombytes((np.asarray(boundaries[1:], dtype=np.int64) + base).tobytes())
 
     def finish(self) -> None:
         """Make the pair durable under its names; a disk that is full is noticed while the old pair is still there."""

@@ -1,4 +1,4 @@
-"""Joins corpora into one, with the document borders right (NeoX's own merge fails, or leaves them out)."""
+"""Joins corpora into one, with the document boundaries right (NeoX's own merge fails, or leaves them out)."""
 
 from __future__ import annotations
 

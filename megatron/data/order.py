@@ -1,7 +1,7 @@
 """In which order a run sees its corpus: pure functions from sizes and a seed to the arrays NeoX would have made.
 
 The arrays are equal to NeoX's for the same numbers (golden files prove it), so that an old run can be repeated and its cached
-`.npy` files mean the same here. All is vectorised: borders of samples are looked up in the running sum of document sizes.
+`.npy` files mean the same here. All is vectorised: boundaries of samples are looked up in the running sum of document sizes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Documents = NDArray[Any] | range  # ids of documents; a range costs no memory, w
 
 
 def split_borders(split: str, size: int) -> list[int]:
-    """Document borders `[0, train end, valid end, test end]` of a split such as `969, 30, 1`, rounded as NeoX rounds.
+    """Document boundaries `[0, train end, valid end, test end]` of a split such as `969, 30, 1`, rounded as NeoX rounds.
 
     Args:
         split: up to three shares, separated by commas or, if there is no comma, by slashes.
@@ -44,18 +44,18 @@ def split_borders(split: str, size: int) -> list[int]:
         )
     first, second, third = (*shares, 0.0, 0.0)[:3]
     total = first + second + third
-    borders = [0]
+    boundaries = [0]
     for share in (first, second, third):
-        borders.append(borders[-1] + round(share / total * size))
-    # NeoX moves all three borders by the rounding difference, not only the last one.
-    surplus = borders[-1] - size
-    return [0, *(border - surplus for border in borders[1:])]
+        boundaries.append(boundaries[-1] + round(share / total * size))
+    # NeoX moves all three boundaries by the rounding difference, not only the last one.
+    surplus = boundaries[-1] - size
+    return [0, *(boundary - surplus for boundary in boundaries[1:])]
 
 
 def split_documents(split: str, size: int) -> dict[str, range]:
     """The documents of `train`, `valid` and `test`: contiguous ranges, empty where the split leaves nothing."""
-    borders = split_borders(split, size)
-    return {name: range(borders[i], borders[i + 1]) for i, name in enumerate(SPLIT_NAMES)}
+    boundaries = split_borders(split, size)
+    return {name: range(boundaries[i], boundaries[i + 1]) for i, name in enumerate(SPLIT_NAMES)}
 
 
 def sample_counts(train_iters: int, eval_interval: int, eval_iters: int, global_batch: int) -> dict[str, int]:
@@ -206,7 +206,7 @@ def _sample_borders(stream: NDArray[np.int64], seq_length: int, samples: int) ->
     """
     limit = np.iinfo(np.int32).max
     narrow = 2 * (samples + 1) < limit and len(stream) <= limit
-    borders = np.empty((samples + 1, 2), dtype=np.int32 if narrow else np.int64)
+    boundaries = np.empty((samples + 1, 2), dtype=np.int32 if narrow else np.int64)
     before = done = 0
     for at in range(0, len(stream), CHUNK):
         ends = np.cumsum(stream[at : at + CHUNK] >> 32)
@@ -217,7 +217,7 @@ def _sample_borders(stream: NDArray[np.int64], seq_length: int, samples: int) ->
         places = np.searchsorted(ends, starts, side="right")
         starts -= np.where(places > 0, ends[places - 1], 0)
         places += at
-        borders[done:until, 0], borders[done:until, 1] = places, starts
+        boundaries[done:until, 0], boundaries[done:until, 1] = places, starts
         before, done = after, until
-    borders[0] = 0  # NeoX starts at the first document even if it is empty
-    return borders
+    boundaries[0] = 0  # NeoX starts at the first document even if it is empty
+    return boundaries

@@ -1,4 +1,4 @@
-"""Finds the text in a user's inputs: JSON lines, plain text, parquet, compressed or not, folders, Hugging Face data sets."""
+"""Finds the text in a user's inputs: JSON lines, plain text, parquet, compressed or not, folders, Hugging Face datasets."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import IO, Any
 from megatron.data.hub import PREFIX, parse, read_hub
 from megatron.data.parquet import read_parquet
 from megatron.data.rows import Place, Row
-from megatron.data.streams import COMPRESSED, open_stream, skip_bytes
+from megatron.data.compressed import COMPRESSED, open_stream, skip_bytes
 from megatron.errors import DataError
 from megatron.files import sha256_of
 
@@ -30,7 +30,7 @@ def kind_of(path: Path) -> str | None:
 
 
 def expand_inputs(inputs: Sequence[str]) -> list[str]:
-    """The sources behind `inputs`: files, folders (all readable files in them, sorted, recursively), `hf:` data sets.
+    """The sources behind `inputs`: files, folders (all readable files in them, sorted, recursively), `hf:` datasets.
 
     Raises:
         DataError: no such path, a folder without readable files, or a kind of file that is not read.
@@ -69,7 +69,7 @@ class RowReader:
         start: the place of the last row that is done.
 
     Attributes:
-        total_bytes: length of all files (data sets count 0).
+        total_bytes: length of all files (datasets count 0).
     """
 
     def __init__(self, sources: Sequence[str], keys: Sequence[str] = ("text",), start: Place | None = None) -> None:

@@ -204,7 +204,7 @@ def _labels(name: str, corpora: Sequence[IndexedDataset], paths: Sequence[str] |
 
 
 def _epochs_of_blend(datasets: Sequence[Dataset], weights: Sequence[float], name: str, epochs: int) -> Dataset:
-    """NeoX's length: its data sets report one sample less than they have."""
+    """NeoX's length: its datasets report one sample less than they have."""
     size = sum(len(dataset) - 1 for dataset in datasets)
     blended = BlendedDataset(datasets, weights, size, repeat=True)
     for number, (needed, dataset) in enumerate(zip(blended.needed, datasets, strict=True)):

@@ -1,7 +1,7 @@
 """Training on text that was never made into token files: rows are read and tokenised as the steps ask for them.
 
 Samples are windows of `seq_length + 1` tokens, overlapping by one, cut from the documents in the order they come (each ended
-by the eod). The face is that of any data set, so `Batches` serves it; it only has to be read forward. Every data-parallel
+by the eod). The face is that of any dataset, so `Batches` serves it; it only has to be read forward. Every data-parallel
 rank tokenises the whole stream and takes its part: what a step sees then depends on nothing but the sample number, whatever
 the number of ranks. (That costs each rank all the tokenising; token files do not.) The cursor says at which document and
 token a sample begins.
@@ -63,7 +63,7 @@ class StreamDataset(TokenDataset):
         open_rows: gives the rows behind a place; called again for each epoch and at resume.
         tokenizer: what makes the tokens.
         seq_length: tokens a sample predicts.
-        size: samples in all; the length of the data set.
+        size: samples in all; the length of the dataset.
         start: the cursor of the checkpoint.
         key: the field of a record that holds the text.
         vocab_size: entries of the embedding; a tokenizer with more is refused.
@@ -223,7 +223,7 @@ def open_stream_dataset(
     vocab_size: int | None = None,
     repeat: bool = True,
 ) -> StreamDataset:
-    """A stream of files, folders or `hf:` data sets (`readers.expand_inputs`), from the saved cursor on."""
+    """A stream of files, folders or `hf:` datasets (`readers.expand_inputs`), from the saved cursor on."""
     sources = expand_inputs(inputs)
     for line in tokenizer.remarks(append_eod=True):
         log.warning(line)

@@ -1,7 +1,7 @@
 """The layout of NeoX's token files, shared by the reader and the writer.
 
 `.bin` holds the tokens one after another. `.idx`, little-endian: 9 bytes magic, u64 version 1, u8 dtype code, u64 N, u64 D,
-i32 sizes[N] (tokens), i64 offsets[N] (bytes into `.bin`), i64 doc_idx[D] (sequences before each document border, from 0).
+i32 sizes[N] (tokens), i64 offsets[N] (bytes into `.bin`), i64 doc_idx[D] (sequences before each document boundary, from 0).
 
 The legacy format (`data_impl: cached`): 8 bytes magic, u64 version 1, dtype code, bytes per token, N, S, D, then all i64:
 dim_offsets[N + 1], data_offsets[N + 1] (tokens), sizes[S], doc_idx[D].

@@ -1,7 +1,7 @@
 """What every engine answers: one optimizer step, an evaluation loss, and its state as plain tensors.
 
-The loop, the checkpoints and the export talk to `Engine` only. `single.py` is the plain PyTorch one and the referee;
-`deepspeed.py` runs pipelines, ZeRO and many processes. Both return the same numbers for the same settings.
+The loop, the checkpoints and the export talk to `Engine` only. `single_process.py` is the plain PyTorch one and the reference;
+`deepspeed_pipeline.py` runs pipelines, ZeRO and many processes. Both return the same numbers for the same settings.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from megatron.engine.veto import Limits
+from megatron.engine.skip_step import StepLimits
 from megatron.errors import CheckpointError, ConfigError, DataError
-from megatron.model.stages import Flow, input_tensors
+from megatron.model.objectives import Objective
+from megatron.model.stages import Activations, input_tensors
 from megatron.parallel.mesh import Mesh
-from megatron.parallel.plan import ParamSpec
-from megatron.training.objectives import Objective
+from megatron.parallel.shard_spec import ParamSpec
 
 # `bfloat16` is how GPT-NeoX's `precision` key spells it.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "fp16": torch.float16}
@@ -44,7 +44,7 @@ class MicroBatch(Protocol):
     segment_ids: Tensor | None
 
 
-def batch_flow(batch: MicroBatch, inputs: Sequence[str]) -> Flow:
+def batch_flow(batch: MicroBatch, inputs: Sequence[str]) -> Activations:
     """What a micro batch gives to the first stage: tokens, the mixers' inputs that the run names, document numbers."""
     own = input_tensors(getattr(batch, "inputs", {}), inputs)
     segments = () if batch.segment_ids is None else (batch.segment_ids.contiguous(),)
@@ -101,7 +101,7 @@ class EngineSettings:
 class StepResult:
     """One optimizer step, the same on every rank.
 
-    loss: of the global batch, see `training/objectives.py`. grad_norm: global L2 norm before clipping (inf if not finite).
+    loss: of the global batch, see `model/objectives.py`. grad_norm: global L2 norm before clipping (inf if not finite).
     skipped: weights and optimizer were left as they were, because loss or norm were not finite or above the engine's limits.
     """
 
@@ -141,11 +141,11 @@ class Engine(ABC):
     settings: EngineSettings
     device: torch.device
     dtype: torch.dtype
-    # Names this rank holds as a copy of a parameter that an earlier pipeline stage owns (the tied output matrix).
+    # Names this rank holds as a copy of a parameter that an earlier pipeline stage owns (the tied output projection).
     # `weights()` and `optimizer_slices()` contain them; who joins or exports takes the owner's.
     replica_names: frozenset[str] = frozenset()
     # Beyond these a step is skipped; the loop sets them before each step, the same on every rank.
-    limits: Limits = Limits()
+    limits: StepLimits = StepLimits()
     # Parts of the last training step's loss where the objective has some: unweighted means, the same on every rank.
     loss_parts: Mapping[str, float] = types.MappingProxyType({})
     # Told what the engine is doing ("forward/backward", "step"), for the watchdog.

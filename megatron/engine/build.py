@@ -9,7 +9,7 @@ import torch
 from megatron.engine.base import Engine, EngineSettings
 from megatron.engine.deepspeed_config import check_zero_stage
 from megatron.engine.output import check_output
-from megatron.engine.single import SingleEngine
+from megatron.engine.single_process import SingleProcessEngine
 from megatron.engine.startup import prepare_process
 from megatron.errors import ConfigError
 from megatron.model.config import ModelConfig
@@ -75,12 +75,12 @@ def build_engine(kind: str, config: ModelConfig, mesh: Mesh, settings: EngineSet
     _check_memory(config, mesh, device)
     seed_all(settings.seed, mesh)
     if kind == "single":
-        return SingleEngine(config, settings, device)
+        return SingleProcessEngine(config, settings, device)
     check_zero_stage(settings.zero_stage, mesh.pp)
     if settings.zero_stage > 1:
-        from megatron.engine.sharded import ShardedEngine
+        from megatron.engine.deepspeed_zero import DeepSpeedZeROEngine
 
-        return ShardedEngine(config, mesh, settings, device)
-    from megatron.engine.deepspeed import DeepSpeedEngine
+        return DeepSpeedZeROEngine(config, mesh, settings, device)
+    from megatron.engine.deepspeed_pipeline import DeepSpeedPipelineEngine
 
-    return DeepSpeedEngine(config, mesh, settings, device)
+    return DeepSpeedPipelineEngine(config, mesh, settings, device)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron.engine.base import EngineSettings
 from megatron.errors import ConfigError
-from megatron.parallel.plan import ParamSpec
+from megatron.parallel.shard_spec import ParamSpec
 
 _ADAM_NAMES = ("adam", "adamw", "fusedadam", "torch_adam")
 _KNOWN_BUT_ABSENT = ("sgd", "lion", "onebitadam", "cpu_adam", "cpu_torch_adam", "sm3", "madgrad_wd", "muon", "lamb")
@@ -41,7 +41,7 @@ def decays(spec: ParamSpec, rule: str) -> bool:
 
     `neox`: to all but biases, norms and what a layer excludes. `metala`: to MetaLA's `aug_balance` too, as in its released
     code: GPT-NeoX's grouping sees a parameter that is neither a bias nor a norm. `based` (the recipes of Based and JRT, whose
-    code only knew torch's own norms): to gains of norms too, and not to the embedding, hence not to a tied output matrix.
+    code only knew torch's own norms): to gains of norms too, and not to the embedding, hence not to a tied output projection.
 
     Raises:
         ConfigError: there is no such rule.
@@ -82,7 +82,7 @@ class FusedAdamW(torch.optim.AdamW):
     The state is torch's (`step`, `exp_avg`, `exp_avg_sq` per tensor) and so are the numbers, bit for bit. Torch's own `step`
     imports its compiler first, a second of every process's start.
 
-    skip: asked at every step; where it gives 1.0 the kernel leaves parameters and state as they are, to the bit.
+    skip: asked at every step; where it gives 1.0 the kernel leaves parameters and state as they are, bitwise.
     """
 
     skip: Callable[[], Tensor] | None = None

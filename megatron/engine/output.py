@@ -1,6 +1,6 @@
 """From what the last stage gives to the loss of a micro batch: one place for all engines.
 
-That is logits, or, with `loss_chunk_tokens`, the hidden states in front of the output matrix, whose logits then exist for a
+That is logits, or, with `loss_chunk_tokens`, the hidden states in front of the output projection, whose logits then exist for a
 block of tokens at a time.
 """
 
@@ -12,10 +12,10 @@ from megatron.engine.base import EngineSettings
 from megatron.engine.stages import LocalModel
 from megatron.errors import ConfigError
 from megatron.model.loss import token_loss
+from megatron.model.objectives import objective_loss
 from megatron.parallel.linear_loss import linear_token_loss
 from megatron.parallel.loss import check_labels, vocab_parallel_token_loss
 from megatron.parallel.mesh import Mesh
-from megatron.training.objectives import objective_loss
 
 
 def check_output(settings: EngineSettings) -> None:
@@ -28,7 +28,7 @@ def check_output(settings: EngineSettings) -> None:
         return
     why = ""
     if settings.zero_stage == 3:
-        why = "ZeRO-3 gathers the output matrix for its own forward only"
+        why = "ZeRO-3 gathers the output projection for its own forward only"
     if getattr(settings.objective, "tally", None) is not None:
         why = "a synthetic task counts right answers in the logits, which never exist as a whole"
     if why:

@@ -19,11 +19,11 @@ from megatron.errors import ConfigError
 from megatron.layers.base import Layer
 from megatron.model.build import build_model, check_tensor_parallel, param_specs
 from megatron.model.config import ModelConfig
-from megatron.model.init import materialise
-from megatron.model.stages import BlockStage, Flow, LastStage, Stage, StageModule, stages_of
+from megatron.model.init import init_weights
+from megatron.model.stages import Activations, BlockStage, LastStage, Stage, StageModule, stages_of
 from megatron.parallel.mesh import Mesh
-from megatron.parallel.plan import ParamSpec
 from megatron.parallel.sequence import check_sequence_parallel, sum_replicated_gradients
+from megatron.parallel.shard_spec import ParamSpec
 from megatron.parallel.tensor import local_slice, shard_model
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -102,21 +102,24 @@ def stage_costs(method: str, stages: Sequence[Stage], config: ModelConfig) -> li
     return costs
 
 
-def _run_chain(stages: Sequence[nn.Module], flow: Flow | Tensor) -> Flow | Tensor:
+def _run_chain(stages: Sequence[nn.Module], activations: Activations | Tensor) -> Activations | Tensor:
     for stage in stages:
-        flow = stage(flow)
-    return flow
+        activations = stage(activations)
+    return activations
 
 
-def run_stages(stages: Sequence[nn.Module], flow: Flow, interval: int = 0, keep_rng: bool = False) -> Flow | Tensor:
-    """Pass `flow` through the stages; with `interval` n, runs of n blocks keep only their input and are recomputed backward.
+def run_stages(
+    stages: Sequence[nn.Module], activations: Activations, interval: int = 0, keep_rng: bool = False
+) -> Activations | Tensor:
+    """Pass `activations` through the stages; with `interval` n, runs of n blocks keep only their input and are recomputed
+    backward.
 
     The non-reentrant form is used: the reentrant one loses the gradient of a piece whose inputs need none (DeepSpeed's
     default).
     """
     if not interval or not torch.is_grad_enabled():
-        return _run_chain(stages, flow)
-    out: Flow | Tensor = flow
+        return _run_chain(stages, activations)
+    out: Activations | Tensor = activations
     at = 0
     while at < len(stages):
         piece = [stages[at]]
@@ -153,7 +156,7 @@ class LocalModel:
         return any(b.dropout or b.token_mixer.draws_random() for b in blocks)  # type: ignore[union-attr,operator]
 
     def output_matrix(self) -> Tensor:
-        """This rank's rows of the output matrix [n, d]; only the last pipeline stage has one."""
+        """This rank's rows of the output projection [n, d]; only the last pipeline stage has one."""
         last = self.stages[-1]
         assert isinstance(last, LastStage) and isinstance(last.body.weight, Tensor)
         return last.body.weight
@@ -170,7 +173,7 @@ def check_mesh(config: ModelConfig, mesh: Mesh) -> None:
 
 
 def build_local(config: ModelConfig, mesh: Mesh, settings: EngineSettings, device: torch.device) -> LocalModel:
-    """Build, cut and materialise this rank's stages.
+    """Build, shard and initialize this rank's stages.
 
     Raises:
         ConfigError: heads, widths or layers do not divide over the mesh.
@@ -188,7 +191,7 @@ def build_local(config: ModelConfig, mesh: Mesh, settings: EngineSettings, devic
     start, stop = bounds[mesh.pp_rank], bounds[mesh.pp_rank + 1]
     local = nn.ModuleList(stage.module for stage in all_stages[start:stop])
     logical = _logical_names(local, specs)
-    materialise(
+    init_weights(
         local,
         logical,
         specs,
@@ -200,7 +203,7 @@ def build_local(config: ModelConfig, mesh: Mesh, settings: EngineSettings, devic
     )
     for module in local.modules():
         if isinstance(module, Layer):
-            module.lay_together()
+            module.pack_weights()
     parameters = {logical[name]: p for name, p in local.named_parameters()}
     if settings.sequence_parallel and mesh.tp_group is not None:
         sum_replicated_gradients(parameters, specs, mesh.tp_group)
@@ -209,7 +212,7 @@ def build_local(config: ModelConfig, mesh: Mesh, settings: EngineSettings, devic
 
 
 def _logical_names(local: nn.ModuleList, specs: Mapping[str, ParamSpec]) -> dict[str, str]:
-    """`<position>.<name in the stage>` -> logical name; a tied output matrix goes by the embedding's name."""
+    """`<position>.<name in the stage>` -> logical name; a tied output projection goes by the embedding's name."""
     names: dict[str, str] = {}
     for i, stage in enumerate(local):
         assert isinstance(stage, StageModule)

@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron.checkpoint.manifest import Manifest, read_manifest
-from megatron.checkpoint.recut import Place
-from megatron.checkpoint.source import Source
+from megatron.checkpoint.reshard import Place
+from megatron.checkpoint.tensor_reader import Source
 from megatron.errors import CheckpointError, ConfigError
 from megatron.generation.load import model_config_of
 from megatron.layers.base import Context, State, input_names, inputs_of
@@ -26,7 +26,7 @@ from megatron.model.build import build_model, check_tensor_parallel, param_specs
 from megatron.model.config import ModelConfig
 from megatron.model.lm import LanguageModel, embed, run_blocks, step_blocks
 from megatron.parallel.mesh import Mesh, rank_of
-from megatron.parallel.plan import ParamSpec
+from megatron.parallel.shard_spec import ParamSpec
 from megatron.parallel.tensor import local_slice, shard_model
 
 _STOP, _SCORE, _PREFILL, _ADVANCE = range(4)

@@ -53,8 +53,8 @@ def fetch(name: str, output: Path) -> Path:
 
 
 def _ours(settings: dict[str, Any]) -> bool:
-    from megatron.export.families import LINEAR, METALA
-    from megatron.export.released import is_released
+    from megatron.interop.hf_classes import LINEAR, METALA
+    from megatron.interop.released import is_released
 
     known = {family.config_class.model_type for family in (METALA, LINEAR)}
     return is_released(settings) or settings.get("model_type") in known
@@ -92,8 +92,8 @@ def _settings(folder: Path, name: str) -> dict[str, Any]:
 
 def _import(folder: Path, place: Path) -> None:
     """Import into a folder beside `place` and move it there whole."""
-    from megatron.export.importer import import_folder
-    from megatron.export.released import is_released
+    from megatron.interop.import_hf import import_folder
+    from megatron.interop.released import is_released
 
     place.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=place.parent, prefix=".importing-") as scratch:

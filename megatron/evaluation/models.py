@@ -13,9 +13,9 @@ from lm_eval.api.model import LM
 from megatron.checkpoint.find import find_checkpoint
 from megatron.errors import ConfigError, DataError
 from megatron.evaluation.forward import open_forward
-from megatron.evaluation.harness import HarnessLM
+from megatron.evaluation.lm_eval_model import HarnessLM
 from megatron.evaluation.options import HarnessOptions, Prefix
-from megatron.evaluation.tasks.cut import Tokens
+from megatron.evaluation.tasks.shorten import Tokens
 from megatron.generation.load import stored_tokenizer
 from megatron.parallel.mesh import Mesh
 

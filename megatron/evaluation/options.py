@@ -75,7 +75,7 @@ class HarnessOptions:
 class Request:
     """What is to be measured.
 
-    tasks: names, or `GROUPS`. limit: examples per task. num_fewshot: None as the task says. data_dir: local data sets.
+    tasks: names, or `GROUPS`. limit: examples per task. num_fewshot: None as the task says. data_dir: local datasets.
     metadata: settings of tasks (`context_length`, `tokenizer` ... of the recall tasks). bootstrap_iters: for errors that
     have no formula.
     """

@@ -1,6 +1,6 @@
 """The model card of an exported folder (README.md), made of facts that stand in the checkpoint, not of claims.
 
-What only a person can know (license, languages, data sets on the hub) is given as `Stated`; what is not given is not made up.
+What only a person can know (license, languages, datasets on the hub) is given as `Stated`; what is not given is not made up.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from megatron.checkpoint.manifest import Manifest
 from megatron.data.hub import PREFIX, parse
 from megatron.errors import DataError, ExportError
 from megatron.export.card_use import how_to_use
-from megatron.export.proved import PROVED_TRANSFORMERS
 from megatron.export.scores import Score
+from megatron.interop.tested_versions import PROVED_TRANSFORMERS
 from megatron.model.config import ModelConfig
 from megatron.registry import layer_info
 
@@ -66,7 +66,7 @@ class Stated:
                 raise ExportError(f"'{language}' is no language code", hint="two or three letters (en), code or multilingual")
         for name in self.datasets:
             if not _hub_name(name):
-                raise ExportError(f"'{name}' is no name of a data set on the hub", hint="OWNER/NAME")
+                raise ExportError(f"'{name}' is no name of a dataset on the hub", hint="OWNER/NAME")
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def _shape(config: ModelConfig, parameters: int, dtype: str) -> dict[str, Any]:
         "MLP": f"{config.mlp}, width {config.mlp_width}, {config.activation}",
         "norm": config.norm,
         "vocabulary": f"{config.vocab_size:,}",
-        "output matrix": "tied to the embedding" if config.tie_embeddings else "its own",
+        "output projection": "tied to the embedding" if config.tie_embeddings else "its own",
         "dtype of the weights": dtype,
     }
 

@@ -21,17 +21,17 @@ from torch import Tensor
 
 from megatron.checkpoint.load import read_full_weights
 from megatron.checkpoint.manifest import Manifest, read_manifest
-from megatron.checkpoint.tensors import nbytes, write_tensors
+from megatron.checkpoint.safetensors_writer import nbytes, write_tensors
 from megatron.errors import ExportError
 from megatron.export.card import Stated, Subject, model_card
-from megatron.export.families import Family, family_of
-from megatron.export.native import to_native
 from megatron.export.pack import PackPlan, pack
-from megatron.export.proved import PROVED_TRANSFORMERS
 from megatron.export.tokenizer import export_tokenizer
 from megatron.export.verify import make_probe, verify_folder
 from megatron.files import fsync_folder, write_json, write_text
 from megatron.generation.load import filled_model, model_config_of
+from megatron.interop.hf_classes import Family, family_of
+from megatron.interop.hf_models import to_native
+from megatron.interop.tested_versions import PROVED_TRANSFORMERS
 from megatron.model.config import ModelConfig
 from megatron.registry import layer_info
 
@@ -83,7 +83,7 @@ def export_checkpoint(
         dtype: auto (as stored) | float32 | bfloat16 | float16 | float64. max_shard_bytes: weights per file.
         keep_padding: keep the vocabulary rows that only pad the table; by default the rows beyond the tokenizer's size,
             which no text can reach, are cut off and `vocab_size` is the true size.
-        stated: what a person adds to the model card: license, languages, data sets, measured figures.
+        stated: what a person adds to the model card: license, languages, datasets, measured figures.
 
     Raises:
         ExportError: `output` exists and is not empty, the dtype is unknown, or the folder's logits differ.

@@ -100,7 +100,7 @@ def check_mask(attention_mask: Tensor | None, x: Tensor, seen: int = 0) -> Tenso
 
 @dataclass(frozen=True)
 class Documents:
-    """Borders of packed documents as the three ways in which transformers' collators tell them.
+    """Boundaries of packed documents as the three ways in which transformers' collators tell them.
 
     position_ids [b or 1, s] restart at each document; cu_seq_lens_q, cu_seq_lens_k [documents + 1] are offsets in the one row
     of a flattened batch; seq_idx [b or 1, s] numbers the documents.
@@ -112,7 +112,7 @@ class Documents:
     seq_idx: Tensor | None = None
 
     def segment_ids(self, mask: Tensor | None, x: Tensor, seen: int, before: Tensor | None = None) -> Tensor | None:
-        """Document numbers [b, s] of x [b, s, d], growing by one at each border; None where there is one document.
+        """Document numbers [b, s] of x [b, s, d], growing by one at each boundary; None where there is one document.
 
         Args:
             mask: 1 for tokens, None for all; padding belongs to the document before it.
@@ -121,7 +121,7 @@ class Documents:
             before: from `tokens_before`.
 
         Raises:
-            ValueError: shapes that do not fit, positions that neither count on nor restart, or borders that contradict each
+            ValueError: shapes that do not fit, positions that neither count on nor restart, or boundaries that contradict each
                 other.
         """
         if x.shape[1] == 1:
@@ -131,17 +131,17 @@ class Documents:
             "cu_seq_lens": self._borders_of_offsets(x, seen),
             "seq_idx": _borders_of_numbers(self.seq_idx, x),
         }
-        borders = {name: border for name, border in told.items() if border is not None}
-        if not borders:
+        boundaries = {name: boundary for name, boundary in told.items() if boundary is not None}
+        if not boundaries:
             return None
-        (first, border), *others = borders.items()
+        (first, boundary), *others = boundaries.items()
         if values_visible(x):
             for name, other in others:
-                if not torch.equal(border, other):
-                    raise ValueError(f"{first} and {name} put the borders of documents in different places")
-            if not bool(border.any()):
+                if not torch.equal(boundary, other):
+                    raise ValueError(f"{first} and {name} put the boundaries of documents in different places")
+            if not bool(boundary.any()):
                 return None
-        return border.long().cumsum(1)
+        return boundary.long().cumsum(1)
 
     def _borders_of_offsets(self, x: Tensor, seen: int) -> Tensor | None:
         given = [t for t in (self.cu_seq_lens_q, self.cu_seq_lens_k) if t is not None]
@@ -156,8 +156,8 @@ class Documents:
             if not torch.equal(offsets, given[-1]):
                 raise ValueError("cu_seq_lens_q and cu_seq_lens_k differ")
         places = torch.arange(x.shape[1], device=x.device)
-        border = torch.isin(places, offsets[1:].to(x.device)) & (places > 0)
-        return border[None]
+        boundary = torch.isin(places, offsets[1:].to(x.device)) & (places > 0)
+        return boundary[None]
 
 
 def _row_wise(name: str, value: Tensor, x: Tensor) -> Tensor:
@@ -186,16 +186,16 @@ def _borders_of_positions(
     before = F.pad(index[:, :-1], (1, 0), value=-1).cummax(1).values  # the token before, padding left out
     previous = places.gather(1, before.clamp_min(0))
     later = shown & (before >= 0)
-    border = later & (places <= previous)
+    boundary = later & (places <= previous)
     if values_visible(x):
         if bool((later & (places > previous + 1)).any()):
             raise ValueError("position_ids must count up by one inside a document; they skip some")
-        if bool((border & (places != 0)).any()):
+        if bool((boundary & (places != 0)).any()):
             raise ValueError("position_ids must count up by one, or restart at 0 where a document begins")
         first = shown & (before < 0) & (places == 0)
         if continued is not None and bool((first & (continued > 0)[:, None]).any()):
             raise ValueError("position_ids restart with the first token of a pass whose cache holds another document")
-    return border
+    return boundary
 
 
 @dataclass(frozen=True)
@@ -231,7 +231,7 @@ def _gathered(x: Tensor, index: Tensor) -> Tensor:
 def tokens_before(attention_mask: Tensor | None, x: Tensor, seen: int) -> Tensor | None:
     """Tokens [b] that each row's state has read before x [b, s, d], padding left out where the mask tells it; None for none.
 
-    None for a single token too, which has no gap and no border: a decode step does not sum the mask of all steps before it.
+    None for a single token too, which has no gap and no boundary: a decode step does not sum the mask of all steps before it.
     """
     if not seen or x.shape[1] == 1:
         return None

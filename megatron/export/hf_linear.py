@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from megatron.export.hf_backbone import DecoderModel
 from megatron.export.hf_model import DecoderForCausalLM
-from megatron.export.linear_config import LinearLMConfig
+from megatron.interop.linear_config import LinearLMConfig
 
 
 class LinearLMModel(DecoderModel):
-    """Any stack of token mixers, without its output matrix."""
+    """Any stack of token mixers, without its output projection."""
 
     config_class = LinearLMConfig
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from megatron.export.hf_backbone import DecoderModel
 from megatron.export.hf_model import DecoderForCausalLM
-from megatron.export.metala_config import MetaLAConfig
+from megatron.interop.metala_config import MetaLAConfig
 
 
 class MetaLAModel(DecoderModel):
-    """MetaLA without its output matrix."""
+    """MetaLA without its output projection."""
 
     config_class = MetaLAConfig
 

@@ -1,9 +1,9 @@
 """The shell that makes our model a Hugging Face one: cache, masks, documents, loss and `generate` around the trainer's blocks.
 
 It is imported here (verification) and packed into every exported folder, where `megatron/model` and the mixers stand above it
-in the same file. Nothing of the mathematics is in it. Written for the range of transformers in `export/proved.py`: up to 5.23
-the cache is called `past_key_values`, from 5.24 on `cache`, as an argument and as a field of the output; both names work with
-every version.
+in the same file. Nothing of the mathematics is in it. Written for the range of transformers in `interop/tested_versions.py`: up
+to 5.23 the cache is called `past_key_values`, from 5.24 on `cache`, as an argument and as a field of the output; both names
+work with every version.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from megatron.ops.opaque import values_visible
 
 
 class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
-    """The language model: `DecoderModel` and the output matrix. `generate` is transformers' own."""
+    """The language model: `DecoderModel` and the output projection. `generate` is transformers' own."""
 
     backbone_class: ClassVar[type[DecoderModel]] = DecoderModel
     accepts_loss_kwargs = True  # num_items_in_batch
@@ -52,11 +52,11 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
         self.model.set_input_embeddings(value)
 
     def get_output_embeddings(self) -> nn.Module:
-        """The output matrix."""
+        """The output projection."""
         return self.lm_head
 
     def set_output_embeddings(self, value: Any) -> None:
-        """Replace the output matrix."""
+        """Replace the output projection."""
         self.lm_head = value
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]

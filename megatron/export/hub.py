@@ -76,7 +76,7 @@ class Published:
 
 
 @dataclass(frozen=True)
-class Parcel:
+class Upload:
     """A checked folder, ready to be sent.
 
     files: path inside the folder -> bytes, as they are sent. title: for the commit message.
@@ -87,7 +87,7 @@ class Parcel:
     title: str = field(default="")
 
 
-def prepare(folder: str | Path) -> Parcel:
+def prepare(folder: str | Path) -> Upload:
     """Check that `folder` is a whole exported model and list what would be sent.
 
     Args:
@@ -113,14 +113,14 @@ def prepare(folder: str | Path) -> Parcel:
         raise ExportError("not an exported folder", where=str(folder), why=str(error), hint=hint) from None
     if missing:
         raise ExportError("the folder is not whole", where=str(folder), why=f"missing: {', '.join(missing)}", hint=hint)
-    return Parcel(folder, files, str((settings.get("architectures") or ["model"])[0]))
+    return Upload(folder, files, str((settings.get("architectures") or ["model"])[0]))
 
 
-def _message(parcel: Parcel, destination: Destination) -> str:
+def _message(parcel: Upload, destination: Destination) -> str:
     return destination.message or f"{parcel.title} {parcel.folder.resolve().name}, exported by linear-neox"
 
 
-def describe(parcel: Parcel, destination: Destination) -> str:
+def describe(parcel: Upload, destination: Destination) -> str:
     """What a push would do, as far as it can be said without the Hub.
 
     Args:
@@ -170,7 +170,7 @@ def sign_in(api: HfApi | None = None) -> HfApi:
     return api
 
 
-def publish(parcel: Parcel, destination: Destination, api: HfApi) -> Published:
+def publish(parcel: Upload, destination: Destination, api: HfApi) -> Published:
     """Make the repository where it is missing and send the folder as one commit (very many files: several).
 
     Args:

@@ -43,7 +43,7 @@ class Probe:
     Attributes:
         tokens: [2, s]; in the second row the first `padding` are hidden where padding is meant.
         prefix: length of the prefix of prefix layers where tokens follow it.
-        border: where the second document begins when each row holds two.
+        boundary: where the second document begins when each row holds two.
         plain: logits [2, s, n] without padding.
         padded: the same with padding and the prefix.
         packed: the same of two documents in a row.
@@ -54,7 +54,7 @@ class Probe:
     tokens: Tensor
     padding: int
     prefix: int
-    border: int
+    boundary: int
     plain: Tensor
     padded: Tensor
     packed: Tensor
@@ -71,7 +71,7 @@ class Probe:
 
 @torch.inference_mode()
 def make_probe(
-    model: LanguageModel, vocab_size: int, length: int = 100, padding: int = 7, prefix: int = 40, border: int = 37
+    model: LanguageModel, vocab_size: int, length: int = 100, padding: int = 7, prefix: int = 40, boundary: int = 37
 ) -> Probe:
     """Run the trainer's model (fp32) on fixed random tokens.
 
@@ -80,7 +80,7 @@ def make_probe(
     table = model.model.embed_tokens.positions
     if table is not None:  # all of it must fit
         length = min(length, table.shape[0] - NEW_TOKENS)
-        padding, prefix, border = min(padding, length // 4), min(prefix, length // 2), min(border, length // 2)
+        padding, prefix, boundary = min(padding, length // 4), min(prefix, length // 2), min(boundary, length // 2)
     generator = torch.Generator().manual_seed(20)
     tokens = torch.randint(0, vocab_size, (2, length), generator=generator)
     mask = torch.ones_like(tokens)
@@ -94,7 +94,7 @@ def make_probe(
         inputs = inputs_of(mixers, {name: value for name, value in (values or {}).items() if name in own})
         return model(tokens, Context(**context, inputs=inputs))[0][..., :vocab_size].clone()
 
-    documents = (torch.arange(length) >= border).long().expand(2, -1)
+    documents = (torch.arange(length) >= boundary).long().expand(2, -1)
     packed = logits(tokens, {"prefix_per_document": True}, segment_ids=documents)
     text, shown, following = tokens, mask, list[Tensor]()
     for _ in range(NEW_TOKENS):
@@ -102,7 +102,7 @@ def make_probe(
         text = torch.cat([text, following[-1].argmax(-1, keepdim=True)], 1)
         shown = F.pad(shown, (0, 1), value=1)
     padded = logits(tokens, {"prefix_length": prefix}, mask=mask)
-    return Probe(tokens, padding, prefix, border, logits(tokens), padded, packed, text[:, length:], torch.stack(following, 1))
+    return Probe(tokens, padding, prefix, boundary, logits(tokens), padded, packed, text[:, length:], torch.stack(following, 1))
 
 
 @contextmanager
@@ -212,7 +212,7 @@ def _packed_documents(model: Any, probe: Probe, native: bool) -> tuple[Tensor, T
     if native:
         return None
     places = torch.arange(probe.tokens.shape[1])
-    places = torch.where(places < probe.border, places, places - probe.border)
+    places = torch.where(places < probe.boundary, places, places - probe.boundary)
     return model(probe.tokens, position_ids=places[None], use_cache=False).logits, probe.packed
 
 

@@ -49,7 +49,7 @@ def filled_model(
     if torch.device(device).type == "cuda":
         for module in model.modules():
             if isinstance(module, Layer):
-                module.lay_together()  # a decode step would copy the projections' weights at every token otherwise
+                module.pack_weights()  # a decode step would copy the projections' weights at every token otherwise
     return model.eval()
 
 

@@ -153,7 +153,7 @@ def generate(
     vocab_size: int | None = None,
     first_row: int = 0,
 ) -> list[Generated]:
-    """Continue each prompt (token ids; an empty one starts from `eod`, the border between documents).
+    """Continue each prompt (token ids; an empty one starts from `eod`, the boundary between documents).
 
     Args:
         model: on the device where it shall run.

@@ -26,7 +26,7 @@ class TextTokenizer(Protocol):
 
     @property
     def eod(self) -> int:
-        """Id of the border between documents."""
+        """Id of the boundary between documents."""
 
     def tokenize_prompt(self, text: str) -> list[int]:
         """Text -> ids that do not end it."""
@@ -124,7 +124,7 @@ def write_results(results: Iterable[dict[str, Any]], path: Path) -> int:
 
 
 def unconditional(writer: Writer, num_samples: int) -> Iterator[dict[str, Any]]:
-    """`num_samples` texts from nothing: each starts at a document border with a seed of its own."""
+    """`num_samples` texts from nothing: each starts at a document boundary with a seed of its own."""
     return writer.continue_texts([""] * num_samples)
 
 

@@ -11,8 +11,8 @@ import re
 import shlex
 from typing import Any
 
-from megatron.launch.places import HOME, Folder, slug
-from megatron.launch.shape import AGAIN, SECRETS, Shape, Site
+from megatron.launch.job_shape import AGAIN, SECRETS, Shape, Site
+from megatron.launch.mounts import HOME, Folder, slug
 
 # Ends that the same start meets again: a defect, configuration, data, checkpoint, export, training, no room, nowhere to save.
 # Not 5: ranks that did not find each other may do so at the next start.
@@ -137,7 +137,7 @@ def kubernetes(shape: Shape, site: Site) -> str:
         "kind": "JobSet",
         "metadata": {"name": shape.name},
         "spec": {
-            # All pods start anew when one is lost; the run goes on from its last checkpoint. A mistake ends it.
+            # All pods start again when one is lost; the run goes on from its last checkpoint. A mistake ends it.
             "failurePolicy": {"maxRestarts": 10, "rules": [final]},
             "network": {"enableDNSHostnames": True},
             "replicatedJobs": [{"name": "ranks", "replicas": 1, "template": {"spec": job}}],

@@ -1,6 +1,6 @@
 """Who am I: the rank of this process, from whatever started it (torchrun, DeepSpeed, mpirun, srun, or nothing).
 
-Reading needs no torch. `init_process_group` then connects the processes and makes one time-out hold for every group.
+Reading needs no torch. `init_process_group` then connects the processes and makes one timeout hold for every group.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron.errors import ConfigError, LaunchError
-from megatron.launch.words import is_host
+from megatron.launch.shell_safety import is_host
 
 Hosts = dict[str, tuple[int, ...]]  # host -> the slots (devices) that take a process, in order of rank
 

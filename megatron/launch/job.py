@@ -20,11 +20,11 @@ from megatron.errors import ConfigError, LaunchError
 from megatron.launch.exports import check_own_exports, environment_file, exported
 from megatron.launch.hosts import Hosts, choose_hosts, hostfile_text
 from megatron.launch.options import LAUNCHERS, RUNNERS, LaunchOptions, Machine
-from megatron.launch.words import check_address, check_place, for_pdsh, launcher_words
+from megatron.launch.shell_safety import check_address, check_place, for_pdsh, launcher_words
 
 # Read unasked by DeepSpeed's runner and so by us: its presence alone means several hosts.
 SYSTEM_HOSTFILE = "/job/hostfile"
-KEEPER = str(Path(__file__).with_name("keeper.py"))
+SUPERVISOR = str(Path(__file__).with_name("supervisor.py"))
 # OpenMP's threads wait by spinning; 1,000 turns instead of 10^8 costs nothing on a quiet machine (0.42 s a step of the
 # quickstart either way) and halves a step when another program wants the cores (1.85 -> 1.40 s, worst 5.6 -> 1.5 s).
 _CPU_ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "GOMP_SPINCOUNT": "1000"}
@@ -170,7 +170,7 @@ def _local_job(
     world = encode_world({"localhost": [int(name) if name.isdecimal() else name for name in names]})
     command: tuple[str, ...] = (machine.python, "-u", "-m", "deepspeed.launcher.launch", f"--world_info={world}")
     command += (f"--master_addr={options.master_addr or '127.0.0.1'}", f"--master_port={port}", "--no_local_rank")
-    command += ("--no_python", "--log_level=critical", machine.python, "-SE", KEEPER, "--watch-stdin", *words)
+    command += ("--no_python", "--log_level=critical", machine.python, "-SE", SUPERVISOR, "--watch-stdin", *words)
     return Job("local", command, environment, len(slots), {"localhost": slots}, launcher="deepspeed")
 
 
@@ -237,7 +237,7 @@ def _hosts_job(
         check_own_exports(environ)
         check_place(machine.python, "the interpreter")
         check_place(os.path.abspath("."), "the working folder")
-        words = [machine.python, "-SE", *for_pdsh([KEEPER, "--watch-stdin", *words])]
+        words = [machine.python, "-SE", *for_pdsh([SUPERVISOR, "--watch-stdin", *words])]
         arguments.append("--no_python")
     environment = {"DS_ENV_FILE": f"{scratch}/environment"} | ({} if machine.accelerators else {"DS_ACCELERATOR": "cpu"})
     if launcher == "pdsh":

@@ -12,10 +12,10 @@ import shlex
 
 from megatron.errors import ConfigError
 from megatron.launch.containers import kubernetes, skypilot
+from megatron.launch.job_shape import AGAIN, Shape, Site
 from megatron.launch.options import LaunchOptions
-from megatron.launch.shape import AGAIN, Shape, Site
-from megatron.launch.words import launcher_words
-from megatron.training.signals import seconds_of
+from megatron.launch.shell_safety import launcher_words
+from megatron.reliability.signals import seconds_of
 
 KINDS = ("slurm", "kubernetes", "skypilot")
 _MARGIN_S = 600  # between a run's own time limit and the cluster's: start-up, and the signal five minutes before the end

@@ -19,7 +19,7 @@ import time
 from collections.abc import Mapping, Sequence
 from types import FrameType
 
-from megatron.launch.ending import die_with_parent
+from megatron.launch.process_exit import die_with_parent
 
 GRACE_S = 12.0
 _PASSED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
@@ -37,7 +37,7 @@ def verdict(codes: Sequence[int]) -> int:
     return next((code for code in failed if code < 128), failed[0] if failed else 0)
 
 
-class Ranks:
+class NodeProcesses:
     """The processes of one node. environments: of each rank, beside that of this process."""
 
     def __init__(self, command: Sequence[str], environments: Sequence[Mapping[str, str]]) -> None:
@@ -89,7 +89,7 @@ def main(argv: Sequence[str]) -> int:
     asked = parser.parse_args(argv)
     place = (asked.nodes, asked.slots, asked.node, asked.address, asked.port)
     environments = [rank_environment(slot, *place) for slot in range(asked.slots)]
-    return verdict(Ranks([sys.executable, "-u", asked.script, *asked.arguments], environments).wait())
+    return verdict(NodeProcesses([sys.executable, "-u", asked.script, *asked.arguments], environments).wait())
 
 
 if __name__ == "__main__":

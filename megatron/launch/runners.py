@@ -21,13 +21,13 @@ from types import FrameType
 from typing import IO
 
 from megatron.errors import LaunchError
-from megatron.launch.ending import die_with_parent
 from megatron.launch.exports import launcher_environment
-from megatron.launch.follow import FirstError
-from megatron.launch.job import KEEPER, Job
+from megatron.launch.job import SUPERVISOR, Job
 from megatron.launch.options import LaunchOptions, Machine
+from megatron.launch.process_exit import die_with_parent
+from megatron.launch.stderr_follower import FirstError
 
-# What the codes of `megatron/training/control.py` and `watchdog.py` mean; those files import torch, this one must not.
+# What the codes of `megatron/reliability/stop.py` and `watchdog.py` mean; those files import torch, this one must not.
 _LEFT = {
     75: "it was asked to leave (signal or time limit) and its work is saved: the same command goes on",
     76: "it was asked to leave and had no folder to save to",
@@ -37,7 +37,7 @@ _LEFT = {
 # After the first host has ended with an error, the others have so long to end by themselves (their connections break at once).
 HOST_GRACE_S = 12.0
 _SSH_FAILED = 255
-_RANK_END = re.compile(rb"(?:\S+: )?keeper: rank (\d+) ended with (\d+)$")
+_RANK_END = re.compile(rb"(?:\S+: )?supervisor: rank (\d+) ended with (\d+)$")
 
 
 def visible_devices(environ: Mapping[str, str] | None = None) -> tuple[str, ...]:
@@ -74,7 +74,7 @@ def this_machine() -> Machine:
 
 
 def free_port() -> int:
-    """A TCP port that nobody on this machine uses now, chosen anew by the kernel for each call."""
+    """A TCP port that nobody on this machine uses now, chosen again by the kernel for each call."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         return int(probe.getsockname()[1])
@@ -125,7 +125,7 @@ def run_job(job: Job) -> tuple[int, str]:
         if job.route == "hosts":
             environment = launcher_environment(environment)
         # A session of its own: Ctrl-C in a terminal would reach the launcher too, which gives its ranks 30 s and exits with 1.
-        # Its standard input is our end's sign, whatever ends us: keepers (of ranks, or of a runner) wait for it.
+        # Its standard input is our end's sign, whatever ends us: supervisors (of ranks, or of a runner) wait for it.
         child = subprocess.Popen(
             _kept(job),
             env=environment,
@@ -142,12 +142,12 @@ def run_job(job: Job) -> tuple[int, str]:
 
 
 def _kept(job: Job) -> tuple[str, ...]:
-    """The command; a runner of several hosts, whose pdsh or mpirun would outlive it, below a keeper."""
+    """The command; a runner of several hosts, whose pdsh or mpirun would outlive it, below a supervisor."""
     if job.route != "hosts":
         return job.command
     # pdsh is never asked: DeepSpeed's runner would then kill every job on the hosts by name.
     option = "--group-at-once" if job.launcher == "pdsh" else "--group"
-    return (job.command[0], "-SE", KEEPER, option, *job.command[1:])
+    return (job.command[0], "-SE", SUPERVISOR, option, *job.command[1:])
 
 
 class _Follower:
@@ -177,7 +177,7 @@ class _Follower:
         self._codes.append(code)
 
     def end_group(self) -> None:
-        """Kill runner and pdsh: the ssh connections end, and the keepers on the hosts end their ranks (`keeper.py`)."""
+        """Kill runner and pdsh: the ssh connections end, and the supervisors on the hosts end their ranks (`supervisor.py`)."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._child.pid, signal.SIGKILL)
 
@@ -200,7 +200,7 @@ def _wait(child: subprocess.Popen[bytes], job: Job, follower: _Follower) -> int:
 
     Signals are passed on: to the ranks themselves where they are the launcher's children, since DeepSpeed's launcher would end
     them after 30 seconds and hide their exit code (75: stopped, work saved); with pdsh by ending the connections, at which the
-    keepers ask their ranks to leave (its runner would kill every DeepSpeed job on the hosts by name); else to the launcher.
+    supervisors ask their ranks to leave (its runner would kill every DeepSpeed job on the hosts by name); else to the launcher.
     A closed terminal counts as SIGTERM.
     """
 

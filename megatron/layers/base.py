@@ -15,12 +15,13 @@ It is written for one device. Its clauses, each of which `tests/layers/test_cont
 7.  *Sizes come from its own modules.* `forward` never uses the global number of heads: it reads `q_proj.out_features`, which
     `parallel/tensor.py` cuts by `plan()`. It calls its modules and does not read their weights, so that adapters, quantised
     weights and hooks of an exported model act (`ops/modules.py`).
-8.  *Split and join.* It calls `self.split(u)` once where work on separate heads begins and `self.join(y)` once where their
+8.  *Split and join.* It calls `self.copy_to_tp(u)` once where work on separate heads begins and `self.reduce_from_tp(y)` once
+where their
     partial sums meet: the identity on one device, the two all-reduces of Megatron under tensor parallelism. A mixer that sums
     over the ranks more often says so in `tp_reductions`. A parameter that is `replicated` acts before the split or after the
     join, since in between each rank would have a part of its gradient. The parts of any number of ranks that divides
     `Config.tp_divisor()` add up to the whole; `set_shard` tells a part which one it is.
-9.  *Tables name every parameter:* `plan()` and `init_rules()` all of them, `no_decay()` some. `lay_together` may move them in
+9.  *Tables name every parameter:* `plan()` and `init_rules()` all of them, `no_decay()` some. `pack_weights` may move them in
     memory and changes no value.
 10. *Inputs of its own.* What only this mixer reads of a pass is a field of its `Inputs` (None for none), never of `Context`.
 11. *Costs:* `flops`, `state_size` and `param_count` are what a counter finds.
@@ -171,8 +172,8 @@ class Layer(nn.Module):
     def __init__(self, config: LayerConfig) -> None:
         super().__init__()
         self.config = config
-        self.split: nn.Module = nn.Identity()
-        self.join: nn.Module = nn.Identity()
+        self.copy_to_tp: nn.Module = nn.Identity()
+        self.reduce_from_tp: nn.Module = nn.Identity()
 
     def forward(self, x: Tensor, ctx: Context, state: State | None = None) -> tuple[Tensor, State | None]:
         """Mix `x [b, s, d]` -> `y [b, s, d]`.
@@ -194,7 +195,7 @@ class Layer(nn.Module):
         """The empty state: named tensors with the batch on dim 0, so that beam search can reorder them all alike.
 
         A sum over the past is called `recurrent` (or `ssm`), the last inputs of a convolution `conv`: reports of memory go by
-        these names (`model/memory.py`).
+        these names (`model/state_size.py`).
         """
         raise NotImplementedError
 
@@ -227,7 +228,7 @@ class Layer(nn.Module):
         """Parameters that weight decay leaves alone besides biases and norms."""
         return ()
 
-    def lay_together(self) -> None:
+    def pack_weights(self) -> None:
         """Move parameters that a fused path reads as one to one place in memory; called once, after they have got values."""
 
     def flops(self, seq_length: int) -> float:

@@ -52,21 +52,21 @@ class BaseConv(Layer):
 
     def forward(self, x: Tensor, ctx: Context, state: State | None = None) -> tuple[Tensor, State | None]:
         """`x [b, s, d]` -> `y [b, s, d]`; see `Layer.forward`."""
-        x = self.split(x)
+        x = self.copy_to_tp(x)
         a = self.conv_proj(x)
         if ctx.mask is not None:
             a = a * ctx.mask[..., None].to(a.dtype)
         history = None if state is None else state["conv"]
         c = self.conv1d(a, history, ctx.segment_ids, ctx.backend)
-        y = row_linear(self.out_proj, c * self.gate_proj(x), self.join)
+        y = row_linear(self.out_proj, c * self.gate_proj(x), self.reduce_from_tp)
         return y, None if state is None else {"conv": next_history(a, history, self.width, ctx.mask, ctx.segment_ids)}
 
     def step(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
         """`x [b, d]` -> `y [b, d]`; see `Layer.step`."""
-        x = self.split(x)
+        x = self.copy_to_tp(x)
         a, history = self.conv_proj(x).unsqueeze(1), state["conv"]
         c = self.conv1d(a, history, backend=ctx.backend).squeeze(1)
-        y = row_linear(self.out_proj, c * self.gate_proj(x), self.join)
+        y = row_linear(self.out_proj, c * self.gate_proj(x), self.reduce_from_tp)
         return y, {"conv": next_history(a, history, self.width)}
 
     def init_state(self, batch: int, dtype: torch.dtype, device: torch.device | str) -> State:

@@ -6,7 +6,7 @@ rate 1 - 2^(decay_const - head) per head and are multiplied by a linear gate of 
 
 Differences from the released code, none of which touches the weights: denominators and states are in fp32 always, the feature
 map is the packed one (153 instead of 273 numbers at width 16), generation is right with every form (the originals build a wrong
-state in three of theirs), and padding and document borders are known.
+state in three of theirs), and padding and document boundaries are known.
 """
 
 from __future__ import annotations
@@ -85,11 +85,11 @@ class Based(Layer):
     def _finish(self, y: Tensor, x: Tensor) -> Tensor:
         if self.decay_proj is not None:
             y = y * self.decay_proj(x).unsqueeze(-1)
-        return self.join(self.out_proj(y.flatten(-2)))
+        return self.reduce_from_tp(self.out_proj(y.flatten(-2)))
 
     def forward(self, x: Tensor, ctx: Context, state: State | None = None) -> tuple[Tensor, State | None]:
         """`x [b, s, d]` -> `y [b, s, d]`; see `Layer.forward`."""
-        x = self.split(x)
+        x = self.copy_to_tp(x)
         rates = self.log_decay(x.device)
         if rates is not None:  # a padded token neither writes nor decays
             present = torch.ones(1, x.shape[1], device=x.device) if ctx.mask is None else ctx.mask
@@ -106,7 +106,7 @@ class Based(Layer):
 
     def step(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
         """`x [b, d]` -> `y [b, d]` with one state update; see `Layer.step`."""
-        x = self.split(x)
+        x = self.copy_to_tp(x)
         y, recurrent = taylor_step(*self._heads(x), state["recurrent"], self.log_decay(x.device))
         return self._finish(y, x), {"recurrent": recurrent}
 

@@ -127,7 +127,7 @@ class PrefixBased(Layer):
 
     def forward(self, x: Tensor, ctx: Context, state: State | None = None) -> tuple[Tensor, State | None]:
         """`x [b, s, d]` -> `y [b, s, d]`; see `Layer.forward`. A state that has read nothing lets the pass form its prefix."""
-        x = self.split(x)
+        x = self.copy_to_tp(x)
         inside = self._inside(ctx, x, state)
         m = inside.shape[1]
         q = self.proj_q(x).unflatten(-1, (-1, self.feature_width))
@@ -149,7 +149,7 @@ class PrefixBased(Layer):
             segment_ids=ctx.segment_ids,
             backend=ctx.backend,
         )
-        y = self.join(self.out_proj(y.flatten(-2)))
+        y = self.reduce_from_tp(self.out_proj(y.flatten(-2)))
         if state is None:
             return y, None
         _, tokens = numbered(x.shape[0], x.shape[1], ctx.mask, ctx.segment_ids, state["tokens"], x.device)
@@ -157,10 +157,10 @@ class PrefixBased(Layer):
 
     def step(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
         """`x [b, d]` -> `y [b, d]`; causal, the prefix stands in the state already. See `Layer.step`."""
-        x = self.split(x)
+        x = self.copy_to_tp(x)
         q = self.proj_q(x).unflatten(-1, (-1, self.feature_width))
         y, recurrent = taylor_step(q, *self._pair(x, self.proj_k, self.proj_v), state["recurrent"])
-        return self.join(self.out_proj(y.flatten(-2))), {"recurrent": recurrent, "tokens": state["tokens"] + 1}
+        return self.reduce_from_tp(self.out_proj(y.flatten(-2))), {"recurrent": recurrent, "tokens": state["tokens"] + 1}
 
     def init_state(self, batch: int, dtype: torch.dtype, device: torch.device | str) -> State:
         """recurrent [b, h, e, v + 1] in fp32 (fp64 for an fp64 model), as `Based`; tokens [b] that it has read."""

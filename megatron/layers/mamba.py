@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from megatron.layers.base import Context, Layer, LayerConfig, State
 from megatron.ops.conv import next_history
 from megatron.ops.modules import ShortConv, row_linear
-from megatron.ops.precision import in_sum_dtype, sum_dtype
+from megatron.ops.precision import in_accumulation_dtype, sum_dtype
 from megatron.ops.ssm import selective_scan, selective_step
 
 
@@ -31,12 +31,12 @@ class ChannelSum(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.join: nn.Module = nn.Identity()
-        self.split: nn.Module = nn.Identity()
+        self.reduce_from_tp: nn.Module = nn.Identity()
+        self.copy_to_tp: nn.Module = nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """A partial sum of any shape -> the whole, on every rank."""
-        return self.split(self.join(x))
+        return self.copy_to_tp(self.reduce_from_tp(x))
 
 
 class Mamba(Layer):
@@ -90,15 +90,15 @@ class Mamba(Layer):
         """Step sizes [..., channels] and B, C [..., n] of u [..., channels]."""
         low = self.channel_sum(self.x_proj(u))
         dt, b, c = low.split([self.dt_rank, self.states, self.states], -1)
-        return F.softplus(in_sum_dtype(self.dt_proj(dt))), b, c
+        return F.softplus(in_accumulation_dtype(self.dt_proj(dt))), b, c
 
     def _out(self, y: Tensor, u: Tensor, z: Tensor) -> Tensor:
-        y = (y + in_sum_dtype(self.D) * in_sum_dtype(u)).to(z.dtype) * F.silu(z)
-        return row_linear(self.out_proj, y, self.join)
+        y = (y + in_accumulation_dtype(self.D) * in_accumulation_dtype(u)).to(z.dtype) * F.silu(z)
+        return row_linear(self.out_proj, y, self.reduce_from_tp)
 
     def forward(self, x: Tensor, ctx: Context, state: State | None = None) -> tuple[Tensor, State | None]:
         """`x [b, s, d]` -> `y [b, s, d]`; see `Layer.forward`."""
-        x = self.split(x)
+        x = self.copy_to_tp(x)
         a, z = self.in_proj(x), self.gate_proj(x)
         if ctx.mask is not None:
             a = a * ctx.mask[..., None].to(a.dtype)
@@ -110,7 +110,7 @@ class Mamba(Layer):
         y, after = selective_scan(
             u,
             dt,
-            -in_sum_dtype(self.A_log).exp(),
+            -in_accumulation_dtype(self.A_log).exp(),
             b,
             c,
             state=None if state is None else state["ssm"],
@@ -125,11 +125,11 @@ class Mamba(Layer):
 
     def step(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
         """`x [b, d]` -> `y [b, d]` with one state update; see `Layer.step`."""
-        x = self.split(x)
+        x = self.copy_to_tp(x)
         a, history = self.in_proj(x).unsqueeze(1), state["conv"]
         u = self.conv1d(a, history, backend=ctx.backend).squeeze(1)
         dt, b, c = self._selection(u)
-        y, after = selective_step(u, dt, -in_sum_dtype(self.A_log).exp(), b, c, state["ssm"])
+        y, after = selective_step(u, dt, -in_accumulation_dtype(self.A_log).exp(), b, c, state["ssm"])
         return self._out(y, u, self.gate_proj(x)), {"ssm": after, "conv": next_history(a, history, self.width)}
 
     def init_state(self, batch: int, dtype: torch.dtype, device: torch.device | str) -> State:

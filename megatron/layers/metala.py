@@ -24,7 +24,7 @@ from megatron.ops.dispatch import chosen
 from megatron.ops.metala import metala, metala_step, metala_step_
 from megatron.ops.metala_packed import metala_packed
 from megatron.ops.modules import ShortConv, are_plain
-from megatron.ops.packed import cut_packed, lay_together, packed_linear
+from megatron.ops.packed import cut_packed, pack_weights, packed_linear
 
 
 class MetaLA(Layer):
@@ -79,9 +79,9 @@ class MetaLA(Layer):
     def _projections(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.q_proj.weight, self.k_gate.weight, self.v_proj.weight, self.g_proj.weight
 
-    def lay_together(self) -> None:
+    def pack_weights(self) -> None:
         """Put the four projections one behind the other in memory: the fused path then reads them as one without a copy."""
-        lay_together(self._projections())
+        pack_weights(self._projections())
 
     def _mix(self, u: Tensor, ctx: Context, recurrent: Tensor | None) -> tuple[Tensor, Tensor]:
         """The operator on the projections of `u [b, s, d]`: y [b, s, h, v] and the last state.
@@ -115,8 +115,8 @@ class MetaLA(Layer):
             x = x * ctx.mask[..., None].to(x.dtype)
         history = None if state is None else state["conv"]
         u = self.conv1d(x, history, ctx.segment_ids, ctx.backend)
-        y, recurrent = self._mix(self.split(u), ctx, None if state is None else state["recurrent"])
-        y = self.join(self.out_proj(y.flatten(-2)))
+        y, recurrent = self._mix(self.copy_to_tp(u), ctx, None if state is None else state["recurrent"])
+        y = self.reduce_from_tp(self.out_proj(y.flatten(-2)))
         if state is None:
             return y, None
         return y, {"recurrent": recurrent, "conv": next_history(x, history, self.width, ctx.mask, ctx.segment_ids)}
@@ -124,15 +124,15 @@ class MetaLA(Layer):
     def step(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
         """`x [b, d]` -> `y [b, d]` with one state update; see `Layer.step`."""
         if ctx.in_place:
-            u = self.split(conv_step_(x, self.conv1d.weight, state["conv"], backend=ctx.backend))
+            u = self.copy_to_tp(conv_step_(x, self.conv1d.weight, state["conv"], backend=ctx.backend))
             w = self.aug_balance.view(-1, self.key_dim)
             parts = cut_packed(self._packed(u, ctx.backend), w)
             y = metala_step_(*parts, w, state["recurrent"], gate_round=self.gate_round, backend=ctx.backend)
-            return self.join(self.out_proj(y.flatten(-2))), state
+            return self.reduce_from_tp(self.out_proj(y.flatten(-2))), state
         x, history = x.unsqueeze(1), state["conv"]
         u = self.conv1d(x, history, backend=ctx.backend).squeeze(1)
-        y, recurrent = metala_step(*self._heads(self.split(u), None), state["recurrent"], self.gate_round)
-        y = self.join(self.out_proj(y.flatten(-2)))
+        y, recurrent = metala_step(*self._heads(self.copy_to_tp(u), None), state["recurrent"], self.gate_round)
+        y = self.reduce_from_tp(self.out_proj(y.flatten(-2)))
         return y, {"recurrent": recurrent, "conv": next_history(x, history, self.width)}
 
     def init_state(self, batch: int, dtype: torch.dtype, device: torch.device | str) -> State:

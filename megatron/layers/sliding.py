@@ -65,12 +65,12 @@ class SlidingAttention(Layer):
 
     def forward(self, x: Tensor, ctx: Context, state: State | None = None) -> tuple[Tensor, State | None]:
         """`x [b, s, d]` -> `y [b, s, d]`; see `Layer.forward`."""
-        u, o = self.split(x), self.options
+        u, o = self.copy_to_tp(x), self.options
         q, k, v = (p(u).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
         rule = Rule(1 / math.sqrt(self.head_dim), o.window, dropout=o.dropout if self.training else 0.0)
         how = Mixing(rule, self.rotary, o.rotary_base)
         y, state = mix(q, k, v, how, state, ctx.mask, ctx.segment_ids, ctx.backend, ctx.attentions)
-        return self.join(self.out_proj(y.flatten(-2))), state
+        return self.reduce_from_tp(self.out_proj(y.flatten(-2))), state
 
     def step(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
         """`x [b, d]` -> `y [b, d]`: one query over the window; see `Layer.step`."""
@@ -92,7 +92,7 @@ class SlidingAttention(Layer):
         return {f"{p}.weight": "column" for p in ("q_proj", "k_proj", "v_proj")} | {"out_proj.weight": "row"}
 
     def init_rules(self) -> Mapping[str, str]:
-        """Input matrices, and the output matrix smaller by depth (Based's own rule)."""
+        """Input matrices, and the output projection smaller by depth (Based's own rule)."""
         return {f"{p}.weight": "input" for p in ("q_proj", "k_proj", "v_proj")} | {"out_proj.weight": "output"}
 
     def flops(self, seq_length: int) -> float:

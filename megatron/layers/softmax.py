@@ -132,9 +132,9 @@ class SoftmaxAttention(Layer):
 
     def forward(self, x: Tensor, ctx: Context, state: State | None = None) -> tuple[Tensor, State | None]:
         """`x [b, s, d]` -> `y [b, s, d]`; see `Layer.forward`."""
-        q, k, v = self._heads(self.split(x))
+        q, k, v = self._heads(self.copy_to_tp(x))
         y, state = mix(q, k, v, self._how(x), state, ctx.mask, ctx.segment_ids, ctx.backend, ctx.attentions)
-        return row_linear(self.out_proj, y.flatten(-2), self.join), state
+        return row_linear(self.out_proj, y.flatten(-2), self.reduce_from_tp), state
 
     def step(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
         """`x [b, d]` -> `y [b, d]`: one query over everything remembered; see `Layer.step`."""

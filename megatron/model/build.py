@@ -11,7 +11,7 @@ from megatron.errors import ConfigError
 from megatron.layers.base import Layer, LayerConfig
 from megatron.model.config import ModelConfig
 from megatron.model.lm import LanguageModel
-from megatron.parallel.plan import Cut, ParamSpec
+from megatron.parallel.shard_spec import ParamSpec, ShardKind
 from megatron.registry import layer_class, layer_info
 
 
@@ -95,14 +95,14 @@ def _norm_specs(norm: nn.Module, prefix: str, stage: int) -> dict[str, ParamSpec
     return found
 
 
-def _cut(value: str) -> Cut:
+def _cut(value: str) -> ShardKind:
     if value not in ("column", "row", "heads", "vocab", "replicated"):
         raise ValueError(f"a plan says {value!r}; known: column, row, heads, vocab, replicated")
     return value  # type: ignore[return-value]
 
 
 def param_specs(config: ModelConfig) -> dict[str, ParamSpec]:
-    """Logical name -> ParamSpec for every parameter, in the order of the stages; a tied output matrix has no entry.
+    """Logical name -> ParamSpec for every parameter, in the order of the stages; a tied output projection has no entry.
 
     Stage numbers are GPT-NeoX's: 0 embedding, 2 .. L+1 blocks, L+3 final norm, L+4 output.
     """

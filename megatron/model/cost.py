@@ -11,7 +11,7 @@ from megatron.model.config import ModelConfig
 
 
 def count_parameters(config: ModelConfig) -> tuple[int, int]:
-    """(all, without embedding and output matrix)."""
+    """(all, without embedding and output projection)."""
     sizes = {name: math.prod(spec.shape) for name, spec in param_specs(config).items()}
     total = sum(sizes.values())
     outer = sizes["model.embed_tokens.weight"] + sizes.get("lm_head.weight", 0)

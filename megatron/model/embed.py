@@ -1,4 +1,4 @@
-"""Token embedding and output matrix, which can each hold all rows of the vocabulary or one rank's block of them.
+"""Token embedding and output projection, which can each hold all rows of the vocabulary or one rank's block of them.
 
 Learned positions (GPT-NeoX's default, GPT-2) and a norm after the embedding (Bloom) belong here too, so that a pipeline's first
 stage holds all that stands before the first block.
@@ -28,7 +28,7 @@ class Embedding(nn.Embedding):
         self.embed_scale, self.first_row = scale, 0
         self.positions = nn.Parameter(torch.empty(places, size)) if places else None
         self.norm = norm
-        self.join: nn.Module = nn.Identity()
+        self.reduce_from_tp: nn.Module = nn.Identity()
 
     def forward(self, tokens: Tensor) -> Tensor:
         """`tokens [b, s]` -> `[b, s, d]`, without positions."""
@@ -39,7 +39,7 @@ class Embedding(nn.Embedding):
             local = tokens - self.first_row
             outside = (local < 0) | (local >= held)
             x = F.embedding(local.masked_fill(outside, 0), self.weight)
-            x = self.join(x.masked_fill(outside.unsqueeze(-1), 0))
+            x = self.reduce_from_tp(x.masked_fill(outside.unsqueeze(-1), 0))
         return x if self.embed_scale == 1.0 else x * self.embed_scale
 
     def finish(self, x: Tensor, ctx: Context, state: State | None = None) -> tuple[Tensor, State | None]:
@@ -75,13 +75,13 @@ class Head(nn.Linear):
 
     def __init__(self, rows: int, size: int, tied_to: Embedding | None) -> None:
         super().__init__(size, rows, bias=False, device="meta")
-        self.split: nn.Module = nn.Identity()
+        self.copy_to_tp: nn.Module = nn.Identity()
         self.weight = nn.Parameter(torch.empty(rows, size)) if tied_to is None else tied_to.weight
 
     def seen(self, x: Tensor) -> Tensor:
         """What the matrix multiplies: x in the weight's dtype, behind the entry of a tensor-parallel region."""
         dtype = self.weight.dtype
-        return self.split(x.to(dtype) if dtype.is_floating_point else x)
+        return self.copy_to_tp(x.to(dtype) if dtype.is_floating_point else x)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits in x's dtype; the loss upcasts them."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron.model.config import ModelConfig
-from megatron.parallel.plan import ParamSpec, Slice
+from megatron.parallel.shard_spec import ParamSpec, Slice
 
 METHODS = (
     "normal",
@@ -75,7 +75,7 @@ def _uniform_input(value: Tensor, config: ModelConfig, generator: torch.Generato
 
 
 def _uniform_output(value: Tensor, config: ModelConfig, generator: torch.Generator) -> None:
-    """PyTorch's uniform rule, smaller by the root of the depth: Mamba's output matrix; or `output_init_method`, as above."""
+    """PyTorch's uniform rule, divided by the root of the depth (Mamba's output projection), or `output_init_method`."""
     bound = 1 / math.sqrt(value.shape[-1] * config.num_layers)
     if config.mixer_init == "methods":
         _draw(config.output_init_method, value, config, generator)
@@ -122,7 +122,7 @@ def cut(value: Tensor, part: Slice) -> Tensor:
     return value.narrow(part.dim, part.start, part.stop - part.start).clone()
 
 
-def materialise(
+def init_weights(
     module: nn.Module,
     logical: Mapping[str, str],
     specs: Mapping[str, ParamSpec],

@@ -1,4 +1,4 @@
-"""The language model on one device: embedding, blocks, final norm, output matrix.
+"""The language model on one device: embedding, blocks, final norm, output projection.
 
 Module names are those of the released MetaLA models, so that a parameter is called the same in training, in a checkpoint and
 in an exported folder. `model/stages.py` lists the same modules one after the other for pipelines.
@@ -55,7 +55,7 @@ def step_blocks(blocks: Iterable[Block], x: Tensor, state: list[State], ctx: Con
 
 
 class Backbone(nn.Module):
-    """Everything below the output matrix."""
+    """Everything below the output projection."""
 
     def __init__(self, config: ModelConfig, mixers: list[Layer]) -> None:
         super().__init__()

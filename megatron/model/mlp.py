@@ -40,19 +40,19 @@ class MLP(nn.Module):
         self.l1 = nn.Linear(size, width, bias=bias)
         self.l2 = nn.Linear(size, width, bias=bias) if kind == "gated" else None
         self.l3 = nn.Linear(width, size, bias=bias)
-        self.split: nn.Module = nn.Identity()
-        self.join: nn.Module = nn.Identity()
+        self.copy_to_tp: nn.Module = nn.Identity()
+        self.reduce_from_tp: nn.Module = nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """`x [b, s, d]` -> `[b, s, d]`; the output bias is added once, after the partial sums have met."""
-        x = self.split(x)
+        x = self.copy_to_tp(x)
         inner = self.act(self.l1(x))
         if self.l2 is not None:
             inner = inner * self.l2(x)
-        return row_linear(self.l3, inner, self.join)
+        return row_linear(self.l3, inner, self.reduce_from_tp)
 
     def plan(self) -> dict[str, str]:
-        """Hidden width is split; see `parallel/plan.py`."""
+        """Hidden width is split; see `parallel/shard_spec.py`."""
         cuts = {"l1.weight": "column", "l2.weight": "column", "l3.weight": "row"}
         cuts |= {"l1.bias": "column", "l2.bias": "column", "l3.bias": "replicated"}
         return {name: cuts[name] for name, _ in self.named_parameters()}

@@ -21,10 +21,10 @@ from megatron.model.embed import Embedding, Head
 from megatron.model.lm import LanguageModel
 from megatron.model.norm import Norm
 
-Flow = tuple[Tensor, ...]
+Activations = tuple[Tensor, ...]
 
 
-def input_tensors(given: Mapping[str, Tensor | int], names: Sequence[str]) -> Flow:
+def input_tensors(given: Mapping[str, Tensor | int], names: Sequence[str]) -> Activations:
     """The mixers' inputs of a micro batch as they flow, in the order of `names`.
 
     Raises:
@@ -59,11 +59,11 @@ class FirstStage(StageModule):
         super().__init__(body, prefix)
         self.ids_at = 1 + len(inputs)
 
-    def forward(self, flow: Flow) -> Flow:
+    def forward(self, activations: Activations) -> Activations:
         """See the class."""
         assert isinstance(self.body, Embedding)
-        ctx = Context(segment_ids=flow[self.ids_at] if len(flow) > self.ids_at else None)
-        return (self.body.finish(self.body(flow[0]), ctx)[0], *flow[1:])
+        ctx = Context(segment_ids=activations[self.ids_at] if len(activations) > self.ids_at else None)
+        return (self.body.finish(self.body(activations[0]), ctx)[0], *activations[1:])
 
 
 class BlockStage(StageModule):
@@ -73,19 +73,19 @@ class BlockStage(StageModule):
         super().__init__(body, prefix)
         self.backend, self.inputs, self.ids_at = backend, tuple(inputs), 1 + len(inputs)
 
-    def forward(self, flow: Flow) -> Flow:
+    def forward(self, activations: Activations) -> Activations:
         """`(x, ...)` -> the same."""
         assert isinstance(self.body, Block)
-        ids = flow[self.ids_at] if len(flow) > self.ids_at else None
-        ctx = Context(segment_ids=ids, backend=self.backend, inputs=self._inputs(flow, self.body.token_mixer))
-        x, _ = self.body(flow[0], ctx)
-        return (x, *flow[1:])
+        ids = activations[self.ids_at] if len(activations) > self.ids_at else None
+        ctx = Context(segment_ids=ids, backend=self.backend, inputs=self._inputs(activations, self.body.token_mixer))
+        x, _ = self.body(activations[0], ctx)
+        return (x, *activations[1:])
 
-    def _inputs(self, flow: Flow, mixer: Layer) -> tuple[LayerInputs, ...]:
+    def _inputs(self, activations: Activations, mixer: Layer) -> tuple[LayerInputs, ...]:
         """What this block's mixer declares among the inputs of the flow."""
         if not self.inputs:
             return ()
-        own, given = input_names([mixer]), dict(zip(self.inputs, flow[1 : self.ids_at], strict=True))
+        own, given = input_names([mixer]), dict(zip(self.inputs, activations[1 : self.ids_at], strict=True))
         return inputs_of([mixer], {n: int(t) if t.dim() == 1 else t for n, t in given.items() if n in own})
 
 
@@ -96,13 +96,13 @@ class NormStage(StageModule):
         super().__init__(body, prefix)
         self.backend = backend
 
-    def forward(self, flow: Flow) -> Flow:
+    def forward(self, activations: Activations) -> Activations:
         """See the class."""
-        return (self.body(flow[0], backend=self.backend), *flow[1:])
+        return (self.body(activations[0], backend=self.backend), *activations[1:])
 
 
 class LastStage(StageModule):
-    """Output matrix: `(x, ...)` -> logits `[b, s, n]` of the vocabulary rows held here.
+    """Output projection: `(x, ...)` -> logits `[b, s, n]` of the vocabulary rows held here.
 
     Without `logits` it gives `[b, s, d]`, what the matrix is to multiply, to a loss that does so itself
     (`parallel/linear_loss.py`).
@@ -112,10 +112,10 @@ class LastStage(StageModule):
         super().__init__(body, prefix)
         self.logits = logits
 
-    def forward(self, flow: Flow) -> Tensor:
+    def forward(self, activations: Activations) -> Tensor:
         """See the class."""
         assert isinstance(self.body, Head)
-        return self.body(flow[0]) if self.logits else self.body.seen(flow[0])
+        return self.body(activations[0]) if self.logits else self.body.seen(activations[0])
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class Stage:
 def stages_of(model: LanguageModel, backend: str = "auto", logits: bool = True, inputs: Sequence[str] = ()) -> list[Stage]:
     """All stages of a model, in order.
 
-    With a tied output matrix the last stage's weight is the embedding's parameter.
+    With a tied output projection the last stage's weight is the embedding's parameter.
 
     Args:
         model: whose modules they are.

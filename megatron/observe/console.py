@@ -42,7 +42,7 @@ def human_time(seconds: float) -> str:
 
 
 @dataclass(frozen=True)
-class Opening:
+class RunHeader:
     """The facts of the first line. parameters: total and without embeddings. tokens: of the whole training."""
 
     model: str

@@ -87,8 +87,8 @@ def document_bounds(segments: Tensor | None, b: int, s: int, device: torch.devic
     version = None if segments.is_inference() else segments._version
     known = _BOUNDS.get(segments)
     if known is None or known[0] != version:
-        border = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
-        starts = border.flatten().nonzero().flatten().to(torch.int32)
+        boundary = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
+        starts = boundary.flatten().nonzero().flatten().to(torch.int32)
         known = _BOUNDS[segments] = (version, F.pad(starts, (0, 1), value=b * s))
     bounds: Tensor = known[1]
     return bounds
@@ -151,7 +151,7 @@ def _score(slopes: Tensor | None) -> Callable[..., Tensor] | None:
     return lambda score, b, h, i, j: score - slopes[b, h] * (i - j)
 
 
-def _in_sight(window: int | None) -> Callable[..., Tensor]:
+def _visible(window: int | None) -> Callable[..., Tensor]:
     """Causal, and within the window. Rows of filling see themselves, so that no row is empty."""
     if window is None:
         return lambda b, h, i, j: i >= j
@@ -163,13 +163,13 @@ def _block_mask(length: int, window: int | None, device: torch.device) -> Any:
     from torch.nn.attention.flex_attention import create_block_mask
 
     with torch.inference_mode(False):
-        return create_block_mask(_in_sight(window), None, None, length, length, device=str(device))
+        return create_block_mask(_visible(window), None, None, length, length, device=str(device))
 
 
 def _document_mask(segments: Tensor, window: int | None) -> Any:
     from torch.nn.attention.flex_attention import create_block_mask
 
-    near, (b, length) = _in_sight(window), segments.shape
+    near, (b, length) = _visible(window), segments.shape
 
     def same(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return near(b, h, i, j) & (segments[b, i] == segments[b, j])

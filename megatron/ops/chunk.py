@@ -31,8 +31,8 @@ CHUNK = 64
 _BOUND = 40.0
 
 
-class Borders(NamedTuple):
-    """Document borders as 0/1 factors in the layout of the chunks; all ones when there are none."""
+class Boundaries(NamedTuple):
+    """Document boundaries as 0/1 factors in the layout of the chunks; all ones when there are none."""
 
     pair: Tensor  # [b, 1, n, c, c]  j <= i and same document
     enter: Tensor | None  # [b, 1, n, c, 1] token belongs to the document of the incoming state
@@ -48,7 +48,7 @@ class Scan(NamedTuple):
     toward: Tensor  # exp(L - L_m)
     against: Tensor  # exp(L_m - L)
     total: Tensor  # exp(L_c)          [b, h, n, k, 1]
-    borders: Borders
+    boundaries: Boundaries
 
 
 def chunk_for(lowest: float, s: int) -> int:
@@ -73,11 +73,11 @@ def from_chunks(x: Tensor, s: int) -> Tensor:
     return x.permute(0, 2, 3, 1, 4).reshape(b, n * c, h, k)[:, :s]
 
 
-def borders_of(segment_ids: Tensor | None, c: int, like: Tensor, previous: Tensor | None = None) -> Borders:
+def borders_of(segment_ids: Tensor | None, c: int, like: Tensor, previous: Tensor | None = None) -> Boundaries:
     """Border factors for `like [b, h, n, c, k]`; `previous [b, 1]`: document of the incoming state (default: the first)."""
     lower = torch.ones(c, c, dtype=torch.bool, device=like.device).tril()
     if segment_ids is None:
-        return Borders(lower.to(like.dtype), None, None, None)
+        return Boundaries(lower.to(like.dtype), None, None, None)
     s, n = segment_ids.shape[1], like.shape[2]
     if n * c > s:  # padding continues the last document, so that it leaves the state alone
         segment_ids = torch.cat([segment_ids, segment_ids[:, -1:].expand(-1, n * c - s)], dim=1)
@@ -86,7 +86,7 @@ def borders_of(segment_ids: Tensor | None, c: int, like: Tensor, previous: Tenso
     first = ids[:, :, :1, :1] if previous is None else previous[:, None, None, :, None]
     before = torch.cat([first, last[:, :, :-1]], dim=2)
     pair = (ids == ids.transpose(-1, -2)) & lower
-    return Borders(
+    return Boundaries(
         pair.to(like.dtype), (ids == before).to(like.dtype), (ids == last).to(like.dtype), (last == before).to(like.dtype)
     )
 
@@ -103,7 +103,7 @@ def prepare(log_decay: Tensor, segment_ids: Tensor | None, c: int, previous: Ten
         toward=toward,
         against=toward.reciprocal(),
         total=last.exp().transpose(-1, -2),
-        borders=borders_of(segment_ids, c, log_decay, previous),
+        boundaries=borders_of(segment_ids, c, log_decay, previous),
     )
 
 
@@ -115,17 +115,17 @@ def forward_chunks(
     q: Tensor, k: Tensor, v: Tensor, scan: Scan, scale: float, state: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Chunked forward on `[b, h, n, c, .]`. Returns o, the state before each chunk `[b, h, n, k, v]`, and the last state."""
-    borders = scan.borders
-    added = (_times(k * scan.decay_out, borders.leave)).transpose(-1, -2) @ v
-    carry = _times(scan.total, borders.carry)
+    boundaries = scan.boundaries
+    added = (_times(k * scan.decay_out, boundaries.leave)).transpose(-1, -2) @ v
+    carry = _times(scan.total, boundaries.carry)
     b, h, n, dk, dv = added.shape
     starts = torch.empty_like(added)
     current = added.new_zeros(b, h, dk, dv) if state is None else state
     for i in range(n):
         starts[:, :, i] = current
         current = torch.addcmul(added[:, :, i], carry[:, :, i], current)
-    scores = ((q * scan.toward) @ (k * scan.against).transpose(-1, -2)).mul_(borders.pair)
-    o = (scores @ v).add_(_times(q * scan.decay_in, borders.enter) @ starts)
+    scores = ((q * scan.toward) @ (k * scan.against).transpose(-1, -2)).mul_(boundaries.pair)
+    o = (scores @ v).add_(_times(q * scan.decay_in, boundaries.enter) @ starts)
     return o.mul_(scale), starts, current
 
 
@@ -133,11 +133,11 @@ def backward_chunks(
     q: Tensor, k: Tensor, v: Tensor, scan: Scan, scale: float, starts: Tensor, final: Tensor, do: Tensor, dfinal: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of (q, k, v, log_decay, initial state) on `[b, h, n, c, .]` from those of o and of the last state."""
-    borders = scan.borders
+    boundaries = scan.boundaries
     do = do * scale
-    reach = _times(q * scan.decay_in, borders.enter)
+    reach = _times(q * scan.decay_in, boundaries.enter)
     read = reach.transpose(-1, -2) @ do  # what each chunk's queries ask of its incoming state
-    carry = _times(scan.total, borders.carry)
+    carry = _times(scan.total, boundaries.carry)
     ends = torch.empty_like(starts)  # gradient of the state after each chunk
     current = torch.zeros_like(final) if dfinal is None else dfinal
     for i in range(starts.shape[2] - 1, -1, -1):
@@ -145,14 +145,14 @@ def backward_chunks(
         current = torch.addcmul(read[:, :, i], carry[:, :, i], current)
 
     toward, against = q * scan.toward, k * scan.against
-    scores = (toward @ against.transpose(-1, -2)).mul_(borders.pair)
-    dscores = (do @ v.transpose(-1, -2)).mul_(borders.pair)
-    kept = _times(k * scan.decay_out, borders.leave)
+    scores = (toward @ against.transpose(-1, -2)).mul_(boundaries.pair)
+    dscores = (do @ v.transpose(-1, -2)).mul_(boundaries.pair)
+    kept = _times(k * scan.decay_out, boundaries.leave)
     dv = (scores.transpose(-1, -2) @ do).add_(kept @ ends)
     dq = (dscores @ against).mul_(scan.toward)
-    dq.add_(_times((do @ starts.transpose(-1, -2)).mul_(scan.decay_in), borders.enter))
+    dq.add_(_times((do @ starts.transpose(-1, -2)).mul_(scan.decay_in), boundaries.enter))
     dk = (dscores.transpose(-1, -2) @ toward).mul_(scan.against)
-    dk.add_(_times((v @ ends.transpose(-1, -2)).mul_(scan.decay_out), borders.leave))
+    dk.add_(_times((v @ ends.transpose(-1, -2)).mul_(scan.decay_out), boundaries.leave))
 
     after = torch.cat([starts[:, :, 1:], final.unsqueeze(2)], dim=2)
     at_end = (ends * after).sum(-1).unsqueeze(-2)

@@ -1,8 +1,8 @@
-"""Short causal depthwise convolution along the sequence, with history and document borders.
+"""Short causal depthwise convolution along the sequence, with history and document boundaries.
 
     y_t = act( bias + sum_j W[:, j] * x_{t - (w-1) + j} )      tap w-1 is the current token
 
-Zero history before the first token unless `history` is given; taps do not reach over a document border. The plain form is a
+Zero history before the first token unless `history` is given; taps do not reach over a document boundary. The plain form is a
 sum of shifted products: on a CPU it beats a grouped `conv1d`, which wants the channels outermost. x and the weights may differ
 in format (autocast makes x bf16 and leaves them fp32): products and sums are formed in the wider one, y and the gradient of x
 come in x's.
@@ -48,20 +48,20 @@ def conv_reference(
 
 @outside_autocast
 class _ShortConv(torch.autograd.Function):
-    """No bias, no borders: the case of training. Keeps x and the sum before the activation."""
+    """No bias, no boundaries: the case of training. Keeps x and the sum before the activation."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, history: Tensor | None, silu: bool) -> Tensor:
         s = x.shape[1]
         width = weight.shape[-1]
-        taps = weight[:, 0].t().contiguous()
-        total = x * taps[-1]
+        kernel_size = weight[:, 0].t().contiguous()
+        total = x * kernel_size[-1]
         for shift in range(1, min(width, s)):
-            total[:, shift:].addcmul_(x[:, :-shift], taps[width - 1 - shift])
+            total[:, shift:].addcmul_(x[:, :-shift], kernel_size[width - 1 - shift])
         if history is not None:
             for shift in range(1, width):
                 n = min(shift, s)
-                total[:, :n].addcmul_(history[:, width - 1 - shift : width - 1 - shift + n], taps[width - 1 - shift])
+                total[:, :n].addcmul_(history[:, width - 1 - shift : width - 1 - shift + n], kernel_size[width - 1 - shift])
         ctx.save_for_backward(x, weight, history, total)
         ctx.silu = silu
         if silu:
@@ -73,21 +73,21 @@ class _ShortConv(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, weight, history, total = ctx.saved_tensors
         s, width = x.shape[1], weight.shape[-1]
-        taps = weight[:, 0].t().contiguous()
+        kernel_size = weight[:, 0].t().contiguous()
         dt = torch.ops.aten.silu_backward(dy.contiguous().to(total.dtype), total) if ctx.silu else dy
-        dx = dt * taps[-1]
-        dw = torch.zeros_like(taps)
+        dx = dt * kernel_size[-1]
+        dw = torch.zeros_like(kernel_size)
         dw[-1] = (dt * x).sum((0, 1))
         for shift in range(1, min(width, s)):
             tap = width - 1 - shift
-            dx[:, :-shift].addcmul_(dt[:, shift:], taps[tap])
+            dx[:, :-shift].addcmul_(dt[:, shift:], kernel_size[tap])
             dw[tap] = (dt[:, shift:] * x[:, :-shift]).sum((0, 1))
         dh = None
         if history is not None:
             dh = torch.zeros_like(history)
             for shift in range(1, width):
                 n, tap = min(shift, s), width - 1 - shift
-                dh[:, tap : tap + n].addcmul_(dt[:, :n], taps[tap])
+                dh[:, tap : tap + n].addcmul_(dt[:, :n], kernel_size[tap])
                 dw[tap] += (dt[:, :n] * history[:, tap : tap + n]).sum((0, 1))
         return dx.to(x.dtype), dw.t().unsqueeze(1), dh, None
 
@@ -96,7 +96,7 @@ class _ShortConv(torch.autograd.Function):
 def conv_torch(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, history: Tensor | None, segment_ids: Tensor | None
 ) -> Tensor:
-    """The case of training by a hand-written backward; bias, borders and the compiler, which fuses it, take the plain form."""
+    """The case of training by a hand-written backward; bias, boundaries and the compiler take the plain form."""
     if bias is not None or segment_ids is not None or torch.compiler.is_compiling():
         return conv_reference(x, weight, bias, activation, history, segment_ids)
     return _ShortConv.apply(x, weight, None if history is None else history.to(x.dtype), activation == "silu")

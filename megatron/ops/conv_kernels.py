@@ -1,8 +1,8 @@
 """Triton kernels of the short causal depthwise convolution, channels last: forward, one-kernel backward, decode step.
 
 The formula and its plain form are in `ops/conv.py`. Shifted rows are read again instead of being kept: they lie in the cache.
-The backward forms the sum before the activation anew for each of the W tokens that a row reaches, so that dx, dbias and the
-parts of dW come out of one pass over x and dy. Document borders come as segment ids; what lies before the sequence is the
+The backward forms the sum before the activation again for each of the W tokens that a row reaches, so that dx, dbias and the
+parts of dW come out of one pass over x and dy. Document boundaries come as segment ids; what lies before the sequence is the
 history, or zero.
 """
 
@@ -12,7 +12,7 @@ import triton.language as tl
 
 @triton.jit
 def _tap(x, hist, seg, b, t, shift, oc, T, D, sx, W: tl.constexpr, HAS_HIST: tl.constexpr, HAS_SEG: tl.constexpr):
-    """x at `shift` tokens before t, [BT, BD] in fp32: 0 outside the sequence and beyond a document border."""
+    """x at `shift` tokens before t, [BT, BD] in fp32: 0 outside the sequence and beyond a document boundary."""
     at = t - shift
     now = (t >= 0) & (t < T)
     value = tl.load(

@@ -23,12 +23,12 @@ chunk_gla = importlib.import_module("fla.ops.gla").chunk_gla
 
 
 def sequences(segment_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Documents [b, t] as fla wants them: borders [n + 1] in the rows put one behind the other; each row's first, last [b]."""
+    """Documents [b, t] as fla takes them: boundaries [n + 1] in the concatenated rows; each row's first and last [b]."""
     b, t = segment_ids.shape
     starts = F.pad(segment_ids[:, 1:] != segment_ids[:, :-1], (1, 0), value=True)
-    borders = F.pad(starts.reshape(-1).nonzero().squeeze(1), (0, 1), value=b * t)
+    boundaries = F.pad(starts.reshape(-1).nonzero().squeeze(1), (0, 1), value=b * t)
     last = starts.sum(1).cumsum(0) - 1
-    return borders, F.pad(last[:-1] + 1, (1, 0)), last
+    return boundaries, F.pad(last[:-1] + 1, (1, 0)), last
 
 
 @path("metala", "fla")
@@ -48,18 +48,18 @@ def metala_by_fla(
     given = [q, key.to(v.dtype), v, log_decay]
     start = None if state is None else state.float().contiguous()
     b, t = q.shape[:2]
-    borders = last = None
+    boundaries = last = None
     if segment_ids is not None:
-        borders, first, last = sequences(segment_ids)
+        boundaries, first, last = sequences(segment_ids)
         given = [x.reshape(1, b * t, *x.shape[2:]) for x in given]
         if start is not None:
-            start = torch.zeros(len(borders) - 1, *start.shape[1:], device=q.device).index_copy(0, first, start)
+            start = torch.zeros(len(boundaries) - 1, *start.shape[1:], device=q.device).index_copy(0, first, start)
     o, final = chunk_gla(
         *(x.contiguous() for x in given),
         scale=q.shape[-1] ** -0.5,
         initial_state=start,
         output_final_state=True,
-        cu_seqlens=borders,
+        cu_seqlens=boundaries,
     )
     final = final if last is None else final.index_select(0, last)
     y = finish_metala(wide(o.reshape(v.shape)), wide(q), key, wide(v), g, wide(w))

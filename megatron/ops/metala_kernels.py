@@ -13,7 +13,7 @@ the other, once more from the right starts. Decay is per channel, so a part's ef
 Decays are kept as base-2 logarithms. A chunk's running sum G is referenced to the middle of the chunk (Gm), so that both factors
 of a score stay within half a chunk's decay; gate logits are bounded at -40 (decay 0.082 per token) for that. The upper triangle
 of the scores may overflow and is removed by `where`, never by a product. Key and value widths need not be powers of two: BK and
-BV are, and what lies beyond K and V is masked. Document borders come as segment ids, as in `ops/chunk.py`.
+BV are, and what lies beyond K and V is masked. Document boundaries come as segment ids, as in `ops/chunk.py`.
 
 Pointers are raw; every tensor [b, t, h, k] is given by its pointer and the stride of one token, heads and channels are dense: q,
 z, v and gate may be columns of one packed projection, and their gradients columns of one packed gradient.

@@ -1,7 +1,7 @@
 """The fused MetaLA operator on a GPU, as custom operators that `torch.compile` keeps in its graph.
 
 Only the inputs are kept for the backward; everything else is computed again, which costs less than reading it back. States are
-stored in the compute dtype at chunk borders and carried in fp32 in between. Inputs may be views of one packed projection: a
+stored in the compute dtype at chunk boundaries and carried in fp32 in between. Inputs may be views of one packed projection: a
 token's row may lie anywhere, heads and channels must be dense (`metala_packed_triton.py` takes the projection itself).
 
 With `TRITON_INTERPRET=1` set before Triton is imported the same code runs on a CPU, slowly: so it is tested without a GPU.

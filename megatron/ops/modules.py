@@ -61,7 +61,7 @@ class ShortConv(nn.Conv1d):
         Args:
             x: inputs.
             history: the last inputs [b, width - 1, d] before x; None for zeros.
-            segment_ids: document numbers [b, s]; taps do not reach over a border.
+            segment_ids: document numbers [b, s]; taps do not reach over a boundary.
             backend: path of the operator.
         """
         if x.shape[1] == 1 and history is not None and segment_ids is None and not torch.is_grad_enabled():

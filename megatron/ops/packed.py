@@ -1,7 +1,7 @@
 """Several linear maps of one input as one matrix product, and the pieces of a packed MetaLA projection.
 
 The maps stay separate parameters with their released names: their rows are put one below the other when they are used. Where
-they already lie so in memory (`lay_together`, or ZeRO's flat buffer) they are read in place. Under autocast and in a compiled
+they already lie so in memory (`pack_weights`, or ZeRO's flat buffer) they are read in place. Under autocast and in a compiled
 graph, where memory has no places, the rows are joined by plain operators.
 """
 
@@ -97,7 +97,7 @@ def packed_linear(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, bac
     return choose("packed_linear", backend, x.device)(x, weights, bias)
 
 
-def lay_together(parameters: Sequence[Tensor]) -> None:
+def pack_weights(parameters: Sequence[Tensor]) -> None:
     """Put matrices [n_i, d] one behind the other in memory; they stay the parameters that they are.
 
     Does nothing where they differ in dtype or device or have no memory yet.

@@ -25,6 +25,6 @@ def numbered(
     if seen is not None:
         count = count + seen[:, None]
     if segment_ids is not None:  # what earlier documents have counted is taken off
-        border = F.pad(segment_ids[:, 1:] != segment_ids[:, :-1], (1, 0))
-        count = count - torch.where(border, count - tokens, 0).cummax(1).values
+        boundary = F.pad(segment_ids[:, 1:] != segment_ids[:, :-1], (1, 0))
+        count = count - torch.where(boundary, count - tokens, 0).cummax(1).values
     return (count - 1).clamp_min(0), count[:, -1]

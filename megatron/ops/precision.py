@@ -24,7 +24,7 @@ def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def in_sum_dtype(x: Tensor) -> Tensor:
+def in_accumulation_dtype(x: Tensor) -> Tensor:
     """`x` in the format of sums; itself where it is in it already."""
     return x.to(sum_dtype(x.dtype))
 

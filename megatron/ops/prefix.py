@@ -23,14 +23,14 @@ from torch.autograd.function import once_differentiable
 
 from megatron.ops.dispatch import choose, path
 from megatron.ops.opaque import opaque
-from megatron.ops.precision import in_sum_dtype, outside_autocast, sum_dtype
+from megatron.ops.precision import in_accumulation_dtype, outside_autocast, sum_dtype
 from megatron.ops.taylor import TAYLOR_CHUNK, empty_taylor_state, normalised, taylor_chunked, taylor_quadratic
 from megatron.ops.taylor_features import feature_count, taylor_features, taylor_features_backward
 
 
 def _values_beside_one(v: Tensor, weight: Tensor) -> Tensor:
     """[v | 1] times the weight of each token: `[b, s, h, v]` and `[b, s]` -> `[b, h, s, v + 1]`."""
-    u = torch.cat([in_sum_dtype(v), torch.ones_like(v[..., :1], dtype=in_sum_dtype(v[:0]).dtype)], -1)
+    u = torch.cat([in_accumulation_dtype(v), torch.ones_like(v[..., :1], dtype=in_accumulation_dtype(v[:0]).dtype)], -1)
     return (u * weight[..., None, None].to(u.dtype)).transpose(1, 2)
 
 
@@ -51,7 +51,7 @@ class _PrefixState(torch.autograd.Function):
         total = empty_taylor_state(b, h, f, v.shape[-1], k.dtype, k.device)
         for t in range(0, m, TAYLOR_CHUNK):
             at = (slice(None), slice(t, t + TAYLOR_CHUNK))
-            phi = taylor_features(in_sum_dtype(k[at]).transpose(1, 2) * f**-0.25)
+            phi = taylor_features(in_accumulation_dtype(k[at]).transpose(1, 2) * f**-0.25)
             total += phi.transpose(-1, -2) @ _values_beside_one(v[at], weight[at])
         return total
 
@@ -62,7 +62,7 @@ class _PrefixState(torch.autograd.Function):
         dk, dv, f = torch.empty_like(k), torch.empty_like(v), k.shape[-1]
         for t in range(0, k.shape[1], TAYLOR_CHUNK):
             at = (slice(None), slice(t, t + TAYLOR_CHUNK))
-            y = in_sum_dtype(k[at]).transpose(1, 2) * f**-0.25
+            y = in_accumulation_dtype(k[at]).transpose(1, 2) * f**-0.25
             dphi = _values_beside_one(v[at], weight[at]) @ dtotal.transpose(-1, -2)
             dk[at] = (taylor_features_backward(y, dphi) * f**-0.25).transpose(1, 2)
             du = (taylor_features(y) @ dtotal)[..., :-1].transpose(1, 2)
@@ -94,7 +94,7 @@ def prefix_quadratic(
     """All pairs at once, by autograd: the causal form twice over, once from the left and once from the right."""
     sums, end = taylor_quadratic(q, k, v, state, keep, None, segment_ids, False)
     m, scale = k2.shape[1], q.shape[-1] ** -0.5
-    scores = torch.einsum("bihf,bjhf->bhij", in_sum_dtype(q), in_sum_dtype(k2)) * scale
+    scores = torch.einsum("bihf,bjhf->bhij", in_accumulation_dtype(q), in_accumulation_dtype(k2)) * scale
     seen = inside[:, None, None].to(scores.dtype)
     if segment_ids is not None:
         seen = seen * (segment_ids[:, None, :, None] == segment_ids[:, None, None, :m]).to(scores.dtype)
@@ -133,7 +133,7 @@ def _from_the_right(q: Tensor, k: Tensor, v: Tensor, inside: Tensor, ids: Tensor
     """Sums over j > i inside the prefix and the document, `[b, m, h, v + 1]`.
 
     The causal scan runs over the reversed tokens, with every key moved one place on, so that position i sees j > i only; a key
-    that would move over a border is dropped.
+    that would move over a boundary is dropped.
     """
     ids = ids.flip(1)
     moved = [F.pad(x.flip(1)[:, :-1], (0, 0, 0, 0, 1, 0)) for x in (k, v)]

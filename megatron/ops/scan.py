@@ -23,7 +23,7 @@ from torch import Tensor
 
 from megatron.ops.chunk import scan_chunked
 from megatron.ops.dispatch import choose, path
-from megatron.ops.precision import in_sum_dtype, outside_autocast, sum_dtype
+from megatron.ops.precision import in_accumulation_dtype, outside_autocast, sum_dtype
 
 
 @outside_autocast
@@ -89,7 +89,7 @@ def scan_quadratic(
 def _scan_reference(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, scale: float, state: Tensor | None, segment_ids: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    q, k, v = in_sum_dtype(q), in_sum_dtype(k), in_sum_dtype(v)
+    q, k, v = in_accumulation_dtype(q), in_accumulation_dtype(k), in_accumulation_dtype(v)
     return scan_recurrent(q, k, v, log_decay, scale=scale, state=state, segment_ids=segment_ids)
 
 
@@ -97,7 +97,7 @@ def _scan_reference(
 def _scan_torch(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, scale: float, state: Tensor | None, segment_ids: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    q, k, v = in_sum_dtype(q), in_sum_dtype(k), in_sum_dtype(v)
+    q, k, v = in_accumulation_dtype(q), in_accumulation_dtype(k), in_accumulation_dtype(v)
     return scan_chunked(q, k, v, log_decay, scale=scale, state=state, segment_ids=segment_ids)
 
 
@@ -149,9 +149,9 @@ def gated_scan_step(
         output [b, h, v] in v's dtype, and the new state [b, h, k, v]; the old one is left alone.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    added = in_sum_dtype(k).unsqueeze(-1) * in_sum_dtype(v).unsqueeze(-2)
+    added = in_accumulation_dtype(k).unsqueeze(-1) * in_accumulation_dtype(v).unsqueeze(-2)
     after = log_decay.to(added.dtype).exp().unsqueeze(-1) * state + added
-    return (scale * torch.einsum("bhk,bhkv->bhv", in_sum_dtype(q), after)).to(v.dtype), after
+    return (scale * torch.einsum("bhk,bhkv->bhv", in_accumulation_dtype(q), after)).to(v.dtype), after
 
 
 def empty_scan_state(

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron.ops.dispatch import choose, path
 from megatron.ops.opaque import opaque
-from megatron.ops.precision import in_sum_dtype, outside_autocast, sum_dtype
+from megatron.ops.precision import in_accumulation_dtype, outside_autocast, sum_dtype
 
 SSM_CHUNK = 32
 
@@ -37,7 +37,7 @@ def selective_scan_recurrent(
     u: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, state: Tensor | None, segment_ids: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The formulas above, token by token, by autograd."""
-    u, dt, a, b, c = (in_sum_dtype(x) for x in (u, dt, a, b, c))
+    u, dt, a, b, c = (in_accumulation_dtype(x) for x in (u, dt, a, b, c))
     h = u.new_zeros(u.shape[0], *a.shape) if state is None else state
     same = None if segment_ids is None else _same_as_before(segment_ids)
     outputs = []
@@ -64,8 +64,8 @@ class _Span(NamedTuple):
 def _span(tensors: tuple[Tensor, ...], same: Tensor | None, start: int) -> _Span:
     u, dt, a, b, c = tensors
     at = (slice(None), slice(start, start + SSM_CHUNK))
-    cut = [in_sum_dtype(x[at]).transpose(0, 1) for x in (u, dt, b, c)]
-    return _Span(cut[0], cut[1], in_sum_dtype(a), cut[2], cut[3], None if same is None else same[at].transpose(0, 1))
+    cut = [in_accumulation_dtype(x[at]).transpose(0, 1) for x in (u, dt, b, c)]
+    return _Span(cut[0], cut[1], in_accumulation_dtype(a), cut[2], cut[3], None if same is None else same[at].transpose(0, 1))
 
 
 def _states(span: _Span, start: Tensor) -> tuple[Tensor, Tensor]:
@@ -120,7 +120,7 @@ class _SelectiveScan(torch.autograd.Function):
         for i in range(len(starts) - 1, -1, -1):
             at = (slice(None), slice(starts[i], starts[i] + SSM_CHUNK))
             span = _span((u, dt, a, b, c), same, starts[i])
-            dout = in_sum_dtype(dy[at]).transpose(0, 1)
+            dout = in_accumulation_dtype(dy[at]).transpose(0, 1)
             decay, h = _states(span, ctx.begun[i])
             g = dout.unsqueeze(-1) * span.c.unsqueeze(-2)  # gradient of every state, filled from the right
             if after is not None:
@@ -169,6 +169,6 @@ def selective_scan(
 @outside_autocast
 def selective_step(u: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """One token: u, dt [b, d]; B, C [b, n]; state [b, d, n]. Returns y [b, d] and the new state."""
-    u, dt, a, b, c = (in_sum_dtype(x) for x in (u, dt, a, b, c))
+    u, dt, a, b, c = (in_accumulation_dtype(x) for x in (u, dt, a, b, c))
     new = torch.addcmul((dt * u)[..., None] * b[:, None], (dt.unsqueeze(-1) * a).exp(), state)
     return (new @ c.unsqueeze(-1)).squeeze(-1), new

@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron.ops.dispatch import choose, path
 from megatron.ops.opaque import opaque
-from megatron.ops.precision import in_sum_dtype, outside_autocast, sum_dtype
+from megatron.ops.precision import in_accumulation_dtype, outside_autocast, sum_dtype
 from megatron.ops.taylor_features import (
     TaylorMap,
     feature_count,
@@ -50,7 +50,7 @@ def empty_taylor_state(b: int, h: int, f: int, v: int, dtype: torch.dtype, devic
 
 def _values(v: Tensor, keep: Tensor | None) -> Tensor:
     """u = [v | 1], zero where nothing is kept: `[..., v]` -> `[..., v + 1]`; keep broadcasts over what lies before v."""
-    u = torch.cat([in_sum_dtype(v), v.new_ones(*v.shape[:-1], 1, dtype=sum_dtype(v.dtype))], -1)
+    u = torch.cat([in_accumulation_dtype(v), v.new_ones(*v.shape[:-1], 1, dtype=sum_dtype(v.dtype))], -1)
     return u if keep is None else u * keep.to(u.dtype)
 
 
@@ -69,7 +69,7 @@ def taylor_quadratic(
     """All pairs at once, by autograd; O(s^2) memory: for tests and for reading."""
     s, f = q.shape[1], q.shape[-1]
     u = _values(v, None if keep is None else keep[..., None, None])
-    qs, ks = in_sum_dtype(q) * f**-0.25, in_sum_dtype(k) * f**-0.25
+    qs, ks = in_accumulation_dtype(q) * f**-0.25, in_accumulation_dtype(k) * f**-0.25
     seen = torch.ones(s, s, dtype=torch.bool, device=q.device).tril()[None]
     first = torch.ones(1, s, dtype=torch.bool, device=q.device)
     if segment_ids is not None:
@@ -131,7 +131,7 @@ class _Inputs(NamedTuple):
         """The chunk of `rows` that begins at token `start`."""
         at = (rows, slice(start, start + self.chunk))
         scale = self.q.shape[-1] ** -0.25
-        q, k = (in_sum_dtype(x[at]).transpose(1, 2) * scale for x in (self.q, self.k))
+        q, k = (in_accumulation_dtype(x[at]).transpose(1, 2) * scale for x in (self.q, self.k))
         keep = None if self.keep is None else self.keep[at][:, None, :, None]
         u = _values(self.v[at].transpose(1, 2), keep)
         pair = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril_()[None, None]
@@ -149,14 +149,14 @@ class _Inputs(NamedTuple):
         last = running[:, :, -1:]
         fall = (running - running.transpose(-1, -2)).tril_().exp_()
         width = self.v.shape[-1]
-        factors = (_columns(x.exp(), width, border) for x, border in ((running, enter), (last - running, leave), (last, carry)))
+        factors = (_columns(x.exp(), width, cut) for x, cut in ((running, enter), (last - running, leave), (last, carry)))
         return _Piece(q, k, u, pair.to(q.dtype), fall, *factors)
 
 
-def _columns(decay: Tensor, width: int, border: Tensor | None) -> Tensor:
+def _columns(decay: Tensor, width: int, boundary: Tensor | None) -> Tensor:
     """A factor `[.., 1]` of the numerators' `width` columns beside ones for the denominator, times a document factor."""
     both = torch.cat([decay.expand(*decay.shape[:-1], width), torch.ones_like(decay)], -1)
-    return both if border is None else both * border
+    return both if boundary is None else both * boundary
 
 
 def _scaled(x: Tensor, factor: Tensor | None) -> Tensor:
@@ -277,7 +277,7 @@ class _TaylorScan(torch.autograd.Function):
             current = None if dfinal is None else dfinal[rows]
             for i in range(len(starts) - 1, -1, -1):
                 at = (rows, slice(starts[i], starts[i] + given.chunk))
-                dsums = in_sum_dtype(dy[at])
+                dsums = in_accumulation_dtype(dy[at])
                 if ctx.divide:
                     dsums = dsums / below[at]
                     dsums = torch.cat([dsums, -(dsums * y[at]).sum(-1, keepdim=True)], -1)
@@ -332,7 +332,7 @@ def taylor_step(q: Tensor, k: Tensor, v: Tensor, state: Tensor, log_decay: Tenso
     """One token: q, k [b, h, f]; v [b, h, v]; state [b, h, e, v + 1]; log_decay [h]. Returns y [b, h, v] and the new state."""
     scale = q.shape[-1] ** -0.25
     features = features_by_definition if torch.compiler.is_compiling() else TaylorMap.apply
-    phi_q, phi_k = (features(in_sum_dtype(x) * scale) for x in (q, k))
+    phi_q, phi_k = (features(in_accumulation_dtype(x) * scale) for x in (q, k))
     if log_decay is not None:
         fall = log_decay.to(state.dtype).exp()[:, None, None]
         state = state * torch.cat([fall.expand(-1, 1, v.shape[-1]), torch.ones_like(fall)], -1)

@@ -1,8 +1,8 @@
 """The two all-reduces of tensor parallelism as modules that stand in a layer's `split` and `join`.
 
-A layer written for one device calls `self.split(x)` where work on separate heads begins and `self.join(y)` where the partial
-sums meet. `CopyToTP` is the identity forward and sums gradients backward; `ReduceFromTP` sums forward and is the identity
-backward. Together they are all the communication of a block: two all-reduces forward, two backward.
+A layer written for one device calls `self.copy_to_tp(x)` where work on separate heads begins and `self.reduce_from_tp(y)` where
+the partial sums meet. `CopyToTP` is the identity forward and sums gradients backward; `ReduceFromTP` sums forward and is the
+identity backward. Together they are all the communication of a block: two all-reduces forward, two backward.
 Every tensor collective of this project goes through `all_reduce` here, so that a test can count them.
 """
 

@@ -1,4 +1,4 @@
-"""Output matrix and cross entropy in one, a block of tokens at a time: the logits of a whole batch never exist.
+"""Output projection and cross entropy in one, a block of tokens at a time: the logits of a whole batch never exist.
 
 At 50,000 words the logits of a micro batch and their gradient are by far the largest tensors of a step. Here a block of tokens
 is multiplied, its loss and the gradient of its logits are formed at once, and both products of the backward follow while the

@@ -78,7 +78,7 @@ class Mesh:
 
     @classmethod
     def shape_only(cls, pp: int, tp: int, world_size: int, rank: int) -> Mesh:
-        """A place in a grid without process groups: for planning (dry run, re-cutting, estimates)."""
+        """A place in a grid without process groups: for planning (dry run, resharding, estimates)."""
         return cls(pp, data_parallel_size(world_size, pp, tp), tp, rank)
 
     @classmethod
@@ -134,7 +134,7 @@ def _own_group(rank_lists: list[list[int]], rank: int, timeout: timedelta | None
 
 
 def set_default_timeout(seconds: float) -> None:
-    """Make `seconds` the time-out of every process group made from now on, whoever makes it.
+    """Make `seconds` the timeout of every process group made from now on, whoever makes it.
 
     DeepSpeed makes its groups without one and would get torch's 30 minutes, however short the default group's is: a cut
     network cable then hangs the job in a sub-group long after the main group gave up.

@@ -23,7 +23,7 @@ from megatron.errors import ConfigError
 from megatron.layers.base import Layer
 from megatron.ops.precision import outside_autocast
 from megatron.parallel.collectives import tp_sum
-from megatron.parallel.plan import ParamSpec
+from megatron.parallel.shard_spec import ParamSpec
 
 
 def gather_sequence(x: Tensor, group: ProcessGroup) -> Tensor:
@@ -126,16 +126,16 @@ def _refused(why: str) -> ConfigError:
 
 
 def cut_sequence(model: nn.Module, specs: Mapping[str, ParamSpec], group: ProcessGroup, wide: bool) -> None:
-    """Put the collectives into a model whose parameters are cut already: regions with both ends, embedding, output matrix."""
+    """Put the collectives into a model whose parameters are sharded: TP regions, embedding, output projection."""
     for module in list(model.modules()):
-        both = "split" in module._modules and "join" in module._modules
+        both = "copy_to_tp" in module._modules and "reduce_from_tp" in module._modules
         if both:
-            module.split = nn.Identity()
+            module.copy_to_tp = nn.Identity()
             module.register_forward_pre_hook(GatherSequence(group, wide).before)
-        elif "split" in module._modules:
-            module.split = GatherSequence(group, wide)
-        if "join" in module._modules:
-            module.join = ScatterSequence(group, wide)
+        elif "copy_to_tp" in module._modules:
+            module.copy_to_tp = GatherSequence(group, wide)
+        if "reduce_from_tp" in module._modules:
+            module.reduce_from_tp = ScatterSequence(group, wide)
 
 
 def sum_replicated_gradients(

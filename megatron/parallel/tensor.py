@@ -15,8 +15,8 @@ from megatron.errors import ConfigError
 from megatron.layers.base import Layer
 from megatron.parallel.collectives import CopyToTP, ReduceFromTP
 from megatron.parallel.mesh import Mesh
-from megatron.parallel.plan import ParamSpec, Slice, slice_of
 from megatron.parallel.sequence import cut_sequence
+from megatron.parallel.shard_spec import ParamSpec, Slice, slice_of
 
 
 def local_slice(spec: ParamSpec, mesh: Mesh) -> Slice:
@@ -92,10 +92,10 @@ def _set_collectives(model: nn.Module, specs: Mapping[str, ParamSpec], mesh: Mes
     if mesh.tp_group is None:
         return  # a mesh that only plans: shapes are cut, nothing will be run
     for name, module in list(model.named_modules()):
-        if "split" in module._modules:
-            module.split = CopyToTP(mesh.tp_group, wide)
-        if "join" in module._modules:
-            module.join = ReduceFromTP(mesh.tp_group, wide)
+        if "copy_to_tp" in module._modules:
+            module.copy_to_tp = CopyToTP(mesh.tp_group, wide)
+        if "reduce_from_tp" in module._modules:
+            module.reduce_from_tp = ReduceFromTP(mesh.tp_group, wide)
         if hasattr(module, "first_row"):
             module.first_row = local_slice(specs[f"{name}.weight"], mesh).start
         if isinstance(module, Layer):

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron.engine.base import Engine
-from megatron.training.accuracy import Tally
-from megatron.training.feed import Batch
+from megatron.model.accuracy import AnswerCounts
+from megatron.training.batch_timer import Batch
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Evaluator:
         split: str = "validation",
         fixed: bool = True,
         stop_asked: Callable[[], bool] | None = None,
-        tally: Tally | None = None,
+        tally: AnswerCounts | None = None,
     ) -> None:
         self.engine, self.open_batches, self.split, self.fixed = engine, open_batches, split, fixed
         self.count = eval_iters * engine.gradient_accumulation

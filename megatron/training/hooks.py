@@ -66,7 +66,7 @@ class Skip:
 class Run:
     """What hooks see of a run. last_save: the step of the newest checkpoint known, None before the first.
 
-    exit_code: what the process should end with: 0, or the code of whoever asked it to leave (`control.py`).
+    exit_code: what the process should end with: 0, or the code of whoever asked it to leave (`reliability/stop.py`).
     """
 
     engine: Engine

@@ -10,13 +10,13 @@ from typing import Any
 
 from megatron.engine.base import Engine, MicroBatch, take_micro_batches
 from megatron.errors import TrainingError, UserError
-from megatron.training.cadence import every
-from megatron.training.control import EXIT_SAVED, EXIT_UNSAVED, Control
+from megatron.reliability.guard import StepDecision, StepGuard
+from megatron.reliability.stop import EXIT_SAVED, EXIT_UNSAVED, Control
+from megatron.training.batch_timer import Batch, TimedBatches
 from megatron.training.evaluate import Evaluation
-from megatron.training.feed import Batch, Feed
-from megatron.training.guard import Guard, Judgement
+from megatron.training.garbage import settled
 from megatron.training.hooks import Hook, Hooks, Run, Skip, Step
-from megatron.training.memory import settled
+from megatron.training.intervals import every
 from megatron.training.options import FitOptions
 from megatron.training.state import TrainState
 
@@ -66,7 +66,7 @@ def fit(
         CheckpointError, DataError: from saving and from the data.
     """
     run = Run(engine, state, options, last_save=state.iteration or None)
-    loop = _Loop(run, Feed(batches), schedule, actions or Actions(), Hooks(hooks), control or Control())
+    loop = _Loop(run, TimedBatches(batches), schedule, actions or Actions(), Hooks(hooks), control or Control())
     try:
         with settled(), loop.hooks.session(run):
             loop.before()
@@ -79,7 +79,7 @@ def fit(
                 if every(options.exit_interval, state.iteration):
                     run.request_stop(f"exit_interval {options.exit_interval}")
             loop.after()
-        loop.control.ballot.vote([0])  # together: a launcher ends the others when the first leaves with a code
+        loop.control.ballot.reduce_max([0])  # together: a launcher ends the others when the first leaves with a code
     except RuntimeError as error:  # a collective that broke, or a defect
         lost = loop.control.explain(error)
         loop.control.close(f"{type(error).__name__}: {error}"[:200], 1)
@@ -99,20 +99,20 @@ class _Loop:
     def __init__(
         self,
         run: Run,
-        feed: Feed,
+        feed: TimedBatches,
         schedule: Callable[[int], float],
         actions: Actions,
         hooks: Hooks,
         control: Control,
     ) -> None:
         self.run, self.feed, self.schedule, self.actions, self.hooks = run, feed, schedule, actions, hooks
-        self.control, self.guard = control, Guard(run.options.guard, bool(run.engine.extra_state().get("loss_scale")))
+        self.control, self.guard = control, StepGuard(run.options.guard, bool(run.engine.extra_state().get("loss_scale")))
         self.guard.load(run.state.guard)
         run.engine.listener = control.phase
         self.micro: Sequence[MicroBatch] = ()
         self.step_ids: list[int] = []
         self.skipped = False
-        self.pending: Judgement | None = None  # of the last step, until the ranks have agreed that it was skipped
+        self.pending: StepDecision | None = None  # of the last step, until the ranks have agreed that it was skipped
         self.validated_at: int | None = None
         self.checked_at: int | None = None
 
@@ -170,7 +170,7 @@ class _Loop:
         if not self.skipped:
             self._check(loss, norm)
         seconds = time.perf_counter() - begin + self.feed.wait_s
-        judgement = self.guard.judge(state.iteration + 1, loss, norm, self.skipped)
+        judgement = self.guard.decide(state.iteration + 1, loss, norm, self.skipped)
         state.iteration += 1
         state.skipped_iterations += int(self.skipped)
         state.consumed_samples += run.options.samples_per_step
@@ -201,12 +201,12 @@ class _Loop:
             every_rank = [self.step_ids]
         own = tuple(tuple(every_rank[rank]) for rank in range(0, min(len(every_rank), mesh.dp * mesh.tp), mesh.tp))
         self.hooks.tell("on_skip", run, Skip(run.state.iteration, judgement.reason, own))
-        if not judgement.spent:
+        if not judgement.budget_exhausted:
             return
         rules, saved = run.options.guard, run.last_save
         can_rewind = rules.on_budget == "rewind" and self.actions.rewind is not None and saved is not None
         if not can_rewind or run.state.rewinds >= rules.max_rewinds:
-            raise self._stopped(f"{judgement.reason}; {self.guard.spent_text()}", run.state.iteration)
+            raise self._stopped(f"{judgement.reason}; {self.guard.budget_text()}", run.state.iteration)
         self._rewind()
 
     def _rewind(self) -> None:
@@ -219,7 +219,7 @@ class _Loop:
         then = TrainState.from_dict(self.actions.rewind())
         state.skipped_iterations = state.iteration - then.applied_iterations
         state.rewinds += 1
-        self.guard.forgive()
+        self.guard.reset()
         state.guard, self.skipped = self.guard.state(), False
         self.hooks.tell("on_rewind", run, then.iteration)
 
@@ -258,7 +258,7 @@ class _Loop:
             return
         self.control.phase("save")
         bad = self.run.engine.first_not_finite()
-        if any(self.control.ballot.vote([int(bad is not None)])):
+        if any(self.control.ballot.reduce_max([int(bad is not None)])):
             place = "" if bad is None else f": {bad}"
             raise self._stopped(f"weights or optimizer state are not finite{place}", self.run.state.iteration)
         self.checked_at = self.run.state.iteration

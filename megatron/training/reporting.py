@@ -13,9 +13,9 @@ from pathlib import Path
 from megatron.observe.console import Console, progress_line
 from megatron.observe.metrics import CostModel, Interval, Remaining
 from megatron.observe.sinks import Sinks
-from megatron.training.cadence import every
 from megatron.training.evaluate import Evaluation
 from megatron.training.hooks import Hook, Run, Skip, Step
+from megatron.training.intervals import every
 
 
 class Reporting(Hook):

@@ -15,7 +15,7 @@ class TrainState:
     skipped_iterations: those that changed nothing; the learning rate schedule advances with the others only.
     consumed_samples: the data cursor, the global number of the next sample. consumed_tokens: tokens seen.
     best_validation_loss, best_iteration: the lowest validation loss so far and its step; None before the first.
-    rewinds: how often the weights went back to an earlier checkpoint. guard: the memory of `guard.py`.
+    rewinds: how often the weights went back to an earlier checkpoint. guard: the memory of `reliability/guard.py`.
     """
 
     iteration: int = 0

@@ -21,12 +21,13 @@ import deepy
 import eval as eval_command
 import generate as generate_command
 import train as train_command
-from megatron import assemble, feeding, settings
+from megatron import assemble, settings
+from megatron import data_pipeline as data_pipeline
 from megatron.checkpoint.resume import Resumed
 from megatron.config.load import load_config
 from megatron.config.schema import RunConfig
 from megatron.data.indexed import IndexedWriter, dtype_for_vocab
-from megatron.engine.single import SingleEngine
+from megatron.engine.single_process import SingleProcessEngine
 from megatron.launch.options import Machine
 from megatron.model.block import Block
 from megatron.training.state import TrainState
@@ -127,10 +128,10 @@ class Case:
                 reach(assemble.Watchdog, "open", watch("watchdog", assemble.Watchdog.open, mock.MagicMock)),
                 reach(assemble.Sinks, "open", watch("sinks", assemble.Sinks.open, lambda: mock.MagicMock())),
                 reach(settings, "build_tokenizer", watch("tokenizer", settings.build_tokenizer)),
-                reach(feeding, "datasets_from_split", watch("split", feeding.datasets_from_split)),
-                reach(feeding, "dataset_from_list", self._by_name("list", feeding.dataset_from_list, "name")),
-                reach(feeding, "open_stream_dataset", watch("stream", feeding.open_stream_dataset)),
-                reach(feeding, "Batches", watch("batches", feeding.Batches)),
+                reach(data_pipeline, "datasets_from_split", watch("split", data_pipeline.datasets_from_split)),
+                reach(data_pipeline, "dataset_from_list", self._by_name("list", data_pipeline.dataset_from_list, "name")),
+                reach(data_pipeline, "open_stream_dataset", watch("stream", data_pipeline.open_stream_dataset)),
+                reach(data_pipeline, "Batches", watch("batches", data_pipeline.Batches)),
             ):
                 stack.enter_context(patch)
             train_command.main([str(self.path)])
@@ -147,9 +148,9 @@ class Case:
         return self.calls.of[name]
 
     @property
-    def engine(self) -> SingleEngine:
+    def engine(self) -> SingleProcessEngine:
         """The engine of one process."""
-        assert isinstance(self.fit["engine"], SingleEngine)
+        assert isinstance(self.fit["engine"], SingleProcessEngine)
         return self.fit["engine"]
 
     @property

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 from unittest import mock
 
-from megatron import continuing, settings
+from megatron import resume_settings as resume_settings
+from megatron import settings
 from tests.arrival.arrivals import Arrival
 from tests.arrival.case import Case
 from tests.arrival.run_keys import EMBEDDING, SAVING, call
@@ -49,8 +50,8 @@ def _wandb(name: str) -> Any:
 def _resumed_rate(case: Case) -> float:
     """The last step's rate of a run that resumes from a checkpoint whose rate was constant, 0.01; its own falls to 0."""
     theirs = case.run.model_copy(update={"schedule": case.run.schedule.model_copy(update={"lr_decay_style": "constant"})})
-    facts = {"settings": continuing.record(theirs)}
-    return continuing.resumed(case.run, facts, 3, "a checkpoint").schedule(10)
+    facts = {"settings": resume_settings.record(theirs)}
+    return resume_settings.resumed(case.run, facts, 3, "a checkpoint").schedule(10)
 
 
 def _reporting(case: Case) -> Any:

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from megatron.engine.base import MOMENTS, Engine, EngineSettings, MicroBatch, OptimizerSlice, StepResult
 from megatron.parallel.mesh import Mesh
-from megatron.parallel.plan import Cut, ParamSpec, slice_of
+from megatron.parallel.shard_spec import ParamSpec, ShardKind, slice_of
 
-_TABLE: tuple[tuple[str, tuple[int, ...], Cut, int], ...] = (
+_TABLE: tuple[tuple[str, tuple[int, ...], ShardKind, int], ...] = (
     ("model.embed_tokens.weight", (16, 8), "vocab", 0),
     ("model.layers.0.token_mixer.q_proj.weight", (8, 8), "column", 2),
     ("model.layers.0.token_mixer.o_proj.weight", (8, 8), "row", 2),

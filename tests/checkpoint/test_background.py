@@ -15,8 +15,8 @@ import torch.distributed as dist
 from megatron.checkpoint.background import Saver
 from megatron.checkpoint.layout import MANIFEST
 from megatron.checkpoint.load import load_checkpoint, verify_checkpoint
+from megatron.checkpoint.safetensors_writer import write_files
 from megatron.checkpoint.save import save_checkpoint
-from megatron.checkpoint.tensors import write_files
 from megatron.errors import CheckpointError
 from megatron.parallel.mesh import Mesh
 from tests.checkpoint.fakes import MODEL, FakeEngine

@@ -51,6 +51,6 @@ def test_behind_damaged_and_on_another_mesh(tmp_path: Path) -> None:
     said = train(config, "b", "iteration=20", code=4)
     assert "layer_02-model_00.safetensors" in said and "SHA-256" in said and "Traceback" not in said
     said = train(config, "b", "model_parallel_size=2")
-    assert "skipped: global_step20" in said and "re-cut at load" in said
+    assert "skipped: global_step20" in said and "reshard at load" in said
     again = losses(tmp_path / "b")
     assert all(abs(again[step] - whole[step]) <= 1e-5 * whole[step] for step in range(11, 21))

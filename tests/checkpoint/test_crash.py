@@ -103,7 +103,7 @@ def save_behind(folder: Path, step: int, seed: int, **options: Any) -> Path:
 def save_directly(folder: Path, step: int, seed: int, **options: Any) -> Path:
     """The same, past the page cache, which tiny files otherwise take."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("megatron.checkpoint.tensors._DIRECT_FROM", 1)
+        patch.setattr("megatron.checkpoint.safetensors_writer._DIRECT_FROM", 1)
         return save(folder, step, seed, **options)
 
 

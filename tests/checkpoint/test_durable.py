@@ -14,11 +14,11 @@ import pytest
 
 from megatron.checkpoint import commit
 from megatron.checkpoint.manifest import OptimizerPart
-from megatron.checkpoint.receipts import take_receipts, write_receipt
-from megatron.checkpoint.recut import Place, chosen_parts
+from megatron.checkpoint.reshard import Place, chosen_parts
+from megatron.checkpoint.safetensors_writer import write_files
 from megatron.checkpoint.save import save_checkpoint
-from megatron.checkpoint.shards import engine_holdings
-from megatron.checkpoint.tensors import write_files
+from megatron.checkpoint.shard_contents import engine_holdings
+from megatron.checkpoint.shard_manifests import take_receipts, write_receipt
 from megatron.errors import CheckpointError
 from megatron.files import write_text
 from megatron.parallel.mesh import Mesh
@@ -68,7 +68,7 @@ def test_a_name_is_given_when_everything_under_it_is_durable(
     tmp_path: Path, events: list[Event], direct: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if direct:
-        monkeypatch.setattr("megatron.checkpoint.tensors._DIRECT_FROM", 1)
+        monkeypatch.setattr("megatron.checkpoint.safetensors_writer._DIRECT_FROM", 1)
     texts = {"a.yml": "num_layers: 1\n"}
     final = save_checkpoint(tmp_path, FakeEngine(), {"iteration": 7}, model_config=MODEL, config_texts=texts)
     named = _at(events, "rename", "/global_step7")

@@ -44,7 +44,7 @@ def test_resume_of_every_mixer(mixer: str, tmp_path: Path) -> None:
 def pairs(
     folder: Path, saved_on: tuple[tuple[int, int, int], ...], loaded_on: tuple[tuple[int, int, int], ...], dtype: str
 ) -> int:
-    """Number of pairs; weights and optimizer to the bit, loss within 1e-6 relative (another order of sums; bf16: 5e-3)."""
+    """Number of pairs; weights and optimizer bitwise, loss within 1e-6 relative (another order of sums; bf16: 5e-3)."""
     found = run_pairs(folder, saved_on, loaded_on, dtype)
     assert found["details"] == []
     assert found["worst relative difference of the next loss"] <= (1e-6 if dtype == "fp32" else 5e-3)

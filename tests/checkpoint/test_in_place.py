@@ -13,15 +13,15 @@ from megatron.checkpoint.load import load_checkpoint
 from megatron.checkpoint.resume import resume
 from megatron.checkpoint.save import save_checkpoint
 from megatron.engine.base import EngineSettings
-from megatron.engine.single import SingleEngine
+from megatron.engine.single_process import SingleProcessEngine
 from tests.checkpoint.fakes import MODEL, FakeEngine
 from tests.engine.engine_cases import SEQ, micro_batches, model_config
 
 SETTINGS = EngineSettings(micro_batch=4, seq_length=SEQ, gradient_accumulation=1)
 
 
-def single(dtype: str, seed: int = 1234) -> SingleEngine:
-    return SingleEngine(model_config(), replace(SETTINGS, dtype=dtype, seed=seed), torch.device("cpu"))
+def single(dtype: str, seed: int = 1234) -> SingleProcessEngine:
+    return SingleProcessEngine(model_config(), replace(SETTINGS, dtype=dtype, seed=seed), torch.device("cpu"))
 
 
 def test_the_numbers_land_in_the_memory_that_was_there(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron.checkpoint.agree import exchange
+from megatron.checkpoint.collective_errors import exchange
 from megatron.checkpoint.find import find_checkpoint
 from megatron.checkpoint.load import load_checkpoint, read_full_weights, verify_checkpoint
 from megatron.checkpoint.manifest import read_manifest

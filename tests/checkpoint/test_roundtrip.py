@@ -19,8 +19,8 @@ from megatron.checkpoint.load import load_checkpoint, read_full_weights, verify_
 from megatron.checkpoint.manifest import read_manifest
 from megatron.checkpoint.retention import superfluous
 from megatron.checkpoint.save import save_checkpoint, save_weights
-from megatron.checkpoint.shards import local_slice
-from megatron.checkpoint.source import Source
+from megatron.checkpoint.shard_contents import local_slice
+from megatron.checkpoint.tensor_reader import Source
 from megatron.errors import CheckpointError
 from megatron.parallel.mesh import Mesh
 from tests.checkpoint.fakes import MODEL, SPECS, FakeEngine, full, part

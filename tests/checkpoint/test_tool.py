@@ -10,8 +10,8 @@ import torch
 from megatron.checkpoint.find import newest_checkpoint
 from megatron.checkpoint.load import load_checkpoint, verify_checkpoint
 from megatron.checkpoint.manifest import read_manifest
+from megatron.checkpoint.offline_reshard import reshard
 from megatron.checkpoint.report import diff, inspect
-from megatron.checkpoint.reshard import reshard
 from megatron.checkpoint.save import save_checkpoint
 from megatron.errors import CheckpointError
 from megatron.parallel.mesh import Mesh
@@ -82,7 +82,7 @@ def test_diff(path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     assert "1 of 8 elements" in lines[3]
     assert run(monkeypatch, "diff", path, other) == 1
     assert run(monkeypatch, "diff", path, path) == 0
-    assert "equal, to the bit" in capsys.readouterr().out
+    assert "equal, bitwise" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 2, 2), (1, 4, 1), (2, 1, 4)], ids=str)

@@ -1,4 +1,4 @@
-"""What follows from what was written: positions, MLPs and document borders that go with the mixers."""
+"""What follows from what was written: positions, MLPs and document boundaries that go with the mixers."""
 
 from __future__ import annotations
 

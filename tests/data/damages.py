@@ -19,7 +19,7 @@ from megatron.errors import DataError
 from megatron.files import sha256_of
 
 HAVE_ARROW = find_spec("pyarrow") is not None
-Verdict = str  # "named", "contained", "harmless"; anything else describes what went wrong
+CollectiveError = str  # "named", "contained", "harmless"; anything else describes what went wrong
 
 
 class Bench:
@@ -55,9 +55,9 @@ class Bench:
             for text in self.texts:
                 writer.add_document([99] * (len(text) + 1))
         self.corpus = [IndexedDataset(folder / "good").get(i).tolist() for i in range(len(self.texts))]
-        self.borders = IndexedDataset(folder / "good").doc_idx.tolist()
+        self.boundaries = IndexedDataset(folder / "good").doc_idx.tolist()
 
-    def try_one(self, seed: int, scratch: Path) -> tuple[str, Verdict]:
+    def try_one(self, seed: int, scratch: Path) -> tuple[str, CollectiveError]:
         """(what was done to which file, the verdict)."""
         dice = random.Random(seed)
         # Parquet comes half as often: each reading starts a process.
@@ -78,18 +78,18 @@ class Bench:
             verdict = f"crash: {type(error).__name__}: {error}"
         return f"{how} of {name}", verdict
 
-    def _judge(self, name: str, scratch: Path) -> Verdict:
+    def _judge(self, name: str, scratch: Path) -> CollectiveError:
         if name.startswith("text"):
             return self._judge_text(scratch / name, scratch)
         prefix = str(scratch / name.split(".")[0])
         verify(prefix)
         read = IndexedDataset(prefix)
         same = [read.get(i).tolist() for i in range(len(read))] == self.corpus
-        # Without checksums a border of a document may move: training does not look at it.
-        moved = read.doc_idx.tolist() != self.borders
+        # Without checksums a boundary of a document may move: training does not look at it.
+        moved = read.doc_idx.tolist() != self.boundaries
         return ("contained" if moved else "harmless") if same else "silent: other tokens"
 
-    def _judge_text(self, path: Path, scratch: Path) -> Verdict:
+    def _judge_text(self, path: Path, scratch: Path) -> CollectiveError:
         """Without checksums only rows may be lost or changed that were hit; with them every damage is named."""
         sources = expand_inputs([str(path)])
         found: list[str | None] = []

@@ -1,4 +1,4 @@
-"""Samples, blends and batches: the same global batches for every world, resume, and document borders."""
+"""Samples, blends and batches: the same global batches for every world, resume, and document boundaries."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _batches(dataset: Dataset, micro: int, world: int, accumulation: int, **opti
 
 
 def _global_steps(readers: list[Batches], steps: int) -> list[list[tuple[int, list[int]]]]:
-    """Per step the (sample id, tokens) of all ranks and micro-batches, sorted by id."""
+    """Per step the (sample id, tokens) of all ranks and micro batches, sorted by id."""
     iterators = [iter(reader) for reader in readers]
     result = []
     for _ in range(steps):

@@ -135,14 +135,14 @@ def test_without_a_name_the_command_says_what_it_makes_and_what_else_there_is(
     monkeypatch.setattr(prepare_data, "prepare", made)
     prepare_data.main(["-d", str(tmp_path)])  # as GPT-NeoX's README types it
     said = capsys.readouterr().out
-    assert "no data set was named, so pystdlib is made" in said and f"made {tmp_path}/pystdlib" in said
+    assert "no dataset was named, so pystdlib is made" in said and f"made {tmp_path}/pystdlib" in said
     assert "enwik8, wikitext103" in said or "wikitext103, enwik8" in said
     neox = {"enron", "pile_subset", "pile", "github", "arxiv", "europarl", "freelaw", "nih", "pubmed", "books1", "books3"}
     neox |= {"hackernews", "openwebtext2", "stackexchange", "ubuntu_irc", "youtube_subtitles", "c4", "c4_openwebtext"}
     assert all(f"{name}," in said or f"{name}\n" in said for name in neox)
     prepare_data.main(["enwik8", "-d", str(tmp_path)])
     said = capsys.readouterr().out
-    assert "no data set was named" not in said and f"made {tmp_path}/enwik8" in said
+    assert "no dataset was named" not in said and f"made {tmp_path}/enwik8" in said
 
 
 def test_command_refuses_clearly(tmp_path: Path) -> None:

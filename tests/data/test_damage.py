@@ -84,7 +84,7 @@ def test_a_damaged_legacy_index_is_named_or_harmless(at: float, value: int, cut:
     except DataError as error:
         where = str(error.where)
     else:
-        # What is left over: a border of a document, which training does not use.
+        # What is left over: a boundary of a document, which training does not use.
         assert not cut and place >= len(content) - 8 * len(clean.doc_idx)
         assert np.array_equal(read.sizes, clean.sizes) and np.array_equal(read.offsets, clean.offsets)
         return

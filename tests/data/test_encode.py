@@ -78,7 +78,7 @@ def test_two_keys(golden: Path, tmp_path: Path) -> None:
 
 
 def test_blank_documents(golden: Path, tmp_path: Path) -> None:
-    """NeoX crashes on a text without a token with --append-eod; here it is a border without a sequence, as without the flag."""
+    """NeoX crashes on a text without a token with --append-eod; here it is a boundary without a sequence, as without the flag."""
     job = _golden_job(golden, ("SPMTokenizer", "spm_eod.model", None), True)
     encode_corpus(job, [str(golden / "corpus/whitespace_doc.jsonl")], str(tmp_path / "x"))
     made = IndexedDataset(tmp_path / "x_text_document")

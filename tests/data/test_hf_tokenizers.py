@@ -15,7 +15,7 @@ from tokenizers import processors
 
 from megatron.data.encode import EncodeJob, encode_corpus
 from megatron.data.indexed import IndexedDataset
-from megatron.data.synthetic.numbers import NumberTokenizer
+from megatron.synthetics.number_tokenizer import NumberTokenizer
 from megatron.data.tokenizers import HFGPT2Tokenizer, HFTokenizer, Template, build_tokenizer, padded_vocab_size
 from megatron.errors import DataError
 from megatron.files import sha256_of

@@ -189,14 +189,14 @@ DAMAGES: dict[str, tuple[Callable[[str], None], str]] = {
     "more sequences": (_patch(".idx", 18, struct.pack("<Q", 41)), "cut"),
     "absurd count": (_patch(".idx", 18, struct.pack("<Q", 2**63)), "cut"),
     "no sequences": (_patch(".idx", 18, struct.pack("<Q", 0)), "too long"),
-    "more borders": (_patch(".idx", 26, struct.pack("<Q", 50)), "cut"),
+    "more boundaries": (_patch(".idx", 26, struct.pack("<Q", 50)), "cut"),
     "negative size": (_patch(".idx", 34 + 4 * 3, struct.pack("<i", -1)), "sequence 3"),
     "wrong size": (_patch(".idx", 34 + 4 * 3, struct.pack("<i", 30)), "offset of sequence 4"),
     "wrong last size": (_patch(".idx", 34 + 4 * 39, struct.pack("<i", 30)), "too long"),
     "wrong offset": (_patch(".idx", 34 + 4 * 40 + 8 * 7, struct.pack("<q", 6)), "offset of sequence 7"),
-    "border 0": (_patch(".idx", 34 + 12 * 40, struct.pack("<q", 1)), "start with 0"),
-    "falling border": (_patch(".idx", 34 + 12 * 40 + 8 * 9, struct.pack("<q", 1)), "border 9"),
-    "last border": (_patch(".idx", -8, struct.pack("<q", 41)), "last document border"),
+    "boundary 0": (_patch(".idx", 34 + 12 * 40, struct.pack("<q", 1)), "start with 0"),
+    "falling boundary": (_patch(".idx", 34 + 12 * 40 + 8 * 9, struct.pack("<q", 1)), "boundary 9"),
+    "last boundary": (_patch(".idx", -8, struct.pack("<q", 41)), "last document boundary"),
     "cut header": (lambda prefix: os.truncate(prefix + ".idx", 20), "cut"),
     "empty idx": (lambda prefix: os.truncate(prefix + ".idx", 0), "not a token index"),
     "cut idx": (_resize(".idx", -1), "cut"),
@@ -235,7 +235,7 @@ def test_a_flipped_bit_in_the_index_is_named_or_harmless(at: int, bit: int, corp
     if where:
         assert str(damaged) in where
         return
-    # Left over: a border of a document (training does not use it), and a sign of the type of the tokens.
+    # Left over: a boundary of a document (training does not use it), and a sign of the type of the tokens.
     assert read.sizes.tolist() == clean.sizes.tolist()
     assert at >= 34 + 12 * 40 or at == 17
 

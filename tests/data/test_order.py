@@ -29,7 +29,7 @@ def test_splits_are_those_of_neox(golden_json: Callable[[str], Any]) -> None:
     rows = golden_json("splits.json")
     assert len(rows) == 525
     for row in rows:
-        # NeoX makes negative borders of a negative share; here that is an error like its own errors.
+        # NeoX makes negative boundaries of a negative share; here that is an error like its own errors.
         if "error" in row or "-" in row["split"]:
             with pytest.raises(DataError):
                 split_borders(row["split"], row["size"])

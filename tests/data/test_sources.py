@@ -150,5 +150,5 @@ def test_label_lists(golden: Path) -> None:
 
 def test_borders_for_kernels() -> None:
     ids = torch.tensor([[0, 0, 1, 1, 1], [0, 0, 0, 0, 0], [0, 1, 2, 2, 2]])
-    borders, longest = cu_seqlens(ids)
-    assert borders.tolist() == [0, 2, 5, 10, 11, 12, 15] and borders.dtype == torch.int32 and longest == 5
+    boundaries, longest = cu_seqlens(ids)
+    assert boundaries.tolist() == [0, 2, 5, 10, 11, 12, 15] and boundaries.dtype == torch.int32 and longest == 5

@@ -12,9 +12,9 @@ from megatron.engine.schedule import learning_rate
 from megatron.errors import ConfigError
 from megatron.launch.environment import read_rank_environment
 from megatron.model.config import ModelConfig
+from megatron.model.objectives import Objective
 from megatron.parallel.mesh import Mesh
 from megatron.registry import layer_info, layer_names
-from megatron.training.objectives import Objective
 from tests.engine.engine_cases import CURVE, GLOBAL, SEQ, join, micro_batches, model_config
 from tests.parallel.ranks import run_ranks
 
@@ -149,7 +149,7 @@ _ALONE: dict[Cell, Any] = {}
 
 
 def alone(work: list[Cell]) -> list[Any]:
-    """The referee's results: plain PyTorch in one process, each cell once."""
+    """The reference's results: plain PyTorch in one process, each cell once."""
     plain = [(mixer, replace(form, zero_stage=0, sequence=False)) for mixer, form in work]
     missing = [cell for cell in dict.fromkeys(plain) if cell not in _ALONE]
     if missing:
@@ -167,7 +167,7 @@ class Difference:
 
 
 def compare(got: list[dict[str, Any]], want: dict[str, Any]) -> Difference:
-    """All ranks' results of a cell against the referee's; every rank must report the same numbers."""
+    """All ranks' results of a cell against the reference's; every rank must report the same numbers."""
     for rank in got:
         assert (rank["losses"], rank["norms"]) == (got[0]["losses"], got[0]["norms"]), "ranks report different numbers"
     whole = join(got)

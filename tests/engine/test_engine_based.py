@@ -14,7 +14,7 @@ import pytest
 from megatron.engine.base import EngineSettings
 from megatron.engine.schedule import learning_rate
 from megatron.model.config import ModelConfig
-from megatron.training.objectives import Objective
+from megatron.model.objectives import Objective
 from tests.engine.engine_cases import CURVE, join, make_engine, micro_batches
 from tests.parallel.ranks import run_ranks
 
@@ -96,7 +96,7 @@ def test_widest_mesh_and_documents(segments: bool) -> None:
     got = run_ranks(job, 8, 2, 4, "deepspeed", SETTINGS, MODEL, 4, segments, timeout=180)[0]
     want = oracle(segments=segments)["losses"][:4]
     assert relative(got["losses"], want) <= 1e-5
-    assert not segments or relative(want, oracle()["losses"][:4]) > 1e-4, "borders must matter in this test"
+    assert not segments or relative(want, oracle()["losses"][:4]) > 1e-4, "boundaries must matter in this test"
 
 
 @pytest.mark.slow

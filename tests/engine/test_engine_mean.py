@@ -13,8 +13,8 @@ from torch import Tensor
 from megatron.engine.base import EngineSettings
 from megatron.engine.build import build_engine
 from megatron.launch.environment import read_rank_environment
+from megatron.model.objectives import Objective
 from megatron.parallel.mesh import Mesh
-from megatron.training.objectives import Objective
 from tests.engine.engine_cases import SEQ, VOCAB, MicroBatchCase, model_config
 from tests.parallel.ranks import run_ranks
 

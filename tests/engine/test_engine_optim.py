@@ -7,7 +7,7 @@ import torch
 
 from megatron.engine.base import EngineSettings
 from megatron.engine.optim import build_optimizer, decays, parameter_groups
-from megatron.parallel.plan import ParamSpec
+from megatron.parallel.shard_spec import ParamSpec
 
 _EMBEDDING = ParamSpec("model.embed_tokens.weight", (8, 4), "vocab", "embedding", True, 0)
 _MATRIX = ParamSpec("model.layers.0.token_mixer.q_proj.weight", (4, 4), "column", "input", True, 2)

@@ -12,7 +12,7 @@ import pytest
 from megatron.engine.base import EngineSettings
 from megatron.engine.output import check_output
 from megatron.errors import ConfigError
-from megatron.training.objectives import Objective
+from megatron.model.objectives import Objective
 from tests.engine.engine_cases import model_config, train
 from tests.parallel.ranks import run_ranks
 

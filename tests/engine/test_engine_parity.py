@@ -100,7 +100,7 @@ def test_document_borders_travel_through_the_pipeline() -> None:
     got = run_ranks(train, 4, 2, 2, "deepspeed", CLIPPED, model_config(), steps=4, segments=True)[0]
     want = oracle(True, segments=True)
     assert relative(got["losses"], want["losses"]) <= 1e-5
-    assert relative(want["losses"], oracle(True)["losses"]) > 1e-4, "borders must matter in this test"
+    assert relative(want["losses"], oracle(True)["losses"]) > 1e-4, "boundaries must matter in this test"
 
 
 def test_replicated_parameters_stay_bit_equal_and_stages_hold_their_own_only() -> None:

@@ -69,9 +69,9 @@ def test_recomputed_pieces_have_as_many_blocks_as_asked_for(
 ) -> None:
     seen: list[int] = []
 
-    def counted(function: Any, piece: Sequence[Any], *flow: Any, **_: Any) -> Any:
+    def counted(function: Any, piece: Sequence[Any], *activations: Any, **_: Any) -> Any:
         seen.append(len(piece))
-        return function(piece, *flow)
+        return function(piece, *activations)
 
     monkeypatch.setattr(stages, "checkpoint", counted)
     config = ModelConfig(32, 16, 5, 2, 24, ("metala",) * 5)

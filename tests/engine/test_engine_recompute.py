@@ -1,4 +1,4 @@
-"""Recomputed blocks draw the dropout of the first pass again: gradients are those of stored activations, to the bit."""
+"""Recomputed blocks draw the dropout of the first pass again: gradients are those of stored activations, bitwise."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from megatron import registry
 from megatron.engine.base import EngineSettings
-from megatron.engine.single import SingleEngine
+from megatron.engine.single_process import SingleProcessEngine
 from megatron.model.config import ModelConfig
 
 MIXERS = sorted(registry.layer_options())
@@ -18,7 +18,7 @@ WITH_DROPOUT = [name for name in MIXERS if "dropout" in registry.layer_options()
 
 def _gradients(config: ModelConfig, interval: int) -> dict[str, torch.Tensor]:
     settings = EngineSettings(micro_batch=2, seq_length=12, activation_checkpoint_interval=interval)
-    engine = SingleEngine(config, settings, torch.device("cpu"))
+    engine = SingleProcessEngine(config, settings, torch.device("cpu"))
     text = torch.randint(0, 32, (2, 13), generator=torch.Generator().manual_seed(1))
     batch = SimpleNamespace(tokens=text[:, :-1], labels=text[:, 1:], loss_mask=torch.ones(2, 12), segment_ids=None)
     torch.manual_seed(5)

@@ -10,15 +10,15 @@ import torch
 
 from megatron.engine.base import EngineSettings, StepResult
 from megatron.engine.loss_scale import LossScale
-from megatron.engine.single import SingleEngine
+from megatron.engine.single_process import SingleProcessEngine
 from megatron.model.config import ModelConfig
 
 CONFIG = ModelConfig(32, 16, 1, 2, 24, ("metala",))
 SETTINGS = EngineSettings(micro_batch=2, seq_length=12, gradient_clipping=0.0)
 
 
-def _engine(settings: EngineSettings) -> SingleEngine:
-    return SingleEngine(CONFIG, settings, torch.device("cpu"))
+def _engine(settings: EngineSettings) -> SingleProcessEngine:
+    return SingleProcessEngine(CONFIG, settings, torch.device("cpu"))
 
 
 def _batch(seed: int) -> SimpleNamespace:
@@ -26,12 +26,12 @@ def _batch(seed: int) -> SimpleNamespace:
     return SimpleNamespace(tokens=text[:, :-1], labels=text[:, 1:], loss_mask=torch.ones(2, 12), segment_ids=None)
 
 
-def _step(settings: EngineSettings, *seeds: int) -> tuple[SingleEngine, StepResult]:
+def _step(settings: EngineSettings, *seeds: int) -> tuple[SingleProcessEngine, StepResult]:
     engine = _engine(settings)
     return engine, engine.train_step(iter([_batch(seed) for seed in seeds]), 1e-2)
 
 
-def _weights(engine: SingleEngine) -> torch.Tensor:
+def _weights(engine: SingleProcessEngine) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in engine.parameters().values()])
 
 

@@ -44,7 +44,7 @@ def _inside() -> dict[str, Any]:
 
 
 def group_timeouts() -> dict[Any, timedelta]:
-    """Time-out of every group this rank is in."""
+    """Timeout of every group this rank is in."""
     groups = [g for g in dist.distributed_c10d._world.pg_map if g is not None]
     return {g: g._get_backend(next(iter(g._device_types))).options._timeout for g in groups}
 
@@ -83,7 +83,7 @@ def _half_stops() -> None:
 
 @pytest.mark.slow
 def test_a_stuck_rank_ends_the_others_in_a_sub_group() -> None:
-    """Data-parallel collectives run in a group that DeepSpeed makes; without our time-out it would wait 30 minutes."""
+    """Data-parallel collectives run in a group that DeepSpeed makes; without our timeout it would wait 30 minutes."""
     begin = time.monotonic()
     with pytest.raises(RankError, match="imed out|timeout|Timeout"):
         run_ranks(_half_stops, 2, timeout=40)

@@ -12,7 +12,7 @@ from megatron.data.tokenizers import build_tokenizer
 from megatron.errors import ConfigError
 from megatron.evaluation.batching import prompt_rows, score_batches, score_row, score_tensors, share_rows
 from megatron.evaluation.forward import Forward, Rows
-from megatron.evaluation.harness import HarnessLM
+from megatron.evaluation.lm_eval_model import HarnessLM
 from megatron.evaluation.options import HarnessOptions, Prefix
 from megatron.generation.load import filled_model
 from megatron.generation.prompts import FILLER

@@ -131,6 +131,6 @@ def test_released_models_get_the_tokenizer_that_their_card_names(hub: Path, tmp_
         output.mkdir()
         (output / "latest").write_text("global_step0")
 
-    monkeypatch.setattr("megatron.export.importer.import_folder", import_folder)
+    monkeypatch.setattr("megatron.interop.import_hf.import_folder", import_folder)
     fetch("hazyresearch/based-360m", tmp_path / "out")
     assert seen == [(folder, gpt2)]

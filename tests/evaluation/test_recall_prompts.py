@@ -6,8 +6,8 @@ import pytest
 
 from megatron.errors import ConfigError
 from megatron.evaluation.tasks.build import SOURCES, answers_of, contains, contains_and_f1, documents, examples
-from megatron.evaluation.tasks.cut import Tokens, anchor_place, cut_text
 from megatron.evaluation.tasks.prompts import PROMPTS
+from megatron.evaluation.tasks.shorten import Tokens, anchor_place, cut_text
 
 CUE = "Summary of information above..."
 LETTERS = Tokens(lambda text: [ord(letter) for letter in text], lambda ids: "".join(map(chr, ids)))

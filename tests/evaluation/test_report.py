@@ -9,8 +9,8 @@ import pytest
 
 from megatron.data.tokenizers import CharLevelTokenizer
 from megatron.errors import DataError
+from megatron.evaluation.documents import corpora_tokens, measured, split_tokens
 from megatron.evaluation.report import plot_lengths, table
-from megatron.evaluation.stream import corpora_tokens, measured, split_tokens
 from tests.evaluation.corpus import write_corpus
 
 ROW = {"length": 128, "stride": 128, "passes": 3, "perplexity": 12.5, "seconds": 0.2}

@@ -12,10 +12,10 @@ from lm_eval.api.instance import Instance
 
 from megatron.checkpoint.save import save_weights
 from megatron.data.tokenizers import Tokenizer, build_tokenizer
+from megatron.evaluation.documents import measured
 from megatron.evaluation.forward import open_forward
-from megatron.evaluation.harness import HarnessLM
+from megatron.evaluation.lm_eval_model import HarnessLM
 from megatron.evaluation.options import HarnessOptions
-from megatron.evaluation.stream import measured
 from megatron.export.hf import export_checkpoint
 from megatron.generation.load import stored_tokenizer
 from megatron.model.build import param_specs

@@ -1,4 +1,4 @@
-"""A tiny trained model as a checkpoint, and small data sets in folders of their hub names: lm-eval without a download."""
+"""A tiny trained model as a checkpoint, and small datasets in folders of their hub names: lm-eval without a download."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import torch
 from megatron.checkpoint.save import save_weights
 from megatron.model.build import build_model, param_specs
 from megatron.model.config import ModelConfig
-from megatron.model.init import materialise
+from megatron.model.init import init_weights
 from megatron.model.loss import token_loss
-from megatron.parallel.plan import slice_of
+from megatron.parallel.shard_spec import slice_of
 
 TEXT = (
     "Question: what does the cat do?\nAnswer: the cat sat on the mat.\nName: Anna\nCity: Paris\nQuestion: where is the dog?\n"
@@ -38,7 +38,7 @@ def trained_checkpoint(folder: Path, config: ModelConfig, steps: int = 120) -> P
     specs = param_specs(config)
     names = {name: name for name, _ in model.named_parameters()}
     whole = {"slices": lambda spec: slice_of(spec.shape, spec.cut, 0, 1), "device": "cpu", "dtype": torch.float32}
-    materialise(model, names, specs, config, 7, **whole)
+    init_weights(model, names, specs, config, 7, **whole)
     ids = torch.tensor(list(TEXT.encode()))
     optimizer = torch.optim.AdamW(model.parameters(), 0.01)
     for step in range(steps):
@@ -77,7 +77,7 @@ def write_standard(root: Path) -> Path:
 
 
 def write_recall(root: Path) -> Path:
-    """Records of all recall data sets with the fields that the tasks read, white space and all."""
+    """Records of all recall datasets with the fields that the tasks read, white space and all."""
     cue = "Summary of information above..."
     pairs = [
         ("name", "Anna"),

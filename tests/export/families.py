@@ -63,6 +63,6 @@ def family_weights(config: ModelConfig) -> dict[str, Tensor]:
 
 
 def rows(count: int = 24, length: int = 16) -> list[dict[str, list[int]]]:
-    """Rows of a data set for Trainer; the first tokens of most of them carry no loss."""
+    """Rows of a dataset for Trainer; the first tokens of most of them carry no loss."""
     tokens = torch.randint(2, 64, (count, length), generator=torch.Generator().manual_seed(0)).tolist()
     return [{"input_ids": row, "labels": [-100] * (i % (length - 2)) + row[i % (length - 2) :]} for i, row in enumerate(tokens)]

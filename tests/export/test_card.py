@@ -15,8 +15,8 @@ from megatron.checkpoint.manifest import Manifest
 from megatron.errors import ExportError
 from megatron.export.card import Stated, Subject, model_card
 from megatron.export.hf import export_checkpoint
-from megatron.export.proved import PROVED_TRANSFORMERS
 from megatron.export.scores import Score
+from megatron.interop.tested_versions import PROVED_TRANSFORMERS
 from tests.export.conftest import TINY
 
 SCORES = (
@@ -96,8 +96,8 @@ def test_a_license_that_the_hub_does_not_list() -> None:
         (Stated("mit", "name"), "not said completely"),
         (Stated(license_link="https://x"), "not said completely"),
         (Stated(languages=("English",)), "no language code"),
-        (Stated(datasets=("a b",)), "no name of a data set"),
-        (Stated(datasets=("tests/export",)), "no name of a data set"),
+        (Stated(datasets=("a b",)), "no name of a dataset"),
+        (Stated(datasets=("tests/export",)), "no name of a dataset"),
     ],
 )
 def test_what_the_hub_would_refuse(stated: Stated, message: str, monkeypatch: pytest.MonkeyPatch) -> None:

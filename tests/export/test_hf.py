@@ -20,7 +20,7 @@ from megatron.data.tokenizers import build_tokenizer
 from megatron.errors import CheckpointError, ExportError
 from megatron.export import hf, verify
 from megatron.export.hf import export_checkpoint
-from megatron.export.importer import import_folder
+from megatron.interop.import_hf import import_folder
 
 Make = Callable[..., Path]
 

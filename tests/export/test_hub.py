@@ -13,7 +13,7 @@ import pytest
 from huggingface_hub import HfApi
 
 from megatron.errors import ExportError
-from megatron.export.hub import Destination, Parcel, describe, prepare, publish, sign_in
+from megatron.export.hub import Destination, Upload, describe, prepare, publish, sign_in
 from tests.export.hub_server import READ_ONLY, TOKEN, Hub, running_hub
 
 FILES = {
@@ -46,7 +46,7 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def parcel(tmp_path: Path) -> Parcel:
+def parcel(tmp_path: Path) -> Upload:
     folder = tmp_path / "tiny"
     for name, text in FILES.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -57,11 +57,11 @@ def parcel(tmp_path: Path) -> Parcel:
     return prepare(folder)
 
 
-def bytes_of(parcel: Parcel) -> dict[str, bytes]:
+def bytes_of(parcel: Upload) -> dict[str, bytes]:
     return {name: (parcel.folder / name).read_bytes() for name in parcel.files}
 
 
-def test_new_repository(hub: Hub, api: HfApi, parcel: Parcel) -> None:
+def test_new_repository(hub: Hub, api: HfApi, parcel: Upload) -> None:
     done = publish(parcel, Destination("lab/tiny", private=True), sign_in(api))
     repo = hub.repos["lab/tiny"]
     assert repo.private and done.private and done.repo == "lab/tiny"
@@ -70,7 +70,7 @@ def test_new_repository(hub: Hub, api: HfApi, parcel: Parcel) -> None:
     assert done.url.startswith(f"{hub.url}/lab/tiny/commit/") and not done.replaced and not done.removed
 
 
-def test_own_namespace_branch_and_message(hub: Hub, api: HfApi, parcel: Parcel) -> None:
+def test_own_namespace_branch_and_message(hub: Hub, api: HfApi, parcel: Upload) -> None:
     done = publish(parcel, Destination("tiny", revision="step7", message="Step 7"), api)
     repo = hub.repos["ada/tiny"]
     assert done.repo == "ada/tiny" and not done.private
@@ -80,7 +80,7 @@ def test_own_namespace_branch_and_message(hub: Hub, api: HfApi, parcel: Parcel) 
     assert len(repo.commits) == 2
 
 
-def test_another_model_is_replaced_in_one_commit(hub: Hub, api: HfApi, parcel: Parcel) -> None:
+def test_another_model_is_replaced_in_one_commit(hub: Hub, api: HfApi, parcel: Upload) -> None:
     api.create_repo("ada/old")
     old = ("model-00001-of-00002.safetensors", "model.safetensors.index.json", "modeling_other.py", "tokenizer.json")
     stays = ("LICENSE", "picture.png", "README.md", "onnx/model.safetensors")
@@ -92,7 +92,7 @@ def test_another_model_is_replaced_in_one_commit(hub: Hub, api: HfApi, parcel: P
     assert {name: files[name] for name in FILES} == bytes_of(parcel)
 
 
-def test_large_files_travel_over_lfs(hub: Hub, api: HfApi, parcel: Parcel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_files_travel_over_lfs(hub: Hub, api: HfApi, parcel: Upload, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
     hub.large = True
     publish(parcel, Destination("ada/tiny"), api)
@@ -100,7 +100,7 @@ def test_large_files_travel_over_lfs(hub: Hub, api: HfApi, parcel: Parcel, monke
     assert {**hub.repos["ada/tiny"].branches["main"]} == {".gitattributes": b"", **bytes_of(parcel)}
 
 
-def test_private_is_never_published_in_the_open(hub: Hub, api: HfApi, parcel: Parcel) -> None:
+def test_private_is_never_published_in_the_open(hub: Hub, api: HfApi, parcel: Upload) -> None:
     api.create_repo("ada/open")
     with pytest.raises(ExportError, match="ada/open exists and is public"):
         publish(parcel, Destination("ada/open", private=True), api)
@@ -113,7 +113,7 @@ def test_bad_names(name: str) -> None:
         Destination(name)
 
 
-def test_tokens(hub: Hub, parcel: Parcel) -> None:
+def test_tokens(hub: Hub, parcel: Upload) -> None:
     with pytest.raises(ExportError, match="no token for the Hugging Face Hub"):
         sign_in(HfApi(endpoint=hub.url))
     with pytest.raises(ExportError, match="may only read"):
@@ -137,7 +137,7 @@ def test_tokens(hub: Hub, parcel: Parcel) -> None:
     ],
 )
 def test_refused_and_interrupted(
-    hub: Hub, api: HfApi, parcel: Parcel, repo: str, status: tuple[str, int, str], cut: str, why: str
+    hub: Hub, api: HfApi, parcel: Upload, repo: str, status: tuple[str, int, str], cut: str, why: str
 ) -> None:
     before = bytes_of(parcel)
     hub.status, hub.cut = status, cut
@@ -152,14 +152,14 @@ def test_refused_and_interrupted(
     assert set(FILES) < set(hub.repos["ada/tiny"].branches["main"])
 
 
-def test_card_that_the_hub_refuses(hub: Hub, api: HfApi, parcel: Parcel) -> None:
+def test_card_that_the_hub_refuses(hub: Hub, api: HfApi, parcel: Upload) -> None:
     (parcel.folder / "README.md").write_text("---\nlicense: nonsense\n---\n")
     with pytest.raises(ExportError) as refused:
         publish(parcel, Destination("ada/tiny"), api)
     assert '"license" must be one of' in str(refused.value) and not hub.repos["ada/tiny"].commits
 
 
-def test_offline(api: HfApi, parcel: Parcel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline(api: HfApi, parcel: Upload, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     huggingface_hub.close_session()
     try:
@@ -170,7 +170,7 @@ def test_offline(api: HfApi, parcel: Parcel, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_ctrl_c_says_that_the_folder_stays(
-    api: HfApi, parcel: Parcel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    api: HfApi, parcel: Upload, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
@@ -181,7 +181,7 @@ def test_ctrl_c_says_that_the_folder_stays(
     assert f"the folder stays as it is; once that is mended: --folder {parcel.folder}" in capsys.readouterr().out
 
 
-def test_what_is_no_exported_folder(parcel: Parcel, tmp_path: Path) -> None:
+def test_what_is_no_exported_folder(parcel: Upload, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="not an exported folder"):
         prepare(tmp_path / "nothing")
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model.safetensors"}}
@@ -194,7 +194,7 @@ def test_what_is_no_exported_folder(parcel: Parcel, tmp_path: Path) -> None:
         prepare(parcel.folder)
 
 
-def test_description(parcel: Parcel) -> None:
+def test_description(parcel: Upload) -> None:
     said = describe(parcel, Destination("tiny", private=True, revision="b", message="m"))
     assert said.splitlines()[:5] == [
         "repository: tiny (in the namespace of the token's owner)",

@@ -14,7 +14,7 @@ from megatron.checkpoint.save import save_checkpoint
 from megatron.engine.base import EngineSettings
 from megatron.engine.build import build_engine
 from megatron.export.hf import export_checkpoint
-from megatron.export.importer import import_folder
+from megatron.interop.import_hf import import_folder
 from megatron.parallel.mesh import Mesh
 from tests.export.conftest import TINY
 from tests.parallel.ranks import run_ranks

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from megatron.errors import ExportError
-from megatron.export.families import LINEAR, METALA
 from megatron.export.hf import packed_sources
 from megatron.export.pack import PackPlan, pack
+from megatron.interop.hf_classes import LINEAR, METALA
 from megatron.model.config import ModelConfig
 from megatron.registry import layer_names
 

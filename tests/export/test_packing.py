@@ -46,7 +46,7 @@ def one_by_one(model: Any) -> Tensor:
 @pytest.mark.parametrize("use_cache", [False, True], ids=["pass", "cached"])
 @torch.inference_mode()
 def test_logits(load: Load, way: str, use_cache: bool) -> None:
-    """Each of the ways in which borders are told; also where the state is kept."""
+    """Each of the ways in which boundaries are told; also where the state is kept."""
     model = load(torch.float64)
     got = model(ROW, use_cache=use_cache, **WAYS[way]).logits
     assert float((got - one_by_one(model)).abs().max()) < 1e-8

@@ -73,7 +73,7 @@ def test_gradient_accumulation(load: Load, tmp_path: Path) -> None:
 
 
 def test_resume(load: Load, tmp_path: Path) -> None:
-    """A run that is cut and goes on is the unbroken one; each of its checkpoints is a folder like any other."""
+    """A run that is cut and goes on is the uninterrupted one; each of its checkpoints is a folder like any other."""
     unbroken, resumed = load(), load()
     first = trainer(unbroken, tmp_path, max_steps=4, save_strategy="steps", save_steps=2)
     second = trainer(resumed, tmp_path, max_steps=4)

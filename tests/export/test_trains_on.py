@@ -21,13 +21,13 @@ from megatron.checkpoint.save import save_weights
 from megatron.config.load import load_config
 from megatron.errors import CheckpointError
 from megatron.export.hf import export_checkpoint
-from megatron.export.importer import import_folder
+from megatron.interop.import_hf import import_folder
 from megatron.model.build import param_specs
 from megatron.model.config import ModelConfig
 from megatron.model.resolved import resolved
 from megatron.recipe import start_of, write_recipe
-from tests.export import test_released
 from tests.export.families import FAMILIES, family_weights
+from tests.interop import test_released
 
 ROWS = 512  # of the byte vocabulary
 SMALL = {"vocab_size": ROWS, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}

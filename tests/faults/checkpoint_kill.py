@@ -3,9 +3,10 @@
     python -m tests.faults.checkpoint_kill --kills 200 --mode sync [--seed 1] [--output result.json]
 
 One process imports everything once and forks four ranks per life (DeepSpeed, pipeline 2 x data 2). A life resumes from what
-the one before left, compares a digest of weights, optimizer, random states and cursor with the unbroken run's of that step,
-trains on, comparing every loss, and saves after every step. At a moment drawn uniformly over a save (one of the next three)
-all ranks are killed, or one of them and the rest shortly after. So each life checks the kill before it and delivers the next.
+the one before left, compares a digest of weights, optimizer, random states and cursor with the uninterrupted run's of that
+step, trains on, comparing every loss, and saves after every step. At a moment drawn uniformly over a save (one of the next
+three) all ranks are killed, or one of them and the rest shortly after. So each life checks the kill before it and delivers the
+next.
 
 Counted: resumes, digests or losses that differ (mixed or wrong states), resumes older than the last save that had returned.
 """
@@ -32,7 +33,7 @@ from tests.faults.report import as_typed, store
 from tests.parallel.rank_server import die_with_parent, free_port
 
 WORLD, PP = 4, 2
-LAST = 40  # steps of the unbroken run; a life that gets there starts a new folder
+LAST = 40  # steps of the uninterrupted run; a life that gets there starts a new folder
 
 
 def say(pipe: int, *words: object) -> None:
@@ -120,7 +121,7 @@ class Lines:
 
 @dataclass
 class Reference:
-    """The unbroken run: (rank, step) -> digest; step -> loss and norm; seconds of a save."""
+    """The uninterrupted run: (rank, step) -> digest; step -> loss and norm; seconds of a save."""
 
     digests: dict[tuple[int, int], str] = field(default_factory=dict)
     losses: dict[int, tuple[str, str]] = field(default_factory=dict)
@@ -144,7 +145,7 @@ def record(folder: Path, mode: str) -> Reference:
             seconds.append(time.monotonic() - begun[step])
     reap(pids, pipe)
     if len(found.losses) != LAST:
-        raise SystemExit("the unbroken run failed:\n" + (folder.parent / "rank0.log").read_text())
+        raise SystemExit("the uninterrupted run failed:\n" + (folder.parent / "rank0.log").read_text())
     found.save_s = sorted(seconds)[int(0.9 * len(seconds))]
     return found
 
@@ -173,7 +174,7 @@ class Harness:
 
     def __init__(self, base: Path, mode: str, seed: int) -> None:
         self.base, self.mode, self.rng, self.result = base, mode, random.Random(seed), Result()
-        self.reference = record(base / "unbroken", mode)
+        self.reference = record(base / "uninterrupted", mode)
         self.folder, self.number = base / "0", 0
         self.promised = 0  # the newest step whose save had returned before the last kill
         self.after_kill = False
@@ -249,8 +250,8 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(1)
-    import megatron.engine.deepspeed  # noqa: F401
-    from megatron.checkpoint import tensors
+    import megatron.engine.deepspeed_pipeline  # noqa: F401
+    from megatron.checkpoint import safetensors_writer as tensors
 
     if args.direct:
         tensors._DIRECT_FROM = 1

@@ -2,8 +2,9 @@
 
     python -m tests.faults.checkpoint_meshes [--dtype fp32] [--quick] [--output result.json]
 
-Every mesh of at most four ranks saves after three steps and then takes a fourth, the unbroken run. Every mesh then resumes from
-all of them in turn and takes the fourth step. Gathering is done here with plain index arrays, not with the code under test.
+Every mesh of at most four ranks saves after three steps and then takes a fourth, the uninterrupted run. Every mesh then resumes
+from all of them in turn and takes the fourth step. Gathering is done here with plain index arrays, not with the code under
+test.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from megatron.checkpoint.save import save_checkpoint
-from megatron.parallel.plan import slice_of
+from megatron.parallel.shard_spec import slice_of
 from tests.faults.checkpoint_run import Run, model_of
 from tests.faults.report import as_typed, store
 from tests.parallel.ranks import run_ranks

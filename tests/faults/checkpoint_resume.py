@@ -1,9 +1,10 @@
-"""Stop after every step and resume: losses, gradient norms, weights, optimizer, random states and sample ids equal to the bit.
+"""Stop after every step and resume: losses, gradient norms, weights, optimizer, random states and sample ids bitwise identical.
 
     python -m tests.faults.checkpoint_resume --steps 50 --mixers all [--output result.json]
 
-The unbroken run saves after every step. Then, for every step k, an engine with another seed resumes from it and goes on: at k
-its whole state must have the digest of the unbroken run, and so must each following step (`--follow`, all by default).
+The uninterrupted run saves after every step. Then, for every step k, an engine with another seed resumes from it and goes on:
+at k its whole state must have the digest of the uninterrupted run, and so must each following step (`--follow`, all by
+default).
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ def ranks_of(config: Path, *words: bytes) -> list[int]:
         except OSError:
             continue
         named = b"train.py" in line[:4] and {str(config).encode(), *words} <= set(line) and b"deepy.py" not in line[:3]
-        if named and state not in "ZX" and not any(b"keeper" in word or b"torch.distributed" in word for word in line):
+        if named and state not in "ZX" and not any(b"supervisor" in word or b"torch.distributed" in word for word in line):
             found.append(int(folder.name))
     return found
 

@@ -82,12 +82,20 @@ def tree(rng: random.Random, content: Any) -> Any:
             here[rng.choice(TEXTS)] = here.pop(key)
         elif kind == 2:
             there, other = rng.choice(places)
-            here[key] = copy.deepcopy(there[other] if not isinstance(there, dict) or other in there else None)  # no circles
+            here[key] = _copy(there[other] if not isinstance(there, dict) or other in there else None)
         elif kind == 3 and isinstance(here, list):
             here.insert(key, json.loads(json.dumps(here[key], skipkeys=True)) if _plain(here[key]) else value(rng))
         else:
             here[key] = value(rng)
     return content
+
+
+def _copy(part: Any) -> Any:
+    """A copy, so that no value contains itself; a value that is nested too deep for Python to copy becomes None."""
+    try:
+        return copy.deepcopy(part)
+    except RecursionError:
+        return None
 
 
 def _plain(part: Any) -> bool:

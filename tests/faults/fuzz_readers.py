@@ -224,7 +224,7 @@ def _hf_seeds(root: Path) -> None:
 
 def _hf(root: Path) -> None:
     from megatron.errors import ExportError
-    from megatron.export.importer import import_folder
+    from megatron.interop.import_hf import import_folder
 
     for name in ("one", "many"):
         try:
@@ -235,15 +235,15 @@ def _hf(root: Path) -> None:
 
 
 def _neox_seeds(root: Path) -> None:
-    from tests.checkpoint.test_neox import CONFIG as NEOX
-    from tests.checkpoint.test_neox import neox_stages, random_weights, write_layers
+    from tests.interop.test_neox import CONFIG as NEOX
+    from tests.interop.test_neox import neox_stages, random_weights, write_layers
 
     write_layers(root, neox_stages(NEOX, random_weights(NEOX), 2))
 
 
 def _neox(root: Path) -> None:
-    from megatron.checkpoint.neox import read_neox_weights
-    from tests.checkpoint.test_neox import CONFIG as NEOX
+    from megatron.interop.neox import read_neox_weights
+    from tests.interop.test_neox import CONFIG as NEOX
 
     read_neox_weights(root / "global_step40", NEOX)
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from megatron.engine.base import Engine
-from megatron.parallel.ballot import Ballot
-from megatron.training.control import Control
-from megatron.training.options import GuardOptions
+from megatron.reliability.consensus import Consensus
+from megatron.reliability.guard_options import GuardOptions
+from megatron.reliability.stop import Control
 from tests.training.runs import ACCUMULATION, Recorder, make_engine, options, train
 
 KINDS = ("nan", "inf", "gradient", "loss")
@@ -101,7 +101,7 @@ def injected(engine: Engine, todo: Mapping[int, tuple[str, int, int]]) -> Iterat
 def guarded_run(kind: str, count: int, seed: int, mesh: dict[str, Any]) -> dict[str, Any]:
     """One rank's run with `count` faults; what each step did."""
     engine = make_engine(kind=kind, **mesh)
-    control = Control(Ballot.of_all_ranks())
+    control = Control(Consensus.of_all_ranks())
     todo = plan(count, engine.mesh.world_size, seed)
     rules = GuardOptions(budget=count, spike_sigma=8.0, spike_window=WARM)
     with injected(engine, todo) as unchanged:

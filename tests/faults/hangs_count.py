@@ -38,15 +38,15 @@ def spin_for_ever() -> None:
 def job(folder: Path, spec: dict[str, Any]) -> dict[str, Any]:
     """One rank; the victim's fault comes at its step."""
     from megatron.errors import DataError
-    from megatron.parallel.ballot import Ballot
-    from megatron.training.control import Control
+    from megatron.reliability.consensus import Consensus
+    from megatron.reliability.stop import Control
+    from megatron.reliability.watchdog import Watchdog
     from megatron.training.hooks import Hook, Run, Step
-    from megatron.training.watchdog import Watchdog
     from tests.training.runs import make_engine, micros, options, train
 
     engine = make_engine(kind="deepspeed", **spec["mesh"])
     mine = engine.mesh.rank == spec["victim"]
-    ballot = Ballot.of_all_ranks()
+    ballot = Consensus.of_all_ranks()
     control = Control(ballot, watchdog=Watchdog.open(TIMEOUT_S, engine.mesh.rank, ballot), poll_s=0.1)
 
     class Fault(Hook):

@@ -4,7 +4,7 @@
 
 A trial starts two ranks (pipeline, tensor or data parallel in turn) that train with slow data, validations and saves, sends
 SIGTERM, SIGUSR1 or SIGINT to one of them or to both at a random moment, and then resumes: the next losses must be those of the
-unbroken run, bit for bit. Prints one JSON line.
+uninterrupted run, bit for bit. Prints one JSON line.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ def slow(mesh: Any, start: int) -> Iterator[Any]:
 
 def job(folder: Path, spec: dict[str, Any]) -> dict[str, Any]:
     """One rank: train until told to leave, or `spec["until"]` steps."""
-    from megatron.parallel.ballot import Ballot
-    from megatron.training.cadence import SaveRule
-    from megatron.training.control import Control
-    from megatron.training.signals import DEFAULT_SIGNALS, StopSignals, signal_numbers
+    from megatron.reliability.consensus import Consensus
+    from megatron.reliability.signals import DEFAULT_SIGNALS, StopSignals, signal_numbers
+    from megatron.reliability.stop import Control
+    from megatron.training.intervals import SaveRule
     from tests.training.runs import make_engine, micros, options, train
 
     signals = StopSignals(signal_numbers(DEFAULT_SIGNALS)).start()
@@ -57,7 +57,7 @@ def job(folder: Path, spec: dict[str, Any]) -> dict[str, Any]:
             if not signals.received:
                 phases[:] = [name]
 
-    control = Watched(Ballot.of_all_ranks(), signals, poll_s=0.05)
+    control = Watched(Consensus.of_all_ranks(), signals, poll_s=0.05)
     rule = SaveRule(factor=5, train_iters=STEPS)
     asked = options(STEPS, save_rule=rule, eval_interval=4, exit_interval=spec.get("until"))
     ranks_pool.ready(folder)

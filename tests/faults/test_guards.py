@@ -12,13 +12,13 @@ import torch
 from megatron.checkpoint.layout import whole_steps
 from megatron.engine.base import StepResult
 from megatron.engine.schedule import learning_rate
-from megatron.engine.veto import Limits, veto
+from megatron.engine.skip_step import StepLimits, should_skip
 from megatron.errors import ConfigError, TrainingError
-from megatron.parallel.ballot import Ballot
-from megatron.training.cadence import SaveRule
-from megatron.training.control import Control
-from megatron.training.guard import Guard
-from megatron.training.options import GuardOptions
+from megatron.reliability.consensus import Consensus
+from megatron.reliability.guard import StepGuard
+from megatron.reliability.guard_options import GuardOptions
+from megatron.reliability.stop import Control
+from megatron.training.intervals import SaveRule
 from tests.faults.guards_count import CASES, check
 from tests.parallel.ranks import RankError, run_ranks
 from tests.training.runs import CURVE, make_engine, options, train
@@ -46,7 +46,7 @@ def _one_rank_disagrees() -> None:
         return StepResult(result.loss, result.grad_norm, engine.mesh.rank == 1)
 
     engine.train_step = train_step  # type: ignore[method-assign]
-    train(engine, None, options(5), control=Control(Ballot.of_all_ranks()))
+    train(engine, None, options(5), control=Control(Consensus.of_all_ranks()))
 
 
 def test_ranks_that_do_not_agree_stop() -> None:
@@ -61,7 +61,7 @@ def _bad_from(engine: Any, first: int, last: int) -> Any:
     def train_step(batches: Any, lr: float) -> StepResult:
         taken[0] += 1
         if first <= taken[0] <= last:
-            engine.limits = Limits(loss=-1.0)  # refuses the step inside the engine, as a bad number does
+            engine.limits = StepLimits(loss=-1.0)  # refuses the step inside the engine, as a bad number does
             result = real(batches, lr)
             return StepResult(torch.tensor(math.nan), result.grad_norm, result.skipped)
         return real(batches, lr)
@@ -110,41 +110,41 @@ def test_rewinds_have_a_limit_and_need_a_checkpoint(tmp_path: Path) -> None:
 
 
 def test_the_budget_counts_inside_its_window() -> None:
-    guard = Guard(GuardOptions(budget=1, window=10))
-    assert not guard.judge(5, math.nan, 1.0, True).spent
-    assert guard.judge(14, math.nan, 1.0, True).spent
-    guard = Guard(GuardOptions(budget=1, window=10))
-    assert not guard.judge(5, math.nan, 1.0, True).spent
-    assert not guard.judge(15, 1.0, math.inf, True).spent
+    guard = StepGuard(GuardOptions(budget=1, window=10))
+    assert not guard.decide(5, math.nan, 1.0, True).budget_exhausted
+    assert guard.decide(14, math.nan, 1.0, True).budget_exhausted
+    guard = StepGuard(GuardOptions(budget=1, window=10))
+    assert not guard.decide(5, math.nan, 1.0, True).budget_exhausted
+    assert not guard.decide(15, 1.0, math.inf, True).budget_exhausted
 
 
 def test_overflows_of_a_searched_loss_scale_have_their_own_limit() -> None:
-    guard = Guard(GuardOptions(budget=0, overflows=3), scaled=True)
-    judged = [guard.judge(i, 2.0, math.inf, True).spent for i in (1, 2)]
-    guard.judge(3, 2.0, 1.0, False)
-    judged += [guard.judge(i, 2.0, math.inf, True).spent for i in (4, 5, 6)]
+    guard = StepGuard(GuardOptions(budget=0, overflows=3), scaled=True)
+    judged = [guard.decide(i, 2.0, math.inf, True).budget_exhausted for i in (1, 2)]
+    guard.decide(3, 2.0, 1.0, False)
+    judged += [guard.decide(i, 2.0, math.inf, True).budget_exhausted for i in (4, 5, 6)]
     assert judged == [False, False, False, False, True]
-    assert guard.judge(7, math.nan, math.inf, True).reason == "the loss is nan"
+    assert guard.decide(7, math.nan, math.inf, True).reason == "the loss is nan"
 
 
 def test_the_spike_rule_waits_for_its_window_and_survives_a_resume() -> None:
     rules = GuardOptions(spike_sigma=6.0, spike_window=8)
-    guard = Guard(rules)
+    guard = StepGuard(rules)
     for step in range(8):
-        assert guard.limits() == Limits()
-        guard.judge(step, 3.0 + 0.01 * (step % 2), 1.0, False)
+        assert guard.limits() == StepLimits()
+        guard.decide(step, 3.0 + 0.01 * (step % 2), 1.0, False)
     limits = guard.limits()
     assert 3.0 < limits.loss < 3.6
     assert 1.0 < limits.grad_norm < 1.2
-    assert "a spike: the loss 9" in guard.judge(9, 9.0, 1.0, True).reason
-    assert "a spike: the gradient norm 7" in guard.judge(10, 3.0, 7.0, True).reason
-    again = Guard(rules)
+    assert "a spike: the loss 9" in guard.decide(9, 9.0, 1.0, True).reason
+    assert "a spike: the gradient norm 7" in guard.decide(10, 3.0, 7.0, True).reason
+    again = StepGuard(rules)
     again.load(guard.state())
     assert again.limits() == limits
     assert again.state() == guard.state()
     assert again.state()["skips"] == [9, 10]
-    again.forgive()
-    assert again.limits() == Limits()
+    again.reset()
+    assert again.limits() == StepLimits()
     assert not again.state()
 
 
@@ -161,7 +161,7 @@ def test_the_spike_rule_waits_for_its_window_and_survives_a_resume() -> None:
     ],
 )
 def test_veto(loss: float, norm: float, refused: float) -> None:
-    assert float(veto(torch.tensor(loss), torch.tensor(norm), Limits(2.0, 2.0))) == refused
+    assert float(should_skip(torch.tensor(loss), torch.tensor(norm), StepLimits(2.0, 2.0))) == refused
 
 
 @pytest.mark.parametrize("keys", [{"on_budget": "pray"}, {"spike_sigma": 6.0, "spike_window": 4}])

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron.parallel.ballot import Ballot
-from megatron.training.heartbeat import IN_COLLECTIVE, START_FACTOR, Beat, Roll
-from megatron.training.watchdog import EXIT_HANG, LostRank, Watchdog
+from megatron.reliability.consensus import Consensus
+from megatron.reliability.heartbeat import IN_COLLECTIVE, START_FACTOR, Heartbeat, Membership
+from megatron.reliability.watchdog import EXIT_HANG, LostRank, Watchdog
 
 ROOT = Path(__file__).parents[2]
 T = 30.0
@@ -39,15 +39,15 @@ def test_faults_on_real_ranks_are_named_in_time() -> None:
     real_ranks(3, "stop,kill,loop")
 
 
-def beat(rank: int, moves: int = 10, still_s: float = 0.0, phase: str = "step", settled: bool = True) -> Beat:
+def beat(rank: int, moves: int = 10, still_s: float = 0.0, phase: str = "step", settled: bool = True) -> Heartbeat:
     stack = ("loop.py:120 step", "loop.py:70 fit")
-    return Beat(rank, phase, moves, still_s, moves // 3, settled, stack, "hosta", 100 + rank)
+    return Heartbeat(rank, phase, moves, still_s, moves // 3, settled, stack, "hosta", 100 + rank)
 
 
 def test_no_false_alarm_in_ten_thousand_steps_with_a_long_compile() -> None:
-    """A fake clock: ten minutes until the first step is done with a time-out of one, then steps of up to 0.9 time-outs."""
+    """A fake clock: ten minutes until the first step is done with a timeout of one, then steps of up to 0.9 timeouts."""
     timeout, now = 61.0, 0.0
-    rolls = [Roll(timeout, 3) for _ in range(3)]
+    rolls = [Membership(timeout, 3) for _ in range(3)]
     moves, since = 0, 0.0
     for tick in range(10_000):
         now += timeout / 8
@@ -63,7 +63,7 @@ def test_no_false_alarm_in_ten_thousand_steps_with_a_long_compile() -> None:
 
 
 def test_the_silent_rank_is_named_although_the_others_stand_longer() -> None:
-    roll = Roll(T, 3)
+    roll = Membership(T, 3)
     for tick in range(9):
         for rank in range(3):
             if rank != 2 or tick == 0:
@@ -79,7 +79,7 @@ def test_the_silent_rank_is_named_although_the_others_stand_longer() -> None:
 
 
 def test_the_rank_that_moved_least_is_named() -> None:
-    roll = Roll(T, 4)
+    roll = Membership(T, 4)
     for rank in range(4):
         roll.hear(beat(rank, 9 if rank == 1 else 10, T + 1), 100.0)
     alarm = roll.alarm(100.0)
@@ -88,7 +88,7 @@ def test_the_rank_that_moved_least_is_named() -> None:
 
 
 def test_of_equal_ranks_the_one_outside_a_collective_is_named() -> None:
-    roll = Roll(T, 3)
+    roll = Membership(T, 3)
     for rank in range(3):
         phase = "forward/backward" if rank == 0 else f"forward/backward, {IN_COLLECTIVE} recv"
         roll.hear(beat(rank, 10, T + 1, phase), 100.0)
@@ -98,7 +98,7 @@ def test_of_equal_ranks_the_one_outside_a_collective_is_named() -> None:
 
 
 def test_who_left_well_is_no_culprit_and_who_left_badly_is_at_once() -> None:
-    roll = Roll(T, 3)
+    roll = Membership(T, 3)
     for rank in range(3):
         roll.hear(beat(rank), 0.0)
     roll.hear(replace(beat(1), ended="finished"), 1.0)
@@ -115,7 +115,7 @@ def test_who_left_well_is_no_culprit_and_who_left_badly_is_at_once() -> None:
 
 
 def test_who_left_because_of_another_is_no_culprit_and_its_words_are_taken_over() -> None:
-    roll = Roll(T, 3)
+    roll = Membership(T, 3)
     for rank in range(3):
         roll.hear(beat(rank), 0.0)
     roll.hear(replace(beat(1), ended="rank 0 is lost", code=22), 1.0)
@@ -128,15 +128,15 @@ def test_who_left_because_of_another_is_no_culprit_and_its_words_are_taken_over(
 
 
 def test_datagrams_that_overtake_each_other_or_come_from_elsewhere() -> None:
-    roll = Roll(T, 2)
+    roll = Membership(T, 2)
     roll.hear(beat(1, 10), 5.0)
     roll.hear(beat(1, 9), 6.0)
     assert roll.facts()[1].moves == 10
     data = beat(1).encode("abc")
-    assert Beat.decode(data, "abc") == beat(1)
-    assert Beat.decode(data, "other job") is None
+    assert Heartbeat.decode(data, "abc") == beat(1)
+    assert Heartbeat.decode(data, "other job") is None
     for junk in (b"", b"\xff\x00", b"[]", b"{}", b'{"job": "abc"}', b'{"job": "abc", "stack": 3, "rank": 1}'):
-        assert Beat.decode(junk, "abc") is None
+        assert Heartbeat.decode(junk, "abc") is None
 
 
 def test_one_process_that_stands_still_is_found_and_leaves() -> None:
@@ -147,7 +147,7 @@ def test_one_process_that_stands_still_is_found_and_leaves() -> None:
         codes.append(code)
         left.set()
 
-    watchdog = Watchdog.open(0.4, 0, Ballot(), leave)
+    watchdog = Watchdog.open(0.4, 0, Consensus(), leave)
     watchdog.settle()
     for _ in range(10):
         watchdog.move("step", 7)
@@ -163,7 +163,7 @@ def test_one_process_that_stands_still_is_found_and_leaves() -> None:
 
 def test_a_closed_watchdog_is_silent() -> None:
     codes: list[int] = []
-    watchdog = Watchdog.open(0.2, 0, Ballot(), codes.append)
+    watchdog = Watchdog.open(0.2, 0, Consensus(), codes.append)
     watchdog.settle()
     watchdog.close()
     time.sleep(0.6)
@@ -172,7 +172,7 @@ def test_a_closed_watchdog_is_silent() -> None:
 
 
 def test_a_broken_collective_without_a_missing_rank_is_not_explained() -> None:
-    watchdog = Watchdog.open(0.2, 0, Ballot())
+    watchdog = Watchdog.open(0.2, 0, Consensus())
     assert watchdog.explain(RuntimeError("a defect of ours")) is None
     watchdog.close()
     assert LostRank("x").exit_code == 22

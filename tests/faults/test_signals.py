@@ -15,10 +15,10 @@ import pytest
 
 from megatron.checkpoint.layout import whole_steps
 from megatron.errors import ConfigError
-from megatron.training.cadence import SaveRule
-from megatron.training.control import EXIT_SAVED, EXIT_UNSAVED, Control
+from megatron.reliability.signals import ECHO_S, StopSignals, TimeLimit, seconds_of, signal_numbers
+from megatron.reliability.stop import EXIT_SAVED, EXIT_UNSAVED, Control
 from megatron.training.hooks import Hook, Run, Step
-from megatron.training.signals import ECHO_S, StopSignals, TimeLimit, seconds_of, signal_numbers
+from megatron.training.intervals import SaveRule
 from tests.training.runs import make_engine, micros, options, train
 
 ROOT = Path(__file__).parents[2]
@@ -189,7 +189,7 @@ def test_an_echo_is_no_second_signal_but_a_later_one_is() -> None:
 def test_a_second_signal_ends_a_process_that_sits_in_c_code() -> None:
     code = (
         "import ctypes, sys\n"
-        "from megatron.training.signals import StopSignals, signal_numbers\n"
+        "from megatron.reliability.signals import StopSignals, signal_numbers\n"
         "StopSignals(signal_numbers(['SIGTERM'])).start()\n"
         "print('ready', flush=True)\n"
         "lock = ctypes.create_string_buffer(64)\n"

@@ -16,8 +16,8 @@ from megatron.generation.sample import Sampling, generate
 from megatron.layers.base import Context
 from megatron.model.build import build_model, param_specs
 from megatron.model.config import ModelConfig
-from megatron.model.init import materialise
-from megatron.parallel.plan import slice_of
+from megatron.model.init import init_weights
+from megatron.parallel.shard_spec import slice_of
 from tests.ops.fused_cases import NO_GPU
 
 MIXES = {"metala": ("metala", "metala"), "based": ("base_conv", "based"), "mamba": ("mamba",), "growing": ("metala", "global")}
@@ -29,7 +29,7 @@ def model_of(layers: tuple[str, ...], device: str = "cpu") -> Any:
     with torch.device("meta"):
         model = build_model(config)
     specs = param_specs(config)
-    materialise(
+    init_weights(
         model, {n: n for n in specs}, specs, config, 3,
         slices=lambda spec: slice_of(spec.shape, spec.cut, 0, 1), device=device, dtype=torch.float32,
     )  # fmt: skip

@@ -5,7 +5,7 @@ of a tiny released model, inputs, and the outputs and gradients of the official 
 every `STRIDE`-th is stored (in row-major order; 11 divides no width here, so every channel and position has its turn), and the
 rest reads as NaN, which `near` leaves out. `README.md` beside this file says how the numbers were made.
 
-    python -m tests.golden.store FOLDER_WITH_ALL_NUMBERS     # packs `neox/` and the models of `IN_TREE` anew
+    python -m tests.golden.store FOLDER_WITH_ALL_NUMBERS     # packs `neox/` and the models of `IN_TREE` again
 """
 
 from __future__ import annotations

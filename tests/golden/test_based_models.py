@@ -18,14 +18,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from megatron.export.hf import export_checkpoint
-from megatron.export.importer import import_folder
-from megatron.export.released import read_released
 from megatron.generation.load import load_model
 from megatron.generation.sample import Sampling, generate
+from megatron.interop.import_hf import import_folder
+from megatron.interop.released import read_released
 from megatron.model.config import ModelConfig
 from megatron.model.loss import token_loss
+from megatron.model.objectives import Objective, objective_loss
 from megatron.ops.taylor_features import unpacked_features
-from megatron.training.objectives import Objective, objective_loss
 from tests.export.modules_cache import use_private_modules_cache
 from tests.golden.recorded import recorded
 from tests.golden.store import largest, load_numbers, model_folder, model_names, near

@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM
 
 from megatron.checkpoint.find import find_checkpoint
 from megatron.export.hf import export_checkpoint
-from megatron.export.importer import import_folder
 from megatron.generation.load import load_model
 from megatron.generation.sample import Sampling, generate
+from megatron.interop.import_hf import import_folder
 from megatron.model.loss import token_loss
 from tests.export.modules_cache import use_private_modules_cache
 from tests.golden.recorded import recorded

@@ -29,7 +29,9 @@ LIMIT_S = 90
 def ranks(hosts: TwoHosts, name: str) -> list[int]:
     """Process ids of the training processes on a host."""
     return [
-        pid for pid, line in hosts.pids(name).items() if " train.py " in line and "keeper" not in line and "deepy" not in line
+        pid
+        for pid, line in hosts.pids(name).items()
+        if " train.py " in line and "supervisor" not in line and "deepy" not in line
     ]
 
 

@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 
 from megatron.errors import ConfigError, exit_on_error
-from megatron.launch.ending import leaving
 from megatron.launch.environment import close_process_group, init_process_group, read_rank_environment
+from megatron.launch.process_exit import leaving
 
 with leaving(), exit_on_error():
     env = read_rank_environment()

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from megatron.errors import ConfigError, LaunchError
-from megatron.launch.job import KEEPER, Job, plan_job
+from megatron.launch.job import SUPERVISOR, Job, plan_job
 from megatron.launch.options import LaunchOptions, Machine
 from megatron.launch.preview import describe
 from megatron.launch.runners import chosen_devices, rendezvous_port
@@ -42,7 +42,7 @@ def job(machine: Machine = CPU, pool: dict[str, int] | None = None, **options: A
 
 def check_golden(name: str, text: str) -> None:
     """Compare with the golden file; places of this checkout are taken out first."""
-    text = text.replace(KEEPER, "<keeper>").replace(os.path.abspath("."), "<here>")
+    text = text.replace(SUPERVISOR, "<supervisor>").replace(os.path.abspath("."), "<here>")
     path = GOLDEN / name
     if os.environ.get("REGEN"):
         path.write_text(text + "\n", encoding="utf-8")

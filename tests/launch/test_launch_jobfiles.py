@@ -21,10 +21,10 @@ import yaml
 from megatron.config.load import load_config
 from megatron.errors import ConfigError
 from megatron.launch.containers import to_yaml
+from megatron.launch.job_shape import AGAIN, Shape, Site, shape_of
 from megatron.launch.jobfiles import KINDS, job_file
+from megatron.launch.mounts import Folder, Places, places_of, slug
 from megatron.launch.options import LaunchOptions
-from megatron.launch.places import Folder, Places, places_of, slug
-from megatron.launch.shape import AGAIN, Shape, Site, shape_of
 from tests.tiny_run import write_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -257,7 +257,7 @@ def test_names_that_every_cluster_takes() -> None:
 
 
 def test_places_of_a_run(tmp_path: Path) -> None:
-    """Everything that a configuration names and a run opens; what the image holds and data sets of a hub are left out."""
+    """Everything that a configuration names and a run opens; what the image holds and datasets of a hub are left out."""
     values = {"run_dir": "runs/a", "save": "/mnt/runs/a/checkpoints", "load": "/mnt/runs/b", "log_dir": "logs/x"}
     values |= {
         "tensorboard_dir": "/mnt/runs/tb",

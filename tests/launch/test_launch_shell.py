@@ -24,8 +24,8 @@ import deepy
 from megatron.config.neox_keys import neox_keys
 from megatron.config.schema import key_fields
 from megatron.errors import UserError
-from megatron.launch import words as shell_words
-from megatron.launch.job import KEEPER, Job, plan_job
+from megatron.launch import shell_safety as shell_words
+from megatron.launch.job import SUPERVISOR, Job, plan_job
 from megatron.launch.options import LaunchOptions, Machine
 from megatron.launch.preview import runner_command
 from tests.launch.tiny_run import write_run
@@ -117,7 +117,7 @@ def check(hosts: Hosts, job: Job, *words: str) -> None:
     """Both hosts get our words, and no others."""
     assert job.launcher == "pdsh"
     (got,) = hosts.run(runner_command(job))
-    at = got.index(KEEPER)
+    at = got.index(SUPERVISOR)
     assert got[at + 1 :] == ["--watch-stdin", TRAIN, *words] and "--master_port=" in " ".join(got[:at])
     assert not (hosts.folder / "pwned").exists()
 

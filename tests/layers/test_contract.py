@@ -18,13 +18,13 @@ from torch import Tensor
 
 from megatron.data.batches import Batch
 from megatron.engine.base import EngineSettings
-from megatron.engine.single import SingleEngine
-from megatron.export.families import LINEAR
+from megatron.engine.single_process import SingleProcessEngine
 from megatron.export.hf import packed_sources
+from megatron.interop.hf_classes import LINEAR
 from megatron.layers.base import Context, Layer, LayerInputs, input_names, inputs_of
 from megatron.model.config import ModelConfig
 from megatron.model.init import cut
-from megatron.parallel.plan import cut_dim, slice_of
+from megatron.parallel.shard_spec import cut_dim, slice_of
 from megatron.parallel.tensor import set_part_sizes
 from megatron.registry import layer_class, layer_info, layer_names, layer_options
 
@@ -158,10 +158,10 @@ def test_plan_and_rules_name_every_parameter(layer: Layer) -> None:
 
 
 def test_moving_parameters_in_memory_changes_nothing(layer: Layer) -> None:
-    """Tables: lay_together changes no value, no shape and no output."""
+    """Tables: pack_weights changes no value, no shape and no output."""
     x = inputs()
     before, (y, _) = {name: p.detach().clone() for name, p in layer.named_parameters()}, layer(x, Context())
-    layer.lay_together()
+    layer.pack_weights()
     after = dict(layer.named_parameters())
     assert before.keys() == after.keys() and all(torch.equal(before[name], p) for name, p in after.items())
     assert torch.equal(layer(x, Context())[0], y)
@@ -210,9 +210,9 @@ def test_parts_by_plan_sum_to_the_whole(layer: Layer, size: int) -> None:
         part.set_shard(rank, size)
         meetings = []
         for module in list(part.modules()):
-            if "join" in module._modules:
+            if "reduce_from_tp" in module._modules:
                 meetings.append(Meeting(barrier, parts, rank))
-                module.join = meetings[-1]
+                module.reduce_from_tp = meetings[-1]
         y, _ = part(x, Context())
         return y, sum(meeting.calls for meeting in meetings)
 
@@ -244,7 +244,7 @@ def test_whole_parameters_stay_outside_of_the_cut_region(layer: Layer) -> None:
         grads = torch.autograd.grad(y.pow(2).sum(), list(named.values()), allow_unused=True)
         return {name for name, grad in zip(named, grads, strict=True) if grad is not None}
 
-    inside = (reached("split") - reached("join")) & set(replicated)
+    inside = (reached("copy_to_tp") - reached("reduce_from_tp")) & set(replicated)
     assert not inside, f"{sorted(inside)} would have a part of the gradient on each rank"
 
 
@@ -276,7 +276,7 @@ def test_random_numbers_are_declared(layer: Layer) -> None:
 def test_two_training_steps(layer: Layer) -> None:
     """Training: a model of two such blocks takes two optimizer steps, each of which lowers the loss of its batch."""
     config = ModelConfig(32, D, 2, H, 48, (layer.names[0],) * 2)
-    engine = SingleEngine(config, EngineSettings(micro_batch=2, seq_length=12, lr=1e-2), torch.device("cpu"))
+    engine = SingleProcessEngine(config, EngineSettings(micro_batch=2, seq_length=12, lr=1e-2), torch.device("cpu"))
     text = torch.randint(0, 32, (2, 13), generator=torch.Generator().manual_seed(0))
     batch = Batch(text[:, :-1], text[:, 1:], torch.ones(2, 12), None, [0, 1])
     losses = [float(engine.train_step(iter([batch]), 1e-2).loss) for _ in range(2)]

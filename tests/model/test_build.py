@@ -12,10 +12,10 @@ from megatron.layers.base import Context
 from megatron.model.build import build_model, check_tensor_parallel, param_specs
 from megatron.model.config import ModelConfig
 from megatron.model.cost import count_parameters, forward_flops
-from megatron.model.init import METHODS, initial_value, materialise
+from megatron.model.init import METHODS, init_weights, initial_value
 from megatron.model.loss import token_loss
 from megatron.model.stages import stages_of
-from megatron.parallel.plan import slice_of
+from megatron.parallel.shard_spec import slice_of
 
 
 def config(**changes: object) -> ModelConfig:
@@ -101,7 +101,7 @@ def test_initial_values_do_not_depend_on_the_cut() -> None:
         for rank in range(2):
             with torch.device("meta"):
                 model = build_model(c)
-            materialise(
+            init_weights(
                 model,
                 {n: n for n in specs},
                 specs,
@@ -125,7 +125,7 @@ def test_stages_are_the_model(tied: bool) -> None:
     specs = param_specs(c)
     with torch.device("meta"):
         model = build_model(c)
-    materialise(
+    init_weights(
         model,
         {n: n for n in specs},
         specs,
@@ -138,17 +138,17 @@ def test_stages_are_the_model(tied: bool) -> None:
     tokens = torch.randint(0, 96, (2, 9), generator=torch.Generator().manual_seed(0))
     stages = stages_of(model)
     assert [s.index for s in stages] == [0, 2, 3, 5, 6]
-    flow: object = (tokens,)
+    activations: object = (tokens,)
     for stage in stages:
-        flow = stage.module(flow)
-    assert torch.equal(flow, model(tokens)[0])  # type: ignore[arg-type]
+        activations = stage.module(activations)
+    assert torch.equal(activations, model(tokens)[0])  # type: ignore[arg-type]
     named = {logical for s in stages for logical in s.module.logical.values()}
     assert named == set(specs) | {"lm_head.weight"}
     ids = torch.tensor([[0] * 4 + [1] * 5] * 2)
-    flow = (tokens, ids)
+    activations = (tokens, ids)
     for stage in stages:
-        flow = stage.module(flow)
-    assert torch.allclose(flow, model(tokens, Context(segment_ids=ids))[0])  # type: ignore[arg-type]
+        activations = stage.module(activations)
+    assert torch.allclose(activations, model(tokens, Context(segment_ids=ids))[0])  # type: ignore[arg-type]
 
 
 def test_steps_equal_pass_for_the_whole_model() -> None:
@@ -156,7 +156,7 @@ def test_steps_equal_pass_for_the_whole_model() -> None:
     specs = param_specs(c)
     with torch.device("meta"):
         model = build_model(c)
-    materialise(
+    init_weights(
         model,
         {n: n for n in specs},
         specs,

@@ -122,7 +122,7 @@ MODELS = {
 
 @pytest.mark.parametrize("name", MODELS)
 def test_whole_models_against_the_counter(name: str) -> None:
-    """Blocks with their MLPs, the output matrix and the loss, forward and backward."""
+    """Blocks with their MLPs, the output projection and the loss, forward and backward."""
     config, s, b = MODELS[name], 64, 2
     torch.manual_seed(0)
     model = build_model(config)

@@ -10,7 +10,7 @@ import torch
 
 from megatron.model.config import ModelConfig
 from megatron.model.init import initial_value
-from megatron.parallel.plan import ParamSpec
+from megatron.parallel.shard_spec import ParamSpec
 
 CONFIG = ModelConfig(64, 64, 8, 2, 128, ("metala",) * 8, init_method="normal", output_init_method="small_init")
 

@@ -12,10 +12,10 @@ from megatron.errors import ConfigError
 from megatron.layers.base import Context
 from megatron.model.build import build_model, param_specs
 from megatron.model.config import ModelConfig
-from megatron.model.init import materialise
+from megatron.model.init import init_weights
 from megatron.model.lm import LanguageModel
 from megatron.model.stages import stages_of
-from megatron.parallel.plan import slice_of
+from megatron.parallel.shard_spec import slice_of
 
 BASE = ModelConfig(64, 32, 2, 4, 48, ("global", "metala"), mlp="plain", norm="layernorm", norm_eps=1e-5, activation="gelu_tanh")
 KINDS = {
@@ -30,7 +30,7 @@ def make(config: ModelConfig) -> LanguageModel:
     specs = param_specs(config)
     with torch.device("meta"):
         model = build_model(config)
-    materialise(
+    init_weights(
         model, {n: n for n in specs}, specs, config, 1,
         slices=lambda spec: slice_of(spec.shape, spec.cut, 0, 1), device="cpu", dtype=torch.float64,
     )  # fmt: skip
@@ -86,10 +86,10 @@ def test_documents(model: LanguageModel) -> None:
 
 def test_stages_are_the_model(model: LanguageModel) -> None:
     ids, segments = tokens(), torch.arange(30).ge(13).long().expand(2, -1)
-    flow: object = (ids, segments)
+    activations: object = (ids, segments)
     for stage in stages_of(model):
-        flow = stage.module(flow)
-    assert torch.equal(flow, model(ids, Context(segment_ids=segments))[0])  # type: ignore[arg-type]
+        activations = stage.module(activations)
+    assert torch.equal(activations, model(ids, Context(segment_ids=segments))[0])  # type: ignore[arg-type]
 
 
 def test_every_parameter_gets_a_gradient(model: LanguageModel) -> None:

@@ -10,7 +10,7 @@ import pytest
 from tests.mutation.runner import try_mutation
 from tests.mutation.table import Mutation, NoMatch, mismatches, read_table
 
-AREAS = {"settings", "feeding", "assembly", "configuration", "engine", "memory", "partition", "cost", "initialisation"}
+AREAS = {"settings", "data_pipeline", "assembly", "configuration", "engine", "memory", "partition", "cost", "initialisation"}
 AREAS |= {"checkpoint", "evaluation", "training"}
 
 

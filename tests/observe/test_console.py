@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from megatron.observe.console import Console, Opening, human, human_flops, human_time, progress_line
+from megatron.observe.console import Console, RunHeader, human, human_flops, human_time, progress_line
 from megatron.observe.metrics import CostModel, Interval, Remaining, max_memory_gib
 
 VALUES = {
@@ -71,7 +71,7 @@ def test_units() -> None:
 
 
 def test_the_first_line() -> None:
-    line = Opening("metala 24 x 1024", 380_000_000, 330_000_000, 15_000_000_000, 28610, "1 process", "runs/x", 7).line()
+    line = RunHeader("metala 24 x 1024", 380_000_000, 330_000_000, 15_000_000_000, 28610, "1 process", "runs/x", 7).line()
     for piece in (
         "metala",
         "380M parameters (330M without",

@@ -29,8 +29,8 @@ def relative(got: Tensor, exact: Tensor) -> float:
     return float((got.detach().cpu().double() - wide).norm() / wide.norm().clamp_min(1e-30))
 
 
-def borders(b: int, t: int, device: str, share: float = 0.06) -> Tensor:
-    """Document numbers [b, t] with a border at about this share of the tokens."""
+def boundaries(b: int, t: int, device: str, share: float = 0.06) -> Tensor:
+    """Document numbers [b, t] with a boundary at about this share of the tokens."""
     return (torch.rand(b, t, generator=torch.Generator().manual_seed(8)) < share).cumsum(1).to(device)
 
 

@@ -68,7 +68,7 @@ def test_gradients_of_the_paths_agree(window: int | None, biased: bool) -> None:
 
 
 def random_places(s: int, n: int) -> Places:
-    """Rows with 5 padded keys in front, queries at the end, and a document border in row 1."""
+    """Rows with 5 padded keys in front, queries at the end, and a document boundary in row 1."""
     key = (torch.arange(n) - 5).clamp_min(-1).expand(B, n).clone()
     segment = torch.zeros(B, n, dtype=torch.long)
     segment[1, n - 10 :] = 1

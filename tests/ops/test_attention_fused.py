@@ -57,7 +57,7 @@ def test_document_bounds() -> None:
 
 
 def test_documents_are_counted_once_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counting waits for the GPU; other ids, or ids changed in place, are counted anew."""
+    """Counting waits for the GPU; other ids, or ids changed in place, are counted again."""
     counted: list[Tensor] = []
     plain = Tensor.nonzero
     monkeypatch.setattr(Tensor, "nonzero", lambda self: counted.append(self) or plain(self))

@@ -1,8 +1,8 @@
 """Operators under autocast: the same numbers as without it on the inputs that it rounds, in the region and after it.
 
 Inputs are mixed as autocast makes them: projections in bf16 or fp16; vectors, weights of convolutions, rates, states in fp32.
-Inside an operator autocast is off, so results and gradients are equal to the bit; distances from fp64 are those of one rounding
-of what comes out: 2^-8 (bf16) or 2^-11 (fp16) of it.
+Inside an operator autocast is off, so results and gradients are bitwise identical; distances from fp64 are those of one
+rounding of what comes out: 2^-8 (bf16) or 2^-11 (fp16) of it.
 """
 
 from __future__ import annotations

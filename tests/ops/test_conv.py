@@ -1,4 +1,4 @@
-"""The short convolution: fast path against the plain form and against torch's conv1d, with history, borders and padding."""
+"""The short convolution: fast path against the plain form and against torch's conv1d, with history, boundaries and padding."""
 
 from __future__ import annotations
 

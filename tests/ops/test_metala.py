@@ -1,4 +1,4 @@
-"""The MetaLA operator: chunked path against the token-by-token one, with gradients; rounding switch; block borders."""
+"""The MetaLA operator: chunked path against the token-by-token one, with gradients; rounding switch; block boundaries."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ pytest.importorskip("triton", reason="needs Triton: pip install triton")
 from megatron.ops import dispatch
 from megatron.ops.metala import metala
 from megatron.ops.scan import scan_recurrent
-from tests.ops.fused_cases import NO_GPU, borders, device_matrix, relative, results
+from tests.ops.fused_cases import NO_GPU, boundaries, device_matrix, relative, results
 
 HAS_FLA = importlib.util.find_spec("fla") is not None
 
@@ -57,7 +57,7 @@ def test_the_package_computes_what_the_reference_does(device: str, documents: bo
 
         dispatch.chosen("metala", "fla", torch.device("cpu"))  # imports the package
         patch_fla()
-    ids = borders(2, 70, device) if documents else None
+    ids = boundaries(2, 70, device) if documents else None
     mask = torch.ones(2, 70, device=device)
     mask[1, :5] = 0
     assert worst(2, 70, device, True, ids, None if documents else mask) < 5e-5
@@ -95,8 +95,8 @@ def fla_stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("with_state", [False, True])
 @pytest.mark.parametrize("documents", [False, True])
 def test_arguments_are_mapped(with_state: bool, documents: bool) -> None:
-    """States of rows become states of sequences and back; nothing crosses a border or a row."""
-    ids = borders(3, 20, "cpu", 0.2) if documents else None
+    """States of rows become states of sequences and back; nothing crosses a boundary or a row."""
+    ids = boundaries(3, 20, "cpu", 0.2) if documents else None
     assert worst(3, 20, "cpu", with_state, ids) < 1e-5
 
 

@@ -16,7 +16,7 @@ pytest.importorskip("triton", reason="the fused kernels need Triton: pip install
 
 from megatron.ops import metala_launch
 from megatron.ops.metala import metala
-from tests.ops.fused_cases import borders, device_matrix, mostly_slow, relative, results
+from tests.ops.fused_cases import boundaries, device_matrix, mostly_slow, relative, results
 
 
 def leaves_for(t: int, k: int, gate_mean: float, device: str) -> list[Tensor]:
@@ -31,7 +31,7 @@ def leaves_for(t: int, k: int, gate_mean: float, device: str) -> list[Tensor]:
 
 def worst(leaves: list[Tensor], documents: bool) -> float:
     t, device = leaves[0].shape[1], str(leaves[0].device)
-    ids = borders(1, t, device, 0.02) if documents else None
+    ids = boundaries(1, t, device, 0.02) if documents else None
 
     def run(backend: str, q: Tensor, z: Tensor, v: Tensor, g: Tensor, w: Tensor, state: Tensor) -> tuple[Tensor, ...]:
         return metala(q, z, v, g, w, state=state, segment_ids=ids, backend=backend)
@@ -45,7 +45,7 @@ def worst(leaves: list[Tensor], documents: bool) -> float:
 @mostly_slow("t", [1, 65], [15, 16, 63, 64, 128, 200])
 @pytest.mark.parametrize("documents", [False, True])
 def test_any_length_with_states_and_documents(device: str, t: int, documents: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A part per chunk, the hardest cut: every border of a chunk is one of a part, the last part may be one token long."""
+    """A part per chunk, the hardest cut: every boundary of a chunk is one of a part, the last part may be one token long."""
     monkeypatch.setattr(metala_launch, "parts_for", lambda programs, chunks: chunks)
     assert worst(leaves_for(t, 16, 2.0, device), documents) < 3e-5
 

@@ -18,12 +18,12 @@ from megatron.layers.base import Context
 from megatron.layers.metala import MetaLA
 from megatron.model.build import build_model, param_specs
 from megatron.model.config import ModelConfig
-from megatron.model.init import materialise
+from megatron.model.init import init_weights
 from megatron.ops.metala_packed import metala_packed
-from megatron.ops.packed import cut_packed, joined_rows, lay_together, packed_linear
+from megatron.ops.packed import cut_packed, joined_rows, pack_weights, packed_linear
 from megatron.ops.packed_linear_triton import packed_linear_forward
-from megatron.parallel.plan import slice_of
-from tests.ops.fused_cases import borders, device_matrix, relative, results
+from megatron.parallel.shard_spec import slice_of
+from tests.ops.fused_cases import boundaries, device_matrix, relative, results
 
 
 def draw(*shapes: tuple[int, ...], device: str = "cpu") -> list[Tensor]:
@@ -37,7 +37,7 @@ def test_operator_over_a_packed_projection(device: str, extras: bool) -> None:
     """Forward, the one packed gradient, dw and dstate; with documents, padding and a state; an odd width."""
     b, t, h, k, v = 2, 70, 2, 24, 48
     leaves = draw((b, t, h * (2 * k + 2 * v)), (h, k), (b, h, k, v), device=device)
-    ids = borders(b, t, device) if extras else None
+    ids = boundaries(b, t, device) if extras else None
     mask = torch.ones(b, t, device=device) if extras else None
     if mask is not None:
         mask[1, :9] = 0
@@ -80,14 +80,14 @@ def test_weights_that_lie_together_are_read_in_place() -> None:
     parameters = [torch.nn.Parameter(torch.randn(n, 8)) for n in (4, 6, 3)]
     before = [p.detach().clone() for p in parameters]
     assert joined_rows(parameters).data_ptr() != parameters[0].data_ptr()
-    lay_together(parameters)
+    pack_weights(parameters)
     assert all(torch.equal(p, old) for p, old in zip(parameters, before, strict=True))
     joined = joined_rows(parameters)
     assert joined.data_ptr() == parameters[0].data_ptr() and torch.equal(joined, torch.cat(before))
     apart = [*parameters[:2], torch.nn.Parameter(before[2].clone())]
     assert torch.equal(joined_rows(apart), torch.cat(before))
     assert torch.equal(joined_rows(parameters[::-1]), torch.cat(before[::-1]))
-    lay_together([torch.nn.Parameter(torch.empty(2, 2, device="meta"))])  # nothing to move, nothing to fail
+    pack_weights([torch.nn.Parameter(torch.empty(2, 2, device="meta"))])  # nothing to move, nothing to fail
 
 
 def test_tensors_without_memory_pass() -> None:
@@ -114,7 +114,7 @@ def test_a_layer_is_the_same_layer_on_both_paths() -> None:
     found = []
     for together, backend in ((False, "reference"), (False, "torch"), (False, "triton"), (True, "torch"), (True, "triton")):
         if together:
-            layer.lay_together()
+            layer.pack_weights()
         y, _ = layer(x, Context(mask=mask, backend=backend))
         y = y * mask[..., None]
         found.append([y, *torch.autograd.grad(y.square().sum(), list(layer.parameters()))])
@@ -132,7 +132,7 @@ def test_model_of_the_fused_path_traces_as_one_graph() -> None:
         model = build_model(config)
     specs = param_specs(config)
     slices = lambda spec: slice_of(spec.shape, spec.cut, 0, 1)  # noqa: E731
-    materialise(model, {n: n for n in specs}, specs, config, 1, slices=slices, device="cpu", dtype=torch.float32)
+    init_weights(model, {n: n for n in specs}, specs, config, 1, slices=slices, device="cpu", dtype=torch.float32)
     tokens, ctx = torch.randint(0, 32, (1, 9)), Context(backend="triton")
     plain = model(tokens, ctx)[0]
     compiled = torch.compile(lambda t: model(t, ctx)[0], backend="aot_eager", fullgraph=True)(tokens)

@@ -1,4 +1,4 @@
-"""Places of tokens in rows and documents against counting them one by one, borders on padding included."""
+"""Places of tokens in rows and documents against counting them one by one, boundaries on padding included."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The three forms of the gated scan are one function: values and gradients, odd lengths, states, borders, extreme gates."""
+"""The three forms of the gated scan are one function: values and gradients, odd lengths, states, boundaries, extreme gates."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The selective scan: chunked path against the token-by-token one with gradients, steps, document borders, padding."""
+"""The selective scan: chunked path against the token-by-token one with gradients, steps, document boundaries, padding."""
 
 from __future__ import annotations
 

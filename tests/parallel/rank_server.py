@@ -149,7 +149,7 @@ def main() -> None:
 
     torch.set_num_threads(1)
     import megatron.engine.build
-    import megatron.engine.deepspeed  # noqa: F401
+    import megatron.engine.deepspeed_pipeline  # noqa: F401
     from megatron.registry import layer_class, layer_names
 
     for layer in layer_names():

@@ -66,7 +66,7 @@ def run_ranks(
     """Results of `function(*args, **kwargs)` on `world` ranks, in rank order; arguments and results must pickle.
 
     Args:
-        timeout: seconds for the whole job, also the time-out of its collectives. connect: open the default process group first.
+        timeout: seconds for the whole job, also the timeout of its collectives. connect: open the default process group first.
         env: more environment variables for the ranks.
 
     Raises:

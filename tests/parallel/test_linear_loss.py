@@ -1,4 +1,4 @@
-"""Output matrix and loss in one, against the plain loss of the plain product in fp64: values and gradients, TP 1 and 2.
+"""Output projection and loss in one, against the plain loss of the plain product in fp64: values and gradients, TP 1 and 2.
 
 fp64 against fp64: 1e-12 (another order of the same sums). fp32: 2e-6 of the norm. bf16: the logits are rounded in both;
 against the exact product the loss may differ by 5e-3 and gradients by 1e-2, the limits of our kernels.
@@ -109,7 +109,7 @@ def _split(backend: str) -> dict[str, Any]:
     want = plain(x, matrix, labels, mask)
     part = matrix.detach().chunk(2)[mesh.tp_rank].clone().requires_grad_()
     assert mesh.tp_group is not None
-    seen: nn.Module = CopyToTP(mesh.tp_group)  # what stands in front of the output matrix: it sums the ranks' dx
+    seen: nn.Module = CopyToTP(mesh.tp_group)  # what stands in front of the output projection: it sums the ranks' dx
     loss = linear_token_loss(seen(x), part, labels, mask, mesh.tp_group, block=8, backend=backend)
     got = [loss, *torch.autograd.grad(loss * 3, (x, part))]
     want[2] = want[2].chunk(2)[mesh.tp_rank]

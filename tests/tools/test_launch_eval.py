@@ -63,7 +63,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("cache")
 def test_a_run_that_half_fails_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from megatron.evaluation.collected import read_results
+    from megatron.evaluation.published_tables import read_results
     from megatron.export.hf import export_checkpoint
 
     write_recall(write_standard(tmp_path / "data"))

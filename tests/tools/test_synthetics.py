@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 
 from megatron.config.load import load_config
+from megatron.data_pipeline import DataPipeline
 from megatron.errors import ConfigError
-from megatron.evaluation.recall import Training, run_point
-from megatron.evaluation.sweep import group, points_of, solved
-from megatron.evaluation.sweep_results import Results, read_lines
-from megatron.feeding import Feeding
 from megatron.settings import tokenizer_of
+from megatron.synthetics.sweep import group, points_of, solved
+from megatron.synthetics.sweep_results import Results, read_lines
+from megatron.synthetics.train_point import Training, run_point
 
 ROOT = Path(__file__).resolve().parents[2]
 SWEEP: dict[str, Any] = {
@@ -180,12 +180,12 @@ def test_one_source_of_data(tmp_path: Path) -> None:
     tokenizer = tokenizer_of(run)
     assert tokenizer.vocab_size == 32 and tokenizer.name == "NumberTokenizer"
     with pytest.raises(ConfigError, match="synthetic and data_path are both given"):
-        Feeding(run, tokenizer, 32).check()
+        DataPipeline(run, tokenizer, 32).check()
 
 
 @pytest.mark.slow
 def test_a_training_run_on_a_synthetic_task(tmp_path: Path) -> None:
-    """`train.py` with two slices of different lengths: accuracy in the metrics, resume to the bit."""
+    """`train.py` with two slices of different lengths: accuracy in the metrics, resume bitwise."""
     config = {
         "synthetic": {
             "task": "mqar",

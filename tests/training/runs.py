@@ -23,10 +23,10 @@ from megatron.observe.console import Console
 from megatron.observe.metrics import CostModel
 from megatron.observe.sinks import SinkOptions, Sinks
 from megatron.parallel.mesh import Mesh
-from megatron.training.cadence import SaveRule
-from megatron.training.control import Control
+from megatron.reliability.stop import Control
 from megatron.training.evaluate import Evaluator
 from megatron.training.hooks import Hook, Run, Skip, Step
+from megatron.training.intervals import SaveRule
 from megatron.training.loop import Actions, fit
 from megatron.training.options import FitOptions
 from megatron.training.reporting import Reporting

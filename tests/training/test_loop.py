@@ -13,9 +13,9 @@ from megatron.checkpoint.layout import whole_steps
 from megatron.engine.base import StepResult
 from megatron.errors import TrainingError
 from megatron.observe.jsonl import read_rows
-from megatron.training.cadence import SaveRule
+from megatron.reliability.guard_options import GuardOptions
 from megatron.training.hooks import Hook, Run, Step
-from megatron.training.options import GuardOptions
+from megatron.training.intervals import SaveRule
 from megatron.training.state import TrainState
 from tests.training.runs import make_engine, options, train
 

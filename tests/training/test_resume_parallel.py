@@ -1,4 +1,4 @@
-"""Stop and resume on real ranks with the DeepSpeed engine: bit-equal to the unbroken run, on every axis."""
+"""Stop and resume on real ranks with the DeepSpeed engine: bit-equal to the uninterrupted run, on every axis."""
 
 from __future__ import annotations
 

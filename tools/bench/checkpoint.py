@@ -35,8 +35,8 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from megatron.checkpoint import save as saving
 from megatron.checkpoint.background import Saver
 from megatron.checkpoint.load import load_checkpoint
+from megatron.checkpoint.safetensors_writer import threads, write_files
 from megatron.checkpoint.save import save_checkpoint
-from megatron.checkpoint.tensors import threads, write_files
 from megatron.engine.base import MOMENTS, Engine, EngineSettings, MicroBatch, OptimizerSlice, StepResult, copy_all
 from megatron.files import write_json
 from megatron.model.build import param_specs

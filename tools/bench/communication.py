@@ -80,14 +80,14 @@ class GatherEverything(nn.Module):
         self.group = group
         self.copies = nn.ModuleList(CopyToTP(group) for _ in range(4))
         self.columns = nn.ModuleList(nn.Linear(d, width // t) for width in (d // 2, d // 2, d, d))
-        self.row, self.join = nn.Linear(d // t, d, bias=False), ReduceFromTP(group)
+        self.row, self.reduce_from_tp = nn.Linear(d // t, d, bias=False), ReduceFromTP(group)
 
     def forward(self, x: Tensor) -> Tensor:
         """`x [b, s, d]` -> `[b, s, d]`."""
         pairs = zip(self.copies, self.columns, strict=True)
         q, k, v, g = (_Gather.apply(linear(copy(x)), self.group) for copy, linear in pairs)
         mixed = v * g + torch.cat((q, k), -1)
-        return self.join(F.linear(_Scatter.apply(mixed, self.group), self.row.weight))
+        return self.reduce_from_tp(F.linear(_Scatter.apply(mixed, self.group), self.row.weight))
 
 
 def _ours(mesh: Mesh, sequence: bool) -> tuple[nn.Module, MLP]:

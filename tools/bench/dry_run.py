@@ -33,11 +33,11 @@ import torch
 from megatron.engine import startup
 from megatron.engine.base import EngineSettings
 from megatron.engine.build import build_engine
-from megatron.engine.footprint import rank_footprint
 from megatron.files import write_json
 from megatron.launch.environment import init_process_group, read_rank_environment
 from megatron.model.config import ModelConfig
 from megatron.parallel.mesh import Mesh
+from megatron.planning.memory import rank_footprint
 
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1
 _MIB = 2**20
@@ -215,7 +215,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=None)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    importlib.import_module("megatron.engine.sharded")  # DeepSpeed, once for all forks
+    importlib.import_module("megatron.engine.deepspeed_zero")  # DeepSpeed, once for all forks
     rows = []
     for case in cases():
         if not arguments.only or case.name in arguments.only:

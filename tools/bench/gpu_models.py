@@ -17,17 +17,17 @@ from torch import Tensor
 
 from megatron.engine.base import EngineSettings
 from megatron.engine.build import build_engine
-from megatron.engine.single import SingleEngine
+from megatron.engine.single_process import SingleProcessEngine
 from megatron.generation.decode import TokenStep
 from megatron.layers.base import Context
 from megatron.layers.metala import MetaLA
 from megatron.model.build import build_model, param_specs
 from megatron.model.config import ModelConfig
-from megatron.model.init import materialise
+from megatron.model.init import init_weights
 from megatron.model.stages import BlockStage, NormStage
 from megatron.ops import dispatch
 from megatron.parallel.mesh import Mesh
-from megatron.parallel.plan import slice_of
+from megatron.parallel.shard_spec import slice_of
 from tools.bench.gpu_peers import fla_version, use_fla_in_layers
 from tools.bench.gpu_timing import Clock
 
@@ -72,7 +72,7 @@ def layer_rows(device: str, dtype: torch.dtype, clock: Clock, cases: list[tuple[
     rows = []
     for d, heads, b, t in cases:
         layer = MetaLA(MetaLA.Config(hidden_size=d, num_heads=heads)).to(device, dtype)
-        layer.lay_together()
+        layer.pack_weights()
         x = torch.randn(b, t, d, generator=torch.Generator().manual_seed(0)).to(device, dtype).requires_grad_()
         row: dict[str, Any] = {"d": d, "heads": heads, "batch": b, "length": t}
         for name, which in backends(device).items():
@@ -94,7 +94,7 @@ class Trainee:
         chunk, dtype = (4096, "bf16") if self.on_gpu else (8, "fp32")
         settings = EngineSettings(dtype=dtype, seq_length=length, loss_chunk_tokens=chunk)
         engine = build_engine("single", config, Mesh.single(), settings)
-        assert isinstance(engine, SingleEngine)
+        assert isinstance(engine, SingleProcessEngine)
         self.engine = engine
 
     def use(self, backend: str) -> None:
@@ -135,12 +135,12 @@ def filled(config: ModelConfig, device: str, dtype: torch.dtype) -> Any:
     with torch.device("meta"):
         model = build_model(config)
     specs = param_specs(config)
-    materialise(
+    init_weights(
         model, {n: n for n in specs}, specs, config, 1,
         slices=lambda spec: slice_of(spec.shape, spec.cut, 0, 1), device=device, dtype=dtype,
     )  # fmt: skip
     for block in model.model.blocks():
-        block.token_mixer.lay_together()
+        block.token_mixer.pack_weights()
     return model.eval()
 
 

@@ -161,7 +161,7 @@ def peak_of_one(args: argparse.Namespace) -> None:
     small = torch.randn(1, 64, args.hidden, requires_grad=True)
     layer(small, Context(backend=form))[0].sum().backward()  # libraries load and make their buffers
     x = torch.randn(1, length, args.hidden, requires_grad=True)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from what is resident now
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident now
     before = resident("VmRSS")
     layer(x, Context(backend=form))[0].sum().backward()
     print(round((resident("VmHWM") - before) / 1024, 1))

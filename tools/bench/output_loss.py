@@ -1,4 +1,4 @@
-"""Output matrix and loss, plain against a block of tokens at a time: seconds and peak memory, each in a process of its own.
+"""Output projection and loss, plain against a block of tokens at a time: seconds and peak memory, each in a process of its own.
 
     python tools/bench/output_loss.py [--tokens 2048] [--hidden 256] [--vocab 32000] [--output FILE.json]
 

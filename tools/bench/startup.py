@@ -30,7 +30,7 @@ from tests.launch.tiny_run import write_run
 from tests.parallel.rank_server import free_port
 
 PARTS = ("launcher", "imports", "rendezvous", "engine", "first step", "end")
-# Runs in each rank instead of train.py: train.py with a clock at the borders of its parts.
+# Runs in each rank instead of train.py: train.py with a clock at the boundaries of its parts.
 _CLOCKED = """
 import os, sys, time
 born = time.time()

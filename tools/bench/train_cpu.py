@@ -4,7 +4,7 @@
 
 Both models have the same layers, width, heads, MLP width and vocabulary, see the same tokens per step, run in fp32 with the
 same AdamW. Steps of the two alternate, so that a busy machine slows both; the median step counts. Llama runs as its
-library ships it (SDPA attention); ours as `engine/single.py` runs it.
+library ships it (SDPA attention); ours as `engine/single_process.py` runs it.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from megatron.engine.cpu import tune_cpu
 from megatron.model.build import build_model, param_specs
 from megatron.model.config import ModelConfig
-from megatron.model.init import materialise
+from megatron.model.init import init_weights
 from megatron.model.loss import token_loss
-from megatron.parallel.plan import slice_of
+from megatron.parallel.shard_spec import slice_of
 from tools.bench.cpu_result import save_result
 
 
@@ -38,7 +38,7 @@ def our_model(args: argparse.Namespace) -> nn.Module:
         model = build_model(config)
     specs = param_specs(config)
     names = {name: name for name in specs}
-    materialise(
+    init_weights(
         model, names, specs, config, 1, slices=lambda s: slice_of(s.shape, s.cut, 0, 1), device="cpu", dtype=torch.float32
     )
     return model

@@ -23,7 +23,7 @@ SUITE = (
     "tests/model",
     "tests/observe/test_sinks.py",
     "tests/engine/test_engine_parity.py",
-    "tests/engine/test_engine_single.py",
+    "tests/engine/test_engine_single_process.py",
     "tests/checkpoint/test_roundtrip.py",
     "tests/export",
     "tests/generation",

@@ -23,7 +23,7 @@ def parser() -> argparse.ArgumentParser:
     """NeoX's flags and defaults, and our own after them."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument(
-        "--input", required=True, help=f"files ({READABLE}), folders, hf:NAME?split=train data sets, separated by commas"
+        "--input", required=True, help=f"files ({READABLE}), folders, hf:NAME?split=train datasets, separated by commas"
     )
     made.add_argument("--jsonl-keys", nargs="+", default=["text"], help="fields (or columns) to read, one output each")
     made.add_argument("--num-docs", type=int, help="number of documents if known; shown, nothing else")

@@ -30,7 +30,7 @@ def texts(reader: RowReader, keys: list[str], limit: int | None) -> Iterator[str
 def main() -> None:
     """Train and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", required=True, help=f"files ({READABLE}), folders, hf: data sets, separated by commas")
+    parser.add_argument("--input", required=True, help=f"files ({READABLE}), folders, hf: datasets, separated by commas")
     parser.add_argument("--jsonl-keys", nargs="+", default=["text"], help="fields to read")
     parser.add_argument("--kind", default="bpe", choices=["bpe", "spm-bpe", "spm-unigram"], help="what to train")
     parser.add_argument("--vocab-size", type=int, default=52000, help="entries, special tokens included")

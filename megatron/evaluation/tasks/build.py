@@ -1,4 +1,4 @@
-"""From a recall data set to the documents and scores of an lm-eval task; the task files beside this one name what is here.
+"""From a recall dataset to the documents and scores of an lm-eval task; the task files beside this one name what is here.
 
 Settings come as lm-eval's metadata: `recall` and `form` from the task file; `context_length`, `answer_length` and `tokenizer`
 from the person (`--metadata` of the `lm_eval` command, `eval_context_length` of ours). The document's budget is
@@ -19,8 +19,8 @@ from typing import Any
 import datasets
 
 from megatron.errors import ConfigError, DataError
-from megatron.evaluation.tasks.cut import Tokens, cut_text
 from megatron.evaluation.tasks.prompts import PROMPTS, SWDE_CUE, Record
+from megatron.evaluation.tasks.shorten import Tokens, cut_text
 
 _log = logging.getLogger(__name__)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -28,7 +28,7 @@ _ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 @dataclass(frozen=True)
 class Source:
-    """A data set of the hub. document: the field that is cut. anchors: the fields that the cut keeps in sight."""
+    """A dataset of the hub. document: the field that is cut. anchors: the fields that the cut keeps in sight."""
 
     path: str
     name: str | None
@@ -128,7 +128,7 @@ def documents(
 
 
 def records_of(source: Source) -> datasets.Dataset:
-    """The data set from the hub, or from the folder of its name below the working directory (`--data-dir`)."""
+    """The dataset from the hub, or from the folder of its name below the working directory (`--data-dir`)."""
     return datasets.load_dataset(source.path, source.name, split="validation")
 
 

@@ -1,6 +1,6 @@
 """The prompts of the recall tasks, once and read twice (JRT-Prompt, arXiv 2407.05483), character by character as published.
 
-A prompt is made from a record whose document may have been cut (`cut.py`). The small differences between tasks in what is
+A prompt is made from a record whose document may have been cut (`shorten.py`). The small differences between tasks in what is
 stripped belong to the published numbers. `key` is written with its first letter in upper case.
 """
 

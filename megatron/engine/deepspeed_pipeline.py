@@ -1,0 +1,249 @@
+"""DeepSpeed's pipeline engine behind `Engine`: pipeline, tensor, data parallelism with ZeRO-1. The only importer of deepspeed.
+
+It is the pipeline engine for any number of stages, one included; ZeRO-2 and 3, which it cannot do, are in `deepspeed_zero.py`.
+What DeepSpeed would get wrong or do slowly (spec/environment.md 2) is held here and in `deepspeed_config.py`; each point
+has a test:
+
+* a shared-memory op that compiles C++ at start and is never used in training is switched off;
+* the Muon modules, which every ZeRO optimizer imports to ask "is it Muon?", are replaced by an answer: they cost torch._dynamo;
+* groups that DeepSpeed makes without a timeout get ours, not torch's 30 minutes;
+* stage 0 is run as ZeRO-1 (wrong clipping with pipelines); the optimizer is a torch object (no C++ build);
+* the loss is reduced before the optimizer runs instead of after it, so that it can veto the step (`engine/skip_step.py`);
+* tied weights, partition and recomputation are ours (`engine/stages.py`), and tensor-parallel parameters are flagged,
+  so that the gradient norm counts every number once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import sys
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatron.engine.base import EngineSettings, MicroBatch, StepResult, batch_flow, take_micro_batches
+from megatron.engine.deepspeed_base import DeepSpeedBase
+from megatron.engine.deepspeed_config import deepspeed_config, zero_stage_note
+from megatron.engine.optim import FusedAdamW, set_learning_rate
+from megatron.engine.output import local_loss
+from megatron.engine.stages import EMBEDDING, LocalModel, run_stages
+from megatron.model.config import ModelConfig
+from megatron.model.objectives import LossParts, global_divisors
+from megatron.model.stages import Activations
+from megatron.parallel.mesh import Mesh, rank_of, set_default_timeout
+
+_MUON = "deepspeed.runtime.zero.muon"
+
+
+def _prepare_import() -> None:
+    """What must be true before `import deepspeed`: the accelerator is known, the Muon module is answered."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    for module, name in (("muon_optimizer", "MuonWithAuxAdam"), ("original_muon", "muon_update")):
+        if f"{_MUON}.{module}" not in sys.modules:
+            answer = types.ModuleType(f"{_MUON}.{module}")
+            setattr(answer, name, type(name, (), {}))  # nothing is an instance of it, and nobody calls it
+            sys.modules[f"{_MUON}.{module}"] = answer
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*an autograd kernel was not registered.*")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="deepspeed")
+
+
+_prepare_import()
+with contextlib.redirect_stdout(io.StringIO()):
+    import deepspeed
+    from deepspeed.pipe import PipelineModule
+    from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataParallelTopology
+
+logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+# Set, not looked up: the first look-up probes every op of DeepSpeed with a C compiler.
+vars(deepspeed.ops)["__compatible_ops__"] = {"deepspeed_shm_comm": False}
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hold back what DeepSpeed prints to stdout; it is shown if the body fails."""
+    held = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(held):
+            yield
+    except BaseException:
+        sys.stderr.write(held.getvalue())
+        raise
+
+
+def _join_world(mesh: Mesh, timeout_s: float) -> None:
+    """Let DeepSpeed find a process group; several processes have one already, a single one gets its own."""
+    set_default_timeout(timeout_s)
+    os.environ.setdefault("LOCAL_RANK", "0")  # PipelineModule reads it and nothing else
+    if not dist.is_initialized():
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=mesh.rank, world_size=mesh.world_size)
+    deepspeed.init_distributed(dist_backend=dist.get_backend(), dist_init_required=False, verbose=False)
+
+
+@dataclass(frozen=True)
+class _BeforeLoss:
+    """What the last stage gives to its loss; of a type that DeepSpeed does not look into."""
+
+    activations: Activations
+
+
+class _Pipeline(PipelineModule):
+    """This rank's stages as DeepSpeed wants them, with our partition, our tied weights and our recomputation.
+
+    The output projection belongs to the loss: DeepSpeed keeps what the last stage returns until the same buffer is used again,
+    in the next step even, and logits are large. `begin_backward` is what DeepSpeed does when a gradient reaches the last
+    stage's output; the matrix has its gradient by then, which DeepSpeed would drop (in bf16) as a leftover. It is therefore
+    called when the gradient of the loss begins.
+    """
+
+    begin_backward: Callable[[], None]
+    divisors: Tensor | None = None  # of the step, see `global_divisors`
+
+    def __init__(self, local: LocalModel, mesh: Mesh, settings: EngineSettings, parts: LossParts) -> None:
+        self._local, self._mesh, self._settings, self._parts = local, mesh, settings, parts
+        topology = PipeModelDataParallelTopology(num_pp=mesh.pp, num_mp=mesh.tp, num_dp=mesh.dp)
+        super().__init__([s.module for s in local.all_stages], topology=topology, loss_fn=self._loss)
+
+    def _partition_layers(self, method: str = "uniform") -> None:
+        self.parts = self._local.bounds
+        self._set_bounds(start=self.parts[self._mesh.pp_rank], stop=self.parts[self._mesh.pp_rank + 1])
+
+    def forward(self, forward_input: Activations) -> Activations | _BeforeLoss:
+        """Tuple of tensors through this rank's stages; in the last one, up to the output projection."""
+        interval, keep_rng = self._settings.activation_checkpoint_interval, self._local.draws
+        last = self._mesh.pp_rank == self._mesh.pp - 1
+        activations = run_stages(self.forward_funcs[: -1 if last else None], forward_input, interval, keep_rng)
+        assert isinstance(activations, tuple)
+        return _BeforeLoss(activations) if last else activations
+
+    def _loss(self, hidden: _BeforeLoss, targets: tuple[Tensor, Tensor]) -> Tensor:
+        seen = self.forward_funcs[-1](hidden.activations)
+        loss, parts = local_loss(self._settings, self._local, self._mesh, seen, *targets, self.divisors)
+        self._parts.add(parts)
+        if loss.requires_grad:
+            loss.register_hook(lambda _: self.begin_backward())
+        return loss
+
+    def _index_tied_modules(self) -> dict[str, Any]:
+        """The group of first and last stage for a tied output projection; every rank takes part in making the groups."""
+        mesh = self._mesh
+        found: dict[str, Any] = {}
+        if mesh.pp == 1 or not self._local.config.tie_embeddings:
+            return found
+        for d in range(mesh.dp):
+            for t in range(mesh.tp):
+                ranks = [rank_of(p, d, t, dp=mesh.dp, tp=mesh.tp) for p in (0, mesh.pp - 1)]
+                group = dist.new_group(ranks)
+                if mesh.rank in ranks:
+                    module = self.forward_funcs[0 if mesh.pp_rank == 0 else -1]
+                    found["embed"] = {"ranks": ranks, "group": group, "module": module}
+        if self._local.tied_copy:
+            # The copy's gradient is complete on both stages; the norm must count it once.
+            self._local.parameters[EMBEDDING].ds_pipe_replicated = True  # type: ignore[attr-defined]
+        return found
+
+    def get_tied_weights_and_groups(self) -> list[tuple[nn.Parameter, Any]]:
+        """Weight and group whose gradients are summed before the data-parallel reduction."""
+        return [(self._local.parameters[EMBEDDING], comm["group"]) for comm in self.tied_comms.values()]
+
+    def _synchronize_tied_weights(self) -> None:
+        """Nothing to send: both copies start from the same function of (seed, name) and take the same steps."""
+
+
+def start_deepspeed(module: nn.Module, engine: DeepSpeedBase, optimizer: FusedAdamW, grid: Any = None) -> tuple[Any, Any]:
+    """DeepSpeed's engine and its ZeRO optimizer around a model.
+
+    Args:
+        module: a `PipelineModule`, or a plain one. grid: from `one_stage_grid` for a plain one; a pipeline brings its own.
+    """
+    config = deepspeed_config(engine.settings, engine.mesh, engine.device.type != "cpu", engine.num_local_params)
+    with _quiet():
+        params = list(engine.parameters().values())
+        started, zero, _, _ = deepspeed.initialize(
+            model=module, optimizer=optimizer, model_parameters=params, config=config, mpu=grid
+        )
+    return started, zero
+
+
+def one_stage_grid(mesh: Mesh, timeout_s: float) -> Any:
+    """The groups of a mesh without pipeline in the form that DeepSpeed's plain engine asks for; joins the world before."""
+    _join_world(mesh, timeout_s)
+    return PipelineParallelGrid(topology=PipeModelDataParallelTopology(num_pp=1, num_mp=mesh.tp, num_dp=mesh.dp))
+
+
+class DeepSpeedPipelineEngine(DeepSpeedBase):
+    """See the module and `Engine`."""
+
+    kind: ClassVar[str] = "deepspeed"
+
+    def __init__(self, config: ModelConfig, mesh: Mesh, settings: EngineSettings, device: torch.device) -> None:
+        _join_world(mesh, settings.timeout_s)
+        optimizer = self._build(config, mesh, settings, device)
+        with _quiet():
+            self._pipeline = _Pipeline(self.local, mesh, settings, self._parts)
+        self._engine, self._zero = start_deepspeed(self._pipeline, self, optimizer)
+        self._pipeline.begin_backward = self._engine._backward_prologue
+        self._let_the_loss_veto()
+
+    def _let_the_loss_veto(self) -> None:
+        """Reduce the loss before the optimizer's step, with DeepSpeed's own collectives and no more of them."""
+        take_step, reduce_loss = self._engine._take_model_step, self._engine._aggregate_total_loss
+
+        def step(lr_kwargs: Any) -> None:
+            self.phase("step")
+            with torch.no_grad():
+                self._loss, self._decided = reduce_loss().detach(), False
+            take_step(lr_kwargs)
+
+        self._engine._take_model_step = step
+        self._engine._aggregate_total_loss = lambda: self._loss
+        self._zero.optimizer.skip = self._skip
+
+    def _feed(self, batches: Iterator[MicroBatch], count: int) -> Iterator[tuple[Activations, tuple[Tensor, Tensor]]]:
+        """(inputs of the first stage, targets of the last) per micro batch, all of which are counted first."""
+        taken = take_micro_batches(batches, count)
+        self._pipeline.divisors = global_divisors(self.settings.objective, taken, self.mesh, self.device)
+        for batch in taken:
+            yield batch_flow(batch, self.settings.inputs), (batch.labels.contiguous(), batch.loss_mask.contiguous())
+
+    def train_step(self, batches: Iterator[MicroBatch], lr: float) -> StepResult:
+        """One optimizer step; see `Engine.train_step`."""
+        feed = iter(list(self._feed(batches, self.gradient_accumulation)))
+        set_learning_rate(self._zero, lr)
+        self.phase("forward/backward")
+        self._parts.reset()
+        loss = self._engine.train_batch(data_iter=feed)
+        if self._parts.names:
+            self.loss_parts = self._mean_parts()
+        skipped = self._refused if self._engine.was_step_applied() else True
+        return StepResult(loss.detach(), self._engine.get_global_grad_norm(), skipped)
+
+    def eval_loss(self, batches: Iterator[MicroBatch], count: int) -> float:
+        """Loss over `count` micro batches of every data-parallel rank; see `Engine.eval_loss`."""
+        feed = iter(list(self._feed(batches, count)))
+        loss = float(self._engine.eval_batch(feed, num_micro_batches=count))
+        self._engine.module.train()
+        return loss
+
+    def describe(self) -> str:
+        """One line for the log."""
+        line = f"engine: DeepSpeed {deepspeed.__version__} pipeline, ZeRO-1, {self.mesh.describe()}, {self.settings.dtype}"
+        note = zero_stage_note(self.settings)
+        return f"{line} ({note})" if note else line
+
+    def close(self) -> None:
+        """Drop DeepSpeed's hooks and buffers."""
+        with _quiet():
+            self._engine.destroy()

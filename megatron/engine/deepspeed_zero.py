@@ -1,0 +1,179 @@
+"""DeepSpeed's plain engine behind `Engine`: ZeRO-2 and ZeRO-3 beside tensor parallelism, where there is one pipeline stage.
+
+ZeRO-2 shards gradients over the data-parallel ranks, ZeRO-3 the weights too, each flattened and cut into equal pieces. The
+model, the loss, the veto and the optimizer's arithmetic are those of the pipeline engine. Weights of ZeRO-3 are whole only
+while a layer computes; `weights` puts them together from the pieces and so is a collective there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import ClassVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatron.engine.base import EngineSettings, MicroBatch, StepResult, batch_flow, check_weights, take_micro_batches
+from megatron.engine.deepspeed_base import DeepSpeedBase, OwnedSlice
+from megatron.engine.deepspeed_pipeline import one_stage_grid, start_deepspeed
+from megatron.engine.optim import set_learning_rate
+from megatron.engine.output import local_loss
+from megatron.engine.stages import LocalModel, run_stages
+from megatron.model.config import ModelConfig
+from megatron.model.objectives import LossParts, global_divisors
+from megatron.parallel.collectives import all_reduce
+from megatron.parallel.mesh import Mesh
+
+
+class _Whole(nn.Module):
+    """All stages, and the loss behind them."""
+
+    def __init__(self, local: LocalModel, mesh: Mesh, settings: EngineSettings, parts: LossParts) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(local.stages)
+        self._local, self._mesh, self._settings, self._parts = local, mesh, settings, parts
+        self.divisors: Tensor | None = None  # of the step
+
+    def forward(self, labels: Tensor, mask: Tensor, *activations: Tensor) -> Tensor:
+        """Loss of a micro batch: labels and mask [b, s], and what goes into the first stage."""
+        interval, keep_rng = self._settings.activation_checkpoint_interval, self._local.draws
+        logits = run_stages(list(self.stages), activations, interval, keep_rng)
+        assert isinstance(logits, Tensor)
+        loss, parts = local_loss(self._settings, self._local, self._mesh, logits, labels, mask, self.divisors)
+        self._parts.add(parts)
+        return loss
+
+
+class DeepSpeedZeROEngine(DeepSpeedBase):
+    """See the module and `Engine`."""
+
+    kind: ClassVar[str] = "deepspeed"
+
+    def __init__(self, config: ModelConfig, mesh: Mesh, settings: EngineSettings, device: torch.device) -> None:
+        grid = one_stage_grid(mesh, settings.timeout_s)
+        optimizer = self._build(config, mesh, settings, device)
+        self._shapes = {name: tuple(p.shape) for name, p in self._parameters.items()}
+        self._model = _Whole(self.local, mesh, settings, self._parts)
+        self._engine, self._zero = start_deepspeed(self._model, self, optimizer, grid)
+        self._zero.optimizer.skip = self._skip
+
+    @property
+    def num_local_params(self) -> int:
+        """Parameters of this rank's tensor-parallel part, however they are sharded."""
+        return sum(int(getattr(p, "ds_numel", p.numel())) for p in self._parameters.values())
+
+    def _take(self, batches: Iterator[MicroBatch], count: int) -> Sequence[MicroBatch]:
+        """The next `count` micro batches, counted."""
+        taken = take_micro_batches(batches, count)
+        self._model.divisors = global_divisors(self.settings.objective, taken, self.mesh, self.device)
+        return taken
+
+    def _run(self, batch: MicroBatch) -> Tensor:
+        """The loss of one micro batch."""
+        parts = (batch.labels.contiguous(), batch.loss_mask.contiguous(), *batch_flow(batch, self.settings.inputs))
+        loss = self._engine(*(part.to(self.device) for part in parts))
+        assert isinstance(loss, Tensor)
+        return loss
+
+    def _mean(self, total: Tensor, count: int) -> Tensor:
+        """The mean over `count` micro batches of every data-parallel rank."""
+        return all_reduce(total / count, self.mesh.dp_group) / self.mesh.dp
+
+    def train_step(self, batches: Iterator[MicroBatch], lr: float) -> StepResult:
+        """One optimizer step; see `Engine.train_step`."""
+        count = self.gradient_accumulation
+        taken = self._take(batches, count)
+        set_learning_rate(self._zero, lr)
+        self.phase("forward/backward")
+        self._engine.train()
+        self._parts.reset()
+        total = torch.zeros((), device=self.device)
+        for number, batch in enumerate(taken):
+            loss = self._run(batch)
+            self._engine.backward(loss)
+            total += loss.detach()
+            if number == count - 1:  # before the optimizer runs, so that the loss can veto its step
+                self.phase("step")
+                self._loss, self._decided = self._mean(total, count), False
+            self._engine.step()
+        if self._parts.names:
+            self.loss_parts = self._mean_parts()
+        skipped = self._refused if self._engine.was_step_applied() else True
+        return StepResult(self._loss, self._zero._global_grad_norm, skipped)
+
+    @torch.no_grad()
+    def eval_loss(self, batches: Iterator[MicroBatch], count: int) -> float:
+        """Loss over `count` micro batches of every data-parallel rank; see `Engine.eval_loss`."""
+        self._engine.eval()
+        total = torch.zeros((), device=self.device)
+        for batch in self._take(batches, count):
+            total += self._run(batch).detach()
+        self._engine.train()
+        return float(self._mean(total, count))
+
+    def _flat_partitions(self) -> list[Tensor]:
+        return list(self._zero.fp32_partitioned_groups_flat) if self._three else super()._flat_partitions()
+
+    @property
+    def _three(self) -> bool:
+        return self.settings.zero_stage == 3
+
+    def _owned(self) -> dict[str, OwnedSlice]:
+        """As in ZeRO-1, except that ZeRO-3 cuts every parameter by itself, the last piece being shorter."""
+        if not self._three:
+            return super()._owned()
+        flats, found = self._flat_partitions(), {}
+        for name, param in self._parameters.items():
+            group, at, piece = self._zero.grad_position[self._zero.get_param_id(param)]
+            start = min(piece * self.mesh.dp_rank, param.ds_numel)  # type: ignore[attr-defined]
+            stop = min(start + piece, param.ds_numel)  # type: ignore[attr-defined]
+            if start < stop:
+                found[name] = OwnedSlice(flats[group], at, start, stop - start)
+        return found
+
+    def weights(self) -> dict[str, Tensor]:
+        """As `Engine.weights`; with ZeRO-3 every rank must call it."""
+        if not self._three:
+            return super().weights()
+        return {name: self._joined(param).view(self._shapes[name]) for name, param in self._parameters.items()}
+
+    def _joined(self, param: nn.Parameter) -> Tensor:
+        piece: Tensor = param.ds_tensor.detach()  # type: ignore[attr-defined]
+        whole = piece.new_empty(piece.numel() * self.mesh.dp)
+        if self.mesh.dp_group is None:
+            whole.copy_(piece)
+        else:
+            dist.all_gather_into_tensor(whole, piece.contiguous(), group=self.mesh.dp_group)
+        return whole[: param.ds_numel]  # type: ignore[attr-defined]
+
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """As `Engine.load_weights`: each rank keeps its piece."""
+        if not self._three:
+            super().load_weights(weights)
+            return
+        check_weights(self._shapes, weights)
+        for name, param in self._parameters.items():
+            piece, given = param.ds_tensor.detach(), weights[name].reshape(-1)  # type: ignore[attr-defined]
+            mine = given[piece.numel() * self.mesh.dp_rank :][: piece.numel()]
+            piece[: mine.numel()].copy_(mine)
+            if param.numel() == given.numel():  # small ones are kept whole beside their piece
+                param.detach().view(-1).copy_(given)
+
+    @torch.no_grad()
+    def refresh_master_from_weights(self) -> None:
+        """Masters become the weights; moments are forgotten."""
+        if not self._three:
+            super().refresh_master_from_weights()
+            return
+        for flat, low in zip(self._zero.fp32_partitioned_groups_flat, self._zero.fp16_partitioned_groups_flat, strict=True):
+            flat.copy_(low)
+        self._forget_moments()
+
+    def describe(self) -> str:
+        """One line for the log."""
+        return f"engine: DeepSpeed, ZeRO-{self.settings.zero_stage}, {self.mesh.describe()}, {self.settings.dtype}"
+
+    def close(self) -> None:
+        """Drop DeepSpeed's hooks and buffers."""
+        self._engine.destroy()

@@ -1,0 +1,197 @@
+"""One process, plain PyTorch: the default engine for one process, and the reference of every parallel result.
+
+fp32 trains as it stands. bf16 and fp16 keep fp32 master weights and sum micro batch gradients in fp32; fp16 adds a
+loss scale that halves on overflow and doubles after a quiet window. A step whose gradients are not finite is skipped
+in every precision, as DeepSpeed does, and so is one that is beyond `Engine.limits`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from megatron.engine.base import (
+    MOMENTS,
+    Engine,
+    EngineSettings,
+    MicroBatch,
+    OptimizerSlice,
+    StepResult,
+    batch_flow,
+    check_names,
+    check_slice,
+    copy_all,
+    take_micro_batches,
+)
+from megatron.engine.loss_scale import LossScale
+from megatron.engine.optim import build_optimizer, parameter_groups, set_learning_rate
+from megatron.engine.output import local_loss
+from megatron.engine.skip_step import should_skip
+from megatron.engine.stages import build_local, run_stages
+from megatron.model.config import ModelConfig
+from megatron.model.objectives import LossParts, global_divisors
+from megatron.parallel.mesh import Mesh
+
+# DeepSpeed adds this to the norm before it divides; the two engines must clip alike.
+CLIP_EPS = 1e-6
+
+
+class SingleProcessEngine(Engine):
+    """See the module and `Engine`."""
+
+    kind: ClassVar[str] = "single"
+
+    def __init__(self, config: ModelConfig, settings: EngineSettings, device: torch.device) -> None:
+        self.mesh, self.settings, self.device = Mesh.single(), settings, device
+        self.local = build_local(config, self.mesh, settings, device)
+        self.specs = self.local.specs
+        self._parameters = self.local.parameters
+        self.dtype = next(iter(self._parameters.values())).dtype
+        self.stages = nn.ModuleList(self.local.stages)
+        self._low = self.dtype != torch.float32
+        self._masters: dict[str, Tensor] = dict(self._parameters)
+        if self._low:
+            self._masters = {name: p.detach().float() for name, p in self._parameters.items()}
+        groups = parameter_groups(self._masters, self.specs, settings.weight_decay, settings.weight_decay_rule)
+        self.optimizer = build_optimizer(groups, settings)
+        self._parts = LossParts(settings.objective.parts)
+        self.loss_scale = LossScale.from_settings(settings)
+
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        """Logical name -> parameter."""
+        return self._parameters
+
+    def _loss(self, batch: MicroBatch, divisors: Tensor | None) -> Tensor:
+        """Loss of one micro batch; divisors: of the step."""
+        activations = tuple(part.to(self.device) for part in batch_flow(batch, self.settings.inputs))
+        labels, mask = batch.labels.to(self.device), batch.loss_mask.to(self.device)
+        interval = self.settings.activation_checkpoint_interval
+        logits = run_stages(self.local.stages, activations, interval, keep_rng=self.local.draws)
+        assert isinstance(logits, Tensor)
+        loss, parts = local_loss(self.settings, self.local, self.mesh, logits, labels, mask, divisors)
+        self._parts.add(parts)
+        return loss
+
+    def train_step(self, batches: Iterator[MicroBatch], lr: float) -> StepResult:
+        """One optimizer step; see `Engine.train_step`."""
+        count = self.gradient_accumulation
+        self.phase("forward/backward")
+        self.stages.train()
+        total = torch.zeros((), device=self.device)
+        self._parts.reset()
+        taken = take_micro_batches(batches, count)
+        divisors = global_divisors(self.settings.objective, taken, self.mesh, self.device)
+        for batch in taken:
+            loss = self._loss(batch, divisors)
+            (loss * (self.loss_scale.value / count)).backward()
+            total += loss.detach()
+            if self._low:
+                self._gather_gradients()
+        self.phase("step")
+        if self._parts.names:
+            means = self._parts.sums(self.device) / count
+            self.loss_parts = dict(zip(self._parts.names, means.tolist(), strict=True))
+        loss, norm = total / count, self._norm()
+        skipped = bool(should_skip(loss, norm, self.limits))
+        if not skipped:
+            self._clip(float(norm))
+            set_learning_rate(self.optimizer, lr)
+            self.optimizer.step()
+            self._copy_masters_down()
+        overflow = skipped and not bool(torch.isfinite(norm))
+        self.loss_scale.update(overflow)
+        for tensor in (*self._masters.values(), *self._parameters.values()):
+            tensor.grad = None
+        return StepResult(loss, torch.full_like(norm, float("inf")) if overflow else norm, skipped)
+
+    @torch.no_grad()
+    def _gather_gradients(self) -> None:
+        """Add the micro batch's low-precision gradients to the fp32 sums and drop them."""
+        for name, param in self._parameters.items():
+            master = self._masters[name]
+            if param.grad is None:
+                continue
+            if master.grad is None:
+                master.grad = param.grad.float()
+            else:
+                master.grad += param.grad
+            param.grad = None
+
+    def _gradients(self) -> list[Tensor]:
+        return [m.grad for m in self._masters.values() if m.grad is not None]
+
+    @torch.no_grad()
+    def _norm(self) -> Tensor:
+        """The norm of all gradients, the loss scale taken out, before clipping."""
+        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(self._gradients()))) / self.loss_scale.value
+
+    @torch.no_grad()
+    def _clip(self, norm: float) -> None:
+        """Take the loss scale out of all gradients and clip them."""
+        factor = 1.0 / self.loss_scale.value
+        limit = self.settings.gradient_clipping
+        if limit > 0:
+            factor = factor / max(1.0, (norm + CLIP_EPS) / limit)
+        if factor != 1.0:
+            torch._foreach_mul_(self._gradients(), factor)
+
+    @torch.no_grad()
+    def _copy_masters_down(self) -> None:
+        if self._low:
+            for name, param in self._parameters.items():
+                param.copy_(self._masters[name])
+
+    @torch.no_grad()
+    def eval_loss(self, batches: Iterator[MicroBatch], count: int) -> float:
+        """Loss over `count` micro batches; see `Engine.eval_loss`."""
+        self.stages.eval()
+        taken = take_micro_batches(batches, count)
+        divisors = global_divisors(self.settings.objective, taken, self.mesh, self.device)
+        total = sum(float(self._loss(batch, divisors)) for batch in taken)
+        self.stages.train()
+        return total / count
+
+    def optimizer_slices(self) -> dict[str, OptimizerSlice]:
+        """Every parameter, whole."""
+        return {name: self._slice(master) for name, master in self._masters.items()}
+
+    def _slice(self, master: Tensor) -> OptimizerSlice:
+        state, flat = self.optimizer.state_of(master), master.detach().view(-1)
+        return OptimizerSlice(0, flat.numel(), flat, {m: state[m].view(-1) for m in MOMENTS}, int(state["step"]))
+
+    def load_optimizer_slices(self, slices: Mapping[str, OptimizerSlice]) -> None:
+        """Masters and moments; the compute weights follow from the masters."""
+        check_names(set(self._masters), set(slices), "optimizer states")
+        for name, master in self._masters.items():
+            check_slice(name, (0, master.numel()), slices[name])
+        pairs = []
+        for name, master in self._masters.items():
+            part, state = slices[name], self.optimizer.state_of(master)
+            pairs += [(state[moment].view(-1), part.moments[moment]) for moment in MOMENTS]
+            pairs.append((master.detach().view(-1), part.master))
+            state["step"].fill_(part.step)
+        copy_all(pairs)
+        with torch.no_grad():
+            self._copy_masters_down()
+
+    @torch.no_grad()
+    def refresh_master_from_weights(self) -> None:
+        """Masters become the weights; moments are forgotten."""
+        for name, param in self._parameters.items():
+            self._masters[name].copy_(param)
+        self.optimizer.state.clear()
+
+    def extra_state(self) -> dict[str, Any]:
+        """The loss scale of fp16."""
+        return self.loss_scale.state()
+
+    def load_extra_state(self, state: Mapping[str, Any]) -> None:
+        """See `extra_state`."""
+        self.loss_scale.load(state)
+
+    def describe(self) -> str:
+        """One line for the log."""
+        return f"engine: plain PyTorch, one process on {self.device.type}, {self.settings.dtype}, fused AdamW"

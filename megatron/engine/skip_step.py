@@ -1,0 +1,31 @@
+"""Whether a step may change the weights: decided from the global loss and gradient norm, on the device, before it does.
+
+Both numbers are the same on every rank when the optimizer runs, so every rank decides alike without a message of its own, and
+the decision is a tensor that the fused optimizer kernel reads: nobody waits for the device.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class StepLimits:
+    """The largest loss and gradient norm (before clipping) that a step may have; infinite: anything finite."""
+
+    loss: float = math.inf
+    grad_norm: float = math.inf
+
+
+def should_skip(loss: Tensor, grad_norm: Tensor, limits: StepLimits) -> Tensor:
+    """1.0 where the step must not be applied, else 0.0: a scalar in fp32 on the device of `loss`.
+
+    Not finite, above a limit, or a negative norm (DeepSpeed writes -1 for a norm that is not finite).
+    """
+    norm = grad_norm.to(loss.device)
+    fine = torch.isfinite(loss) & torch.isfinite(norm) & (norm >= 0) & (loss <= limits.loss) & (norm <= limits.grad_norm)
+    return torch.logical_not(fine).float().reshape(())

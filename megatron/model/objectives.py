@@ -1,0 +1,159 @@
+"""What a model is trained for: the next token everywhere, after a prefix, or JRT's mixture with masked tokens of the prefix.
+
+    causal   mean cross entropy over all counted positions
+    prefix   the same over positions after the prefix alone (classic prefix language model; JRT's `continual`)
+    jrt      mean over positions after the prefix + weight * mean over the prefix's masked positions (arXiv 2407.05483, 3.3)
+
+The two means of `jrt` are added, not averaged: the paper's formula divides by 1 + weight, the code that trained the released
+models does not. `data/masking.py` makes the batches: labels of masked positions are the hidden tokens themselves.
+
+Each mean is over the counted tokens of the global batch, so that loss and gradient do not depend on how masked tokens are dealt
+to micro batches and ranks: an engine counts them before a step (`global_divisors`, one all-reduce of one or two numbers). With
+`mean_over: micro_batch` it is GPT-NeoX's mean of the micro batches' own means.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from megatron.errors import ConfigError
+from megatron.model.accuracy import AnswerCounts
+from megatron.parallel.collectives import all_reduce
+from megatron.parallel.mesh import Mesh
+
+NAMES = ("causal", "prefix", "jrt")
+MEANS = ("global_batch", "micro_batch")
+MeanLoss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+class Counted(Protocol):
+    """What is counted of a micro batch: labels and loss_mask [b, s]."""
+
+    labels: Tensor
+    loss_mask: Tensor
+
+
+@dataclass(frozen=True)
+class Objective:
+    """An objective. prefix_length: tokens of the prefix; masked_weight: of the masked tokens' mean in `jrt`.
+
+    tally: counts right answers in evaluations, where they are asked for. mean_over: what each mean runs over, see the module.
+    """
+
+    name: str = "causal"
+    prefix_length: int = 0
+    masked_weight: float = 0.25
+    tally: AnswerCounts | None = field(default=None, compare=False, repr=False)
+    mean_over: str = "global_batch"
+
+    def __post_init__(self) -> None:
+        if self.mean_over not in MEANS:
+            raise ConfigError(f"unknown loss_mean_over '{self.mean_over}'", hint="one of " + ", ".join(MEANS))
+        if self.name not in NAMES:
+            raise ConfigError(f"unknown objective '{self.name}'", hint="one of " + ", ".join(NAMES))
+        if self.name != "causal" and self.prefix_length < 1:
+            raise ConfigError(
+                f"objective '{self.name}' needs a prefix", hint="set objective_prefix_length or jrt_prefix_length"
+            )
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of what is logged beside the loss."""
+        return ("ntp_loss", "mlm_loss") if self.name == "jrt" else ()
+
+    @property
+    def places(self) -> tuple[slice, ...]:
+        """Positions of a row that each term's mean is over."""
+        after = slice(self.prefix_length, None)
+        return {"causal": (slice(None),), "prefix": (after,), "jrt": (after, slice(0, self.prefix_length))}[self.name]
+
+
+class LossParts:
+    """Sums of an objective's parts over the micro batches of a step, on the device."""
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self.names = names
+        self._sums: dict[str, Tensor] = {}
+
+    def reset(self) -> None:
+        """Forget what has been added."""
+        self._sums = {}
+
+    def add(self, parts: Mapping[str, Tensor]) -> None:
+        """Count one micro batch."""
+        for name, value in parts.items():
+            self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value
+
+    def sums(self, device: torch.device) -> Tensor:
+        """One number per name [k]; zeros where nothing was added (pipeline stages without the loss)."""
+        zero = torch.zeros((), device=device)
+        return torch.stack([self._sums.get(name, zero).float() for name in self.names])
+
+
+def counted(labels: Tensor, loss_mask: Tensor | None) -> Tensor:
+    """Weight of the tokens that count, in fp64: labels [b, s] with -100 = ignored, loss_mask [b, s] of weights or None."""
+    weights = (labels != -100).double()
+    return (weights if loss_mask is None else weights * loss_mask).sum()
+
+
+def global_divisors(objective: Objective, batches: Sequence[Counted], mesh: Mesh, device: torch.device) -> Tensor | None:
+    """What the sum of each term is divided by in every micro batch [terms], fp64; None for `mean_over: micro_batch`.
+
+    Engines average over micro batches and data-parallel ranks; divided by this, that average is the mean over all counted
+    tokens of the global batch. A collective of the data-parallel group.
+
+    Args:
+        objective: its terms.
+        batches: this rank's micro batches of the step.
+        mesh: whose data-parallel ranks hold the others.
+        device: where the loss is computed.
+    """
+    if objective.mean_over == "micro_batch":
+        return None
+    counts = torch.zeros(len(objective.places), dtype=torch.float64)
+    for batch in batches:
+        counts += torch.stack([counted(batch.labels[:, at], batch.loss_mask[:, at]) for at in objective.places]).cpu()
+    total = all_reduce(counts.to(device), mesh.dp_group)
+    return total / (len(batches) * mesh.dp)
+
+
+def objective_loss(
+    objective: Objective,
+    logits: Tensor,
+    labels: Tensor,
+    loss_mask: Tensor | None,
+    mean: MeanLoss,
+    divisors: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """(loss, its parts, detached and unweighted).
+
+    Args:
+        objective: the terms of the loss.
+        logits: [b, s, n], or one rank's columns where `mean` knows that.
+        labels: [b, s].
+        loss_mask: [b, s] or None.
+        mean: mean loss over the counted tokens of (logits, labels, loss_mask).
+        divisors: [terms] from `global_divisors`; None divides each term by what counts in it here.
+    """
+    if objective.tally is not None:
+        at = slice(objective.prefix_length, None)
+        objective.tally.look(logits[:, at], labels[:, at], None if loss_mask is None else loss_mask[:, at])
+
+    def term(number: int, at: slice) -> Tensor:
+        y, w = labels[:, at], None if loss_mask is None else loss_mask[:, at]
+        value = mean(logits[:, at], y, w)
+        if divisors is None:
+            return value
+        return value * (counted(y, w) / divisors[number].clamp_min(1e-9)).to(value.dtype)
+
+    terms = [term(number, at) for number, at in enumerate(objective.places)]
+    if objective.name != "jrt":
+        return terms[0], {}
+    after, masked = terms
+    parts = {"ntp_loss": after.detach(), "mlm_loss": masked.detach()}
+    return after + objective.masked_weight * masked, parts

@@ -1,0 +1,73 @@
+"""Right answers on held-out data: counted right, the same on every mesh, and only outside training steps."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+
+import pytest
+import torch
+
+from megatron.engine.base import EngineSettings
+from megatron.engine.schedule import learning_rate
+from megatron.model.accuracy import AnswerCounts
+from megatron.model.loss import token_loss
+from megatron.model.objectives import Objective, objective_loss
+from megatron.training.evaluate import Evaluation, Evaluator
+from tests.engine.engine_cases import CURVE, make_engine, micro_batches, model_config
+from tests.parallel.ranks import run_ranks
+
+SETTINGS = EngineSettings(gradient_accumulation=2, zero_stage=1)
+MESHES = {"tp2": (1, 2, 2), "pp2": (2, 1, 2), "dp2": (1, 1, 2)}
+
+
+def test_counting_by_hand() -> None:
+    """Of four asked positions two are right; a training step and a prefix are not counted."""
+    logits = torch.zeros(1, 6, 3)
+    logits[0, torch.arange(6), torch.tensor([0, 1, 2, 0, 1, 2])] = 1.0
+    labels, mask = torch.tensor([[0, 1, 0, 0, 0, 1]]), torch.tensor([[1.0, 0, 1, 1, 1, 0]])
+    tally, cpu = AnswerCounts(), torch.device("cpu")
+    objective_loss(Objective(tally=tally), logits, labels, mask, token_loss)
+    assert tally.take(cpu) is None, "gradients were on"
+    with torch.no_grad():
+        objective_loss(Objective(tally=tally), logits, labels, mask, token_loss)
+        assert tally.take(cpu) == 0.5 and tally.take(cpu) is None
+        objective_loss(Objective("prefix", 3, tally=tally), logits, labels, mask, token_loss)
+        assert tally.take(cpu) == 0.5
+
+
+def test_its_name_in_the_metrics() -> None:
+    with_it, without = Evaluation("validation", 1.0, 2, 0.1, 0.75), Evaluation("test", 1.0, 2, 0.1)
+    assert with_it.metrics()["validation/accuracy"] == 0.75 and "test/accuracy" not in without.metrics()
+
+
+def job(pp: int, tp: int, kind: str) -> tuple[float | None, float]:
+    """Six steps, then an evaluation: accuracy and loss."""
+    settings = replace(SETTINGS, objective=Objective(tally=AnswerCounts()))
+    engine = make_engine(pp, tp, kind, settings, model_config(tied=False))
+    tally = engine.settings.objective.tally
+    assert tally is not None
+    tally.group = engine.mesh.tp_group
+    batches = micro_batches(engine.mesh)
+    for step in range(6):
+        engine.train_step(batches, learning_rate(step, CURVE))
+    found = Evaluator(engine, lambda: micro_batches(engine.mesh, start=1000), 3, tally=tally)()  # type: ignore[arg-type,return-value]
+    assert found is not None
+    return found.accuracy, found.loss
+
+
+@functools.cache
+def alone() -> tuple[float | None, float]:
+    accuracy, loss = run_ranks(job, 1, 1, 1, "single", connect=False)[0]
+    return accuracy, loss
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", MESHES)
+def test_every_mesh_counts_the_same(mesh: str) -> None:
+    """552 answers; fp32 sums of other orders may tip at most one of them over."""
+    pp, tp, world = MESHES[mesh]
+    accuracy, _ = alone()
+    assert accuracy is not None and 0.02 < accuracy < 0.98
+    for found, _ in run_ranks(job, world, pp, tp, "deepspeed", timeout=120):
+        assert found is not None and abs(found - accuracy) <= 1.01 / 552
