@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from megatron.config import kinds
+from megatron.config import key_types
 from megatron.config.schema import RunConfig, sections
 from megatron.engine.base import EngineSettings
 from megatron.engine.schedule import ScheduleConfig
@@ -30,8 +30,8 @@ def case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def _types(annotation: Any) -> set[Any]:
     """The alternatives of an annotation; choices count as the type of their words."""
-    literal = {type(choice) for choice in kinds.choices(annotation)}
-    return literal | {m for m in kinds.members(annotation) if typing.get_origin(m) is not typing.Literal}
+    literal = {type(choice) for choice in key_types.choices(annotation)}
+    return literal | {m for m in key_types.members(annotation) if typing.get_origin(m) is not typing.Literal}
 
 
 @pytest.mark.parametrize("part", [ModelConfig, EngineSettings, FitOptions, GuardOptions, ScheduleConfig])

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import Field
 
 from megatron import registry
-from megatron.config import kinds
+from megatron.config import key_types
 from megatron.config.neox_keys import NeoxKey, Status, neox_keys, older_keys
 from megatron.config.schema import key_fields
 
@@ -46,7 +46,7 @@ class KeyInfo:
     @property
     def type_name(self) -> str:
         """The type in words."""
-        return kinds.type_name(self.annotation)
+        return key_types.type_name(self.annotation)
 
     @property
     def status_text(self) -> str:
@@ -90,7 +90,7 @@ def catalog() -> dict[str, KeyInfo]:
     for rows, origin in ((neox, "NeoX"), (older_keys(), "older NeoX")):
         for row in rows.values():
             if row.name not in keys:
-                keys[row.name] = _info(row, "", kinds.parse_type(row.kind), (), row.default, origin)
+                keys[row.name] = _info(row, "", key_types.parse_type(row.kind), (), row.default, origin)
     _add_layer_options(keys)
     return keys
 
@@ -107,15 +107,15 @@ def _add_layer_options(keys: dict[str, KeyInfo]) -> None:
             if name in keys and keys[name].section:
                 continue
             row = NeoxKey(name, option.type, option.default, "implemented", option.doc)
-            kind = kinds.parse_type(option.type)
+            kind = key_types.parse_type(option.type)
             limits = _limits(field, kind, option.default)
             keys[name] = _info(row, "layers", kind, limits, option.default, f"mixer {layer}")
 
 
 def _limits(field: str, kind: Any, default: Any) -> tuple[Any, ...]:
     """Bounds of a mixer's option. A whole number is at least 1, or 0 where that is the default and means "not given"."""
-    if field in _BOUNDS and kinds.accepts(kind, float):
+    if field in _BOUNDS and key_types.accepts(kind, float):
         return (_BOUNDS[field],)
-    if kinds.accepts(kind, int) and not kinds.accepts(kind, str):
+    if key_types.accepts(kind, int) and not key_types.accepts(kind, str):
         return (Field(ge=0 if default == 0 else 1, le=_LARGEST.get(field, 1 << 24)),)
     return ()

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from megatron.config import kinds
+from megatron.config import key_types
 from megatron.config.catalog import KeyInfo, catalog
 from megatron.config.frozen import freeze
 from megatron.config.neox_keys import NestedKey, nested_keys, open_dictionaries
@@ -31,7 +31,7 @@ def _info(entry: NestedKey) -> KeyInfo:
     return replace(
         outer,
         name=f"{entry.key}.{entry.name}",
-        annotation=_BETAS if entry.kind == "Betas" else kinds.parse_type(entry.kind),
+        annotation=_BETAS if entry.kind == "Betas" else key_types.parse_type(entry.kind),
         limits=() if entry.least is None else (Field(ge=entry.least),),
         default=freeze(entry.default),
         doc=entry.doc,

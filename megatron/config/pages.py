@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import TypeAdapter
 
-from megatron.config import kinds, neox_files
+from megatron.config import key_types, neox_files
 from megatron.config.catalog import KeyInfo, catalog
 from megatron.config.frozen import thaw
 from megatron.config.neox_keys import NO_EFFECT, neox_keys, refused_values
@@ -167,8 +167,8 @@ def _property(info: KeyInfo) -> dict[str, Any]:
 
 def _json_type(info: KeyInfo) -> dict[str, Any]:
     """pydantic's JSON Schema of the type; null is always allowed and means unset."""
-    choices = kinds.choices(info.annotation)
-    if choices and not kinds.accepts(info.annotation, int):
+    choices = key_types.choices(info.annotation)
+    if choices and not key_types.accepts(info.annotation, int):
         return {"enum": [*choices, None]}
     parts: Any = (info.annotation, *info.limits)
     entry = TypeAdapter(Annotated[parts] if info.limits else info.annotation).json_schema()

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from megatron.config import kinds
+from megatron.config import key_types
 from megatron.config.catalog import KeyInfo, catalog
 from megatron.config.frozen import thaw
 from megatron.config.nested import find, is_open, names_inside, odd_numbers, place_of
@@ -80,7 +80,7 @@ def _check(info: KeyInfo, value: Any, source: Source, problems: Problems) -> tup
         if not fits:
             return None, False
     try:
-        return _adapter(info.name).validate_python(kinds.fit(value, info.annotation)), True
+        return _adapter(info.name).validate_python(key_types.fit(value, info.annotation)), True
     except ValidationError as error:
         problems.add(*_type_problem(info, value, error, place_of(source, info.name)))
         return None, False
@@ -96,7 +96,7 @@ def _check_entries(dotted: str, values: dict[str, Any], source: Source, problems
             problems.add(f"unknown key {dotted}.{name}", place, hint)
             good = False
         elif info is not None and value is not None:
-            match = _EXPONENT.fullmatch(value) if isinstance(value, str) and kinds.accepts(info.annotation, float) else None
+            match = _EXPONENT.fullmatch(value) if isinstance(value, str) and key_types.accepts(info.annotation, float) else None
             number = float(f"{match.group(1)}-{match.group(2)}") if match else value
             fitted[name], fits = _check(info, number, source, problems)
             good = good and fits
@@ -127,7 +127,7 @@ def _type_problem(info: KeyInfo, value: Any, error: ValidationError, place: str)
     first = error.errors(include_url=False)[0]
     whole = first["type"] in ("missing", "too_long")  # a list of the wrong length, not an entry of it
     inside = "" if whole else "".join(f"[{part}]" for part in first["loc"] if isinstance(part, int))
-    allowed = kinds.choices(info.annotation)
+    allowed = key_types.choices(info.annotation)
     if first["type"] == "literal_error" or (allowed and isinstance(value, str)):
         words = [str(choice) for choice in allowed]
         meant = DTYPE_NAMES.get(str(value).lower(), "")
@@ -150,7 +150,7 @@ def _fits_unquoted(info: KeyInfo, value: Any) -> bool:
     if not isinstance(value, str):
         return False
     try:
-        _adapter(info.name).validate_python(kinds.fit(parse_scalar(value), info.annotation))
+        _adapter(info.name).validate_python(key_types.fit(parse_scalar(value), info.annotation))
     except BAD_YAML:  # ValidationError is a ValueError
         return False
     return True
@@ -160,6 +160,6 @@ def _parse_override(value: Any, info: KeyInfo | None) -> Any:
     if not isinstance(value, str):
         return thaw(value)
     parsed = parse_scalar(value)
-    if info is not None and kinds.accepts(info.annotation, str) and not isinstance(parsed, (str, type(None))):
+    if info is not None and key_types.accepts(info.annotation, str) and not isinstance(parsed, (str, type(None))):
         return value  # a name such as 12 or 2024-01-01 stays text if the key is text
     return parsed

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron.config import kinds
+from megatron.config import key_types
 from megatron.config import neox_keys as neox_keys_module
 from megatron.config.catalog import catalog
 from megatron.config.frozen import thaw
@@ -58,9 +58,9 @@ def test_sections_keep_neox_defaults_and_types() -> None:
             continue
         if name not in OTHER_DEFAULTS:
             assert thaw(field.default) == row.default, name
-        ours = kinds.type_name(field.info.annotation)
+        ours = key_types.type_name(field.info.annotation)
         if name not in OTHER_TYPES:
-            assert ours == kinds.type_name(kinds.parse_type(row.kind)), name
+            assert ours == key_types.type_name(key_types.parse_type(row.kind)), name
 
 
 def test_the_table_names_each_key_and_each_reason_once() -> None:
@@ -98,7 +98,7 @@ def test_implemented_keys_have_a_section_and_aliases_a_target() -> None:
 
 def test_refused_values_are_choices() -> None:
     for key, values in refused_values().items():
-        assert set(values) <= set(kinds.choices(key_fields()[key].info.annotation)), key
+        assert set(values) <= set(key_types.choices(key_fields()[key].info.annotation)), key
 
 
 def test_options_of_mixers_are_keys() -> None:
