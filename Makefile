@@ -7,8 +7,10 @@ RUN ?= runs/metala-quickstart
 # The exact set of this project's own environments, every package of it; requirements*.txt are the ranges for everybody else.
 CONSTRAINTS := requirements/constraints.txt
 INSTALL := $(VENV)/bin/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
-# Test processes; parallel tests start up to four more of their own, so more than the cores does not help.
+# Test processes; parallel tests start up to four more of their own, so more than the cores does not help. A file is run by one of
+# them, in the order of tests/conftest.py: the dear ones first.
 JOBS ?= 2
+PYTEST := -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: gpu-wheels train test test-fast mutation test-oldest test-newest lock lint format docs install install-dev clean
 
@@ -37,10 +39,10 @@ train: $(VENV)/.installed
 	@$(PY) tools/summary.py $(RUN)
 
 test: $(VENV)/.installed-dev
-	$(PY) -m pytest -n $(JOBS) --dist loadfile
+	$(PY) $(PYTEST)
 
 test-fast: $(VENV)/.installed-dev
-	$(PY) -m pytest -n $(JOBS) --dist loadfile -m "not slow"
+	$(PY) $(PYTEST) -m "not slow"
 
 # Small mistakes in a copy of the tree, and the tests that must notice them; only what changed since the last results is tried.
 mutation: $(VENV)/.installed-dev

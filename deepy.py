@@ -25,6 +25,7 @@ from megatron.launch.hosts import find_pool
 from megatron.launch.job import SYSTEM_HOSTFILE, Job, plan_job
 from megatron.launch.job_shape import Site, shape_of
 from megatron.launch.jobfiles import KINDS, job_file
+from megatron.launch.lock import refuse_if_held
 from megatron.launch.mounts import places_of, slug
 from megatron.launch.options import LaunchOptions
 from megatron.launch.preview import describe
@@ -166,6 +167,8 @@ def main(argv: list[str]) -> int:
         return 0
     if not alone:  # a plan is for the mesh that it names, not for the one process that makes it
         config_from_args(arguments, world_size=job.processes)  # batch sizes and mesh are checked before anything starts
+        if run.checkpoint.save and Path(script).resolve() == Path(_TRAIN).resolve():  # others read while a run saves
+            refuse_if_held(run.checkpoint.save)
     code, first = run_job(_ready(job, options))
     if code:
         print(f"error: {explain_failure(job, code)}", file=sys.stderr)

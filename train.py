@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 
 from megatron.config.checks import require_data
-from megatron.config.cli import config_from_args, make_parser
+from megatron.config.cli import config_from_args, make_parser, planned_world
 from megatron.errors import exit_on_error
 from megatron.launch.environment import read_rank_environment
 from megatron.launch.process_exit import leaving
@@ -22,10 +22,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--mfu", type=float, default=0.4, help="share of the device's peak for --dry-run's time (default 0.4)")
     arguments = parser.parse_intermixed_args(argv)
     env = read_rank_environment()
-    run = config_from_args(arguments, world_size=None if arguments.dry_run else env.world_size)
-    if not run.world_size:  # a plan without global_num_gpus: num_nodes x num_gpus, else what one copy of the model needs
-        asked = (run.launch.num_gpus or 0) * max(1, run.launch.num_nodes)
-        run = config_from_args(arguments, world_size=asked or run.parallel.pipe_stages * run.parallel.tensor_ranks)
+    starts = not (arguments.dry_run or arguments.print_config)
+    run = config_from_args(arguments, world_size=env.world_size if starts else None)
+    if not run.world_size:
+        run = config_from_args(arguments, world_size=planned_world(run))
     from megatron.assemble import dry_run, train
     from megatron.planning.dry_run import DOES_NOT_FIT
 

@@ -144,31 +144,12 @@ def engine_settings(run: RunConfig) -> EngineSettings:
 
 
 def objective(run: RunConfig) -> Objective:
-    """The training objective. A model that reads a prefix in both directions must not be trained to predict inside it.
-
-    Raises:
-        ConfigError: objective and prefix of the layers contradict each other, or the prefix fills the sequence.
-    """
+    """The training objective; `config/training_rules.py` refuses one that contradicts the layers' prefix."""
     t, prefix = run.training, layer_options(run).get("jrt", {}).get("prefix_length", 0)
     tally = None if run.data.synthetic is None else AnswerCounts()
     length = t.objective_prefix_length or prefix
     if t.objective == "causal":
-        if prefix:
-            raise ConfigError(
-                f"objective causal with jrt layers that read the first {prefix} tokens in both directions",
-                where=run.provenance.get("jrt_prefix_length"),
-                why="the model would be trained to predict tokens that it reads",
-                hint="objective: jrt (masked tokens in the prefix) or objective: prefix",
-            )
         return Objective(tally=tally, mean_over=t.loss_mean_over)
-    if prefix and length != prefix:
-        raise ConfigError(
-            f"objective_prefix_length {length} is not jrt_prefix_length {prefix}",
-            where=run.provenance.get("objective_prefix_length"),
-            hint="leave objective_prefix_length out and it follows",
-        )
-    if length >= run.model.seq_length:
-        raise ConfigError(f"a prefix of {length} tokens leaves nothing of seq_length {run.model.seq_length} to predict")
     return Objective(t.objective, length, t.objective_masked_weight, tally, t.loss_mean_over)
 
 

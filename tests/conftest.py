@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+_SLOW = 50  # a slow test takes about as long as so many others
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -24,6 +26,15 @@ with contextlib.suppress(ImportError):  # a GPU machine that runs the `gpu` test
     settings.register_profile("same", derandomize=True, deadline=None)
     settings.register_profile("random", deadline=None)
     settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with the most slow tests first, so that no core waits at the end for one of them; within a file nothing moves."""
+    weights: Counter[Path] = Counter()
+    for item in items:
+        weights[item.path] += _SLOW if item.get_closest_marker("slow") else 1
+    items.sort(key=lambda item: -weights[item.path])
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

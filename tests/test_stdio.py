@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.commands import run_forked, run_here
 from tests.tiny_run import write_run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -80,7 +81,10 @@ def test_a_screen_beside_the_work_is_a_warning(tmp_path: Path) -> None:
     assert code == 0 and "warning: stdout was lost: No space left on device" in err
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "command",
+    [pytest.param(p, marks=() if p.parent == ROOT else pytest.mark.slow, id=str(p.relative_to(ROOT))) for p in COMMANDS],
+)
 def test_help_that_nobody_reads(command: Path) -> None:
     code, _, _ = start([sys.executable, str(command), "--help"], out="gone")
     assert code == 0
@@ -92,8 +96,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     folder = tmp_path_factory.mktemp("streams")
     places = {"run_dir": str(folder / "run"), "save": str(folder / "run/checkpoints"), "load": str(folder / "run/checkpoints")}
     config = write_run(folder / "data", train_iters=2, train_batch_size=2, eval_split="train", **places)
-    code, _, err = start([sys.executable, "train.py", str(config)])
-    assert code == 0, err
+    made = run_here("train.py", config)
+    assert made.returncode == 0, made.stderr
     return folder / "run", [str(config)]
 
 
@@ -117,15 +121,15 @@ def test_commands(out: str, code: int, run: tuple[Path, list[str]], tmp_path: Pa
         folder: ["tools/checkpoint.py", "inspect", str(folder), "--tensors"],
     }
     for path, words in made.items():
-        ended, _, err = start([sys.executable, *words], out=out)
-        assert ended == code, (words, err)
+        ended, err = run_forked(words, tmp_path, out=out)
+        assert ended == code and "Traceback" not in err, (words, err)
         assert list(path.parent.glob(path.name)), words
     talk = ["generate.py", *config, "--set", "text_gen_type=interactive"]
-    assert start([sys.executable, *talk], out=out)[0] == code
+    assert run_forked(talk, tmp_path, out=out)[0] == code
     if out == "closed":
-        assert start([sys.executable, *talk], stdin="closed")[0] == 0
+        assert run_forked(talk, tmp_path, stdin="closed")[0] == 0
         write = ["generate.py", *config, "-o", str(tmp_path / "o")]
-        assert start([sys.executable, *write], out=out, err="closed", stdin="closed")[0] == 0
+        assert run_forked(write, tmp_path, out=out, err="closed", stdin="closed")[0] == 0
         assert (tmp_path / "o").is_file()
 
 
@@ -134,6 +138,6 @@ def test_commands(out: str, code: int, run: tuple[Path, list[str]], tmp_path: Pa
 def test_training(out: str, run: tuple[Path, list[str]], tmp_path: Path) -> None:
     """Its results are files: a lost console changes nothing, not even the exit code."""
     words = ["train.py", *run[1], "--set", f"run_dir={tmp_path}", "--set", "save=null", "--set", "load=null"]
-    code, _, err = start([sys.executable, *words], out=out, err="kept" if out == "full" else out)
-    assert code == 0, err
+    code, err = run_forked(words, tmp_path, out=out, err="kept" if out == "full" else out)
+    assert code == 0 and "Traceback" not in err, err
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2

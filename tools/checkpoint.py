@@ -7,7 +7,8 @@
     python tools/checkpoint.py import  NEOX/global_step1000 [a.yml ...] --output DIR
 
 A PATH is a `global_step<N>` folder, or a save or run folder, whose newest is taken then. `import` reads
-GPT-NeoX/DeepSpeed folders; without config files it takes those that lie in their `configs/`.
+GPT-NeoX/DeepSpeed folders; without config files it takes those that lie in their `configs/`. It writes the step
+that the files were saved at, into a folder of its own: never among the checkpoints of a run.
 """
 
 from __future__ import annotations
@@ -80,21 +81,27 @@ def reshard(args: argparse.Namespace) -> int:
 
 def import_neox(args: argparse.Namespace) -> int:
     """Import the weights of a GPT-NeoX folder, and write a YAML that trains them on."""
+    from megatron.checkpoint.find import refuse_to_mix
     from megatron.checkpoint.layout import iteration_of
     from megatron.checkpoint.save import save_weights
     from megatron.config.load import load_config
     from megatron.interop.neox import fitted, read_neox, vocabulary_rows
-    from megatron.interop.neox_files import ForeignFolder
+    from megatron.interop.neox_files import ForeignFolder, newest_foreign
     from megatron.model.build import param_specs
     from megatron.recipe import announcement, start_of_run
     from megatron.settings import model_config, tokenizer_records
 
-    folder = ForeignFolder(args.path)
+    folder = ForeignFolder(newest_foreign(args.path.resolve()))
+    named, saved = iteration_of(folder.path.name), folder.iteration()
+    step = (named or 0) if saved is None else saved
+    if named not in (None, step):
+        print(f"the files of {folder.path} were saved at step {step}")
+    refuse_to_mix(args.output, step)
     files = args.configs or list(folder.config_files())
     if not files:
         raise CheckpointError(
             "the model's YAML files are not known",
-            where=str(args.path),
+            where=str(folder.path),
             why="it has no folder configs/",
             hint="give them behind the path: tools/checkpoint.py import NEOX/global_step1000 model.yml --output DIR",
         )
@@ -107,13 +114,13 @@ def import_neox(args: argparse.Namespace) -> int:
         weights,
         param_specs(config),
         model_config=config.to_dict(),
-        iteration=iteration_of(args.path.name) or 0,
+        iteration=step,
         config_texts=run.config_texts,
         tokenizer=tokenizer,
         facts={"imported_from": f"GPT-NeoX, {folder.tp} tensor ranks", "seq_length": run.model.seq_length, **facts},
     )
     print(f"wrote {made}: weights of {config.num_layers} layers, joined from {folder.tp} tensor ranks")
-    start = start_of_run(made, config, f"GPT-NeoX's {args.path.resolve().name}", run)
+    start = start_of_run(made, config, f"GPT-NeoX's {folder.path.name}", run)
     print(announcement(start))
     return 0
 

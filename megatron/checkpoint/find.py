@@ -20,6 +20,7 @@ from megatron.checkpoint.layout import (
     tag_of,
     whole_steps,
 )
+from megatron.checkpoint.manifest import read_manifest
 from megatron.errors import CheckpointError
 from megatron.files import read_text
 
@@ -134,6 +135,33 @@ def newest_checkpoint(path: str | Path) -> Path:
     found = find_checkpoint(folder)
     assert found is not None  # without a save folder to compare with, a missing checkpoint is an error
     return found
+
+
+def refuse_to_mix(folder: str | Path, iteration: int) -> None:
+    """Refuse to import beside the checkpoints of a run, whose newest the import would become; an import may be made again.
+
+    Args:
+        folder: the save folder to import into. iteration: the step that the import gets.
+
+    Raises:
+        CheckpointError: it holds other checkpoints.
+    """
+    there = step_folders(Path(folder))
+    if not there or (set(there) == {iteration} and _is_import(there[iteration])):
+        return
+    raise CheckpointError(
+        "the output folder holds checkpoints already",
+        where=str(folder),
+        why=f"{contents(Path(folder))}; a run that goes on there would take step {iteration} for one of its own",
+        hint="--output: a folder that is new or empty",
+    )
+
+
+def _is_import(checkpoint: Path) -> bool:
+    try:
+        return "imported_from" in read_manifest(checkpoint).facts
+    except CheckpointError:
+        return False
 
 
 def no_checkpoint(folder: Path) -> CheckpointError:

@@ -71,12 +71,12 @@ def _refused(run: RunConfig, problems: Problems) -> set[str]:
             continue
         value = run.unused.get(key) if not info.section else run.get(key)
         if value is not None and thaw(value) != thaw(info.default):
-            problems.add(f"{key}: {thaw(value)!r} is not supported", place_of(run, key), info.reason)
+            problems.add(f"{key}: {thaw(value)!r} is not supported", place_of(run, key), why=info.reason)
             refused.add(key)
     for key, reasons in refused_values().items():
         value = run.get(key)
         if value in reasons:
-            problems.add(f"{key}: {value} is not supported", place_of(run, key), reasons[value])
+            problems.add(f"{key}: {value} is not supported", place_of(run, key), why=reasons[value])
             refused.add(key)
     return refused
 

@@ -77,6 +77,8 @@ def overrides_from_args(ns: argparse.Namespace) -> tuple[dict[str, Any], dict[st
 def config_from_args(ns: argparse.Namespace, world_size: int | None = None, *, check: bool = True) -> RunConfig:
     """The configuration of a parsed command line. `--explain` and `--print-config` print and end the process here.
 
+    `--print-config` also shows a configuration that is refused, and then refuses it as a dry run would.
+
     Args:
         ns: the parsed arguments.
         world_size: number of processes, if known.
@@ -86,18 +88,24 @@ def config_from_args(ns: argparse.Namespace, world_size: int | None = None, *, c
         ConfigError: something in the files or flags is wrong.
     """
     overrides, labels = overrides_from_args(ns)
-    load = functools.partial(
-        load_config, ns.conf_file, conf_dir=ns.conf_dir, overrides=overrides, world_size=world_size, override_labels=labels
-    )
+    load = functools.partial(load_config, ns.conf_file, conf_dir=ns.conf_dir, overrides=overrides, override_labels=labels)
     if ns.explain:
         run = None
         if ns.conf_file:
             with contextlib.suppress(ConfigError):  # a key can be explained without a readable configuration
-                run = load(check=False)
+                run = load(world_size=world_size, check=False)
         print(explain(ns.explain, run))
         raise SystemExit(0)
-    run = load(check=check and not ns.print_config)
+    run = load(world_size=world_size, check=check and not ns.print_config)
     if ns.print_config:
         sys.stdout.write(print_config(run))
+        if check:
+            load(world_size=planned_world(run), check=True)
         raise SystemExit(0)
     return run
+
+
+def planned_world(run: RunConfig) -> int:
+    """Processes of a plan: `global_num_gpus`, else num_nodes x num_gpus, else what one copy of the model needs."""
+    requested = (run.launch.num_gpus or 0) * max(1, run.launch.num_nodes)
+    return run.world_size or requested or run.parallel.pipe_stages * run.parallel.tensor_ranks

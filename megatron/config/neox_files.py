@@ -39,15 +39,15 @@ def partners(name: str) -> list[str]:
 
 
 def reasons(error: ConfigError) -> list[list[str]]:
-    """[what is wrong, what to try] of every problem that an error lists."""
+    """[what is wrong, why or else what to try] of every problem that an error lists."""
     if not re.match(r"\d+ problems", error.what):
-        return [[error.what, error.hint or ""]]
+        return [[error.what, error.why or error.hint or ""]]
     pairs: list[list[str]] = []
     for line in error.what.splitlines()[1:]:
         if match := re.match(r"  \d+\. (.*)", line):
             pairs.append([match.group(1), ""])
-        elif line.startswith("     try: "):
-            pairs[-1][1] = line.removeprefix("     try: ")
+        elif match := re.match(r"     (?:why|try): (.*)", line):
+            pairs[-1][1] = pairs[-1][1] or match.group(1)
     return pairs
 
 

@@ -54,6 +54,7 @@ class NestedKey(NamedTuple):
         kind: type, as text.
         default: its default.
         least: the smallest number that is allowed, None for any.
+        largest: the largest one; only with `least`.
         doc: one sentence.
     """
 
@@ -62,6 +63,7 @@ class NestedKey(NamedTuple):
     kind: str
     default: Any
     least: float | None
+    largest: float | None
     doc: str
 
 
@@ -108,9 +110,10 @@ def refused_values() -> dict[str, dict[str, str]]:
 def nested_keys() -> Iterator[NestedKey]:
     """Every entry of the dictionaries, in the order of the table."""
     for key, names, kind, default, *rest in _groups()["inside dictionaries"]:
-        least, doc = [*rest, "", ""][:2]
+        bounds, doc = [*rest, "", ""][:2]
+        least, largest = (json.loads(bound or "null") for bound in bounds.partition("..")[::2])
         for name in names.split():
-            yield NestedKey(key, name, kind, json.loads(default), json.loads(least or "null"), doc or NO_EFFECT)
+            yield NestedKey(key, name, kind, json.loads(default), least, largest, doc or NO_EFFECT)
 
 
 @functools.cache

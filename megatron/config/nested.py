@@ -32,7 +32,7 @@ def _info(entry: NestedKey) -> KeyInfo:
         outer,
         name=f"{entry.key}.{entry.name}",
         annotation=_BETAS if entry.kind == "Betas" else key_types.parse_type(entry.kind),
-        limits=() if entry.least is None else (Field(ge=entry.least),),
+        limits=() if entry.least is None else (Field(ge=entry.least, le=entry.largest),),
         default=freeze(entry.default),
         doc=entry.doc,
     )

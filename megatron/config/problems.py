@@ -28,11 +28,19 @@ class Violation(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """One mistake: the sentence, the place (`file:line`), and what to try."""
+    """One mistake.
+
+    Attributes:
+        message: what is wrong.
+        place: `file:line`.
+        hint: what to try.
+        why: the cause, if the message does not name it.
+    """
 
     message: str
     place: str = ""
     hint: str = ""
+    why: str = ""
 
 
 class Problems:
@@ -41,23 +49,20 @@ class Problems:
     def __init__(self) -> None:
         self.items: list[Problem] = []
 
-    def add(self, message: str, place: str = "", hint: str = "") -> None:
+    def add(self, message: str, place: str = "", hint: str = "", *, why: str = "") -> None:
         """Append one mistake, unless it is listed already."""
-        problem = Problem(message, place, hint)
+        problem = Problem(message, place, hint, why)
         if problem not in self.items:
             self.items.append(problem)
 
     def raise_if_any(self) -> None:
         """Raise one `ConfigError` that lists everything so far, or do nothing."""
         if len(self.items) == 1:
-            message, place, hint = self.items[0]
-            raise ConfigError(message, where=place or None, hint=hint or None)
+            message, place, hint, why = self.items[0]
+            raise ConfigError(message, where=place or None, why=why or None, hint=hint or None)
         if self.items:
             lines = [f"{len(self.items)} problems in the configuration"]
-            for number, (message, place, hint) in enumerate(self.items, 1):
-                lines += [
-                    f"  {number}. {message}",
-                    *([f"     where: {place}"] * bool(place)),
-                    *([f"     try: {hint}"] * bool(hint)),
-                ]
+            for number, (message, place, hint, why) in enumerate(self.items, 1):
+                labelled = (("where", place), ("why", why), ("try", hint))
+                lines += [f"  {number}. {message}", *(f"     {label}: {text}" for label, text in labelled if text)]
             raise ConfigError("\n".join(lines))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from megatron.config import model_rules
+from megatron.config import model_rules, training_rules
 from megatron.config.frozen import thaw
 from megatron.config.problems import Violation
 from megatron.config.schema import RunConfig
@@ -181,4 +181,6 @@ RULES: tuple[Callable[[RunConfig], Iterator[Violation]], ...] = (
     checkpoints,
     data,
     limits,
+    training_rules.sharding,
+    training_rules.objective,
 )

@@ -17,7 +17,7 @@ from megatron.config.nested import find, is_open, names_inside, odd_numbers, pla
 from megatron.config.problems import Problems
 from megatron.config.run_sections import DTYPE_NAMES
 from megatron.config.spellings import EXTRA, assign
-from megatron.config.yaml_reader import BAD_YAML, Source, normalise_key, parse_scalar
+from megatron.config.yaml_reader import BAD_YAML, Source, normalise_key, parse_scalar, yaml_problem
 from megatron.registry import nearest
 
 # NeoX takes a hyphen for an underscore, and one of its files has 1.0e_8 as a number.
@@ -37,7 +37,9 @@ def apply_overrides(source: Source, overrides: Mapping[str, Any], labels: Mappin
         try:
             value = _parse_override(raw_value, info if not rest else None)
         except BAD_YAML as error:
-            problems.add(f"the value of {raw_key} is not valid YAML: {raw_value!r:.80}", place, str(error).splitlines()[0])
+            message = f"the value of {raw_key} is not valid YAML: {raw_value!r:.80}"
+            hint = f"text that begins like YAML needs quotes inside the shell's: --set '{raw_key}=\"...\"'"
+            problems.add(message, place, hint, why=yaml_problem(error))
             continue
         dotted = f"{key}.{rest}" if rest else key
         if rest and not isinstance(source.values.get(key) or {}, dict):

@@ -144,11 +144,16 @@ def parse_text(text: str, label: str, problems: Problems) -> tuple[dict[str, Any
     except BAD_YAML as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{label}:{mark.line + 1}" if mark else label
-        known = isinstance(error, (yaml.YAMLError, ValueError, RecursionError))
-        reason = getattr(error, "problem", None) or (error if known else "a value that its tag does not allow")
-        problems.add(f"not valid YAML: {reason}", place)
+        problems.add(f"not valid YAML: {yaml_problem(error)}", place)
         return {}, {}
     return {normalise_key(str(key)): value for key, value in raw.items()}, places
+
+
+def yaml_problem(error: BaseException) -> str:
+    """The cause in one line of an exception in `BAD_YAML`."""
+    known = isinstance(error, (yaml.YAMLError, ValueError, RecursionError))
+    cause = getattr(error, "problem", None) or (error if known else "a value that its tag does not allow")
+    return str(cause).partition("\n")[0]
 
 
 def _read_text(path: Path, problems: Problems) -> str | None:

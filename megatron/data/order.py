@@ -6,13 +6,13 @@ The arrays are equal to NeoX's for the same numbers (golden files prove it), so 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron.data.shares import split_shares
 from megatron.errors import DataError
 
 SPLIT_NAMES = ("train", "valid", "test")
@@ -31,21 +31,10 @@ def split_borders(split: str, size: int) -> list[int]:
     Raises:
         DataError: a share is not a number, is negative, or all are zero.
     """
-    parts = split.split("," if "," in split else "/")
-    try:
-        shares = [float(part) for part in parts]
-    except ValueError:
-        shares = [math.nan]
-    if not all(math.isfinite(share) and share >= 0 for share in shares) or not any(shares[:3]):
-        raise DataError(
-            f"split {split!r} cannot be read",
-            why="it needs one to three numbers, none negative, not all zero",
-            hint='for example split: "969, 30, 1"',
-        )
-    first, second, third = (*shares, 0.0, 0.0)[:3]
-    total = first + second + third
+    shares = split_shares(split)
+    total = sum(shares)
     boundaries = [0]
-    for share in (first, second, third):
+    for share in shares:
         boundaries.append(boundaries[-1] + round(share / total * size))
     # NeoX moves all three boundaries by the rounding difference, not only the last one.
     surplus = boundaries[-1] - size

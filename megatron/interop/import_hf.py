@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron.checkpoint.find import refuse_to_mix
 from megatron.checkpoint.save import save_weights
 from megatron.errors import ExportError, UserError
 from megatron.interop.hf_classes import LINEAR, METALA, METALA_ACTIVATIONS, Family, family_of
@@ -62,9 +63,10 @@ def import_folder(source: str | Path, output: str | Path, *, tokenizer: Path | N
     Raises:
         ExportError: not such a folder, a model type that is not known, weights that do not make up that model, or a pickle
             that holds more than tensors.
-        CheckpointError: the checkpoint cannot be written.
+        CheckpointError: the checkpoint cannot be written, or would stand among those of a run.
     """
     source, output, tokenizer = Path(source), Path(output), Path(tokenizer or source)
+    refuse_to_mix(output, 0)
     settings = _read_settings(source)
     native = native_by_type(settings.get("model_type"))
     if native is not None and not is_released(settings):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from megatron.errors import CheckpointError
-from megatron.interop.neox_files import ForeignFolder
+from megatron.interop.neox_files import ForeignFolder, layer_name, missing_files
 from megatron.model.build import param_specs
 from megatron.model.config import ModelConfig
 from megatron.parallel.shard_spec import ParamSpec, cut_dim
@@ -161,6 +161,11 @@ def read_neox(folder: ForeignFolder, config: ModelConfig) -> Iterator[tuple[str,
         wanted.setdefault(stage, {})[name] = keys
     if config.tie_embeddings:
         wanted.setdefault(config.num_layers + 4, {})
+    absent = [stage for stage in sorted(wanted) if stage not in folder.stages and any(wanted[stage].values())]
+    if absent and folder.by_layer:
+        error = missing_files(folder.path, [layer_name(stage, rank) for stage in absent for rank in range(folder.tp)])
+        error.hint = f"{error.hint}; or num_layers of the config, {config.num_layers}, is not that of the checkpoint"
+        raise error
     for stage in sorted({*wanted, *folder.stages}):
         parts = folder.stage(stage) if stage in folder.stages else [{}]
         used: set[str] = {"word_embeddings.weight"} if config.tie_embeddings and stage else set()

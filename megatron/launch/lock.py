@@ -196,6 +196,35 @@ def _in_use(folder: Path, holder: Holder) -> LaunchError:
     )
 
 
+def refuse_if_held(
+    folder: str | Path, clock: Callable[[], float] = time.monotonic, pause: Callable[[float], object] = time.sleep
+) -> None:
+    """Refuse a start whose save folder a living run of this machine holds, before any of its processes is started.
+
+    Changes nothing. Whatever cannot be decided at once, a run elsewhere or one that is leaving, is left to `FolderLock.take`.
+
+    Raises:
+        LaunchError: another run holds the folder and goes on.
+    """
+    begin = clock()
+    while True:
+        try:
+            file = os.open(Path(folder) / NAME, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except OSError:
+            return
+        try:
+            holder = Holder.of(_read(file))
+        except OSError:  # a directory, a pipe
+            return
+        finally:
+            os.close(file)
+        if holder is None or not holder.lives() or holder.ends():
+            return
+        if clock() - begin >= HERE_S:
+            raise _in_use(Path(folder), holder)
+        pause(_LOOK_S)
+
+
 class FolderLock:
     """A folder that this process holds until `release`. Made by `take`."""
 

@@ -127,7 +127,7 @@ def main(arguments: list[str]) -> int:
     option = arguments[0] if arguments[:1] and arguments[0] in _OPTIONS else ""
     if option in ("", "--watch-stdin"):
         _die_with_parent()
-    supervisor = Supervisor([sys.executable, "-u", *arguments[bool(option) :]], option)
+    keeper = Supervisor([sys.executable, "-u", *arguments[bool(option) :]], option)
     if option:
         threading.Thread(target=supervisor.watch_stdin, daemon=True).start()
     code = supervisor.wait()

@@ -75,7 +75,8 @@ def _uniform_input(value: Tensor, config: ModelConfig, generator: torch.Generato
 
 
 def _uniform_output(value: Tensor, config: ModelConfig, generator: torch.Generator) -> None:
-    """PyTorch's uniform rule, divided by the root of the depth (Mamba's output projection), or `output_init_method`."""
+    """PyTorch's uniform rule, smaller by the root of the depth: Mamba's output projection; or `output_init_method`, as
+    above."""
     bound = 1 / math.sqrt(value.shape[-1] * config.num_layers)
     if config.mixer_init == "methods":
         _draw(config.output_init_method, value, config, generator)

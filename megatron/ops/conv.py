@@ -96,7 +96,8 @@ class _ShortConv(torch.autograd.Function):
 def conv_torch(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, history: Tensor | None, segment_ids: Tensor | None
 ) -> Tensor:
-    """The case of training by a hand-written backward; bias, boundaries and the compiler take the plain form."""
+    """The case of training by a hand-written backward; bias, boundaries and the compiler, which fuses it, take the plain
+    form."""
     if bias is not None or segment_ids is not None or torch.compiler.is_compiling():
         return conv_reference(x, weight, bias, activation, history, segment_ids)
     return _ShortConv.apply(x, weight, None if history is None else history.to(x.dtype), activation == "silu")

@@ -23,7 +23,8 @@ chunk_gla = importlib.import_module("fla.ops.gla").chunk_gla
 
 
 def sequences(segment_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Documents [b, t] as fla takes them: boundaries [n + 1] in the concatenated rows; each row's first and last [b]."""
+    """Documents [b, t] as fla wants them: boundaries [n + 1] in the rows put one behind the other; each row's first, last
+    [b]."""
     b, t = segment_ids.shape
     starts = F.pad(segment_ids[:, 1:] != segment_ids[:, :-1], (1, 0), value=True)
     boundaries = F.pad(starts.reshape(-1).nonzero().squeeze(1), (0, 1), value=b * t)

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 NAMESPACE = "linear_neox"
 _KINDS = {"Tensor": "Tensor", "Tensor | None": "Tensor?", "float": "float", "int": "SymInt", "bool": "bool", "str": "str"}
@@ -25,6 +26,21 @@ _RESULTS = {"Tensor": "Tensor", "tuple[Tensor, Tensor]": "(Tensor, Tensor)"}
 def values_visible(x: Tensor) -> bool:
     """Whether Python may look at the values of tensors like `x`: they exist, and no compiler is tracing."""
     return x.device.type != "meta" and not torch.compiler.is_compiling()
+
+
+def has_numbers(x: Tensor) -> bool:
+    """False for a tensor that stands for one of its shape while memory is counted (`planning/memory.py`).
+
+    Turns of a loop that leave no other trace in memory than the turn before need not be run then: there may be thousands.
+    """
+    return not isinstance(x, FakeTensor)
+
+
+def worked(start: int, chunk: int, s: int, x: Tensor) -> bool:
+    """Whether the chunk at `start` of `s` tokens is worked on: all are, but where only memory is counted (`has_numbers`) the
+    first and the last two are enough, the only ones that may differ from their neighbours.
+    """
+    return has_numbers(x) or start == 0 or start + 2 * chunk >= s
 
 
 class _Kept:

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron.ops.dispatch import choose, path
-from megatron.ops.opaque import opaque
+from megatron.ops.opaque import has_numbers, opaque
 from megatron.ops.precision import in_accumulation_dtype, outside_autocast, sum_dtype
 from megatron.ops.taylor import TAYLOR_CHUNK, empty_taylor_state, normalised, taylor_chunked, taylor_quadratic
 from megatron.ops.taylor_features import feature_count, taylor_features, taylor_features_backward
@@ -49,7 +49,7 @@ class _PrefixState(torch.autograd.Function):
         ctx.save_for_backward(k, v, weight)
         b, m, h, f = k.shape
         total = empty_taylor_state(b, h, f, v.shape[-1], k.dtype, k.device)
-        for t in range(0, m, TAYLOR_CHUNK):
+        for t in range(0, m if has_numbers(k) else min(m, TAYLOR_CHUNK), TAYLOR_CHUNK):
             at = (slice(None), slice(t, t + TAYLOR_CHUNK))
             phi = taylor_features(in_accumulation_dtype(k[at]).transpose(1, 2) * f**-0.25)
             total += phi.transpose(-1, -2) @ _values_beside_one(v[at], weight[at])
@@ -60,7 +60,7 @@ class _PrefixState(torch.autograd.Function):
     def backward(ctx: Any, dtotal: Tensor) -> Any:
         k, v, weight = ctx.saved_tensors
         dk, dv, f = torch.empty_like(k), torch.empty_like(v), k.shape[-1]
-        for t in range(0, k.shape[1], TAYLOR_CHUNK):
+        for t in range(0, k.shape[1] if has_numbers(k) else min(k.shape[1], TAYLOR_CHUNK), TAYLOR_CHUNK):
             at = (slice(None), slice(t, t + TAYLOR_CHUNK))
             y = in_accumulation_dtype(k[at]).transpose(1, 2) * f**-0.25
             dphi = _values_beside_one(v[at], weight[at]) @ dtotal.transpose(-1, -2)

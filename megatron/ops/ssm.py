@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron.ops.dispatch import choose, path
-from megatron.ops.opaque import opaque
+from megatron.ops.opaque import has_numbers, opaque, worked
 from megatron.ops.precision import in_accumulation_dtype, outside_autocast, sum_dtype
 
 SSM_CHUNK = 32
@@ -75,7 +75,7 @@ def _states(span: _Span, start: Tensor) -> tuple[Tensor, Tensor]:
         decay *= span.same[..., None, None]
     h = (span.dt * span.u).unsqueeze(-1) * span.b.unsqueeze(-2)
     before = start
-    for t in range(len(h)):
+    for t in range(len(h) if has_numbers(h) else 0):
         before = h[t].addcmul_(decay[t], before)
     return decay, h
 
@@ -101,6 +101,9 @@ class _SelectiveScan(torch.autograd.Function):
         begun = []
         for start in range(0, u.shape[1], SSM_CHUNK):
             begun.append(current)
+            if not worked(start, SSM_CHUNK, u.shape[1], u):
+                current = torch.empty_like(current)
+                continue
             span = _span((u, dt, a, b, c), same, start)
             _, h = _states(span, current)
             y[:, start : start + SSM_CHUNK] = (h @ span.c.unsqueeze(-1)).squeeze(-1).transpose(0, 1)
@@ -118,6 +121,8 @@ class _SelectiveScan(torch.autograd.Function):
         after = dfinal
         starts = range(0, u.shape[1], SSM_CHUNK)
         for i in range(len(starts) - 1, -1, -1):
+            if not worked(starts[i], SSM_CHUNK, u.shape[1], u):
+                continue
             at = (slice(None), slice(starts[i], starts[i] + SSM_CHUNK))
             span = _span((u, dt, a, b, c), same, starts[i])
             dout = in_accumulation_dtype(dy[at]).transpose(0, 1)
@@ -125,7 +130,7 @@ class _SelectiveScan(torch.autograd.Function):
             g = dout.unsqueeze(-1) * span.c.unsqueeze(-2)  # gradient of every state, filled from the right
             if after is not None:
                 g[-1] += after
-            for t in range(len(g) - 2, -1, -1):
+            for t in range(len(g) - 2 if has_numbers(g) else -1, -1, -1):
                 g[t].addcmul_(decay[t + 1], g[t + 1])
             after = decay[0] * g[0]
             dc[at] = (dout.unsqueeze(-2) @ h).squeeze(-2).transpose(0, 1)

@@ -126,7 +126,8 @@ def _refused(why: str) -> ConfigError:
 
 
 def cut_sequence(model: nn.Module, specs: Mapping[str, ParamSpec], group: ProcessGroup, wide: bool) -> None:
-    """Put the collectives into a model whose parameters are sharded: TP regions, embedding, output projection."""
+    """Put the collectives into a model whose parameters are cut already: regions with both ends, embedding, output
+    projection."""
     for module in list(model.modules()):
         both = "copy_to_tp" in module._modules and "reduce_from_tp" in module._modules
         if both:

@@ -112,9 +112,17 @@ def _changes(run: RunShape, config: ModelConfig) -> Iterator[tuple[str, RunShape
             yield f"pipe_parallel_size: {long.pp} ({long.world} processes)", long
 
 
-def advice(run: RunShape, config: ModelConfig, room: float, known: Known) -> str:
-    """One change after which the fullest rank takes at most `room` bytes; empty when none of the known ones does."""
+def advice(run: RunShape, config: ModelConfig, room: float, known: Known, total: float = 0) -> str:
+    """One change after which the fullest rank takes at most `room` bytes; empty when none of the known ones does.
+
+    Args:
+        run, config: the run. room: bytes. known: see `rank_footprint`.
+        total: bytes of the fullest rank of `run`. Tensor parallelism divides no tensor by more than the number of its ranks, so
+            that some sizes need not be measured.
+    """
     for text, changed in _changes(run, config):
+        if changed.tp > run.tp and total * run.tp > room * changed.tp:
+            continue
         try:
             took = peak(changed, config, known, within=room).total
         except ConfigError:
@@ -187,5 +195,7 @@ def report(run: RunShape, config: ModelConfig, limits: DeviceLimits) -> Report:
         "verdict": verdict,
     }
     if not fits:
-        rows["one change"] = advice(run, config, room, known) or "none of those known here: a smaller model, or more devices"
+        rows["one change"] = (
+            advice(run, config, room, known, found.total) or "none of those known here: a smaller model, or more devices"
+        )
     return Report("\n".join(f"{name:17} {text}" for name, text in rows.items()), fits, limits.binding)

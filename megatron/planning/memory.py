@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -81,6 +81,8 @@ class _Live(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
+            return args[0].fake_device  # asked twice for each operation, and answered slowly
         if func is torch.ops.aten._local_scalar_dense.default:
             return False if args[0].dtype == torch.bool else _TYPICAL  # fake tensors have no numbers to give
         out = func(*args, **(kwargs or {}))
@@ -108,6 +110,7 @@ Known = dict[tuple[object, ...], _Piece]
 
 def _measure(run: Callable[[Tensor], Tensor], modules: Sequence[nn.Module], x: Tensor) -> _Piece:
     """Run a piece forward and backward; `x` is its input, which the piece before keeps."""
+    _give_storage(modules)
     live = _Live()
     with live:
         live.add(x)
@@ -131,9 +134,21 @@ def _measure(run: Callable[[Tensor], Tensor], modules: Sequence[nn.Module], x: T
     return _Piece(kept, forward, backward, made)
 
 
+def _give_storage(modules: Sequence[nn.Module]) -> None:
+    """Replace what lies on the meta device by fake tensors on the CPU, which operators take for its path."""
+    new: dict[int, nn.Parameter] = {}
+    for module in (inner for outer in modules for inner in outer.modules()):
+        for name, param in module._parameters.items():
+            if param is not None and param.is_meta:
+                module._parameters[name] = new.setdefault(id(param), nn.Parameter(torch.empty(param.shape, dtype=param.dtype)))
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+
+
 @dataclass(frozen=True)
 class _Local:
-    """This rank's stages on fake tensors."""
+    """This rank's stages on the meta device."""
 
     stages: list[nn.Module]
     first: bool
@@ -142,12 +157,14 @@ class _Local:
 
 
 def _local(config: ModelConfig, mesh: Mesh, settings: EngineSettings) -> _Local:
-    """Like `stages.build_local`, on fake tensors and without values."""
+    """Like `stages.build_local`, without values; fake tensors are made of what is measured (`_measure`)."""
     check_mesh(config, mesh)
-    model = build_model(config)
+    with torch.device("meta"):
+        model = build_model(config)
     stages = stages_of(model, settings.kernel_backend, logits=not settings.loss_chunk_tokens)
     bounds = balanced_bounds(stage_costs(settings.partition_method, stages, config), mesh.pp)
-    shard_model(model, param_specs(config), mesh)
+    if mesh.tp > 1:
+        shard_model(model, param_specs(config), mesh)
     local = [s.module for s in stages[bounds[mesh.pp_rank] : bounds[mesh.pp_rank + 1]]]
     parameters = {id(p): p for stage in local for p in stage.parameters()}
     for param in parameters.values():
@@ -253,18 +270,18 @@ def rank_footprint(
     """
     known = {} if known is None else known
     table.cache_clear()  # tables are cached: fake ones must not meet true ones
-    with FakeTensorMode(), torch.device("cpu"), warnings.catch_warnings():
+    local = _local(config, mesh, settings)
+    count, width = sum(p.numel() for p in local.parameters), DTYPES[settings.dtype].itemsize
+    if deepspeed:
+        buffers = deepspeed_buffers(count, mesh, settings, resident)
+    else:
+        buffers = plain_buffers(count, width, settings.gradient_accumulation > 1)
+    weights = (share(count, mesh) if deepspeed and settings.zero_stage == 3 else count) * width
+    least = weights + buffers.optimizer + buffers.standing
+    if within is not None and least > within:
+        return MemoryEstimate(weights, buffers.gradients, buffers.optimizer, 0, 0, 0, least, count, 0)
+    with FakeTensorMode(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of looking at addresses of fake tensors
-        local = _local(config, mesh, settings)
-        count, width = sum(p.numel() for p in local.parameters), DTYPES[settings.dtype].itemsize
-        if deepspeed:
-            buffers = deepspeed_buffers(count, mesh, settings, resident)
-        else:
-            buffers = plain_buffers(count, width, settings.gradient_accumulation > 1)
-        weights = (share(count, mesh) if deepspeed and settings.zero_stage == 3 else count) * width
-        least = weights + buffers.optimizer + buffers.standing
-        if within is not None and least > within:
-            return MemoryEstimate(weights, buffers.gradients, buffers.optimizer, 0, 0, 0, least, count, 0)
         chain = _chain(config, mesh, settings, local, known)
         recomputed = 0
         if within is None:

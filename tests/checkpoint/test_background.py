@@ -121,6 +121,7 @@ def failing(folder: str, how: str) -> list[str]:
     return said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["poll", "save"])
 def test_a_failure_surfaces_on_all_ranks_at_the_same_moment(tmp_path: Path, how: str) -> None:
     texts = run_ranks(failing, 2, str(tmp_path), how)

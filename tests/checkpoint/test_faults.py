@@ -31,6 +31,7 @@ def test_killed_inside_a_save(mode: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_resume_after_every_step(tmp_path: Path) -> None:
     assert stop_everywhere("metala", 8, 100, tmp_path) == (7, 28, [])
 
@@ -51,10 +52,12 @@ def pairs(
     return int(found["pairs"])
 
 
+@pytest.mark.slow
 def test_a_few_mesh_pairs(tmp_path: Path) -> None:
     assert pairs(tmp_path, ((2, 1, 1), (1, 1, 2)), ((1, 2, 1), (1, 1, 1)), "fp32") == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("zero", "saved_on", "loaded_on"),
     [

@@ -42,7 +42,9 @@ def save_and_load(folder: str, pp: int, dp: int, tp: int, zero: bool) -> bool:
     return state == {"iteration": 7} and engine.same_as(FakeEngine(mesh, 1, zero)) and torch.equal(torch.rand(4), expected)
 
 
-@pytest.mark.parametrize("mesh", MESHES, ids=str)
+@pytest.mark.parametrize(
+    "mesh", [pytest.param(m, marks=pytest.mark.slow if m in MESHES[1:5] else (), id=str(m)) for m in MESHES]
+)
 def test_every_mesh_round_trips_and_joins(tmp_path: Path, mesh: tuple[int, int, int]) -> None:
     pp, dp, tp = mesh
     assert all(run_ranks(save_and_load, pp * dp * tp, str(tmp_path), *mesh, True))
@@ -58,6 +60,7 @@ def test_every_mesh_round_trips_and_joins(tmp_path: Path, mesh: tuple[int, int, 
     verify_checkpoint(path)
 
 
+@pytest.mark.slow
 def test_without_zero_the_optimizer_is_written_once(tmp_path: Path) -> None:
     assert all(run_ranks(save_and_load, 2, str(tmp_path), 1, 2, 1, False))
     names = sorted(p.name for p in (tmp_path / "global_step7").glob("optim*"))
@@ -73,6 +76,7 @@ def load_elsewhere(folder: str, pp: int, dp: int, tp: int) -> bool:
     return engine.same_as(FakeEngine(mesh, 1)) and not engine.refreshed
 
 
+@pytest.mark.slow
 def test_weights_and_optimizers_load_on_any_mesh(tmp_path: Path) -> None:
     run_ranks(save_and_load, 4, str(tmp_path / "a"), 2, 1, 2, True)
     run_ranks(save_and_load, 2, str(tmp_path / "b"), 1, 2, 1, True)
@@ -110,7 +114,9 @@ def fail_on_rank_one(folder: str, when: str) -> str:
     return text
 
 
-@pytest.mark.parametrize("when", ["prepare", "write", "receipt", "publish"])
+@pytest.mark.parametrize(
+    "when", ["write", *(pytest.param(w, marks=pytest.mark.slow) for w in ("prepare", "receipt", "publish"))]
+)
 def test_a_full_disk_on_one_rank_is_the_same_error_on_all(tmp_path: Path, when: str) -> None:
     texts = run_ranks(fail_on_rank_one, 2, str(tmp_path), when)
     assert texts[0] == texts[1]

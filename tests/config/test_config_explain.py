@@ -90,6 +90,43 @@ def test_print_and_explain_stop(capsys: pytest.CaptureFixture[str]) -> None:
         assert words in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("split=a, b, c", "split 'a, b, c' cannot be read"),
+        ("moe_num_experts=8", "moe_num_experts: 8 is not supported"),
+        ("warmup=2.0", "warmup 2.0 leaves no steps"),
+        ("model_parallel_size=3", "is not a multiple of model_parallel_size 3"),
+        ("global_num_gpus=3", "train_batch_size"),
+    ],
+)
+def test_what_a_plan_refuses_is_shown_and_refused(setting: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """`--print-config` and `--dry-run` agree on what a valid configuration is; the first shows what was read all the same."""
+    import train
+
+    words_of = [QUICK, "--set", "train_batch_size=16", "--set", "train_micro_batch_size_per_gpu=16", "--set", setting]
+    found = []
+    for flag in ("--print-config", "--dry-run"):
+        with pytest.raises(ConfigError, match=words) as caught:
+            train.main([*words_of, flag])
+        found.append(str(caught.value))
+    assert found[0] == found[1]
+    if "global_num_gpus" not in setting:  # from batch sizes that do not multiply out no others can be derived
+        assert "num_layers: 4" in capsys.readouterr().out
+
+
+def test_a_mesh_is_shown_without_its_processes(capsys: pytest.CaptureFixture[str]) -> None:
+    """Nobody has started the ranks of a configuration that is printed; scripts that read old files print what they read."""
+    import train
+
+    with pytest.raises(SystemExit) as caught:
+        train.main([QUICK, "--set", "model_parallel_size=2", "--print-config"])
+    assert caught.value.code == 0 and "world_size" not in capsys.readouterr().out
+    with pytest.raises(SystemExit) as caught:
+        config_from_args(make_parser("test").parse_args([QUICK, "--set", "split=x", "--print-config"]), check=False)
+    assert caught.value.code == 0
+
+
 def test_set_needs_an_equals_sign_and_flags_are_not_shortened() -> None:
     parser = make_parser("test")
     with pytest.raises(ConfigError, match="is not KEY=VALUE"):

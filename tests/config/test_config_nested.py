@@ -52,6 +52,9 @@ MISTAKES: list[tuple[str, int, str, str]] = [
     (ADAM + "zero_optimization:\n  stage: 1\n  overlap_comm: 3\n", 10, "overlap_comm must be true or false, got 3", ""),
     (ADAM + "fp16:\n  enabled: true\n  loss_scale: big\n", 10, "fp16.loss_scale must be a number, got 'big'", ""),
     (ADAM + "fp16:\n  enabled: true\n  hysteresis: 0\n", 10, "fp16.hysteresis is 0", "greater than or equal to 1"),
+    (ADAM + "fp16:\n  enabled: true\n  initial_scale_power: 1000000\n", 10, "initial_scale_power is 1000000", "equal to 127"),
+    (ADAM + "fp16:\n  enabled: true\n  loss_scale: 1e39\n", 10, "fp16.loss_scale is 1e+39", "or equal to 170141183460469"),
+    (ADAM + "fp16:\n  enabled: true\n  min_loss_scale: 1e39\n", 10, "fp16.min_loss_scale is 1e+39", "less than or equal to"),
     (ADAM + "fp16:\n  enabled: true\n  loss_scal: 9\n", 10, "unknown key fp16.loss_scal", "'loss_scale'"),
     (ADAM + "bf16:\n  enable: true\n", 9, "unknown key bf16.enable", "did you mean 'enabled'"),
     (ADAM + "data_types:\n  grad_accum_dtype: fp33\n", 9, "grad_accum_dtype is 'fp33', which is not one of fp32", "'fp32'"),
@@ -115,6 +118,35 @@ def test_a_mistake_on_the_command_line_is_told_alike(
     with pytest.raises(ConfigError) as caught:
         load_values(overrides={key: value})
     assert what in str(caught.value) and "--set" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "cause"),
+    [
+        ("[a", "expected ',' or ']', but got '<stream end>'"),
+        ("!!bool maybe", "a value that its tag does not allow"),
+        ("2024-99-99", "month must be in 1..12"),
+        ("a: b: c", "mapping values are not allowed here"),
+    ],
+)
+def test_the_cause_of_bad_yaml_is_no_advice(load_values: Callable[..., RunConfig], value: str, cause: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_values(overrides={"vocab_file": value})
+    error = caught.value
+    assert error.what == f"the value of vocab_file is not valid YAML: {value!r}" and error.where == "--set"
+    assert error.why == cause and error.hint is not None and "--set 'vocab_file=" in error.hint
+    with pytest.raises(ConfigError) as caught:
+        load_values(overrides={"vocab_file": value, "split": "x"})
+    assert f"     why: {cause}\n     try: " in caught.value.what
+
+
+def test_why_a_key_is_refused_is_no_advice(load_values: Callable[..., RunConfig]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_values({"moe_num_experts": 8})
+    assert (caught.value.why, caught.value.hint) == ("mixture of experts is not built", None)
+    with pytest.raises(ConfigError) as caught:
+        load_values({"moe_num_experts": 8, "pos_emb": "sinusoidal"})
+    assert caught.value.what.count("     why: ") == 2 and "     try: " not in caught.value.what
 
 
 def test_numbers_are_fitted_inside_dictionaries_too(load_values: Callable[..., RunConfig]) -> None:

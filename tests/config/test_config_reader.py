@@ -224,6 +224,7 @@ def test_integers_stay_integers(value: int) -> None:
     assert isinstance(parse_scalar(str(value)), int)
 
 
+@pytest.mark.slow
 @given(st.text(max_size=40) | st.text(alphabet="a1:-{}[],&*\n '\"#!|>?.e0x_", max_size=40))
 def test_any_text_gives_values_or_a_problem(text: str) -> None:
     problems = Problems()

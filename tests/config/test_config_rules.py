@@ -14,6 +14,8 @@ from megatron.config.schema import RunConfig
 from megatron.errors import ConfigError
 
 ADAM = {"type": "Adam", "params": {"lr": 1e-3}}
+PREFIX = {"attention_config": [[["jrt"], 4]], "jrt_prefix_length": 64, "objective": "jrt"}
+SEQUENCE = {"sequence_parallel": True, "model_parallel_size": 2, "hidden_dropout": 0, "world": 2}
 
 # changes to the tiny base run -> words of the message; world size 1 unless "world" is given.
 CASES: list[tuple[dict[str, Any], str]] = [
@@ -88,6 +90,21 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ({"time_limit": "soon"}, "time_limit 'soon' is not a time"),
     ({"exit_signals": ["SIGKILL"]}, "exit_signals names 'SIGKILL'"),
     ({"on_skip_budget": "rewind"}, "rewind has no checkpoint to go back to"),
+    ({"split": "a, b, c"}, "split 'a, b, c' cannot be read: it needs one to three numbers"),
+    ({"split": "0, 0, 0"}, "split '0, 0, 0' cannot be read"),
+    ({"pipe_partition_method": "by_hand"}, "unknown pipe_partition_method 'by_hand'"),
+    ({"pipe_partition_method": "type:("}, r"pipe_partition_method 'type:\(' is not a regular expression"),
+    ({"pipe_partition_method": "type:mamba"}, "pipe_partition_method 'type:mamba' matches no layer"),
+    ({"loss_chunk_tokens": 64, "zero_optimization": {"stage": 3}}, "loss_chunk_tokens cannot be used here: ZeRO-3"),
+    ({"loss_chunk_tokens": 64, "synthetic": {"task": "mqar"}}, "loss_chunk_tokens cannot be used here: a synthetic task"),
+    ({**SEQUENCE, "seq_length": 127}, "sequence_parallel cannot be exact here: seq_length 127"),
+    ({**SEQUENCE, "hidden_dropout": 0.1}, "sequence_parallel cannot be exact here: hidden_dropout"),
+    ({**SEQUENCE, "attention_config": None, "pos_emb": "learned"}, "sequence_parallel cannot be exact here: learned"),
+    ({**PREFIX, "objective": "causal"}, "objective causal with jrt layers that see the first 64 tokens"),
+    ({**PREFIX, "objective_prefix_length": 32}, "objective_prefix_length 32 is not jrt_prefix_length 64"),
+    ({"objective": "prefix"}, "objective 'prefix' needs a prefix"),
+    ({"objective": "prefix", "objective_prefix_length": 128}, "a prefix of 128 tokens leaves nothing of seq_length 128"),
+    ({**PREFIX, "objective_mask_token": 256, "padded_vocab_size": 256}, "objective_mask_token 256 is outside"),
     ({"dropout_hidden": 1}, "unknown key dropout_hidden"),
 ]
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.commands import run_here
+
 from megatron.data import corpora
 from megatron.data.corpora import CorpusRequest, PreparedCorpus, prepare, python_sources
 from megatron.data.indexed import IndexedDataset
@@ -119,8 +121,7 @@ def test_trained_tokenizer_is_lossless_on_other_text(tmp_path: Path) -> None:
 
 
 def _command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(REPOSITORY / "prepare_data.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    return run_here("prepare_data.py", *arguments)
 
 
 def test_without_a_name_the_command_says_what_it_makes_and_what_else_there_is(

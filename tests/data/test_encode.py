@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.commands import run_here
+
 from megatron.data.encode import EncodeJob, EncodeOptions, encode_corpus
 from megatron.data.indexed import IndexedDataset
 from megatron.data.rows import Row, row_texts
@@ -188,8 +190,7 @@ def test_a_text_file_has_one_key() -> None:
 
 
 def _command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    script = str(REPOSITORY / "tools/datasets/preprocess_data.py")
-    return subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, check=False)
+    return run_here("tools/datasets/preprocess_data.py", *arguments)
 
 
 def test_command(tmp_path: Path) -> None:

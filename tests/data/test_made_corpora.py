@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.commands import run_here
+
 from megatron.data.corpora import CORPORA
 from megatron.data.corpus_request import BUILT_IN, command_that_makes
 from megatron.data.indexed import IndexedDataset
@@ -42,6 +44,5 @@ def test_tokenizer_and_tokens(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["metala-quickstart", "based-quickstart", "jrt-quickstart"])
 def test_quickstarts_without_data(name: str, tmp_path: Path) -> None:
     config = (ROOT / "configs" / f"{name}.yml").resolve()
-    command = [sys.executable, str(ROOT / "train.py"), str(config), "--set", f"run_dir={tmp_path}/run", "--set", "load=null"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    done = run_here("train.py", config, "--set", f"run_dir={tmp_path}/run", "--set", "load=null", cwd=tmp_path)
     assert done.returncode == 3 and "python prepare_data.py pystdlib makes it" in done.stderr, done.stderr

@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.commands import run_here
+
 from megatron.data.encode import EncodeJob, encode_corpus
 from megatron.data.fingerprint import check_fingerprint, check_identity, data_identity, read_meta
 from megatron.data.indexed import IndexedDataset, IndexedWriter
@@ -100,8 +102,7 @@ def test_merge_of_types_and_refusals(made: str, corpus: str, golden: Path, tmp_p
 
 
 def _tool(*arguments: object, script: str = "tools/data.py") -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(REPOSITORY / script), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return run_here(script, *arguments)
 
 
 def test_samples_command(golden: Path, tmp_path: Path) -> None:

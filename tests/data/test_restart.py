@@ -133,6 +133,7 @@ def _kill_until_done(command: list[str], kills: int, longest: float, seed: int, 
         shutil.rmtree(made)
 
 
+@pytest.mark.slow
 def test_killed_processes(tmp_path: Path) -> None:
     source = _write(tmp_path / "a.jsonl", 20_000)
     script = str(REPOSITORY / "tools/datasets/preprocess_data.py")

@@ -29,8 +29,8 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize(("pp", "tp"), [(2, 2), (1, 2), (2, 1)])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("pp", "tp"), [(2, 2), *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((1, 2), (2, 1)))])
+@pytest.mark.parametrize("name", [n if n == "grouped" else pytest.param(n, marks=pytest.mark.slow) for n in MODELS])
 def test_meshes_equal_one_process(name: str, pp: int, tp: int) -> None:
     check(MODELS[name], pp, tp)
 

@@ -71,7 +71,7 @@ def relative(a: list[float], b: list[float]) -> float:
     return max(abs(x - y) / abs(y) for x, y in zip(a, b, strict=True))
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mesh", [m if m == "tp2pp2" else pytest.param(m, marks=pytest.mark.slow) for m in MESHES])
 def test_fp32_equals_one_process(mesh: str) -> None:
     pp, tp, world = MESHES[mesh]
     want = oracle()
@@ -113,6 +113,7 @@ def test_bf16_with_fp32_residual_through_the_pipeline() -> None:
     assert relative(got["losses"], oracle()["losses"]) <= 1e-2
 
 
+@pytest.mark.slow
 def test_activation_checkpointing_is_bit_equal() -> None:
     settings = replace(SETTINGS, zero_stage=0, activation_checkpoint_interval=1)
     got = run_ranks(job, 1, 1, 1, "single", settings, MODEL, 8, False, connect=False)[0]

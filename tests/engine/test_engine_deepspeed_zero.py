@@ -36,6 +36,7 @@ def test_equal_to_one_process(mesh: Mesh3, work: list[Cell]) -> None:
     check(mesh, work)
 
 
+@pytest.mark.slow
 def test_bf16() -> None:
     check((1, 1, 2), [("metala", Form(2, dtype="bf16")), ("metala", Form(3, dtype="bf16"))], LOSS_BF16, torch.inf, torch.inf)
 

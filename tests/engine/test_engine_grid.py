@@ -44,6 +44,7 @@ def check(mesh: Mesh3, work: list[Cell], loss: float = LOSS, norm: float = NORM,
         assert fits, f"{mixer} {form}: {found}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(len(WIDE)), ids=[name_of(mesh) for mesh in WIDE])
 def test_a_cell_per_mixer(number: int) -> None:
     step = len(WIDE)
@@ -100,10 +101,12 @@ def test_dropout_differs_per_data_rank_and_repeats_per_seed() -> None:
     assert other[0][2] != again[0, 0, 0]
 
 
+@pytest.mark.slow
 def test_dropout_under_tensor_parallelism_equals_one_process() -> None:
     check((1, 2, 1), [("metala", Form(dropout=0.2, recompute=recompute)) for recompute in (False, True)])
 
 
+@pytest.mark.slow
 def test_sequence_parallel_equals_one_process() -> None:
     check((1, 2, 1), [("metala", Form(sequence=True)), ("base_conv", Form(sequence=True))])
     check((2, 2, 1), [("metala", Form(sequence=True, recompute=True, tied=False))])

@@ -59,6 +59,7 @@ def test_a_length_in_the_batch_is_the_length_in_the_options(segments: bool) -> N
     assert single(replace(LENGTH, activation_checkpoint_interval=1), MODEL, segments) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("pp", "zero"), [(2, 1), (1, 2)], ids=["pipeline", "ZeRO-2"])
 def test_other_engines_send_them_too(pp: int, zero: int) -> None:
     got = run_ranks(job, 2, pp, "deepspeed", replace(BOTH, zero_stage=zero), MODEL, True, timeout=120)[0]

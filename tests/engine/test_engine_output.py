@@ -50,7 +50,7 @@ def test_bf16_keeps_the_gradient_of_the_output_matrix(pp: int, tp: int, tied: bo
         assert got["losses"] == pytest.approx(want["losses"], rel=5e-3)
 
 
-@pytest.mark.parametrize(("pp", "tp", "tied"), [(1, 2, False), (2, 1, True)])
+@pytest.mark.parametrize(("pp", "tp", "tied"), [(1, 2, False), pytest.param(2, 1, True, marks=pytest.mark.slow)])
 def test_tensor_ranks_and_a_pipeline(pp: int, tp: int, tied: bool) -> None:
     config = model_config(tied)
     want = train(1, 1, "single", PLAIN, config, 3)

@@ -28,8 +28,8 @@ def relative(a: list[float], b: list[float]) -> float:
     return max(abs(x - y) / abs(y) for x, y in zip(a, b, strict=False))
 
 
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["tied", "untied"])
+@pytest.mark.parametrize("mesh", [m if m in ("dp2", "tp2pp2") else pytest.param(m, marks=pytest.mark.slow) for m in MESHES])
 def test_fp32_equals_one_process(mesh: str, tied: bool) -> None:
     pp, tp, world = MESHES[mesh]
     want = oracle(tied)
@@ -69,6 +69,7 @@ def test_bf16_follows_one_process(mesh: str) -> None:
     assert relative(got["losses"], oracle(True)["losses"]) <= 1e-2
 
 
+@pytest.mark.slow
 def test_bf16_without_fp32_sums_runs_too() -> None:
     settings = EngineSettings(gradient_accumulation=2, gradient_clipping=0.5, dtype="bf16", fp32_grad_accum=False)
     got = run_ranks(train, 2, 2, 1, "deepspeed", settings, model_config(), steps=6)[0]
@@ -80,6 +81,7 @@ def test_deepspeed_on_one_process_equals_single() -> None:
     assert relative(got["losses"], oracle(True)["losses"]) <= 1e-6
 
 
+@pytest.mark.slow
 def test_stage_0_with_clipping_and_pipeline_is_run_right_and_said() -> None:
     settings = EngineSettings(gradient_accumulation=2, gradient_clipping=0.5, zero_stage=0)
     got = run_ranks(train, 2, 2, 1, "deepspeed", settings, model_config())[0]
@@ -87,6 +89,7 @@ def test_stage_0_with_clipping_and_pipeline_is_run_right_and_said() -> None:
     assert "stage 0 runs as stage 1" in got["describe"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("interval", [1, 3])
 def test_activation_checkpointing_changes_nothing(interval: int) -> None:
     settings = EngineSettings(gradient_accumulation=2, gradient_clipping=0.5, activation_checkpoint_interval=interval)
@@ -96,6 +99,7 @@ def test_activation_checkpointing_changes_nothing(interval: int) -> None:
     assert relative(two["losses"], oracle(True)["losses"]) <= 1e-5
 
 
+@pytest.mark.slow
 def test_document_borders_travel_through_the_pipeline() -> None:
     got = run_ranks(train, 4, 2, 2, "deepspeed", CLIPPED, model_config(), steps=4, segments=True)[0]
     want = oracle(True, segments=True)
@@ -103,6 +107,7 @@ def test_document_borders_travel_through_the_pipeline() -> None:
     assert relative(want["losses"], oracle(True)["losses"]) > 1e-4, "boundaries must matter in this test"
 
 
+@pytest.mark.slow
 def test_replicated_parameters_stay_bit_equal_and_stages_hold_their_own_only() -> None:
     results = run_ranks(train, 4, 2, 2, "deepspeed", CLIPPED, model_config(), steps=3)
     by_place = {r["coordinates"]: r for r in results}

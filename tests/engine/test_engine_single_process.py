@@ -75,6 +75,7 @@ def _low(dtype: str) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_bf16_keeps_fp32_masters() -> None:
     got = run_ranks(_low, 1, "bfloat16", connect=False)[0]
     assert got["dtypes"] == ({torch.bfloat16}, {torch.float32})
@@ -83,6 +84,7 @@ def test_bf16_keeps_fp32_masters() -> None:
     assert got["extra"] == {}
 
 
+@pytest.mark.slow
 def test_fp16_skips_overflows_and_finds_its_scale() -> None:
     got = run_ranks(_low, 1, "fp16", connect=False)[0]
     assert got["skipped"][0] and not got["skipped"][-1], "2^24 overflows half precision; a smaller scale does not"
@@ -102,6 +104,7 @@ def _not_finite() -> tuple[bool, bool, float]:
     return result.skipped, same, float(result.grad_norm)
 
 
+@pytest.mark.slow
 def test_a_step_that_is_not_finite_changes_nothing() -> None:
     assert run_ranks(_not_finite, 1, connect=False)[0] == (True, True, float("inf"))
 

@@ -63,7 +63,10 @@ def _resume(kind: str, pp: int, tp: int, dtype: str) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize(("kind", "pp", "tp", "world", "dtype"), CASES)
+@pytest.mark.parametrize(
+    ("kind", "pp", "tp", "world", "dtype"),
+    [case if case in (CASES[0], CASES[3]) else pytest.param(*case, marks=pytest.mark.slow) for case in CASES],
+)
 def test_round_trip_is_bit_equal(kind: str, pp: int, tp: int, world: int, dtype: str) -> None:
     results = run_ranks(_resume, world, kind, pp, tp, dtype, connect=world > 1)
     for got in results:
@@ -104,7 +107,7 @@ def _errors(kind: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("kind", ["single", "deepspeed"])
+@pytest.mark.parametrize("kind", ["single", pytest.param("deepspeed", marks=pytest.mark.slow)])
 def test_what_does_not_fit_is_refused(kind: str) -> None:
     found = run_ranks(_errors, 1, kind, connect=False)[0]
     assert len(found) == 4
@@ -131,7 +134,7 @@ def _fresh_optimizer(kind: str) -> tuple[list[float], int]:
     return losses[0], next(iter(used.optimizer_slices().values())).step
 
 
-@pytest.mark.parametrize("kind", ["single", "deepspeed"])
+@pytest.mark.parametrize("kind", ["single", pytest.param("deepspeed", marks=pytest.mark.slow)])
 def test_weights_without_optimizer(kind: str) -> None:
     losses, step = run_ranks(_fresh_optimizer, 1, kind, connect=False)[0]
     assert losses[2] < losses[0]

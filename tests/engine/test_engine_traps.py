@@ -105,6 +105,7 @@ def test_a_run_prints_nothing_of_its_own(tmp_path: Path) -> None:
     assert not lines, lines
 
 
+@pytest.mark.slow
 def test_no_compiler_is_imported_and_start_is_quick() -> None:
     """torch._dynamo costs seconds per process, and DeepSpeed's look at its ops starts a C compiler."""
     code = (
@@ -123,6 +124,7 @@ def test_no_compiler_is_imported_and_start_is_quick() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_the_single_engine_does_not_import_deepspeed() -> None:
     code = "import sys, megatron.engine.build; assert 'deepspeed' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)

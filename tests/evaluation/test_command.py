@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.commands import run_here
 from tests.evaluation.corpus import write_corpus
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,8 +39,8 @@ def config(tmp_path: Path) -> Path:
     return path
 
 
-def command(*words: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True, check=False)
+def command(*words: str | Path) -> subprocess.CompletedProcess[str]:
+    return run_here(*words)
 
 
 @pytest.mark.slow

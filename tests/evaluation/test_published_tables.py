@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from megatron.evaluation.published_tables import (
     read_published,
     read_results,
 )
+from tests.commands import run_here
 
 ROOT = Path(__file__).resolve().parents[2]
 PUBLISHED = ROOT / "benchmarks" / "published" / "scores.csv"
@@ -124,12 +123,12 @@ def test_published_averages_are_those_that_the_papers_print() -> None:
     assert len(tables["based"]) == 6 and all(row.source for rows in tables.values() for row in rows)
 
 
+@pytest.mark.slow
 def test_the_command_marks_limited_figures(results: Path, tmp_path: Path) -> None:
     content = json.loads((results / "a.json").read_text())
     content |= {"limit": 10, "n-samples": {"hellaswag": {"original": 10042, "effective": 10}}}
     (results / "a.json").write_text(json.dumps(content))
-    command = [sys.executable, str(ROOT / "tools" / "collect_results.py"), str(results), "--output", str(tmp_path / "t")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = run_here("tools/collect_results.py", results, "--output", tmp_path / "t")
     assert done.returncode == 0, done.stderr
     assert "* tiny: hellaswag on 10 of 10042 examples" in done.stdout
     text = (tmp_path / "t-all.md").read_text()
@@ -137,10 +136,9 @@ def test_the_command_marks_limited_figures(results: Path, tmp_path: Path) -> Non
     assert "30.00*" in (tmp_path / "t-all.csv").read_text()
 
 
+@pytest.mark.slow
 def test_command(results: Path, tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "tools" / "collect_results.py")]
-    words = [str(results), "--output", str(tmp_path / "out" / "t")]
-    done = subprocess.run([*command, *words], capture_output=True, text=True, check=False)
+    done = run_here("tools/collect_results.py", results, "--output", tmp_path / "out" / "t")
     assert done.returncode == 0, done.stderr
     made = {path.name for path in (tmp_path / "out").iterdir()}
     tables = ("all", "jrt-1", "based", "commonsense", "scale")
@@ -148,5 +146,5 @@ def test_command(results: Path, tmp_path: Path) -> None:
     lines = list(csv.reader((tmp_path / "out" / "t-jrt-1.csv").open()))
     assert lines[1][:2] == ["tiny", "50.00"] and lines[1][-1] == "ours" and lines[2][0] == "Transformer++ 1.3B/10B"
     assert "| tiny | 50.00 |" in (tmp_path / "out" / "t-jrt-1.md").read_text()
-    bad = subprocess.run([*command, "--table", "jrt-9"], capture_output=True, text=True, check=False)
+    bad = run_here("tools/collect_results.py", "--table", "jrt-9")
     assert bad.returncode == 2 and "one of jrt-1" in bad.stderr and "Traceback" not in bad.stderr

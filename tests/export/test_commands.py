@@ -13,6 +13,7 @@ import pytest
 import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.commands import run_here
 from tests.data.hf_files import write
 from tests.export.hub_server import TOKEN, running_hub
 
@@ -23,13 +24,15 @@ pytestmark = pytest.mark.slow
 
 
 def run(*words: object, cwd: Path, text: str = "", **variables: str) -> subprocess.CompletedProcess[str]:
-    """One command; nobody is logged in to the Hub, whose address leads nowhere, unless `variables` say otherwise."""
+    """One command. What may ask the Hub is a process of its own, for libraries read their variables once: nobody is logged in
+    there, and its address leads nowhere, unless `variables` say otherwise.
+    """
+    if not variables and "--push-to-hub" not in words:
+        return run_here(str(words[0]), *words[1:], cwd=cwd, text=text)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HOME": str(cwd / "home"), "HF_ENDPOINT": "http://127.0.0.1:9"}
     environment = {k: v for k, v in environment.items() if k not in ("HF_TOKEN", "HF_HUB_OFFLINE")} | variables
     command = [sys.executable, str(ROOT / str(words[0])), *map(str, words[1:])]
-    return subprocess.run(
-        command, cwd=cwd, env=environment, input=text, capture_output=True, text=True, timeout=300, check=False
-    )
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 
 @pytest.fixture

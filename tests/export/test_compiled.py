@@ -44,6 +44,7 @@ def test_forward(load: Load, inputs: str) -> None:
     assert float(((got - want) * shown).abs().max()) < 1e-4
 
 
+@pytest.mark.slow
 def test_training_step(load: Load) -> None:
     """Loss and every gradient of one graph for forward and backward."""
     model, plain = load(torch.float64).train(), load(torch.float64).train()

@@ -35,6 +35,24 @@ def test_new_cases(name: str) -> None:
     assert found["cases"] == 12 and found["findings"] == {}
 
 
+@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["pipe", "folder"])
+def test_something_else_in_place_of_a_file(name: str, make: Callable[[Path], None], tmp_path: Path) -> None:
+    """Each file of a reader's seeds in turn: a pipe must not be waited for."""
+    reader, problems = READERS[name], {}
+    (tmp_path / "seeds").mkdir()
+    reader.seeds(tmp_path / "seeds")
+    files = [path.relative_to(tmp_path / "seeds") for path in sorted((tmp_path / "seeds").rglob("*")) if path.is_file()]
+    for file in files:
+        shutil.copytree(tmp_path / "seeds", tmp_path / "case", symlinks=True)
+        (tmp_path / "case" / file).unlink()
+        make(tmp_path / "case" / file)
+        if problem := fuzz.in_child(reader, tmp_path / "case"):
+            problems[str(file)] = problem
+        shutil.rmtree(tmp_path / "case")
+    assert files and not problems
+
+
 def _defect(root: Path) -> None:
     raise ValueError("a defect")
 

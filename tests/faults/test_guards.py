@@ -26,6 +26,7 @@ from tests.training.runs import CURVE, make_engine, options, train
 FEW = ("single-bf16", "pp2-fp32", "tp2-bf16")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FEW)
 def test_injected_faults_change_nothing(name: str) -> None:
     assert check(name, 4, seed=3) == 4
@@ -49,6 +50,7 @@ def _one_rank_disagrees() -> None:
     train(engine, None, options(5), control=Control(Consensus.of_all_ranks()))
 
 
+@pytest.mark.slow
 def test_ranks_that_do_not_agree_stop() -> None:
     with pytest.raises(RankError, match="the ranks do not agree whether the last step was skipped"):
         run_ranks(_one_rank_disagrees, 2)

@@ -44,6 +44,7 @@ def beat(rank: int, moves: int = 10, still_s: float = 0.0, phase: str = "step", 
     return Heartbeat(rank, phase, moves, still_s, moves // 3, settled, stack, "hosta", 100 + rank)
 
 
+@pytest.mark.slow
 def test_no_false_alarm_in_ten_thousand_steps_with_a_long_compile() -> None:
     """A fake clock: ten minutes until the first step is done with a timeout of one, then steps of up to 0.9 timeouts."""
     timeout, now = 61.0, 0.0
@@ -139,6 +140,7 @@ def test_datagrams_that_overtake_each_other_or_come_from_elsewhere() -> None:
         assert Heartbeat.decode(junk, "abc") is None
 
 
+@pytest.mark.slow
 def test_one_process_that_stands_still_is_found_and_leaves() -> None:
     left = threading.Event()
     codes: list[int] = []

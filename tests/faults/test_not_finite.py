@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.commands import run_here
 from tests.tiny_run import write_run
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(config: Path, *extra: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "train.py", str(config), *extra]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    return run_here("train.py", config, *extra)
 
 
 def spoilt(folder: Path, **changes: Any) -> Path:

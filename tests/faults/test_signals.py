@@ -138,6 +138,7 @@ def test_time_limit_leaves_room_for_a_step_and_a_save() -> None:
     assert not TimeLimit(None, lambda: 1e9).is_up()
 
 
+@pytest.mark.slow
 def test_time_limit_ends_a_run(tmp_path: Path) -> None:
     now = [0.0]
 
@@ -186,6 +187,7 @@ def test_an_echo_is_no_second_signal_but_a_later_one_is() -> None:
     assert left == [128 + signal.SIGTERM]
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_a_process_that_sits_in_c_code() -> None:
     code = (
         "import ctypes, sys\n"

@@ -13,6 +13,7 @@ import pytest
 
 from megatron.checkpoint.layout import whole_steps
 from megatron.launch.runners import children
+from tests.commands import run_here
 from tests.parallel.rank_server import free_port
 from tests.tiny_run import write_run
 
@@ -99,8 +100,7 @@ def test_a_time_limit(config: Path) -> None:
 
 @pytest.mark.parametrize(("key", "value"), [("time_limit", "soon"), ("exit_signals", "[SIGKILL]")])
 def test_keys_that_make_no_sense_are_a_message_of_the_config(config: Path, key: str, value: str) -> None:
-    command = [sys.executable, "train.py", str(config), "--dry-run", "--set", f"{key}={value}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = run_here("train.py", config, "--dry-run", "--set", f"{key}={value}")
     assert done.returncode == 2, done.stdout + done.stderr
     assert key in done.stderr
     assert "Traceback" not in done.stderr

@@ -85,6 +85,7 @@ def test_import_then_export_keep_logits_and_tensors(folder: Path, tmp_path: Path
         assert said.get(key) == kept.get(key), key
 
 
+@pytest.mark.slow
 def test_a_tensor_parallel_run_of_an_imported_model(folder: Path, tmp_path: Path) -> None:
     """8 or 12 heads, 4 of keys and values where they are grouped, on 2 and 4 ranks."""
     from tests.export.native_ranks import logits_on_ranks

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,18 @@ from megatron.interop.import_hf import import_folder
 Make = Callable[..., Path]
 
 
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where one export of all tests lies, once it is made."""
+    return tmp_path_factory.mktemp("original") / "hf"
+
+
 @pytest.fixture
-def folder(make_checkpoint: Make, tmp_path: Path) -> Path:
-    facts = {"tokenizer": {"vocab_size": 64, "eod": 3, "pad": 5, "bos": 4}}
-    return export_checkpoint(make_checkpoint(facts=facts), tmp_path / "hf").folder
+def folder(make_checkpoint: Make, original: Path, tmp_path: Path) -> Path:
+    if not original.exists():
+        facts = {"tokenizer": {"vocab_size": 64, "eod": 3, "pad": 5, "bos": 4}}
+        export_checkpoint(make_checkpoint(facts=facts), original)
+    return Path(shutil.copytree(original, tmp_path / "hf"))
 
 
 def change(folder: Path, **fields: Any) -> None:

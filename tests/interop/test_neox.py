@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,14 @@ import torch
 from torch import Tensor
 
 from megatron.checkpoint.load import read_full_weights
+from megatron.checkpoint.save import save_checkpoint
 from megatron.errors import CheckpointError
 from megatron.interop.neox import read_neox_weights, vocabulary_rows
 from megatron.interop.neox_files import ForeignFolder, read_pickle
 from megatron.model.build import param_specs
 from megatron.model.config import ModelConfig
+from tests.checkpoint.fakes import MODEL, FakeEngine
+from tests.commands import run_here
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ModelConfig(32, 16, 2, 2, 24, ("metala", "metala"), norm="rmsnorm", tie_embeddings=False)
@@ -183,6 +186,17 @@ def test_hostile_pickles_are_named_and_not_run(tmp_path: Path, place: str) -> No
     assert not mark.exists()
 
 
+def test_files_of_an_old_torch(tmp_path: Path) -> None:
+    file = tmp_path / "layer_00-model_00-model_states.pt"
+    torch.save({"a": torch.arange(5.0)}, file, _use_new_zipfile_serialization=False)
+    assert torch.equal(read_pickle(file)["a"], torch.arange(5.0))
+    mark = tmp_path / "ran"
+    torch.save([torch.zeros(1), Hostile(mark)], file, _use_new_zipfile_serialization=False)
+    with pytest.raises(CheckpointError, match=r"was not run(.|\n)*mkdir"):
+        read_pickle(file)
+    assert not mark.exists()
+
+
 def test_broken_pickles(tmp_path: Path) -> None:
     file = tmp_path / "layer_00-model_00-model_states.pt"
     torch.save({"a": torch.zeros(100)}, file)
@@ -193,9 +207,8 @@ def test_broken_pickles(tmp_path: Path) -> None:
             read_pickle(file)
 
 
-def test_the_command(tmp_path: Path) -> None:
-    weights = random_weights(CONFIG)
-    path = write_ranks(tmp_path, neox_stages(CONFIG, weights, 2))
+def add_config(path: Path, **changes: object) -> None:
+    """The YAML that rides along."""
     (path / "configs").mkdir()
     lines = [
         "num_layers: 2",
@@ -212,10 +225,93 @@ def test_the_command(tmp_path: Path) -> None:
         "no_weight_tying: true",
         "model_parallel_size: 2",
     ]
+    lines = [line for line in lines if line.partition(":")[0] not in changes]
+    lines += [f"{key}: {json.dumps(value)}" for key, value in changes.items()]
     (path / "configs" / "model.yml").write_text("\n".join(lines) + "\n")
+
+
+def imported(path: Path, out: Path) -> subprocess.CompletedProcess[str]:
+    return run_here("tools/checkpoint.py", "import", path, "--output", out)
+
+
+def test_the_command(tmp_path: Path) -> None:
+    weights = random_weights(CONFIG)
+    path = write_ranks(tmp_path, neox_stages(CONFIG, weights, 2))
+    add_config(path)
     out = tmp_path / "out"
-    command = [sys.executable, str(ROOT / "tools" / "checkpoint.py"), "import", str(path), "--output", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    found = read_full_weights(out / "global_step40")
-    assert all(torch.equal(found[name], weights[name]) for name in weights)
+    for place in (path, path.parent):  # the folder of the checkpoints means the newest; an import may be made again
+        done = imported(place, out)
+        assert done.returncode == 0, done.stderr
+        found = read_full_weights(out / "global_step40")
+        assert all(torch.equal(found[name], weights[name]) for name in weights)
+
+
+@pytest.mark.parametrize("write", [write_layers, write_ranks], ids=["pp1", "pp0"])
+def test_the_step_is_that_of_the_files(write: Callable[..., Path], tmp_path: Path) -> None:
+    """Whatever the folder is called; a folder of layers says it in the file beside them, or only by its name."""
+    path = write(tmp_path, neox_stages(CONFIG, random_weights(CONFIG), 2))
+    add_config(path)
+    if write is write_layers:
+        torch.save({"module": None, "global_steps": 40}, path / "mp_rank_00_model_states.pt")
+    renamed = path.rename(tmp_path / "global_step70")
+    done = imported(renamed, tmp_path / "a")
+    assert f"the files of {renamed} were saved at step 40" in done.stdout and (tmp_path / "a" / "global_step40").is_dir()
+    done = imported(renamed.rename(tmp_path / "weights"), tmp_path / "b")
+    assert done.returncode == 0 and (tmp_path / "b" / "latest").read_text() == "global_step40", done.stderr
+
+
+def test_an_import_is_not_mixed_with_the_checkpoints_of_a_run(tmp_path: Path) -> None:
+    path = write_layers(tmp_path, neox_stages(CONFIG, random_weights(CONFIG), 2))
+    add_config(path)
+    for step in (40, 90):
+        out = tmp_path / f"run{step}"
+        state = {"iteration": step, "consumed_samples": 8}
+        save_checkpoint(out, FakeEngine(), state, model_config=MODEL)
+        done = imported(path, out)
+        assert done.returncode == 4 and "the output folder holds checkpoints already" in done.stderr
+        assert f"it holds: global_step{step}" in done.stderr and "--output: a folder that is new" in done.stderr
+        assert [p.name for p in sorted(out.iterdir())] == [f"global_step{step}", "latest"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda path: (path / "layer_03-model_00-model_states.pt").unlink(), "layer_03-model_00-model_states.pt"),
+        (lambda path: [p.unlink() for p in path.glob("layer_03-*")], "layer_03-model_00-model_states.pt, layer_03-model_01"),
+        (lambda path: (path / "layer_03-model_01-model_states.pt").write_bytes(b""), "the file is empty"),
+        (lambda path: (path / "layer_03-model_01-model_states.pt").write_bytes(b"vnothing"), "the file is damaged"),
+        (lambda path: (path / "layer_03-model_01-model_states.pt").write_bytes(b"PK\3\4" * 99), "the file cannot be read"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_no_matter_of_the_config(
+    damage: Callable[[Path], object], says: str, tmp_path: Path
+) -> None:
+    path = write_layers(tmp_path, neox_stages(CONFIG, random_weights(CONFIG), 2))
+    add_config(path)
+    damage(path)
+    done = imported(path, tmp_path / "out")
+    assert done.returncode == 4 and says in done.stderr and "layer_03" in done.stderr, done.stderr
+    assert "from where the checkpoint was made" in done.stderr and "attention_config" not in done.stderr
+    assert "more than tensors" not in done.stderr and not (tmp_path / "out" / "latest").exists()
+
+
+def test_layers_that_the_config_has_alone_are_no_damage_for_sure(tmp_path: Path) -> None:
+    path = write_layers(tmp_path, neox_stages(CONFIG, random_weights(CONFIG), 1))
+    add_config(path, num_layers=3, attention_config=[[["metala"], 3]])
+    done = imported(path, tmp_path / "out")
+    assert done.returncode == 4 and "num_layers of the config, 3, is not that of the checkpoint" in done.stderr
+
+
+def test_a_folder_that_is_none_of_neox_is_told_what_it_is(tmp_path: Path) -> None:
+    ours = save_checkpoint(tmp_path / "run", FakeEngine(), {"iteration": 5}, model_config=MODEL)
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text("{}")
+    for path, says in (
+        (ours, "this is a checkpoint of ours already"),
+        (tmp_path / "run", "this is a checkpoint of ours already"),
+        (tmp_path / "hf", "tools/convert_from_hf.py"),
+        (tmp_path / "nowhere", "the folder does not exist"),
+        (tmp_path, "give a global_stepN folder of GPT-NeoX, or the folder that holds it"),
+    ):
+        done = imported(path, tmp_path / "out")
+        assert done.returncode == 4 and "not a GPT-NeoX checkpoint" in done.stderr and says in done.stderr, done.stderr

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from megatron.errors import CheckpointError
 from megatron.interop.neox import read_neox_weights
 from megatron.model.config import ModelConfig
 from megatron.recipe import model_keys
+from tests.commands import run_here
 from tests.export.conftest import random_weights
 from tools.checkpoint import import_neox, make_parser
 
@@ -166,9 +166,8 @@ VALUES = {
 }  # fmt: skip
 
 
-def command(*words: object) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, *map(str, words)]
-    return subprocess.run(line, capture_output=True, text=True, check=False, cwd=ROOT)
+def command(*words: str | Path) -> subprocess.CompletedProcess[str]:
+    return run_here(*words)
 
 
 @pytest.mark.slow

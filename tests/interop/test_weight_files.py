@@ -23,9 +23,17 @@ from megatron.interop.weight_files import foreign_settings, read_weights
 Make = Callable[..., Path]
 
 
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where one export of all tests lies, once it is made."""
+    return tmp_path_factory.mktemp("original") / "hf"
+
+
 @pytest.fixture
-def folder(make_checkpoint: Make, tmp_path: Path) -> Path:
-    return export_checkpoint(make_checkpoint(tie_embeddings=False), tmp_path / "hf").folder
+def folder(make_checkpoint: Make, original: Path, tmp_path: Path) -> Path:
+    if not original.exists():
+        export_checkpoint(make_checkpoint(tie_embeddings=False), original)
+    return Path(shutil.copytree(original, tmp_path / "hf"))
 
 
 def as_pickle(folder: Path) -> None:

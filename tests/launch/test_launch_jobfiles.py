@@ -1,7 +1,7 @@
 """Job files: kept in golden files (REGEN=1 rewrites them), read by the schemas of their clusters, and closed to any value.
 
-`kubeflow-trainer-api` has the types of JobSet and of all that Kubernetes puts into one. SkyPilot's own parser is asked where it
-is installed (`pip install skypilot`, 100 packages), Slurm's in `test_launch_hosts.py`.
+`kubeflow-trainer-api` has the types of JobSet and of all that Kubernetes puts into one. Slurm's own parser is asked in
+`test_launch_hosts.py`, SkyPilot's fields are in `test_launch_skypilot.py`.
 """
 
 from __future__ import annotations
@@ -99,44 +99,6 @@ def test_kubernetes_mounts_waits_for_a_save_and_gives_up_on_mistakes() -> None:
     (policy,) = body["spec"]["failurePolicy"]["rules"]
     assert (policy["action"], policy["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
     assert {"name": "NCCL_DEBUG", "value": "WARN $$(x)"} in container["env"], "Kubernetes fills $(x) in"
-
-
-@pytest.mark.parametrize("gpus", [True, False])
-@pytest.mark.parametrize("nodes", [1, 2])
-def test_skypilot_reads_the_task(gpus: bool, nodes: int) -> None:
-    text = job_file("skypilot", OPTIONS, dataclasses.replace(shape(gpus), nodes=nodes), SITE)
-    body = yaml.safe_load(text)
-    paths = {"/mnt/linear-neox/runs", "/mnt/linear-neox/data", "/mnt/tok"}
-    assert set(body["volumes" if nodes > 1 else "file_mounts"]) == paths
-    if nodes == 1:
-        modes = {path: mount["mode"] for path, mount in body["file_mounts"].items()}
-        assert modes == dict.fromkeys(paths, "MOUNT_CACHED") | {"/mnt/tok": "MOUNT"}
-    assert body["resources"]["job_recovery"]["recover_on_exit_codes"] == list(AGAIN)
-    assert set(body["secrets"].values()) == {""}, "null would ask for it"
-    task = pytest.importorskip("sky.task", reason="SkyPilot is not installed")
-    read = task.Task.from_yaml_config({k: v for k, v in body.items() if k not in ("file_mounts", "volumes")})
-    assert (read.num_nodes, read.name) == (nodes, "metala-1b")
-    schemas = pytest.importorskip("sky.utils.schemas")
-    pytest.importorskip("jsonschema").validate(body, schemas.get_task_schema())
-
-
-def test_skypilot_folders_are_linked_and_empty_secrets_unset(tmp_path: Path) -> None:
-    """The shell lines before the start, run; the start itself is stood in for."""
-    run = yaml.safe_load(job_file("skypilot", OPTIONS, shape(), SITE))["run"]
-    for name in ("python", "torchrun"):
-        (tmp_path / name).write_text('#!/bin/sh\nprintf "%s\\n" "$@" "W=${WANDB_API_KEY-unset} H=${HF_TOKEN-unset}"\nexit 75\n')
-        (tmp_path / name).chmod(0o755)
-    (tmp_path / "work" / "data").mkdir(parents=True)
-    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "WANDB_API_KEY": "", "HF_TOKEN": "x", "SKYPILOT_NODE_RANK": "1"}
-    env |= {"SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2"}
-    for _ in range(2):  # a recovery on the same machine finds its links
-        done = subprocess.run(["bash", "-c", run], cwd=tmp_path / "work", env=env, capture_output=True, text=True, check=False)
-        assert done.returncode == 75, "the code of the ranks is the code of the job"
-        words = done.stdout.splitlines()
-        assert words[-1] == "W=unset H=x" and words[-9:-1] == list(COMMAND)
-        assert words[3:8] == ["--nodes=2", "--slots=8", "--node=1", "--address=10.0.0.1", "--port=29501"]
-    assert (tmp_path / "work" / "runs").readlink() == Path("/mnt/linear-neox/runs")
-    assert not (tmp_path / "work" / "data").is_symlink(), "what was sent along is used"
 
 
 def directives(text: str) -> dict[str, str]:

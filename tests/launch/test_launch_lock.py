@@ -18,7 +18,7 @@ import pytest
 
 from megatron.errors import CheckpointError, LaunchError
 from megatron.launch import lock as lock_file
-from megatron.launch.lock import HERE_S, NAME, SILENT_S, FolderLock, Holder
+from megatron.launch.lock import HERE_S, NAME, SILENT_S, FolderLock, Holder, refuse_if_held
 from tests.tiny_run import write_run
 
 ROOT = Path(__file__).parents[2]
@@ -204,6 +204,62 @@ def test_of_many_starts_at_once_one_gets_the_folder(tmp_path: Path, monkeypatch:
         thread.join()
     assert (len(won), len(lost)) == (1, 5)
     won[0].release()
+
+
+def test_a_start_is_refused_before_its_processes_where_a_run_of_this_machine_holds_the_folder(tmp_path: Path) -> None:
+    held, _ = take(tmp_path)
+    before, clock = (tmp_path / NAME).read_text(), Clock()
+    with pytest.raises(LaunchError, match="another run saves into this folder"):
+        refuse_if_held(tmp_path, clock, clock.pause)
+    assert HERE_S <= clock.now <= HERE_S + 1 and (tmp_path / NAME).read_text() == before
+    held.release()
+    refuse_if_held(tmp_path, clock, clock.pause)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda path: put(path, elsewhere()),
+        lambda path: put(path, replace(Holder.here("x"), born=1)),
+        lambda path: put(path, replace(Holder.here("x"), leaving=True)),
+        lambda path: (path / NAME).write_text("{"),
+        lambda path: (path / NAME).mkdir(),
+        lambda path: os.mkfifo(path / NAME),
+        lambda path: (path / NAME).symlink_to(path / "precious"),
+        lambda path: path.rmdir(),
+    ],
+)
+def test_what_only_the_ranks_can_decide_starts_them(make: Callable[[Path], object], tmp_path: Path) -> None:
+    folder = tmp_path / "save"
+    folder.mkdir()
+    make(folder)
+    clock = Clock()
+    refuse_if_held(folder, clock, clock.pause)
+    assert clock.now == 0
+
+
+def test_the_launcher_refuses_a_second_training_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """One message, from the command itself: no rank is started."""
+    import deepy
+
+    started: list[Any] = []
+    monkeypatch.setattr(deepy, "run_job", lambda job, *more: (started.append(job) or 0, ""))
+    monkeypatch.setattr(lock_file, "HERE_S", 0.0)
+    save = tmp_path / "save"
+    config = str(write_run(tmp_path / "data", train_iters=1, train_batch_size=2, run_dir=str(tmp_path / "run"), save=str(save)))
+    held, _ = take(save)
+    for words in ([], ["--set", "model_parallel_size=2"]):
+        with pytest.raises(LaunchError, match="another run saves into this folder"):
+            deepy.main([str(ROOT / "train.py"), config, *words])
+    assert started == [] and not (tmp_path / "run").exists()
+    assert deepy.main([str(ROOT / "eval.py"), config]) == 0
+    assert deepy.main([str(ROOT / "train.py"), config, "--dry-run"]) == 0
+    held.release()
+    assert deepy.main([str(ROOT / "train.py"), config]) == 0
+    assert len(started) == 3 and capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("make", [lambda path: path.write_text(""), lambda path: (path.mkdir(), (path / NAME).mkdir())])

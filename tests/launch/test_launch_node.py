@@ -67,6 +67,7 @@ def test_verdict() -> None:
     assert [verdict(codes) for codes in ([], [0, 0], [-9, 22], [22, 3], [0, -15], [-11, -9])] == [0, 0, 22, 22, 143, 139]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_reaches_every_rank_and_is_waited_for(number: signal.Signals, tmp_path: Path) -> None:
     process = start(tmp_path, "0", "0", "60")
@@ -78,6 +79,7 @@ def test_a_signal_reaches_every_rank_and_is_waited_for(number: signal.Signals, t
     assert sorted(rest.splitlines()) == ["rank 0 heard 15", "rank 1 heard 15"]
 
 
+@pytest.mark.slow
 def test_a_rank_that_outlives_a_failed_one_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "rank.py").write_text(RANK)
     script = "import sys, megatron.launch.node as n; n.GRACE_S = 1.0; sys.exit(n.main(sys.argv[1:]))"

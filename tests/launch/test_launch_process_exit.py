@@ -137,7 +137,11 @@ sys.exit(subprocess.call([sys.executable, "-SE", SUPERVISOR, "--watch-stdin", "-
 
 @pytest.mark.parametrize(
     ("route", "launcher", "code"),
-    [("local", "deepspeed", NODE), ("hosts", "pdsh", RUNNER), ("hosts", "openmpi", RUNNER), ("hosts", "slurm", RUNNER)],
+    [
+        ("local", "deepspeed", NODE),
+        ("hosts", "pdsh", RUNNER),
+        *(pytest.param("hosts", launcher, RUNNER, marks=pytest.mark.slow) for launcher in ("openmpi", "slurm")),
+    ],
 )
 def test_a_killed_command_takes_all_that_it_started_along(route: str, launcher: str, code: str) -> None:
     command = [sys.executable, "-c", DEEPY, route, launcher, "-c", code]

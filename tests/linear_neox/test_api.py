@@ -171,6 +171,7 @@ def test_a_model_from_a_mapping_and_from_a_model_config() -> None:
         ln.model_config(ln.load_config(keys, check=False), vocab_size=80, num_layers=3)
 
 
+@pytest.mark.slow
 def test_export_and_import_carry_the_model(trained: tuple[Path, ln.Trainer], tmp_path: Path) -> None:
     _, trainer = trained
     exported = ln.export_hf(trainer.save(tmp_path / "save"), tmp_path / "hf")

@@ -115,7 +115,8 @@ def test_fp16(device: str) -> None:
 
 @device_matrix
 def test_gate_rounding_switch(device: str) -> None:
-    """The kernel rounds where the plain path rounds; a logit near a rounding boundary may round the other way: 2e-2."""
+    """The kernel rounds where the plain path rounds; a logit near a rounding boundary may fall on the other side, hence
+    2e-2."""
     if device == "cpu":
         emulate_bf16()
     leaves = [x.detach() for x in draw(32, 64, 70, torch.float32, 2.0, device)]

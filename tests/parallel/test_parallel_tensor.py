@@ -53,7 +53,7 @@ def _compare(tied: bool) -> dict[str, float]:
     return errors
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_split_model_equals_whole_model_in_fp64(tied: bool) -> None:
     for errors in run_ranks(_compare, 2, tied):
         assert max(errors.values()) < 1e-10, errors

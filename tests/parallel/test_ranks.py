@@ -45,6 +45,7 @@ def test_a_dead_rank_is_reported() -> None:
         run_ranks(_die, 1, connect=False)
 
 
+@pytest.mark.slow
 def test_a_hang_ends_at_the_limit_with_a_stack() -> None:
     with pytest.raises(RankError, match=r"time limit(.|\n)*time_sleep_here"):
         run_ranks(time_sleep_here, 1, connect=False, timeout=1)

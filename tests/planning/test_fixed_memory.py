@@ -6,13 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron.engine.base import EngineSettings
 from megatron.engine.deepspeed_config import LARGEST_BUCKET
 from megatron.model.config import ModelConfig
 from megatron.parallel.mesh import Mesh
-from megatron.planning.dry_run import DeviceLimits, RunShape, _disk, _time, peak
+from megatron.planning.dry_run import Limits, RunShape, _disk, _time, peak
 from megatron.planning.fixed_memory import Buffers, deepspeed_buffers, plain_buffers
 from megatron.planning.memory import _assemble, _Chain, _local, _Piece
 
@@ -99,8 +98,7 @@ def test_disk_and_time() -> None:
     assert _time(run, 8 * 50e12 * 600, limits).startswith("10.0 minutes at 50%")
 
 
-def test_fake_weights_have_the_format_of_the_run() -> None:
+def test_weights_that_are_measured_have_the_format_of_the_run() -> None:
     """So that their gradients and products are counted as wide as they are."""
-    with FakeTensorMode(), torch.device("cpu"):
-        local = _local(MODEL, Mesh.single(), HALF)
+    local = _local(MODEL, Mesh.single(), HALF)
     assert {p.dtype for p in local.parameters} == {torch.bfloat16}

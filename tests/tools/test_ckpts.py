@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron.errors import ConfigError
+from tests.commands import run_here
 from tests.evaluation.tiny import tiny_config, trained_checkpoint
 from tools.ckpts import pointers
 
@@ -17,8 +18,7 @@ FOLDER = ROOT / "tools" / "ckpts"
 
 
 def command(name: str, *words: object) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, str(FOLDER / f"{name}.py"), *map(str, words)]
-    return subprocess.run(line, capture_output=True, text=True, check=False, timeout=300)
+    return run_here(FOLDER / f"{name}.py", *words)
 
 
 def test_every_command_of_neox_is_there_and_leads_somewhere() -> None:
@@ -69,6 +69,7 @@ def test_arguments_become_ours(tmp_path: Path) -> None:
     assert "20B.yml" in str(caught.value.hint) and "tools/convert_to_hf.py --checkpoint" in str(caught.value.hint)
 
 
+@pytest.mark.slow
 def test_neox_commands_export_and_inspect_a_checkpoint(tmp_path: Path) -> None:
     checkpoint = trained_checkpoint(tmp_path / "runs", tiny_config("metala"), steps=1)
     done = command("convert_neox_to_hf", "--input_dir", checkpoint, "--output_dir", tmp_path / "hf", "--precision", "fp32")

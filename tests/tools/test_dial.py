@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.commands import run_here
 
 
 def dial(*arguments: str) -> str:
-    command = [sys.executable, str(ROOT / "tools" / "dial.py"), *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = run_here("tools/dial.py", *arguments)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
+@pytest.mark.slow
 def test_state_of_based_and_its_dial(tmp_path: Path) -> None:
     """Per linear layer 16 heads x 153 x 65 fp32 sums; per window 128 keys and values of 1,024 in bf16 and their numbers."""
     out = dial("configs/based-360m.yml", "--windows", "64", "128", "--features", "8", "16", "--output", str(tmp_path / "d"))

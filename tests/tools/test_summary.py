@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.commands import run_here
 from tests.tiny_run import write_run
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def summary(run: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "tools" / "summary.py"), str(run)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return run_here("tools/summary.py", run)
 
 
 def test_words_and_places(tmp_path: Path) -> None:

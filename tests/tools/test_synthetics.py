@@ -20,6 +20,7 @@ from megatron.settings import tokenizer_of
 from megatron.synthetics.sweep import group, points_of, solved
 from megatron.synthetics.sweep_results import Results, read_lines
 from megatron.synthetics.train_point import Training, run_point
+from tests.commands import run_here
 
 ROOT = Path(__file__).resolve().parents[2]
 SWEEP: dict[str, Any] = {
@@ -38,9 +39,7 @@ SWEEP: dict[str, Any] = {
 
 
 def tool(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, f"tools/{name}.py", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    return run_here(f"tools/{name}.py", *arguments)
 
 
 def written(folder: Path, sweep: dict[str, Any]) -> str:
@@ -135,7 +134,8 @@ def test_a_killed_sweep_goes_on_and_is_drawn(tmp_path: Path) -> None:
     os.killpg(first.pid, signal.SIGKILL)
     first.wait()
     kept, whole = output.read_text().splitlines(), len(read_lines(output))
-    done = tool("synthetics", sweep, "--output", str(output), "--workers", "1")
+    command = [*command[:-1], "1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)  # workers say what they do themselves
     assert done.returncode == 0, done.stderr
     lines = read_lines(output)
     assert sorted(line["key"] for line in lines) == sorted(p.key() for p in points_of(SWEEP)), "each point once"
@@ -218,9 +218,7 @@ def test_a_training_run_on_a_synthetic_task(tmp_path: Path) -> None:
 
     def train(*settings: str) -> subprocess.CompletedProcess[str]:
         words = [word for setting in settings for word in ("--set", setting)]
-        return subprocess.run(
-            [sys.executable, "train.py", str(path), *words], cwd=ROOT, capture_output=True, text=True, check=False
-        )
+        return run_here("train.py", path, *words)
 
     def losses(folder: str) -> list[float]:
         rows = [json.loads(line) for line in (tmp_path / folder / "metrics.jsonl").read_text().splitlines()]

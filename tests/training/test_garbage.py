@@ -28,6 +28,7 @@ def test_what_was_there_before_is_set_apart_for_the_time_of_a_training() -> None
     assert inside > before + 10_000 and gc.get_freeze_count() <= before
 
 
+@pytest.mark.slow
 def test_a_training_settles_and_leaves_nothing_behind() -> None:
     seen: list[int] = []
 

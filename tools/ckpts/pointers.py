@@ -8,8 +8,8 @@ python tools/ckpts/upload.py my-model OWNER/NAME main
 from __future__ import annotations
 
 import argparse
+import runpy
 import shlex
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -119,4 +119,5 @@ def lead(name: str) -> None:
             raise ConfigError(f"GPT-NeoX's {name}.py is not offered here", hint=POINTERS[name])
         tool, *rest = LEADS[name](sys.argv[1:])
         print(f"runs: {shlex.join(['python', f'tools/{tool}', *rest])}", file=sys.stderr, flush=True)
-        raise SystemExit(subprocess.run([sys.executable, str(TOOLS / tool), *rest], check=False).returncode)
+        sys.argv = [str(TOOLS / tool), *rest]
+        runpy.run_path(str(TOOLS / tool), run_name="__main__")
