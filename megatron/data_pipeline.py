@@ -1,7 +1,7 @@
-"""The data half of `assemble.py`: from a run's data section to its datasets and batches, and what a resume must know of them.
+"""Datasets and batches of a run, and their state in a checkpoint.
 
-A checkpoint carries, besides the cursor, the number of training samples that each start of the run had planned (so that another
-batch size in mid-run continues the same order), the identity of corpora and tokenizer, and the place in a stream of text.
+Besides the cursor, a checkpoint records the number of training samples planned at each start of the run (so that another batch
+size continues the same order), the identity of corpora and tokenizer, and the position in a stream of text.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ class DataPipeline:
     """Datasets and batches of one run.
 
     Args:
-        run: its configuration. tokenizer: the one that made the data. rows: of the embedding; a token id beyond them is an
-            error when it is met.
+        run: configuration.
+        tokenizer: the tokenizer of the data.
+        rows: rows of the embedding; a batch with a larger token id is an error.
     """
 
     def __init__(self, run: RunConfig, tokenizer: Tokenizer, rows: int) -> None:
@@ -47,7 +48,7 @@ class DataPipeline:
         """Open every corpus and compare its tokenizer, before anything large is built.
 
         Raises:
-            DataError: a corpus is missing, damaged or made with another tokenizer, or none is named.
+            DataError: a corpus is missing, damaged or tokenized by another tokenizer, or none is named.
         """
         if self.run.data.synthetic is not None:
             self._check_synthetic(self.run.data.synthetic)
@@ -64,14 +65,14 @@ class DataPipeline:
         self._identity = data_identity(prefixes, self.tokenizer)
 
     def _check_synthetic(self, spec: Mapping[str, Any]) -> None:
-        """Nothing else may be named, and all slices must be drawable; their description is what a resume compares."""
+        """Refuse other data besides a synthetic task, draw its slices, and record its description for resumed runs."""
         others = [key for key in ("data_path", "train_data_paths", "train_stream") if getattr(self.run.data, key)]
         if others:
             raise ConfigError(f"synthetic and {others[0]} are both given", where=self.run.provenance.get("synthetic"))
         parts = [part for split in SPLITS for part in read_slices(spec, split, self.tokenizer)]
-        told = hashlib.sha256(json.dumps(thaw(spec), sort_keys=True).encode()).hexdigest()
+        digest = hashlib.sha256(json.dumps(thaw(spec), sort_keys=True).encode()).hexdigest()
         tokens = sum(part.examples * part.task.seq_length for part in parts)
-        corpus = {"sequences": sum(part.examples for part in parts), "tokens": tokens, "sizes_sha256": told}
+        corpus = {"sequences": sum(part.examples for part in parts), "tokens": tokens, "sizes_sha256": digest}
         self._identity = {**data_identity([], self.tokenizer), "corpora": [corpus]}
 
     def _synthetic(self, spec: Mapping[str, Any], name: str, count: int) -> SyntheticDataset:
@@ -91,13 +92,16 @@ class DataPipeline:
         return [path for name in SPLIT_NAMES for path in getattr(data, f"{name}_data_paths") or ()]
 
     def build(self, saved: Mapping[str, Any]) -> RunConfig:
-        """Make the datasets; `saved` is what `state` gave at the checkpoint, empty for a new run.
+        """Build the datasets.
+
+        Args:
+            saved: `state` of the checkpoint, empty for a new run.
 
         Returns:
-            The run; with `train_epochs` its `train_iters` is what the data give.
+            The configuration; with `train_epochs` its `train_iters` follow from the data.
 
         Raises:
-            DataError: the data are not those of the checkpoint, or a split cannot be made.
+            DataError: the data are not those of the checkpoint, or a split cannot be built.
         """
         if saved.get("identity"):
             check_identity(saved["identity"], self._identity)
@@ -105,13 +109,13 @@ class DataPipeline:
         earlier = [] if t.train_epochs else [int(n) for n in saved.get("counts", ())]
         counts = sample_counts(t.train_iters, t.eval_interval, t.eval_iters, self.run.batch.train_batch_size)
         if t.train_epochs:
-            counts["train"] = 1  # says only that the split is wanted
+            counts["train"] = 1  # any number but 0 asks for the split
         planned = [] if t.train_epochs or earlier[-1:] == [counts["train"]] else [counts["train"]]
         self._counts = earlier + planned
         self.sets = self._datasets(counts, earlier, saved)
         if t.train_epochs:
             train = self.sets["train"]
-            assert train is not None  # an empty train split is refused where it is cut
+            assert train is not None  # an empty train split is refused when the corpus is split
             iters = len(train) // self.run.batch.train_batch_size
             self.run = self.run.model_copy(update={"training": t.model_copy(update={"train_iters": iters})})
         return self.run
@@ -119,8 +123,7 @@ class DataPipeline:
     def _datasets(self, counts: dict[str, int], earlier: list[int], saved: Mapping[str, Any]) -> dict[str, Dataset | None]:
         data, length, seed = self.run.data, self.run.model.seq_length, self.run.training.seed
         if data.synthetic is not None:
-            wanted = [name for name in SPLIT_NAMES if counts[name]]
-            return {name: self._synthetic(data.synthetic, name, counts[name]) for name in wanted}
+            return {name: self._synthetic(data.synthetic, name, counts[name]) for name in SPLIT_NAMES if counts[name]}
         if data.data_path is not None:
             return datasets_from_split(
                 data.data_path,
@@ -137,7 +140,7 @@ class DataPipeline:
         return {name: self._one(name, counts[name], earlier, saved) for name in SPLIT_NAMES}
 
     def _one(self, name: str, count: int, earlier: list[int], saved: Mapping[str, Any]) -> Dataset | None:
-        """One split from a stream or a list of corpora; None where it is not named or not needed."""
+        """One split from a stream or a list of corpora; None if it is not named or not needed."""
         data, length = self.run.data, self.run.model.seq_length
         stream, paths = getattr(data, f"{name}_stream"), getattr(data, f"{name}_data_paths")
         if count == 0:
@@ -184,20 +187,26 @@ class DataPipeline:
         )
 
     def training(self, mesh: Mesh, start: int, tokens: int) -> Iterator[Batch]:
-        """This rank's micro batches from global sample `start` on, `tokens` having been consumed before it."""
+        """This rank's micro batches of the training.
+
+        Args:
+            mesh: position of the rank.
+            start: first global sample.
+            tokens: tokens consumed before it.
+        """
         dataset = self.sets["train"]
-        assert dataset is not None  # an empty train split is refused where it is cut
+        assert dataset is not None  # an empty train split is refused when the corpus is split
         self._training = self._open(dataset, mesh, start, tokens)
         return masked_batches(self._training, masking(self.run, self.rows))
 
     def evaluation(self, name: str, mesh: Mesh) -> Iterator[Batch]:
-        """This rank's micro batches of `valid` or `test`, from the first."""
+        """All micro batches of this rank in the split `name`, `valid` or `test`."""
         dataset = self.sets[name]
-        assert dataset is not None  # whoever evaluates asks for it first
+        assert dataset is not None  # the caller checks it first
         return masked_batches(self._open(dataset, mesh, 0, None), masking(self.run, self.rows))
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps for `build` at the next start."""
+        """State for a checkpoint; `build` of the next start reads it."""
         place = self._training.state() if self._training is not None else {}
         stream = {"stream": place["stream"]} if "stream" in place else {}
         return {"counts": self._counts, "identity": self._identity, **stream}

@@ -16,7 +16,7 @@ from typing import Any
 
 from megatron.checkpoint.compare import RECIPE
 from megatron.checkpoint.manifest import read_manifest
-from megatron.config import kinds
+from megatron.config import key_types
 from megatron.config.catalog import catalog
 from megatron.config.load import load_config
 from megatron.config.schema import RunConfig
@@ -92,7 +92,7 @@ def _option_keys(config: ModelConfig, base_keys: Mapping[str, Any]) -> dict[str,
             values_by_key.setdefault(key, []).append(mixer_options[field])
     keys: dict[str, Any] = {}
     for key, values in values_by_key.items():
-        value = kinds.fit(values[0], catalog()[key].annotation)
+        value = key_types.fit(values[0], catalog()[key].annotation)
         if all(v == values[0] for v in values) and base_keys.get(key, "none") == "none" and _can_hold(key, value):
             keys[key] = value
     for first, mixer_options in options.items():
@@ -106,7 +106,7 @@ def _option_keys(config: ModelConfig, base_keys: Mapping[str, Any]) -> dict[str,
 def _can_hold(key: str, value: Any) -> bool:
     """Whether a key can have this value."""
     annotation = catalog()[key].annotation
-    return value is None or value in kinds.choices(annotation) or kinds.accepts(annotation, type(value))
+    return value is None or value in key_types.choices(annotation) or key_types.accepts(annotation, type(value))
 
 
 def _inherited_options(mixer: str, keys: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,16 +1,19 @@
-"""From the sections of a RunConfig to the plain settings that each part takes: parts know nothing of the configuration.
+"""From the sections of a RunConfig to the plain settings of each part: parts know nothing of the configuration.
 
-Used by `assemble.py` alone; one function per part, no behaviour.
+One function per part, no behaviour. `fill` copies fields that have the name of a key, so a new key is one line in its section
+and one in the part's dataclass; only what differs in name or value is written here.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from megatron.config.frozen import thaw
-from megatron.config.schema import RunConfig
+from megatron.config.schema import RunConfig, sections
 from megatron.data.masking import Masking
 from megatron.data.tokenizers import Tokenizer, build_tokenizer, padded_vocab_size
 from megatron.engine.base import EngineSettings
@@ -23,15 +26,18 @@ from megatron.observe.runfolder import RunFolder
 from megatron.observe.sinks import SinkOptions, WandbOptions
 from megatron.planning.dry_run import RunShape
 from megatron.registry import layer_info
-from megatron.reliability.guard import GuardOptions
+from megatron.reliability.guard_options import GuardOptions
 from megatron.synthetics.dataset import SPLITS, read_slices, task_kind
 from megatron.synthetics.number_tokenizer import NumberTokenizer
 from megatron.training.intervals import SaveRule
 from megatron.training.options import FitOptions
 
+Part = TypeVar("Part")
+PROPERTIES = (property, functools.cached_property)
+
 
 def tokenizer_of(run: RunConfig) -> Tokenizer:
-    """The tokenizer that the config names; numbers for a synthetic task that is not made of words."""
+    """The tokenizer that the config names; numbers for a synthetic task without text."""
     spec = run.data.synthetic
     if spec is not None and not task_kind(spec.get("task")).reads_text:
         parts = [part for split in SPLITS for part in read_slices(spec, split)]
@@ -40,104 +46,123 @@ def tokenizer_of(run: RunConfig) -> Tokenizer:
 
 
 def vocabulary_rows(run: RunConfig, tokenizer: Tokenizer) -> int:
-    """Rows of the embedding: `padded_vocab_size` where it is set, else the tokenizer's size, padded."""
-    asked = run.tokenizer.padded_vocab_size
-    if asked is None:
+    """Rows of the embedding: `padded_vocab_size` if it is set, else the tokenizer's size, padded.
+
+    Raises:
+        ConfigError: `padded_vocab_size` is smaller than the vocabulary.
+    """
+    rows = run.tokenizer.padded_vocab_size
+    if rows is None:
         return padded_vocab_size(tokenizer.vocab_size, run.model.make_vocab_size_divisible_by, run.parallel.tensor_ranks)
-    # a padding token that the tokenizer's folder lacks needs a row only where samples are filled up with it
-    if asked < (tokenizer.vocab_size if run.data.pack_impl == "unpacked" else tokenizer.text_vocab_size):
+    # A padding token that the tokenizer's folder lacks needs a row only if samples are padded with it.
+    if rows < (tokenizer.vocab_size if run.data.pack_impl == "unpacked" else tokenizer.text_vocab_size):
         raise ConfigError(
-            f"padded_vocab_size {asked} is smaller than the tokenizer's {tokenizer.vocab_size} entries",
+            f"padded_vocab_size {rows} is smaller than the tokenizer's {tokenizer.vocab_size} entries",
             where=run.provenance.get("padded_vocab_size"),
             hint="leave it out and it follows the tokenizer",
         )
-    return asked
+    return rows
 
 
 def layer_options(run: RunConfig) -> dict[str, dict[str, Any]]:
     """Mixer -> its options that differ from its defaults: its own keys, else the NeoX keys that its `Config` names."""
-    found: dict[str, dict[str, Any]] = {}
+    changed: dict[str, dict[str, Any]] = {}
     for info in {name: layer_info(name) for name in run.model.layer_types}.values():
-        said = {field: run.get(key) for field, key in info.neox_keys.items() if run.get(key) is not None}
-        said |= thaw(run.layers.get(info.names[0], {}))
-        changed = {field: value for field, value in said.items() if value != info.options[field].default}
-        if changed:
-            found[info.names[0]] = changed
-    return found
+        values = {field: run.get(key) for field, key in info.neox_keys.items() if run.get(key) is not None}
+        values |= thaw(run.layers.get(info.names[0], {}))
+        if options := {field: value for field, value in values.items() if value != info.options[field].default}:
+            changed[info.names[0]] = options
+    return changed
+
+
+def shared_names(part: type) -> dict[str, str]:
+    """Field of a part's dataclass -> the section that has a key, or a value derived from its keys, of the same name."""
+    owners: dict[str, str] = {}
+    for section, cls in sections().items():
+        names = {*cls.model_fields, *(name for name, value in vars(cls).items() if isinstance(value, PROPERTIES))}
+        for field in dataclasses.fields(part):
+            if field.name in names:
+                assert field.name not in owners, f"{field.name} of {part.__name__} is in {owners[field.name]} and {section}"
+                owners[field.name] = section
+    return owners
+
+
+def fill(part: type[Part], run: RunConfig, **given: Any) -> Part:
+    """Settings of a part: the fields that are given, and all others that bear the name of a key of the run.
+
+    Args:
+        part: dataclass of the settings. A field that is neither given nor named as a key keeps its default.
+        run: configuration.
+        given: fields whose value is not that of the key of the same name, or that have another name than their key.
+    """
+    owners = shared_names(part)
+    copied = {name: getattr(getattr(run, section), name) for name, section in owners.items() if name not in given}
+    return part(**copied, **given)
 
 
 def model_config(run: RunConfig, rows: int) -> ModelConfig:
-    """The model's mathematics out of the run's sections. rows: of the embedding, padding included."""
+    """The model's mathematics.
+
+    Args:
+        run: configuration.
+        rows: rows of the embedding, padding included.
+    """
     m = run.model
-    return ModelConfig(
+    return fill(
+        ModelConfig,
+        run,
         vocab_size=rows,
-        hidden_size=m.hidden_size,
-        num_layers=m.num_layers,
         num_heads=m.num_attention_heads,
-        mlp_width=m.mlp_width,
-        layer_types=tuple(m.layer_types),
         layer_options=layer_options(run),
         norm=m.norm if m.use_bias_in_norms or m.norm != "layernorm" else "layernorm_no_bias",
-        norm_eps=m.norm_eps,
         mlp=m.mlp_form,
         activation=m.mlp_activation,
         mlp_bias=m.use_bias_in_mlp,
         tie_embeddings=not m.no_weight_tying,
-        embedding_scale=m.embedding_scale,
-        embedding_norm=m.embedding_norm,
-        residual_fp32=m.residual_fp32,
-        hidden_dropout=m.hidden_dropout,
-        init_method=m.init_method,
         output_init_method=m.output_layer_init_method,
         init_std=m.init_method_std,
         learned_positions=m.max_position_embeddings if m.pos_emb == "learned" else 0,
         parallel_residual=m.gpt_j_residual,
         shared_norm=m.gpt_j_residual and m.gpt_j_tied,
-        mixer_init=m.mixer_init,
     )
 
 
 def engine_settings(run: RunConfig) -> EngineSettings:
-    """What the engine is told."""
-    training, optimizer, batch = run.training, run.optimizer, run.batch
-    return EngineSettings(
-        seed=training.seed,
-        dtype=run.precision.dtype,
-        micro_batch=batch.train_micro_batch_size_per_gpu,
-        gradient_accumulation=batch.gradient_accumulation_steps,
-        seq_length=run.model.seq_length,
-        optimizer_type=optimizer.optimizer_type,
-        lr=optimizer.lr,
-        betas=optimizer.betas,
-        eps=optimizer.eps,
-        weight_decay=optimizer.weight_decay,
-        gradient_clipping=optimizer.gradient_clipping,
-        zero_stage=run.parallel.zero_stage,
+    """Settings of the engine."""
+    training = run.training
+    return fill(
+        EngineSettings,
+        run,
+        micro_batch=run.batch.train_micro_batch_size_per_gpu,
+        gradient_accumulation=run.batch.gradient_accumulation_steps,
         activation_checkpoint_interval=training.checkpoint_num_layers if training.checkpoint_activations else 0,
         fp32_grad_accum=run.precision.grad_accum_dtype == "fp32",
-        fp32_allreduce=optimizer.fp32_allreduce,
-        sequence_parallel=run.parallel.sequence_parallel,
         fp16=dict(run.precision.fp16 or {}),
-        kernel_backend=training.kernel_backend,
-        loss_chunk_tokens=training.loss_chunk_tokens,
         partition_method=run.parallel.pipe_partition_method,
-        weight_decay_rule=optimizer.weight_decay_rule,
         objective=objective(run),
     )
 
 
 def objective(run: RunConfig) -> Objective:
-    """What the loss is. The prefix of layers that read one in both directions is left out (`config/training_rules.py`)."""
-    t, seen = run.training, layer_options(run).get("jrt", {}).get("prefix_length", 0)
+    """The training objective; `config/training_rules.py` refuses one that contradicts the layers' prefix."""
+    t, prefix = run.training, layer_options(run).get("jrt", {}).get("prefix_length", 0)
     tally = None if run.data.synthetic is None else AnswerCounts()
-    length = t.objective_prefix_length or seen
+    length = t.objective_prefix_length or prefix
     if t.objective == "causal":
         return Objective(tally=tally, mean_over=t.loss_mean_over)
     return Objective(t.objective, length, t.objective_masked_weight, tally, t.loss_mean_over)
 
 
 def masking(run: RunConfig, rows: int) -> Masking | None:
-    """Which tokens of a batch are hidden; None unless the objective hides some. rows: of the embedding."""
+    """Masking of tokens in a batch; None unless the objective masks some.
+
+    Args:
+        run: configuration.
+        rows: rows of the embedding, padding included.
+
+    Raises:
+        ConfigError: the mask token is not in the vocabulary.
+    """
     t = run.training
     if t.objective != "jrt":
         return None
@@ -153,7 +178,12 @@ def _save_rule(run: RunConfig) -> SaveRule:
 
 
 def run_shape(run: RunConfig, vocabulary: str) -> RunShape:
-    """What the dry run is told. vocabulary: a word on where the number of rows comes from."""
+    """Sizes of the dry run.
+
+    Args:
+        run: configuration.
+        vocabulary: source of the number of vocabulary rows, in words.
+    """
     parallel, c, iters = run.parallel, run.checkpoint, run.training.train_iters
     world = parallel.pipe_stages * parallel.tensor_ranks * max(1, parallel.data_parallel_size)
     return RunShape(
@@ -171,41 +201,39 @@ def run_shape(run: RunConfig, vocabulary: str) -> RunShape:
 
 
 def fit_options(run: RunConfig) -> FitOptions:
-    """What the loop is told."""
-    t = run.training
-    return FitOptions(
-        train_iters=t.train_iters,
+    """Options of the training loop."""
+    return fill(
+        FitOptions,
+        run,
         samples_per_step=run.batch.train_batch_size,
-        seq_length=run.model.seq_length,
         save_rule=_save_rule(run),
-        eval_interval=t.eval_interval or None,
+        eval_interval=run.training.eval_interval or None,
         eval_at_start=True,
-        exit_interval=t.exit_interval,
         guard=guard_options(run),
     )
 
 
 def guard_options(run: RunConfig) -> GuardOptions:
-    """What the guard of bad numbers is told."""
+    """Options of the guard of non-finite numbers and loss spikes."""
     r = run.reliability
-    return GuardOptions(r.skip_budget, r.skip_window, r.on_skip_budget, spike_sigma=r.spike_sigma, spike_window=r.spike_window)
+    return fill(GuardOptions, run, budget=r.skip_budget, window=r.skip_window, on_budget=r.on_skip_budget)
 
 
 def schedule_config(run: RunConfig) -> ScheduleConfig:
-    """The curve of the learning rate that the config describes."""
+    """The learning-rate schedule that the config describes."""
     s = run.schedule
     horizon = decay_horizon(run.training.train_iters, s.lr_decay_iters, s.lr_decay_fraction)
-    return ScheduleConfig(run.optimizer.lr, horizon, s.lr_decay_style, s.warmup, s.min_lr, s.warmup_start_lr)
+    return fill(ScheduleConfig, run, horizon=horizon, style=s.lr_decay_style, warmup_start=s.warmup_start_lr)
 
 
 def schedule_of(run: RunConfig) -> Callable[[int], float]:
-    """Steps applied so far -> learning rate of the next, by the config."""
+    """Number of applied steps -> learning rate of the next."""
     curve = schedule_config(run)
     return lambda step: learning_rate(step, curve)
 
 
 def tokenizer_records(run: RunConfig) -> tuple[dict[str, Path], dict[str, Any]]:
-    """(files, facts) of the configured tokenizer for a checkpoint that is imported; empty where its files are not here."""
+    """Files and metadata of the tokenizer for a checkpoint that is imported; empty if its files are missing."""
     try:
         tokenizer = tokenizer_of(run)
     except DataError:
@@ -214,12 +242,12 @@ def tokenizer_records(run: RunConfig) -> tuple[dict[str, Path], dict[str, Any]]:
 
 
 def checkpoint_facts(run: RunConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """What an export and a later resume want to know of a run besides its tensors."""
+    """Metadata of a checkpoint for exports and resumed runs."""
     special: dict[str, int | None] = {} if tokenizer.bos is None else {"bos": tokenizer.bos}
     for key in ("eod", "pad"):
         try:
             special[key] = getattr(tokenizer, key)
-        except DataError:  # a vocabulary without an end of document can train, it cannot stop a generation
+        except DataError:  # a vocabulary without an end of document can train, but not stop a generation
             special[key] = None
     return {
         "tokenizer": {
@@ -244,7 +272,13 @@ def checkpoint_facts(run: RunConfig, tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def sink_options(run: RunConfig, folder: RunFolder, resume_from: int) -> SinkOptions:
-    """Where metrics go."""
+    """Destinations of metrics.
+
+    Args:
+        run: configuration.
+        folder: folder of the run.
+        resume_from: step of the checkpoint; metrics of later steps are dropped.
+    """
     log = run.logging
     wandb = None
     if log.use_wandb:

@@ -1,4 +1,4 @@
-"""What a run asks of its data beyond single keys: enough evaluation samples, and the place in a stream that was kept."""
+"""What a run asks of its data beyond single keys: enough evaluation samples, and the place in a stream that was state."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def data_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def make(changes: dict[str, Any]) -> DataPipeline:
         run = Case({**BASE, "data_path": None, **changes}, tmp_path / "run.yml").run
-        found = DataPipeline(run, tokenizer_of(run), 512)
-        found.check()
-        return found
+        data = DataPipeline(run, tokenizer_of(run), 512)
+        data.check()
+        return data
 
     return make
 
@@ -30,10 +30,10 @@ def data_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_an_evaluation_of_a_synthetic_task_has_all_its_samples(data_pipeline: Any) -> None:
     slices = {"train": [{"examples": 40}], "test": [{"examples": 12}]}
     task = {"task": "mqar", "length": 24, "pairs": 2, "vocab_size": 32, **slices}
-    made = data_pipeline({"synthetic": task, "eval_iters": 3, "gradient_accumulation_steps": 2})
-    made.build({})
-    assert [len(made.sets[name]) for name in ("valid", "test")] == [12, 12]
-    assert len(list(made.evaluation("valid", Mesh.single()))) == 6
+    data = data_pipeline({"synthetic": task, "eval_iters": 3, "gradient_accumulation_steps": 2})
+    data.build({})
+    assert [len(data.sets[name]) for name in ("valid", "test")] == [12, 12]
+    assert len(list(data.evaluation("valid", Mesh.single()))) == 6
 
 
 def test_a_stream_goes_on_at_its_place_and_does_not_read_again_what_was_read(data_pipeline: Any) -> None:
@@ -44,13 +44,13 @@ def test_a_stream_goes_on_at_its_place_and_does_not_read_again_what_was_read(dat
     batches = first.training(Mesh.single(), 0, 0)
     for _ in range(4):
         next(batches)
-    kept, expected = first.state(), next(batches)
+    state, expected = first.state(), next(batches)
     text = Path("text.jsonl")
     rows = text.read_text().splitlines(keepends=True)
-    done = kept["stream"]["place"][1]
+    done = state["stream"]["place"][1]
     assert done > 5
     text.write_text("".join("#" * (len(row) - 1) + "\n" for row in rows[: done - 1]) + "".join(rows[done - 1 :]))
     second = data_pipeline(stream)
-    second.build(kept)
+    second.build(state)
     again = next(second.training(Mesh.single(), 8, 0))
     assert again.sample_ids == expected.sample_ids and bool((again.tokens == expected.tokens).all())

@@ -27,7 +27,7 @@ ROWS: dict[str, Arrival] = {
 # Keys whose only value, or whose effect, leaves nothing to arrive.
 NOTHING_ARRIVES = {
     "dataset_impl": "gpt2 is the only value that is not refused",
-    "data_impl": "both formats are told by the file itself, see data/indexed.py",
+    "data_impl": "the file itself tells its format, see data/indexed.py",
     "log_grad_norm": "the norm is always logged",
     "alibi_positions": "an ALiBi layer has no other value",
 }
@@ -58,12 +58,12 @@ def test_every_implemented_key_has_a_row() -> None:
     assert sorted([*ROWS, *NOTHING_ARRIVES]) == IMPLEMENTED
 
 
-def _same(found: Any, expected: Any, row: Arrival) -> bool:
+def _same(received: Any, expected: Any, row: Arrival) -> bool:
     if isinstance(expected, float):
-        return bool(found == pytest.approx(expected, rel=row.tolerance))
-    if isinstance(expected, list) and isinstance(found, (list, tuple)):
-        return len(found) == len(expected) and all(_same(f, e, row) for f, e in zip(found, expected, strict=True))
-    return bool(found == expected)
+        return bool(received == pytest.approx(expected, rel=row.tolerance))
+    if isinstance(expected, list) and isinstance(received, (list, tuple)):
+        return len(received) == len(expected) and all(_same(f, e, row) for f, e in zip(received, expected, strict=True))
+    return bool(received == expected)
 
 
 @pytest.mark.parametrize("key", sorted(ROWS))
@@ -76,8 +76,8 @@ def test_a_key_that_is_set_arrives(key: str, ground: Path, without: dict[str, Ca
     if name not in without:
         without[name] = Case(beside, ground / f"without{len(without)}.yml")
     case = Case({**beside, **_cleared(key), key: row.value}, ground / "with.yml")
-    found, usual = row.look(case), _usual(row, without[name])
-    assert _same(found, row.expected, row), f"{key}: {row.value!r} in the YAML, {found!r} arrived"
+    received, usual = row.look(case), _usual(row, without[name])
+    assert _same(received, row.expected, row), f"{key}: {row.value!r} in the YAML, {received!r} arrived"
     assert not _same(usual, row.expected, row), f"{usual!r} is there without {key} as well: the row sees nothing"
 
 

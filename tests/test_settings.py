@@ -1,14 +1,24 @@
-"""What settings make of several keys at once: batches, the prefix of an objective, the mask token, which split is which."""
+"""Settings of parts: the fields that are copied by name, and those that depend on several keys."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import typing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megatron.config import key_types
+from megatron.config.schema import RunConfig, sections
+from megatron.engine.base import EngineSettings
+from megatron.engine.schedule import ScheduleConfig
 from megatron.errors import ConfigError
-from megatron.settings import engine_settings, masking, objective
+from megatron.model.config import ModelConfig
+from megatron.reliability.guard_options import GuardOptions
+from megatron.settings import engine_settings, fill, masking, objective, shared_names
+from megatron.training.options import FitOptions
 from tests.arrival.case import BASE, Case, make_ground
 
 
@@ -16,6 +26,38 @@ from tests.arrival.case import BASE, Case, make_ground
 def case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.chdir(tmp_path)
     return lambda changes: Case({**BASE, **changes}, tmp_path / "run.yml")
+
+
+def _types(annotation: Any) -> set[Any]:
+    """The alternatives of an annotation; choices count as the type of their words."""
+    literal = {type(choice) for choice in key_types.choices(annotation)}
+    return literal | {m for m in key_types.members(annotation) if typing.get_origin(m) is not typing.Literal}
+
+
+@pytest.mark.parametrize("part", [ModelConfig, EngineSettings, FitOptions, GuardOptions, ScheduleConfig])
+def test_a_field_that_is_copied_by_name_takes_every_value_of_its_key(part: type) -> None:
+    names = shared_names(part)
+    assert names
+    for name in names.keys() - {"fp16", "objective"}:  # these two are given, see `engine_settings`
+        cls = sections()[names[name]]
+        derived = getattr(cls, name, None)
+        getter = derived.fget if isinstance(derived, property) else getattr(derived, "func", None)
+        key = typing.get_type_hints(getter)["return"] if getter else cls.model_fields[name].annotation
+        taken = _types(typing.get_type_hints(part)[name])
+        assert _types(key) <= taken | ({int} if float in taken else set()), name
+
+
+def test_a_field_of_two_sections_is_refused_and_one_of_none_keeps_its_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    @dataclasses.dataclass
+    class Options:
+        seed: int = 0
+        unheard_of: int = 7
+
+    assert fill(Options, RunConfig()) == Options(1234, 7)
+    assert fill(Options, RunConfig(), seed=3) == Options(3, 7)
+    monkeypatch.setattr(sections()["data"], "seed", functools.cached_property(lambda self: 1), raising=False)
+    with pytest.raises(AssertionError, match="seed of Options is in training and data"):
+        fill(Options, RunConfig())
 
 
 def test_the_micro_batch_is_not_the_global_one(case: Any) -> None:

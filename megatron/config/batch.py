@@ -1,7 +1,7 @@
-"""Solves global batch = micro batch x accumulation steps x data-parallel size for whatever is not given.
+"""Solves global batch = micro batch x accumulation steps x data-parallel size for the sizes that are not given.
 
 NeoX's six cases, and one more: `gradient_accumulation_steps` counts as unset by default (NeoX's default is 1), so the
-usual pair train_batch_size + train_micro_batch_size_per_gpu just works.
+pair train_batch_size + train_micro_batch_size_per_gpu is enough.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 
 class BatchError(ValueError):
-    """Batch sizes that do not multiply out; the text says which equation fails."""
+    """Batch sizes that contradict each other; the message names the equation that fails."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,17 @@ class BatchSizes:
 
 
 def solve_batch(data_parallel: int, train: int = 0, micro: int = 0, accumulation: int = 0) -> BatchSizes:
-    """Fill in what is 0 (not given) and check the rest. Raises `BatchError`."""
+    """Compute the sizes that are 0 (not given) and check the others.
+
+    Args:
+        data_parallel: number of data-parallel ranks.
+        train: global batch in sequences.
+        micro: micro batch in sequences.
+        accumulation: micro batches per step.
+
+    Raises:
+        BatchError: the sizes contradict each other, or too few are given.
+    """
     given = {
         "train_batch_size": train,
         "train_micro_batch_size_per_gpu": micro,

@@ -1,6 +1,6 @@
-"""One list of every key a YAML may hold: NeoX's, ours, and the options of every token mixer.
+"""The list of all keys of a YAML: NeoX's, ours, and the options of every token mixer.
 
-The reader, `--explain`, the generated page and the editor schema all ask here, so they cannot disagree.
+The reader, `--explain`, the generated pages and the editor schema all use this list, so they cannot disagree.
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ from typing import Any
 from pydantic import Field
 
 from megatron import registry
-from megatron.config import kinds
-from megatron.config.neox_keys import NEOX_KEYS, NeoxKey, Status
-from megatron.config.own_keys import OLD_ALIASES, OLD_KEYS, OWN_KEYS
+from megatron.config import key_types
+from megatron.config.neox_keys import NeoxKey, Status, neox_keys, older_keys
 from megatron.config.schema import key_fields
 
 
@@ -26,8 +25,7 @@ class KeyInfo:
         name: the flat key.
         section: section of `RunConfig`, `layers`, or empty for keys without one.
         annotation: the type.
-        limits: pydantic's limits beside the type (`gt=0`, read-only dictionaries).
-        type_name: the type in words.
+        limits: pydantic's constraints besides the type (`gt=0`, read-only dictionaries).
         default: the default here.
         status: implemented, ignored, refused or alias.
         doc: one sentence.
@@ -39,12 +37,23 @@ class KeyInfo:
     section: str
     annotation: Any
     limits: tuple[Any, ...]
-    type_name: str
     default: Any
     status: Status
     doc: str
     reason: str
     origin: str
+
+    @property
+    def type_name(self) -> str:
+        """The type in words."""
+        return key_types.type_name(self.annotation)
+
+    @property
+    def status_text(self) -> str:
+        """The status with its reason."""
+        if self.status == "alias":
+            return f"alias of {self.reason}"
+        return f"{self.status}: {self.reason}" if self.reason else self.status
 
     @property
     def layer_field(self) -> str:
@@ -57,9 +66,9 @@ class KeyInfo:
         return self.origin.removeprefix("mixer ") if self.section == "layers" else ""
 
 
-# Sizes of mixers that cost memory with the width of the model; the others are lengths.
+# Upper bounds of mixers' sizes that multiply the width of the model; the others are lengths.
 _LARGEST = {"conv_width": 1 << 10, "expand": 1 << 10, "feature_width": 1 << 10, "state_size": 1 << 14, "heads": 1 << 16}
-# Bounds of mixers' numbers that are no sizes, by the name of the option.
+# Bounds of mixers' options that are not sizes.
 _BOUNDS = {
     "dropout": Field(ge=0, lt=1),
     "rotary_fraction": Field(ge=0, le=1),
@@ -72,49 +81,41 @@ _BOUNDS = {
 @functools.cache
 def catalog() -> dict[str, KeyInfo]:
     """Every known key, sections first in their order, then keys without a section, then mixers' options."""
-    found: dict[str, KeyInfo] = {}
+    keys: dict[str, KeyInfo] = {}
+    neox = neox_keys()
     for name, field in key_fields().items():
-        row = NEOX_KEYS.get(name) or NeoxKey(name, "", None, "implemented", OWN_KEYS[name])
-        origin = "NeoX" if name in NEOX_KEYS else "ours"
+        row = neox.get(name) or NeoxKey(name, "", None, "implemented", field.info.description or "")
         limits = tuple(field.info.metadata)
-        found[name] = _info(row, field.section, field.info.annotation, limits, field.default, origin)
-    for row in NEOX_KEYS.values():
-        if row.name not in found:
-            found[row.name] = _plain(row, "NeoX")
-    for name, (kind, reason) in OLD_KEYS.items():
-        found[name] = _plain(NeoxKey(name, kind, None, "refused", "A key of older NeoX files.", reason), "older NeoX")
-    for name, (kind, target) in OLD_ALIASES.items():
-        found[name] = _plain(NeoxKey(name, kind, None, "alias", f"Older spelling of {target}.", target), "older NeoX")
-    _add_layer_options(found)
-    return found
+        keys[name] = _info(row, field.section, field.info.annotation, limits, field.default, "NeoX" if name in neox else "ours")
+    for rows, origin in ((neox, "NeoX"), (older_keys(), "older NeoX")):
+        for row in rows.values():
+            if row.name not in keys:
+                keys[row.name] = _info(row, "", key_types.parse_type(row.kind), (), row.default, origin)
+    _add_layer_options(keys)
+    return keys
 
 
 def _info(row: NeoxKey, section: str, annotation: Any, limits: tuple[Any, ...], default: Any, origin: str) -> KeyInfo:
-    words = kinds.type_name(annotation)
-    return KeyInfo(row.name, section, annotation, limits, words, default, row.status, row.doc, row.reason, origin)
+    return KeyInfo(row.name, section, annotation, limits, default, row.status, row.doc, row.reason, origin)
 
 
-def _plain(row: NeoxKey, origin: str) -> KeyInfo:
-    return _info(row, "", kinds.parse_type(row.kind), (), row.default, origin)
-
-
-def _add_layer_options(found: dict[str, KeyInfo]) -> None:
+def _add_layer_options(keys: dict[str, KeyInfo]) -> None:
     """Mixers' options; they replace a NeoX key of the same name that has no section (`mamba_use_bias_in_conv`)."""
     for layer, options in registry.layer_options().items():
         for field, option in options.items():
             name = f"{layer}_{field}"
-            if name in found and found[name].section:
+            if name in keys and keys[name].section:
                 continue
             row = NeoxKey(name, option.type, option.default, "implemented", option.doc)
-            kind = kinds.parse_type(option.type)
+            kind = key_types.parse_type(option.type)
             limits = _limits(field, kind, option.default)
-            found[name] = _info(row, "layers", kind, limits, option.default, f"mixer {layer}")
+            keys[name] = _info(row, "layers", kind, limits, option.default, f"mixer {layer}")
 
 
 def _limits(field: str, kind: Any, default: Any) -> tuple[Any, ...]:
     """Bounds of a mixer's option. A whole number is at least 1, or 0 where that is the default and means "not given"."""
-    if field in _BOUNDS and kinds.accepts(kind, float):
+    if field in _BOUNDS and key_types.accepts(kind, float):
         return (_BOUNDS[field],)
-    if kinds.accepts(kind, int) and not kinds.accepts(kind, str):
+    if key_types.accepts(kind, int) and not key_types.accepts(kind, str):
         return (Field(ge=0 if default == 0 else 1, le=_LARGEST.get(field, 1 << 24)),)
     return ()

@@ -1,7 +1,6 @@
-"""What may stop a run before it starts: refused keys, values that are not built, unknown mixers, broken cross rules.
+"""Checks of a run that is about to start: refused keys and values, unknown mixers, broken cross rules.
 
-Reading a file never comes here; only a run that is about to start does. Keys that are accepted without effect are
-listed here too, one line each.
+Reading a configuration for anything else skips them. Warnings about ignored keys are made here too.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from megatron import registry
 from megatron.config import pattern
 from megatron.config.catalog import catalog
 from megatron.config.frozen import thaw
-from megatron.config.own_keys import REFUSED_VALUES
+from megatron.config.neox_keys import refused_values
 from megatron.config.problems import Problems
 from megatron.config.rules import RULES
 from megatron.config.schema import RunConfig
@@ -23,18 +22,18 @@ from megatron.errors import DataError
 def check_run(run: RunConfig, problems: Problems, *, unknown_keys: bool = False) -> None:
     """Add every refused key, refused value and broken rule to `problems`."""
     refused = _refused(run, problems)
-    for rule in RULES:
-        if not (rule.needs and unknown_keys) and not refused & set(rule.keys) and rule.broken(run):
-            problems.add(rule.message(run), place_of(run, *rule.keys), rule.hint)
+    for violation in (violation for rule in RULES for violation in rule(run)):
+        if not (violation.missing and unknown_keys) and not refused & set(violation.keys):
+            problems.add(violation.message, place_of(run, *violation.keys), violation.hint)
     _check_mixers(run, problems)
     _check_layer_options(run, problems)
 
 
 def require_data(run: RunConfig) -> None:
-    """Refuse to train a model file that was started without the site file that names its data.
+    """Refuse to train from a model file without the site file that names its data.
 
     Raises:
-        DataError: no data is named; a tokenizer that is missing too would hide it.
+        DataError: no data is named. Later, a missing tokenizer would be reported instead.
     """
     data = run.data
     if not (data.data_path or data.train_data_paths or data.train_stream or data.synthetic):
@@ -46,7 +45,7 @@ def require_data(run: RunConfig) -> None:
 
 
 def ignored_keys(values: Mapping[str, Any], provenance: Mapping[str, str]) -> tuple[str, ...]:
-    """One line for every accepted key that has no effect and was set to something else than its default."""
+    """One line for every ignored key that is not at its default."""
     lines = []
     for key, value in values.items():
         info = catalog().get(key)
@@ -57,48 +56,43 @@ def ignored_keys(values: Mapping[str, Any], provenance: Mapping[str, str]) -> tu
 
 
 def place_of(run: RunConfig, *keys: str) -> str:
-    """Where keys were written; derived and default values have no place."""
-    # `optimizer.params.lr` is nearer than `optimizer`: a dictionary is named only if no entry of it has a place.
-    near = [key for key in keys if not any(k.startswith(f"{key}.") and k in run.provenance for k in keys)]
-    places = [str(run.provenance.get(key, "default")) for key in near]
+    """`file:line` of keys; derived and default values have none."""
+    # `optimizer.params.lr` is more exact than `optimizer`, so a dictionary counts only if none of its entries has a place.
+    exact = [key for key in keys if not any(k.startswith(f"{key}.") and k in run.provenance for k in keys)]
+    places = [str(run.provenance.get(key, "default")) for key in exact]
     return ", ".join(dict.fromkeys(p for p in places if p != "default" and not p.startswith("derived")))
 
 
 def _refused(run: RunConfig, problems: Problems) -> set[str]:
-    """Report refused keys that are not at their default and refused values; return their names."""
-    found: set[str] = set()
+    """Report refused values and refused keys that are not at their default; return the keys."""
+    refused: set[str] = set()
     for key, info in catalog().items():
         if info.section == "layers" or info.status != "refused":
             continue
         value = run.unused.get(key) if not info.section else run.get(key)
         if value is not None and thaw(value) != thaw(info.default):
             problems.add(f"{key}: {thaw(value)!r} is not supported", place_of(run, key), why=info.reason)
-            found.add(key)
-    for key, reasons in REFUSED_VALUES.items():
+            refused.add(key)
+    for key, reasons in refused_values().items():
         value = run.get(key)
         if value in reasons:
-            problems.add(
-                f"{key}: {str(value).lower() if value is True else value} is not supported",
-                place_of(run, key),
-                why=reasons[value],
-            )
-            found.add(key)
-    return found
+            problems.add(f"{key}: {value} is not supported", place_of(run, key), why=reasons[value])
+            refused.add(key)
+    return refused
 
 
 def _check_mixers(run: RunConfig, problems: Problems) -> None:
-    """Every mixer of `attention_config` must exist; NeoX's own ones get their own sentence."""
+    """Every mixer of `attention_config` must exist; those of NeoX are reported as not built."""
     known = registry.layer_names()
     for name in dict.fromkeys(_layer_types(run)):
         if name in known:
             continue
-        known_elsewhere = name in pattern.NEOX_TYPES
-        what = f"the token mixer '{name}' is not built" if known_elsewhere else f"unknown token mixer '{name}'"
-        problems.add(f"attention_config: {what}", place_of(run, "attention_config"), registry.nearest(name, known))
+        message = f"the token mixer '{name}' is not built" if name in pattern.NEOX_TYPES else f"unknown token mixer '{name}'"
+        problems.add(f"attention_config: {message}", place_of(run, "attention_config"), registry.nearest(name, known))
 
 
 def _check_layer_options(run: RunConfig, problems: Problems) -> None:
-    """Options of a mixer that no layer uses are a mistake: the person thinks they have an effect."""
+    """Options of a mixer that no layer uses are a mistake: they have no effect."""
     first_names = {n: registry.layer_info(n).names[0] for n in _layer_types(run) if n in registry.layer_names()}
     for layer, options in run.layers.items():
         if layer not in first_names.values():

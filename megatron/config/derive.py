@@ -1,7 +1,7 @@
-"""Fills in what follows from what was written, and says why.
+"""Derives unset keys from those that are set.
 
-Only unset keys are filled. Each one gets a provenance of the form `derived: why`, so `--print-config` can answer where
-a number comes from. What cannot be derived from a wrong value is left alone; `rules.py` says what is wrong with it.
+Each derived value has a provenance of the form `derived: why`, which `--print-config` shows. A wrong value derives nothing; the
+rules report it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from megatron.registry import layer_info, layer_names
 
 @dataclass
 class Draft:
-    """Typed values on their way to a `RunConfig`, with the place or reason of each."""
+    """Typed values of a future `RunConfig`, with the place or reason of each."""
 
     name: str
     values: dict[str, Any]
@@ -38,7 +38,7 @@ class Draft:
         self.provenance[key] = f"derived: {why}"
 
     def place(self, *keys: str) -> str:
-        """Where the given keys were written, those that are at their default left out."""
+        """`file:line` of the given keys; derived and default values have none."""
         places = [self.provenance[k] for k in keys if k in self.provenance]
         return ", ".join(dict.fromkeys(p for p in places if not p.startswith("derived")))
 
@@ -48,7 +48,7 @@ class Draft:
 
 
 def derive_all(draft: Draft, world_size: int | None) -> None:
-    """Run every derivation, in an order in which later ones may use earlier ones."""
+    """Run every derivation; later ones use earlier ones."""
     steps: tuple[Callable[[Draft], None], ...] = (
         _lengths,
         _precision,
@@ -102,21 +102,21 @@ def _mixers(draft: Draft) -> None:
         draft.derive("mlp_type", "none", "Mamba's blocks have no MLP")
     if "use_bias_in_mlp" not in draft.values and draft.get("mlp_type") == "llama":
         draft.derive("use_bias_in_mlp", False, "mlp_type llama has no biases in the released code")
-    said = [key for key in ("init_method", "output_layer_init_method") if key in draft.values]
-    if "mixer_init" not in draft.values and "mamba" in types and said:
-        draft.derive("mixer_init", "methods", f"{said[0]} is given, and holds for every mixer as in GPT-NeoX")
+    methods = [key for key in ("init_method", "output_layer_init_method") if key in draft.values]
+    if "mixer_init" not in draft.values and "mamba" in types and methods:
+        draft.derive("mixer_init", "methods", f"{methods[0]} is given and applies to every mixer, as in GPT-NeoX")
     if "num_attention_heads" not in draft.values and not any(uses_heads(name) for name in types):
         draft.derive("num_attention_heads", 1, "no layer has heads")
 
 
 def uses_heads(layer_type: str) -> bool:
-    """Does the number of heads mean anything to this mixer? One that is not known counts as having heads."""
+    """Does this mixer read the number of heads? An unknown one counts as such."""
     return layer_type not in layer_names() or layer_info(layer_type).uses_heads
 
 
 def _documents(draft: Draft) -> None:
     if draft.get("reset_attention_at_eod") and "reset_state_at_eod" not in draft.values:
-        draft.derive("reset_state_at_eod", True, "reset_attention_at_eod: all mixers keep documents apart alike")
+        draft.derive("reset_state_at_eod", True, "reset_attention_at_eod: document masking is the same for all mixers")
 
 
 def _tokenizer(draft: Draft) -> None:
@@ -142,7 +142,7 @@ def _generation(draft: Draft) -> None:
 
 def _world(draft: Draft, world_size: int | None) -> None:
     if world_size:
-        draft.derive("world_size", world_size, "told by the launcher")
+        draft.derive("world_size", world_size, "number of processes of the launcher")
     elif draft.get("global_num_gpus"):
         draft.derive("world_size", draft.get("global_num_gpus"), "global_num_gpus")
     else:
@@ -153,7 +153,7 @@ _BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_a
 
 
 def _batch(draft: Draft) -> None:
-    """Fill in the batch sizes once the world size is known; without any of them there is nothing to fill in."""
+    """Solve for the batch sizes that are unset, once the world size is known."""
     cells = max(1, draft.get("pipe_parallel_size")) * max(1, draft.get("model_parallel_size"))
     world = draft.get("world_size")
     given = [draft.get(key) for key in _BATCH_KEYS]
@@ -165,7 +165,7 @@ def _batch(draft: Draft) -> None:
         hint = f"world size {world} = {cells} model-parallel x {world // cells} data-parallel; leave one size unset"
         draft.reject(str(error), *_BATCH_KEYS, hint=hint)
         return
-    why = f"batch sizes multiply out over {world // cells} data-parallel ranks"
+    why = f"global batch = micro batch x accumulation steps x {world // cells} data-parallel ranks"
     for key, old, new in zip(_BATCH_KEYS, given, (solved.train, solved.micro, solved.accumulation), strict=True):
         if not old:
             draft.derive(key, new, why)

@@ -1,16 +1,15 @@
-"""A dictionary that cannot be changed, so that a frozen configuration is frozen all the way down.
-
-It stays a `dict` (JSON, pickling and `**options` keep working); only the methods that write are closed.
-"""
+"""What makes a configuration immutable: the base class of its sections, and a read-only dictionary for values inside them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 
 class FrozenDict(dict[str, Any]):
-    """A read-only `dict`; nested dictionaries are read-only too, nested lists become tuples."""
+    """A read-only `dict`, inner dictionaries included; inner lists become tuples. JSON, pickling and `**` work as usual."""
 
     def _closed(self, *_args: Any, **_kwargs: Any) -> NoReturn:
         raise TypeError("the configuration is frozen; use --set KEY=VALUE or a second YAML file to change it")
@@ -39,3 +38,24 @@ def thaw(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [thaw(item) for item in value]
     return value
+
+
+Options = Annotated[dict[str, Any], AfterValidator(freeze)]
+Names = tuple[str, ...]
+
+
+class Section(BaseModel):
+    """A frozen, strictly typed group of keys. Field names are flat keys, so a name is unique over all sections."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True)
+
+
+def own(default: Any, doc: str, **bounds: Any) -> Any:
+    """A field for a key that GPT-NeoX does not have.
+
+    Args:
+        default: its default.
+        doc: its documentation, a sentence or more.
+        bounds: pydantic's, such as `ge=0`.
+    """
+    return Field(default=default, description=doc, **bounds)

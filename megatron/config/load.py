@@ -1,8 +1,7 @@
-"""From YAML files and the command line to one frozen `RunConfig`, with every mistake reported together.
+"""From YAML files and the command line to one frozen `RunConfig`; all mistakes are reported together.
 
-The way: read and merge files, aliases, command line, unknown keys and types, derivations, then (`check=True`) what is
-refused and the cross checks. `check=False` stops before the last part: reading somebody's old NeoX file must work even
-when this version cannot run it.
+Steps: read and merge files, resolve spellings, apply the command line, check names and types, derive, and with `check=True`
+check what is refused and the cross rules. `check=False` reads an old NeoX file even if this version cannot run it.
 """
 
 from __future__ import annotations
@@ -14,13 +13,13 @@ from typing import Any
 from megatron.config import checks
 from megatron.config.catalog import catalog
 from megatron.config.derive import Draft, derive_all
-from megatron.config.old_keys import translate_old_keys
 from megatron.config.problems import Problems
 from megatron.config.schema import RunConfig, key_fields, sections
-from megatron.config.values import apply_overrides, check_values, move_extra_arguments, resolve_aliases
+from megatron.config.spellings import move_extra_arguments, resolve_aliases, translate_old_keys
+from megatron.config.values import apply_overrides, check_values
 from megatron.config.yaml_reader import Source, read_files
 
-# Values inside the optimizer dictionary that people look for under their own name.
+# Values in the optimizer dictionary that people look up by their short name.
 _INSIDE = {"lr": "optimizer.params.lr", "betas": "optimizer.params.betas", "eps": "optimizer.params.eps"}
 
 
@@ -36,13 +35,13 @@ def load_config(
     """Read, merge, type and derive a configuration.
 
     Args:
-        files: YAML or JSON files; `.yml` may be left out. A file that is not there is looked up by its name among those that
-            came with this package; a mapping of keys stands for a file.
+        files: YAML or JSON files; `.yml` may be left out. A file that does not exist is looked up by name among those of this
+            package; a mapping of keys is read as a file.
         conf_dir: folder joined in front of every file.
-        overrides: values that beat the files; dotted keys reach into dictionaries, texts are read as YAML.
-        world_size: number of processes, if known; batch sizes are filled in then.
-        check: also refuse what is not built and apply the cross checks.
-        override_labels: what provenance says about an override instead of `--set` (such as `--hostfile`).
+        overrides: values that override the files; dotted keys reach into dictionaries, texts are read as YAML.
+        world_size: number of processes, if known; batch sizes are then derived.
+        check: also refuse what is not built and apply the cross rules.
+        override_labels: provenance of an override, `--set` if it has none (such as `--hostfile`).
 
     Raises:
         ConfigError: listing every problem with its place.
@@ -92,12 +91,12 @@ def _split(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, 
 
 
 def _provenance(source: Source, values: dict[str, Any]) -> dict[str, str]:
-    """Places of all given values, nested ones too; a value set back to null counts as not given."""
+    """Places of all given values and entries; null counts as not given."""
     return {key: place for key, place in source.places.items() if key.split(".")[0] in values}
 
 
 def _build(draft: Draft, parts: tuple[dict[str, Any], dict[str, dict[str, Any]], dict[str, Any]], source: Source) -> RunConfig:
-    """Sections from the derived values; everything was typed before, so pydantic has nothing left to refuse."""
+    """The sections of the derived values, which have the right types already."""
     _, layers, unused = parts
     built: dict[str, Any] = {}
     for section, cls in sections().items():

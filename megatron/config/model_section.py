@@ -1,7 +1,6 @@
-"""The `model` section: sizes, mixers, norms, MLP and initialisation, and what follows from them.
+"""The `model` section: sizes, mixers, norms, MLP and initialization.
 
-Only keys that a YAML can set are fields; everything that follows (layer types, MLP width) is a property, so there is
-one place that knows each rule.
+Keys are fields, and values derived from them (layer types, MLP width) are properties, so that each rule stands once.
 """
 
 from __future__ import annotations
@@ -13,11 +12,11 @@ from typing import Any, Literal
 from pydantic import Field
 
 from megatron.config import pattern
-from megatron.config.base import Section
+from megatron.config.frozen import Section, own
 
 GATED = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu", "bilinear": "identity", "glu": "sigmoid"}
 _LLAMA_MULTIPLE = 256
-# Far above every model there is: a slip of the hand is named here and not by what runs out of memory.
+# Far above every model, so that a typo is reported here and not as a lack of memory.
 _LONGEST, _WIDEST = 1 << 24, 1 << 22
 
 Norm = Literal["layernorm", "rmsnorm", "non_parametric_layernorm", "simplermsnorm", "scalenorm", "te_rmsnorm", "te_layernorm"]
@@ -26,16 +25,9 @@ Activation = Literal[
     "elu", "sigmoid", "leak", "1+elu", "2+elu", "sine", "identity",
 ]  # fmt: skip
 Init = Literal[
-    "normal",
-    "scaled_normal",
-    "orthogonal",
-    "scaled_orthogonal",
-    "xavier_uniform",
-    "xavier_normal",
-    "wang_init",
-    "small_init",
+    "normal", "scaled_normal", "orthogonal", "scaled_orthogonal", "xavier_uniform", "xavier_normal", "wang_init", "small_init",
     "single_residual_scaled_normal",
-]
+]  # fmt: skip
 Positions = Literal["learned", "rotary", "sinusoidal", "rpe", "alibi", "none"]
 
 
@@ -45,7 +37,7 @@ def round_up(value: int, multiple: int) -> int:
 
 
 class ModelSection(Section):
-    """Shape and mathematics of the model. A size of 0 means "not given" and is refused at the start of a run."""
+    """Shape and mathematics of the model. A size of 0 means "not given", which no run may have."""
 
     num_layers: int = Field(default=0, ge=0, le=10_000)
     hidden_size: int = Field(default=0, ge=0, le=1 << 20)
@@ -55,14 +47,19 @@ class ModelSection(Section):
     max_position_embeddings: int = Field(default=0, ge=0, le=_LONGEST)
     intermediate_size: int | None = Field(default=None, gt=0, le=_WIDEST)
     mlp_multiple_of: int = Field(default=1, gt=0, le=1 << 20)
-    mlp_branch_size: int | None = Field(default=None, gt=0, le=_WIDEST)
+    mlp_branch_size: int | None = own(None, "Width of one MLP branch; overrides every other width rule.", gt=0, le=_WIDEST)
     expansion_factor: float | None = Field(default=None, gt=0, le=1024)
-    mlp_type: Literal["regular", "llama", "none"] = "regular"
+    mlp_type: Literal["regular", "llama", "none"] = own(
+        "regular",
+        "`regular`: NeoX's MLP, gated if the activation is; `llama`: act(x W1) * (x W3) W2 whose width is intermediate_size,"
+        " else 8/3 of hidden_size rounded up to 256; `none`: blocks are a mixer alone. Unset, metala layers with activation "
+        "silu take llama, mamba layers none.",
+    )
     activation: Activation = "gelu"
     norm: Norm = "layernorm"
     layernorm_epsilon: float = Field(default=1e-5, gt=0)
     rms_norm_epsilon: float = Field(default=1e-8, gt=0)
-    simplermsnorm_epsilon: float = Field(default=1e-6, gt=0)
+    simplermsnorm_epsilon: float = own(1e-6, "Epsilon of `norm: simplermsnorm`, MetaLA's RMSNorm without a gain.", gt=0)
     bias_gelu_fusion: bool = False
     use_bias_in_mlp: bool = True
     use_bias_in_attn_linear: bool = True
@@ -77,10 +74,14 @@ class ModelSection(Section):
     init_method: Init = "normal"
     output_layer_init_method: Init = "scaled_normal"
     init_method_std: float = Field(default=0.02, ge=0)
-    mixer_init: Literal["own", "methods"] = "own"
-    embedding_scale: bool = False
-    embedding_norm: bool = False
-    residual_fp32: bool = False
+    mixer_init: Literal["own", "methods"] = own(
+        "own",
+        "Initialization of mixers that have a rule of their own (mamba: PyTorch's uniform rule): `own`, by that rule; "
+        "`methods`, by init_method and output_layer_init_method as in GPT-NeoX. Unset: methods if one of those two is given.",
+    )
+    embedding_scale: bool = own(False, "Multiply embeddings by the square root of hidden_size.")
+    embedding_norm: bool = own(False, "A norm of the type `norm` after the embedding, as in Bloom.")
+    residual_fp32: bool = own(False, "Keep the residual stream between blocks in fp32, whatever the dtype of the weights.")
     hidden_dropout: float = Field(default=0.0, ge=0, lt=1)
     attention_dropout: float = Field(default=0.0, ge=0, lt=1)
     make_vocab_size_divisible_by: int = Field(default=128, gt=0, le=1 << 20)
@@ -90,7 +91,7 @@ class ModelSection(Section):
 
     @functools.cached_property
     def layer_types(self) -> tuple[str, ...]:
-        """The token mixer of every layer, `num_layers` names."""
+        """The token mixer of each of the `num_layers` layers."""
         return pattern.expand(self.attention_config, self.num_layers)
 
     @property
@@ -100,7 +101,7 @@ class ModelSection(Section):
 
     @property
     def norm_eps(self) -> float:
-        """The epsilon that goes with `norm`."""
+        """The epsilon of `norm`."""
         if self.norm == "simplermsnorm":
             return self.simplermsnorm_epsilon
         return self.rms_norm_epsilon if self.norm == "rmsnorm" else self.layernorm_epsilon
@@ -127,9 +128,9 @@ class ModelSection(Section):
     def mlp_width(self) -> int:
         """Width of one MLP branch.
 
-        `mlp_branch_size` says it directly. `mlp_type: llama` takes `intermediate_size` as it stands, else 8/3 of the
-        hidden size rounded up to 256 (or `mlp_multiple_of`). NeoX's gated activations take a third of
-        `intermediate_size` (so that 3 x the branch is the key), its plain ones the whole of it, default 4 x hidden.
+        `mlp_branch_size` is the width itself. `mlp_type: llama` takes `intermediate_size` unchanged, else 8/3 of the hidden
+        size rounded up to 256 (or `mlp_multiple_of`). NeoX's gated activations take a third of `intermediate_size` (so that 3 x
+        the branch is the key), its plain ones all of it, default 4 x hidden.
         """
         if self.mlp_type == "none":
             return 0

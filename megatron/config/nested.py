@@ -1,50 +1,40 @@
-"""Values inside dictionary-valued keys, held to the table of `nested_keys.py`: unknown names, types, bounds and their lines."""
+"""What is known about entries of dictionaries, by dotted names such as `optimizer.params.lr`."""
 
 from __future__ import annotations
 
 import functools
 import math
-import re
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Annotated, Any
 
 from pydantic import Field
 
-from megatron.config import kinds
+from megatron.config import key_types
 from megatron.config.catalog import KeyInfo, catalog
-from megatron.config.nested_keys import NESTED, OPEN, Entry
-from megatron.config.problems import Problems
+from megatron.config.frozen import freeze
+from megatron.config.neox_keys import NestedKey, nested_keys, open_dictionaries
 from megatron.config.yaml_reader import Source
-from megatron.registry import nearest
 
-# GPT-NeoX's rule that a hyphen equals an underscore, where one of its files has it in a number: 1.0e_8.
-_EXPONENT = re.compile(r"([0-9.]+[eE])_([0-9]+)")
 _LARGEST = 2**63 - 1
-
-Check = Callable[[KeyInfo, Any, str], tuple[Any, bool]]
+_BETAS = tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]]
 
 
 @functools.cache
 def nested_catalog() -> dict[str, KeyInfo]:
     """Dotted name -> what is known about it, for all entries of all dictionaries."""
-    return {f"{key}.{name}": _info(key, name, entry) for key, entries in NESTED.items() for name, entry in entries.items()}
+    return {f"{entry.key}.{entry.name}": _info(entry) for entry in nested_keys()}
 
 
-def _info(key: str, name: str, entry: Entry) -> KeyInfo:
-    outer = catalog()[key]
-    annotation = kinds.parse_type(entry.kind) if isinstance(entry.kind, str) else entry.kind
-    limits = (Field(ge=entry.low, le=entry.high),) if (entry.low, entry.high) != (None, None) else ()
-    return KeyInfo(
-        name=f"{key}.{name}",
-        section=outer.section,
-        annotation=annotation,
-        limits=limits,
-        type_name="a list of two numbers" if name == "params.betas" else kinds.type_name(annotation),
-        default=entry.default,
-        status=outer.status,
+def _info(entry: NestedKey) -> KeyInfo:
+    outer = catalog()[entry.key]
+    return replace(
+        outer,
+        name=f"{entry.key}.{entry.name}",
+        annotation=_BETAS if entry.kind == "Betas" else key_types.parse_type(entry.kind),
+        limits=() if entry.least is None else (Field(ge=entry.least, le=entry.largest),),
+        default=freeze(entry.default),
         doc=entry.doc,
-        reason=outer.reason,
-        origin=outer.origin,
     )
 
 
@@ -55,8 +45,8 @@ def names_inside(dotted: str) -> tuple[str, ...]:
 
 
 def is_open(dotted: str) -> bool:
-    """May this dictionary hold names that nobody lists?"""
-    return dotted in OPEN or any(dotted.startswith(f"{name}.") for name in OPEN)
+    """May this dictionary have entries that are not in the table?"""
+    return dotted in open_dictionaries() or any(dotted.startswith(f"{name}.") for name in open_dictionaries())
 
 
 def find(dotted: str) -> KeyInfo | None:
@@ -64,33 +54,8 @@ def find(dotted: str) -> KeyInfo | None:
     return nested_catalog().get(dotted) if "." in dotted else catalog().get(dotted)
 
 
-def check_inside(dotted: str, values: Mapping[str, Any], source: Source, check: Check, problems: Problems) -> tuple[Any, bool]:
-    """The dictionary `dotted` with its entries made to fit, and whether all of them are as they should be.
-
-    Args:
-        check: holds one value to what is known about it: the fitting value, and whether it fits; it reports what does not.
-    """
-    fitted, good = dict(values), True
-    for name, value in values.items():
-        inner = f"{dotted}.{name}"
-        info, place = nested_catalog().get(inner), place_of(source, inner)
-        if info is None:
-            if not is_open(dotted):
-                problems.add(f"unknown key {inner}", place, nearest(str(name), list(names_inside(dotted))))
-                good = False
-            continue
-        if value is None:
-            continue
-        if isinstance(value, Mapping) and names_inside(inner):
-            fitted[name], fits = check_inside(inner, value, source, check, problems)
-        else:
-            fitted[name], fits = check(info, _number(value, info), place)
-        good = good and fits
-    return fitted, good
-
-
 def place_of(source: Source, dotted: str) -> str:
-    """Where a dotted name was written; else what lies in it, or what it lies in."""
+    """`file:line` of a dotted name; else of an entry of it, or of the dictionary that it is in."""
     if dotted in source.places:
         return source.places[dotted]
     inside = [place for name, place in source.places.items() if name.startswith(f"{dotted}.")]
@@ -98,14 +63,8 @@ def place_of(source: Source, dotted: str) -> str:
     return inside[0] if inside else place_of(source, outer) if outer else ""
 
 
-def _number(value: Any, info: KeyInfo) -> Any:
-    """Text such as 1.0e_8 as the number that it means."""
-    match = _EXPONENT.fullmatch(value) if isinstance(value, str) and kinds.accepts(info.annotation, float) else None
-    return float(f"{match.group(1)}-{match.group(2)}") if match else value
-
-
 def odd_numbers(dotted: str, value: Any) -> Iterator[tuple[str, str]]:
-    """(dotted name, what is wrong) of each number that no part can use, at any depth."""
+    """(dotted name, what is wrong) of each number that is not finite or too large, at any depth."""
     if isinstance(value, Mapping):
         for name, inner in value.items():
             yield from odd_numbers(f"{dotted}.{name}", inner)

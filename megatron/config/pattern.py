@@ -1,8 +1,8 @@
-"""NeoX's `attention_config` grammar: which token mixer stands in which layer.
+"""NeoX's `attention_config` grammar: the token mixer of every layer.
 
 Accepted are a flat list of names (`[metala, metala]`), groups (`[[["metala", "sliding"], 12], [["metala"], 2]]`: each
-pattern repeated so many times, groups joined) and `"all"` as the count of a single group. Where NeoX silently drops
-groups (another group beside "all") or splits a word into letters, this reader says what is wrong.
+pattern repeated N times, groups joined) and `"all"` as the count of a single group. Where NeoX silently drops
+groups (another group besides "all") or splits a word into letters, this reader reports an error.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ NEOX_TYPES = POSITION_TYPES | {"rwkv", "mamba"}
 
 
 class PatternError(ValueError):
-    """An `attention_config` that does not describe `num_layers` layers; the text says why."""
+    """An `attention_config` that does not describe `num_layers` layers; the message says why."""
 
 
 def expand(config: Any, num_layers: int) -> tuple[str, ...]:
@@ -40,7 +40,7 @@ def _expand_groups(groups: Sequence[Any], num_layers: int) -> tuple[str, ...]:
         pattern, count = _parts(group)
         if count == "all":
             if len(groups) > 1:
-                raise PatternError('"all" fills the whole model and cannot stand beside other groups; write counts')
+                raise PatternError('"all" fills the whole model and cannot be combined with other groups; write counts')
             if num_layers % len(pattern):
                 raise PatternError(f"num_layers {num_layers} is not a multiple of the length of the pattern {list(pattern)}")
             count = num_layers // len(pattern)

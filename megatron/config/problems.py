@@ -1,19 +1,41 @@
-"""What is wrong in a configuration, gathered before it is reported.
+"""What is wrong in a configuration, collected before it is reported.
 
-A person who made three mistakes should read three lines, not run the program three times. Every check therefore adds a
-`Problem`, and only `raise_if_any` turns them into the one `ConfigError` that ends the process.
+A person who made three mistakes should read three lines, not run the program three times. Every check adds to `Problems`, and
+only `raise_if_any` turns them into the one `ConfigError` that ends the process.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from megatron.errors import ConfigError
 
 
-@dataclass(frozen=True)
-class Problem:
-    """One mistake: the sentence, the place (`file:line`), what to try, and the cause where the sentence does not say it."""
+class Violation(NamedTuple):
+    """A broken cross rule.
+
+    Attributes:
+        keys: the keys whose places are reported.
+        message: what is wrong, with the numbers.
+        hint: what to try.
+        missing: a key is absent. Not reported beside unknown keys, since one of those may be its misspelling.
+    """
+
+    keys: tuple[str, ...]
+    message: str
+    hint: str = ""
+    missing: bool = False
+
+
+class Problem(NamedTuple):
+    """One mistake.
+
+    Attributes:
+        message: what is wrong.
+        place: `file:line`.
+        hint: what to try.
+        why: the cause, if the message does not name it.
+    """
 
     message: str
     place: str = ""
@@ -21,28 +43,26 @@ class Problem:
     why: str = ""
 
 
-@dataclass
 class Problems:
     """A growing list of mistakes."""
 
-    items: list[Problem] = field(default_factory=list)
+    def __init__(self) -> None:
+        self.items: list[Problem] = []
 
     def add(self, message: str, place: str = "", hint: str = "", *, why: str = "") -> None:
-        """Remember one mistake; the same one twice is kept once."""
+        """Append one mistake, unless it is listed already."""
         problem = Problem(message, place, hint, why)
         if problem not in self.items:
             self.items.append(problem)
 
     def raise_if_any(self) -> None:
-        """Raise one `ConfigError` that lists everything found so far, or do nothing."""
-        if not self.items:
-            return
+        """Raise one `ConfigError` that lists everything so far, or do nothing."""
         if len(self.items) == 1:
-            only = self.items[0]
-            raise ConfigError(only.message, where=only.place or None, why=only.why or None, hint=only.hint or None)
-        lines = [f"{len(self.items)} problems in the configuration"]
-        for number, problem in enumerate(self.items, 1):
-            lines.append(f"  {number}. {problem.message}")
-            labelled = (("where", problem.place), ("why", problem.why), ("try", problem.hint))
-            lines += [f"     {label}: {text}" for label, text in labelled if text]
-        raise ConfigError("\n".join(lines))
+            message, place, hint, why = self.items[0]
+            raise ConfigError(message, where=place or None, why=why or None, hint=hint or None)
+        if self.items:
+            lines = [f"{len(self.items)} problems in the configuration"]
+            for number, (message, place, hint, why) in enumerate(self.items, 1):
+                labelled = (("where", place), ("why", why), ("try", hint))
+                lines += [f"  {number}. {message}", *(f"     {label}: {text}" for label, text in labelled if text)]
+            raise ConfigError("\n".join(lines))

@@ -1,7 +1,6 @@
-"""`RunConfig`: everything a run is told, in typed frozen sections, together with where each value came from.
+"""`RunConfig`: the configuration of a run in typed frozen sections, with the provenance of each value.
 
-The sections are found by field name, so a flat NeoX key and its section agree by construction; `key_fields` is that
-index and the only place where the flat namespace meets the sections.
+A flat key is a field of exactly one section; `key_fields` is the index.
 """
 
 from __future__ import annotations
@@ -13,11 +12,9 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field
 from pydantic.fields import FieldInfo
 
-from megatron.config.base import Options, Section
-from megatron.config.edge_sections import EvaluationSection, GenerationSection, LaunchSection, LoggingSection
-from megatron.config.frozen import freeze, thaw
+from megatron.config.command_sections import EvaluationSection, GenerationSection, LaunchSection, LoggingSection
+from megatron.config.frozen import Options, Section, freeze, thaw
 from megatron.config.model_section import ModelSection
-from megatron.config.reliability_section import ReliabilitySection
 from megatron.config.run_sections import (
     BatchSection,
     CheckpointSection,
@@ -25,6 +22,7 @@ from megatron.config.run_sections import (
     OptimizerSection,
     ParallelSection,
     PrecisionSection,
+    ReliabilitySection,
     ScheduleSection,
     TokenizerSection,
     TrainingSection,
@@ -34,7 +32,7 @@ LayerOptions = Annotated[dict[str, dict[str, Any]], AfterValidator(freeze)]
 
 
 class RunConfig(Section):
-    """One run. Made by `load.load_config`, never changed afterwards."""
+    """The configuration of one run, see `load.load_config`."""
 
     name: str = Field(default="run", description="the first config file's name without its ending")
     model: ModelSection = ModelSection()
@@ -93,7 +91,7 @@ class RunConfig(Section):
 
 @dataclass(frozen=True)
 class KeyField:
-    """Where a flat key lives: section, annotation (with its limits), default."""
+    """Section, annotation (with its bounds) and default of a flat key."""
 
     section: str
     info: FieldInfo
@@ -103,16 +101,13 @@ class KeyField:
 @functools.cache
 def sections() -> dict[str, type[Section]]:
     """Section name -> class, in the order of `RunConfig`."""
-    found: dict[str, type[Section]] = {}
-    for name, info in RunConfig.model_fields.items():
-        if isinstance(info.annotation, type) and issubclass(info.annotation, Section):
-            found[name] = info.annotation
-    return found
+    types = {name: info.annotation for name, info in RunConfig.model_fields.items()}
+    return {name: cls for name, cls in types.items() if isinstance(cls, type) and issubclass(cls, Section)}
 
 
 @functools.cache
 def key_fields() -> dict[str, KeyField]:
-    """Flat key -> its field, over all sections. A key in two sections is a defect of ours and fails at import."""
+    """Flat key -> its field, over all sections."""
     index: dict[str, KeyField] = {}
     for section, cls in sections().items():
         for key, info in cls.model_fields.items():

@@ -1,8 +1,7 @@
-"""Reads NeoX's YAML and JSON files into plain values, remembering the line of every key.
+"""Reads NeoX's YAML and JSON files into plain values, with the line of every key.
 
-Lines are what make a message useful (`configs/a.yml:12`), and PyYAML forgets them, so the node tree is walked once for
-places and for keys written twice, and then handed to the safe constructor. Differences from plain YAML 1.1: `1e-4` is a
-number (NeoX users lose runs to that string), and a key that appears with two values is an error instead of silently winning.
+Messages name lines (`configs/a.yml:12`), which PyYAML does not keep: the node tree is walked for lines and for keys given twice
+before the safe constructor reads it. Differences from YAML 1.1: `1e-4` is a number, and a key with two values is an error.
 """
 
 from __future__ import annotations
@@ -21,12 +20,12 @@ from megatron.config.problems import Problems
 from megatron.files import read_text
 from megatron.shipped import shipped_config
 
-# What PyYAML raises on bad text: its own errors, ValueError for dates and numbers that are none (2024-99-99), and what its
-# constructors of tagged values stumble over (`!!bool maybe`, `!!timestamp x`).
+# What PyYAML raises on bad text: its own errors, ValueError for impossible dates (2024-99-99), and the rest for values that do
+# not fit their tag (`!!bool maybe`, `!!timestamp x`).
 BAD_YAML = (yaml.YAMLError, ValueError, RecursionError, KeyError, AttributeError, TypeError)
-_MOST_VALUES = 100_000  # values of a file with its anchors written out; thousands of times what a configuration needs
+_MOST_VALUES = 100_000  # values of a file after its anchors are expanded
 _LARGEST = 1 << 24  # bytes of a file
-_DEEPEST = 8  # levels whose lines are noted; an anchor that contains itself would go on forever
+_DEEPEST = 8  # levels whose lines are recorded; an anchor that contains itself has no end
 
 _EXPONENT = re.compile(r"^[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+$")
 
@@ -40,7 +39,7 @@ ConfigLoader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-
 
 @dataclass
 class Source:
-    """What the files say: values by normalised key, the place of every (dotted) key, the raw texts, and warnings."""
+    """Contents of the files: values by normalised key, the place of every (dotted) key, the raw texts, and warnings."""
 
     values: dict[str, Any] = field(default_factory=dict)
     places: dict[str, str] = field(default_factory=dict)
@@ -64,10 +63,10 @@ def parse_scalar(text: str) -> Any:
 
 
 def _check_size(root: yaml.Node) -> None:
-    """Refuse anchors that a few lines make into millions of values, or into themselves, before anything is made of them.
+    """Refuse anchors that expand to millions of values, or contain themselves, before they are constructed.
 
     Raises:
-        YAMLError: too many values, or values without end.
+        YAMLError: too many values, or an endless one.
     """
     sizes: dict[int, int] = {}
     open_nodes: set[int] = set()
@@ -85,7 +84,7 @@ def _check_size(root: yaml.Node) -> None:
         return sizes[id(node)]
 
     if (count := size(root)) > _MOST_VALUES:
-        raise yaml.YAMLError(f"{count:,} values with all anchors written out; at most {_MOST_VALUES:,} are read")
+        raise yaml.YAMLError(f"{count:,} values with all anchors expanded; at most {_MOST_VALUES:,} are read")
 
 
 def resolve_path(name: str | Path, conf_dir: str | Path | None) -> Path:
@@ -118,7 +117,7 @@ def read_files(files: Sequence[str | Path | Mapping[str, Any]], conf_dir: str | 
             problems.add(
                 f"two config files are called {path.name}",
                 str(path),
-                "rename one: the texts are kept beside each checkpoint under their base names",
+                "rename one: their texts are saved with each checkpoint under their base names",
             )
             continue
         text = _read_text(path, problems)
@@ -136,8 +135,7 @@ def parse_text(text: str, label: str, problems: Problems) -> tuple[dict[str, Any
         loader = ConfigLoader(text)
         node = loader.get_single_node()
         if not isinstance(node, yaml.MappingNode):
-            found = "is empty" if node is None else "is not a list of `key: value` lines"
-            problems.add(f"the config file {found}", label)
+            problems.add(f"the config file is {'empty' if node is None else 'not a list of `key: value` lines'}", label)
             return {}, {}
         _check_size(node)
         places: dict[str, str] = {}
@@ -152,7 +150,7 @@ def parse_text(text: str, label: str, problems: Problems) -> tuple[dict[str, Any
 
 
 def yaml_problem(error: BaseException) -> str:
-    """The cause in one line of an exception out of `BAD_YAML`."""
+    """The cause in one line of an exception in `BAD_YAML`."""
     known = isinstance(error, (yaml.YAMLError, ValueError, RecursionError))
     cause = getattr(error, "problem", None) or (error if known else "a value that its tag does not allow")
     return str(cause).partition("\n")[0]
@@ -177,7 +175,7 @@ def _read_text(path: Path, problems: Problems) -> str | None:
 
 
 def _merge(source: Source, values: dict[str, Any], places: dict[str, str], problems: Problems) -> None:
-    """Add a file's values. A key of two files is an error unless both say the same: who is right could not be told."""
+    """Add a file's values. A key of two files is an error unless both values are equal."""
     for key, value in values.items():
         if key in source.values and not _equal(source.values[key], value):
             problems.add(
@@ -195,7 +193,7 @@ def _equal(first: Any, second: Any) -> bool:
 
 
 def _walk(node: yaml.MappingNode, prefix: str, label: str, places: dict[str, str], problems: Problems) -> None:
-    """Note the place of each key, nested ones with dots, and report a key with two values in one mapping."""
+    """Record the place of each key, nested ones with dots, and report a key with two values in one mapping."""
     scalars: dict[str, tuple[str, str]] = {}
     for key_node, value_node in node.value:
         key = str(key_node.value)

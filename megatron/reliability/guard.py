@@ -16,43 +16,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron.engine.skip_step import StepLimits
-from megatron.errors import ConfigError
+from megatron.reliability.guard_options import GuardOptions
 
-POLICIES = ("stop", "rewind")
 # The standard deviation is at least this fraction of the mean: on a curve without noise not every wiggle is a spike.
 _LEAST_SPREAD = 0.02
-
-
-@dataclass(frozen=True)
-class GuardOptions:
-    """Limits of the guard.
-
-    Attributes:
-        budget: steps that may be skipped within `window` steps.
-        window: steps over which `budget` counts.
-        on_budget: what happens at one more: `stop`, or `rewind` to the last checkpoint and continue after the bad samples.
-        max_rewinds: rewinds per run; then the run stops.
-        spike_sigma: skip a step whose loss or gradient norm is this many standard deviations above the mean of the last
-            `spike_window` applied steps; 0 is off.
-        spike_window: applied steps that the mean is taken over.
-        overflows: skipped steps in a row that are allowed while the loss scale is searched (fp16).
-    """
-
-    budget: int = 10
-    window: int = 1000
-    on_budget: str = "stop"
-    max_rewinds: int = 3
-    spike_sigma: float = 0.0
-    spike_window: int = 128
-    overflows: int = 50
-
-    def __post_init__(self) -> None:
-        if self.on_budget not in POLICIES:
-            raise ConfigError(f"unknown on_skip_budget '{self.on_budget}'", hint="one of " + ", ".join(POLICIES))
-        if self.spike_sigma and self.spike_window < 8:
-            raise ConfigError(
-                f"spike_window {self.spike_window} is too short for a mean and a standard deviation", hint="at least 8"
-            )
 
 
 @dataclass(frozen=True)

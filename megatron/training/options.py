@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from megatron.reliability.guard import GuardOptions
+from megatron.reliability.guard_options import GuardOptions
 from megatron.training.intervals import SaveRule
 
 

@@ -1,7 +1,7 @@
 """One YAML and what the commands make of it: a run that has everything but its steps, a job that is not started, a writer.
 
 The commands themselves run (`train.py`, `deepy.py`, `generate.py`, `eval.py`) up to the call that would do the work; what they
-hand to it is kept.
+hand to it is recorded.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Calls:
     of: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def watch(self, name: str, function: Callable[..., Any], answer: Callable[[], Any] | None = None) -> Callable[..., Any]:
-        """`function`, or `answer` in its place, with its arguments kept under `name`."""
+        """`function`, or `answer` in its place; records its arguments under `name`."""
         signature = inspect.signature(function)
 
         def watched(*args: Any, **kwargs: Any) -> Any:
@@ -93,7 +93,7 @@ class Calls:
 
 
 class Ended(Exception):
-    """A command has come to the call that it was wanted for."""
+    """A command has reached the call that ends it."""
 
 
 def _end() -> Any:
@@ -101,7 +101,7 @@ def _end() -> Any:
 
 
 class Case:
-    """One configuration file, written to `path`; everything else is made when it is looked at."""
+    """One configuration file, written to `path`; everything else is built on first use."""
 
     def __init__(self, values: Mapping[str, Any], path: Path) -> None:
         self.path, self.calls = path, Calls()
@@ -138,7 +138,7 @@ class Case:
         return self.calls.of["fit"]
 
     def _by_name(self, name: str, function: Callable[..., Any], argument: str) -> Callable[..., Any]:
-        """Calls are kept apart by the value of one argument: `list.train`, `list.valid`."""
+        """Calls are recorded by the value of one argument: `list.train`, `list.valid`."""
         position = list(inspect.signature(function).parameters).index(argument)
         return lambda *args, **kw: self.calls.watch(f"{name}.{args[position]}", function)(*args, **kw)
 
@@ -188,12 +188,12 @@ class Case:
     def mesh(self) -> dict[str, Any]:
         """Sizes of the mesh that `train.py` makes on two ranks; nothing is connected."""
         env = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
-        made = self.calls.watch("mesh", assemble.Mesh.create, _end)
+        create = self.calls.watch("mesh", assemble.Mesh.create, _end)
         with (
             mock.patch.dict("os.environ", env),
             mock.patch.object(assemble, "init_process_group"),
             mock.patch.object(assemble, "copy_console", mock.MagicMock()),
-            mock.patch.object(assemble.Mesh, "create", made),
+            mock.patch.object(assemble.Mesh, "create", create),
         ):
             self._until_end(lambda: train_command.main([str(self.path)]))
         return self.calls.of["mesh"]
@@ -215,15 +215,15 @@ class Case:
 
     @functools.cached_property
     def job(self) -> Any:
-        """The job that `deepy.py` would start; hosts are asked for their address in name only (`calls.of["reach"]`)."""
-        found: list[Any] = []
+        """The job that `deepy.py` would start; hosts are not really asked for their address (`calls.of["reach"]`)."""
+        jobs: list[Any] = []
 
         def reach(names: Any) -> dict[str, str]:
             self.calls.of["reach"] = {"names": list(names)}
             return dict.fromkeys(names, "10.0.0.1")
 
         def keep(job: Any) -> tuple[int, str]:
-            found.append(job)
+            jobs.append(job)
             return 0, ""
 
         with (
@@ -233,7 +233,7 @@ class Case:
             mock.patch.dict("os.environ", {"NCCL_DEBUG": "INFO", "MY_SETTING": "seen"}),
         ):
             assert deepy.main([str(Path(deepy.__file__).with_name("train.py")), str(self.path)]) == 0
-        return found[0]
+        return jobs[0]
 
     @functools.cached_property
     def writer(self) -> Any:
@@ -280,12 +280,12 @@ class Case:
     def perplexity(self) -> dict[str, Any]:
         """What `eval.py` scores: every call's length and stride, the tokens, and where results go."""
         scored: list[tuple[int, int, str]] = []
-        found: dict[str, Any] = {"scored": scored}
+        results: dict[str, Any] = {"scored": scored}
 
         def score(model: Any, tokens: Any, eod: int, length: int, stride: int, backend: str, vocab_size: int) -> Any:
-            found["tokens"] = len(tokens)
+            results["tokens"] = len(tokens)
             scored.append((length, stride, backend))
-            raise ValueError("only asked")
+            raise ValueError("only recorded")
 
         tokenizer = settings.tokenizer_of(self.run)
         with (
@@ -293,10 +293,10 @@ class Case:
             mock.patch("megatron.evaluation.perplexity.score", score),
             mock.patch("megatron.evaluation.report.table", return_value="\n\n"),
             mock.patch("megatron.evaluation.report.plot_lengths"),
-            mock.patch("megatron.files.write_json", lambda path, value: found.update(output=path)),
+            mock.patch("megatron.files.write_json", lambda path, value: results.update(output=path)),
         ):
             eval_command.perplexity(self._lenient())
-        return found
+        return results
 
     def _lenient(self) -> RunConfig:
         """As the commands read it that only need a checkpoint."""
@@ -308,4 +308,4 @@ class Case:
             command()
         except Ended:
             return
-        raise AssertionError("the command did not come to the call it was wanted for")
+        raise AssertionError("the command did not reach the call that ends it")

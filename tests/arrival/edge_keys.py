@@ -48,7 +48,7 @@ def _wandb(name: str) -> Any:
 
 
 def _resumed_rate(case: Case) -> float:
-    """The last step's rate of a run that goes on from a checkpoint whose rate was constant, 0.01; its own falls to 0."""
+    """The last step's rate of a run that resumes from a checkpoint whose rate was constant, 0.01; its own falls to 0."""
     theirs = case.run.model_copy(update={"schedule": case.run.schedule.model_copy(update={"lr_decay_style": "constant"})})
     facts = {"settings": resume_settings.record(theirs)}
     return resume_settings.resumed(case.run, facts, 3, "a checkpoint").schedule(10)

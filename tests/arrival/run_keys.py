@@ -38,21 +38,21 @@ def _group(name: str) -> Any:
 
 
 def _clipped(case: Case) -> list[float]:
-    """The norm that is left of gradients of ones, and what DeepSpeed is told."""
+    """The norm of clipped gradients of ones, and the setting of DeepSpeed."""
     for tensor in case.engine.parameters().values():
         tensor.grad = torch.ones_like(tensor)
     case.engine._clip(float(case.engine._norm()))
-    told = deepspeed_config(case.engine.settings, Mesh.single(), True, 1)["gradient_clipping"]
-    return [round(float(case.engine._norm()), 3), told]
+    limit = deepspeed_config(case.engine.settings, Mesh.single(), True, 1)["gradient_clipping"]
+    return [round(float(case.engine._norm()), 3), limit]
 
 
 def _rate(step: int) -> Any:
-    """The learning rate after so many steps."""
+    """The learning rate after `step` steps."""
     return lambda case: case.fit["schedule"](step)
 
 
 def option(name: str) -> Any:
-    """A field of what the loop is told."""
+    """A field of the loop's options."""
     return lambda case: getattr(case.fit["options"], name)
 
 

@@ -63,8 +63,8 @@ def test_neox_keys_reach_the_layer(
     options = layer_options(run).get("global", {})
     assert {key: options.get(key) for key in expected} == expected
     assert expected or not options
-    made = shape(run)
-    assert made.learned_positions == (run.model.max_position_embeddings if run.model.pos_emb == "learned" else 0)
+    config = shape(run)
+    assert config.learned_positions == (run.model.max_position_embeddings if run.model.pos_emb == "learned" else 0)
 
 
 def test_own_options_of_other_layers_stay_alone(load_values: Callable[..., RunConfig]) -> None:
@@ -79,8 +79,8 @@ def test_own_options_of_other_layers_stay_alone(load_values: Callable[..., RunCo
 
 def test_blocks_and_norms(load_values: Callable[..., RunConfig]) -> None:
     changes = {"gpt_j_residual": True, "gpt_j_tied": True, "norm": "layernorm", "use_bias_in_norms": False}
-    made = shape(load_values({"attention_config": None, **changes}))
-    assert made.parallel_residual and made.shared_norm and made.norm == "layernorm_no_bias"
+    config = shape(load_values({"attention_config": None, **changes}))
+    assert config.parallel_residual and config.shared_norm and config.norm == "layernorm_no_bias"
     fused = load_values({"mlp_type": "regular", "activation": "gelu", "bias_gelu_fusion": True})
     assert shape(fused).activation == "gelu_tanh"
 

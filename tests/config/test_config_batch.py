@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron.config import kinds
+from megatron.config import key_types
 from megatron.config.batch import BatchError, BatchSizes, solve_batch
 
 _KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
@@ -44,7 +44,7 @@ def test_whole_constructor(golden: Callable[[str], Any], load_values: Callable[.
         cells = max(1, given_values["pipe_parallel_size"]) * max(1, given_values["model_parallel_size"])
         world = given_values["global_num_gpus"]
         # 32.0 counts as 32, as the reader makes it.
-        sizes = [kinds.fit(given_values.get(key), int) for key in _KEYS]
+        sizes = [key_types.fit(given_values.get(key), int) for key in _KEYS]
         if not _plain(sizes) or not world or world % cells or not any(sizes[:2]):
             assert "error" in case
             continue

@@ -9,10 +9,12 @@ import pytest
 import yaml
 
 from megatron.config import explain as explain_module
+from megatron.config import pages
 from megatron.config.catalog import catalog
 from megatron.config.cli import config_from_args, make_parser
-from megatron.config.explain import arguments_page, explain, print_config, schema
+from megatron.config.explain import explain, print_config
 from megatron.config.load import load_config
+from megatron.config.pages import arguments_page, schema
 from megatron.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,10 +31,12 @@ def test_schema_is_fresh() -> None:
 
 
 def test_writing_both_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(explain_module, "_FOLDER", tmp_path)
+    monkeypatch.setattr(pages, "ROOT", tmp_path)
+    for folder in ("configs", "docs"):
+        (tmp_path / folder).mkdir()
     explain_module.main()
-    assert (tmp_path / "arguments.md").read_text(encoding="utf-8") == arguments_page()
-    assert json.loads((tmp_path / "schema.json").read_text(encoding="utf-8")) == schema()
+    for name in ("configs/arguments.md", "configs/schema.json", "docs/neox.md", "docs/keys.md"):
+        assert (tmp_path / name).read_bytes() == (ROOT / name).read_bytes(), STALE
 
 
 def test_every_key_is_on_the_page_and_in_the_schema() -> None:

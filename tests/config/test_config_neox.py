@@ -142,6 +142,10 @@ def test_aug_balance_decays_where_the_released_code_is_asked_for(load_values: Lo
     run = load_values({"weight_decay_rule": rule, "use_bias_in_mlp": True})
     specs = param_specs(model_config(run, 64))
     name = run.optimizer.weight_decay_rule
-    found = {s.name.rpartition("layers.0.")[2]: decays(s, name) for s in specs.values() if "layers.0." in s.name}
-    assert found["token_mixer.aug_balance"] is expected
-    assert found["token_mixer.q_proj.weight"] and not found["token_mixer.g_proj.bias"] and not found["channel_mixer.l1.bias"]
+    decaying = {s.name.rpartition("layers.0.")[2]: decays(s, name) for s in specs.values() if "layers.0." in s.name}
+    assert decaying["token_mixer.aug_balance"] is expected
+    assert (
+        decaying["token_mixer.q_proj.weight"]
+        and not decaying["token_mixer.g_proj.bias"]
+        and not decaying["channel_mixer.l1.bias"]
+    )

@@ -1,4 +1,4 @@
-"""docs/neox.md and docs/keys.md are fresh; the kept facts of GPT-NeoX's files agree with the catalog and with the files.
+"""docs/neox.md and docs/keys.md are fresh; the recorded facts of GPT-NeoX's files agree with the catalog and with the files.
 
 The files are not part of this project; what they say, as GPT-NeoX's own reader gave it, is among the golden files.
 """
@@ -14,7 +14,7 @@ import pytest
 from megatron.config import neox_files
 from megatron.config.catalog import catalog
 from megatron.config.frozen import thaw
-from megatron.config.pages import DOCS, keys_page, neox_page
+from megatron.config.pages import ROOT, keys_page, neox_page
 from megatron.config.schema import RunConfig
 from megatron.config.yaml_reader import normalise_key
 from megatron.errors import ConfigError
@@ -31,8 +31,8 @@ NOT_BUILT = (
 
 
 def test_pages_are_fresh() -> None:
-    assert (DOCS / "neox.md").read_text(encoding="utf-8") == neox_page(), STALE
-    assert (DOCS / "keys.md").read_text(encoding="utf-8") == keys_page(), STALE
+    assert (ROOT / "docs" / "neox.md").read_text(encoding="utf-8") == neox_page(), STALE
+    assert (ROOT / "docs" / "keys.md").read_text(encoding="utf-8") == keys_page(), STALE
 
 
 def test_every_key_stands_on_the_page_of_keys_under_its_status() -> None:
@@ -45,13 +45,13 @@ def test_every_key_stands_on_the_page_of_keys_under_its_status() -> None:
 
 
 def test_there_are_59_files_and_they_are_started_with_known_ones() -> None:
-    assert len(FACTS) == 59 and set(neox_files.PARTNERS) <= set(FACTS)
+    assert len(FACTS) == 59
     for fact in FACTS.values():
-        assert set(fact["with"]) <= set(FACTS) - {fact["file"]} and tuple(fact["with"]) == neox_files.partners(fact["file"])
+        assert set(fact["with"]) <= set(FACTS) - {fact["file"]} and fact["with"] == neox_files.partners(fact["file"])
 
 
 @pytest.mark.parametrize("name", sorted(name for name, fact in FACTS.items() if fact["accepted"]))
-def test_keys_of_accepted_files_have_the_status_that_is_kept(name: str) -> None:
+def test_keys_of_accepted_files_have_the_recorded_status(name: str) -> None:
     fact = FACTS[name]
     for key in fact["keys"]:
         info = catalog()[normalise_key(key)]
@@ -61,7 +61,7 @@ def test_keys_of_accepted_files_have_the_status_that_is_kept(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(name for name, fact in FACTS.items() if not fact["accepted"]))
-def test_refused_files_are_refused_for_what_is_kept(name: str, load_values: Callable[..., RunConfig]) -> None:
+def test_refused_files_are_refused_for_the_recorded_reasons(name: str, load_values: Callable[..., RunConfig]) -> None:
     """The deciding keys alone, in a small run, are refused in the same words; each for a feature that is not built here."""
     fact = FACTS[name]
     deciding = {**fact["deciding"]}
@@ -69,9 +69,9 @@ def test_refused_files_are_refused_for_what_is_kept(name: str, load_values: Call
         deciding["attention_config"] = [[deciding["attention_config"][0][0], "all"]]
     with pytest.raises(ConfigError) as caught:
         load_values({**deciding, **({"num_layers": 4} if "attention_config" in deciding else {})})
-    found = [what for what, _ in neox_files.reasons(caught.value)]
+    refusals = [what for what, _ in neox_files.reasons(caught.value)]
     for what, hint in fact["why"]:
-        assert what in found
+        assert what in refusals
         assert "is not built" in what or any(word in hint for word in NOT_BUILT), (what, hint)
 
 
@@ -89,7 +89,8 @@ def test_the_command_says_what_it_needs(tmp_path: Path) -> None:
 
 def test_a_file_is_judged_by_its_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setattr(neox_files, "FACTS", tmp_path / "facts.json")
-    monkeypatch.setattr(neox_files, "PARTNERS", {"a.yml": (), "b.yml": ("a.yml",)})
+    neox_files.FACTS.write_text('[{"file": "a.yml", "with": []}, {"file": "b.yml", "with": ["a.yml"]}]')
+    assert neox_files.partners("c.yml") == ["local_setup.yml"]
     configs = tmp_path / "configs"
     configs.mkdir()
     shape = "num-layers: 2\nhidden-size: 8\nnum-attention-heads: 2\nseq-length: 8\ntrain-iters: 1\nbatch-size: 1\n"

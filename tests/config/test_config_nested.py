@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from megatron.config.catalog import catalog
-from megatron.config.explain import arguments_page, explain, schema
+from megatron.config.explain import explain
 from megatron.config.load import load_config
+from megatron.config.neox_keys import nested_keys, open_dictionaries
 from megatron.config.nested import nested_catalog
-from megatron.config.nested_keys import NESTED, OPEN
+from megatron.config.pages import arguments_page, schema
 from megatron.config.schema import RunConfig
 from megatron.errors import ConfigError
 
@@ -27,7 +28,7 @@ train_micro_batch_size_per_gpu: 1
 PARAMS = "optimizer:\n  type: Adam\n  params: "
 ADAM = "optimizer: {type: Adam, params: {lr: 0.001}}\n"
 
-# text behind HEAD -> (line of the mistake, what is wrong, what to try)
+# text after HEAD -> (line of the mistake, what is wrong, what to try)
 MISTAKES: list[tuple[str, int, str, str]] = [
     ("optimizer:\n  type: Adam\n  params:\n    lr: .nan\n", 10, "optimizer.params.lr is nan, which is not a finite number", ""),
     (PARAMS + "{lr: .inf}\n", 9, "optimizer.params.lr is inf", ""),
@@ -160,8 +161,10 @@ def test_numbers_are_fitted_inside_dictionaries_too(load_values: Callable[..., R
 def test_every_dictionary_is_described_or_open() -> None:
     dictionaries = {name for name, info in catalog().items() if "dict" in str(info.annotation)}
     inner = {name for name, info in nested_catalog().items() if info.annotation == dict[str, Any]}
-    described = set(NESTED) | {name for name in inner if any(other.startswith(f"{name}.") for other in nested_catalog())}
-    assert dictionaries | inner == described | set(OPEN)
+    described = {entry.key for entry in nested_keys()} | {
+        name for name in inner if any(other.startswith(f"{name}.") for other in nested_catalog())
+    }
+    assert dictionaries | inner == described | open_dictionaries()
 
 
 def test_entries_are_explained_listed_and_in_the_schema(load_values: Callable[..., RunConfig]) -> None:

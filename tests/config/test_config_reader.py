@@ -166,8 +166,8 @@ MAP_BOMB = "a: &a {x: 1}\n" + "".join(
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (LIST_BOMB, "values with all anchors written out"),
-        (MAP_BOMB, "values with all anchors written out"),
+        (LIST_BOMB, "values with all anchors expanded"),
+        (MAP_BOMB, "values with all anchors expanded"),
         ("attention_config: &a [*a]", "an anchor contains itself"),
         ("a: {b: &b {c: *b}}", "an anchor contains itself"),
         ('a: !!bool "maybe"', "a value that its tag does not allow"),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from megatron.engine.base import Engine
 from megatron.reliability.consensus import Consensus
-from megatron.reliability.guard import GuardOptions
+from megatron.reliability.guard_options import GuardOptions
 from megatron.reliability.stop import Control
 from tests.training.runs import ACCUMULATION, Recorder, make_engine, options, train
 

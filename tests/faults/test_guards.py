@@ -15,7 +15,8 @@ from megatron.engine.schedule import learning_rate
 from megatron.engine.skip_step import StepLimits, should_skip
 from megatron.errors import ConfigError, TrainingError
 from megatron.reliability.consensus import Consensus
-from megatron.reliability.guard import GuardOptions, StepGuard
+from megatron.reliability.guard import StepGuard
+from megatron.reliability.guard_options import GuardOptions
 from megatron.reliability.stop import Control
 from megatron.training.intervals import SaveRule
 from tests.faults.guards_count import CASES, check

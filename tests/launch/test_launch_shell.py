@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 import deepy
-from megatron.config.neox_keys import NEOX_KEYS
+from megatron.config.neox_keys import neox_keys
 from megatron.config.schema import key_fields
 from megatron.errors import UserError
 from megatron.launch import shell_safety as shell_words
@@ -63,7 +63,7 @@ def takes_text(annotation: Any) -> bool:
 
 
 OWN = [key for key, field in key_fields().items() if takes_text(field.info.annotation)]
-TEXT_KEYS = [*OWN, *(key for key, row in NEOX_KEYS.items() if row.kind == "str" and key not in key_fields())]
+TEXT_KEYS = [*OWN, *(key for key, row in neox_keys().items() if row.kind == "str" and key not in key_fields())]
 
 
 class Hosts:

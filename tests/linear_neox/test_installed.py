@@ -117,7 +117,8 @@ def test_the_wheel_carries_all_that_a_user_needs(installed: Path) -> None:
     for config in (ROOT / "configs").rglob("*.yml"):
         assert str(config.relative_to(ROOT)) in shipped
     assert {file for file, *_ in cli.COMMANDS.values()} | {"train.py"} <= shipped
-    assert {"linear_neox/py.typed", "megatron/py.typed", "megatron/evaluation/tasks/based_fda.yaml"} <= names
+    data = {"megatron/config/neox_keys.tsv", "megatron/evaluation/tasks/based_fda.yaml"}
+    assert {"linear_neox/py.typed", "megatron/py.typed", *data} <= names
     for path in (ROOT / "megatron").rglob("*.py"):
         assert str(path.relative_to(ROOT)) in names
     tops = {name.split("/")[0] for name in names if ".dist-info/" not in name}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from megatron.reliability.guard import GuardOptions, StepGuard
+from megatron.reliability.guard import StepGuard
+from megatron.reliability.guard_options import GuardOptions
 
 
 def test_the_limit_is_the_mean_and_so_many_spreads() -> None:

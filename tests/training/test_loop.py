@@ -13,7 +13,7 @@ from megatron.checkpoint.layout import complete_steps
 from megatron.engine.base import StepResult
 from megatron.errors import TrainingError
 from megatron.observe.jsonl import read_rows
-from megatron.reliability.guard import GuardOptions
+from megatron.reliability.guard_options import GuardOptions
 from megatron.training.hooks import Hook, Run, Step
 from megatron.training.intervals import SaveRule
 from megatron.training.state import TrainState

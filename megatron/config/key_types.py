@@ -1,8 +1,8 @@
-"""Type names as text (`Union[int, List[int]]`, `int | None`) -> Python annotations, and values made to fit them.
+"""Types as text (`Union[int, List[int]]`, `int | None`) -> Python annotations, and harmless conversions of values to them.
 
-NeoX's key table and the mixers' `Config` classes give types as text. They are read through the syntax tree, so nothing
-is evaluated. `fit` forgives what is harmless (10000.0 for a whole number, the letter case of a choice); everything else
-is left for pydantic's strict mode to refuse.
+The table of NeoX's keys and the mixers' `Config` classes give types as text. They are read through the syntax tree; nothing is
+evaluated. `fit` accepts what is harmless (10000.0 for a whole number, the letter case of a choice); pydantic's strict mode
+refuses everything else.
 """
 
 from __future__ import annotations
@@ -18,14 +18,9 @@ _NAMES: dict[str, Any] = {
 }  # fmt: skip
 
 _WORDS: dict[Any, str] = {
-    tuple: "a list",
-    list: "a list",
-    dict: "a dictionary",
-    int: "a whole number",
-    float: "a number",
-    str: "text",
+    tuple: "a list", list: "a list", dict: "a dictionary", int: "a whole number", float: "a number", str: "text",
     bool: "true or false",
-}
+}  # fmt: skip
 
 
 @functools.cache
@@ -94,13 +89,13 @@ def fit(value: Any, annotation: Any) -> Any:
 
 def type_name(annotation: Any) -> str:
     """In words: `a whole number`, `a list`, `'a' or 'b'`."""
-    parts = []
+    parts: list[str] = []
     for member in members(annotation):
-        if member is type(None) or member is None:
-            continue
-        if get_origin(member) is Literal:
-            parts += [repr(v) for v in get_args(member)]
-        else:
-            origin = get_origin(member) or member
+        origin, arguments = get_origin(member) or member, get_args(member)
+        if origin is Literal:
+            parts += map(repr, arguments)
+        elif origin is tuple and len(arguments) == 2 and arguments[1] is not ...:
+            parts.append("a list of two numbers")
+        elif origin not in (None, type(None)):
             parts.append(_WORDS.get(origin, getattr(origin, "__name__", str(origin))))
     return " or ".join(dict.fromkeys(parts)) or "any"
