@@ -166,6 +166,7 @@ def test_import_works_without_torch_and_pulls_nothing_heavy() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_model_runs_with_torch_alone() -> None:
     """Layers, ops and model import nothing but torch, so that a reader can use them with nothing installed."""
     blocked = ("deepspeed", "transformers", "pydantic", "yaml", "safetensors", "tokenizers", "numpy.testing")

@@ -74,7 +74,7 @@ def test_a_model_file_alone_says_that_it_needs_a_site_file() -> None:
 def test_the_dry_run_of_every_model_file_at_its_full_length(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A matter of a few seconds: ten thousand operations on tensors without numbers take about two."""
+    """A matter of seconds: ten thousand operations on tensors without numbers take one to two of them."""
     count, dispatch = 0, footprint._Live.__torch_dispatch__
 
     def counted(self: footprint._Live, *arguments: Any, **named: Any) -> Any:
@@ -84,4 +84,4 @@ def test_the_dry_run_of_every_model_file_at_its_full_length(
 
     monkeypatch.setattr(footprint._Live, "__torch_dispatch__", counted)
     assert train.main(["-d", str(CONFIGS), name, "local_setup", "--dry-run", "--device-memory", "1000000"]) == 0
-    assert "memory per rank" in capsys.readouterr().out and 0 < count < 40_000
+    assert "memory per rank" in capsys.readouterr().out and 0 < count < 60_000

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron.ops.dispatch import choose, path
-from megatron.ops.opaque import opaque
+from megatron.ops.opaque import opaque, worked
 from megatron.ops.precision import in_accumulation_dtype, outside_autocast, sum_dtype
 from megatron.ops.taylor_features import (
     TaylorMap,
@@ -115,21 +115,16 @@ class _Inputs(NamedTuple):
     keep: Tensor | None
     log_decay: Tensor | None
     segment_ids: Tensor | None
-    chunk: int
 
     def row_groups(self) -> list[slice]:
         """Batch rows that are worked on together."""
         b, s = self.q.shape[:2]
-        rows = b if self.q.device.type != "cpu" else max(1, _ROWS // max(1, min(s, self.chunk)))
+        rows = b if self.q.device.type != "cpu" else max(1, _ROWS // max(1, min(s, TAYLOR_CHUNK)))
         return [slice(r, min(r + rows, b)) for r in range(0, b, rows)]
-
-    def starts(self) -> range:
-        """First token of every chunk."""
-        return range(0, self.q.shape[1], self.chunk)
 
     def piece(self, rows: slice, start: int) -> _Piece:
         """The chunk of `rows` that begins at token `start`."""
-        at = (rows, slice(start, start + self.chunk))
+        at = (rows, slice(start, start + TAYLOR_CHUNK))
         scale = self.q.shape[-1] ** -0.25
         q, k = (in_accumulation_dtype(x[at]).transpose(1, 2) * scale for x in (self.q, self.k))
         keep = None if self.keep is None else self.keep[at][:, None, :, None]
@@ -243,7 +238,7 @@ class _TaylorScan(torch.autograd.Function):
         segment_ids: Tensor | None,
         divide: bool,
     ) -> tuple[Tensor, Tensor]:
-        given = _Inputs(q, k, v, keep, log_decay, segment_ids, TAYLOR_CHUNK)
+        given = _Inputs(q, k, v, keep, log_decay, segment_ids)
         b, s, h, f = q.shape
         width, wide = v.shape[-1], sum_dtype(v.dtype)
         y = v.new_empty(b, s, h, width) if divide else v.new_empty(b, s, h, width + 1, dtype=wide)
@@ -252,12 +247,15 @@ class _TaylorScan(torch.autograd.Function):
         begun: list[Tensor] = []
         for rows in given.row_groups():
             current = torch.zeros_like(final[rows]) if state is None else state[rows].to(wide)
-            for start in given.starts():
+            for start in range(0, s, TAYLOR_CHUNK):
                 if any(ctx.needs_input_grad):
                     begun.append(current)
+                if not worked(start, TAYLOR_CHUNK, s, q):
+                    current = torch.empty_like(current)
+                    continue
                 sums, current = _piece_forward(given.piece(rows, start), current)
                 sums = sums.transpose(1, 2)
-                at = (rows, slice(start, start + given.chunk))
+                at = (rows, slice(start, start + TAYLOR_CHUNK))
                 y[at] = normalised(sums) if divide else sums
                 if below is not None:
                     below[at] = sums[..., -1:] + TAYLOR_EPS
@@ -270,13 +268,13 @@ class _TaylorScan(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, dfinal: Tensor | None) -> Any:
         q, k, v, keep, log_decay, segment_ids, below, y = ctx.saved_tensors
-        given = _Inputs(q, k, v, keep, log_decay, segment_ids, TAYLOR_CHUNK)
+        given = _Inputs(q, k, v, keep, log_decay, segment_ids)
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        starts, dstates = given.starts(), []
+        starts, dstates = range(0, q.shape[1], TAYLOR_CHUNK), []
         for number, rows in enumerate(given.row_groups()):
             current = None if dfinal is None else dfinal[rows]
-            for i in range(len(starts) - 1, -1, -1):
-                at = (rows, slice(starts[i], starts[i] + given.chunk))
+            for i in reversed([i for i, start in enumerate(starts) if worked(start, TAYLOR_CHUNK, q.shape[1], q)]):
+                at = (rows, slice(starts[i], starts[i] + TAYLOR_CHUNK))
                 dsums = in_accumulation_dtype(dy[at])
                 if ctx.divide:
                     dsums = dsums / below[at]

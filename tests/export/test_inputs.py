@@ -283,6 +283,7 @@ def test_documents_and_a_cache(model: Any) -> None:
         assert float((torch.cat([first.logits, second.logits], 1) - want).abs().max()) < CLOSE
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_positions_of_a_learned_table_are_not_taken_elsewhere(make_checkpoint: Make, tmp_path: Path) -> None:
     folder = export_checkpoint(make_checkpoint(**LAYERS["learned"]), tmp_path / "hf").folder

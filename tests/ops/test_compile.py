@@ -104,7 +104,7 @@ def fast_and_slow(fast: tuple[str, ...]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("kind", [k if k in fast else pytest.param(k, marks=pytest.mark.slow) for k in KINDS])
 
 
-@fast_and_slow(("jrt",))
+@fast_and_slow(())
 def test_a_training_step_is_one_graph_at_any_length(kind: str) -> None:
     """Forward, loss and backward; the second length makes the graph one of any length, so that the third needs no new one."""
     model = toy(kind).double()
