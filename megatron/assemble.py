@@ -163,8 +163,6 @@ def build(run: RunConfig, env: RankEnvironment, connected: Callable[[], object])
     init_process_group(env, run.parallel.distributed_backend, settings.timeout_s)
     connected()
     mesh = Mesh.create(run.parallel.pipe_stages, run.parallel.tensor_ranks, env.world_size, env.rank)
-    if settings.objective.tally is not None:
-        settings.objective.tally.group = mesh.tp_group
     return Parts(
         tokenizer, config, data_pipeline, mesh, build_engine(run.parallel.engine, config, mesh, settings, env.local_rank)
     )
@@ -214,9 +212,7 @@ def build_evaluator(
     def first() -> Iterator[Batch]:
         return parts.data_pipeline.evaluation(name, parts.mesh)
 
-    engine = parts.engine
-    tally = engine.settings.objective.tally
-    return Evaluator(engine, first, run.training.eval_iters, split, stop_asked=stop_asked, tally=tally)
+    return Evaluator(parts.engine, first, run.training.eval_iters, split, stop_asked=stop_asked)
 
 
 def _actions(run: RunConfig, parts: Parts, saver: Saver, control: Control, goes_on: Mapping[str, Any]) -> Actions:

@@ -16,7 +16,6 @@ from megatron.data.tokenizers import Tokenizer, build_tokenizer, padded_vocab_si
 from megatron.engine.base import EngineSettings
 from megatron.engine.schedule import ScheduleConfig, decay_horizon, learning_rate
 from megatron.errors import ConfigError, DataError
-from megatron.model.accuracy import AnswerCounts
 from megatron.model.config import ModelConfig
 from megatron.model.objectives import Objective
 from megatron.observe.runfolder import RunFolder
@@ -129,7 +128,7 @@ def engine_settings(run: RunConfig) -> EngineSettings:
 def objective(run: RunConfig) -> Objective:
     """What the loss is. A model that reads a prefix in both directions must not be trained to predict inside it."""
     t, seen = run.training, layer_options(run).get("jrt", {}).get("prefix_length", 0)
-    tally = None if run.data.synthetic is None else AnswerCounts()
+    count = run.data.synthetic is not None
     length = t.objective_prefix_length or seen
     if t.objective == "causal":
         if seen:
@@ -139,7 +138,7 @@ def objective(run: RunConfig) -> Objective:
                 why="the model would be trained to predict tokens that it sees",
                 hint="objective: jrt (masked tokens in the prefix) or objective: prefix",
             )
-        return Objective(tally=tally, mean_over=t.loss_mean_over)
+        return Objective(count_answers=count, mean_over=t.loss_mean_over)
     if seen and length != seen:
         raise ConfigError(
             f"objective_prefix_length {length} is not jrt_prefix_length {seen}",
@@ -148,7 +147,7 @@ def objective(run: RunConfig) -> Objective:
         )
     if length >= run.model.seq_length:
         raise ConfigError(f"a prefix of {length} tokens leaves nothing of seq_length {run.model.seq_length} to predict")
-    return Objective(t.objective, length, t.objective_masked_weight, tally, t.loss_mean_over)
+    return Objective(t.objective, length, t.objective_masked_weight, count, t.loss_mean_over)
 
 
 def masking(run: RunConfig, rows: int) -> Masking | None:

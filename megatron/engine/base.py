@@ -119,6 +119,21 @@ class StepResult:
 
 
 @dataclass(frozen=True)
+class EvalResult:
+    """A loss on held-out data, the same on every rank.
+
+    Attributes:
+        loss: mean over the micro batches of all data-parallel ranks, as in training.
+        right_answers: right ones among `answers`.
+        answers: positions of all micro batches where the task expects an answer; 0 unless `Objective.count_answers`.
+    """
+
+    loss: float
+    right_answers: int = 0
+    answers: int = 0
+
+
+@dataclass(frozen=True)
 class OptimizerSlice:
     """What one rank owns of one parameter's optimizer state: [start, stop) of its flattened local part.
 
@@ -179,8 +194,8 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def eval_loss(self, batches: Iterator[MicroBatch], count: int) -> float:
-        """The loss over `count` micro batches of every data-parallel rank, as in training; the same number on all ranks."""
+    def eval_loss(self, batches: Iterator[MicroBatch], count: int) -> EvalResult:
+        """The loss over `count` micro batches of every data-parallel rank, as in training, and its counts of answers."""
 
     @abstractmethod
     def optimizer_slices(self) -> dict[str, OptimizerSlice]:

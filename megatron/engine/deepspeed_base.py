@@ -6,7 +6,7 @@ make the optimizer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +14,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron.engine.base import MOMENTS, Engine, EngineSettings, OptimizerSlice, check_names, check_slice, copy_all
+from megatron.engine.base import (
+    MOMENTS,
+    Engine,
+    EngineSettings,
+    EvalResult,
+    OptimizerSlice,
+    check_names,
+    check_slice,
+    copy_all,
+)
 from megatron.engine.optim import FusedAdamW, build_optimizer, parameter_groups
 from megatron.engine.skip_step import should_skip
 from megatron.engine.stages import EMBEDDING, LocalModel, build_local
+from megatron.model.accuracy import ANSWER_COUNTS
 from megatron.model.config import ModelConfig
 from megatron.model.objectives import LossParts
 from megatron.parallel.collectives import all_reduce
@@ -56,7 +66,7 @@ class DeepSpeedBase(Engine):
             param.model_parallel = param.tensor_model_parallel = self.specs[name].cut != "replicated"  # type: ignore[attr-defined]
         self._loss = self._refused = torch.zeros((), device=device)
         self._decided = False
-        self._parts = LossParts(settings.objective.parts)
+        self._parts = LossParts()
         # The tied matrix leads its group on both stages, so that its two copies go through the same vector lanes.
         decay = (settings.weight_decay, settings.weight_decay_rule)
         return build_optimizer(parameter_groups(self._parameters, self.specs, *decay, first=(EMBEDDING,)), settings)
@@ -72,12 +82,23 @@ class DeepSpeedBase(Engine):
             self._refused, self._decided = should_skip(self._loss, norm, self.limits), True
         return self._refused
 
-    def _mean_parts(self) -> dict[str, float]:
-        """Means over the step's micro batches of all data-parallel ranks; only ranks of the last stage have added something."""
+    def _total_parts(self, names: Sequence[str], dtype: torch.dtype = torch.float32) -> Tensor:
+        """Sums of parts over the micro batches of all ranks [k]; each of the last stage's tensor ranks has added the same."""
         group = dist.group.WORLD if self.mesh.world_size > 1 else None
-        total = all_reduce(self._parts.sums(self.device), group)
-        means = total / (self.gradient_accumulation * self.mesh.dp * self.mesh.tp)
-        return dict(zip(self._parts.names, means.tolist(), strict=True))
+        return all_reduce(self._parts.sums(names, self.device, dtype), group)
+
+    def _set_loss_parts(self) -> None:
+        """Make `loss_parts` the means over the step's micro batches."""
+        if names := self.settings.objective.parts:
+            means = self._total_parts(names) / (self.gradient_accumulation * self.mesh.dp * self.mesh.tp)
+            self.loss_parts = dict(zip(names, means.tolist(), strict=True))
+
+    def _eval_result(self, loss: float) -> EvalResult:
+        """A loss with the counts of answers that its micro batches added."""
+        if not self.settings.objective.count_answers:
+            return EvalResult(loss)
+        right, answers = (self._total_parts(ANSWER_COUNTS, torch.float64) / self.mesh.tp).tolist()
+        return EvalResult(loss, int(right), int(answers))
 
     def _flat_partitions(self) -> list[Tensor]:
         """The fp32 partitions, one per parameter group, that this data-parallel rank updates."""

@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron.engine.base import EngineSettings, MicroBatch, StepResult, batch_flow, take_micro_batches
+from megatron.engine.base import EngineSettings, EvalResult, MicroBatch, StepResult, batch_flow, take_micro_batches
 from megatron.engine.deepspeed_base import DeepSpeedBase
 from megatron.engine.deepspeed_config import deepspeed_config, zero_stage_note
 from megatron.engine.optim import FusedAdamW, set_learning_rate
@@ -225,17 +225,17 @@ class DeepSpeedPipelineEngine(DeepSpeedBase):
         self.phase("forward/backward")
         self._parts.reset()
         loss = self._engine.train_batch(data_iter=feed)
-        if self._parts.names:
-            self.loss_parts = self._mean_parts()
+        self._set_loss_parts()
         skipped = self._refused if self._engine.was_step_applied() else True
         return StepResult(loss.detach(), self._engine.get_global_grad_norm(), skipped)
 
-    def eval_loss(self, batches: Iterator[MicroBatch], count: int) -> float:
+    def eval_loss(self, batches: Iterator[MicroBatch], count: int) -> EvalResult:
         """Loss over `count` micro batches of every data-parallel rank; see `Engine.eval_loss`."""
         feed = iter(list(self._feed(batches, count)))
+        self._parts.reset()
         loss = float(self._engine.eval_batch(feed, num_micro_batches=count))
         self._engine.module.train()
-        return loss
+        return self._eval_result(loss)
 
     def describe(self) -> str:
         """One line for the log."""

@@ -14,7 +14,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron.engine.base import EngineSettings, MicroBatch, StepResult, batch_flow, check_weights, take_micro_batches
+from megatron.engine.base import (
+    EngineSettings,
+    EvalResult,
+    MicroBatch,
+    StepResult,
+    batch_flow,
+    check_weights,
+    take_micro_batches,
+)
 from megatron.engine.deepspeed_base import DeepSpeedBase, OwnedSlice
 from megatron.engine.deepspeed_pipeline import one_stage_grid, start_deepspeed
 from megatron.engine.optim import set_learning_rate
@@ -97,20 +105,20 @@ class DeepSpeedZeROEngine(DeepSpeedBase):
                 self.phase("step")
                 self._loss, self._decided = self._mean(total, count), False
             self._engine.step()
-        if self._parts.names:
-            self.loss_parts = self._mean_parts()
+        self._set_loss_parts()
         skipped = self._refused if self._engine.was_step_applied() else True
         return StepResult(self._loss, self._zero._global_grad_norm, skipped)
 
     @torch.no_grad()
-    def eval_loss(self, batches: Iterator[MicroBatch], count: int) -> float:
+    def eval_loss(self, batches: Iterator[MicroBatch], count: int) -> EvalResult:
         """Loss over `count` micro batches of every data-parallel rank; see `Engine.eval_loss`."""
         self._engine.eval()
+        self._parts.reset()
         total = torch.zeros((), device=self.device)
         for batch in self._take(batches, count):
             total += self._run(batch).detach()
         self._engine.train()
-        return float(self._mean(total, count))
+        return self._eval_result(float(self._mean(total, count)))
 
     def _flat_partitions(self) -> list[Tensor]:
         return list(self._zero.fp32_partitioned_groups_flat) if self._three else super()._flat_partitions()

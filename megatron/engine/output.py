@@ -29,7 +29,7 @@ def check_output(settings: EngineSettings) -> None:
     why = ""
     if settings.zero_stage == 3:
         why = "ZeRO-3 gathers the output projection for its own forward only"
-    if getattr(settings.objective, "tally", None) is not None:
+    if settings.objective.count_answers:
         why = "a synthetic task counts right answers in the logits, which never exist as a whole"
     if why:
         raise ConfigError("loss_chunk_tokens cannot be used here", why=why, hint="loss_chunk_tokens: 0")
@@ -64,9 +64,9 @@ def local_loss(
         def of_hidden(x: Tensor, y: Tensor, w: Tensor | None) -> Tensor:
             return linear_token_loss(x, matrix, y, w, group, block=block, backend=settings.kernel_backend)
 
-        return objective_loss(settings.objective, logits, labels, mask, of_hidden, divisors)
+        return objective_loss(settings.objective, logits, labels, mask, of_hidden, divisors, group)
 
     def mean(x: Tensor, y: Tensor, w: Tensor | None) -> Tensor:
         return token_loss(x, y, w) if group is None or w is None else vocab_parallel_token_loss(x, y, w, group)
 
-    return objective_loss(settings.objective, logits, labels, mask, mean, divisors)
+    return objective_loss(settings.objective, logits, labels, mask, mean, divisors, group)

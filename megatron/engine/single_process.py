@@ -17,6 +17,7 @@ from megatron.engine.base import (
     MOMENTS,
     Engine,
     EngineSettings,
+    EvalResult,
     MicroBatch,
     OptimizerSlice,
     StepResult,
@@ -31,6 +32,7 @@ from megatron.engine.optim import build_optimizer, parameter_groups, set_learnin
 from megatron.engine.output import local_loss
 from megatron.engine.skip_step import should_skip
 from megatron.engine.stages import build_local, run_stages
+from megatron.model.accuracy import ANSWER_COUNTS
 from megatron.model.config import ModelConfig
 from megatron.model.objectives import LossParts, global_divisors
 from megatron.parallel.mesh import Mesh
@@ -57,7 +59,7 @@ class SingleProcessEngine(Engine):
             self._masters = {name: p.detach().float() for name, p in self._parameters.items()}
         groups = parameter_groups(self._masters, self.specs, settings.weight_decay, settings.weight_decay_rule)
         self.optimizer = build_optimizer(groups, settings)
-        self._parts = LossParts(settings.objective.parts)
+        self._parts = LossParts()
         self.loss_scale = LossScale.from_settings(settings)
 
     def parameters(self) -> Mapping[str, nn.Parameter]:
@@ -91,9 +93,9 @@ class SingleProcessEngine(Engine):
             if self._low:
                 self._gather_gradients()
         self.phase("step")
-        if self._parts.names:
-            means = self._parts.sums(self.device) / count
-            self.loss_parts = dict(zip(self._parts.names, means.tolist(), strict=True))
+        if names := self.settings.objective.parts:
+            means = self._parts.sums(names, self.device) / count
+            self.loss_parts = dict(zip(names, means.tolist(), strict=True))
         loss, norm = total / count, self._norm()
         skipped = bool(should_skip(loss, norm, self.limits))
         if not skipped:
@@ -145,14 +147,16 @@ class SingleProcessEngine(Engine):
                 param.copy_(self._masters[name])
 
     @torch.no_grad()
-    def eval_loss(self, batches: Iterator[MicroBatch], count: int) -> float:
+    def eval_loss(self, batches: Iterator[MicroBatch], count: int) -> EvalResult:
         """Loss over `count` micro batches; see `Engine.eval_loss`."""
         self.stages.eval()
+        self._parts.reset()
         taken = take_micro_batches(batches, count)
         divisors = global_divisors(self.settings.objective, taken, self.mesh, self.device)
         total = sum(float(self._loss(batch, divisors)) for batch in taken)
         self.stages.train()
-        return total / count
+        right, answers = self._parts.sums(ANSWER_COUNTS, self.device, torch.float64).tolist()
+        return EvalResult(total / count, int(right), int(answers))
 
     def optimizer_slices(self) -> dict[str, OptimizerSlice]:
         """Every parameter, whole."""

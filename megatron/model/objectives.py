@@ -15,14 +15,15 @@ to micro batches and ranks: an engine counts them before a step (`global_divisor
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from megatron.errors import ConfigError
-from megatron.model.accuracy import AnswerCounts
+from megatron.model.accuracy import count_answers
 from megatron.parallel.collectives import all_reduce
 from megatron.parallel.mesh import Mesh
 
@@ -40,15 +41,20 @@ class Counted(Protocol):
 
 @dataclass(frozen=True)
 class Objective:
-    """An objective. prefix_length: tokens of the prefix; masked_weight: of the masked tokens' mean in `jrt`.
+    """An objective.
 
-    tally: counts right answers in evaluations, where they are asked for. mean_over: what each mean runs over, see the module.
+    Attributes:
+        name: causal, prefix or jrt, see the module.
+        prefix_length: tokens of the prefix.
+        masked_weight: weight of the masked tokens' mean in `jrt`.
+        count_answers: an evaluation counts the right answers of a synthetic task.
+        mean_over: what each mean runs over, global_batch or micro_batch.
     """
 
     name: str = "causal"
     prefix_length: int = 0
     masked_weight: float = 0.25
-    tally: AnswerCounts | None = field(default=None, compare=False, repr=False)
+    count_answers: bool = False
     mean_over: str = "global_batch"
 
     def __post_init__(self) -> None:
@@ -74,10 +80,9 @@ class Objective:
 
 
 class LossParts:
-    """Sums of an objective's parts over the micro batches of a step, on the device."""
+    """Sums over micro batches of the parts that `objective_loss` returns, on the device."""
 
-    def __init__(self, names: tuple[str, ...]) -> None:
-        self.names = names
+    def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
 
     def reset(self) -> None:
@@ -85,14 +90,14 @@ class LossParts:
         self._sums = {}
 
     def add(self, parts: Mapping[str, Tensor]) -> None:
-        """Count one micro batch."""
+        """Add the parts of one micro batch."""
         for name, value in parts.items():
             self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value
 
-    def sums(self, device: torch.device) -> Tensor:
+    def sums(self, names: Sequence[str], device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
         """One number per name [k]; zeros where nothing was added (pipeline stages without the loss)."""
         zero = torch.zeros((), device=device)
-        return torch.stack([self._sums.get(name, zero).float() for name in self.names])
+        return torch.stack([self._sums.get(name, zero).to(dtype) for name in names])
 
 
 def counted(labels: Tensor, loss_mask: Tensor | None) -> Tensor:
@@ -129,8 +134,12 @@ def objective_loss(
     loss_mask: Tensor | None,
     mean: MeanLoss,
     divisors: Tensor | None = None,
+    group: ProcessGroup | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """(loss, its parts, detached and unweighted).
+    """The loss of a micro batch and its parts, which are detached and unweighted.
+
+    Parts are the objective's terms where it has several, and with `count_answers` the counts of `model/accuracy.py` while
+    gradients are off.
 
     Args:
         objective: the terms of the loss.
@@ -139,10 +148,12 @@ def objective_loss(
         loss_mask: [b, s] or None.
         mean: mean loss over the counted tokens of (logits, labels, loss_mask).
         divisors: [terms] from `global_divisors`; None divides each term by what counts in it here.
+        group: tensor-parallel group that the columns of `logits` are split over; None for one device.
     """
-    if objective.tally is not None:
+    counts: dict[str, Tensor] = {}
+    if objective.count_answers and not torch.is_grad_enabled():
         at = slice(objective.prefix_length, None)
-        objective.tally.look(logits[:, at], labels[:, at], None if loss_mask is None else loss_mask[:, at])
+        counts = count_answers(logits[:, at], labels[:, at], None if loss_mask is None else loss_mask[:, at], group)
 
     def term(number: int, at: slice) -> Tensor:
         y, w = labels[:, at], None if loss_mask is None else loss_mask[:, at]
@@ -153,7 +164,7 @@ def objective_loss(
 
     terms = [term(number, at) for number, at in enumerate(objective.places)]
     if objective.name != "jrt":
-        return terms[0], {}
+        return terms[0], counts
     after, masked = terms
-    parts = {"ntp_loss": after.detach(), "mlm_loss": masked.detach()}
+    parts = {"ntp_loss": after.detach(), "mlm_loss": masked.detach(), **counts}
     return after + objective.masked_weight * masked, parts

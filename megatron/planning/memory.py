@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -170,7 +170,7 @@ def _head(settings: EngineSettings, mesh: Mesh, tail: Sequence[nn.Module], x: Te
             )
         return token_loss(logits, y, w) if mesh.tp == 1 or w is None else vocab_parallel_token_loss(logits, y, w, None)
 
-    return objective_loss(replace(settings.objective, tally=None), seen, labels, mask, mean)[0]
+    return objective_loss(settings.objective, seen, labels, mask, mean)[0]
 
 
 @dataclass(frozen=True)

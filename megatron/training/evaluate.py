@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron.engine.base import Engine
-from megatron.model.accuracy import AnswerCounts
 from megatron.training.batch_timer import Batch
 
 
@@ -49,7 +48,6 @@ class Evaluator:
         eval_iters: evaluation steps; each is `gradient_accumulation` micro batches, as in NeoX.
         split: prefix of the metrics. fixed: the same batches each time.
         stop_asked: asked between parts, on every rank alike; true gives the evaluation up.
-        tally: of the engine's objective; gives the accuracy.
     """
 
     def __init__(
@@ -60,11 +58,10 @@ class Evaluator:
         split: str = "validation",
         fixed: bool = True,
         stop_asked: Callable[[], bool] | None = None,
-        tally: AnswerCounts | None = None,
     ) -> None:
         self.engine, self.open_batches, self.split, self.fixed = engine, open_batches, split, fixed
         self.count = eval_iters * engine.gradient_accumulation
-        self._stop_asked, self._tally = stop_asked, tally
+        self._stop_asked = stop_asked
         # Long enough that a pipeline's filling and draining is a small part of it.
         self._part = max(engine.gradient_accumulation, 4 * engine.mesh.pp, 8)
         self._running: Iterator[Any] | None = None
@@ -77,17 +74,17 @@ class Evaluator:
         """
         begin = time.perf_counter()
         batches: Iterator[Any] = self._running or iter(self.open_batches())
-        total, done = 0.0, 0
+        total, right, answers, done = 0.0, 0, 0, 0
         while done < self.count:
             if self._stop_asked is not None and self._stop_asked():
                 self._running = None
-                if self._tally is not None:
-                    self._tally.take(self.engine.device)
                 return None
             part = min(self._part, self.count - done)
             self.engine.phase("evaluation")
-            total += float(self.engine.eval_loss(batches, part)) * part
+            result = self.engine.eval_loss(batches, part)
+            total += result.loss * part
+            right, answers = right + result.right_answers, answers + result.answers
             done += part
         self._running = None if self.fixed else batches
-        right = None if self._tally is None else self._tally.take(self.engine.device)
-        return Evaluation(self.split, total / self.count, self.count, time.perf_counter() - begin, right)
+        accuracy = right / answers if answers else None
+        return Evaluation(self.split, total / self.count, self.count, time.perf_counter() - begin, accuracy)

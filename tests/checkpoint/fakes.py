@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from megatron.engine.base import MOMENTS, Engine, EngineSettings, MicroBatch, OptimizerSlice, StepResult
+from megatron.engine.base import MOMENTS, Engine, EngineSettings, EvalResult, MicroBatch, OptimizerSlice, StepResult
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.shard_spec import ParamSpec, ShardKind, slice_of
 
@@ -70,7 +70,7 @@ class FakeEngine(Engine):
     def train_step(self, batches: Iterator[MicroBatch], lr: float) -> StepResult:
         raise NotImplementedError("a fake does not train")
 
-    def eval_loss(self, batches: Iterator[MicroBatch], count: int) -> float:
+    def eval_loss(self, batches: Iterator[MicroBatch], count: int) -> EvalResult:
         raise NotImplementedError("a fake does not evaluate")
 
     def optimizer_slices(self) -> dict[str, OptimizerSlice]:

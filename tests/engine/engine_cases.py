@@ -92,7 +92,7 @@ def train(
     return {
         "losses": losses,
         "norms": norms,
-        "eval": engine.eval_loss(micro_batches(engine.mesh, segments, start=1000), 3),
+        "eval": engine.eval_loss(micro_batches(engine.mesh, segments, start=1000), 3).loss,
         "weights": {name: w.float().clone() for name, w in engine.weights().items()},
         "replicas": engine.replica_names,
         "coordinates": (engine.mesh.pp_rank, engine.mesh.dp_rank, engine.mesh.tp_rank),

@@ -117,7 +117,7 @@ def _train(engine: Engine, form: Form) -> dict[str, Any]:
     for step in range(STEPS):
         results.append(engine.train_step(batches, learning_rate(step, CURVE)))
         parts += list(engine.loss_parts.values())
-    held_out = engine.eval_loss(micro_batches(engine.mesh, start=1000, **how), 3)
+    held_out = engine.eval_loss(micro_batches(engine.mesh, start=1000, **how), 3).loss
     return {
         "losses": [*(float(r.loss) for r in results), *parts, held_out],
         "norms": [float(r.grad_norm) for r in results],

@@ -53,7 +53,7 @@ def job(
         "losses": losses,
         "norms": norms,
         "parts": parts,
-        "eval": engine.eval_loss(micro_batches(engine.mesh, segments, start=1000), 2),
+        "eval": engine.eval_loss(micro_batches(engine.mesh, segments, start=1000), 2).loss,
         "weights": {name: w.float().clone() for name, w in engine.weights().items()},
         "replicas": engine.replica_names,
         "coordinates": (engine.mesh.pp_rank, engine.mesh.dp_rank, engine.mesh.tp_rank),

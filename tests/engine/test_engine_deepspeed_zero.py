@@ -53,7 +53,7 @@ def _state(stage: int) -> dict[str, Any]:
     second.load_weights(weights)
     second.load_optimizer_slices(slices)
     on, back = (e.train_step(micro_batches(e.mesh, start=6), 5e-3) for e in (first, second))
-    evals = [e.eval_loss(micro_batches(e.mesh, start=1000), 2) for e in (first, second)]
+    evals = [e.eval_loss(micro_batches(e.mesh, start=1000), 2).loss for e in (first, second)]
     second.load_weights(weights)
     second.refresh_master_from_weights()
     fresh = next(iter(second.optimizer_slices().values()))

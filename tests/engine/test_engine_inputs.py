@@ -44,7 +44,7 @@ def job(pp: int, kind: str, settings: EngineSettings, config: ModelConfig, segme
     engine = make_engine(pp, 1, kind, settings, config)
     feed = batches(engine.mesh, settings.inputs, segments)
     losses = [float(engine.train_step(feed, 1e-2).loss) for _ in range(3)]
-    return [*losses, engine.eval_loss(batches(engine.mesh, settings.inputs, segments), 2)]
+    return [*losses, engine.eval_loss(batches(engine.mesh, settings.inputs, segments), 2).loss]
 
 
 def single(settings: EngineSettings, config: ModelConfig, segments: bool = False) -> list[float]:

@@ -50,7 +50,7 @@ def one_step(tp: int, pp: int, micro: int, kind: str, objective: Objective) -> d
         micro_batch=micro, gradient_accumulation=ROWS // (micro * mesh.dp), seq_length=SEQ, objective=objective, zero_stage=1
     )
     engine = build_engine(kind, model_config(), mesh, settings, env.local_rank)
-    held_out = engine.eval_loss(dealt(micro, mesh), settings.gradient_accumulation)
+    held_out = engine.eval_loss(dealt(micro, mesh), settings.gradient_accumulation).loss
     result = engine.train_step(dealt(micro, mesh), 1e-2)
     return {"eval": held_out, "loss": float(result.loss), "norm": float(result.grad_norm), **engine.loss_parts}
 

@@ -280,7 +280,7 @@ def test_two_training_steps(layer: Layer) -> None:
     text = torch.randint(0, 32, (2, 13), generator=torch.Generator().manual_seed(0))
     batch = Batch(text[:, :-1], text[:, 1:], torch.ones(2, 12), None, [0, 1])
     losses = [float(engine.train_step(iter([batch]), 1e-2).loss) for _ in range(2)]
-    losses.append(engine.eval_loss(iter([batch]), 1))
+    losses.append(engine.eval_loss(iter([batch]), 1).loss)
     assert losses[0] > losses[1] > losses[2] > 0
 
 

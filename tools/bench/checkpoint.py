@@ -37,7 +37,7 @@ from megatron.checkpoint.background import Saver
 from megatron.checkpoint.load import load_checkpoint
 from megatron.checkpoint.safetensors_writer import threads, write_files
 from megatron.checkpoint.save import save_checkpoint
-from megatron.engine.base import MOMENTS, Engine, EngineSettings, MicroBatch, OptimizerSlice, StepResult, copy_all
+from megatron.engine.base import MOMENTS, Engine, EngineSettings, EvalResult, MicroBatch, OptimizerSlice, StepResult, copy_all
 from megatron.files import write_json
 from megatron.model.build import param_specs
 from megatron.model.config import ModelConfig
@@ -66,7 +66,7 @@ class State(Engine):
         """Not here."""
         raise NotImplementedError("this state does not train")
 
-    def eval_loss(self, batches: Iterator[MicroBatch], count: int) -> float:
+    def eval_loss(self, batches: Iterator[MicroBatch], count: int) -> EvalResult:
         """Not here."""
         raise NotImplementedError("this state does not evaluate")
 
