@@ -10,10 +10,9 @@ import math
 import os
 import types
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -186,16 +185,29 @@ class Engine(ABC):
         """Logical name -> this rank's live parameter in the compute dtype."""
 
     @abstractmethod
-    def train_step(self, batches: Iterator[MicroBatch], lr: float) -> StepResult:
-        """Consume `gradient_accumulation` micro batches and take one optimizer step with the rate `lr`.
+    def train_step(self, micro_batches: Sequence[MicroBatch], lr: float) -> StepResult:
+        """Take one optimizer step.
+
+        Args:
+            micro_batches: this rank's, `gradient_accumulation` of them; a middle pipeline stage is given them too.
+            lr: learning rate of the step.
 
         Raises:
-            DataError: the iterator ends too early.
+            DataError: there are more or fewer.
         """
 
     @abstractmethod
-    def eval_loss(self, batches: Iterator[MicroBatch], count: int) -> EvalResult:
-        """The loss over `count` micro batches of every data-parallel rank, as in training, and its counts of answers."""
+    def eval_loss(self, micro_batches: Sequence[MicroBatch]) -> EvalResult:
+        """The loss over the micro batches of every data-parallel rank, as in training, and its counts of answers.
+
+        Args:
+            micro_batches: this rank's, as many on every rank.
+        """
+
+    def check_step(self, micro_batches: Sequence[MicroBatch]) -> None:
+        """Raise DataError unless these are the micro batches of one step."""
+        if len(micro_batches) != self.gradient_accumulation:
+            raise DataError(f"a step of {self.gradient_accumulation} micro batches was given {len(micro_batches)}")
 
     @abstractmethod
     def optimizer_slices(self) -> dict[str, OptimizerSlice]:
@@ -300,17 +312,3 @@ def check_slice(name: str, own: tuple[int, int], given: OptimizerSlice) -> None:
             f"optimizer state of '{name}' covers [{given.start}, {given.stop}), this rank owns [{own[0]}, {own[1]})",
             why="it was saved on another mesh, or by another optimizer",
         )
-
-
-def take_micro_batches(batches: Iterator[MicroBatch], count: int) -> Sequence[MicroBatch]:
-    """The next `count` micro batches.
-
-    Every rank takes them, also a middle pipeline stage that reads none: the data cursor is then the same everywhere.
-
-    Raises:
-        DataError: fewer are left.
-    """
-    taken = list(islice(batches, count))
-    if len(taken) < count:
-        raise DataError(f"the data ended: {len(taken)} of {count} micro batches were left")
-    return taken

@@ -22,7 +22,7 @@ import os
 import sys
 import types
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron.engine.base import EngineSettings, EvalResult, MicroBatch, StepResult, batch_flow, take_micro_batches
+from megatron.engine.base import EngineSettings, EvalResult, MicroBatch, StepResult, batch_flow
 from megatron.engine.deepspeed_base import DeepSpeedBase
 from megatron.engine.deepspeed_config import deepspeed_config, zero_stage_note
 from megatron.engine.optim import FusedAdamW, set_learning_rate
@@ -211,29 +211,29 @@ class DeepSpeedPipelineEngine(DeepSpeedBase):
         self._engine._aggregate_total_loss = lambda: self._loss
         self._zero.optimizer.skip = self._skip
 
-    def _feed(self, batches: Iterator[MicroBatch], count: int) -> Iterator[tuple[Activations, tuple[Tensor, Tensor]]]:
-        """(inputs of the first stage, targets of the last) per micro batch, all of which are counted first."""
-        taken = take_micro_batches(batches, count)
-        self._pipeline.divisors = global_divisors(self.settings.objective, taken, self.mesh, self.device)
-        for batch in taken:
-            yield batch_flow(batch, self.settings.inputs), (batch.labels.contiguous(), batch.loss_mask.contiguous())
+    def _inputs_and_targets(self, micro_batches: Sequence[MicroBatch]) -> Iterator[tuple[Activations, tuple[Tensor, Tensor]]]:
+        """(inputs of the first stage, targets of the last) per micro batch, as DeepSpeed reads them."""
+        self._pipeline.divisors = global_divisors(self.settings.objective, micro_batches, self.mesh, self.device)
+        names = self.settings.inputs
+        return iter([(batch_flow(b, names), (b.labels.contiguous(), b.loss_mask.contiguous())) for b in micro_batches])
 
-    def train_step(self, batches: Iterator[MicroBatch], lr: float) -> StepResult:
+    def train_step(self, micro_batches: Sequence[MicroBatch], lr: float) -> StepResult:
         """One optimizer step; see `Engine.train_step`."""
-        feed = iter(list(self._feed(batches, self.gradient_accumulation)))
+        self.check_step(micro_batches)
+        pairs = self._inputs_and_targets(micro_batches)
         set_learning_rate(self._zero, lr)
         self.phase("forward/backward")
         self._parts.reset()
-        loss = self._engine.train_batch(data_iter=feed)
+        loss = self._engine.train_batch(data_iter=pairs)
         self._set_loss_parts()
         skipped = self._refused if self._engine.was_step_applied() else True
         return StepResult(loss.detach(), self._engine.get_global_grad_norm(), skipped)
 
-    def eval_loss(self, batches: Iterator[MicroBatch], count: int) -> EvalResult:
-        """Loss over `count` micro batches of every data-parallel rank; see `Engine.eval_loss`."""
-        feed = iter(list(self._feed(batches, count)))
+    def eval_loss(self, micro_batches: Sequence[MicroBatch]) -> EvalResult:
+        """Loss over the micro batches of every data-parallel rank; see `Engine.eval_loss`."""
+        pairs = self._inputs_and_targets(micro_batches)
         self._parts.reset()
-        loss = float(self._engine.eval_batch(feed, num_micro_batches=count))
+        loss = float(self._engine.eval_batch(pairs, num_micro_batches=len(micro_batches)))
         self._engine.module.train()
         return self._eval_result(loss)
 

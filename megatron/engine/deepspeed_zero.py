@@ -7,7 +7,7 @@ while a layer computes; `weights` puts them together from the pieces and so is a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -21,7 +21,6 @@ from megatron.engine.base import (
     StepResult,
     batch_flow,
     check_weights,
-    take_micro_batches,
 )
 from megatron.engine.deepspeed_base import DeepSpeedBase, OwnedSlice
 from megatron.engine.deepspeed_pipeline import one_stage_grid, start_deepspeed
@@ -71,12 +70,6 @@ class DeepSpeedZeROEngine(DeepSpeedBase):
         """Parameters of this rank's tensor-parallel part, however they are sharded."""
         return sum(int(getattr(p, "ds_numel", p.numel())) for p in self._parameters.values())
 
-    def _take(self, batches: Iterator[MicroBatch], count: int) -> Sequence[MicroBatch]:
-        """The next `count` micro batches, counted."""
-        taken = take_micro_batches(batches, count)
-        self._model.divisors = global_divisors(self.settings.objective, taken, self.mesh, self.device)
-        return taken
-
     def _run(self, batch: MicroBatch) -> Tensor:
         """The loss of one micro batch."""
         parts = (batch.labels.contiguous(), batch.loss_mask.contiguous(), *batch_flow(batch, self.settings.inputs))
@@ -88,16 +81,17 @@ class DeepSpeedZeROEngine(DeepSpeedBase):
         """The mean over `count` micro batches of every data-parallel rank."""
         return all_reduce(total / count, self.mesh.dp_group) / self.mesh.dp
 
-    def train_step(self, batches: Iterator[MicroBatch], lr: float) -> StepResult:
+    def train_step(self, micro_batches: Sequence[MicroBatch], lr: float) -> StepResult:
         """One optimizer step; see `Engine.train_step`."""
-        count = self.gradient_accumulation
-        taken = self._take(batches, count)
+        self.check_step(micro_batches)
+        count = len(micro_batches)
+        self._model.divisors = global_divisors(self.settings.objective, micro_batches, self.mesh, self.device)
         set_learning_rate(self._zero, lr)
         self.phase("forward/backward")
         self._engine.train()
         self._parts.reset()
         total = torch.zeros((), device=self.device)
-        for number, batch in enumerate(taken):
+        for number, batch in enumerate(micro_batches):
             loss = self._run(batch)
             self._engine.backward(loss)
             total += loss.detach()
@@ -110,15 +104,16 @@ class DeepSpeedZeROEngine(DeepSpeedBase):
         return StepResult(self._loss, self._zero._global_grad_norm, skipped)
 
     @torch.no_grad()
-    def eval_loss(self, batches: Iterator[MicroBatch], count: int) -> EvalResult:
-        """Loss over `count` micro batches of every data-parallel rank; see `Engine.eval_loss`."""
+    def eval_loss(self, micro_batches: Sequence[MicroBatch]) -> EvalResult:
+        """Loss over the micro batches of every data-parallel rank; see `Engine.eval_loss`."""
         self._engine.eval()
         self._parts.reset()
+        self._model.divisors = global_divisors(self.settings.objective, micro_batches, self.mesh, self.device)
         total = torch.zeros((), device=self.device)
-        for batch in self._take(batches, count):
+        for batch in micro_batches:
             total += self._run(batch).detach()
         self._engine.train()
-        return self._eval_result(float(self._mean(total, count)))
+        return self._eval_result(float(self._mean(total, len(micro_batches))))
 
     def _flat_partitions(self) -> list[Tensor]:
         return list(self._zero.fp32_partitioned_groups_flat) if self._three else super()._flat_partitions()

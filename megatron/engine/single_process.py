@@ -7,7 +7,7 @@ in every precision, as DeepSpeed does, and so is one that is beyond `Engine.limi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -25,7 +25,6 @@ from megatron.engine.base import (
     check_names,
     check_slice,
     copy_all,
-    take_micro_batches,
 )
 from megatron.engine.loss_scale import LossScale
 from megatron.engine.optim import build_optimizer, parameter_groups, set_learning_rate
@@ -77,16 +76,16 @@ class SingleProcessEngine(Engine):
         self._parts.add(parts)
         return loss
 
-    def train_step(self, batches: Iterator[MicroBatch], lr: float) -> StepResult:
+    def train_step(self, micro_batches: Sequence[MicroBatch], lr: float) -> StepResult:
         """One optimizer step; see `Engine.train_step`."""
-        count = self.gradient_accumulation
+        self.check_step(micro_batches)
+        count = len(micro_batches)
         self.phase("forward/backward")
         self.stages.train()
         total = torch.zeros((), device=self.device)
         self._parts.reset()
-        taken = take_micro_batches(batches, count)
-        divisors = global_divisors(self.settings.objective, taken, self.mesh, self.device)
-        for batch in taken:
+        divisors = global_divisors(self.settings.objective, micro_batches, self.mesh, self.device)
+        for batch in micro_batches:
             loss = self._loss(batch, divisors)
             (loss * (self.loss_scale.value / count)).backward()
             total += loss.detach()
@@ -147,16 +146,15 @@ class SingleProcessEngine(Engine):
                 param.copy_(self._masters[name])
 
     @torch.no_grad()
-    def eval_loss(self, batches: Iterator[MicroBatch], count: int) -> EvalResult:
-        """Loss over `count` micro batches; see `Engine.eval_loss`."""
+    def eval_loss(self, micro_batches: Sequence[MicroBatch]) -> EvalResult:
+        """Loss over the micro batches; see `Engine.eval_loss`."""
         self.stages.eval()
         self._parts.reset()
-        taken = take_micro_batches(batches, count)
-        divisors = global_divisors(self.settings.objective, taken, self.mesh, self.device)
-        total = sum(float(self._loss(batch, divisors)) for batch in taken)
+        divisors = global_divisors(self.settings.objective, micro_batches, self.mesh, self.device)
+        total = sum(float(self._loss(batch, divisors)) for batch in micro_batches)
         self.stages.train()
         right, answers = self._parts.sums(ANSWER_COUNTS, self.device, torch.float64).tolist()
-        return EvalResult(total / count, int(right), int(answers))
+        return EvalResult(total / len(micro_batches), int(right), int(answers))
 
     def optimizer_slices(self) -> dict[str, OptimizerSlice]:
         """Every parameter, whole."""

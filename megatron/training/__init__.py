@@ -5,6 +5,6 @@ intervals.py   at which steps to log, evaluate, save and leave, by GPT-NeoX's ru
 hooks.py     the named moments of a run and who hears of them
 loop.py      `fit`
 evaluate.py  the loss on held-out data
-batch_timer.py      the batches on their way into a step: sample ids and waiting time
+micro_batches.py the batches on their way into a step: sample ids and waiting time
 reporting.py the hook that turns steps into metrics and lines
 """

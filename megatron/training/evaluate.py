@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron.engine.base import Engine
-from megatron.training.batch_timer import Batch
+from megatron.training.micro_batches import Batch, take_micro_batches
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Evaluator:
                 return None
             part = min(self._part, self.count - done)
             self.engine.phase("evaluation")
-            result = self.engine.eval_loss(batches, part)
+            result = self.engine.eval_loss(take_micro_batches(batches, part))
             total += result.loss * part
             right, answers = right + result.right_answers, answers + result.answers
             done += part

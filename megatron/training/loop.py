@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron.engine.base import Engine, MicroBatch, take_micro_batches
+from megatron.engine.base import Engine, MicroBatch
 from megatron.errors import TrainingError, UserError
 from megatron.reliability.guard import StepDecision, StepGuard
 from megatron.reliability.stop import EXIT_SAVED, EXIT_UNSAVED, Control
-from megatron.training.batch_timer import Batch, TimedBatches
 from megatron.training.evaluate import Evaluation
 from megatron.training.garbage import settled
 from megatron.training.hooks import Hook, Hooks, Run, Skip, Step
 from megatron.training.intervals import every
+from megatron.training.micro_batches import Batch, TimedBatches, take_micro_batches
 from megatron.training.options import FitOptions
 from megatron.training.state import TrainState
 
@@ -109,7 +109,7 @@ class _Loop:
         self.control, self.guard = control, StepGuard(run.options.guard, bool(run.engine.extra_state().get("loss_scale")))
         self.guard.load(run.state.guard)
         run.engine.listener = control.phase
-        self.micro: Sequence[MicroBatch] = ()
+        self.micro_batches: Sequence[MicroBatch] = ()
         self.step_ids: list[int] = []
         self.skipped = False
         self.pending: StepDecision | None = None  # of the last step, until the ranks have agreed that it was skipped
@@ -146,11 +146,11 @@ class _Loop:
         """Have the next step's micro batches; False when all ranks agreed to leave before it."""
         self.control.phase("data", self.run.state.iteration + 1)
         self.feed.begin_step()
-        micro = self.control.data(self._take, self.run.engine.mesh.rank, self.skipped)
+        micro_batches = self.control.data(self._take, self.run.engine.mesh.rank, self.skipped)
         self._settle()
         self._heed()
-        self.micro = micro or ()
-        return micro is not None and self.run.stop is None
+        self.micro_batches = micro_batches or ()
+        return micro_batches is not None and self.run.stop is None
 
     def _take(self) -> Sequence[MicroBatch]:
         return take_micro_batches(self.feed, self.run.engine.gradient_accumulation)
@@ -165,7 +165,7 @@ class _Loop:
         run, state = self.run, self.run.state
         begin, self.step_ids = time.perf_counter(), self.feed.sample_ids
         rate, run.engine.limits = self.schedule(state.applied_iterations), self.guard.limits()
-        result = run.engine.train_step(iter(self.micro), rate)
+        result = run.engine.train_step(self.micro_batches, rate)
         loss, norm, self.skipped = result.numbers()
         if not self.skipped:
             self._check(loss, norm)

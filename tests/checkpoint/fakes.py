@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -67,10 +67,10 @@ class FakeEngine(Engine):
     def parameters(self) -> Mapping[str, nn.Parameter]:
         return self._parameters
 
-    def train_step(self, batches: Iterator[MicroBatch], lr: float) -> StepResult:
+    def train_step(self, micro_batches: Sequence[MicroBatch], lr: float) -> StepResult:
         raise NotImplementedError("a fake does not train")
 
-    def eval_loss(self, batches: Iterator[MicroBatch], count: int) -> EvalResult:
+    def eval_loss(self, micro_batches: Sequence[MicroBatch]) -> EvalResult:
         raise NotImplementedError("a fake does not evaluate")
 
     def optimizer_slices(self) -> dict[str, OptimizerSlice]:

@@ -16,6 +16,7 @@ from megatron.engine.schedule import ScheduleConfig, learning_rate
 from megatron.launch.environment import read_rank_environment
 from megatron.model.config import ModelConfig
 from megatron.parallel.mesh import Mesh
+from megatron.training.micro_batches import take_micro_batches
 
 VOCAB, SEQ, GLOBAL = 64, 24, 4
 CURVE = ScheduleConfig(lr=1e-2, horizon=20, style="cosine", warmup=0.1, min_lr=1e-3)
@@ -69,6 +70,11 @@ def micro_batches(mesh: Mesh, segments: bool = False, start: int = 0, masks: str
         number += 1
 
 
+def for_step(engine: Engine, batches: Iterator[Any]) -> list[Any]:
+    """The micro batches of the engine's next step."""
+    return take_micro_batches(batches, engine.gradient_accumulation)
+
+
 def make_engine(pp: int, tp: int, kind: str, settings: EngineSettings, config: ModelConfig) -> Engine:
     """The engine of this rank, for the world that the environment describes."""
     env = read_rank_environment(os.environ)
@@ -85,14 +91,14 @@ def train(
     batches = micro_batches(engine.mesh, segments)
     losses, norms = [], []
     for step in range(steps):
-        result = engine.train_step(batches, learning_rate(step, CURVE))
+        result = engine.train_step(for_step(engine, batches), learning_rate(step, CURVE))
         assert not result.skipped
         losses.append(float(result.loss))
         norms.append(float(result.grad_norm))
     return {
         "losses": losses,
         "norms": norms,
-        "eval": engine.eval_loss(micro_batches(engine.mesh, segments, start=1000), 3).loss,
+        "eval": engine.eval_loss(take_micro_batches(micro_batches(engine.mesh, segments, start=1000), 3)).loss,
         "weights": {name: w.float().clone() for name, w in engine.weights().items()},
         "replicas": engine.replica_names,
         "coordinates": (engine.mesh.pp_rank, engine.mesh.dp_rank, engine.mesh.tp_rank),

@@ -14,7 +14,8 @@ from megatron.engine.base import EngineSettings
 from megatron.errors import ConfigError, DataError
 from megatron.model.config import ModelConfig
 from megatron.parallel.mesh import Mesh
-from tests.engine.engine_cases import SEQ, MicroBatchCase, make_engine, micro_batches
+from megatron.training.micro_batches import take_micro_batches
+from tests.engine.engine_cases import SEQ, MicroBatchCase, for_step, make_engine, micro_batches
 from tests.parallel.ranks import run_ranks
 
 MODEL = ModelConfig(64, 32, 4, 4, 48, ("based", "jrt") * 2, {"jrt": {"feature_width": 6}, "based": {"feature_width": 6}})
@@ -43,8 +44,8 @@ def job(pp: int, kind: str, settings: EngineSettings, config: ModelConfig, segme
     """Losses of three steps, and the evaluation loss after them."""
     engine = make_engine(pp, 1, kind, settings, config)
     feed = batches(engine.mesh, settings.inputs, segments)
-    losses = [float(engine.train_step(feed, 1e-2).loss) for _ in range(3)]
-    return [*losses, engine.eval_loss(batches(engine.mesh, settings.inputs, segments), 2).loss]
+    losses = [float(engine.train_step(for_step(engine, feed), 1e-2).loss) for _ in range(3)]
+    return [*losses, engine.eval_loss(take_micro_batches(batches(engine.mesh, settings.inputs, segments), 2)).loss]
 
 
 def single(settings: EngineSettings, config: ModelConfig, segments: bool = False) -> list[float]:
@@ -70,7 +71,7 @@ def test_inputs_that_nobody_reads_or_brings_are_refused() -> None:
         make_engine(1, 1, "single", replace(SETTINGS, inputs=("prefix_size",)), MODEL)
     engine = make_engine(1, 1, "single", LENGTH, MODEL)
     with pytest.raises(DataError, match="brings the inputs \\[\\], the run expects \\['prefix_length'\\]"):
-        engine.train_step(micro_batches(engine.mesh), 1e-2)
+        engine.train_step(for_step(engine, micro_batches(engine.mesh)), 1e-2)
     engine = make_engine(1, 1, "single", SETTINGS, MODEL)
     with pytest.raises(DataError, match="the run expects \\[\\]"):
-        engine.train_step(batches(engine.mesh, ("prefix_length",), False), 1e-2)
+        engine.train_step(for_step(engine, batches(engine.mesh, ("prefix_length",), False)), 1e-2)

@@ -50,8 +50,8 @@ def one_step(tp: int, pp: int, micro: int, kind: str, objective: Objective) -> d
         micro_batch=micro, gradient_accumulation=ROWS // (micro * mesh.dp), seq_length=SEQ, objective=objective, zero_stage=1
     )
     engine = build_engine(kind, model_config(), mesh, settings, env.local_rank)
-    held_out = engine.eval_loss(dealt(micro, mesh), settings.gradient_accumulation).loss
-    result = engine.train_step(dealt(micro, mesh), 1e-2)
+    held_out = engine.eval_loss(list(dealt(micro, mesh))).loss
+    result = engine.train_step(list(dealt(micro, mesh)), 1e-2)
     return {"eval": held_out, "loss": float(result.loss), "norm": float(result.grad_norm), **engine.loss_parts}
 
 
@@ -107,5 +107,5 @@ def test_a_batch_without_counted_tokens_has_loss_zero() -> None:
     empty = [MicroBatchCase(tokens[:4], labels[:4], mask[:4] * 0, None)] * 2
     settings = EngineSettings(micro_batch=4, gradient_accumulation=2, seq_length=SEQ)
     engine = build_engine("single", model_config(), Mesh.single(), settings)
-    result = engine.train_step(iter(empty), 1e-2)
+    result = engine.train_step(empty, 1e-2)
     assert float(result.loss) == 0 and float(result.grad_norm) == 0

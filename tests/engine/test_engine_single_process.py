@@ -19,7 +19,7 @@ from megatron.model.build import build_model, param_specs
 from megatron.model.loss import token_loss
 from megatron.model.stages import stages_of
 from megatron.parallel.mesh import Mesh
-from tests.engine.engine_cases import make_engine, micro_batches, model_config
+from tests.engine.engine_cases import for_step, make_engine, micro_batches, model_config
 from tests.parallel.ranks import run_ranks
 
 CPU = torch.device("cpu")
@@ -53,7 +53,7 @@ def _by_hand() -> tuple[list[float], list[float]]:
         optimizer.step()
         optimizer.zero_grad()
         losses.append(total)
-    return [float(engine.train_step(ours, 1e-2).loss) for _ in range(3)], losses
+    return [float(engine.train_step(for_step(engine, ours), 1e-2).loss) for _ in range(3)], losses
 
 
 def test_against_a_step_written_by_hand() -> None:
@@ -65,7 +65,7 @@ def _low(dtype: str) -> dict[str, Any]:
     settings = EngineSettings(gradient_accumulation=2, dtype=dtype, fp16={"initial_scale_power": 24})
     engine = make_engine(1, 1, "single", settings, model_config())
     batches = micro_batches(engine.mesh)
-    results = [engine.train_step(batches, 5e-3) for _ in range(25)]
+    results = [engine.train_step(for_step(engine, batches), 5e-3) for _ in range(25)]
     masters = {s.master.dtype for s in engine.optimizer_slices().values()}
     return {
         "losses": [float(r.loss) for r in results if not r.skipped],
@@ -97,7 +97,7 @@ def _not_finite() -> tuple[bool, bool, float]:
     with torch.no_grad():
         engine.parameters()["model.layers.0.token_mixer.v_proj.weight"][0, 0] = float("inf")
     before["model.layers.0.token_mixer.v_proj.weight"][0, 0] = float("inf")
-    result = engine.train_step(iter([batch]), 1e-2)
+    result = engine.train_step([batch], 1e-2)
     same = all(torch.equal(w, before[n]) for n, w in engine.weights().items())
     return result.skipped, same, float(result.grad_norm)
 
@@ -227,7 +227,7 @@ def test_deepspeed_dictionary() -> None:
             deepspeed_config(bad, Mesh.shape_only(stages, 1, stages, 0), False, 1)
 
 
-def test_data_that_end_are_an_error() -> None:
+def test_a_step_refuses_another_number_of_micro_batches() -> None:
     engine = build_engine("single", model_config(num_layers=1, layer_types=("metala",)), Mesh.single(), EngineSettings())
-    with pytest.raises(DataError, match="0 of 1 micro batches"):
-        engine.train_step(iter([]), 1e-3)
+    with pytest.raises(DataError, match="of 1 micro batches was given 0"):
+        engine.train_step([], 1e-3)

@@ -28,7 +28,7 @@ def _batch(seed: int) -> SimpleNamespace:
 
 def _step(settings: EngineSettings, *seeds: int) -> tuple[SingleProcessEngine, StepResult]:
     engine = _engine(settings)
-    return engine, engine.train_step(iter([_batch(seed) for seed in seeds]), 1e-2)
+    return engine, engine.train_step([_batch(seed) for seed in seeds], 1e-2)
 
 
 def _weights(engine: SingleProcessEngine) -> torch.Tensor:

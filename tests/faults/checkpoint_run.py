@@ -74,7 +74,7 @@ class Run:
 
     def step(self) -> tuple[str, str]:
         """One step; loss and gradient norm as exact texts."""
-        result = self.engine.train_step(self._micros(), learning_rate(self.iteration, CURVE))
+        result = self.engine.train_step(list(self._micros()), learning_rate(self.iteration, CURVE))
         self.iteration += 1
         self.cursor += BATCH
         return float(result.loss).hex(), float(result.grad_norm).hex()

@@ -279,8 +279,8 @@ def test_two_training_steps(layer: Layer) -> None:
     engine = SingleProcessEngine(config, EngineSettings(micro_batch=2, seq_length=12, lr=1e-2), torch.device("cpu"))
     text = torch.randint(0, 32, (2, 13), generator=torch.Generator().manual_seed(0))
     batch = Batch(text[:, :-1], text[:, 1:], torch.ones(2, 12), None, [0, 1])
-    losses = [float(engine.train_step(iter([batch]), 1e-2).loss) for _ in range(2)]
-    losses.append(engine.eval_loss(iter([batch]), 1).loss)
+    losses = [float(engine.train_step([batch], 1e-2).loss) for _ in range(2)]
+    losses.append(engine.eval_loss([batch]).loss)
     assert losses[0] > losses[1] > losses[2] > 0
 
 

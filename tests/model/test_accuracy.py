@@ -13,7 +13,8 @@ from megatron.engine.schedule import learning_rate
 from megatron.model.loss import token_loss
 from megatron.model.objectives import Objective, objective_loss
 from megatron.training.evaluate import Evaluation, Evaluator
-from tests.engine.engine_cases import CURVE, make_engine, micro_batches, model_config
+from megatron.training.micro_batches import take_micro_batches
+from tests.engine.engine_cases import CURVE, for_step, make_engine, micro_batches, model_config
 from tests.parallel.ranks import run_ranks
 
 SETTINGS = EngineSettings(gradient_accumulation=2, zero_stage=1)
@@ -44,10 +45,10 @@ def job(pp: int, tp: int, kind: str) -> tuple[float | None, int]:
     engine = make_engine(pp, tp, kind, settings, model_config(tied=False))
     batches = micro_batches(engine.mesh)
     for step in range(6):
-        engine.train_step(batches, learning_rate(step, CURVE))
+        engine.train_step(for_step(engine, batches), learning_rate(step, CURVE))
     found = Evaluator(engine, lambda: micro_batches(engine.mesh, start=1000), 3)()  # type: ignore[arg-type,return-value]
     assert found is not None
-    return found.accuracy, engine.eval_loss(micro_batches(engine.mesh, start=1000), 1).answers
+    return found.accuracy, engine.eval_loss(take_micro_batches(micro_batches(engine.mesh, start=1000), 1)).answers
 
 
 @functools.cache

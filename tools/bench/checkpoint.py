@@ -19,7 +19,7 @@ import shutil
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 from unittest.mock import patch
@@ -62,11 +62,11 @@ class State(Engine):
         """The weights."""
         return self._parameters
 
-    def train_step(self, batches: Iterator[MicroBatch], lr: float) -> StepResult:
+    def train_step(self, micro_batches: Sequence[MicroBatch], lr: float) -> StepResult:
         """Not here."""
         raise NotImplementedError("this state does not train")
 
-    def eval_loss(self, batches: Iterator[MicroBatch], count: int) -> EvalResult:
+    def eval_loss(self, micro_batches: Sequence[MicroBatch]) -> EvalResult:
         """Not here."""
         raise NotImplementedError("this state does not evaluate")
 

@@ -38,6 +38,7 @@ from megatron.launch.environment import init_process_group, read_rank_environmen
 from megatron.model.config import ModelConfig
 from megatron.parallel.mesh import Mesh
 from megatron.planning.memory import rank_footprint
+from megatron.training.micro_batches import take_micro_batches
 
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1
 _MIB = 2**20
@@ -151,7 +152,7 @@ def measure(case: Case) -> int:
         engine = build_engine(case.kind, model, mesh, settings, env.local_rank)
         batches = _batches(settings, model.vocab_size)
         for _ in range(3 if model is case.model else 1):
-            engine.train_step(batches, 1e-4)
+            engine.train_step(take_micro_batches(batches, engine.gradient_accumulation), 1e-4)
         if model is not case.model:
             engine.close()
             del engine

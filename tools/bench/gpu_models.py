@@ -115,7 +115,7 @@ class Trainee:
             torch.cuda.reset_peak_memory_stats()
         x = torch.randint(0, self.vocab, (micro_batch, self.length + 1), generator=torch.Generator().manual_seed(0))
         batch = Batch(x[:, :-1].contiguous(), x[:, 1:].contiguous(), torch.ones(micro_batch, self.length))
-        ms = Clock(self.device, 2.0 if self.on_gpu else 0.0, 8)(lambda: self.engine.train_step(iter([batch]), 1e-4))
+        ms = Clock(self.device, 2.0 if self.on_gpu else 0.0, 8)(lambda: self.engine.train_step([batch], 1e-4))
         found = {"micro_batch": micro_batch, "tokens_per_s": micro_batch * self.length / ms * 1e3}
         return found | ({"peak_gib": torch.cuda.max_memory_allocated() / 2**30} if self.on_gpu else {})
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any, Protocol
 
 from torch import Tensor
+
+from megatron.errors import DataError
 
 
 class Batch(Protocol):
@@ -31,6 +34,20 @@ class Batch(Protocol):
     @property
     def sample_ids(self) -> list[int]:
         """Global numbers of the b samples."""
+
+
+def take_micro_batches(loader: Iterator[Any], count: int) -> list[Any]:
+    """The next `count` micro batches.
+
+    Every rank takes them, also a middle pipeline stage that reads none: the data cursor is then the same everywhere.
+
+    Raises:
+        DataError: fewer are left.
+    """
+    micro_batches = list(islice(loader, count))
+    if len(micro_batches) < count:
+        raise DataError(f"the data ended: {len(micro_batches)} of {count} micro batches were left")
+    return micro_batches
 
 
 class TimedBatches:
