@@ -6,7 +6,6 @@ meta device; only the parameters of this rank's stages and of its tensor-paralle
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -20,6 +19,7 @@ from megatron.layers.base import Layer
 from megatron.model.build import build_model, check_tensor_parallel, param_specs
 from megatron.model.config import ModelConfig
 from megatron.model.init import init_weights
+from megatron.model.partition import balanced_bounds, stage_costs
 from megatron.model.stages import Activations, BlockStage, LastStage, Stage, StageModule, stages_of
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.sequence import check_sequence_parallel, sum_replicated_gradients
@@ -27,79 +27,6 @@ from megatron.parallel.shard_spec import ParamSpec
 from megatron.parallel.tensor import local_slice, shard_model
 
 EMBEDDING = "model.embed_tokens.weight"
-_DEFAULT_METHOD = "type:transformer|mlp"
-
-
-def balanced_bounds(costs: Sequence[float], parts: int) -> list[int]:
-    """Cut a list into `parts` contiguous, non-empty pieces: the smallest largest piece, then the smallest sum of squares.
-
-    Every piece must cost something, so entries of cost 0 (an embedding, a weight-less norm) join their neighbours.
-
-    Returns:
-        `parts + 1` bounds, from 0 to `len(costs)`.
-
-    Raises:
-        ConfigError: there are fewer costly entries than parts.
-    """
-    total = [0.0]
-    for cost in costs:
-        total.append(total[-1] + cost)
-    if sum(cost > 0 for cost in costs) < parts:
-        raise ConfigError(
-            f"{sum(cost > 0 for cost in costs)} layers cannot fill {parts} pipeline stages",
-            hint="lower pipe_parallel_size or add layers",
-        )
-    smallest_peak = _best(total, parts, limit=None)[0]
-    return _best(total, parts, limit=smallest_peak)[1]
-
-
-def _best(total: Sequence[float], parts: int, limit: float | None) -> tuple[float, list[int]]:
-    """Dynamic programme over (pieces so far, end): the least peak (limit None), or the least sum of squares under a peak."""
-    n = len(total) - 1
-    table: list[tuple[float, list[int]] | None] = [(0.0, [0])] + [None] * n
-    for _ in range(parts):
-        new: list[tuple[float, list[int]] | None] = [None] * (n + 1)
-        for start, before in enumerate(table):
-            for end in range(start + 1, n + 1) if before is not None else ():
-                cost = total[end] - total[start]
-                if before is None or cost <= 0 or (limit is not None and cost > limit):
-                    continue
-                value = max(before[0], cost) if limit is None else before[0] + cost * cost
-                known = new[end]
-                if known is None or value < known[0]:
-                    new[end] = (value, [*before[1], end])
-        table = new
-    best = table[n]
-    assert best is not None
-    return best
-
-
-def stage_costs(method: str, stages: Sequence[Stage], config: ModelConfig) -> list[float]:
-    """Weight of each stage in the partition, by NeoX's `pipe_partition_method`.
-
-    `type:REGEX` counts the blocks whose class or mixer name matches (NeoX's default, `type:transformer|mlp`, counts every
-    block); `parameters` counts parameters; `uniform` counts entries of the list, embedding, norm and output included.
-
-    Raises:
-        ConfigError: unknown method, or a pattern that matches nothing.
-    """
-    word = method.lower()
-    if word == "uniform":
-        return [1.0] * len(stages)
-    if word == "parameters":
-        return [float(sum(p.numel() for p in stage.module.parameters())) for stage in stages]
-    if not word.startswith("type:"):
-        raise ConfigError(f"unknown pipe_partition_method '{method}'", hint="type:REGEX, uniform or parameters")
-    pattern = re.compile(".*" if word == _DEFAULT_METHOD else method[5:], re.IGNORECASE)
-    costs = [0.0] * len(stages)
-    for i, stage in enumerate(stages):
-        if isinstance(stage.module, BlockStage):
-            mixer = config.layer_types[stage.index - 2]
-            names = (mixer, type(stage.module).__name__, type(stage.module.body.token_mixer).__name__)
-            costs[i] = float(any(pattern.search(name) for name in names))
-    if not any(costs):
-        raise ConfigError(f"pipe_partition_method '{method}' matches no layer", hint="use type:transformer|mlp or parameters")
-    return costs
 
 
 def _run_chain(stages: Sequence[nn.Module], activations: Activations | Tensor) -> Activations | Tensor:

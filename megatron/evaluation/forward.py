@@ -25,6 +25,7 @@ from megatron.layers.base import Context, State, input_names, inputs_of
 from megatron.model.build import build_model, check_tensor_parallel, param_specs
 from megatron.model.config import ModelConfig
 from megatron.model.lm import LanguageModel, embed, run_blocks, step_blocks
+from megatron.model.partition import block_bounds, stage_ranks
 from megatron.parallel.mesh import Mesh, rank_of
 from megatron.parallel.shard_spec import ParamSpec
 from megatron.parallel.tensor import local_slice, shard_model
@@ -67,7 +68,7 @@ class Forward:
         self.model, self.mesh, self.device, self.backend = model, mesh, device, backend
         self.config = model.config
         self.vocab_size = min(vocab_size or model.config.vocab_size, model.config.vocab_size)
-        start, stop = block_range(model.config.num_layers, mesh.pp, mesh.pp_rank)
+        start, stop = block_bounds(model.config.num_layers, mesh.pp)[mesh.pp_rank :][:2]
         self.blocks = model.model.blocks()[start:stop]
         self.mixers = [block.token_mixer for block in model.model.blocks()]
         self.input_names = input_names(self.mixers)
@@ -264,11 +265,6 @@ def _announced(value: Tensor | int | None) -> int:
     return _TENSOR if isinstance(value, Tensor) else _NOTHING if value is None else int(value)
 
 
-def block_range(layers: int, pp: int, pp_rank: int) -> tuple[int, int]:
-    """The blocks [start, stop) of a pipeline rank: even shares."""
-    return layers * pp_rank // pp, layers * (pp_rank + 1) // pp
-
-
 def open_forward(
     checkpoint: Path,
     mesh: Mesh,
@@ -309,12 +305,6 @@ def open_forward(
 
 def _own_names(config: ModelConfig, specs: Mapping[str, ParamSpec], mesh: Mesh) -> set[str]:
     """Logical names of the parameters that this rank runs."""
-    start, stop = block_range(config.num_layers, mesh.pp, mesh.pp_rank)
-    tied = {_EMBEDDING} if config.tie_embeddings else set()
-    found = set()
-    for name, spec in specs.items():
-        block = spec.stage - 2
-        ends = (spec.stage == 0 and mesh.pp_rank == 0) or (block >= config.num_layers and mesh.pp_rank == mesh.pp - 1)
-        if ends or (start <= block < stop and spec.stage >= 2):
-            found.add(name)
-    return found | (tied if mesh.pp_rank == mesh.pp - 1 else set())
+    ranks = stage_ranks(config.num_layers, mesh.pp)
+    names = {name for name, spec in specs.items() if ranks[spec.stage] == mesh.pp_rank}
+    return names | {_EMBEDDING} if config.tie_embeddings and mesh.pp_rank == mesh.pp - 1 else names

@@ -20,11 +20,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron.engine.base import DTYPES, EngineSettings
-from megatron.engine.stages import balanced_bounds, check_mesh, run_stages, stage_costs
+from megatron.engine.stages import check_mesh, run_stages
 from megatron.model.build import build_model, param_specs
 from megatron.model.config import ModelConfig
 from megatron.model.loss import token_loss
 from megatron.model.objectives import objective_loss
+from megatron.model.partition import balanced_bounds, stage_costs
 from megatron.model.stages import BlockStage, stages_of
 from megatron.ops.rotary import _table as table
 from megatron.parallel.linear_loss import linear_token_loss

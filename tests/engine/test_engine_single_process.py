@@ -13,11 +13,10 @@ from megatron.engine.build import build_engine, choose_kind
 from megatron.engine.deepspeed_config import deepspeed_config
 from megatron.engine.loss_scale import LossScale
 from megatron.engine.optim import FusedAdamW, build_optimizer, parameter_groups
-from megatron.engine.stages import balanced_bounds, build_local, stage_costs
+from megatron.engine.stages import build_local
 from megatron.errors import ConfigError, DataError
 from megatron.model.build import build_model, param_specs
 from megatron.model.loss import token_loss
-from megatron.model.stages import stages_of
 from megatron.parallel.mesh import Mesh
 from tests.engine.engine_cases import for_step, make_engine, micro_batches, model_config
 from tests.parallel.ranks import run_ranks
@@ -148,31 +147,6 @@ def test_the_direct_step_is_torchs_bit_for_bit() -> None:
 def test_other_optimizers_are_refused(name: str) -> None:
     with pytest.raises(ConfigError, match=name):
         build_optimizer([{"params": [torch.nn.Parameter(torch.zeros(1))]}], EngineSettings(optimizer_type=name))
-
-
-def test_pipeline_bounds() -> None:
-    assert balanced_bounds([0, 1, 1, 1, 1, 0, 0], 2) == [0, 3, 7]
-    assert balanced_bounds([0, 1, 1, 1, 1, 1, 0, 0], 2) in ([0, 3, 8], [0, 4, 8])
-    assert balanced_bounds([1, 2, 3, 9], 2) == [0, 3, 4]
-    assert balanced_bounds([5.0], 1) == [0, 1]
-    with pytest.raises(ConfigError, match="2 layers cannot fill 3 pipeline stages"):
-        balanced_bounds([0, 1, 1, 0], 3)
-
-
-def test_partition_methods() -> None:
-    config = model_config(layer_types=("metala",) * 4, tied=False)
-    with torch.device("meta"):
-        stages = stages_of(build_model(config))
-    assert stage_costs("type:transformer|mlp", stages, config) == [0, 1, 1, 1, 1, 0, 0]
-    assert stage_costs("type:metala", stages, config) == [0, 1, 1, 1, 1, 0, 0]
-    assert stage_costs("uniform", stages, config) == [1.0] * 7
-    by_size = stage_costs("parameters", stages, config)
-    assert by_size[0] == 64 * 32
-    assert by_size[5] == 32
-    assert by_size[1] > by_size[0]
-    for bad in ("type:mamba", "magic"):
-        with pytest.raises(ConfigError):
-            stage_costs(bad, stages, config)
 
 
 def test_only_the_own_stage_takes_memory() -> None:
