@@ -60,7 +60,7 @@ class EngineSettings:
     sequence_parallel: between tensor-parallel regions each rank holds a piece of the sequence, see `parallel/sequence.py`.
     partition_method: how blocks go to pipeline stages, see `model/partition.py`. timeout_s: of every collective.
     weight_decay_rule: which parameters decay, see `engine/optim.py`. objective: what the loss is.
-    loss_chunk_tokens: tokens whose logits exist at a time, see `parallel/linear_loss.py`; 0 is all of a micro batch.
+    loss_chunk_tokens: tokens whose logits exist at a time, see `model/linear_loss.py`; 0 is all of a micro batch.
     inputs: names of what single kinds of mixers read (`Layer.Inputs`) that every micro batch brings as `batch.inputs[name]`.
     """
 

@@ -6,15 +6,16 @@ block of tokens at a time.
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor
 
 from megatron.engine.base import EngineSettings
 from megatron.engine.stages import LocalModel
 from megatron.errors import ConfigError
-from megatron.model.loss import token_loss
-from megatron.model.objectives import objective_loss
-from megatron.parallel.linear_loss import linear_token_loss
-from megatron.parallel.loss import check_labels, vocab_parallel_token_loss
+from megatron.model.linear_loss import linear_token_loss
+from megatron.model.objectives import MeanLoss, objective_loss
+from megatron.model.parallel_loss import vocab_parallel_token_loss
 from megatron.parallel.mesh import Mesh
 
 
@@ -33,6 +34,14 @@ def check_output(settings: EngineSettings) -> None:
         why = "a synthetic task counts right answers in the logits, which never exist as a whole"
     if why:
         raise ConfigError("loss_chunk_tokens cannot be used here", why=why, hint="loss_chunk_tokens: 0")
+
+
+def _mean_loss(settings: EngineSettings, local: LocalModel, mesh: Mesh) -> MeanLoss:
+    """Mean loss over the counted tokens of (what the last stage gives, labels, mask)."""
+    if not settings.loss_chunk_tokens:
+        return partial(vocab_parallel_token_loss, group=mesh.tp_group)
+    block, backend, matrix = settings.loss_chunk_tokens, settings.kernel_backend, local.output_matrix()
+    return lambda x, y, w: linear_token_loss(x, matrix, y, w, mesh.tp_group, block=block, backend=backend)
 
 
 def local_loss(
@@ -55,18 +64,5 @@ def local_loss(
         mask: weights [b, s].
         divisors: of the step, see `global_divisors`.
     """
-    group, block = mesh.tp_group, settings.loss_chunk_tokens
-    if group is None:
-        check_labels(labels, mask, local.config.vocab_size)
-    if block:
-        matrix = local.output_matrix()
-
-        def of_hidden(x: Tensor, y: Tensor, w: Tensor | None) -> Tensor:
-            return linear_token_loss(x, matrix, y, w, group, block=block, backend=settings.kernel_backend)
-
-        return objective_loss(settings.objective, logits, labels, mask, of_hidden, divisors, group)
-
-    def mean(x: Tensor, y: Tensor, w: Tensor | None) -> Tensor:
-        return token_loss(x, y, w) if group is None or w is None else vocab_parallel_token_loss(x, y, w, group)
-
-    return objective_loss(settings.objective, logits, labels, mask, mean, divisors, group)
+    mean = _mean_loss(settings, local, mesh)
+    return objective_loss(settings.objective, logits, labels, mask, mean, divisors, mesh.tp_group)

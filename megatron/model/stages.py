@@ -105,7 +105,7 @@ class LastStage(StageModule):
     """Output projection: `(x, ...)` -> logits `[b, s, n]` of the vocabulary rows held here.
 
     Without `logits` it gives `[b, s, d]`, what the matrix is to multiply, to a loss that does so itself
-    (`parallel/linear_loss.py`).
+    (`model/linear_loss.py`).
     """
 
     def __init__(self, body: Head, prefix: str, logits: bool = True) -> None:

@@ -23,13 +23,12 @@ from megatron.engine.base import DTYPES, EngineSettings
 from megatron.engine.stages import check_mesh, run_stages
 from megatron.model.build import build_model, param_specs
 from megatron.model.config import ModelConfig
+from megatron.model.linear_loss import linear_token_loss
 from megatron.model.loss import token_loss
 from megatron.model.objectives import objective_loss
 from megatron.model.partition import balanced_bounds, stage_costs
 from megatron.model.stages import BlockStage, stages_of
 from megatron.ops.rotary import _table as table
-from megatron.parallel.linear_loss import linear_token_loss
-from megatron.parallel.loss import vocab_parallel_token_loss
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.tensor import shard_model
 from megatron.planning.fixed_memory import Buffers, deepspeed_buffers, plain_buffers, share
@@ -169,7 +168,7 @@ def _head(settings: EngineSettings, mesh: Mesh, tail: Sequence[nn.Module], x: Te
             return linear_token_loss(
                 logits, matrix, y, w, None, block=settings.loss_chunk_tokens, backend=settings.kernel_backend
             )
-        return token_loss(logits, y, w) if mesh.tp == 1 or w is None else vocab_parallel_token_loss(logits, y, w, None)
+        return token_loss(logits, y, w)
 
     return objective_loss(settings.objective, seen, labels, mask, mean)[0]
 

@@ -3,7 +3,7 @@
 At 50,000 words the logits of a micro batch and their gradient are by far the largest tensors of a step. Here a block of tokens
 is multiplied, its loss and the gradient of its logits are formed at once, and both products of the backward follow while the
 block is at hand: as many operations as the plain way, a block's worth of its memory, and one fp32 sum of the matrix's
-gradient. Works where the vocabulary is split over ranks, like `parallel/loss.py`, with the same two reductions per block.
+gradient. Works where the vocabulary is split over ranks, like `model/parallel_loss.py`, with the same two reductions per block.
 
 The gradients are made in the forward, for upstream 1 and with weights brought to at most 1; the backward scales them. So a loss
 scale of fp16 acts on them where it would have acted.
@@ -19,10 +19,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
+from megatron.model.loss import token_weights
+from megatron.model.parallel_loss import check_labels
 from megatron.ops.cross_entropy import row_gradient_, row_stats
 from megatron.ops.precision import autocast_dtype, outside_autocast
 from megatron.parallel.collectives import all_reduce
-from megatron.parallel.loss import check_labels
 
 
 def _whole(stats: tuple[Tensor, Tensor, Tensor], group: ProcessGroup | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -111,8 +112,13 @@ def linear_token_loss(
     Under autocast the product is formed in its format, as any other of its region.
 
     Args:
-        labels: [b, s] global ids, -100 = ignored. loss_mask: [b, s] of weights, None for all ones. block: tokens at a time.
+        x: hidden states in front of the LM head.
+        matrix: this rank's rows of the LM head.
+        labels: [b, s] ids of the whole vocabulary, -100 = ignored.
+        loss_mask: [b, s] of weights; None for all ones.
         group: tensor-parallel group; None for one device.
+        block: tokens whose logits exist at a time.
+        backend: path of the operators, see `ops/dispatch.py`.
 
     Raises:
         DataError: a counted label is outside the padded vocabulary (on a CPU).
@@ -122,10 +128,7 @@ def linear_token_loss(
     if narrow is not None and x.dtype != torch.float64:
         x, matrix = x.to(narrow), matrix.to(narrow)
     flat = labels.reshape(-1)
-    counts = flat != -100
-    weights = counts.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-    if loss_mask is not None:
-        weights = weights * loss_mask.reshape(-1).to(weights.dtype)
+    weights = token_weights(labels, loss_mask, x.dtype)
     check_labels(flat, weights, matrix.shape[0] * size)
     mean = weights / weights.sum().clamp_min(1e-9)
     return _LinearCrossEntropy.apply(x.reshape(-1, x.shape[-1]), matrix, flat, mean, group, block, backend)
