@@ -24,9 +24,9 @@ from tqdm import tqdm
 from megatron.data.tokenizers import Tokenizer
 from megatron.errors import ConfigError
 from megatron.evaluation.batching import prompt_rows, score_batches, score_row, score_tensors, share_rows
-from megatron.evaluation.forward import Forward
+from megatron.evaluation.forward import Forward, Rows
 from megatron.evaluation.options import HarnessOptions
-from megatron.generation.sample import Sampling, choose
+from megatron.generation.sample import Sampling, decode
 
 _KNOWN = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p", "use_cache"}
 
@@ -157,20 +157,15 @@ class HarnessLM(TemplateLM):
         """Continue a batch; `first` numbers its seeds."""
         room = self.max_length - plan.count
         cut = [list(prompt)[-room:] or [self.prefix_token_id] for prompt in prompts]
-        generators = [torch.Generator().manual_seed(plan.sampling.seed + first + i) for i in range(len(cut))]
-        made: list[list[int]] = [[] for _ in cut]
-        live = [True] * len(cut)
-        logits = self.forward.prefill(prompt_rows(cut, self.options.prefix))
-        while True:
-            chosen = choose(logits, plan.sampling, generators)
-            for row, token in enumerate(chosen.tolist()):
-                if live[row]:
-                    made[row].append(token)
-                    live[row] = self._goes_on(made[row], plan)
-            if not any(live):
-                break
-            logits = self.forward.advance(chosen)
-        return [postprocess_generated_text(self.tok_decode(row), plan.until, None) for row in made]
+        new: list[list[int]] = [[] for _ in cut]
+
+        def accept(row: int, token: int, _: Tensor) -> bool:
+            new[row].append(token)
+            return self._goes_on(new[row], plan)
+
+        batch = _Prompts(self.forward, prompt_rows(cut, self.options.prefix))
+        decode(batch, plan.sampling, first, [True] * len(cut), accept)
+        return [postprocess_generated_text(self.tok_decode(row), plan.until, None) for row in new]
 
     def _goes_on(self, made: Sequence[int], plan: _Plan) -> bool:
         if len(made) >= plan.count or (self.options.stop_at_eod and made[-1] == self.tokens.eod):
@@ -195,6 +190,22 @@ class HarnessLM(TemplateLM):
     def barrier(self) -> None:
         """Wait for all replicas."""
         dist.barrier(group=self.forward.mesh.dp_group)
+
+
+@dataclass(frozen=True)
+class _Prompts:
+    """A batch of prompts before a model over a mesh, as `generation/sample.py` decodes it."""
+
+    forward: Forward
+    rows: Rows
+
+    def prefill(self) -> Tensor:
+        """Logits [b, n] after the prompts."""
+        return self.forward.prefill(self.rows)
+
+    def advance(self, tokens: Tensor) -> Tensor:
+        """Logits [b, n] after one more token [b] per row."""
+        return self.forward.advance(tokens)
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ sampled text depend on its neighbours.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -105,8 +106,48 @@ def choose(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Genera
     return torch.cat(drawn).to(logits.device)
 
 
-class _Stepper:
-    """Gives the logits of the next token, by state or (recompute) by running everything again."""
+class NextLogits(Protocol):
+    """A model that is read token by token: one batch of prompts, then one token per row at a time."""
+
+    def prefill(self) -> Tensor:
+        """Logits [b, n] after the prompts."""
+
+    def advance(self, tokens: Tensor) -> Tensor:
+        """Logits [b, n] after one more token [b] per row."""
+
+
+def decode(
+    model: NextLogits,
+    sampling: Sampling,
+    first_row: int,
+    live: Sequence[bool],
+    accept: Callable[[int, int, Tensor], bool],
+    vocab_size: int | None = None,
+) -> None:
+    """Choose token after token until every row has ended.
+
+    Args:
+        model: one batch of prompts.
+        sampling: how a token is chosen; row i draws with the seed `sampling.seed + first_row + i`.
+        first_row: number of the first row among all prompts of the run.
+        live: [b], whether a row wants tokens at all.
+        accept: called with (row, token, the logits [n] it was chosen from); false ends the row.
+        vocab_size: ids from this one on are never chosen; None for all that the model has.
+    """
+    going = list(live)
+    generators = [torch.Generator().manual_seed(sampling.seed + first_row + row) for row in range(len(going))]
+    logits = model.prefill() if any(going) else None
+    while logits is not None:
+        logits = logits[:, :vocab_size]
+        chosen = choose(logits, sampling, generators)
+        for row, token in enumerate(chosen.tolist()):
+            if going[row]:
+                going[row] = accept(row, token, logits[row])
+        logits = model.advance(chosen) if any(going) else None
+
+
+class _Prompts:
+    """A `NextLogits` of prompts before a model on this device, by state or (recompute) by running everything again."""
 
     def __init__(
         self, model: LanguageModel, tokens: Tensor, mask: Tensor | None, hidden: Tensor | None, sampling: Sampling
@@ -120,27 +161,27 @@ class _Stepper:
         if not sampling.recompute:
             self.state = model.init_state(tokens.shape[0])
 
-    def prompt(self) -> Tensor:
+    def prefill(self) -> Tensor:
         """Logits [b, n] after the prompts."""
         inputs = inputs_of(self.mixers, {"prefix_length": self.prefix, "prefix_mask": self.hidden})
         ctx = Context(self.mask, backend=self.sampling.backend, inputs=inputs)
         logits, self.state = self.model(self.tokens, ctx, self.state)
         return logits[:, -1]
 
-    def next(self, chosen: Tensor) -> Tensor:
+    def advance(self, tokens: Tensor) -> Tensor:
         """Logits [b, n] after one more token [b] per row."""
         if self.state is not None:
-            if chosen.is_cuda and self.sampling.cuda_graph:
+            if tokens.is_cuda and self.sampling.cuda_graph:
                 self.fast = self.fast or TokenStep(self.model, self.state, self.sampling.backend)
-                return self.fast(chosen)
-            logits, self.state = self.model.step(chosen, self.state, Context(backend=self.sampling.backend))
+                return self.fast(tokens)
+            logits, self.state = self.model.step(tokens, self.state, Context(backend=self.sampling.backend))
             return logits
-        self.tokens = torch.cat([self.tokens, chosen[:, None]], dim=1)
+        self.tokens = torch.cat([self.tokens, tokens[:, None]], dim=1)
         if self.mask is not None:
-            self.mask = torch.cat([self.mask, self.mask.new_ones(len(chosen), 1)], dim=1)
+            self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], dim=1)
         if self.hidden is not None:
-            self.hidden = torch.cat([self.hidden, self.hidden.new_ones(len(chosen), 1)], dim=1)
-        return self.prompt()
+            self.hidden = torch.cat([self.hidden, self.hidden.new_ones(len(tokens), 1)], dim=1)
+        return self.prefill()
 
 
 @torch.inference_mode()
@@ -169,21 +210,16 @@ def generate(
     results = [Generated() for _ in starts]
     budgets = [_budget(len(start), sampling, result) for start, result in zip(starts, results, strict=True)]
     device = next(model.parameters()).device
-    generators = [torch.Generator().manual_seed(sampling.seed + first_row + i) for i in range(len(starts))]
     filled = [fill_prompt(start, sampling.prompt_mode, sampling.prefix_length) for start in starts]
     tokens, mask = left_pad([row for row, _ in filled], eod, device)
     hidden = filler_mask([count for _, count in filled], [len(row) for row, _ in filled], device)
-    stepper = _Stepper(model, tokens, mask, hidden, sampling)
     ends = {eod, *sampling.stop_tokens}
-    live = [budget > 0 for budget in budgets]
-    logits = stepper.prompt() if any(live) else None
-    while logits is not None:
-        logits = logits[:, :vocab_size]
-        chosen = choose(logits, sampling, generators)
-        for row, token in enumerate(chosen.tolist()):
-            if live[row]:
-                live[row] = _take(results[row], token, logits[row], ends, budgets[row], sampling)
-        logits = stepper.next(chosen) if any(live) else None
+
+    def accept(row: int, token: int, logits: Tensor) -> bool:
+        return _take(results[row], token, logits, ends, budgets[row], sampling)
+
+    batch = _Prompts(model, tokens, mask, hidden, sampling)
+    decode(batch, sampling, first_row, [budget > 0 for budget in budgets], accept, vocab_size)
     return results
 
 
