@@ -59,7 +59,8 @@ def check_body(body: Mapping[str, Any]) -> None:
     """Check the JSON of a manifest of a version that is read here.
 
     Raises:
-        Unsound: a field is missing or of another type, a size is impossible, or the pieces of a tensor leave a hole or overlap.
+        InvalidManifest: a field is missing or of another type, a size is impossible, or the pieces of a tensor leave a hole or
+            overlap.
     """
     _count(body.get("iteration"), "iteration")
     _text(body.get("save_id"), "save_id")
@@ -168,7 +169,7 @@ def check_tiles(name: str, shape: tuple[int, ...], slices: Iterable[Slice], held
             holder (pipeline and tensor rank) of it stored.
 
     Raises:
-        Unsound: a hole, or pieces on top of each other.
+        InvalidManifest: a hole, or pieces on top of each other.
     """
     distinct, total = dict.fromkeys(slices), prod(shape)
     dims = {piece.dim for piece in distinct}

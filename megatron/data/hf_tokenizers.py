@@ -11,11 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron.data.tokenizer_base import EOD_TEXT, PAD_TEXT, Template, Tokenizer, unreadable
+from megatron.data.tokenizer_base import EOD_TEXT, MOST_IDS, PAD_TEXT, Template, Tokenizer, unreadable
 from megatron.errors import DataError
 from megatron.files import read_json
-
-_LARGEST = 1 << 24  # ids; each is a row of the embedding
 
 
 class HFTokenizer(Tokenizer):
@@ -35,8 +33,8 @@ class HFTokenizer(Tokenizer):
         _refuse_shared_ids(backend, self._files[0])
         self._count = int(backend.get_vocab_size(with_added_tokens=True))
         self._size = max([self._count, *(number + 1 for number in backend.get_vocab(with_added_tokens=True).values())])
-        if self._size > _LARGEST:
-            why = f"at most {_LARGEST:,} ids are used: each is a row of the embedding"
+        if self._size > MOST_IDS:
+            why = f"at most {MOST_IDS:,} ids are used: each is a row of the embedding"
             raise DataError(f"a token has the id {self._size - 1}", where=str(self._files[0]), why=why)
 
     @property

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron.data.tokenizer_base import EOD_TEXT, PAD_TEXT, Tokenizer, unreadable
+from megatron.data.tokenizer_base import EOD_TEXT, MOST_IDS, PAD_TEXT, Tokenizer, unreadable
 from megatron.errors import DataError
 from megatron.files import read_json
 
@@ -145,6 +145,9 @@ def _settings(side: Path, ranks: int) -> _Settings:
     given = _read_settings(side) if side.is_file() else {}
     special = given.get("special_tokens", special)
     size = given.get("vocab_size", max([size, *(value + 1 for value in special.values())]))
+    if size > MOST_IDS:
+        why = f"at most {MOST_IDS:,} ids are used: each is a row of the embedding"
+        raise DataError(f"a token has the id {size - 1}", where=str(side), why=why)
     wrong = [text for text, value in special.items() if not ranks <= value < size]
     if wrong or len(set(special.values())) != len(special):
         raise DataError(
@@ -154,7 +157,21 @@ def _settings(side: Path, ranks: int) -> _Settings:
         )
     if "" in special:
         raise DataError("a special token is empty", where=str(side), why="it would be found at every place of every text")
-    return _Settings(given.get("pattern", pattern), dict(special), size)
+    pattern = given.get("pattern", pattern)
+    if _matches_nothing(pattern):
+        why = "it matches the empty text, and tiktoken ends the process at such a match"
+        raise DataError("the pattern of a rank file cannot cut text", where=str(side), why=why)
+    return _Settings(pattern, dict(special), size)
+
+
+def _matches_nothing(pattern: str) -> bool:
+    """Whether a pattern of the `regex` library matches the empty text; one that it cannot read is left to tiktoken."""
+    import regex
+
+    try:
+        return regex.search(pattern, "") is not None
+    except regex.error:
+        return False
 
 
 def _read_settings(side: Path) -> dict[str, Any]:

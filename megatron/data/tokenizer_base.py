@@ -22,6 +22,7 @@ from megatron.files import sha256_of
 
 EOD_TEXT = "<|endoftext|>"
 PAD_TEXT = "<|padding|>"
+MOST_IDS = 1 << 24  # of a tokenizer: each is a row of the embedding
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,7 @@ def check_mesh(config: ModelConfig, mesh: Mesh) -> None:
 
 
 def build_local(config: ModelConfig, mesh: Mesh, settings: EngineSettings, device: torch.device) -> LocalModel:
-    """Build, cut and materialise this rank's stages.
+    """Build, shard and initialize this rank's stages.
 
     Raises:
         ConfigError: heads, widths or layers do not divide over the mesh.

@@ -100,7 +100,7 @@ def check_mask(attention_mask: Tensor | None, x: Tensor, seen: int = 0) -> Tenso
 
 @dataclass(frozen=True)
 class Documents:
-    """Borders of packed documents as the three ways in which transformers' collators tell them.
+    """Boundaries of packed documents as the three ways in which transformers' collators tell them.
 
     position_ids [b or 1, s] restart at each document; cu_seq_lens_q, cu_seq_lens_k [documents + 1] are offsets in the one row
     of a flattened batch; seq_idx [b or 1, s] numbers the documents.

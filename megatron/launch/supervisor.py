@@ -127,10 +127,10 @@ def main(arguments: list[str]) -> int:
     option = arguments[0] if arguments[:1] and arguments[0] in _OPTIONS else ""
     if option in ("", "--watch-stdin"):
         _die_with_parent()
-    keeper = Supervisor([sys.executable, "-u", *arguments[bool(option) :]], option)
+    supervisor = Supervisor([sys.executable, "-u", *arguments[bool(option) :]], option)
     if option:
-        threading.Thread(target=keeper.watch_stdin, daemon=True).start()
-    code = keeper.wait()
+        threading.Thread(target=supervisor.watch_stdin, daemon=True).start()
+    code = supervisor.wait()
     if option == "--watch-stdin":  # the launching command counts these: pdsh that is killed makes DeepSpeed's runner end with 0
         os.write(2, f"supervisor: rank {os.environ.get('RANK', '0')} ended with {code}\n".encode())
     return code

@@ -17,7 +17,7 @@ from megatron.checkpoint.block_hashes import BLOCK, FileEntry
 from megatron.checkpoint.direct_io import ALIGN, Buffers, create
 from megatron.checkpoint.safetensors_writer import write_files
 
-# Borders of tensors and of the file that lie on no multiple of anything, one tensor over several chunks, one empty.
+# Boundaries of tensors and of the file that lie on no multiple of anything, one tensor over several chunks, one empty.
 TENSORS = {
     "long": torch.arange(3 * BLOCK // 4 + 12_345, dtype=torch.float32),
     "short": torch.arange(7, dtype=torch.float32),

@@ -153,6 +153,9 @@ def test_a_file_of_the_released_size(tmp_path: Path) -> None:
         ('{"vocab_size": 100}', "do not fit"),
         ('{"special_tokens": {"": 260, "<|endoftext|>": 261}}', "a special token is empty"),
         ('{"pattern": "("}', "not a rank file with its settings"),
+        ('{"pattern": ""}', "it matches the empty text"),
+        ('{"pattern": "x*"}', "it matches the empty text"),
+        ('{"special_tokens": {"<|endoftext|>": 18446744073709551616}}', "at most 16,777,216 ids"),
     ],
 )
 def test_wrong_settings_of_a_rank_file(settings_text: str, message: str, tmp_path: Path) -> None:

@@ -23,12 +23,13 @@ class Hidden(importlib.machinery.PathFinder):
 
     @classmethod
     def find_spec(cls, name, path=None, target=None):
-        if name.split(".")[0] in {"megatron", "deepspeed"}:
+        if name.split(".")[0] in {"megatron", "linear_neox", "deepspeed"}:
             return None
         return super().find_spec(name, path, target)
 
-sys.meta_path[:] = [Hidden if finder is importlib.machinery.PathFinder else finder for finder in sys.meta_path]
-for name in ("megatron", "deepspeed"):
+finders = [finder for finder in sys.meta_path if "__editable__" not in getattr(finder, "__module__", "")]  # `pip install -e`
+sys.meta_path[:] = [Hidden if finder is importlib.machinery.PathFinder else finder for finder in finders]
+for name in ("megatron", "linear_neox", "deepspeed"):
     try:
         __import__(name)
     except ModuleNotFoundError:

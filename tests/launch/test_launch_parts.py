@@ -150,7 +150,7 @@ def test_the_end_of_a_host_is_noticed() -> None:
     assert ended == [("hostb", 22), ("hostc", 255)]
 
 
-def keeper(code: str, *options: str) -> subprocess.Popen[str]:
+def supervisor(code: str, *options: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-SE", SUPERVISOR, *options, "-c", code],
         stdin=subprocess.PIPE,
@@ -162,14 +162,14 @@ def keeper(code: str, *options: str) -> subprocess.Popen[str]:
 
 @pytest.mark.parametrize(("code", "expected"), [("raise SystemExit(22)", 22), ("import os; os.kill(os.getpid(), 9)", 137)])
 def test_keeper_gives_the_exit_code_back(code: str, expected: int) -> None:
-    assert keeper(code).wait(timeout=20) == expected
+    assert supervisor(code).wait(timeout=20) == expected
 
 
 SLEEPS = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
 
 
 def test_keeper_ends_its_rank_when_the_launcher_is_gone() -> None:
-    process = keeper(SLEEPS, "--watch-stdin")
+    process = supervisor(SLEEPS, "--watch-stdin")
     assert process.stdin is not None
     assert process.stdout is not None
     process.stdout.readline()
@@ -179,7 +179,7 @@ def test_keeper_ends_its_rank_when_the_launcher_is_gone() -> None:
 
 @pytest.mark.parametrize("how", ["sigterm", "stdin"])
 def test_keeper_kills_a_rank_that_is_stopped(how: str) -> None:
-    process = keeper(SLEEPS, "--watch-stdin")
+    process = supervisor(SLEEPS, "--watch-stdin")
     assert process.stdin is not None
     assert process.stdout is not None
     os.kill(int(process.stdout.readline()), signal.SIGSTOP)
@@ -201,7 +201,7 @@ def test_a_job_whose_ranks_have_not_all_reported_has_not_ended_well(reported: tu
 
 
 def test_a_rank_dies_with_its_keeper() -> None:
-    process = keeper(SLEEPS)
+    process = supervisor(SLEEPS)
     assert process.stdout is not None
     pid = int(process.stdout.readline())
     process.kill()

@@ -129,9 +129,9 @@ sys.exit(subprocess.call(["sh", "-c", 'echo $$; exec sleep 60'], stdin=subproces
 # A per-node launcher as DeepSpeed's, with a rank below a supervisor.
 NODE = """
 import subprocess, sys
-from megatron.launch.job import KEEPER
+from megatron.launch.job import SUPERVISOR
 rank = "import os, time; os.write(1, (str(os.getpid()) + chr(10)).encode()); time.sleep(60)"
-sys.exit(subprocess.call([sys.executable, "-SE", KEEPER, "--watch-stdin", "-c", rank]))
+sys.exit(subprocess.call([sys.executable, "-SE", SUPERVISOR, "--watch-stdin", "-c", rank]))
 """
 
 

@@ -158,7 +158,7 @@ def test_plan_and_rules_name_every_parameter(layer: Layer) -> None:
 
 
 def test_moving_parameters_in_memory_changes_nothing(layer: Layer) -> None:
-    """Tables: lay_together changes no value, no shape and no output."""
+    """Tables: pack_weights changes no value, no shape and no output."""
     x = inputs()
     before, (y, _) = {name: p.detach().clone() for name, p in layer.named_parameters()}, layer(x, Context())
     layer.pack_weights()

@@ -12,7 +12,7 @@ from megatron.engine.base import EngineSettings
 from megatron.engine.deepspeed_config import LARGEST_BUCKET
 from megatron.model.config import ModelConfig
 from megatron.parallel.mesh import Mesh
-from megatron.planning.dry_run import Limits, RunShape, _disk, _time, peak
+from megatron.planning.dry_run import DeviceLimits, RunShape, _disk, _time, peak
 from megatron.planning.fixed_memory import Buffers, deepspeed_buffers, plain_buffers
 from megatron.planning.memory import _assemble, _Chain, _local, _Piece
 
@@ -95,7 +95,7 @@ def test_disk_and_time() -> None:
     run = RunShape(1, 2, 4, replace(SETTINGS, dtype="bf16"), True, 1, 10, "given", keep=2, saves=5)
     assert _disk(run, 2**30) == "14.00 GiB per checkpoint, 2 kept of 5 written: 28.00 GiB"
     assert _disk(replace(run, keep=None), 2**30).endswith("5 kept of 5 written: 70.00 GiB")
-    limits = Limits(1.0, "a test", True, tflops=100.0, mfu=0.5)
+    limits = DeviceLimits(1.0, "a test", True, tflops=100.0, mfu=0.5)
     assert _time(run, 8 * 50e12 * 600, limits).startswith("10.0 minutes at 50%")
 
 
