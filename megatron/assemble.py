@@ -20,7 +20,7 @@ from megatron.checkpoint.background import Saver
 from megatron.checkpoint.resume import Resumed, resume
 from megatron.config.explain import print_config
 from megatron.config.schema import RunConfig
-from megatron.data.batches import Batch
+from megatron.data.micro_batch import MicroBatch
 from megatron.data.tokenizers import Tokenizer
 from megatron.data_pipeline import DataPipeline
 from megatron.engine.base import Engine
@@ -209,7 +209,7 @@ def build_evaluator(
     if parts.data_pipeline.sets.get(name) is None or not run.training.eval_iters:
         return None
 
-    def first() -> Iterator[Batch]:
+    def first() -> Iterator[MicroBatch]:
         return parts.data_pipeline.evaluation(name, parts.mesh)
 
     return Evaluator(parts.engine, first, run.training.eval_iters, split, stop_asked=stop_asked)

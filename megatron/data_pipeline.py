@@ -13,11 +13,12 @@ from typing import Any
 
 from megatron.config.frozen import thaw
 from megatron.config.schema import RunConfig
-from megatron.data.batches import Batch, Batches
+from megatron.data.batches import MicroBatchLoader
 from megatron.data.datasets import Dataset
 from megatron.data.fingerprint import check_fingerprint, check_identity, data_identity
 from megatron.data.indexed import IndexedDataset
 from megatron.data.masking import masked_batches
+from megatron.data.micro_batch import MicroBatch
 from megatron.data.order import SPLIT_NAMES, sample_counts
 from megatron.data.sources import dataset_from_list, datasets_from_split
 from megatron.data.streaming import open_stream_dataset
@@ -41,7 +42,7 @@ class DataPipeline:
         self.sets: dict[str, Dataset | None] = {}
         self._counts: list[int] = []
         self._identity: dict[str, Any] = {}
-        self._training: Batches | None = None
+        self._training: MicroBatchLoader | None = None
 
     def check(self) -> None:
         """Open every corpus and compare its tokenizer, before anything large is built.
@@ -165,10 +166,10 @@ class DataPipeline:
             documents_alpha=data.weighted_sampler_alpha if data.weight_by_num_documents else None,
         )
 
-    def _open(self, dataset: Dataset, mesh: Mesh, start: int, tokens: int | None) -> Batches:
+    def _open(self, dataset: Dataset, mesh: Mesh, start: int, tokens: int | None) -> MicroBatchLoader:
         t = self.run.training
         needs_eod = t.eod_mask_loss or t.reset_state_at_eod or t.reset_attention_at_eod
-        return Batches(
+        return MicroBatchLoader(
             dataset,
             self.run.batch.train_micro_batch_size_per_gpu,
             mesh.dp_rank,
@@ -183,14 +184,14 @@ class DataPipeline:
             start_tokens=tokens,
         )
 
-    def training(self, mesh: Mesh, start: int, tokens: int) -> Iterator[Batch]:
+    def training(self, mesh: Mesh, start: int, tokens: int) -> Iterator[MicroBatch]:
         """This rank's micro batches from global sample `start` on, `tokens` having been consumed before it."""
         dataset = self.sets["train"]
         assert dataset is not None  # an empty train split is refused where it is cut
         self._training = self._open(dataset, mesh, start, tokens)
         return masked_batches(self._training, masking(self.run, self.rows))
 
-    def evaluation(self, name: str, mesh: Mesh) -> Iterator[Batch]:
+    def evaluation(self, name: str, mesh: Mesh) -> Iterator[MicroBatch]:
         """This rank's micro batches of `valid` or `test`, from the first."""
         dataset = self.sets[name]
         assert dataset is not None  # whoever evaluates asks for it first

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron.data.batches import Batch
+from megatron.data.micro_batch import MicroBatch
 from megatron.errors import DataError
 
 
@@ -34,7 +34,7 @@ class Masking:
         draw = np.random.Generator(np.random.Philox(key=[self.seed, sample_id]))
         return torch.from_numpy(draw.random(self.prefix_length) < self.rate)
 
-    def apply(self, batch: Batch) -> Batch:
+    def apply(self, batch: MicroBatch) -> MicroBatch:
         """The batch with its prefixes hidden in part; tensors that change are copies.
 
         Raises:
@@ -55,6 +55,6 @@ class Masking:
         return replace(batch, tokens=tokens, labels=labels, loss_mask=loss_mask)
 
 
-def masked_batches(batches: Iterable[Batch], masking: Masking | None) -> Iterator[Batch]:
+def masked_batches(batches: Iterable[MicroBatch], masking: Masking | None) -> Iterator[MicroBatch]:
     """The batches with `masking` applied to each; as they are without."""
     return iter(batches) if masking is None else map(masking.apply, batches)

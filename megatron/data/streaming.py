@@ -1,7 +1,7 @@
 """Training on text that was never made into token files: rows are read and tokenised as the steps ask for them.
 
 Samples are windows of `seq_length + 1` tokens, overlapping by one, cut from the documents in the order they come (each ended
-by the eod). The face is that of any dataset, so `Batches` serves it; it only has to be read forward. Every data-parallel
+by the eod). `MicroBatchLoader` reads it as any dataset, but only forward. Every data-parallel
 rank tokenises the whole stream and takes its part: what a step sees then depends on nothing but the sample number, whatever
 the number of ranks. (That costs each rank all the tokenising; token files do not.) The cursor says at which document and
 token a sample begins.

@@ -13,11 +13,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from megatron.data.micro_batch import MicroBatch
 from megatron.engine.skip_step import StepLimits
 from megatron.errors import CheckpointError, ConfigError, DataError
 from megatron.model.objectives import Objective
@@ -31,21 +32,9 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 _WORTH_THREADS = 1 << 22  # elements
 
 
-class MicroBatch(Protocol):
-    """What an engine reads of a batch (`megatron.data.batches.Batch` has it): all tensors are [b, s].
-
-    A batch may also bring `inputs`, a mapping, see `EngineSettings.inputs`.
-    """
-
-    tokens: Tensor
-    labels: Tensor
-    loss_mask: Tensor
-    segment_ids: Tensor | None
-
-
 def batch_flow(batch: MicroBatch, inputs: Sequence[str]) -> Activations:
     """What a micro batch gives to the first stage: tokens, the mixers' inputs that the run names, document numbers."""
-    own = input_tensors(getattr(batch, "inputs", {}), inputs)
+    own = input_tensors(batch.inputs, inputs)
     segments = () if batch.segment_ids is None else (batch.segment_ids.contiguous(),)
     return (batch.tokens.contiguous(), *own, *segments)
 

@@ -30,7 +30,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron.engine.base import EngineSettings, EvalResult, MicroBatch, StepResult, batch_flow
+from megatron.data.micro_batch import MicroBatch
+from megatron.engine.base import EngineSettings, EvalResult, StepResult, batch_flow
 from megatron.engine.deepspeed_base import DeepSpeedBase
 from megatron.engine.deepspeed_config import deepspeed_config, zero_stage_note
 from megatron.engine.optim import FusedAdamW, set_learning_rate

@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megatron.data.micro_batch import MicroBatch
 from megatron.engine.base import (
     EngineSettings,
     EvalResult,
-    MicroBatch,
     StepResult,
     batch_flow,
     check_weights,

@@ -13,12 +13,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from megatron.data.micro_batch import MicroBatch
 from megatron.engine.base import (
     MOMENTS,
     Engine,
     EngineSettings,
     EvalResult,
-    MicroBatch,
     OptimizerSlice,
     StepResult,
     batch_flow,

@@ -37,8 +37,8 @@ _EMBEDDING = "model.embed_tokens.weight"
 
 
 @dataclass(frozen=True)
-class Rows:
-    """One pass.
+class ForwardBatch:
+    """The batch of one forward pass of an evaluation, without labels.
 
     Attributes:
         tokens: ids [b, s].
@@ -50,10 +50,10 @@ class Rows:
     mask: Tensor | None = None
     inputs: Mapping[str, Tensor | int | None] = field(default_factory=dict)
 
-    def to(self, device: torch.device) -> Rows:
+    def to(self, device: torch.device) -> ForwardBatch:
         """The same on another device."""
         inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in self.inputs.items()}
-        return Rows(self.tokens.to(device), None if self.mask is None else self.mask.to(device), inputs)
+        return ForwardBatch(self.tokens.to(device), None if self.mask is None else self.mask.to(device), inputs)
 
 
 class Forward:
@@ -82,7 +82,7 @@ class Forward:
 
     # what the leading rank calls
 
-    def score(self, rows: Rows, places: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def score(self, rows: ForwardBatch, places: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """(log-probability [m], whether the target is the likeliest token [m]) of `targets [m]` at `places [m, 2]`.
 
         A place is (row, position of the token before the target).
@@ -91,13 +91,13 @@ class Forward:
         found = self._score(rows, places, targets).cpu()
         return found[0], found[1] > 0
 
-    def prefill(self, rows: Rows) -> Tensor:
+    def prefill(self, rows: ForwardBatch) -> Tensor:
         """Logits [b, n] in fp32 or wider after each row; the state is kept for `advance`."""
         return self._prefill(self._announce(_PREFILL, rows)[0])
 
     def advance(self, tokens: Tensor) -> Tensor:
         """Logits [b, n] after one more token [b] per row."""
-        return self._advance(self._announce(_ADVANCE, Rows(tokens[:, None]))[0].tokens[:, 0])
+        return self._advance(self._announce(_ADVANCE, ForwardBatch(tokens[:, None]))[0].tokens[:, 0])
 
     def stop(self) -> None:
         """Let the other ranks go."""
@@ -122,7 +122,7 @@ class Forward:
     # the work, the same on all ranks
 
     @torch.inference_mode()
-    def _score(self, rows: Rows, places: Tensor, targets: Tensor) -> Tensor:
+    def _score(self, rows: ForwardBatch, places: Tensor, targets: Tensor) -> Tensor:
         x, _ = self._run(rows, None)
         found = torch.zeros(2, len(targets), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
         found = found.to(self.device)
@@ -136,7 +136,7 @@ class Forward:
         return self._from_last(found)
 
     @torch.inference_mode()
-    def _prefill(self, rows: Rows) -> Tensor:
+    def _prefill(self, rows: ForwardBatch) -> Tensor:
         batch = len(rows.tokens)
         sample = next(self.blocks[0].parameters())
         self._state = [block.token_mixer.init_state(batch, sample.dtype, self.device) for block in self.blocks]
@@ -158,7 +158,7 @@ class Forward:
         self._to_next(x)
         return self._next_logits(x)
 
-    def _run(self, rows: Rows, state: list[State] | None) -> tuple[Tensor, list[State]]:
+    def _run(self, rows: ForwardBatch, state: list[State] | None) -> tuple[Tensor, list[State]]:
         """This rank's blocks on x [b, s, d], from the embedding or from the stage before."""
         ctx = Context(rows.mask, backend=self.backend, inputs=inputs_of(self.mixers, rows.inputs))
         inner, own = self.model.model, len(self.blocks)
@@ -226,8 +226,8 @@ class Forward:
         return self._share(line).tolist()
 
     def _announce(
-        self, kind: int, rows: Rows, places: Tensor | None = None, targets: Tensor | None = None
-    ) -> tuple[Rows, Tensor, Tensor]:
+        self, kind: int, rows: ForwardBatch, places: Tensor | None = None, targets: Tensor | None = None
+    ) -> tuple[ForwardBatch, Tensor, Tensor]:
         """Send the work to the others; everything comes back on this rank's device."""
         rows = rows.to(self.device)
         none = torch.zeros(0, 3, dtype=torch.long)
@@ -241,10 +241,10 @@ class Forward:
                     self._share(value.to(torch.long).contiguous())
         return rows, table[:, :2], table[:, 2]
 
-    def _receive(self) -> tuple[int, Rows, Tensor, Tensor]:
+    def _receive(self) -> tuple[int, ForwardBatch, Tensor, Tensor]:
         kind, b, s, masked, m, *announced = self._header([])
         if kind == _STOP:
-            return kind, Rows(torch.zeros(0, 0)), torch.zeros(0, 2), torch.zeros(0)
+            return kind, ForwardBatch(torch.zeros(0, 0)), torch.zeros(0, 2), torch.zeros(0)
 
         def get(*shape: int) -> Tensor:
             return self._share(torch.zeros(*shape, dtype=torch.long, device=self.device))
@@ -254,7 +254,7 @@ class Forward:
         numbers = {_TENSOR: lambda: get(b, s), _NOTHING: lambda: None}
         inputs = {name: numbers.get(n, lambda n=n: n)() for name, n in zip(self.input_names, announced, strict=True)}
         table = get(m, 3)
-        return kind, Rows(tokens, mask, inputs), table[:, :2], table[:, 2]
+        return kind, ForwardBatch(tokens, mask, inputs), table[:, :2], table[:, 2]
 
 
 _NOTHING, _TENSOR = -1, -2

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from megatron.data.tokenizers import Tokenizer
 from megatron.errors import ConfigError
 from megatron.evaluation.batching import prompt_rows, score_batches, score_row, score_tensors, share_rows
-from megatron.evaluation.forward import Forward, Rows
+from megatron.evaluation.forward import Forward, ForwardBatch
 from megatron.evaluation.options import HarnessOptions
 from megatron.generation.sample import Sampling, decode
 
@@ -197,7 +197,7 @@ class _Prompts:
     """A batch of prompts before a model over a mesh, as `generation/sample.py` decodes it."""
 
     forward: Forward
-    rows: Rows
+    rows: ForwardBatch
 
     def prefill(self) -> Tensor:
         """Logits [b, n] after the prompts."""

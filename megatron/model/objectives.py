@@ -16,12 +16,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron.data.micro_batch import MicroBatch
 from megatron.errors import ConfigError
 from megatron.model.accuracy import count_answers
 from megatron.parallel.collectives import all_reduce
@@ -30,13 +30,6 @@ from megatron.parallel.mesh import Mesh
 NAMES = ("causal", "prefix", "jrt")
 MEANS = ("global_batch", "micro_batch")
 MeanLoss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-
-
-class Counted(Protocol):
-    """What is counted of a micro batch: labels and loss_mask [b, s]."""
-
-    labels: Tensor
-    loss_mask: Tensor
 
 
 @dataclass(frozen=True)
@@ -106,7 +99,7 @@ def counted(labels: Tensor, loss_mask: Tensor | None) -> Tensor:
     return (weights if loss_mask is None else weights * loss_mask).sum()
 
 
-def global_divisors(objective: Objective, batches: Sequence[Counted], mesh: Mesh, device: torch.device) -> Tensor | None:
+def global_divisors(objective: Objective, batches: Sequence[MicroBatch], mesh: Mesh, device: torch.device) -> Tensor | None:
     """What the sum of each term is divided by in every micro batch [terms], fp64; None for `mean_over: micro_batch`.
 
     Engines average over micro batches and data-parallel ranks; divided by this, that average is the mean over all counted

@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from megatron.data.micro_batch import MicroBatch
 from megatron.engine.base import Engine
-from megatron.training.micro_batches import Batch, take_micro_batches
+from megatron.training.micro_batches import take_micro_batches
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Evaluator:
     def __init__(
         self,
         engine: Engine,
-        open_batches: Callable[[], Iterator[Batch]],
+        open_batches: Callable[[], Iterator[MicroBatch]],
         eval_iters: int,
         split: str = "validation",
         fixed: bool = True,

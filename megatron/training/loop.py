@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron.engine.base import Engine, MicroBatch
+from megatron.data.micro_batch import MicroBatch
+from megatron.engine.base import Engine
 from megatron.errors import TrainingError, UserError
 from megatron.reliability.guard import StepDecision, StepGuard
 from megatron.reliability.stop import EXIT_SAVED, EXIT_UNSAVED, Control
@@ -16,7 +17,7 @@ from megatron.training.evaluate import Evaluation
 from megatron.training.garbage import settled
 from megatron.training.hooks import Hook, Hooks, Run, Skip, Step
 from megatron.training.intervals import every
-from megatron.training.micro_batches import Batch, TimedBatches, take_micro_batches
+from megatron.training.micro_batches import TimedLoader, take_micro_batches
 from megatron.training.options import FitOptions
 from megatron.training.state import TrainState
 
@@ -40,7 +41,7 @@ class Actions:
 
 def fit(
     engine: Engine,
-    batches: Iterator[Batch],
+    batches: Iterator[MicroBatch],
     schedule: Callable[[int], float],
     state: TrainState,
     options: FitOptions,
@@ -66,7 +67,7 @@ def fit(
         CheckpointError, DataError: from saving and from the data.
     """
     run = Run(engine, state, options, last_save=state.iteration or None)
-    loop = _Loop(run, TimedBatches(batches), schedule, actions or Actions(), Hooks(hooks), control or Control())
+    loop = _Loop(run, TimedLoader(batches), schedule, actions or Actions(), Hooks(hooks), control or Control())
     try:
         with settled(), loop.hooks.session(run):
             loop.before()
@@ -99,13 +100,13 @@ class _Loop:
     def __init__(
         self,
         run: Run,
-        feed: TimedBatches,
+        loader: TimedLoader,
         schedule: Callable[[int], float],
         actions: Actions,
         hooks: Hooks,
         control: Control,
     ) -> None:
-        self.run, self.feed, self.schedule, self.actions, self.hooks = run, feed, schedule, actions, hooks
+        self.run, self.loader, self.schedule, self.actions, self.hooks = run, loader, schedule, actions, hooks
         self.control, self.guard = control, StepGuard(run.options.guard, bool(run.engine.extra_state().get("loss_scale")))
         self.guard.load(run.state.guard)
         run.engine.listener = control.phase
@@ -145,7 +146,7 @@ class _Loop:
     def read(self) -> bool:
         """Have the next step's micro batches; False when all ranks agreed to leave before it."""
         self.control.phase("data", self.run.state.iteration + 1)
-        self.feed.begin_step()
+        self.loader.begin_step()
         micro_batches = self.control.data(self._take, self.run.engine.mesh.rank, self.skipped)
         self._settle()
         self._heed()
@@ -153,7 +154,7 @@ class _Loop:
         return micro_batches is not None and self.run.stop is None
 
     def _take(self) -> Sequence[MicroBatch]:
-        return take_micro_batches(self.feed, self.run.engine.gradient_accumulation)
+        return take_micro_batches(self.loader, self.run.engine.gradient_accumulation)
 
     def _heed(self) -> None:
         """Make the ranks' wish to leave the run's."""
@@ -163,13 +164,13 @@ class _Loop:
     def step(self) -> None:
         """Take one optimizer step, count it, tell the hooks."""
         run, state = self.run, self.run.state
-        begin, self.step_ids = time.perf_counter(), self.feed.sample_ids
+        begin, self.step_ids = time.perf_counter(), self.loader.sample_ids
         rate, run.engine.limits = self.schedule(state.applied_iterations), self.guard.limits()
         result = run.engine.train_step(self.micro_batches, rate)
         loss, norm, self.skipped = result.numbers()
         if not self.skipped:
             self._check(loss, norm)
-        seconds = time.perf_counter() - begin + self.feed.wait_s
+        seconds = time.perf_counter() - begin + self.loader.wait_s
         judgement = self.guard.decide(state.iteration + 1, loss, norm, self.skipped)
         state.iteration += 1
         state.skipped_iterations += int(self.skipped)
@@ -179,7 +180,7 @@ class _Loop:
         self.control.settled()
         self.control.took(step_s=seconds)
         ids = tuple(self.step_ids)
-        self.hooks.tell("on_step", run, Step(state.iteration, loss, norm, rate, self.skipped, seconds, self.feed.wait_s, ids))
+        self.hooks.tell("on_step", run, Step(state.iteration, loss, norm, rate, self.skipped, seconds, self.loader.wait_s, ids))
         self.pending = judgement if self.skipped else None
         if self.actions.poll_saves is not None:
             self.actions.poll_saves()

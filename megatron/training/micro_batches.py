@@ -5,38 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from itertools import islice
-from typing import Any, Protocol
 
-from torch import Tensor
-
+from megatron.data.micro_batch import MicroBatch
 from megatron.errors import DataError
 
 
-class Batch(Protocol):
-    """What a step is fed with (`megatron.data.batches.Batch`): an engine's micro batch that knows its samples."""
-
-    @property
-    def tokens(self) -> Tensor:
-        """[b, s]."""
-
-    @property
-    def labels(self) -> Tensor:
-        """[b, s]."""
-
-    @property
-    def loss_mask(self) -> Tensor:
-        """[b, s]."""
-
-    @property
-    def segment_ids(self) -> Tensor | None:
-        """[b, s], or None where documents are not told apart."""
-
-    @property
-    def sample_ids(self) -> list[int]:
-        """Global numbers of the b samples."""
-
-
-def take_micro_batches(loader: Iterator[Any], count: int) -> list[Any]:
+def take_micro_batches(loader: Iterator[MicroBatch], count: int) -> list[MicroBatch]:
     """The next `count` micro batches.
 
     Every rank takes them, also a middle pipeline stage that reads none: the data cursor is then the same everywhere.
@@ -50,18 +24,18 @@ def take_micro_batches(loader: Iterator[Any], count: int) -> list[Any]:
     return micro_batches
 
 
-class TimedBatches:
+class TimedLoader:
     """An iterator over `batches` that adds up the waiting and keeps the sample ids since the last `begin_step`."""
 
-    def __init__(self, batches: Iterator[Batch], clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(self, batches: Iterator[MicroBatch], clock: Callable[[], float] = time.perf_counter) -> None:
         self._batches, self._clock = batches, clock
         self.wait_s = 0.0
         self.sample_ids: list[int] = []
 
-    def __iter__(self) -> TimedBatches:
+    def __iter__(self) -> TimedLoader:
         return self
 
-    def __next__(self) -> Any:  # a Batch, in whatever form the engine wants to read it
+    def __next__(self) -> MicroBatch:
         begin = self._clock()
         try:
             batch = next(self._batches)

@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from megatron.engine.base import MOMENTS, Engine, EngineSettings, EvalResult, MicroBatch, OptimizerSlice, StepResult
+from megatron.data.micro_batch import MicroBatch
+from megatron.engine.base import MOMENTS, Engine, EngineSettings, EvalResult, OptimizerSlice, StepResult
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.shard_spec import ParamSpec, ShardKind, slice_of
 

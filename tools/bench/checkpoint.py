@@ -37,7 +37,8 @@ from megatron.checkpoint.background import Saver
 from megatron.checkpoint.load import load_checkpoint
 from megatron.checkpoint.safetensors_writer import threads, write_files
 from megatron.checkpoint.save import save_checkpoint
-from megatron.engine.base import MOMENTS, Engine, EngineSettings, EvalResult, MicroBatch, OptimizerSlice, StepResult, copy_all
+from megatron.data.micro_batch import MicroBatch
+from megatron.engine.base import MOMENTS, Engine, EngineSettings, EvalResult, OptimizerSlice, StepResult, copy_all
 from megatron.files import write_json
 from megatron.model.build import param_specs
 from megatron.model.config import ModelConfig

@@ -23,13 +23,13 @@ import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
+from megatron.data.micro_batch import MicroBatch
 from megatron.engine import startup
 from megatron.engine.base import EngineSettings
 from megatron.engine.build import build_engine
@@ -117,11 +117,11 @@ def cases() -> list[Case]:
     return found
 
 
-def _batches(settings: EngineSettings, vocab: int) -> Iterator[Any]:
+def _batches(settings: EngineSettings, vocab: int) -> Iterator[MicroBatch]:
     shape = (settings.micro_batch, settings.seq_length)
     while True:
         tokens = torch.randint(0, vocab, shape)
-        yield SimpleNamespace(tokens=tokens, labels=tokens.clone(), loss_mask=torch.ones(shape), segment_ids=None)
+        yield MicroBatch(tokens, tokens.clone(), torch.ones(shape))
 
 
 def _status(name: str) -> int:
