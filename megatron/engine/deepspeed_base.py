@@ -1,4 +1,4 @@
-"""What the two DeepSpeed engines share: flags for its gradient norm, the veto, the state of a ZeRO optimizer as slices.
+"""Base of the two DeepSpeed engines: flags for its gradient norm, skipped steps, the state of a ZeRO optimizer as slices.
 
 Nothing here imports DeepSpeed; `deepspeed_pipeline.py` (pipelines, ZeRO-1) and `deepspeed_zero.py` (one stage, ZeRO-2 and 3)
 make the optimizer.
@@ -36,7 +36,14 @@ from megatron.parallel.mesh import Mesh
 
 @dataclass(frozen=True)
 class OwnedSlice:
-    """Where this data-parallel rank keeps its piece `[start, start + numel)` of a flattened parameter: in `flat`, from `at`."""
+    """Where this data-parallel rank holds its slice of a flattened parameter.
+
+    Attributes:
+        flat: the fp32 partition that holds it.
+        at: offset in `flat`.
+        start: offset in the parameter.
+        numel: elements.
+    """
 
     flat: Tensor
     at: int
@@ -44,7 +51,7 @@ class OwnedSlice:
     numel: int
 
     def of(self, tensor: Tensor) -> Tensor:
-        """The piece of a tensor that is laid out like `flat`: a view."""
+        """The slice of a tensor that is laid out like `flat`: a view."""
         return tensor.narrow(0, self.at, self.numel)
 
 
@@ -76,7 +83,7 @@ class DeepSpeedBase(Engine):
         return self._parameters
 
     def _skip(self) -> Tensor:
-        """Asked by the optimizer once per parameter group: 1.0 when this step must change nothing."""
+        """Called by the optimizer once per parameter group: 1.0 when this step must change nothing."""
         if not self._decided:
             norm = torch.as_tensor(self._zero._global_grad_norm, dtype=torch.float32, device=self._loss.device)
             self._refused, self._decided = should_skip(self._loss, norm, self.limits), True
@@ -107,17 +114,17 @@ class DeepSpeedBase(Engine):
         return list(self._zero.single_partition_of_fp32_groups)
 
     def _owned(self) -> dict[str, OwnedSlice]:
-        """Name -> what this rank owns of it, for what it owns a part of."""
-        flats, found = self._flat_partitions(), {}
+        """Name -> this rank's slice, for the parameters of which it owns one."""
+        flats, owned = self._flat_partitions(), {}
         for name, param in self._parameters.items():
             mapping = getattr(param, "_hp_mapping", None)
             if mapping is not None:
                 place, low = mapping.hp_fragment_address, mapping.lp_fragment_address
-                found[name] = OwnedSlice(flats[mapping.param_group_index], place.start, low.start, low.numel)
-        return found
+                owned[name] = OwnedSlice(flats[mapping.param_group_index], place.start, low.start, low.numel)
+        return owned
 
     def optimizer_slices(self) -> dict[str, OptimizerSlice]:
-        """This data-parallel rank's pieces; see `Engine`."""
+        """This data-parallel rank's slices; see `Engine`."""
         slices = {}
         for name, own in self._owned().items():
             state = self._zero.optimizer.state_of(own.flat)
@@ -134,15 +141,15 @@ class DeepSpeedBase(Engine):
             check_slice(name, (own.start, own.start + own.numel), slices[name])
         pairs = []
         for name, own in owned.items():
-            part, state = slices[name], self._zero.optimizer.state_of(own.flat)
-            pairs += [(own.of(state[moment]), part.moments[moment]) for moment in MOMENTS]
-            state["step"].fill_(part.step)
-            pairs.append((own.of(own.flat.detach()), part.master))
+            given, state = slices[name], self._zero.optimizer.state_of(own.flat)
+            pairs += [(own.of(state[moment]), given.moments[moment]) for moment in MOMENTS]
+            state["step"].fill_(given.step)
+            pairs.append((own.of(own.flat.detach()), given.master))
         copy_all(pairs)
 
     @torch.no_grad()
     def refresh_master_from_weights(self) -> None:
-        """Masters become the weights; moments are forgotten."""
+        """Masters become the weights; moments start at zero."""
         self._zero.refresh_fp32_params()
         self._forget_moments()
 

@@ -1,14 +1,13 @@
-"""DeepSpeed's pipeline engine behind `Engine`: pipeline, tensor, data parallelism with ZeRO-1. The only importer of deepspeed.
+"""DeepSpeed's pipeline engine as an `Engine`: pipeline, tensor, data parallelism with ZeRO-1. The only importer of deepspeed.
 
 It is the pipeline engine for any number of stages, one included; ZeRO-2 and 3, which it cannot do, are in `deepspeed_zero.py`.
-What DeepSpeed would get wrong or do slowly (spec/environment.md 2) is held here and in `deepspeed_config.py`; each point
-has a test:
+DeepSpeed's defects and delays are worked around here and in `deepspeed_config.py`; each point has a test:
 
 * a shared-memory op that compiles C++ at start and is never used in training is switched off;
 * the Muon modules, which every ZeRO optimizer imports to ask "is it Muon?", are replaced by an answer: they cost torch._dynamo;
 * groups that DeepSpeed makes without a timeout get ours, not torch's 30 minutes;
 * stage 0 is run as ZeRO-1 (wrong clipping with pipelines); the optimizer is a torch object (no C++ build);
-* the loss is reduced before the optimizer runs instead of after it, so that it can veto the step (`engine/skip_step.py`);
+* the loss is reduced before the optimizer runs instead of after it, so that a bad loss skips the step (`engine/skip_step.py`);
 * tied weights, partition and recomputation are ours (`engine/stages.py`), and tensor-parallel parameters are flagged,
   so that the gradient norm counts every number once.
 """
@@ -46,14 +45,14 @@ _MUON = "deepspeed.runtime.zero.muon"
 
 
 def _prepare_import() -> None:
-    """What must be true before `import deepspeed`: the accelerator is known, the Muon module is answered."""
+    """Name the accelerator and replace the Muon modules, before `import deepspeed`."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     for module, name in (("muon_optimizer", "MuonWithAuxAdam"), ("original_muon", "muon_update")):
         if f"{_MUON}.{module}" not in sys.modules:
-            answer = types.ModuleType(f"{_MUON}.{module}")
-            setattr(answer, name, type(name, (), {}))  # nothing is an instance of it, and nobody calls it
-            sys.modules[f"{_MUON}.{module}"] = answer
+            stand_in = types.ModuleType(f"{_MUON}.{module}")
+            setattr(stand_in, name, type(name, (), {}))  # nothing is an instance of it, and nobody calls it
+            sys.modules[f"{_MUON}.{module}"] = stand_in
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*an autograd kernel was not registered.*")
     warnings.filterwarnings("ignore", category=FutureWarning, module="deepspeed")
@@ -72,18 +71,18 @@ vars(deepspeed.ops)["__compatible_ops__"] = {"deepspeed_shm_comm": False}
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Hold back what DeepSpeed prints to stdout; it is shown if the body fails."""
-    held = io.StringIO()
+    """Hold back DeepSpeed's output to stdout; it is shown if the body fails."""
+    output = io.StringIO()
     try:
-        with contextlib.redirect_stdout(held):
+        with contextlib.redirect_stdout(output):
             yield
     except BaseException:
-        sys.stderr.write(held.getvalue())
+        sys.stderr.write(output.getvalue())
         raise
 
 
 def _join_world(mesh: Mesh, timeout_s: float) -> None:
-    """Let DeepSpeed find a process group; several processes have one already, a single one gets its own."""
+    """Make sure that DeepSpeed finds a process group; several processes have one already, a single one gets its own."""
     set_default_timeout(timeout_s)
     os.environ.setdefault("LOCAL_RANK", "0")  # PipelineModule reads it and nothing else
     if not dist.is_initialized():
@@ -95,13 +94,13 @@ def _join_world(mesh: Mesh, timeout_s: float) -> None:
 
 @dataclass(frozen=True)
 class _BeforeLoss:
-    """What the last stage gives to its loss; of a type that DeepSpeed does not look into."""
+    """Input of the loss on the last stage; of a type that DeepSpeed does not look into."""
 
     activations: Activations
 
 
 class _Pipeline(PipelineModule):
-    """This rank's stages as DeepSpeed wants them, with our partition, our tied weights and our recomputation.
+    """This rank's stages as a `PipelineModule`, with our partition, tied weights and recomputation.
 
     The output projection belongs to the loss: DeepSpeed keeps what the last stage returns until the same buffer is used again,
     in the next step even, and logits are large. `begin_backward` is what DeepSpeed does when a gradient reaches the last
@@ -140,20 +139,20 @@ class _Pipeline(PipelineModule):
     def _index_tied_modules(self) -> dict[str, Any]:
         """The group of first and last stage for a tied output projection; every rank takes part in making the groups."""
         mesh = self._mesh
-        found: dict[str, Any] = {}
+        groups: dict[str, Any] = {}
         if mesh.pp == 1 or not self._local.config.tie_embeddings:
-            return found
+            return groups
         for d in range(mesh.dp):
             for t in range(mesh.tp):
                 ranks = [rank_of(p, d, t, dp=mesh.dp, tp=mesh.tp) for p in (0, mesh.pp - 1)]
                 group = dist.new_group(ranks)
                 if mesh.rank in ranks:
                     module = self.forward_funcs[0 if mesh.pp_rank == 0 else -1]
-                    found["embed"] = {"ranks": ranks, "group": group, "module": module}
+                    groups["embed"] = {"ranks": ranks, "group": group, "module": module}
         if self._local.tied_copy:
             # The copy's gradient is complete on both stages; the norm must count it once.
             self._local.parameters[EMBEDDING].ds_pipe_replicated = True  # type: ignore[attr-defined]
-        return found
+        return groups
 
     def get_tied_weights_and_groups(self) -> list[tuple[nn.Parameter, Any]]:
         """Weight and group whose gradients are summed before the data-parallel reduction."""
@@ -167,7 +166,13 @@ def start_deepspeed(module: nn.Module, engine: DeepSpeedBase, optimizer: FusedAd
     """DeepSpeed's engine and its ZeRO optimizer around a model.
 
     Args:
-        module: a `PipelineModule`, or a plain one. grid: from `one_stage_grid` for a plain one; a pipeline brings its own.
+        module: a `PipelineModule`, or a plain one.
+        engine: ours, whose parameters and settings are used.
+        optimizer: to be sharded.
+        grid: from `one_stage_grid` for a plain module; a pipeline brings its own.
+
+    Returns:
+        (DeepSpeed's engine, its ZeRO optimizer).
     """
     config = deepspeed_config(engine.settings, engine.mesh, engine.device.type != "cpu", engine.num_local_params)
     with _quiet():
@@ -179,7 +184,7 @@ def start_deepspeed(module: nn.Module, engine: DeepSpeedBase, optimizer: FusedAd
 
 
 def one_stage_grid(mesh: Mesh, timeout_s: float) -> Any:
-    """The groups of a mesh without pipeline in the form that DeepSpeed's plain engine asks for; joins the world before."""
+    """The process groups of a mesh without a pipeline, as DeepSpeed's plain engine reads them; joins the world first."""
     _join_world(mesh, timeout_s)
     return PipelineParallelGrid(topology=PipeModelDataParallelTopology(num_pp=1, num_mp=mesh.tp, num_dp=mesh.dp))
 
@@ -196,9 +201,9 @@ class DeepSpeedPipelineEngine(DeepSpeedBase):
             self._pipeline = _Pipeline(self.local, mesh, settings, self._parts)
         self._engine, self._zero = start_deepspeed(self._pipeline, self, optimizer)
         self._pipeline.begin_backward = self._engine._backward_prologue
-        self._let_the_loss_veto()
+        self._reduce_loss_before_step()
 
-    def _let_the_loss_veto(self) -> None:
+    def _reduce_loss_before_step(self) -> None:
         """Reduce the loss before the optimizer's step, with DeepSpeed's own collectives and no more of them."""
         take_step, reduce_loss = self._engine._take_model_step, self._engine._aggregate_total_loss
 

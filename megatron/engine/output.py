@@ -1,6 +1,6 @@
-"""From what the last stage gives to the loss of a micro batch: one place for all engines.
+"""From the last stage's output to the loss of a micro batch, for all engines.
 
-That is logits, or, with `loss_chunk_tokens`, the hidden states in front of the output projection, whose logits then exist for a
+The output is logits, or, with `loss_chunk_tokens`, the hidden states in front of the LM head, whose logits then exist for a
 block of tokens at a time.
 """
 
@@ -23,21 +23,21 @@ def check_output(settings: EngineSettings) -> None:
     """Refuse `loss_chunk_tokens` where something else needs the logits, or the matrix is not there outside its own forward.
 
     Raises:
-        ConfigError: what stands against it.
+        ConfigError: with the reason.
     """
     if not settings.loss_chunk_tokens:
         return
-    why = ""
+    reason = ""
     if settings.zero_stage == 3:
-        why = "ZeRO-3 gathers the output projection for its own forward only"
+        reason = "ZeRO-3 gathers the output projection for its own forward only"
     if settings.objective.count_answers:
-        why = "a synthetic task counts right answers in the logits, which never exist as a whole"
-    if why:
-        raise ConfigError("loss_chunk_tokens cannot be used here", why=why, hint="loss_chunk_tokens: 0")
+        reason = "a synthetic task counts right answers in the logits, which are never formed together"
+    if reason:
+        raise ConfigError("loss_chunk_tokens cannot be used here", why=reason, hint="loss_chunk_tokens: 0")
 
 
 def _mean_loss(settings: EngineSettings, local: LocalModel, mesh: Mesh) -> MeanLoss:
-    """Mean loss over the counted tokens of (what the last stage gives, labels, mask)."""
+    """Mean loss over the counted tokens of (output of the last stage, labels, mask)."""
     if not settings.loss_chunk_tokens:
         return partial(vocab_parallel_token_loss, group=mesh.tp_group)
     block, backend, matrix = settings.loss_chunk_tokens, settings.kernel_backend, local.output_matrix()
@@ -53,7 +53,7 @@ def local_loss(
     mask: Tensor,
     divisors: Tensor | None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """(loss of one micro batch, its parts), from what the last stage gives.
+    """Loss of one micro batch and its parts, see `objective_loss`.
 
     Args:
         settings: the engine's.

@@ -1,8 +1,8 @@
 """One process, plain PyTorch: the default engine for one process, and the reference of every parallel result.
 
-fp32 trains as it stands. bf16 and fp16 keep fp32 master weights and sum micro batch gradients in fp32; fp16 adds a
+fp32 trains directly. bf16 and fp16 keep fp32 master weights and sum micro batch gradients in fp32; fp16 adds a
 loss scale that halves on overflow and doubles after a quiet window. A step whose gradients are not finite is skipped
-in every precision, as DeepSpeed does, and so is one that is beyond `Engine.limits`.
+in every precision, as DeepSpeed does, and so is one above `Engine.limits`.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class SingleProcessEngine(Engine):
 
     def _loss(self, batch: MicroBatch, divisors: Tensor | None) -> Tensor:
         """Loss of one micro batch; divisors: of the step."""
-        activations = tuple(part.to(self.device) for part in batch_flow(batch, self.settings.inputs))
+        activations = tuple(tensor.to(self.device) for tensor in batch_flow(batch, self.settings.inputs))
         labels, mask = batch.labels.to(self.device), batch.loss_mask.to(self.device)
         interval = self.settings.activation_checkpoint_interval
         logits = run_stages(self.local.stages, activations, interval, keep_rng=self.local.draws)
@@ -126,7 +126,7 @@ class SingleProcessEngine(Engine):
 
     @torch.no_grad()
     def _norm(self) -> Tensor:
-        """The norm of all gradients, the loss scale taken out, before clipping."""
+        """Global L2 norm of the gradients before clipping, without the loss scale."""
         return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(self._gradients()))) / self.loss_scale.value
 
     @torch.no_grad()
@@ -157,7 +157,7 @@ class SingleProcessEngine(Engine):
         return EvalResult(total / len(micro_batches), int(right), int(answers))
 
     def optimizer_slices(self) -> dict[str, OptimizerSlice]:
-        """Every parameter, whole."""
+        """Every parameter as one slice."""
         return {name: self._slice(master) for name, master in self._masters.items()}
 
     def _slice(self, master: Tensor) -> OptimizerSlice:
@@ -171,17 +171,17 @@ class SingleProcessEngine(Engine):
             check_slice(name, (0, master.numel()), slices[name])
         pairs = []
         for name, master in self._masters.items():
-            part, state = slices[name], self.optimizer.state_of(master)
-            pairs += [(state[moment].view(-1), part.moments[moment]) for moment in MOMENTS]
-            pairs.append((master.detach().view(-1), part.master))
-            state["step"].fill_(part.step)
+            given, state = slices[name], self.optimizer.state_of(master)
+            pairs += [(state[moment].view(-1), given.moments[moment]) for moment in MOMENTS]
+            pairs.append((master.detach().view(-1), given.master))
+            state["step"].fill_(given.step)
         copy_all(pairs)
         with torch.no_grad():
             self._copy_masters_down()
 
     @torch.no_grad()
     def refresh_master_from_weights(self) -> None:
-        """Masters become the weights; moments are forgotten."""
+        """Masters become the weights; moments start at zero."""
         for name, param in self._parameters.items():
             self._masters[name].copy_(param)
         self.optimizer.state.clear()

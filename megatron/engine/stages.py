@@ -1,7 +1,7 @@
-"""From a model's description to the stages that live on this rank: cut, partitioned over the pipeline, materialised.
+"""From a model's description to this rank's stages: sharded, partitioned over the pipeline, initialised.
 
-Both engines build their model here, so a parameter starts from the same number whatever runs it. The whole model is made on the
-meta device; only the parameters of this rank's stages and of its tensor-parallel part ever take memory.
+All engines build their model here, so a parameter has the same initial value on every mesh. The complete model is built on the
+meta device; only the parameters of this rank's stages and of its tensor-parallel shard take memory.
 """
 
 from __future__ import annotations
@@ -38,25 +38,30 @@ def _run_chain(stages: Sequence[nn.Module], activations: Activations | Tensor) -
 def run_stages(
     stages: Sequence[nn.Module], activations: Activations, interval: int = 0, keep_rng: bool = False
 ) -> Activations | Tensor:
-    """Pass `activations` through the stages; with `interval` n, runs of n blocks keep only their input and are recomputed
-    backward.
+    """Pass `activations` through the stages; with `interval` n, segments of n blocks store their input only and recompute.
 
-    The non-reentrant form is used: the reentrant one loses the gradient of a piece whose inputs need none (DeepSpeed's
-    default).
+    The non-reentrant form is used: the reentrant one (DeepSpeed's default) loses the gradient of a segment whose inputs need
+    none.
+
+    Args:
+        stages: in order.
+        activations: input of the first.
+        interval: blocks per recomputed segment; 0 stores all activations.
+        keep_rng: a recomputed segment draws the same random numbers (dropout) as its first pass.
     """
     if not interval or not torch.is_grad_enabled():
         return _run_chain(stages, activations)
     out: Activations | Tensor = activations
     at = 0
     while at < len(stages):
-        piece = [stages[at]]
-        while len(piece) < interval and at + len(piece) < len(stages) and isinstance(stages[at + len(piece)], BlockStage):
-            piece.append(stages[at + len(piece)])
-        at += len(piece) if isinstance(piece[0], BlockStage) else 1
-        if isinstance(piece[0], BlockStage):
-            out = checkpoint(_run_chain, piece, out, use_reentrant=False, preserve_rng_state=keep_rng)
+        segment = [stages[at]]
+        while len(segment) < interval and at + len(segment) < len(stages) and isinstance(stages[at + len(segment)], BlockStage):
+            segment.append(stages[at + len(segment)])
+        at += len(segment) if isinstance(segment[0], BlockStage) else 1
+        if isinstance(segment[0], BlockStage):
+            out = checkpoint(_run_chain, segment, out, use_reentrant=False, preserve_rng_state=keep_rng)
         else:
-            out = piece[0](out)
+            out = segment[0](out)
     return out
 
 
@@ -64,8 +69,14 @@ def run_stages(
 class LocalModel:
     """This rank's part of the model.
 
-    bounds: pipeline cuts of the stage list. stages: this rank's stage modules, in order. parameters: logical name -> parameter.
-    tied_copy: the last stage holds a copy of the embedding that another rank owns.
+    Attributes:
+        config: the complete model.
+        specs: logical name -> spec, of all parameters.
+        all_stages: the complete model's, in order, on the meta device unless they are this rank's.
+        bounds: pipeline bounds of `all_stages`.
+        stages: this rank's stage modules, in order.
+        parameters: logical name -> this rank's parameter.
+        tied_copy: the last stage holds a copy of the embedding that another rank owns.
     """
 
     config: ModelConfig
@@ -78,7 +89,7 @@ class LocalModel:
 
     @property
     def draws(self) -> bool:
-        """Does a forward pass in training draw random numbers, so that a recomputed one must draw the same?"""
+        """Whether a forward pass in training draws random numbers, which a recomputed one must repeat."""
         blocks = [stage.body for stage in self.stages if isinstance(stage, BlockStage)]
         return any(b.dropout or b.token_mixer.draws_random() for b in blocks)  # type: ignore[union-attr,operator]
 
@@ -90,7 +101,7 @@ class LocalModel:
 
 
 def check_mesh(config: ModelConfig, mesh: Mesh) -> None:
-    """Raise ConfigError when the model cannot be cut as the mesh asks, before anything is built."""
+    """Raise ConfigError when the model cannot be sharded over the mesh, before anything is built."""
     check_tensor_parallel(config, mesh.tp)
     if config.num_layers < mesh.pp:
         raise ConfigError(

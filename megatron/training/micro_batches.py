@@ -1,4 +1,4 @@
-"""The batches on their way into a step: how long the step waited for them, and which samples they were."""
+"""Micro batches on their way into a step: taken from the loader, timed, with their sample ids."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def take_micro_batches(loader: Iterator[MicroBatch], count: int) -> list[MicroBa
 
 
 class TimedLoader:
-    """An iterator over `batches` that adds up the waiting and keeps the sample ids since the last `begin_step`."""
+    """An iterator over `batches` that sums the waiting time and collects the sample ids since the last `begin_step`."""
 
     def __init__(self, batches: Iterator[MicroBatch], clock: Callable[[], float] = time.perf_counter) -> None:
         self._batches, self._clock = batches, clock
@@ -45,5 +45,5 @@ class TimedLoader:
         return batch
 
     def begin_step(self) -> None:
-        """Forget the last step's samples and waiting."""
+        """Reset samples and waiting time."""
         self.wait_s, self.sample_ids = 0.0, []
