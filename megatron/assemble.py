@@ -1,6 +1,6 @@
-"""The one place that knows all parts: a RunConfig becomes a model, data, an engine, checkpoints and hooks, and is trained.
+"""The composition root: builds model, data, engine, checkpoints and hooks from a RunConfig, and trains.
 
-It has no state and is no object. Read it to see how the parts meet; look for behaviour in the parts.
+Plain functions without state. It shows how the parts are connected; their behaviour is in the parts.
 """
 
 from __future__ import annotations
@@ -61,7 +61,13 @@ from megatron.training.state import TrainState
 
 
 def dry_run(run: RunConfig, device_memory: float | None = None, mfu: float = 0.4) -> Report:
-    """What the run needs, without data and without allocating: see `planning/dry_run.py`. device_memory: GiB of a rank."""
+    """Memory, parameters and time of a run, without data and without allocating: see `planning/dry_run.py`.
+
+    Args:
+        run: the configuration.
+        device_memory: GiB of a rank's device; None asks this machine.
+        mfu: model FLOPs utilisation that the time is computed with.
+    """
     if run.tokenizer.padded_vocab_size:
         rows, origin = run.tokenizer.padded_vocab_size, "padded_vocab_size"
     else:
@@ -73,7 +79,7 @@ def dry_run(run: RunConfig, device_memory: float | None = None, mfu: float = 0.4
 
 
 def restore(run: RunConfig, engine: Engine, config: ModelConfig) -> Resumed:
-    """Load what there is to start from or to go on from: see `checkpoint/resume.py`."""
+    """Load the checkpoint that the run starts or resumes from: see `checkpoint/resume.py`."""
     c = run.checkpoint
     if c.load is None:
         return Resumed(None, {})
@@ -87,19 +93,19 @@ def restore(run: RunConfig, engine: Engine, config: ModelConfig) -> Resumed:
         load_rng=not c.no_load_rng,
         finetune=c.finetune,
         verify=c.verify_checkpoint,
-        in_place=True,  # nothing is lost: a run begins with these numbers, or not at all
+        in_place=True,  # a run begins with these numbers or not at all, so that the old ones need no copy
     )
 
 
-def continued(run: RunConfig, found: Resumed, state: TrainState) -> Continued:
-    """The learning rate from here on, and what changed since the checkpoint; a schedule that contradicts it raises."""
-    if not found.goes_on:
+def continued(run: RunConfig, checkpoint: Resumed, state: TrainState) -> Continued:
+    """The learning rate schedule, and the changes since the checkpoint; a schedule that contradicts it raises ConfigError."""
+    if not checkpoint.goes_on:
         return started(run)
-    return resumed(run, found.facts, state.applied_iterations, str(found.path))
+    return resumed(run, checkpoint.facts, state.applied_iterations, str(checkpoint.path))
 
 
 class _Plot(Hook):
-    """Draws loss.png at the end of a run from its metrics file; whoever asked the run to leave is not kept waiting for it."""
+    """Draws loss.png at the end of a run from its metrics file; not after a stop signal, where time is short."""
 
     def __init__(self, folder: RunFolder, title: str, console: Console) -> None:
         self.folder, self.title, self.console = folder, title, console
@@ -137,7 +143,7 @@ def _opening(run: RunConfig, config: ModelConfig, mesh: Mesh, folder: RunFolder,
 
 @dataclass(frozen=True)
 class Parts:
-    """What a rank has built before the loop starts."""
+    """The parts that a rank builds before the loop starts."""
 
     tokenizer: Tokenizer
     config: ModelConfig
@@ -169,7 +175,7 @@ def build(run: RunConfig, env: RankEnvironment, connected: Callable[[], object])
 
 
 def _control(run: RunConfig, rank: int, signals: StopSignals, limit: TimeLimit) -> Control:
-    """What may end the run from outside; every rank makes it at the same place."""
+    """Signals, time limit and watchdog; created at the same point on every rank."""
     ballot, timeout = Consensus.of_all_ranks(), run.reliability.hang_timeout
     return Control(ballot, signals, limit, Watchdog.open(timeout, rank, ballot) if timeout else None)
 
@@ -177,7 +183,19 @@ def _control(run: RunConfig, rank: int, signals: StopSignals, limit: TimeLimit) 
 def write_checkpoint(
     run: RunConfig, parts: Parts, saver: Saver, folder: str | Path, state: TrainState, goes_on: Mapping[str, Any]
 ) -> Path:
-    """Save `state` and all of the engine into `folder`; the checkpoint's own folder. goes_on: facts for later runs."""
+    """Save `state` and the engine's state into `folder`.
+
+    Args:
+        run: the configuration.
+        parts: of this rank.
+        saver: writes, in the background if it is set to.
+        folder: the save folder.
+        state: counters of the run.
+        goes_on: metadata for runs that resume from it.
+
+    Returns:
+        The checkpoint's own folder.
+    """
     c, tokenizer = run.checkpoint, parts.tokenizer
     return saver.save(
         folder,
@@ -204,7 +222,7 @@ def build_evaluator(
         parts: of this rank, with the datasets built.
         name: `valid` or `test`.
         split: prefix of the metrics.
-        stop_asked: asked between parts of the evaluation; true gives it up.
+        stop_asked: called between chunks of the evaluation; true aborts it.
     """
     if parts.data_pipeline.sets.get(name) is None or not run.training.eval_iters:
         return None
@@ -216,7 +234,7 @@ def build_evaluator(
 
 
 def _actions(run: RunConfig, parts: Parts, saver: Saver, control: Control, goes_on: Mapping[str, Any]) -> Actions:
-    """Save and evaluate, as the loop calls them. goes_on: facts for the runs that go on from a checkpoint."""
+    """Save, evaluate and rewind, as the loop calls them; goes_on: metadata for runs that resume from a checkpoint."""
     c, engine = run.checkpoint, parts.engine
 
     def save(state: TrainState) -> Path:
@@ -255,13 +273,14 @@ def train(run: RunConfig, env: RankEnvironment, command: Sequence[str]) -> Run:
         logging.basicConfig(level=level, format="[%(asctime)s] %(message)s", datefmt="%Y-%m-%d %H:%M:%S", stream=sys.stdout)
         for line in run.warnings:
             console.say(f"warning: {line}")
-        # Until then a signal ends the process as it ends any: a rank that waits for another cannot vote.
+        # Until all ranks are connected a signal ends the process: a rank that waits for another cannot take part in a vote.
         parts = build(run, env, signals.start)
         stack.callback(close_process_group)
         stack.callback(parts.engine.close)
-        found = restore(run, parts.engine, parts.config)
-        state, run = TrainState.from_dict(found.state), parts.data_pipeline.build(found.state.get("data", {}))
-        goes_on = continued(run, found, state)
+        checkpoint = restore(run, parts.engine, parts.config)
+        state = TrainState.from_dict(checkpoint.state)
+        run = parts.data_pipeline.build(checkpoint.state.get("data", {}))
+        goes_on = continued(run, checkpoint, state)
         console.say(_opening(run, parts.config, parts.mesh, folder, parts.engine, state.iteration))
         for line in goes_on.lines:
             console.say(line)

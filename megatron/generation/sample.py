@@ -2,8 +2,8 @@
 
 The state of a linear-attention model has one size however long the text is, so a step costs the same at token 10 and at
 token 10,000. Prompts of different lengths share a batch by padding on the left, which the mixers treat as an empty history:
-a row of a batch says exactly what the same prompt says alone. Each row has its own random generator, so neither does a
-sampled text depend on its neighbours.
+a row of a batch gives exactly the text of the same prompt alone. Each row has its own random generator, so a sampled text does
+not depend on the other rows either.
 """
 
 from __future__ import annotations
@@ -26,13 +26,20 @@ from megatron.model.lm import LanguageModel
 class Sampling:
     """How the next token is chosen; greedy when temperature, top_k and top_p are all 0 (as in GPT-NeoX).
 
-    temperature: divides the logits when > 0. top_k: only the k likeliest, 0 = off. top_p: the smallest set of tokens that
-    holds this probability, 0 = off. maximum_tokens: new tokens per prompt. max_length: prompt and new tokens together,
-    None = no bound. stop_tokens: end a text besides eod; neither they nor eod are part of it. seed: row i draws from seed + i.
-    recompute: run the whole text again for each token instead of a step (slow; a check on the state). return_logits: keep
-    the logits each token was chosen from. prompt_mode, prefix_length: how prompts are put before a prefix (JRT) model, see
-    `generation/prompts.py`; 0 leaves the prefix as the model has it. cuda_graph: on a GPU record the token step once and
-    replay it, see `generation/decode.py`.
+    Attributes:
+        temperature: divides the logits when > 0.
+        top_k: only the k likeliest tokens, 0 = off.
+        top_p: the smallest set of tokens that holds this probability, 0 = off.
+        maximum_tokens: new tokens per prompt.
+        max_length: prompt and new tokens together, None = no limit.
+        stop_tokens: end a text besides eod; neither they nor eod are part of it.
+        seed: row i draws from seed + i.
+        recompute: run the complete text again for each token instead of a step (slow; a check on the state).
+        return_logits: return the logits that each token was chosen from.
+        prompt_mode: how prompts are prepared for a prefix (JRT) model, see `generation/prompts.py`.
+        prefix_length: length of that prefix; 0 is the model's own.
+        backend: path of the operators, see `ops/dispatch.py`.
+        cuda_graph: on a GPU record the token step once and replay it, see `generation/decode.py`.
     """
 
     temperature: float = 0.0
@@ -72,7 +79,14 @@ class Sampling:
 
 @dataclass
 class Generated:
-    """What one prompt became: new tokens (no prompt, no eod), whether it ended by itself, and why it did not."""
+    """Result of one prompt.
+
+    Attributes:
+        tokens: new ones, without prompt and eod.
+        finished: the text ended by itself.
+        message: why it did not.
+        logits: [n] per token, with `return_logits`.
+    """
 
     tokens: list[int] = field(default_factory=list)
     finished: bool = False
@@ -81,7 +95,7 @@ class Generated:
 
 
 def filter_logits(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Logits [b, n] (fp32) after temperature, then top-k, then top-p; what is ruled out becomes -inf."""
+    """Logits [b, n] (fp32) after temperature, then top-k, then top-p; excluded tokens become -inf."""
     if sampling.temperature:
         logits = logits / sampling.temperature
     if sampling.top_k:
@@ -153,7 +167,7 @@ class _Prompts:
         self, model: LanguageModel, tokens: Tensor, mask: Tensor | None, hidden: Tensor | None, sampling: Sampling
     ) -> None:
         self.model, self.tokens, self.mask, self.hidden, self.sampling = model, tokens, mask, hidden, sampling
-        # what stands in the prompt is the prefix, also when the text is run again with more behind it
+        # the prompt is the prefix, also when the text is run again with more tokens after it
         self.prefix = min(sampling.prefix_length, tokens.shape[1]) or None
         self.mixers = [block.token_mixer for block in model.model.blocks()]
         self.state: list[State] | None = None
@@ -197,12 +211,15 @@ def generate(
     """Continue each prompt (token ids; an empty one starts from `eod`, the boundary between documents).
 
     Args:
-        model: on the device where it shall run.
-        vocab_size: true size of the vocabulary; rows beyond it (padding of the table) are never chosen.
+        model: on the device where it runs.
+        prompts: token ids.
+        sampling: how tokens are chosen.
+        eod: ends a text.
+        vocab_size: size of the vocabulary without padding; padding is never chosen.
         first_row: number of the first prompt among all of the run, so that seeds do not depend on how prompts are batched.
 
     Returns:
-        one `Generated` per prompt, in order.
+        One `Generated` per prompt, in order.
     """
     if not prompts:
         return []
@@ -224,7 +241,7 @@ def generate(
 
 
 def _budget(prompt: int, sampling: Sampling, result: Generated) -> int:
-    """New tokens that a prompt of this length may have; writes why when that is less than was asked for."""
+    """New tokens that a prompt of this length may have; sets the message when that is less than `maximum_tokens`."""
     if sampling.max_length is None or prompt + sampling.maximum_tokens <= sampling.max_length:
         return sampling.maximum_tokens
     room = max(0, sampling.max_length - prompt)
@@ -234,7 +251,7 @@ def _budget(prompt: int, sampling: Sampling, result: Generated) -> int:
 
 
 def _take(result: Generated, token: int, logits: Tensor, ends: set[int], budget: int, sampling: Sampling) -> bool:
-    """Give one chosen token to a row; False when the row has ended."""
+    """Append one chosen token to a row; False when the row has ended."""
     if token in ends:
         result.finished, result.message = True, None
         return False

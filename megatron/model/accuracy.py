@@ -1,4 +1,4 @@
-"""Answers of a task that has right ones (synthetic data): counted from the logits that the loss is computed from."""
+"""Right answers of a synthetic task, counted from the logits that the loss is computed from."""
 
 from __future__ import annotations
 

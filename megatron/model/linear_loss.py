@@ -1,12 +1,12 @@
-"""Output projection and cross entropy in one, a block of tokens at a time: the logits of a whole batch never exist.
+"""LM head and cross entropy in one, a block of tokens at a time: the logits of a complete batch never exist.
 
 At 50,000 words the logits of a micro batch and their gradient are by far the largest tensors of a step. Here a block of tokens
 is multiplied, its loss and the gradient of its logits are formed at once, and both products of the backward follow while the
-block is at hand: as many operations as the plain way, a block's worth of its memory, and one fp32 sum of the matrix's
+block is in memory: as many operations as two separate steps, a block's worth of their memory, and one fp32 sum of the matrix's
 gradient. Works where the vocabulary is split over ranks, like `model/parallel_loss.py`, with the same two reductions per block.
 
 The gradients are made in the forward, for upstream 1 and with weights brought to at most 1; the backward scales them. So a loss
-scale of fp16 acts on them where it would have acted.
+scale of fp16 acts on them exactly as without this operator.
 """
 
 from __future__ import annotations
@@ -66,8 +66,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         local = torch.where((local >= 0) & (local < n), local, -1)
         unit = weights.amax().clamp_min(torch.finfo(weights.dtype).tiny)
         share = weights / unit
-        wanted = any(ctx.needs_input_grad[:2])
-        dx = torch.empty_like(x) if wanted else None
+        dx = torch.empty_like(x) if any(ctx.needs_input_grad[:2]) else None
         wide = torch.float64 if matrix.dtype == torch.float64 else torch.float32
         dmatrix = torch.zeros(matrix.shape, dtype=wide, device=matrix.device) if ctx.needs_input_grad[1] else None
         loss = weights.new_zeros(())
@@ -91,10 +90,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> Any:
         unit, dx, dmatrix = ctx.saved_tensors
         factor = upstream * unit
-        given = None
+        gradient = None
         if dmatrix is not None:  # rounded as it is scaled: no second fp32 copy
-            given = torch.mul(dmatrix, factor, out=torch.empty(dmatrix.shape, dtype=ctx.dtype, device=dmatrix.device))
-        return torch.mul(dx, factor, out=torch.empty_like(dx)), given, None, None, None, None, None
+            gradient = torch.mul(dmatrix, factor, out=torch.empty(dmatrix.shape, dtype=ctx.dtype, device=dmatrix.device))
+        return torch.mul(dx, factor, out=torch.empty_like(dx)), gradient, None, None, None, None, None
 
 
 def linear_token_loss(

@@ -39,7 +39,8 @@ class _WeightedCrossEntropy(torch.autograd.Function):
     Inputs: logits [t, n]; labels [t], columns of `logits`, negative where another rank holds it; weights [t] in fp32 or fp64;
     `reduce` over the ranks that hold the other columns, None where there are none. The backward needs no reduction.
 
-    The maximum and the sum of exponentials are kept apart: their logarithm together would round away digits of large logits.
+    The maximum and the sum of exponentials are stored separately: one logarithm of both would round away digits of large
+    logits.
     """
 
     @staticmethod

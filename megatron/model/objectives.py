@@ -1,4 +1,4 @@
-"""What a model is trained for: the next token everywhere, after a prefix, or JRT's mixture with masked tokens of the prefix.
+"""Training objectives: the next token everywhere, after a prefix, or JRT's mixture with masked tokens of the prefix.
 
     causal   mean cross entropy over all counted positions
     prefix   the same over positions after the prefix alone (classic prefix language model; JRT's `continual`)
@@ -7,9 +7,9 @@
 The two means of `jrt` are added, not averaged: the paper's formula divides by 1 + weight, the code that trained the released
 models does not. `data/masking.py` makes the batches: labels of masked positions are the hidden tokens themselves.
 
-Each mean is over the counted tokens of the global batch, so that loss and gradient do not depend on how masked tokens are dealt
-to micro batches and ranks: an engine counts them before a step (`global_divisors`, one all-reduce of one or two numbers). With
-`mean_over: micro_batch` it is GPT-NeoX's mean of the micro batches' own means.
+Each mean is over the counted tokens of the global batch, so that loss and gradient do not depend on how masked tokens are
+distributed over micro batches and ranks: an engine counts them before a step (`global_divisors`, one all-reduce of one or two
+numbers). With `mean_over: micro_batch` it is GPT-NeoX's mean of the micro batches' own means.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Objective:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """Names of what is logged beside the loss."""
+        """Names of the terms that are logged besides the loss."""
         return ("ntp_loss", "mlm_loss") if self.name == "jrt" else ()
 
     @property
@@ -94,7 +94,7 @@ class LossParts:
 
 
 def counted(labels: Tensor, loss_mask: Tensor | None) -> Tensor:
-    """Weight of the tokens that count, in fp64: labels [b, s] with -100 = ignored, loss_mask [b, s] of weights or None."""
+    """Total weight in fp64 of the tokens that count: labels [b, s] with -100 = ignored, loss_mask [b, s] of weights or None."""
     weights = (labels != -100).double()
     return (weights if loss_mask is None else weights * loss_mask).sum()
 
