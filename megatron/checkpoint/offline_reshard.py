@@ -88,7 +88,8 @@ def reshard(path: str | Path, output: str | Path, *, pp: int, dp: int, tp: int) 
         raise CheckpointError("a checkpoint cannot be resharded into its own save folder", where=str(output))
     specs = specs_of(manifest)
     try:
-        ranks = stage_ranks(max(spec.stage for name, spec in specs.items() if ".layers." in name) - 1, pp)
+        num_layers = max(spec.stage for name, spec in specs.items() if ".layers." in name) - 1
+        ranks = stage_ranks((spec.stage for spec in specs.values()), num_layers, pp)
         for spec in specs.values():
             local_slice(spec, Mesh(1, 1, tp, 0))
     except ValueError as error:

@@ -305,6 +305,6 @@ def open_forward(
 
 def _own_names(config: ModelConfig, specs: Mapping[str, ParamSpec], mesh: Mesh) -> set[str]:
     """Logical names of the parameters that this rank runs."""
-    ranks = stage_ranks(config.num_layers, mesh.pp)
+    ranks = stage_ranks((spec.stage for spec in specs.values()), config.num_layers, mesh.pp)
     names = {name for name, spec in specs.items() if ranks[spec.stage] == mesh.pp_rank}
     return names | {_EMBEDDING} if config.tie_embeddings and mesh.pp_rank == mesh.pp - 1 else names

@@ -6,7 +6,7 @@ Stages are numbered as in GPT-NeoX: 0 the embedding, 2 + i block i, then (one nu
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from megatron.errors import ConfigError
 from megatron.model.config import ModelConfig
@@ -96,8 +96,7 @@ def block_bounds(num_layers: int, pp: int) -> list[int]:
     return balanced_bounds([1.0] * num_layers, pp)
 
 
-def stage_ranks(num_layers: int, pp: int) -> dict[int, int]:
-    """Stage number -> pipeline rank under `block_bounds`; the embedding is on the first rank, norm and LM head on the last."""
+def stage_ranks(stages: Iterable[int], num_layers: int, pp: int) -> dict[int, int]:
+    """Stage number -> pipeline rank under `block_bounds`; what precedes the blocks is on the first rank, the rest on the last."""
     inner = block_bounds(num_layers, pp)[1:-1]
-    blocks = {block + 2: sum(block >= bound for bound in inner) for block in range(num_layers)}
-    return {0: 0, **blocks, num_layers + 3: pp - 1, num_layers + 4: pp - 1}
+    return {stage: sum(stage - 2 >= bound for bound in inner) if stage < num_layers + 2 else pp - 1 for stage in stages}

@@ -84,7 +84,7 @@ def test_without_a_model_it_is_the_partition_of_training(layers: int, pp: int) -
     with torch.device("meta"):
         stages = stages_of(build_model(config))
     bounds = balanced_bounds(stage_costs("type:transformer|mlp", stages, config), pp)
-    ranks = stage_ranks(layers, pp)
+    ranks = stage_ranks([stage.index for stage in stages], layers, pp)
     assert [ranks[stage.index] for stage in stages] == [r for r in range(pp) for _ in range(bounds[r], bounds[r + 1])]
     assert [bound - 1 for bound in bounds[1:-1]] == block_bounds(layers, pp)[1:-1]
     assert {spec.stage for spec in param_specs(config).values()} <= set(ranks)
