@@ -97,6 +97,6 @@ def block_bounds(num_layers: int, pp: int) -> list[int]:
 
 
 def stage_ranks(stages: Iterable[int], num_layers: int, pp: int) -> dict[int, int]:
-    """Stage number -> pipeline rank under `block_bounds`: stages before the blocks on the first rank, later ones on the last."""
+    """Stage number -> pipeline rank under `block_bounds`: stages before the blocks on the first, later ones on the last."""
     inner = block_bounds(num_layers, pp)[1:-1]
     return {stage: sum(stage - 2 >= bound for bound in inner) if stage < num_layers + 2 else pp - 1 for stage in stages}
