@@ -1,6 +1,6 @@
-"""The one place that knows all parts: a RunConfig becomes a model, data, an engine, checkpoints and hooks, and is trained.
+"""The composition root: builds model, data, engine, checkpoints and hooks from a RunConfig, and trains.
 
-It has no state and is no object. Read it to see how the parts meet; look for behaviour in the parts.
+Plain functions without state. It shows how the parts are connected; their behaviour is in the parts.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from megatron.checkpoint.resume import Resumed, resume
 from megatron.checkpoint.save import SaveOptions
 from megatron.config.explain import print_config
 from megatron.config.schema import RunConfig
-from megatron.data.batches import Batch
+from megatron.data.micro_batch import MicroBatch
 from megatron.data.tokenizers import Tokenizer
 from megatron.data_pipeline import DataPipeline
 from megatron.engine.base import Engine
@@ -63,7 +63,13 @@ from megatron.training.state import TrainState
 
 
 def dry_run(run: RunConfig, device_memory: float | None = None, mfu: float = 0.4) -> Report:
-    """What the run needs, without data and without allocating: see `planning/dry_run.py`. device_memory: GiB of a rank."""
+    """Memory, parameters and time of a run, without data and without allocating: see `planning/dry_run.py`.
+
+    Args:
+        run: the configuration.
+        device_memory: GiB of a rank's device; None asks this machine.
+        mfu: model FLOPs utilisation that the time is computed with.
+    """
     if run.tokenizer.padded_vocab_size:
         rows, origin = run.tokenizer.padded_vocab_size, "padded_vocab_size"
     else:
@@ -75,7 +81,7 @@ def dry_run(run: RunConfig, device_memory: float | None = None, mfu: float = 0.4
 
 
 def restore(run: RunConfig, engine: Engine, config: ModelConfig) -> Resumed:
-    """Load what there is to start from or to go on from: see `checkpoint/resume.py`."""
+    """Load the checkpoint that the run starts or resumes from: see `checkpoint/resume.py`."""
     c = run.checkpoint
     if c.load is None:
         return Resumed(None, {})
@@ -95,15 +101,15 @@ def restore(run: RunConfig, engine: Engine, config: ModelConfig) -> Resumed:
     )
 
 
-def continued(run: RunConfig, found: Resumed, state: TrainState) -> Continued:
+def continued(run: RunConfig, checkpoint: Resumed, state: TrainState) -> Continued:
     """The learning rate from here on, and what changed since the checkpoint; a schedule that contradicts it raises."""
-    if not found.is_continuation:
+    if not checkpoint.is_continuation:
         return started(run)
-    return resumed(run, found.facts, state.applied_iterations, str(found.path))
+    return resumed(run, checkpoint.facts, state.applied_iterations, str(checkpoint.path))
 
 
 class _Plot(Hook):
-    """Draws loss.png at the end of a run from its metrics file; whoever asked the run to leave is not kept waiting for it."""
+    """Draws loss.png at the end of a run from its metrics file; not after a stop signal, where time is short."""
 
     def __init__(self, folder: RunFolder, title: str, console: Console) -> None:
         self.folder, self.title, self.console = folder, title, console
@@ -141,7 +147,7 @@ def _opening(run: RunConfig, config: ModelConfig, mesh: Mesh, folder: RunFolder,
 
 @dataclass(frozen=True)
 class Parts:
-    """What a rank has built before the loop starts."""
+    """The parts that a rank builds before the loop starts."""
 
     tokenizer: Tokenizer
     config: ModelConfig
@@ -167,15 +173,13 @@ def build(run: RunConfig, env: RankEnvironment, connected: Callable[[], object])
     init_process_group(env, run.parallel.distributed_backend, settings.timeout_s)
     connected()
     mesh = Mesh.create(run.parallel.pipe_stages, run.parallel.tensor_ranks, env.world_size, env.rank)
-    if settings.objective.tally is not None:
-        settings.objective.tally.group = mesh.tp_group
     return Parts(
         tokenizer, config, data_pipeline, mesh, build_engine(run.parallel.engine, config, mesh, settings, env.local_rank)
     )
 
 
 def _control(run: RunConfig, rank: int, signals: StopSignals, limit: TimeLimit) -> Control:
-    """What may end the run from outside; every rank makes it at the same place."""
+    """Signals, time limit and watchdog; created at the same point on every rank."""
     ballot, timeout = Consensus.of_all_ranks(), run.reliability.hang_timeout
     return Control(ballot, signals, limit, Watchdog.open(timeout, rank, ballot) if timeout else None)
 
@@ -183,7 +187,19 @@ def _control(run: RunConfig, rank: int, signals: StopSignals, limit: TimeLimit) 
 def write_checkpoint(
     run: RunConfig, parts: Parts, saver: Saver, folder: str | Path, state: TrainState, goes_on: Mapping[str, Any]
 ) -> Path:
-    """Save `state` and all of the engine into `folder`; the checkpoint's own folder. goes_on: facts for later runs."""
+    """Save `state` and the engine's state into `folder`.
+
+    Args:
+        run: the configuration.
+        parts: of this rank.
+        saver: writes, in the background if it is set to.
+        folder: the save folder.
+        state: counters of the run.
+        goes_on: metadata for runs that resume from it.
+
+    Returns:
+        The checkpoint's own folder.
+    """
     c, tokenizer = run.checkpoint, parts.tokenizer
     return saver.save(
         folder,
@@ -212,21 +228,19 @@ def build_evaluator(
         parts: of this rank, with the datasets built.
         name: `valid` or `test`.
         split: prefix of the metrics.
-        stop_asked: asked between parts of the evaluation; true gives it up.
+        stop_asked: called between chunks of the evaluation; true aborts it.
     """
     if parts.data_pipeline.sets.get(name) is None or not run.training.eval_iters:
         return None
 
-    def first() -> Iterator[Batch]:
+    def first() -> Iterator[MicroBatch]:
         return parts.data_pipeline.evaluation(name, parts.mesh)
 
-    engine = parts.engine
-    tally = engine.settings.objective.tally
-    return Evaluator(engine, first, run.training.eval_iters, split, stop_asked=stop_asked, tally=tally)
+    return Evaluator(parts.engine, first, run.training.eval_iters, split, stop_asked=stop_asked)
 
 
 def _actions(run: RunConfig, parts: Parts, saver: Saver, control: Control, goes_on: Mapping[str, Any]) -> Actions:
-    """Save and evaluate, as the loop calls them. goes_on: facts for the runs that go on from a checkpoint."""
+    """Save, evaluate and rewind, as the loop calls them; goes_on: metadata for runs that resume from a checkpoint."""
     c, engine = run.checkpoint, parts.engine
 
     def save(state: TrainState) -> Path:
@@ -265,13 +279,14 @@ def train(run: RunConfig, env: RankEnvironment, command: Sequence[str]) -> Run:
         logging.basicConfig(level=level, format="[%(asctime)s] %(message)s", datefmt="%Y-%m-%d %H:%M:%S", stream=sys.stdout)
         for line in run.warnings:
             console.say(f"warning: {line}")
-        # Until then a signal ends the process as it ends any: a rank that waits for another cannot vote.
+        # Until all ranks are connected a signal ends the process: a rank that waits for another cannot take part in a vote.
         parts = build(run, env, signals.start)
         stack.callback(close_process_group)
         stack.callback(parts.engine.close)
-        found = restore(run, parts.engine, parts.config)
-        state, run = TrainState.from_dict(found.state), parts.data_pipeline.build(found.state.get("data", {}))
-        goes_on = continued(run, found, state)
+        checkpoint = restore(run, parts.engine, parts.config)
+        state = TrainState.from_dict(checkpoint.state)
+        run = parts.data_pipeline.build(checkpoint.state.get("data", {}))
+        goes_on = continued(run, checkpoint, state)
         console.say(_opening(run, parts.config, parts.mesh, folder, parts.engine, state.iteration))
         for line in goes_on.lines:
             console.say(line)

@@ -13,11 +13,12 @@ from typing import Any
 
 from megatron.config.frozen import thaw
 from megatron.config.schema import RunConfig
-from megatron.data.batches import Batch, Batches
+from megatron.data.batches import MicroBatchLoader
 from megatron.data.datasets import Dataset
 from megatron.data.fingerprint import check_fingerprint, check_identity, data_identity
 from megatron.data.indexed import IndexedDataset
 from megatron.data.masking import masked_batches
+from megatron.data.micro_batch import MicroBatch
 from megatron.data.order import SPLIT_NAMES, sample_counts
 from megatron.data.sources import dataset_from_list, datasets_from_split
 from megatron.data.streaming import open_stream_dataset
@@ -42,7 +43,7 @@ class DataPipeline:
         self.sets: dict[str, Dataset | None] = {}
         self._counts: list[int] = []
         self._identity: dict[str, Any] = {}
-        self._training: Batches | None = None
+        self._training: MicroBatchLoader | None = None
 
     def check(self) -> None:
         """Open every corpus and compare its tokenizer, before anything large is built.
@@ -168,10 +169,10 @@ class DataPipeline:
             documents_alpha=data.weighted_sampler_alpha if data.weight_by_num_documents else None,
         )
 
-    def _open(self, dataset: Dataset, mesh: Mesh, start: int, tokens: int | None) -> Batches:
+    def _open(self, dataset: Dataset, mesh: Mesh, start: int, tokens: int | None) -> MicroBatchLoader:
         t = self.run.training
         needs_eod = t.eod_mask_loss or t.reset_state_at_eod or t.reset_attention_at_eod
-        return Batches(
+        return MicroBatchLoader(
             dataset,
             self.run.batch.train_micro_batch_size_per_gpu,
             mesh.dp_rank,
@@ -186,7 +187,7 @@ class DataPipeline:
             start_tokens=tokens,
         )
 
-    def training(self, mesh: Mesh, start: int, tokens: int) -> Iterator[Batch]:
+    def training(self, mesh: Mesh, start: int, tokens: int) -> Iterator[MicroBatch]:
         """This rank's micro batches of the training.
 
         Args:
@@ -199,7 +200,7 @@ class DataPipeline:
         self._training = self._open(dataset, mesh, start, tokens)
         return masked_batches(self._training, masking(self.run, self.rows))
 
-    def evaluation(self, name: str, mesh: Mesh) -> Iterator[Batch]:
+    def evaluation(self, name: str, mesh: Mesh) -> Iterator[MicroBatch]:
         """All micro batches of this rank in the split `name`, `valid` or `test`."""
         dataset = self.sets[name]
         assert dataset is not None  # the caller checks it first

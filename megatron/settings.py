@@ -19,7 +19,6 @@ from megatron.data.tokenizers import Tokenizer, build_tokenizer, padded_vocab_si
 from megatron.engine.base import EngineSettings
 from megatron.engine.schedule import ScheduleConfig, decay_horizon, learning_rate
 from megatron.errors import ConfigError, DataError
-from megatron.model.accuracy import AnswerCounts
 from megatron.model.config import ModelConfig
 from megatron.model.objectives import Objective
 from megatron.observe.runfolder import RunFolder
@@ -146,11 +145,11 @@ def engine_settings(run: RunConfig) -> EngineSettings:
 def objective(run: RunConfig) -> Objective:
     """The training objective; `config/training_rules.py` refuses one that contradicts the layers' prefix."""
     t, prefix = run.training, layer_options(run).get("jrt", {}).get("prefix_length", 0)
-    tally = None if run.data.synthetic is None else AnswerCounts()
+    count = run.data.synthetic is not None
     length = t.objective_prefix_length or prefix
     if t.objective == "causal":
-        return Objective(tally=tally, mean_over=t.loss_mean_over)
-    return Objective(t.objective, length, t.objective_masked_weight, tally, t.loss_mean_over)
+        return Objective(count_answers=count, mean_over=t.loss_mean_over)
+    return Objective(t.objective, length, t.objective_masked_weight, count, t.loss_mean_over)
 
 
 def masking(run: RunConfig, rows: int) -> Masking | None:

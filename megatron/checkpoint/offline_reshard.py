@@ -24,9 +24,9 @@ from megatron.checkpoint.shard_contents import ShardContents, add_optimizer, add
 from megatron.checkpoint.shard_manifests import write_shard_manifest
 from megatron.checkpoint.tensor_reader import CheckpointReader
 from megatron.engine.base import OptimizerSlice
-from megatron.engine.stages import balanced_bounds
 from megatron.errors import CheckpointError
 from megatron.files import sha256_of
+from megatron.model.partition import stage_ranks
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.shard_spec import ParamSpec
 
@@ -37,14 +37,6 @@ def specs_of(manifest: Manifest) -> dict[str, ParamSpec]:
         name: ParamSpec(name, entry.shape, entry.cut, "input", True, entry.stage)  # type: ignore[arg-type]
         for name, entry in manifest.weights.items()
     }
-
-
-def _stage_ranks(specs: dict[str, ParamSpec], pp: int) -> dict[int, int]:
-    """NeoX stage number -> pipeline rank: blocks are divided evenly, the other stages go with their neighbours."""
-    stages = sorted({spec.stage for spec in specs.values()})
-    last = max(s.stage for n, s in specs.items() if ".layers." in n)
-    bounds = balanced_bounds([float(2 <= stage <= last) for stage in stages], pp)
-    return {stage: sum(i >= bound for bound in bounds[1:-1]) for i, stage in enumerate(stages)}
 
 
 def _ranges(length: int, mesh: Mesh) -> tuple[int, int]:
@@ -103,7 +95,8 @@ def reshard(path: str | Path, output: str | Path, *, pp: int, dp: int, tp: int) 
         raise CheckpointError("a checkpoint cannot be resharded into its own save folder", where=str(output))
     specs = specs_of(manifest)
     try:
-        ranks = _stage_ranks(specs, pp)
+        num_layers = max(spec.stage for name, spec in specs.items() if ".layers." in name) - 1
+        ranks = stage_ranks((spec.stage for spec in specs.values()), num_layers, pp)
         for spec in specs.values():
             local_slice(spec, Mesh(1, 1, tp, 0))
     except ValueError as error:

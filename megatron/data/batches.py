@@ -8,9 +8,8 @@ number of ranks, micro batch or batch size without repeating or skipping a sampl
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,35 +17,14 @@ import torch
 from numpy.typing import NDArray
 
 from megatron.data.datasets import BlendedDataset, Dataset, PackedDataset, Sample
+from megatron.data.micro_batch import MicroBatch
 from megatron.data.streaming import StreamDataset
 from megatron.errors import DataError
 
-__all__ = ["Batch", "Batches", "BlendedDataset", "Dataset", "PackedDataset"]
+__all__ = ["BlendedDataset", "Dataset", "MicroBatchLoader", "PackedDataset"]
 
 
-@dataclass(frozen=True)
-class Batch:
-    """One micro batch of one rank, on the CPU.
-
-    Attributes:
-        tokens: i64 [b, s], input ids.
-        labels: i64 [b, s], the next token of each position.
-        loss_mask: f32 [b, s], 0 where the loss is masked (the label there is 0 if the target was negative).
-        segment_ids: i32 [b, s], number of end-of-document tokens before the position (the token belongs to the document it
-            ends); None if document boundaries are ignored.
-        sample_ids: [b], global sample numbers.
-        inputs: additional inputs of individual mixers (`Layer.Inputs`), by name: tensors [b, s] or numbers.
-    """
-
-    tokens: torch.Tensor
-    labels: torch.Tensor
-    loss_mask: torch.Tensor
-    segment_ids: torch.Tensor | None
-    sample_ids: list[int]
-    inputs: Mapping[str, torch.Tensor | int] = field(default_factory=dict)
-
-
-class Batches:
+class MicroBatchLoader:
     """Iterates over this rank's micro batches, from `next_sample` to the last complete global batch.
 
     Args:
@@ -136,7 +114,7 @@ class Batches:
             state["stream"] = self.dataset.cursor(self.next_sample)
         return state
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[MicroBatch]:
         """Micro batches from the cursor on; the cursor advances with each."""
         starts = range(
             self.next_sample,
@@ -148,10 +126,10 @@ class Batches:
             self.next_sample = start + self.samples_per_micro_batch
             yield batch
 
-    def _read_ahead(self, starts: range) -> Iterator[Batch]:
+    def _read_ahead(self, starts: range) -> Iterator[MicroBatch]:
         """The same micro batches in the same order, up to two per thread ahead; errors surface in order too."""
         pool = ThreadPoolExecutor(self.num_workers, thread_name_prefix="batches")
-        waiting: deque[Future[Batch]] = deque()
+        waiting: deque[Future[MicroBatch]] = deque()
         try:
             for start in starts:
                 waiting.append(pool.submit(self._load, start))
@@ -162,7 +140,7 @@ class Batches:
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def _load(self, start: int) -> Batch:
+    def _load(self, start: int) -> MicroBatch:
         """This rank's slice of the global micro batch whose first sample is `start`."""
         first = start + self.data_rank * self.micro_batch
         ids = list(range(first, first + self.micro_batch))
@@ -180,7 +158,7 @@ class Batches:
         segments = None
         if ends is not None and self.with_segments:
             segments = (ends.cumsum(dim=1) - ends.long()).to(torch.int32)
-        return Batch(tokens, labels, loss_mask, segments, ids)
+        return MicroBatch(tokens, labels, loss_mask, segments, ids)
 
 
 def _targets(sample: Sample) -> NDArray[np.int64]:

@@ -1,4 +1,4 @@
-"""Batches for the JRT objective: a random subset of the prefix's tokens is masked, the same one for a sample in every run.
+"""MicroBatchLoader for the JRT objective: a random subset of the prefix's tokens is masked, the same one for a sample in every run.
 
 As in the code that trained the released models, every position of the prefix is masked with probability `rate` and replaced by
 the mask token; its label is the original token at the same position. After the prefix the label is the next token, and
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron.data.batches import Batch
+from megatron.data.micro_batch import MicroBatch
 from megatron.errors import DataError
 
 
@@ -41,7 +41,7 @@ class Masking:
         draw = np.random.Generator(np.random.Philox(key=[self.seed, sample_id]))
         return torch.from_numpy(draw.random(self.prefix_length) < self.rate)
 
-    def apply(self, batch: Batch) -> Batch:
+    def apply(self, batch: MicroBatch) -> MicroBatch:
         """The batch with masked prefixes; tensors that change are copies.
 
         Raises:
@@ -62,6 +62,6 @@ class Masking:
         return replace(batch, tokens=tokens, labels=labels, loss_mask=loss_mask)
 
 
-def masked_batches(batches: Iterable[Batch], masking: Masking | None) -> Iterator[Batch]:
+def masked_batches(batches: Iterable[MicroBatch], masking: Masking | None) -> Iterator[MicroBatch]:
     """The batches with `masking` applied to each; unchanged if it is None."""
     return iter(batches) if masking is None else map(masking.apply, batches)

@@ -1,7 +1,7 @@
 """Training on raw text without token files: rows are read and tokenised on the fly.
 
 Samples are windows of `seq_length + 1` tokens, overlapping by one, over the documents in input order (each ended
-by the eod). The interface is that of any dataset, so `Batches` works with it, but samples must be read in order. Every
+by the eod). The interface is that of any dataset, so `MicroBatchLoader` works with it, but samples must be read in order. Every
 data-parallel rank tokenises the complete stream and takes its slice, so a sample depends only on its number, whatever
 the number of ranks. (Each rank pays for all the tokenising; token files avoid that.) The cursor is the document and
 token at which a sample begins.

@@ -1,7 +1,8 @@
-"""What every engine answers: one optimizer step, an evaluation loss, and its state as plain tensors.
+"""The interface of an engine: one optimizer step, an evaluation loss, and its state as plain tensors.
 
-The loop, the checkpoints and the export talk to `Engine` only. `single_process.py` is the plain PyTorch one and the reference;
-`deepspeed_pipeline.py` runs pipelines, ZeRO and many processes. Both return the same numbers for the same settings.
+The loop, the checkpoints and the export use `Engine` only. `single_process.py` is plain PyTorch and the reference;
+`deepspeed_pipeline.py` runs pipelines and ZeRO-1, `deepspeed_zero.py` ZeRO-2 and 3. All return the same numbers for the same
+settings.
 """
 
 from __future__ import annotations
@@ -10,15 +11,15 @@ import math
 import os
 import types
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import islice
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from megatron.data.micro_batch import MicroBatch
 from megatron.engine.skip_step import StepLimits
 from megatron.errors import CheckpointError, ConfigError, DataError
 from megatron.model.objectives import Objective
@@ -32,37 +33,37 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 _WORTH_THREADS = 1 << 22  # elements
 
 
-class MicroBatch(Protocol):
-    """What an engine reads of a batch (`megatron.data.batches.Batch` has it): all tensors are [b, s].
-
-    A batch may also bring `inputs`, a mapping, see `EngineSettings.inputs`.
-    """
-
-    tokens: Tensor
-    labels: Tensor
-    loss_mask: Tensor
-    segment_ids: Tensor | None
-
-
 def batch_flow(batch: MicroBatch, inputs: Sequence[str]) -> Activations:
-    """What a micro batch gives to the first stage: tokens, the mixers' inputs that the run names, document numbers."""
-    own = input_tensors(getattr(batch, "inputs", {}), inputs)
+    """The input of the first stage: tokens, the mixers' inputs that the run names, document numbers."""
+    own = input_tensors(batch.inputs, inputs)
     segments = () if batch.segment_ids is None else (batch.segment_ids.contiguous(),)
     return (batch.tokens.contiguous(), *own, *segments)
 
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """All that an engine is told besides the model and the mesh; sizes in samples, tokens and steps.
+    """Settings of an engine besides the model and the mesh.
 
-    activation_checkpoint_interval: blocks per recomputed piece, 0 stores all activations.
-    fp16: `loss_scale` (0 = dynamic), `initial_scale_power`, `loss_scale_window`, `hysteresis`, `min_loss_scale`.
-    fp32_allreduce: tensor-parallel sums are formed in fp32 when the activations are narrower.
-    sequence_parallel: between tensor-parallel regions each rank holds a piece of the sequence, see `parallel/sequence.py`.
-    partition_method: how blocks go to pipeline stages, see `engine/stages.py`. timeout_s: of every collective.
-    weight_decay_rule: which parameters decay, see `engine/optim.py`. objective: what the loss is.
-    loss_chunk_tokens: tokens whose logits exist at a time, see `parallel/linear_loss.py`; 0 is all of a micro batch.
-    inputs: names of what single kinds of mixers read (`Layer.Inputs`) that every micro batch brings as `batch.inputs[name]`.
+    Attributes:
+        seed: of initial weights and dropout.
+        dtype: a key of `DTYPES`.
+        micro_batch: samples per rank and micro batch.
+        gradient_accumulation: micro batches per step.
+        seq_length: tokens per sample.
+        optimizer_type: a name of Adam, see `engine/optim.py`.
+        gradient_clipping: largest global L2 norm of the gradients, 0 for none.
+        activation_checkpoint_interval: blocks per recomputed segment, 0 stores all activations.
+        fp32_grad_accum: sum the gradients of micro batches in fp32.
+        fp32_allreduce: form tensor-parallel sums in fp32 when the activations are narrower.
+        sequence_parallel: shard the sequence between tensor-parallel regions, see `parallel/sequence.py`.
+        fp16: `loss_scale` (0 = dynamic), `initial_scale_power`, `loss_scale_window`, `hysteresis`, `min_loss_scale`.
+        kernel_backend: path of the operators, see `ops/dispatch.py`.
+        loss_chunk_tokens: tokens whose logits exist at a time, see `model/linear_loss.py`; 0 for all of a micro batch.
+        timeout_s: of every collective.
+        partition_method: how blocks go to pipeline stages, see `model/partition.py`.
+        weight_decay_rule: which parameters decay, see `engine/optim.py`.
+        objective: the loss, see `model/objectives.py`.
+        inputs: names of the mixers' inputs (`Layer.Inputs`) that every micro batch brings as `batch.inputs[name]`.
     """
 
     seed: int = 1234
@@ -101,8 +102,10 @@ class EngineSettings:
 class StepResult:
     """One optimizer step, the same on every rank.
 
-    loss: of the global batch, see `model/objectives.py`. grad_norm: global L2 norm before clipping (inf if not finite).
-    skipped: weights and optimizer were left as they were, because loss or norm were not finite or above the engine's limits.
+    Attributes:
+        loss: of the global batch, see `model/objectives.py`.
+        grad_norm: global L2 norm before clipping; inf if not finite.
+        skipped: weights and optimizer are unchanged, because loss or norm were not finite or above the engine's limits.
     """
 
     loss: Tensor | float
@@ -110,19 +113,39 @@ class StepResult:
     skipped: Tensor | bool = False
 
     def numbers(self) -> tuple[float, float, bool]:
-        """Loss, norm and whether the step was skipped as plain numbers: the one time that a step waits for the device."""
-        parts = (self.loss, self.grad_norm, self.skipped)
-        tensors = [part.detach().double().reshape(()) for part in parts if isinstance(part, Tensor)]
+        """Loss, norm and whether the step was skipped as plain numbers: the one point where a step waits for the device."""
+        values = (self.loss, self.grad_norm, self.skipped)
+        tensors = [value.detach().double().reshape(()) for value in values if isinstance(value, Tensor)]
         copied = iter(torch.stack(tensors).tolist() if tensors else ())
-        loss, norm, skipped = (float(next(copied) if isinstance(part, Tensor) else part) for part in parts)
+        loss, norm, skipped = (float(next(copied) if isinstance(value, Tensor) else value) for value in values)
         return loss, norm if norm >= 0 else math.inf, bool(skipped)
 
 
 @dataclass(frozen=True)
-class OptimizerSlice:
-    """What one rank owns of one parameter's optimizer state: [start, stop) of its flattened local part.
+class EvalResult:
+    """A loss on held-out data, the same on every rank.
 
-    master: fp32 [stop - start]. moments: name -> fp32 [stop - start]. step: optimizer steps taken.
+    Attributes:
+        loss: mean over the micro batches of all data-parallel ranks, as in training.
+        right_answers: right ones among `answers`.
+        answers: positions of all micro batches where the task expects an answer; 0 unless `Objective.count_answers`.
+    """
+
+    loss: float
+    right_answers: int = 0
+    answers: int = 0
+
+
+@dataclass(frozen=True)
+class OptimizerSlice:
+    """One rank's slice of one parameter's optimizer state: [start, stop) of its flattened local part.
+
+    Attributes:
+        start: first element.
+        stop: the element after the last.
+        master: fp32 [stop - start].
+        moments: name -> fp32 [stop - start].
+        step: optimizer steps taken.
     """
 
     start: int
@@ -133,7 +156,7 @@ class OptimizerSlice:
 
 
 class Engine(ABC):
-    """See the module. Dictionaries are keyed by logical parameter names (`model.layers.0.token_mixer.q_proj.weight`)."""
+    """An engine; dictionaries are keyed by logical parameter names (`model.layers.0.token_mixer.q_proj.weight`)."""
 
     kind: ClassVar[str]
     mesh: Mesh
@@ -142,13 +165,13 @@ class Engine(ABC):
     device: torch.device
     dtype: torch.dtype
     # Names this rank holds as a copy of a parameter that an earlier pipeline stage owns (the tied output projection).
-    # `weights()` and `optimizer_slices()` contain them; who joins or exports takes the owner's.
+    # `weights()` and `optimizer_slices()` contain them; a checkpoint or an export takes the owner's.
     replica_names: frozenset[str] = frozenset()
-    # Beyond these a step is skipped; the loop sets them before each step, the same on every rank.
+    # Above these a step is skipped; the loop sets them before each step, the same on every rank.
     limits: StepLimits = StepLimits()
     # Parts of the last training step's loss where the objective has some: unweighted means, the same on every rank.
     loss_parts: Mapping[str, float] = types.MappingProxyType({})
-    # Told what the engine is doing ("forward/backward", "step"), for the watchdog.
+    # Called with the phase that begins ("forward/backward", "step"), for the watchdog.
     listener: Callable[[str], None] | None = None
 
     @property
@@ -162,7 +185,7 @@ class Engine(ABC):
         return sum(p.numel() for p in self.parameters().values())
 
     def phase(self, name: str) -> None:
-        """Say what happens from here on."""
+        """Report the phase that begins."""
         if self.listener is not None:
             self.listener(name)
 
@@ -171,27 +194,37 @@ class Engine(ABC):
         """Logical name -> this rank's live parameter in the compute dtype."""
 
     @abstractmethod
-    def train_step(self, batches: Iterator[MicroBatch], lr: float) -> StepResult:
-        """Consume `gradient_accumulation` micro batches and take one optimizer step with the rate `lr`.
+    def train_step(self, micro_batches: Sequence[MicroBatch], lr: float) -> StepResult:
+        """Take one optimizer step.
+
+        Args:
+            micro_batches: this rank's, `gradient_accumulation` of them; a middle pipeline stage is given them too.
+            lr: learning rate of the step.
 
         Raises:
-            DataError: the iterator ends too early.
+            DataError: there are more or fewer.
         """
 
     @abstractmethod
-    def eval_loss(self, batches: Iterator[MicroBatch], count: int) -> float:
-        """The loss over `count` micro batches of every data-parallel rank, as in training; the same number on all ranks."""
+    def eval_loss(self, micro_batches: Sequence[MicroBatch]) -> EvalResult:
+        """The loss over the micro batches of every data-parallel rank, as in training, and its counts of answers.
+
+        Args:
+            micro_batches: this rank's, as many on every rank.
+        """
+
+    def check_step(self, micro_batches: Sequence[MicroBatch]) -> None:
+        """Raise DataError unless these are the micro batches of one step."""
+        if len(micro_batches) != self.gradient_accumulation:
+            raise DataError(f"a step of {self.gradient_accumulation} micro batches was given {len(micro_batches)}")
 
     @abstractmethod
     def optimizer_slices(self) -> dict[str, OptimizerSlice]:
-        """What this data-parallel rank owns: views of what the next step changes.
-
-        Zero moments and step 0 before the first step.
-        """
+        """This data-parallel rank's slices: views of what the next step changes; zero moments and step 0 before the first."""
 
     @abstractmethod
     def load_optimizer_slices(self, slices: Mapping[str, OptimizerSlice]) -> None:
-        """Put back what `optimizer_slices` gave, for the same ranges.
+        """Restore the state that `optimizer_slices` returned, for the same ranges.
 
         Raises:
             CheckpointError: a name or a range differs from what this rank owns.
@@ -202,21 +235,21 @@ class Engine(ABC):
         """After `load_weights` without an optimizer state: fp32 masters become the weights, moments start at zero."""
 
     def first_not_finite(self) -> str | None:
-        """Name of the first parameter whose master weights or moments, as far as this rank owns them, hold inf or NaN."""
+        """Name of the first parameter whose master weights or moments on this rank hold inf or NaN; None if all are finite."""
         owned = [(name, t) for name, own in self.optimizer_slices().items() for t in (own.master, *own.moments.values())]
         finite = torch.stack([torch.isfinite(t).all() for _, t in owned]).tolist() if owned else []
-        return next((name for (name, _), good in zip(owned, finite, strict=True) if not good), None)
+        return next((name for (name, _), is_finite in zip(owned, finite, strict=True) if not is_finite), None)
 
     @abstractmethod
     def describe(self) -> str:
-        """One line: which engine runs and why."""
+        """One line for the log: which engine runs, and why."""
 
     def extra_state(self) -> dict[str, Any]:
         """Small JSON-able state besides tensors (loss scale)."""
         return {}
 
     def load_extra_state(self, state: Mapping[str, Any]) -> None:
-        """Put back `extra_state`; unknown keys are ignored, so that a run may go on in another precision."""
+        """Restore `extra_state`; unknown keys are ignored, so that a run may resume in another precision."""
 
     def weights(self) -> dict[str, Tensor]:
         """Logical name -> this rank's local part, detached, in the compute dtype; only names of this rank's stage."""
@@ -233,14 +266,14 @@ class Engine(ABC):
         copy_all([(param.detach(), weights[name]) for name, param in own.items()])
 
     def close(self) -> None:
-        """Give back what the engine holds outside Python's memory; the engine is not used afterwards."""
+        """Release what the engine holds outside Python's memory; it is not used afterwards."""
 
 
 def copy_all(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Copy each second tensor into the first, which needs no gradient; on a CPU with all cores of this process.
+    """Copy each second tensor into the first, which needs no gradient; on a CPU with several threads.
 
-    Copying gives the interpreter's lock back, and a gigabyte of it is a good part of a resume. A pair that is one place in
-    memory is done.
+    Copying releases the interpreter's lock, and a gigabyte of it is a large part of a resume. Pairs that share their memory
+    are skipped.
     """
     apart = [(target, source) for target, source in pairs if target.data_ptr() != source.data_ptr()]
     work = sorted(apart, key=lambda pair: -pair[0].numel())
@@ -252,14 +285,20 @@ def copy_all(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
         list(pool.map(lambda pair: pair[0].copy_(pair[1]), work))
 
 
-def check_names(own: set[str], given: set[str], what: str) -> None:
-    """Raise CheckpointError unless both sets are equal; names the first few on either side."""
+def check_names(own: set[str], given: set[str], kind: str) -> None:
+    """Raise CheckpointError unless both sets are equal; the message names the first few on either side.
+
+    Args:
+        own: names that this rank has.
+        given: names of the checkpoint.
+        kind: of the tensors, for the message: "weights".
+    """
     if own == given:
         return
     missing, unknown = sorted(own - given), sorted(given - own)
     parts = [f"missing {missing[:3]}" if missing else "", f"unknown {unknown[:3]}" if unknown else ""]
     raise CheckpointError(
-        f"{what} do not fit this model: " + ", ".join(p for p in parts if p),
+        f"{kind} do not fit this model: " + ", ".join(p for p in parts if p),
         why=f"{len(missing)} missing and {len(unknown)} unknown names",
         hint="compare the model section of the config with the one stored in the checkpoint",
     )
@@ -285,17 +324,3 @@ def check_slice(name: str, own: tuple[int, int], given: OptimizerSlice) -> None:
             f"optimizer state of '{name}' covers [{given.start}, {given.stop}), this rank owns [{own[0]}, {own[1]})",
             why="it was saved on another mesh, or by another optimizer",
         )
-
-
-def take_micro_batches(batches: Iterator[MicroBatch], count: int) -> Sequence[MicroBatch]:
-    """The next `count` micro batches.
-
-    Every rank takes them, also a middle pipeline stage that reads none: the data cursor is then the same everywhere.
-
-    Raises:
-        DataError: fewer are left.
-    """
-    taken = list(islice(batches, count))
-    if len(taken) < count:
-        raise DataError(f"the data ended: {len(taken)} of {count} micro batches were left")
-    return taken

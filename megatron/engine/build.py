@@ -44,7 +44,7 @@ def local_device(local_rank: int) -> torch.device:
 
 
 def _check_memory(config: ModelConfig, mesh: Mesh, device: torch.device) -> None:
-    """Refuse a model whose matrices alone are more than this machine has, before the first of them takes all there is."""
+    """Refuse a model whose matrices alone exceed this machine's memory, before the first of them is allocated."""
     widths = config.hidden_size * (config.vocab_size + config.num_layers * (config.mlp_width + config.hidden_size))
     there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if device.type == "cuda":
@@ -62,7 +62,10 @@ def build_engine(kind: str, config: ModelConfig, mesh: Mesh, settings: EngineSet
     """Build the engine of this rank: model, optimizer, seeds.
 
     Args:
-        kind: auto | single | deepspeed. mesh: with process groups if it has more than one process.
+        kind: auto | single | deepspeed.
+        config: the model.
+        mesh: with process groups if it has more than one process.
+        settings: of the engine.
         local_rank: index of this process on its machine, which is also its accelerator's.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What the two DeepSpeed engines share: flags for its gradient norm, the veto, the state of a ZeRO optimizer as slices.
+"""Base of the two DeepSpeed engines: flags for its gradient norm, skipped steps, the state of a ZeRO optimizer as slices.
 
 Nothing here imports DeepSpeed; `deepspeed_pipeline.py` (pipelines, ZeRO-1) and `deepspeed_zero.py` (one stage, ZeRO-2 and 3)
 make the optimizer.
@@ -6,7 +6,7 @@ make the optimizer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +14,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron.engine.base import MOMENTS, Engine, EngineSettings, OptimizerSlice, check_names, check_slice, copy_all
+from megatron.engine.base import (
+    MOMENTS,
+    Engine,
+    EngineSettings,
+    EvalResult,
+    OptimizerSlice,
+    check_names,
+    check_slice,
+    copy_all,
+)
 from megatron.engine.optim import FusedAdamW, build_optimizer, parameter_groups
 from megatron.engine.skip_step import should_skip
 from megatron.engine.stages import EMBEDDING, LocalModel, build_local
+from megatron.model.accuracy import ANSWER_COUNTS
 from megatron.model.config import ModelConfig
 from megatron.model.objectives import LossParts
 from megatron.parallel.collectives import all_reduce
@@ -26,7 +36,14 @@ from megatron.parallel.mesh import Mesh
 
 @dataclass(frozen=True)
 class OwnedSlice:
-    """Where this data-parallel rank keeps its piece `[start, start + numel)` of a flattened parameter: in `flat`, from `at`."""
+    """Where this data-parallel rank holds its slice of a flattened parameter.
+
+    Attributes:
+        flat: the fp32 partition that holds it.
+        at: offset in `flat`.
+        start: offset in the parameter.
+        numel: elements.
+    """
 
     flat: Tensor
     at: int
@@ -34,7 +51,7 @@ class OwnedSlice:
     numel: int
 
     def of(self, tensor: Tensor) -> Tensor:
-        """The piece of a tensor that is laid out like `flat`: a view."""
+        """The slice of a tensor that is laid out like `flat`: a view."""
         return tensor.narrow(0, self.at, self.numel)
 
 
@@ -56,7 +73,7 @@ class DeepSpeedBase(Engine):
             param.model_parallel = param.tensor_model_parallel = self.specs[name].cut != "replicated"  # type: ignore[attr-defined]
         self._loss = self._refused = torch.zeros((), device=device)
         self._decided = False
-        self._parts = LossParts(settings.objective.parts)
+        self._parts = LossParts()
         # The tied matrix leads its group on both stages, so that its two copies go through the same vector lanes.
         decay = (settings.weight_decay, settings.weight_decay_rule)
         return build_optimizer(parameter_groups(self._parameters, self.specs, *decay, first=(EMBEDDING,)), settings)
@@ -66,18 +83,29 @@ class DeepSpeedBase(Engine):
         return self._parameters
 
     def _skip(self) -> Tensor:
-        """Asked by the optimizer once per parameter group: 1.0 when this step must change nothing."""
+        """Called by the optimizer once per parameter group: 1.0 when this step must change nothing."""
         if not self._decided:
             norm = torch.as_tensor(self._zero._global_grad_norm, dtype=torch.float32, device=self._loss.device)
             self._refused, self._decided = should_skip(self._loss, norm, self.limits), True
         return self._refused
 
-    def _mean_parts(self) -> dict[str, float]:
-        """Means over the step's micro batches of all data-parallel ranks; only ranks of the last stage have added something."""
+    def _total_parts(self, names: Sequence[str], dtype: torch.dtype = torch.float32) -> Tensor:
+        """Sums of parts over the micro batches of all ranks [k]; each of the last stage's tensor ranks has added the same."""
         group = dist.group.WORLD if self.mesh.world_size > 1 else None
-        total = all_reduce(self._parts.sums(self.device), group)
-        means = total / (self.gradient_accumulation * self.mesh.dp * self.mesh.tp)
-        return dict(zip(self._parts.names, means.tolist(), strict=True))
+        return all_reduce(self._parts.sums(names, self.device, dtype), group)
+
+    def _set_loss_parts(self) -> None:
+        """Make `loss_parts` the means over the step's micro batches."""
+        if names := self.settings.objective.parts:
+            means = self._total_parts(names) / (self.gradient_accumulation * self.mesh.dp * self.mesh.tp)
+            self.loss_parts = dict(zip(names, means.tolist(), strict=True))
+
+    def _eval_result(self, loss: float) -> EvalResult:
+        """A loss with the counts of answers that its micro batches added."""
+        if not self.settings.objective.count_answers:
+            return EvalResult(loss)
+        right, answers = (self._total_parts(ANSWER_COUNTS, torch.float64) / self.mesh.tp).tolist()
+        return EvalResult(loss, int(right), int(answers))
 
     def _flat_partitions(self) -> list[Tensor]:
         """The fp32 partitions, one per parameter group, that this data-parallel rank updates."""
@@ -86,17 +114,17 @@ class DeepSpeedBase(Engine):
         return list(self._zero.single_partition_of_fp32_groups)
 
     def _owned(self) -> dict[str, OwnedSlice]:
-        """Name -> what this rank owns of it, for what it owns a part of."""
-        flats, found = self._flat_partitions(), {}
+        """Name -> this rank's slice, for the parameters of which it owns one."""
+        flats, owned = self._flat_partitions(), {}
         for name, param in self._parameters.items():
             mapping = getattr(param, "_hp_mapping", None)
             if mapping is not None:
                 place, low = mapping.hp_fragment_address, mapping.lp_fragment_address
-                found[name] = OwnedSlice(flats[mapping.param_group_index], place.start, low.start, low.numel)
-        return found
+                owned[name] = OwnedSlice(flats[mapping.param_group_index], place.start, low.start, low.numel)
+        return owned
 
     def optimizer_slices(self) -> dict[str, OptimizerSlice]:
-        """This data-parallel rank's pieces; see `Engine`."""
+        """This data-parallel rank's slices; see `Engine`."""
         slices = {}
         for name, own in self._owned().items():
             state = self._zero.optimizer.state_of(own.flat)
@@ -113,15 +141,15 @@ class DeepSpeedBase(Engine):
             check_slice(name, (own.start, own.start + own.numel), slices[name])
         pairs = []
         for name, own in owned.items():
-            part, state = slices[name], self._zero.optimizer.state_of(own.flat)
-            pairs += [(own.of(state[moment]), part.moments[moment]) for moment in MOMENTS]
-            state["step"].fill_(part.step)
-            pairs.append((own.of(own.flat.detach()), part.master))
+            given, state = slices[name], self._zero.optimizer.state_of(own.flat)
+            pairs += [(own.of(state[moment]), given.moments[moment]) for moment in MOMENTS]
+            state["step"].fill_(given.step)
+            pairs.append((own.of(own.flat.detach()), given.master))
         copy_all(pairs)
 
     @torch.no_grad()
     def refresh_master_from_weights(self) -> None:
-        """Masters become the weights; moments are forgotten."""
+        """Masters become the weights; moments start at zero."""
         self._zero.refresh_fp32_params()
         self._forget_moments()
 

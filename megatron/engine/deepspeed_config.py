@@ -36,7 +36,9 @@ def deepspeed_config(settings: EngineSettings, mesh: Mesh, on_accelerator: bool,
     """Settings -> DeepSpeed's dictionary.
 
     Args:
-        mesh: its data and pipeline sizes count. on_accelerator: false on a CPU, where DeepSpeed has no fp16.
+        settings: of the engine.
+        mesh: of which the data and pipeline sizes matter.
+        on_accelerator: false on a CPU, where DeepSpeed has no fp16.
         local_params: parameters on this rank, the largest useful bucket.
 
     Raises:

@@ -1,14 +1,13 @@
-"""DeepSpeed's pipeline engine behind `Engine`: pipeline, tensor, data parallelism with ZeRO-1. The only importer of deepspeed.
+"""DeepSpeed's pipeline engine as an `Engine`: pipeline, tensor, data parallelism with ZeRO-1. The only importer of deepspeed.
 
 It is the pipeline engine for any number of stages, one included; ZeRO-2 and 3, which it cannot do, are in `deepspeed_zero.py`.
-What DeepSpeed would get wrong or do slowly (spec/environment.md 2) is held here and in `deepspeed_config.py`; each point
-has a test:
+DeepSpeed's defects and delays are worked around here and in `deepspeed_config.py`; each point has a test:
 
 * a shared-memory op that compiles C++ at start and is never used in training is switched off;
 * the Muon modules, which every ZeRO optimizer imports to ask "is it Muon?", are replaced by an answer: they cost torch._dynamo;
 * groups that DeepSpeed makes without a timeout get ours, not torch's 30 minutes;
 * stage 0 is run as ZeRO-1 (wrong clipping with pipelines); the optimizer is a torch object (no C++ build);
-* the loss is reduced before the optimizer runs instead of after it, so that it can veto the step (`engine/skip_step.py`);
+* the loss is reduced before the optimizer runs instead of after it, so that a bad loss skips the step (`engine/skip_step.py`);
 * tied weights, partition and recomputation are ours (`engine/stages.py`), and tensor-parallel parameters are flagged,
   so that the gradient norm counts every number once.
 """
@@ -22,7 +21,7 @@ import os
 import sys
 import types
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -30,7 +29,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron.engine.base import EngineSettings, MicroBatch, StepResult, batch_flow, take_micro_batches
+from megatron.data.micro_batch import MicroBatch
+from megatron.engine.base import EngineSettings, EvalResult, StepResult, batch_flow
 from megatron.engine.deepspeed_base import DeepSpeedBase
 from megatron.engine.deepspeed_config import deepspeed_config, zero_stage_note
 from megatron.engine.optim import FusedAdamW, set_learning_rate
@@ -45,14 +45,14 @@ _MUON = "deepspeed.runtime.zero.muon"
 
 
 def _prepare_import() -> None:
-    """What must be true before `import deepspeed`: the accelerator is known, the Muon module is answered."""
+    """Name the accelerator and replace the Muon modules, before `import deepspeed`."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     for module, name in (("muon_optimizer", "MuonWithAuxAdam"), ("original_muon", "muon_update")):
         if f"{_MUON}.{module}" not in sys.modules:
-            answer = types.ModuleType(f"{_MUON}.{module}")
-            setattr(answer, name, type(name, (), {}))  # nothing is an instance of it, and nobody calls it
-            sys.modules[f"{_MUON}.{module}"] = answer
+            stand_in = types.ModuleType(f"{_MUON}.{module}")
+            setattr(stand_in, name, type(name, (), {}))  # nothing is an instance of it, and nobody calls it
+            sys.modules[f"{_MUON}.{module}"] = stand_in
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*an autograd kernel was not registered.*")
     warnings.filterwarnings("ignore", category=FutureWarning, module="deepspeed")
@@ -71,18 +71,18 @@ vars(deepspeed.ops)["__compatible_ops__"] = {"deepspeed_shm_comm": False}
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Hold back what DeepSpeed prints to stdout; it is shown if the body fails."""
-    held = io.StringIO()
+    """Hold back DeepSpeed's output to stdout; it is shown if the body fails."""
+    output = io.StringIO()
     try:
-        with contextlib.redirect_stdout(held):
+        with contextlib.redirect_stdout(output):
             yield
     except BaseException:
-        sys.stderr.write(held.getvalue())
+        sys.stderr.write(output.getvalue())
         raise
 
 
 def _join_world(mesh: Mesh, timeout_s: float) -> None:
-    """Let DeepSpeed find a process group; several processes have one already, a single one gets its own."""
+    """Make sure that DeepSpeed finds a process group; several processes have one already, a single one gets its own."""
     set_default_timeout(timeout_s)
     os.environ.setdefault("LOCAL_RANK", "0")  # PipelineModule reads it and nothing else
     if not dist.is_initialized():
@@ -94,13 +94,13 @@ def _join_world(mesh: Mesh, timeout_s: float) -> None:
 
 @dataclass(frozen=True)
 class _BeforeLoss:
-    """What the last stage gives to its loss; of a type that DeepSpeed does not look into."""
+    """Input of the loss on the last stage; of a type that DeepSpeed does not look into."""
 
     activations: Activations
 
 
 class _Pipeline(PipelineModule):
-    """This rank's stages as DeepSpeed wants them, with our partition, our tied weights and our recomputation.
+    """This rank's stages as a `PipelineModule`, with our partition, tied weights and recomputation.
 
     The output projection belongs to the loss: DeepSpeed keeps what the last stage returns until the same buffer is used again,
     in the next step even, and logits are large. `begin_backward` is what DeepSpeed does when a gradient reaches the last
@@ -139,20 +139,20 @@ class _Pipeline(PipelineModule):
     def _index_tied_modules(self) -> dict[str, Any]:
         """The group of first and last stage for a tied output projection; every rank takes part in making the groups."""
         mesh = self._mesh
-        found: dict[str, Any] = {}
+        groups: dict[str, Any] = {}
         if mesh.pp == 1 or not self._local.config.tie_embeddings:
-            return found
+            return groups
         for d in range(mesh.dp):
             for t in range(mesh.tp):
                 ranks = [rank_of(p, d, t, dp=mesh.dp, tp=mesh.tp) for p in (0, mesh.pp - 1)]
                 group = dist.new_group(ranks)
                 if mesh.rank in ranks:
                     module = self.forward_funcs[0 if mesh.pp_rank == 0 else -1]
-                    found["embed"] = {"ranks": ranks, "group": group, "module": module}
+                    groups["embed"] = {"ranks": ranks, "group": group, "module": module}
         if self._local.tied_copy:
             # The copy's gradient is complete on both stages; the norm must count it once.
             self._local.parameters[EMBEDDING].ds_pipe_replicated = True  # type: ignore[attr-defined]
-        return found
+        return groups
 
     def get_tied_weights_and_groups(self) -> list[tuple[nn.Parameter, Any]]:
         """Weight and group whose gradients are summed before the data-parallel reduction."""
@@ -166,7 +166,13 @@ def start_deepspeed(module: nn.Module, engine: DeepSpeedBase, optimizer: FusedAd
     """DeepSpeed's engine and its ZeRO optimizer around a model.
 
     Args:
-        module: a `PipelineModule`, or a plain one. grid: from `one_stage_grid` for a plain one; a pipeline brings its own.
+        module: a `PipelineModule`, or a plain one.
+        engine: ours, whose parameters and settings are used.
+        optimizer: to be sharded.
+        grid: from `one_stage_grid` for a plain module; a pipeline brings its own.
+
+    Returns:
+        (DeepSpeed's engine, its ZeRO optimizer).
     """
     config = deepspeed_config(engine.settings, engine.mesh, engine.device.type != "cpu", engine.num_local_params)
     with _quiet():
@@ -178,7 +184,7 @@ def start_deepspeed(module: nn.Module, engine: DeepSpeedBase, optimizer: FusedAd
 
 
 def one_stage_grid(mesh: Mesh, timeout_s: float) -> Any:
-    """The groups of a mesh without pipeline in the form that DeepSpeed's plain engine asks for; joins the world before."""
+    """The process groups of a mesh without a pipeline, as DeepSpeed's plain engine reads them; joins the world first."""
     _join_world(mesh, timeout_s)
     return PipelineParallelGrid(topology=PipeModelDataParallelTopology(num_pp=1, num_mp=mesh.tp, num_dp=mesh.dp))
 
@@ -195,9 +201,9 @@ class DeepSpeedPipelineEngine(DeepSpeedBase):
             self._pipeline = _Pipeline(self.local, mesh, settings, self._parts)
         self._engine, self._zero = start_deepspeed(self._pipeline, self, optimizer)
         self._pipeline.begin_backward = self._engine._backward_prologue
-        self._let_the_loss_veto()
+        self._reduce_loss_before_step()
 
-    def _let_the_loss_veto(self) -> None:
+    def _reduce_loss_before_step(self) -> None:
         """Reduce the loss before the optimizer's step, with DeepSpeed's own collectives and no more of them."""
         take_step, reduce_loss = self._engine._take_model_step, self._engine._aggregate_total_loss
 
@@ -211,31 +217,31 @@ class DeepSpeedPipelineEngine(DeepSpeedBase):
         self._engine._aggregate_total_loss = lambda: self._loss
         self._zero.optimizer.skip = self._skip
 
-    def _feed(self, batches: Iterator[MicroBatch], count: int) -> Iterator[tuple[Activations, tuple[Tensor, Tensor]]]:
-        """(inputs of the first stage, targets of the last) per micro batch, all of which are counted first."""
-        taken = take_micro_batches(batches, count)
-        self._pipeline.divisors = global_divisors(self.settings.objective, taken, self.mesh, self.device)
-        for batch in taken:
-            yield batch_flow(batch, self.settings.inputs), (batch.labels.contiguous(), batch.loss_mask.contiguous())
+    def _inputs_and_targets(self, micro_batches: Sequence[MicroBatch]) -> Iterator[tuple[Activations, tuple[Tensor, Tensor]]]:
+        """(inputs of the first stage, targets of the last) per micro batch, as DeepSpeed reads them."""
+        self._pipeline.divisors = global_divisors(self.settings.objective, micro_batches, self.mesh, self.device)
+        names = self.settings.inputs
+        return iter([(batch_flow(b, names), (b.labels.contiguous(), b.loss_mask.contiguous())) for b in micro_batches])
 
-    def train_step(self, batches: Iterator[MicroBatch], lr: float) -> StepResult:
+    def train_step(self, micro_batches: Sequence[MicroBatch], lr: float) -> StepResult:
         """One optimizer step; see `Engine.train_step`."""
-        feed = iter(list(self._feed(batches, self.gradient_accumulation)))
+        self.check_step(micro_batches)
+        pairs = self._inputs_and_targets(micro_batches)
         set_learning_rate(self._zero, lr)
         self.phase("forward/backward")
         self._parts.reset()
-        loss = self._engine.train_batch(data_iter=feed)
-        if self._parts.names:
-            self.loss_parts = self._mean_parts()
+        loss = self._engine.train_batch(data_iter=pairs)
+        self._set_loss_parts()
         skipped = self._refused if self._engine.was_step_applied() else True
         return StepResult(loss.detach(), self._engine.get_global_grad_norm(), skipped)
 
-    def eval_loss(self, batches: Iterator[MicroBatch], count: int) -> float:
-        """Loss over `count` micro batches of every data-parallel rank; see `Engine.eval_loss`."""
-        feed = iter(list(self._feed(batches, count)))
-        loss = float(self._engine.eval_batch(feed, num_micro_batches=count))
+    def eval_loss(self, micro_batches: Sequence[MicroBatch]) -> EvalResult:
+        """Loss over the micro batches of every data-parallel rank; see `Engine.eval_loss`."""
+        pairs = self._inputs_and_targets(micro_batches)
+        self._parts.reset()
+        loss = float(self._engine.eval_batch(pairs, num_micro_batches=len(micro_batches)))
         self._engine.module.train()
-        return loss
+        return self._eval_result(loss)
 
     def describe(self) -> str:
         """One line for the log."""

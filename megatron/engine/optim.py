@@ -65,7 +65,11 @@ def parameter_groups(
     """Two groups, decayed and not, of the given tensors in their order; empty groups are left out.
 
     Args:
-        tensors: logical name -> what the optimizer updates. rule: see `decays`. first: names at the front of their group.
+        tensors: logical name -> tensor that the optimizer updates.
+        specs: logical name -> spec.
+        weight_decay: of the decayed group.
+        rule: see `decays`.
+        first: names at the front of their group.
     """
     names = sorted(tensors, key=lambda name: name not in first)  # stable: only `first` moves
     groups = []
@@ -79,10 +83,11 @@ def parameter_groups(
 class FusedAdamW(torch.optim.AdamW):
     """torch's AdamW with its fused kernel called directly.
 
-    The state is torch's (`step`, `exp_avg`, `exp_avg_sq` per tensor) and so are the numbers, bit for bit. Torch's own `step`
+    The state is torch's (`step`, `exp_avg`, `exp_avg_sq` per tensor) and the numbers are bitwise identical. Torch's own `step`
     imports its compiler first, a second of every process's start.
 
-    skip: asked at every step; where it gives 1.0 the kernel leaves parameters and state as they are, bitwise.
+    Attributes:
+        skip: called at every step; where it returns 1.0 the kernel leaves parameters and state bitwise unchanged.
     """
 
     skip: Callable[[], Tensor] | None = None
@@ -90,7 +95,7 @@ class FusedAdamW(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """One update of every tensor that has a gradient; closures are not used here."""
-        found = None if self.skip is None else self.skip()
+        found_inf = None if self.skip is None else self.skip()
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
@@ -112,14 +117,14 @@ class FusedAdamW(torch.optim.AdamW):
                 weight_decay=group["weight_decay"],
                 eps=group["eps"],
                 maximize=False,
-                found_inf=found,
+                found_inf=found_inf,
             )
-            if found is not None:  # a step that was not taken is not counted
-                torch._foreach_sub_(steps, [found] * len(steps))
+            if found_inf is not None:  # a skipped step is not counted
+                torch._foreach_sub_(steps, [found_inf] * len(steps))
 
     @torch.no_grad()
     def state_of(self, param: Tensor) -> dict[str, Tensor]:
-        """`step` and moments of a tensor, made at the first request."""
+        """`step` and moments of a tensor, zeros at the first call."""
         state = self.state[param]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)

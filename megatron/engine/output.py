@@ -1,20 +1,21 @@
-"""From what the last stage gives to the loss of a micro batch: one place for all engines.
+"""From the last stage's output to the loss of a micro batch, for all engines.
 
-That is logits, or, with `loss_chunk_tokens`, the hidden states in front of the output projection, whose logits then exist for a
+The output is logits, or, with `loss_chunk_tokens`, the hidden states in front of the LM head, whose logits then exist for a
 block of tokens at a time.
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 from torch import Tensor
 
 from megatron.engine.base import EngineSettings
 from megatron.engine.stages import LocalModel
 from megatron.errors import ConfigError
-from megatron.model.loss import token_loss
-from megatron.model.objectives import objective_loss
-from megatron.parallel.linear_loss import linear_token_loss
-from megatron.parallel.loss import check_labels, vocab_parallel_token_loss
+from megatron.model.linear_loss import linear_token_loss
+from megatron.model.objectives import MeanLoss, objective_loss
+from megatron.model.parallel_loss import vocab_parallel_token_loss
 from megatron.parallel.mesh import Mesh
 
 
@@ -22,17 +23,25 @@ def check_output(settings: EngineSettings) -> None:
     """Refuse `loss_chunk_tokens` where something else needs the logits, or the matrix is not there outside its own forward.
 
     Raises:
-        ConfigError: what stands against it.
+        ConfigError: with the reason.
     """
     if not settings.loss_chunk_tokens:
         return
-    why = ""
+    reason = ""
     if settings.zero_stage == 3:
-        why = "ZeRO-3 gathers the output projection for its own forward only"
-    if getattr(settings.objective, "tally", None) is not None:
-        why = "a synthetic task counts right answers in the logits, which never exist as a whole"
-    if why:
-        raise ConfigError("loss_chunk_tokens cannot be used here", why=why, hint="loss_chunk_tokens: 0")
+        reason = "ZeRO-3 gathers the output projection for its own forward only"
+    if settings.objective.count_answers:
+        reason = "a synthetic task counts right answers in the logits, which are never formed together"
+    if reason:
+        raise ConfigError("loss_chunk_tokens cannot be used here", why=reason, hint="loss_chunk_tokens: 0")
+
+
+def _mean_loss(settings: EngineSettings, local: LocalModel, mesh: Mesh) -> MeanLoss:
+    """Mean loss over the counted tokens of (output of the last stage, labels, mask)."""
+    if not settings.loss_chunk_tokens:
+        return partial(vocab_parallel_token_loss, group=mesh.tp_group)
+    block, backend, matrix = settings.loss_chunk_tokens, settings.kernel_backend, local.output_matrix()
+    return lambda x, y, w: linear_token_loss(x, matrix, y, w, mesh.tp_group, block=block, backend=backend)
 
 
 def local_loss(
@@ -44,7 +53,7 @@ def local_loss(
     mask: Tensor,
     divisors: Tensor | None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """(loss of one micro batch, its parts), from what the last stage gives.
+    """Loss of one micro batch and its parts, see `objective_loss`.
 
     Args:
         settings: the engine's.
@@ -55,18 +64,5 @@ def local_loss(
         mask: weights [b, s].
         divisors: of the step, see `global_divisors`.
     """
-    group, block = mesh.tp_group, settings.loss_chunk_tokens
-    if group is None:
-        check_labels(labels, mask, local.config.vocab_size)
-    if block:
-        matrix = local.output_matrix()
-
-        def of_hidden(x: Tensor, y: Tensor, w: Tensor | None) -> Tensor:
-            return linear_token_loss(x, matrix, y, w, group, block=block, backend=settings.kernel_backend)
-
-        return objective_loss(settings.objective, logits, labels, mask, of_hidden, divisors)
-
-    def mean(x: Tensor, y: Tensor, w: Tensor | None) -> Tensor:
-        return token_loss(x, y, w) if group is None or w is None else vocab_parallel_token_loss(x, y, w, group)
-
-    return objective_loss(settings.objective, logits, labels, mask, mean, divisors)
+    mean = _mean_loss(settings, local, mesh)
+    return objective_loss(settings.objective, logits, labels, mask, mean, divisors, mesh.tp_group)

@@ -1,36 +1,37 @@
 """One process, plain PyTorch: the default engine for one process, and the reference of every parallel result.
 
-fp32 trains as it stands. bf16 and fp16 keep fp32 master weights and sum micro batch gradients in fp32; fp16 adds a
+fp32 trains directly. bf16 and fp16 keep fp32 master weights and sum micro batch gradients in fp32; fp16 adds a
 loss scale that halves on overflow and doubles after a quiet window. A step whose gradients are not finite is skipped
-in every precision, as DeepSpeed does, and so is one that is beyond `Engine.limits`.
+in every precision, as DeepSpeed does, and so is one above `Engine.limits`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from megatron.data.micro_batch import MicroBatch
 from megatron.engine.base import (
     MOMENTS,
     Engine,
     EngineSettings,
-    MicroBatch,
+    EvalResult,
     OptimizerSlice,
     StepResult,
     batch_flow,
     check_names,
     check_slice,
     copy_all,
-    take_micro_batches,
 )
 from megatron.engine.loss_scale import LossScale
 from megatron.engine.optim import build_optimizer, parameter_groups, set_learning_rate
 from megatron.engine.output import local_loss
 from megatron.engine.skip_step import should_skip
 from megatron.engine.stages import build_local, run_stages
+from megatron.model.accuracy import ANSWER_COUNTS
 from megatron.model.config import ModelConfig
 from megatron.model.objectives import LossParts, global_divisors
 from megatron.parallel.mesh import Mesh
@@ -57,7 +58,7 @@ class SingleProcessEngine(Engine):
             self._masters = {name: p.detach().float() for name, p in self._parameters.items()}
         groups = parameter_groups(self._masters, self.specs, settings.weight_decay, settings.weight_decay_rule)
         self.optimizer = build_optimizer(groups, settings)
-        self._parts = LossParts(settings.objective.parts)
+        self._parts = LossParts()
         self.loss_scale = LossScale.from_settings(settings)
 
     def parameters(self) -> Mapping[str, nn.Parameter]:
@@ -66,7 +67,7 @@ class SingleProcessEngine(Engine):
 
     def _loss(self, batch: MicroBatch, divisors: Tensor | None) -> Tensor:
         """Loss of one micro batch; divisors: of the step."""
-        activations = tuple(part.to(self.device) for part in batch_flow(batch, self.settings.inputs))
+        activations = tuple(tensor.to(self.device) for tensor in batch_flow(batch, self.settings.inputs))
         labels, mask = batch.labels.to(self.device), batch.loss_mask.to(self.device)
         interval = self.settings.activation_checkpoint_interval
         logits = run_stages(self.local.stages, activations, interval, keep_rng=self.local.draws)
@@ -75,25 +76,25 @@ class SingleProcessEngine(Engine):
         self._parts.add(parts)
         return loss
 
-    def train_step(self, batches: Iterator[MicroBatch], lr: float) -> StepResult:
+    def train_step(self, micro_batches: Sequence[MicroBatch], lr: float) -> StepResult:
         """One optimizer step; see `Engine.train_step`."""
-        count = self.gradient_accumulation
+        self.check_step(micro_batches)
+        count = len(micro_batches)
         self.phase("forward/backward")
         self.stages.train()
         total = torch.zeros((), device=self.device)
         self._parts.reset()
-        taken = take_micro_batches(batches, count)
-        divisors = global_divisors(self.settings.objective, taken, self.mesh, self.device)
-        for batch in taken:
+        divisors = global_divisors(self.settings.objective, micro_batches, self.mesh, self.device)
+        for batch in micro_batches:
             loss = self._loss(batch, divisors)
             (loss * (self.loss_scale.value / count)).backward()
             total += loss.detach()
             if self._low:
                 self._gather_gradients()
         self.phase("step")
-        if self._parts.names:
-            means = self._parts.sums(self.device) / count
-            self.loss_parts = dict(zip(self._parts.names, means.tolist(), strict=True))
+        if names := self.settings.objective.parts:
+            means = self._parts.sums(names, self.device) / count
+            self.loss_parts = dict(zip(names, means.tolist(), strict=True))
         loss, norm = total / count, self._norm()
         skipped = bool(should_skip(loss, norm, self.limits))
         if not skipped:
@@ -125,7 +126,7 @@ class SingleProcessEngine(Engine):
 
     @torch.no_grad()
     def _norm(self) -> Tensor:
-        """The norm of all gradients, the loss scale taken out, before clipping."""
+        """Global L2 norm of the gradients before clipping, without the loss scale."""
         return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(self._gradients()))) / self.loss_scale.value
 
     @torch.no_grad()
@@ -145,17 +146,18 @@ class SingleProcessEngine(Engine):
                 param.copy_(self._masters[name])
 
     @torch.no_grad()
-    def eval_loss(self, batches: Iterator[MicroBatch], count: int) -> float:
-        """Loss over `count` micro batches; see `Engine.eval_loss`."""
+    def eval_loss(self, micro_batches: Sequence[MicroBatch]) -> EvalResult:
+        """Loss over the micro batches; see `Engine.eval_loss`."""
         self.stages.eval()
-        taken = take_micro_batches(batches, count)
-        divisors = global_divisors(self.settings.objective, taken, self.mesh, self.device)
-        total = sum(float(self._loss(batch, divisors)) for batch in taken)
+        self._parts.reset()
+        divisors = global_divisors(self.settings.objective, micro_batches, self.mesh, self.device)
+        total = sum(float(self._loss(batch, divisors)) for batch in micro_batches)
         self.stages.train()
-        return total / count
+        right, answers = self._parts.sums(ANSWER_COUNTS, self.device, torch.float64).tolist()
+        return EvalResult(total / len(micro_batches), int(right), int(answers))
 
     def optimizer_slices(self) -> dict[str, OptimizerSlice]:
-        """Every parameter, whole."""
+        """Every parameter as one slice."""
         return {name: self._slice(master) for name, master in self._masters.items()}
 
     def _slice(self, master: Tensor) -> OptimizerSlice:
@@ -169,17 +171,17 @@ class SingleProcessEngine(Engine):
             check_slice(name, (0, master.numel()), slices[name])
         pairs = []
         for name, master in self._masters.items():
-            part, state = slices[name], self.optimizer.state_of(master)
-            pairs += [(state[moment].view(-1), part.moments[moment]) for moment in MOMENTS]
-            pairs.append((master.detach().view(-1), part.master))
-            state["step"].fill_(part.step)
+            given, state = slices[name], self.optimizer.state_of(master)
+            pairs += [(state[moment].view(-1), given.moments[moment]) for moment in MOMENTS]
+            pairs.append((master.detach().view(-1), given.master))
+            state["step"].fill_(given.step)
         copy_all(pairs)
         with torch.no_grad():
             self._copy_masters_down()
 
     @torch.no_grad()
     def refresh_master_from_weights(self) -> None:
-        """Masters become the weights; moments are forgotten."""
+        """Masters become the weights; moments start at zero."""
         for name, param in self._parameters.items():
             self._masters[name].copy_(param)
         self.optimizer.state.clear()

@@ -1,7 +1,7 @@
-"""Whether a step may change the weights: decided from the global loss and gradient norm, on the device, before it does.
+"""Whether to skip a step: decided on the device from the global loss and gradient norm, before the weights change.
 
-Both numbers are the same on every rank when the optimizer runs, so every rank decides alike without a message of its own, and
-the decision is a tensor that the fused optimizer kernel reads: nobody waits for the device.
+Both numbers are the same on every rank when the optimizer runs, so every rank decides alike without another collective, and the
+decision is a tensor that the fused optimizer kernel reads (`found_inf`): no rank waits for the device.
 """
 
 from __future__ import annotations

@@ -1,12 +1,11 @@
-"""From a model's description to the stages that live on this rank: cut, partitioned over the pipeline, materialised.
+"""From a model's description to this rank's stages: sharded, partitioned over the pipeline, initialised.
 
-Both engines build their model here, so a parameter starts from the same number whatever runs it. The whole model is made on the
-meta device; only the parameters of this rank's stages and of its tensor-parallel part ever take memory.
+All engines build their model here, so a parameter has the same initial value on every mesh. The complete model is built on the
+meta device; only the parameters of this rank's stages and of its tensor-parallel shard take memory.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -20,6 +19,7 @@ from megatron.layers.base import Layer
 from megatron.model.build import build_model, check_tensor_parallel, param_specs
 from megatron.model.config import ModelConfig
 from megatron.model.init import init_weights
+from megatron.model.partition import balanced_bounds, stage_costs
 from megatron.model.stages import Activations, BlockStage, LastStage, Stage, StageModule, stages_of
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.sequence import check_sequence_parallel, sum_replicated_gradients
@@ -27,79 +27,6 @@ from megatron.parallel.shard_spec import ParamSpec
 from megatron.parallel.tensor import local_slice, shard_model
 
 EMBEDDING = "model.embed_tokens.weight"
-_DEFAULT_METHOD = "type:transformer|mlp"
-
-
-def balanced_bounds(costs: Sequence[float], parts: int) -> list[int]:
-    """Cut a list into `parts` contiguous, non-empty pieces: the smallest largest piece, then the smallest sum of squares.
-
-    Every piece must cost something, so entries of cost 0 (an embedding, a weight-less norm) join their neighbours.
-
-    Returns:
-        `parts + 1` bounds, from 0 to `len(costs)`.
-
-    Raises:
-        ConfigError: there are fewer costly entries than parts.
-    """
-    total = [0.0]
-    for cost in costs:
-        total.append(total[-1] + cost)
-    if sum(cost > 0 for cost in costs) < parts:
-        raise ConfigError(
-            f"{sum(cost > 0 for cost in costs)} layers cannot fill {parts} pipeline stages",
-            hint="lower pipe_parallel_size or add layers",
-        )
-    smallest_peak = _best(total, parts, limit=None)[0]
-    return _best(total, parts, limit=smallest_peak)[1]
-
-
-def _best(total: Sequence[float], parts: int, limit: float | None) -> tuple[float, list[int]]:
-    """Dynamic programme over (pieces so far, end): the least peak (limit None), or the least sum of squares under a peak."""
-    n = len(total) - 1
-    table: list[tuple[float, list[int]] | None] = [(0.0, [0])] + [None] * n
-    for _ in range(parts):
-        new: list[tuple[float, list[int]] | None] = [None] * (n + 1)
-        for start, before in enumerate(table):
-            for end in range(start + 1, n + 1) if before is not None else ():
-                cost = total[end] - total[start]
-                if before is None or cost <= 0 or (limit is not None and cost > limit):
-                    continue
-                value = max(before[0], cost) if limit is None else before[0] + cost * cost
-                known = new[end]
-                if known is None or value < known[0]:
-                    new[end] = (value, [*before[1], end])
-        table = new
-    best = table[n]
-    assert best is not None
-    return best
-
-
-def stage_costs(method: str, stages: Sequence[Stage], config: ModelConfig) -> list[float]:
-    """Weight of each stage in the partition, by NeoX's `pipe_partition_method`.
-
-    `type:REGEX` counts the blocks whose class or mixer name matches (NeoX's default, `type:transformer|mlp`, counts every
-    block); `parameters` counts parameters; `uniform` counts entries of the list, embedding, norm and output included.
-
-    Raises:
-        ConfigError: unknown method, or a pattern that matches nothing.
-    """
-    word = method.lower()
-    if word == "uniform":
-        return [1.0] * len(stages)
-    if word == "parameters":
-        return [float(sum(p.numel() for p in stage.module.parameters())) for stage in stages]
-    if not word.startswith("type:"):
-        raise ConfigError(f"unknown pipe_partition_method '{method}'", hint="type:REGEX, uniform or parameters")
-    pattern = re.compile(".*" if word == _DEFAULT_METHOD else method[5:], re.IGNORECASE)
-    costs = [0.0] * len(stages)
-    for i, stage in enumerate(stages):
-        if isinstance(stage.module, BlockStage):
-            mixer = config.layer_types[stage.index - 2]
-            names = (mixer, type(stage.module).__name__, type(stage.module.body.token_mixer).__name__)
-            costs[i] = float(any(pattern.search(name) for name in names))
-    if not any(costs):
-        raise ConfigError(f"pipe_partition_method '{method}' matches no layer", hint="use type:transformer|mlp or parameters")
-    return costs
 
 
 def _run_chain(stages: Sequence[nn.Module], activations: Activations | Tensor) -> Activations | Tensor:
@@ -111,25 +38,30 @@ def _run_chain(stages: Sequence[nn.Module], activations: Activations | Tensor) -
 def run_stages(
     stages: Sequence[nn.Module], activations: Activations, interval: int = 0, keep_rng: bool = False
 ) -> Activations | Tensor:
-    """Pass `activations` through the stages; with `interval` n, runs of n blocks keep only their input and are recomputed
-    backward.
+    """Pass `activations` through the stages; with `interval` n, segments of n blocks store their input only and recompute.
 
-    The non-reentrant form is used: the reentrant one loses the gradient of a piece whose inputs need none (DeepSpeed's
-    default).
+    The non-reentrant form is used: the reentrant one (DeepSpeed's default) loses the gradient of a segment whose inputs need
+    none.
+
+    Args:
+        stages: in order.
+        activations: input of the first.
+        interval: blocks per recomputed segment; 0 stores all activations.
+        keep_rng: a recomputed segment draws the same random numbers (dropout) as its first pass.
     """
     if not interval or not torch.is_grad_enabled():
         return _run_chain(stages, activations)
     out: Activations | Tensor = activations
     at = 0
     while at < len(stages):
-        piece = [stages[at]]
-        while len(piece) < interval and at + len(piece) < len(stages) and isinstance(stages[at + len(piece)], BlockStage):
-            piece.append(stages[at + len(piece)])
-        at += len(piece) if isinstance(piece[0], BlockStage) else 1
-        if isinstance(piece[0], BlockStage):
-            out = checkpoint(_run_chain, piece, out, use_reentrant=False, preserve_rng_state=keep_rng)
+        segment = [stages[at]]
+        while len(segment) < interval and at + len(segment) < len(stages) and isinstance(stages[at + len(segment)], BlockStage):
+            segment.append(stages[at + len(segment)])
+        at += len(segment) if isinstance(segment[0], BlockStage) else 1
+        if isinstance(segment[0], BlockStage):
+            out = checkpoint(_run_chain, segment, out, use_reentrant=False, preserve_rng_state=keep_rng)
         else:
-            out = piece[0](out)
+            out = segment[0](out)
     return out
 
 
@@ -137,8 +69,14 @@ def run_stages(
 class LocalModel:
     """This rank's part of the model.
 
-    bounds: pipeline cuts of the stage list. stages: this rank's stage modules, in order. parameters: logical name -> parameter.
-    tied_copy: the last stage holds a copy of the embedding that another rank owns.
+    Attributes:
+        config: the complete model.
+        specs: logical name -> spec, of all parameters.
+        all_stages: the complete model's, in order, on the meta device unless they are this rank's.
+        bounds: pipeline bounds of `all_stages`.
+        stages: this rank's stage modules, in order.
+        parameters: logical name -> this rank's parameter.
+        tied_copy: the last stage holds a copy of the embedding that another rank owns.
     """
 
     config: ModelConfig
@@ -151,7 +89,7 @@ class LocalModel:
 
     @property
     def draws(self) -> bool:
-        """Does a forward pass in training draw random numbers, so that a recomputed one must draw the same?"""
+        """Whether a forward pass in training draws random numbers, which a recomputed one must repeat."""
         blocks = [stage.body for stage in self.stages if isinstance(stage, BlockStage)]
         return any(b.dropout or b.token_mixer.draws_random() for b in blocks)  # type: ignore[union-attr,operator]
 
@@ -163,7 +101,7 @@ class LocalModel:
 
 
 def check_mesh(config: ModelConfig, mesh: Mesh) -> None:
-    """Raise ConfigError when the model cannot be cut as the mesh asks, before anything is built."""
+    """Raise ConfigError when the model cannot be sharded over the mesh, before anything is built."""
     check_tensor_parallel(config, mesh.tp)
     if config.num_layers < mesh.pp:
         raise ConfigError(

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from megatron.evaluation.forward import Rows
+from megatron.evaluation.forward import ForwardBatch
 from megatron.evaluation.options import Prefix
 from megatron.generation.prompts import fill_prompt, filler_mask, left_pad
 
@@ -84,7 +84,7 @@ def score_batches(rows: Sequence[ScoreRow], size: int) -> Iterator[list[ScoreRow
         yield batch
 
 
-def score_tensors(batch: Sequence[ScoreRow]) -> tuple[Rows, torch.Tensor, torch.Tensor]:
+def score_tensors(batch: Sequence[ScoreRow]) -> tuple[ForwardBatch, torch.Tensor, torch.Tensor]:
     """(rows padded on the right, positions [m, 2], targets [m]) of one batch, spans in order."""
     longest = max(len(row.tokens) for row in batch)
     tokens = torch.tensor([row.tokens + [0] * (longest - len(row.tokens)) for row in batch])
@@ -97,13 +97,13 @@ def score_tensors(batch: Sequence[ScoreRow]) -> tuple[Rows, torch.Tensor, torch.
             positions += [(number, first + i) for i in range(len(span_targets))]
             targets += span_targets
     inputs = {"prefix_length": batch[0].prefix, "prefix_mask": prefix_mask}
-    return Rows(tokens, None, inputs), torch.tensor(positions), torch.tensor(targets)
+    return ForwardBatch(tokens, None, inputs), torch.tensor(positions), torch.tensor(targets)
 
 
-def prompt_rows(prompts: Sequence[Sequence[int]], prefix: Prefix) -> Rows:
+def prompt_rows(prompts: Sequence[Sequence[int]], prefix: Prefix) -> ForwardBatch:
     """Prompts for generation, filled according to `prefix` and padded on the left with a mask."""
     filled = [fill_prompt(prompt, prefix.mode, prefix.length, prefix.filler) for prompt in prompts]
     cpu = torch.device("cpu")
     tokens, mask = left_pad([row for row, _ in filled], 0, cpu)
     hidden = filler_mask([count for _, count in filled], [len(row) for row, _ in filled], cpu)
-    return Rows(tokens, mask, {"prefix_length": prefix.length or None, "prefix_mask": hidden})
+    return ForwardBatch(tokens, mask, {"prefix_length": prefix.length or None, "prefix_mask": hidden})

@@ -25,6 +25,7 @@ from megatron.layers.base import Context, State, input_names, inputs_of
 from megatron.model.build import build_model, check_tensor_parallel, param_specs
 from megatron.model.config import ModelConfig
 from megatron.model.lm import LanguageModel, embed, run_blocks, step_blocks
+from megatron.model.partition import block_bounds, stage_ranks
 from megatron.parallel.mesh import Mesh, rank_of
 from megatron.parallel.shard_spec import ParamSpec
 from megatron.parallel.tensor import local_slice, shard_model
@@ -36,7 +37,7 @@ _EMBEDDING = "model.embed_tokens.weight"
 
 
 @dataclass(frozen=True)
-class Rows:
+class ForwardBatch:
     """Inputs of one pass.
 
     Attributes:
@@ -49,10 +50,10 @@ class Rows:
     mask: Tensor | None = None
     inputs: Mapping[str, Tensor | int | None] = field(default_factory=dict)
 
-    def to(self, device: torch.device) -> Rows:
+    def to(self, device: torch.device) -> ForwardBatch:
         """The same on another device."""
         inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in self.inputs.items()}
-        return Rows(self.tokens.to(device), None if self.mask is None else self.mask.to(device), inputs)
+        return ForwardBatch(self.tokens.to(device), None if self.mask is None else self.mask.to(device), inputs)
 
 
 class Forward:
@@ -70,7 +71,7 @@ class Forward:
         self.model, self.mesh, self.device, self.backend = model, mesh, device, backend
         self.config = model.config
         self.vocab_size = min(vocab_size or model.config.vocab_size, model.config.vocab_size)
-        start, stop = block_range(model.config.num_layers, mesh.pp, mesh.pp_rank)
+        start, stop = block_bounds(model.config.num_layers, mesh.pp)[mesh.pp_rank :][:2]
         self.blocks = model.model.blocks()[start:stop]
         self.mixers = [block.token_mixer for block in model.model.blocks()]
         self.input_names = input_names(self.mixers)
@@ -84,7 +85,7 @@ class Forward:
 
     # called by the leading rank
 
-    def score(self, rows: Rows, places: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def score(self, rows: ForwardBatch, places: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Score targets.
 
         Args:
@@ -99,13 +100,13 @@ class Forward:
         scores = self._score(rows, places, targets).cpu()
         return scores[0], scores[1] > 0
 
-    def prefill(self, rows: Rows) -> Tensor:
+    def prefill(self, rows: ForwardBatch) -> Tensor:
         """Logits [b, n] in fp32 or fp64 after each row; stores the state for `advance`."""
         return self._prefill(self._announce(_PREFILL, rows)[0])
 
     def advance(self, tokens: Tensor) -> Tensor:
         """Logits [b, n] after one more token [b] per row."""
-        return self._advance(self._announce(_ADVANCE, Rows(tokens[:, None]))[0].tokens[:, 0])
+        return self._advance(self._announce(_ADVANCE, ForwardBatch(tokens[:, None]))[0].tokens[:, 0])
 
     def stop(self) -> None:
         """Release the other ranks."""
@@ -130,7 +131,7 @@ class Forward:
     # the passes, identical on all ranks
 
     @torch.inference_mode()
-    def _score(self, rows: Rows, places: Tensor, targets: Tensor) -> Tensor:
+    def _score(self, rows: ForwardBatch, places: Tensor, targets: Tensor) -> Tensor:
         x, _ = self._run(rows, None)
         scores = torch.zeros(2, len(targets), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
         scores = scores.to(self.device)
@@ -144,7 +145,7 @@ class Forward:
         return self._from_last(scores)
 
     @torch.inference_mode()
-    def _prefill(self, rows: Rows) -> Tensor:
+    def _prefill(self, rows: ForwardBatch) -> Tensor:
         batch = len(rows.tokens)
         sample = next(self.blocks[0].parameters())
         self._state = [block.token_mixer.init_state(batch, sample.dtype, self.device) for block in self.blocks]
@@ -166,7 +167,7 @@ class Forward:
         self._to_next(x)
         return self._next_logits(x)
 
-    def _run(self, rows: Rows, state: list[State] | None) -> tuple[Tensor, list[State]]:
+    def _run(self, rows: ForwardBatch, state: list[State] | None) -> tuple[Tensor, list[State]]:
         """Run this rank's blocks on x [b, s, d] from the embedding or the previous stage."""
         ctx = Context(rows.mask, backend=self.backend, inputs=inputs_of(self.mixers, rows.inputs))
         inner, own_count = self.model.model, len(self.blocks)
@@ -234,8 +235,8 @@ class Forward:
         return self._share(line).tolist()
 
     def _announce(
-        self, kind: int, rows: Rows, places: Tensor | None = None, targets: Tensor | None = None
-    ) -> tuple[Rows, Tensor, Tensor]:
+        self, kind: int, rows: ForwardBatch, places: Tensor | None = None, targets: Tensor | None = None
+    ) -> tuple[ForwardBatch, Tensor, Tensor]:
         """Send the inputs of a pass to the other ranks; returns them on this rank's device."""
         rows = rows.to(self.device)
         none = torch.zeros(0, 3, dtype=torch.long)
@@ -249,10 +250,10 @@ class Forward:
                     self._share(value.to(torch.long).contiguous())
         return rows, table[:, :2], table[:, 2]
 
-    def _receive(self) -> tuple[int, Rows, Tensor, Tensor]:
+    def _receive(self) -> tuple[int, ForwardBatch, Tensor, Tensor]:
         kind, b, s, masked, m, *encoded = self._header([])
         if kind == _STOP:
-            return kind, Rows(torch.zeros(0, 0)), torch.zeros(0, 2), torch.zeros(0)
+            return kind, ForwardBatch(torch.zeros(0, 0)), torch.zeros(0, 2), torch.zeros(0)
 
         def get(*shape: int) -> Tensor:
             return self._share(torch.zeros(*shape, dtype=torch.long, device=self.device))
@@ -262,7 +263,7 @@ class Forward:
         numbers = {_TENSOR: lambda: get(b, s), _NOTHING: lambda: None}
         inputs = {name: numbers.get(n, lambda n=n: n)() for name, n in zip(self.input_names, encoded, strict=True)}
         table = get(m, 3)
-        return kind, Rows(tokens, mask, inputs), table[:, :2], table[:, 2]
+        return kind, ForwardBatch(tokens, mask, inputs), table[:, :2], table[:, 2]
 
 
 _NOTHING, _TENSOR = -1, -2
@@ -271,11 +272,6 @@ _NOTHING, _TENSOR = -1, -2
 def _encoded(value: Tensor | int | None) -> int:
     """Encode an input as a number: its value, or a code for None, or a code for a tensor that follows."""
     return _TENSOR if isinstance(value, Tensor) else _NOTHING if value is None else int(value)
-
-
-def block_range(layers: int, pp: int, pp_rank: int) -> tuple[int, int]:
-    """The blocks [start, stop) of a pipeline rank, split evenly."""
-    return layers * pp_rank // pp, layers * (pp_rank + 1) // pp
 
 
 def open_forward(
@@ -325,13 +321,7 @@ def open_forward(
 
 
 def _own_names(config: ModelConfig, specs: Mapping[str, ParamSpec], mesh: Mesh) -> set[str]:
-    """Logical names of the parameters of this rank."""
-    start, stop = block_range(config.num_layers, mesh.pp, mesh.pp_rank)
-    tied = {_EMBEDDING} if config.tie_embeddings else set()
-    names = set()
-    for name, spec in specs.items():
-        block = spec.stage - 2
-        ends = (spec.stage == 0 and mesh.pp_rank == 0) or (block >= config.num_layers and mesh.pp_rank == mesh.pp - 1)
-        if ends or (start <= block < stop and spec.stage >= 2):
-            names.add(name)
-    return names | (tied if mesh.pp_rank == mesh.pp - 1 else set())
+    """Logical names of the parameters that this rank runs."""
+    ranks = stage_ranks((spec.stage for spec in specs.values()), config.num_layers, mesh.pp)
+    names = {name for name, spec in specs.items() if ranks[spec.stage] == mesh.pp_rank}
+    return names | {_EMBEDDING} if config.tie_embeddings and mesh.pp_rank == mesh.pp - 1 else names

@@ -24,9 +24,9 @@ from tqdm import tqdm
 from megatron.data.tokenizers import Tokenizer
 from megatron.errors import ConfigError
 from megatron.evaluation.batching import prompt_rows, score_batches, score_row, score_tensors, share_rows
-from megatron.evaluation.forward import Forward
+from megatron.evaluation.forward import Forward, ForwardBatch
 from megatron.evaluation.options import HarnessOptions
-from megatron.generation.sample import Sampling, choose
+from megatron.generation.sample import Sampling, decode
 
 _KNOWN = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p", "use_cache"}
 
@@ -159,20 +159,15 @@ class HarnessLM(TemplateLM):
         """Continue a batch; `first` numbers its seeds."""
         max_prompt = self.max_length - plan.count
         truncated = [list(prompt)[-max_prompt:] or [self.prefix_token_id] for prompt in prompts]
-        generators = [torch.Generator().manual_seed(plan.sampling.seed + first + i) for i in range(len(truncated))]
-        generated: list[list[int]] = [[] for _ in truncated]
-        active = [True] * len(truncated)
-        logits = self.forward.prefill(prompt_rows(truncated, self.options.prefix))
-        while True:
-            chosen = choose(logits, plan.sampling, generators)
-            for row, token in enumerate(chosen.tolist()):
-                if active[row]:
-                    generated[row].append(token)
-                    active[row] = self._continues(generated[row], plan)
-            if not any(active):
-                break
-            logits = self.forward.advance(chosen)
-        return [postprocess_generated_text(self.tok_decode(row), plan.until, None) for row in generated]
+        new: list[list[int]] = [[] for _ in truncated]
+
+        def accept(row: int, token: int, _: Tensor) -> bool:
+            new[row].append(token)
+            return self._continues(new[row], plan)
+
+        batch = _Prompts(self.forward, prompt_rows(truncated, self.options.prefix))
+        decode(batch, plan.sampling, first, [True] * len(truncated), accept)
+        return [postprocess_generated_text(self.tok_decode(row), plan.until, None) for row in new]
 
     def _continues(self, generated: Sequence[int], plan: _Plan) -> bool:
         if len(generated) >= plan.count or (self.options.stop_at_eod and generated[-1] == self.tokens.eod):
@@ -197,6 +192,22 @@ class HarnessLM(TemplateLM):
     def barrier(self) -> None:
         """Wait for all replicas."""
         dist.barrier(group=self.forward.mesh.dp_group)
+
+
+@dataclass(frozen=True)
+class _Prompts:
+    """A batch of prompts for a model over a mesh, with the methods that `generation/sample.py` decodes with."""
+
+    forward: Forward
+    rows: ForwardBatch
+
+    def prefill(self) -> Tensor:
+        """Logits [b, n] after the prompts."""
+        return self.forward.prefill(self.rows)
+
+    def advance(self, tokens: Tensor) -> Tensor:
+        """Logits [b, n] after one more token [b] per row."""
+        return self.forward.advance(tokens)
 
 
 @dataclass(frozen=True)

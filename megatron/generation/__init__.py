@@ -1,1 +1,1 @@
-"""Writing text with a trained model: sampling through the recurrent state, prompts from files and people."""
+"""Text generation with a trained model: sampling through the recurrent state, prompts from files or a terminal."""

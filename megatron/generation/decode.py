@@ -20,7 +20,7 @@ from megatron.model.lm import LanguageModel
 
 
 class TokenStep:
-    """`tokens [b]` -> `logits [b, n]`, from a state of its own that each call moves on by one token.
+    """`tokens [b]` -> `logits [b, n]`, from its own state, which each call advances by one token.
 
     A model whose states grow with the text (keys and values of softmax attention) cannot be recorded: its steps stay plain.
     """
@@ -38,7 +38,7 @@ class TokenStep:
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        """Logits after these tokens, a copy that later calls leave alone."""
+        """Logits after these tokens, a copy that later calls do not change."""
         if self.tokens is None:
             self.tokens = tokens.clone()
             self._on_a_side_stream()

@@ -1,4 +1,4 @@
-"""What a checkpoint of any mesh holds, ready to run on one device: its model and the tokenizer that made its data."""
+"""Loads model and tokenizer of a checkpoint of any mesh, ready to run on one device."""
 
 from __future__ import annotations
 
@@ -31,7 +31,11 @@ def filled_model(
     """A `LanguageModel` in evaluation mode holding these full weights (logical name -> tensor; no entry for a tied head).
 
     Args:
-        dtype: of the parameters, None keeps each as it is. where: named in errors.
+        config: the model.
+        weights: complete ones, of one device.
+        dtype: of the parameters, None keeps each as it is.
+        device: of the parameters.
+        where: named in errors.
 
     Raises:
         CheckpointError: a weight is missing, unknown, or of another shape than the configuration says.
@@ -44,8 +48,8 @@ def filled_model(
     try:
         model.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as error:
-        why = "; ".join(line.strip() for line in str(error).splitlines()[1:4])
-        raise CheckpointError("the weights do not fit the model", where=where, why=why) from None
+        reason = "; ".join(line.strip() for line in str(error).splitlines()[1:4])
+        raise CheckpointError("the weights do not fit the model", where=where, why=reason) from None
     if torch.device(device).type == "cuda":
         for module in model.modules():
             if isinstance(module, Layer):
@@ -75,7 +79,8 @@ def stored_tokenizer(folder: Path, kind: str | None = None) -> Tokenizer | None:
     """The tokenizer kept in a checkpoint's `tokenizer/` folder, None when there is none.
 
     Args:
-        folder: that folder, which may be absent. kind: NeoX's `tokenizer_type`; guessed from the files when not known.
+        folder: that folder, which may be absent.
+        kind: NeoX's `tokenizer_type`; guessed from the files when None.
 
     Raises:
         DataError: the files are damaged or of another kind.
@@ -87,8 +92,8 @@ def stored_tokenizer(folder: Path, kind: str | None = None) -> Tokenizer | None:
         return None
     if kind == "HFGPT2Tokenizer":
         return build_tokenizer(kind, folder)
-    mine = [path for path in files if path.suffix == _VOCABULARY.get(kind)] or files
-    vocabulary = min(mine, key=lambda path: len(path.name), default=None)  # a rank file's settings have its name and more
+    candidates = [path for path in files if path.suffix == _VOCABULARY.get(kind)] or files
+    vocabulary = min(candidates, key=lambda path: len(path.name), default=None)  # a rank file's settings have its name and more
     others = [path for path in files if path != vocabulary]
     return build_tokenizer(kind, vocabulary, others[0] if others else None)
 

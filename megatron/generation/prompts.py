@@ -1,4 +1,4 @@
-"""How a prompt is put before a model: padded to one length, and, for prefix (JRT) models, filled up to the prefix's length.
+"""Prepares prompts for a model: padded to one length, and, for prefix (JRT) models, filled up to the prefix's length.
 
 A JRT model was trained on prefixes of one length and reads a shorter prompt better when the prefix is full (arXiv 2407.05483):
 

@@ -2,14 +2,15 @@
 
 The state of a linear-attention model has one size however long the text is, so a step costs the same at token 10 and at
 token 10,000. Prompts of different lengths share a batch by padding on the left, which the mixers treat as an empty history:
-a row of a batch says exactly what the same prompt says alone. Each row has its own random generator, so neither does a
-sampled text depend on its neighbours.
+a row of a batch gives exactly the text of the same prompt alone. Each row has its own random generator, so a sampled text does
+not depend on the other rows either.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -25,13 +26,20 @@ from megatron.model.lm import LanguageModel
 class Sampling:
     """How the next token is chosen; greedy when temperature, top_k and top_p are all 0 (as in GPT-NeoX).
 
-    temperature: divides the logits when > 0. top_k: only the k likeliest, 0 = off. top_p: the smallest set of tokens that
-    holds this probability, 0 = off. maximum_tokens: new tokens per prompt. max_length: prompt and new tokens together,
-    None = no bound. stop_tokens: end a text besides eod; neither they nor eod are part of it. seed: row i draws from seed + i.
-    recompute: run the whole text again for each token instead of a step (slow; a check on the state). return_logits: keep
-    the logits each token was chosen from. prompt_mode, prefix_length: how prompts are put before a prefix (JRT) model, see
-    `generation/prompts.py`; 0 leaves the prefix as the model has it. cuda_graph: on a GPU record the token step once and
-    replay it, see `generation/decode.py`.
+    Attributes:
+        temperature: divides the logits when > 0.
+        top_k: only the k likeliest tokens, 0 = off.
+        top_p: the smallest set of tokens that holds this probability, 0 = off.
+        maximum_tokens: new tokens per prompt.
+        max_length: prompt and new tokens together, None = no limit.
+        stop_tokens: end a text besides eod; neither they nor eod are part of it.
+        seed: row i draws from seed + i.
+        recompute: run the complete text again for each token instead of a step (slow; a check on the state).
+        return_logits: return the logits that each token was chosen from.
+        prompt_mode: how prompts are prepared for a prefix (JRT) model, see `generation/prompts.py`.
+        prefix_length: length of that prefix; 0 is the model's own.
+        backend: path of the operators, see `ops/dispatch.py`.
+        cuda_graph: on a GPU record the token step once and replay it, see `generation/decode.py`.
     """
 
     temperature: float = 0.0
@@ -71,7 +79,14 @@ class Sampling:
 
 @dataclass
 class Generated:
-    """What one prompt became: new tokens (no prompt, no eod), whether it ended by itself, and why it did not."""
+    """Result of one prompt.
+
+    Attributes:
+        tokens: new ones, without prompt and eod.
+        finished: the text ended by itself.
+        message: why it did not.
+        logits: [n] per token, with `return_logits`.
+    """
 
     tokens: list[int] = field(default_factory=list)
     finished: bool = False
@@ -80,7 +95,7 @@ class Generated:
 
 
 def filter_logits(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Logits [b, n] (fp32) after temperature, then top-k, then top-p; what is ruled out becomes -inf."""
+    """Logits [b, n] (fp32) after temperature, then top-k, then top-p; excluded tokens become -inf."""
     if sampling.temperature:
         logits = logits / sampling.temperature
     if sampling.top_k:
@@ -105,14 +120,54 @@ def choose(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Genera
     return torch.cat(drawn).to(logits.device)
 
 
-class _Stepper:
-    """Gives the logits of the next token, by state or (recompute) by running everything again."""
+class NextLogits(Protocol):
+    """A model that is read token by token: one batch of prompts, then one token per row at a time."""
+
+    def prefill(self) -> Tensor:
+        """Logits [b, n] after the prompts."""
+
+    def advance(self, tokens: Tensor) -> Tensor:
+        """Logits [b, n] after one more token [b] per row."""
+
+
+def decode(
+    model: NextLogits,
+    sampling: Sampling,
+    first_row: int,
+    live: Sequence[bool],
+    accept: Callable[[int, int, Tensor], bool],
+    vocab_size: int | None = None,
+) -> None:
+    """Choose token after token until every row has ended.
+
+    Args:
+        model: one batch of prompts.
+        sampling: how a token is chosen; row i draws with the seed `sampling.seed + first_row + i`.
+        first_row: number of the first row among all prompts of the run.
+        live: [b], whether a row wants tokens at all.
+        accept: called with (row, token, the logits [n] it was chosen from); false ends the row.
+        vocab_size: ids from this one on are never chosen; None for all that the model has.
+    """
+    going = list(live)
+    generators = [torch.Generator().manual_seed(sampling.seed + first_row + row) for row in range(len(going))]
+    logits = model.prefill() if any(going) else None
+    while logits is not None:
+        logits = logits[:, :vocab_size]
+        chosen = choose(logits, sampling, generators)
+        for row, token in enumerate(chosen.tolist()):
+            if going[row]:
+                going[row] = accept(row, token, logits[row])
+        logits = model.advance(chosen) if any(going) else None
+
+
+class _Prompts:
+    """A `NextLogits` of prompts before a model on this device, by state or (recompute) by running everything again."""
 
     def __init__(
         self, model: LanguageModel, tokens: Tensor, mask: Tensor | None, hidden: Tensor | None, sampling: Sampling
     ) -> None:
         self.model, self.tokens, self.mask, self.hidden, self.sampling = model, tokens, mask, hidden, sampling
-        # what stands in the prompt is the prefix, also when the text is run again with more behind it
+        # the prompt is the prefix, also when the text is run again with more tokens after it
         self.prefix = min(sampling.prefix_length, tokens.shape[1]) or None
         self.mixers = [block.token_mixer for block in model.model.blocks()]
         self.state: list[State] | None = None
@@ -120,27 +175,27 @@ class _Stepper:
         if not sampling.recompute:
             self.state = model.init_state(tokens.shape[0])
 
-    def prompt(self) -> Tensor:
+    def prefill(self) -> Tensor:
         """Logits [b, n] after the prompts."""
         inputs = inputs_of(self.mixers, {"prefix_length": self.prefix, "prefix_mask": self.hidden})
         ctx = Context(self.mask, backend=self.sampling.backend, inputs=inputs)
         logits, self.state = self.model(self.tokens, ctx, self.state)
         return logits[:, -1]
 
-    def next(self, chosen: Tensor) -> Tensor:
+    def advance(self, tokens: Tensor) -> Tensor:
         """Logits [b, n] after one more token [b] per row."""
         if self.state is not None:
-            if chosen.is_cuda and self.sampling.cuda_graph:
+            if tokens.is_cuda and self.sampling.cuda_graph:
                 self.fast = self.fast or TokenStep(self.model, self.state, self.sampling.backend)
-                return self.fast(chosen)
-            logits, self.state = self.model.step(chosen, self.state, Context(backend=self.sampling.backend))
+                return self.fast(tokens)
+            logits, self.state = self.model.step(tokens, self.state, Context(backend=self.sampling.backend))
             return logits
-        self.tokens = torch.cat([self.tokens, chosen[:, None]], dim=1)
+        self.tokens = torch.cat([self.tokens, tokens[:, None]], dim=1)
         if self.mask is not None:
-            self.mask = torch.cat([self.mask, self.mask.new_ones(len(chosen), 1)], dim=1)
+            self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], dim=1)
         if self.hidden is not None:
-            self.hidden = torch.cat([self.hidden, self.hidden.new_ones(len(chosen), 1)], dim=1)
-        return self.prompt()
+            self.hidden = torch.cat([self.hidden, self.hidden.new_ones(len(tokens), 1)], dim=1)
+        return self.prefill()
 
 
 @torch.inference_mode()
@@ -156,12 +211,15 @@ def generate(
     """Continue each prompt (token ids; an empty one starts from `eod`, the boundary between documents).
 
     Args:
-        model: on the device where it shall run.
-        vocab_size: true size of the vocabulary; rows beyond it (padding of the table) are never chosen.
+        model: on the device where it runs.
+        prompts: token ids.
+        sampling: how tokens are chosen.
+        eod: ends a text.
+        vocab_size: size of the vocabulary without padding; padding is never chosen.
         first_row: number of the first prompt among all of the run, so that seeds do not depend on how prompts are batched.
 
     Returns:
-        one `Generated` per prompt, in order.
+        One `Generated` per prompt, in order.
     """
     if not prompts:
         return []
@@ -169,26 +227,21 @@ def generate(
     results = [Generated() for _ in starts]
     budgets = [_budget(len(start), sampling, result) for start, result in zip(starts, results, strict=True)]
     device = next(model.parameters()).device
-    generators = [torch.Generator().manual_seed(sampling.seed + first_row + i) for i in range(len(starts))]
     filled = [fill_prompt(start, sampling.prompt_mode, sampling.prefix_length) for start in starts]
     tokens, mask = left_pad([row for row, _ in filled], eod, device)
     hidden = filler_mask([count for _, count in filled], [len(row) for row, _ in filled], device)
-    stepper = _Stepper(model, tokens, mask, hidden, sampling)
     ends = {eod, *sampling.stop_tokens}
-    live = [budget > 0 for budget in budgets]
-    logits = stepper.prompt() if any(live) else None
-    while logits is not None:
-        logits = logits[:, :vocab_size]
-        chosen = choose(logits, sampling, generators)
-        for row, token in enumerate(chosen.tolist()):
-            if live[row]:
-                live[row] = _take(results[row], token, logits[row], ends, budgets[row], sampling)
-        logits = stepper.next(chosen) if any(live) else None
+
+    def accept(row: int, token: int, logits: Tensor) -> bool:
+        return _take(results[row], token, logits, ends, budgets[row], sampling)
+
+    batch = _Prompts(model, tokens, mask, hidden, sampling)
+    decode(batch, sampling, first_row, [budget > 0 for budget in budgets], accept, vocab_size)
     return results
 
 
 def _budget(prompt: int, sampling: Sampling, result: Generated) -> int:
-    """New tokens that a prompt of this length may have; writes why when that is less than was asked for."""
+    """New tokens that a prompt of this length may have; sets the message when that is less than `maximum_tokens`."""
     if sampling.max_length is None or prompt + sampling.maximum_tokens <= sampling.max_length:
         return sampling.maximum_tokens
     room = max(0, sampling.max_length - prompt)
@@ -198,7 +251,7 @@ def _budget(prompt: int, sampling: Sampling, result: Generated) -> int:
 
 
 def _take(result: Generated, token: int, logits: Tensor, ends: set[int], budget: int, sampling: Sampling) -> bool:
-    """Give one chosen token to a row; False when the row has ended."""
+    """Append one chosen token to a row; False when the row has ended."""
     if token in ends:
         result.finished, result.message = True, None
         return False

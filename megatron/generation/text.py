@@ -1,7 +1,7 @@
 """Text in, text out: unconditional samples, a file of prompts, or a conversation on the terminal, as GPT-NeoX does.
 
-Results are JSON lines {context, text, length, finished, message, duration_seconds}, written as they come, so that a run
-that is cut short leaves what it has.
+Results are JSON lines {context, text, length, finished, message, duration_seconds}, written one by one, so that an
+interrupted run leaves the finished ones.
 """
 
 from __future__ import annotations
@@ -38,7 +38,11 @@ class TextTokenizer(Protocol):
 class Writer:
     """A model with its tokenizer, ready to continue texts.
 
-    batch_size: prompts that run together (padded on the left; results do not depend on it).
+    Args:
+        model: put into evaluation mode.
+        tokenizer: of its data.
+        sampling: how tokens are chosen.
+        batch_size: prompts that run together (padded on the left; results do not depend on it).
     """
 
     def __init__(self, model: LanguageModel, tokenizer: TextTokenizer, sampling: Sampling, batch_size: int = 8) -> None:
@@ -77,8 +81,8 @@ class Writer:
     def _ids(self, text: str) -> list[int]:
         ids, rows = self.tokenizer.tokenize_prompt(text), self.model.config.vocab_size
         if max(ids, default=0) >= rows:
-            why = f"the tokenizer gives the id {max(ids)}, the model has rows for {rows}"
-            raise DataError(f"the model does not know a token of the prompt {text[:40]!r}", why=why)
+            reason = f"the tokenizer gives the id {max(ids)}, the model has rows for {rows}"
+            raise DataError(f"the model does not know a token of the prompt {text[:40]!r}", why=reason)
         return ids
 
 
@@ -152,7 +156,7 @@ def _ask(source: IO[str], screen: IO[str], prompt_end: str) -> str | None:
     text = ""
     for line in source:
         text += line
-        head, found, _ = text.partition(prompt_end)
-        if found:
+        head, separator, _ = text.partition(prompt_end)
+        if separator:
             return head
     return text or None

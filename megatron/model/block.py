@@ -13,10 +13,10 @@ from megatron.model.norm import Norm
 
 
 class Block(nn.Module):
-    """Pre-norm. `hidden_dropout` acts on what each half adds, as in GPT-NeoX.
+    """Pre-norm. `hidden_dropout` acts on the output of each sublayer, as in GPT-NeoX.
 
-    A model without an MLP (Mamba) has the first half only. With `residual_fp32` the stream x is fp32 and the norms hand the
-    halves what the weights are in.
+    A model without an MLP (Mamba) has the first sublayer only. With `residual_fp32` the stream x is fp32 and the norms cast the
+    input of a sublayer to the dtype of its weights.
     Sequential, or parallel (GPT-J, Pythia): x + mixer(norm1(x)) + mlp(norm2(x)), where `shared_norm` makes norm2 norm1.
     """
 

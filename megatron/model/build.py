@@ -88,11 +88,11 @@ def _block_specs(block: nn.Module, prefix: str, stage: int) -> dict[str, ParamSp
 
 
 def _norm_specs(norm: nn.Module, prefix: str, stage: int) -> dict[str, ParamSpec]:
-    found = {}
+    specs = {}
     for name, p in norm.named_parameters():
         role = "ones" if name == "weight" else "zeros"
-        found[f"{prefix}.{name}"] = ParamSpec(f"{prefix}.{name}", tuple(p.shape), "replicated", role, False, stage)
-    return found
+        specs[f"{prefix}.{name}"] = ParamSpec(f"{prefix}.{name}", tuple(p.shape), "replicated", role, False, stage)
+    return specs
 
 
 def _cut(value: str) -> ShardKind:

@@ -24,13 +24,20 @@ _LARGEST = {
 class ModelConfig:
     """Shape and form of a decoder-only language model.
 
-    vocab_size counts the rows of the embedding, padding included. norm is layernorm | layernorm_no_bias | rmsnorm |
-    simplermsnorm (no gain) | non_parametric_layernorm. mlp is gated (l3(act(l1 x) * l2 x)), plain (l3 act(l1 x)) or none (a
-    block is a mixer alone, as in Mamba). residual_fp32 keeps the stream between blocks in fp32 whatever the weights are in.
-    learned_positions: rows of the position table beside the embedding, 0 for none; embedding_norm: a norm after it.
-    parallel_residual: mixer and MLP side by side; shared_norm: one norm feeds both. mixer_init: `own`, mixers that have a rule
-    of their own for initial values (Mamba) keep it, or `methods`, the init methods hold for them too. layer_options holds, per
-    mixer name, the options that differ from that mixer's defaults.
+    Attributes:
+        vocab_size: rows of the embedding, padding included.
+        layer_types: the mixer of each block.
+        layer_options: mixer name -> options that differ from that mixer's defaults.
+        norm: layernorm, layernorm_no_bias, rmsnorm, simplermsnorm (no gain) or non_parametric_layernorm.
+        mlp: gated (l3(act(l1 x) * l2 x)), plain (l3 act(l1 x)) or none (a block is a mixer alone, as in Mamba).
+        tie_embeddings: the LM head is the embedding.
+        embedding_scale: multiply embeddings by sqrt(hidden_size).
+        residual_fp32: keep the stream between blocks in fp32 whatever the dtype of the weights.
+        learned_positions: rows of the position table, 0 for none.
+        embedding_norm: a norm after the embedding.
+        parallel_residual: mixer and MLP read the same input, as in GPT-J.
+        shared_norm: one norm feeds both.
+        mixer_init: `own` (mixers with an initialisation rule, such as Mamba, use it) or `methods` (the init methods apply).
     """
 
     vocab_size: int

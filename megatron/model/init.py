@@ -1,7 +1,7 @@
 """Initial values by role, the same for every tensor and pipeline layout.
 
-Each parameter is drawn whole on the CPU from a generator seeded by (run seed, its logical name) and then cut, so that a model
-started on 1 or 64 processes starts from the same numbers (GPT-NeoX's GPU path depends on the layout).
+Each parameter is drawn in full on the CPU from a generator seeded by (run seed, its logical name) and then sliced: a model
+starts from the same numbers on 1 or 64 processes (GPT-NeoX's GPU path depends on the layout).
 """
 
 from __future__ import annotations
@@ -137,8 +137,14 @@ def init_weights(
     """Give every meta parameter of `module` its initial local value, in place; modules that share a parameter keep sharing it.
 
     Args:
-        module: any part of the model. logical: its parameter names -> logical names (`{n: n}` for the whole model).
-        slices: the part of a parameter that lives here, such as `lambda spec: slice_of(spec.shape, spec.cut, rank, size)`.
+        module: any part of the model.
+        logical: its parameter names -> logical names (`{n: n}` for the complete model).
+        specs: logical name -> spec.
+        config: the complete model.
+        seed: of the run.
+        slices: this rank's slice of a parameter, such as `lambda spec: slice_of(spec.shape, spec.cut, rank, size)`.
+        device: of the new parameters.
+        dtype: of the new parameters.
     """
     owners: dict[int, list[tuple[nn.Module, str]]] = {}
     for owner in module.modules():

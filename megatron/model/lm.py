@@ -67,7 +67,7 @@ class Backbone(nn.Module):
         self.final_norm = Norm(config.norm, d, config.norm_eps)
 
     def blocks(self) -> list[Block]:
-        """The residual blocks, as what they are."""
+        """The residual blocks, typed as `Block`."""
         return [block for block in self.layers if isinstance(block, Block)]
 
 

@@ -1,11 +1,15 @@
-"""Next-token loss on one device; the vocabulary-parallel form is `parallel/loss.py`.
+"""Cross entropy of logits: on one device, or of one tensor-parallel rank's columns of them (`model/parallel_loss.py`).
 
 Written out instead of `F.cross_entropy`, which holds three tensors of the size of the logits: this one holds none in the
 forward pass and only the gradient in the backward, and works on a block of rows at a time so that a CPU stays in its cache.
+
+A token counts by its weight. Label -100 means weight 0, and the label of a token of weight 0 is not read. The same holds for
+`model/linear_loss.py`, which forms its logits itself.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +19,8 @@ from torch.autograd.function import once_differentiable
 from megatron.ops.precision import outside_autocast
 
 _CPU_ROWS = 256
+Reduce = Callable[[Tensor, str], Tensor]
+"""Reduction of a tensor over the ranks that hold the vocabulary: (tensor, `max` or `sum`) -> a new tensor."""
 
 
 def _rows(logits: Tensor) -> int:
@@ -28,18 +34,26 @@ def _wide(x: Tensor) -> Tensor:
 
 @outside_autocast
 class _WeightedCrossEntropy(torch.autograd.Function):
-    """sum(w * -log softmax(x)[label]) over rows: logits [t, n], labels [t] (in range), weights [t] in fp32 or fp64.
+    """sum(w * -log softmax(x)[label]) over rows.
 
-    The maximum and the sum of exponentials are kept apart: their logarithm together would round away digits of large logits.
+    Inputs: logits [t, n]; labels [t], columns of `logits`, negative where another rank holds it; weights [t] in fp32 or fp64;
+    `reduce` over the ranks that hold the other columns, None where there are none. The backward needs no reduction.
+
+    The maximum and the sum of exponentials are stored separately: one logarithm of both would round away digits of large
+    logits.
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, weights: Tensor, reduce: Reduce | None) -> Tensor:
         size = _rows(logits)
         peak = _wide(logits.amax(-1, keepdim=True))
+        if reduce is not None:
+            peak = reduce(peak, "max")
         parts = zip(logits.split(size), peak.split(size), strict=True)
         total = torch.cat([(_wide(block) - top).exp_().sum(-1, keepdim=True) for block, top in parts])
-        picked = _wide(logits.gather(1, labels.unsqueeze(1)))
+        picked = _wide(logits.gather(1, labels.clamp_min(0).unsqueeze(1)))
+        if reduce is not None:
+            total, picked = reduce(torch.stack((total, picked.masked_fill(labels.unsqueeze(1) < 0, 0.0))), "sum")
         ctx.save_for_backward(logits, labels, weights, peak, total)
         return ((total.log() + (peak - picked)).squeeze(1) * weights).sum()
 
@@ -53,9 +67,10 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         for start in range(0, logits.shape[0], size):
             at = slice(start, start + size)
             share = (_wide(logits[at]) - peak[at]).exp_().mul_(scale[at] / total[at])
-            share.scatter_add_(1, labels[at].unsqueeze(1), -scale[at])
+            label = labels[at].unsqueeze(1)
+            share.scatter_add_(1, label.clamp_min(0), torch.where(label < 0, 0.0, -scale[at]))
             gradient[at] = share
-        return gradient, None, None
+        return gradient, None, None, None
 
 
 def _traced_cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
@@ -67,17 +82,37 @@ def _traced_cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor) -> Te
     return ((total.log() + (peak - picked)).squeeze(1) * weights).sum()
 
 
-def token_loss(logits: Tensor, labels: Tensor, loss_mask: Tensor | None = None) -> Tensor:
-    """Mean cross entropy over the tokens that count, in fp32 (fp64 for fp64 logits).
+def token_weights(labels: Tensor, loss_mask: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Weight of each token [t] in fp32, in fp64 for logits of that `dtype`: its mask, 0 where the label is -100.
 
-    logits [b, s, n], labels [b, s] (-100 = ignored), loss_mask [b, s] of weights or None for all ones. The mean is over the
-    weights; where none counts the loss is 0.
+    Args:
+        labels: [b, s].
+        loss_mask: [b, s] of weights; None for all ones.
+        dtype: of the logits.
     """
-    flat = labels.reshape(-1)
-    counts = flat != -100
-    weights = counts.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
-    if loss_mask is not None:
-        weights = weights * loss_mask.reshape(-1).to(weights.dtype)
-    entropy = _traced_cross_entropy if torch.compiler.is_compiling() else _WeightedCrossEntropy.apply
-    total = entropy(logits.reshape(-1, logits.shape[-1]), flat.masked_fill(~counts, 0), weights)
+    weights = (labels != -100).reshape(-1).to(torch.float64 if dtype == torch.float64 else torch.float32)
+    return weights if loss_mask is None else weights * loss_mask.reshape(-1).to(weights.dtype)
+
+
+def token_loss(
+    logits: Tensor, labels: Tensor, loss_mask: Tensor | None = None, first_column: int = 0, reduce: Reduce | None = None
+) -> Tensor:
+    """Mean cross entropy over the tokens that count, weighted, in fp32 (fp64 for fp64 logits); 0 where none counts.
+
+    Args:
+        logits: [b, s, n], or this rank's n columns of them.
+        labels: [b, s] ids of the whole vocabulary, -100 = ignored.
+        loss_mask: [b, s] of weights; None for all ones.
+        first_column: id of this rank's first column.
+        reduce: over the ranks of the other columns; None on one device.
+    """
+    weights = token_weights(labels, loss_mask, logits.dtype)
+    local = labels.reshape(-1).masked_fill(weights == 0, first_column) - first_column
+    flat = logits.reshape(-1, logits.shape[-1])
+    if reduce is None and torch.compiler.is_compiling():
+        total = _traced_cross_entropy(flat, local, weights)
+    else:
+        if reduce is not None:
+            local = torch.where((local >= 0) & (local < flat.shape[-1]), local, -1)
+        total = _WeightedCrossEntropy.apply(flat, local, weights, reduce)
     return total / weights.sum().clamp_min(1e-9)

@@ -1,4 +1,4 @@
-"""What a model is trained for: the next token everywhere, after a prefix, or JRT's mixture with masked tokens of the prefix.
+"""Training objectives: the next token everywhere, after a prefix, or JRT's mixture with masked tokens of the prefix.
 
     causal   mean cross entropy over all counted positions
     prefix   the same over positions after the prefix alone (classic prefix language model; JRT's `continual`)
@@ -7,22 +7,23 @@
 The two means of `jrt` are added, not averaged: the paper's formula divides by 1 + weight, the code that trained the released
 models does not. `data/masking.py` makes the batches: labels of masked positions are the hidden tokens themselves.
 
-Each mean is over the counted tokens of the global batch, so that loss and gradient do not depend on how masked tokens are dealt
-to micro batches and ranks: an engine counts them before a step (`global_divisors`, one all-reduce of one or two numbers). With
-`mean_over: micro_batch` it is GPT-NeoX's mean of the micro batches' own means.
+Each mean is over the counted tokens of the global batch, so that loss and gradient do not depend on how masked tokens are
+distributed over micro batches and ranks: an engine counts them before a step (`global_divisors`, one all-reduce of one or two
+numbers). With `mean_over: micro_batch` it is GPT-NeoX's mean of the micro batches' own means.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
+from megatron.data.micro_batch import MicroBatch
 from megatron.errors import ConfigError
-from megatron.model.accuracy import AnswerCounts
+from megatron.model.accuracy import count_answers
 from megatron.parallel.collectives import all_reduce
 from megatron.parallel.mesh import Mesh
 
@@ -31,24 +32,22 @@ MEANS = ("global_batch", "micro_batch")
 MeanLoss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
-class Counted(Protocol):
-    """What is counted of a micro batch: labels and loss_mask [b, s]."""
-
-    labels: Tensor
-    loss_mask: Tensor
-
-
 @dataclass(frozen=True)
 class Objective:
-    """An objective. prefix_length: tokens of the prefix; masked_weight: of the masked tokens' mean in `jrt`.
+    """An objective.
 
-    tally: counts right answers in evaluations, where they are asked for. mean_over: what each mean runs over, see the module.
+    Attributes:
+        name: causal, prefix or jrt, see the module.
+        prefix_length: tokens of the prefix.
+        masked_weight: weight of the masked tokens' mean in `jrt`.
+        count_answers: an evaluation counts the right answers of a synthetic task.
+        mean_over: what each mean runs over, global_batch or micro_batch.
     """
 
     name: str = "causal"
     prefix_length: int = 0
     masked_weight: float = 0.25
-    tally: AnswerCounts | None = field(default=None, compare=False, repr=False)
+    count_answers: bool = False
     mean_over: str = "global_batch"
 
     def __post_init__(self) -> None:
@@ -63,7 +62,7 @@ class Objective:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """Names of what is logged beside the loss."""
+        """Names of the terms that are logged besides the loss."""
         return ("ntp_loss", "mlm_loss") if self.name == "jrt" else ()
 
     @property
@@ -74,10 +73,9 @@ class Objective:
 
 
 class LossParts:
-    """Sums of an objective's parts over the micro batches of a step, on the device."""
+    """Sums over micro batches of the parts that `objective_loss` returns, on the device."""
 
-    def __init__(self, names: tuple[str, ...]) -> None:
-        self.names = names
+    def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
 
     def reset(self) -> None:
@@ -85,23 +83,23 @@ class LossParts:
         self._sums = {}
 
     def add(self, parts: Mapping[str, Tensor]) -> None:
-        """Count one micro batch."""
+        """Add the parts of one micro batch."""
         for name, value in parts.items():
             self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value
 
-    def sums(self, device: torch.device) -> Tensor:
+    def sums(self, names: Sequence[str], device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
         """One number per name [k]; zeros where nothing was added (pipeline stages without the loss)."""
         zero = torch.zeros((), device=device)
-        return torch.stack([self._sums.get(name, zero).float() for name in self.names])
+        return torch.stack([self._sums.get(name, zero).to(dtype) for name in names])
 
 
 def counted(labels: Tensor, loss_mask: Tensor | None) -> Tensor:
-    """Weight of the tokens that count, in fp64: labels [b, s] with -100 = ignored, loss_mask [b, s] of weights or None."""
+    """Total weight in fp64 of the tokens that count: labels [b, s] with -100 = ignored, loss_mask [b, s] of weights or None."""
     weights = (labels != -100).double()
     return (weights if loss_mask is None else weights * loss_mask).sum()
 
 
-def global_divisors(objective: Objective, batches: Sequence[Counted], mesh: Mesh, device: torch.device) -> Tensor | None:
+def global_divisors(objective: Objective, batches: Sequence[MicroBatch], mesh: Mesh, device: torch.device) -> Tensor | None:
     """What the sum of each term is divided by in every micro batch [terms], fp64; None for `mean_over: micro_batch`.
 
     Engines average over micro batches and data-parallel ranks; divided by this, that average is the mean over all counted
@@ -129,8 +127,12 @@ def objective_loss(
     loss_mask: Tensor | None,
     mean: MeanLoss,
     divisors: Tensor | None = None,
+    group: ProcessGroup | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """(loss, its parts, detached and unweighted).
+    """The loss of a micro batch and its parts, which are detached and unweighted.
+
+    Parts are the objective's terms where it has several, and with `count_answers` the counts of `model/accuracy.py` while
+    gradients are off.
 
     Args:
         objective: the terms of the loss.
@@ -139,10 +141,12 @@ def objective_loss(
         loss_mask: [b, s] or None.
         mean: mean loss over the counted tokens of (logits, labels, loss_mask).
         divisors: [terms] from `global_divisors`; None divides each term by what counts in it here.
+        group: tensor-parallel group that the columns of `logits` are split over; None for one device.
     """
-    if objective.tally is not None:
+    counts: dict[str, Tensor] = {}
+    if objective.count_answers and not torch.is_grad_enabled():
         at = slice(objective.prefix_length, None)
-        objective.tally.look(logits[:, at], labels[:, at], None if loss_mask is None else loss_mask[:, at])
+        counts = count_answers(logits[:, at], labels[:, at], None if loss_mask is None else loss_mask[:, at], group)
 
     def term(number: int, at: slice) -> Tensor:
         y, w = labels[:, at], None if loss_mask is None else loss_mask[:, at]
@@ -153,7 +157,7 @@ def objective_loss(
 
     terms = [term(number, at) for number, at in enumerate(objective.places)]
     if objective.name != "jrt":
-        return terms[0], {}
+        return terms[0], counts
     after, masked = terms
-    parts = {"ntp_loss": after.detach(), "mlm_loss": masked.detach()}
+    parts = {"ntp_loss": after.detach(), "mlm_loss": masked.detach(), **counts}
     return after + objective.masked_weight * masked, parts

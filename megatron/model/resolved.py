@@ -1,4 +1,4 @@
-"""A model's description with nothing left unsaid: what two descriptions are compared by.
+"""The resolved form of a model's description, in which every option is written out: two descriptions are compared by it.
 
 A `ModelConfig` holds the options that somebody wrote. A default may be written or left out, follow from another field
 (`kv_heads`), or have no effect (a rotary base without rotation), and one mixer has several names: the text of two equal models
@@ -23,8 +23,7 @@ _SAME_FUNCTION = {"swish": "silu"}
 
 def basic_name(name: str) -> str:
     """The first name of the mixer that `name` is, or is with other defaults: `flash` and `alibi` are `global`."""
-    ways = layer_class(name).__mro__
-    for cls, base in itertools.pairwise(ways):
+    for cls, base in itertools.pairwise(layer_class(name).__mro__):
         own = {n for n in vars(cls) if not n.startswith("_")}
         if not own <= {"names", "Config"} or not getattr(base, "names", ()):
             return str(cls.names[0])
@@ -39,8 +38,8 @@ def layer_options(config: ModelConfig, name: str) -> dict[str, Any]:
     """
     cls = layer_class(name)
     written = config.layer_options.get(layer_info(name).names[0], {})
-    made = cls.Config(config.hidden_size, config.num_heads, **written).resolved()
-    return {f.name: getattr(made, f.name) for f in fields(made) if f.name not in _COMMON}
+    options = cls.Config(config.hidden_size, config.num_heads, **written).resolved()
+    return {f.name: getattr(options, f.name) for f in fields(options) if f.name not in _COMMON}
 
 
 def resolved(config: ModelConfig) -> dict[str, Any]:
@@ -52,10 +51,10 @@ def resolved(config: ModelConfig) -> dict[str, Any]:
     values = config.to_dict() | {"activation": _SAME_FUNCTION.get(config.activation, config.activation)}
     options = {name: layer_options(config, name) for name in dict.fromkeys(config.layer_types)}
     basic = {name: basic_name(name) for name in options}
-    told_apart = any(basic[a] == basic[b] and options[a] != options[b] for a in options for b in options)
-    names = {name: layer_info(name).names[0] for name in options} if told_apart else basic
+    differ = any(basic[a] == basic[b] and options[a] != options[b] for a in options for b in options)
+    names = {name: layer_info(name).names[0] for name in options} if differ else basic
     values["layer_types"] = [names[name] for name in config.layer_types]
-    values["layer_options"] = {names[name]: found for name, found in options.items()}
+    values["layer_options"] = {names[name]: values_of for name, values_of in options.items()}
     if config.mlp == "none":
         values |= {"mlp_width": 0, "activation": "silu", "mlp_bias": False}
     if not any(layer_info(name).uses_heads for name in options):

@@ -1,6 +1,6 @@
-"""The model as a flat list of stages, for pipelines: the very same modules, one after the other.
+"""The model as a flat list of stages, for pipelines: the same modules in order.
 
-What flows between stages is a tuple of tensors: `(x, *inputs[, segment_ids])`; into the first go token ids in place of x, out
+Stages pass on a tuple of tensors: `(x, *inputs[, segment_ids])`; into the first go token ids in place of x, out
 of the last come logits. `inputs` are what single kinds of mixers read (`Layer.Inputs`), tensors [b, s] or numbers as tensors
 [1]; which of them the run's batches bring is fixed when the stages are made. Indices are GPT-NeoX's, which also number the
 files of a checkpoint.
@@ -25,7 +25,7 @@ Activations = tuple[Tensor, ...]
 
 
 def input_tensors(given: Mapping[str, Tensor | int], names: Sequence[str]) -> Activations:
-    """The mixers' inputs of a micro batch as they flow, in the order of `names`.
+    """The mixers' inputs of a micro batch as tensors, in the order of `names`.
 
     Raises:
         DataError: the batch brings others than these.
@@ -82,7 +82,7 @@ class BlockStage(StageModule):
         return (x, *activations[1:])
 
     def _inputs(self, activations: Activations, mixer: Layer) -> tuple[LayerInputs, ...]:
-        """What this block's mixer declares among the inputs of the flow."""
+        """The inputs that this block's mixer declares, from those of the micro batch."""
         if not self.inputs:
             return ()
         own, given = input_names([mixer]), dict(zip(self.inputs, activations[1 : self.ids_at], strict=True))
@@ -104,8 +104,8 @@ class NormStage(StageModule):
 class LastStage(StageModule):
     """Output projection: `(x, ...)` -> logits `[b, s, n]` of the vocabulary rows held here.
 
-    Without `logits` it gives `[b, s, d]`, what the matrix is to multiply, to a loss that does so itself
-    (`parallel/linear_loss.py`).
+    Without `logits` it returns the input of the projection `[b, s, d]`, for a loss that multiplies it itself
+    (`model/linear_loss.py`).
     """
 
     def __init__(self, body: Head, prefix: str, logits: bool = True) -> None:
@@ -120,7 +120,12 @@ class LastStage(StageModule):
 
 @dataclass(frozen=True)
 class Stage:
-    """index: NeoX's number; module: maps flow to flow."""
+    """An entry of the list.
+
+    Attributes:
+        index: GPT-NeoX's number.
+        module: maps activations to activations.
+    """
 
     index: int
     module: StageModule
@@ -135,7 +140,7 @@ def stages_of(model: LanguageModel, backend: str = "auto", logits: bool = True, 
         model: whose modules they are.
         backend: path of the operators, see `ops/dispatch.py`.
         logits: as in `LastStage`.
-        inputs: names of the mixers' inputs that the flow carries.
+        inputs: names of the mixers' inputs that every micro batch brings.
 
     Raises:
         ConfigError: no mixer of the model declares such an input.

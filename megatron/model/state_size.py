@@ -1,4 +1,4 @@
-"""How many bytes of state a model carries from token to token: as its layers themselves say (`init_state`).
+"""Bytes of state that a model carries from token to token, counted from its layers' `init_state`.
 
 Recurrent sums are counted in fp32, windows and convolutions in bf16, as they are held when a bf16 model generates.
 """
@@ -19,16 +19,16 @@ KINDS = {"conv": "convolution", "recurrent": "recurrent", "ssm": "recurrent", "t
 
 def state_bytes(config: ModelConfig, tokens: int) -> dict[str, dict[str, int]]:
     """Mixer -> memory (recurrent, window, convolution) -> bytes per sequence, summed over the model's layers."""
-    found: dict[str, dict[str, int]] = {}
+    sizes: dict[str, dict[str, int]] = {}
     with torch.device("meta"):
         for i, kind in enumerate(config.layer_types):
             state = build_mixer(config, i).init_state(1, torch.bfloat16, "meta")
             for name, tensor in state.items():
                 shape = [tokens if n == 0 else n for n in tensor.shape]  # an empty dimension grows with the text
                 memory = KINDS.get(name, "window" if 0 not in tensor.shape else "all tokens")
-                of = found.setdefault(kind, {})
+                of = sizes.setdefault(kind, {})
                 of[memory] = of.get(memory, 0) + math.prod(shape) * tensor.element_size()
-    return found
+    return sizes
 
 
 def total(parts: Mapping[str, Mapping[str, int]]) -> int:

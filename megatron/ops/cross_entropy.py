@@ -1,6 +1,6 @@
 """The two halves of a cross entropy over rows of logits that are thrown away again: statistics of a row, then its gradient.
 
-Between the halves a vocabulary that is split over ranks can add up its parts (`parallel/linear_loss.py`). The gradient
+Between the halves a vocabulary that is split over ranks can add up its parts (`model/linear_loss.py`). The gradient
 overwrites the logits. Everything is formed in fp32 (fp64 for fp64 logits), the gradient is rounded to the logits' dtype.
 """
 

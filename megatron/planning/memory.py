@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,15 +20,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron.engine.base import DTYPES, EngineSettings
-from megatron.engine.stages import balanced_bounds, check_mesh, run_stages, stage_costs
+from megatron.engine.stages import check_mesh, run_stages
 from megatron.model.build import build_model, param_specs
 from megatron.model.config import ModelConfig
+from megatron.model.linear_loss import linear_token_loss
 from megatron.model.loss import token_loss
 from megatron.model.objectives import objective_loss
+from megatron.model.partition import balanced_bounds, stage_costs
 from megatron.model.stages import BlockStage, stages_of
 from megatron.ops.rotary import _table as table
-from megatron.parallel.linear_loss import linear_token_loss
-from megatron.parallel.loss import vocab_parallel_token_loss
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.tensor import shard_model
 from megatron.planning.fixed_memory import Buffers, deepspeed_buffers, plain_buffers, share
@@ -196,9 +196,9 @@ def _head(settings: EngineSettings, mesh: Mesh, tail: Sequence[nn.Module], x: Te
             return linear_token_loss(
                 logits, matrix, y, w, None, block=settings.loss_chunk_tokens, backend=settings.kernel_backend
             )
-        return token_loss(logits, y, w) if mesh.tp == 1 or w is None else vocab_parallel_token_loss(logits, y, w, None)
+        return token_loss(logits, y, w)
 
-    return objective_loss(replace(settings.objective, tally=None), logits_or_hidden, labels, mask, mean)[0]
+    return objective_loss(settings.objective, logits_or_hidden, labels, mask, mean)[0]
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ def read_slices(spec: Mapping[str, Any], split: str, tokenizer: Tokenizer | None
     given = spec.get(split) or (spec.get({"valid": "test", "test": "valid"}.get(split, "")) or ())
     if not isinstance(given, Sequence) or isinstance(given, str) or not given:
         raise ConfigError(f"{kind.name}: no slices for '{split}'", hint=f"{split}: [{{examples: 1000, ...}}]")
-    found = []
+    slices = []
     for entry in given:
         if not isinstance(entry, Mapping):
             raise ConfigError(f"{kind.name}: a slice of '{split}' is {entry!r}", why="a mapping of parameters is expected")
@@ -91,8 +91,8 @@ def read_slices(spec: Mapping[str, Any], split: str, tokenizer: Tokenizer | None
         if type(examples) is not int or examples < 1:
             raise ConfigError(f"{kind.name}: a slice of '{split}' has examples {examples!r}", why="a positive number is needed")
         bound = {"tokenizer": tokenizer} if kind.reads_text else {}
-        found.append(Slice(checked(kind, values, **bound), examples))
-    return found
+        slices.append(Slice(checked(kind, values, **bound), examples))
+    return slices
 
 
 class ExampleStore:
@@ -106,23 +106,23 @@ class ExampleStore:
         self.task, self.examples = part.task, part.examples
         self._seed, self._stream = seed, stream
         self._blocks: OrderedDict[int, Examples] = OrderedDict()
-        self._kept = max(2, CACHE_BYTES // (BLOCK * 16 * part.task.seq_length))
+        self._max_blocks = max(2, CACHE_BYTES // (BLOCK * 16 * part.task.seq_length))
 
     def __len__(self) -> int:
         return self.examples
 
     def _block(self, number: int) -> Examples:
-        found = self._blocks.get(number)
-        if found is None:
+        block = self._blocks.get(number)
+        if block is None:
             key = np.array([self._seed, (self._stream << 40) + number], dtype=np.uint64)
             rng = np.random.Generator(np.random.Philox(key=key))
-            found = self.task.draw(rng, BLOCK)  # a whole block, so that more examples do not change the first ones
-            self._blocks[number] = found
-            if len(self._blocks) > self._kept:
+            block = self.task.draw(rng, BLOCK)  # a complete block, so that more examples do not change the first ones
+            self._blocks[number] = block
+            if len(self._blocks) > self._max_blocks:
                 self._blocks.popitem(last=False)
         else:
             self._blocks.move_to_end(number)
-        return found
+        return block
 
     def rows(self, ids: Ids) -> Examples:
         """The examples of these numbers, in this order: [n, s] each."""
@@ -139,13 +139,17 @@ class SyntheticDataset(TokenDataset):
     """A split as numbered samples; sample i belongs to batch i // batch_size, and a batch to one slice.
 
     Args:
-        slices: the split. seed: of the run. split: `train`, `valid` or `test`, which share no example.
-        batch_size: samples of a global batch. length: samples are filled up to so many tokens with id 0 and ignored labels,
-            behind the example, where a causal model's answers do not see it; None: the longest slice.
-        count: samples to be had; training repeats the slices, in another order each time. None: one epoch.
+        slices: of the split.
+        seed: of the run.
+        split: `train`, `valid` or `test`, which share no example.
+        batch_size: samples of a global batch.
+        length: samples are padded to this many tokens with id 0 and ignored labels, after the example, where a causal
+            model's answers do not see it; None: the longest slice.
+        count: number of samples; training repeats the slices, in another order each time. None: one epoch.
 
     Attributes:
-        stores: the slices' examples. batches_per_epoch: whole batches of all slices; what is left of a slice is left out.
+        stores: the slices' examples.
+        batches_per_epoch: complete batches of all slices; the rest of a slice is dropped.
 
     Raises:
         DataError: a slice is smaller than a batch or longer than `length`, or there are not `count` samples.
@@ -216,14 +220,14 @@ class SyntheticDataset(TokenDataset):
             return places
         whole = len(self.stores[turn]) // BLOCK  # a last part of a block stays last
         blocks = self._rng(epoch, turn + 1).permutation(whole)
-        found = np.empty_like(places)
+        ids = np.empty_like(places)
         for at in np.unique(places // BLOCK):
             block = int(blocks[at]) if at < whole else int(at)
             size = min(BLOCK, len(self.stores[turn]) - block * BLOCK)
             order: NDArray[np.int64] = self._rng(epoch, turn + 1, block + 1).permutation(size)
             here = places // BLOCK == at
-            found[here] = block * BLOCK + order[places[here] % BLOCK]
-        return found
+            ids[here] = block * BLOCK + order[places[here] % BLOCK]
+        return ids
 
     def batch(self, number: int) -> tuple[int, Examples]:
         """Batch `number` of the whole run: its slice, and its examples at their own length."""
@@ -238,9 +242,9 @@ class SyntheticDataset(TokenDataset):
         number, row = divmod(index, self.batch_size)
         epoch, place = divmod(number, self.batches_per_epoch)
         turn, batch = self.epoch(epoch)[place]
-        made = self.stores[turn].rows(self.ids(epoch, turn, batch)[row : row + 1])
+        example = self.stores[turn].rows(self.ids(epoch, turn, batch)[row : row + 1])
         tokens = np.zeros(self.seq_length + 1, dtype=np.int64)
         targets = np.full(self.seq_length + 1, IGNORED, dtype=np.int64)
-        size = made.inputs.shape[1]
-        tokens[:size], targets[1 : size + 1] = made.inputs[0], made.labels[0]
+        size = example.inputs.shape[1]
+        tokens[:size], targets[1 : size + 1] = example.inputs[0], example.labels[0]
         return Sample(tokens, targets)

@@ -60,10 +60,10 @@ class NeedleNumbers(Task):
         hay = rng.integers(self._half, self.vocab_size, size=(count, self.length))
         slots = distinct(rng, count, self.needles, 0, self._slots)
         if self.depth >= 0:
-            wanted = round(self.depth * (self._slots - 1))
-            # Whoever has the wanted place changes with the first needle.
-            slots = np.where(slots == wanted, slots[:, :1], slots)
-            slots[:, 0] = wanted
+            target = round(self.depth * (self._slots - 1))
+            # The needle in the target slot changes places with the first one.
+            slots = np.where(slots == target, slots[:, :1], slots)
+            slots[:, 0] = target
         return compose_needles(keys, values, slots, hay)
 
 
@@ -99,8 +99,10 @@ _CITIES = ("Aldenburg", "Brixholm", "Corvane", "Dunmere", "Elsworth", "Farrow", 
 class NeedleText(Task):
     """`The pass key of CITY is NUMBER.` between sentences of no interest; at the end the number is asked for.
 
-    length: tokens; the haystack loses its beginning so that the example has exactly as many. digits: of the number. depth: as
-    in `NeedleNumbers`; the needle stands at the nearest end of a sentence.
+    Attributes:
+        length: tokens; the haystack is cut at its beginning so that the example has exactly as many.
+        digits: of the number.
+        depth: as in `NeedleNumbers`; the needle is put at the nearest end of a sentence.
     """
 
     name: ClassVar[str] = "needle_text"

@@ -74,11 +74,11 @@ class MultiQueryRecall(Task):
         values = distinct(rng, count, self.pairs, half, self.vocab_size)
         slots = np.arange(1, (self.length - 2 * self.pairs) // 2 + 1, dtype=np.float64)
         weights = self.power_a * slots ** (self.power_a - 1)
-        made = compose_mqar(keys, values, weighted_distinct(rng, count, self.pairs, weights), self.length)
+        examples = compose_mqar(keys, values, weighted_distinct(rng, count, self.pairs, weights), self.length)
         if self.random_non_queries:
-            filler = rng.integers(self.vocab_size, size=made.inputs.shape)
-            return Examples(np.where(made.inputs == 0, filler, made.inputs), made.labels)
-        return made
+            filler = rng.integers(self.vocab_size, size=examples.inputs.shape)
+            return Examples(np.where(examples.inputs == 0, filler, examples.inputs), examples.labels)
+        return examples
 
 
 PREFIX, NEXT_SET, ANSWER, FIRST = 1, 2, 3, 4

@@ -58,18 +58,18 @@ def _family(sweep: Mapping[str, Any], data: Mapping[str, Any], family: Any) -> I
     options = {
         f"{layer_info(mixer).names[0]}_{o}": (layer_info(mixer).names[0], o) for mixer in layers for o in _options(mixer)
     }
-    told = {**MODEL, **(sweep.get("model") or {}), **(sweep.get("training") or {})}
-    told |= {key: value for key, value in family.items() if key not in ("name", "layers")}
-    for key in told:
+    given = {**MODEL, **(sweep.get("model") or {}), **(sweep.get("training") or {})}
+    given |= {key: value for key, value in family.items() if key not in ("name", "layers")}
+    for key in given:
         if key not in _MODEL_FIELDS | _TRAINING_FIELDS | set(options):
             known = sorted(_MODEL_FIELDS | _TRAINING_FIELDS | set(options))
             raise ConfigError(f"family '{name}': unknown '{key}'", hint=nearest(key, known))
-    grid = {key: value if isinstance(value, list) else [value] for key, value in told.items()}
+    grid = {key: value if isinstance(value, list) else [value] for key, value in given.items()}
     varied = [key for key, values in grid.items() if len(values) > 1]
     order = sorted(grid, key=lambda key: (key == "learning_rate", key not in varied))  # the rate turns fastest
     for values in itertools.product(*(grid[key] for key in order)):
         chosen = dict(zip(order, values, strict=True))
-        tags = {key: chosen[key] for key in told if key in varied or key in family}
+        tags = {key: chosen[key] for key in given if key in varied or key in family}
         yield _point(name, layers, data, chosen, options, tags)
 
 

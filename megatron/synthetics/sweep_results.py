@@ -73,7 +73,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     Raises:
         DataError: a line holds something else than a result.
     """
-    found = []
+    values = []
     for number, line in enumerate(_text(path).splitlines(), 1):
         try:
             value = parse_json(line)
@@ -81,8 +81,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             continue  # cut off by a kill: the point is run again
         if not isinstance(value, dict) or "key" not in value or "accuracy" not in value:
             raise DataError("the file holds no results of a sweep", where=f"{path}:{number}")
-        found.append(value)
-    return found
+        values.append(value)
+    return values
 
 
 def _text(path: Path) -> str:

@@ -98,9 +98,9 @@ def first_places(ids: Ids) -> Ids:
     starts = np.ones(ids.shape, dtype=bool)
     starts[:, 1:] = ranked[:, 1:] != ranked[:, :-1]
     start_of = np.maximum.accumulate(np.where(starts, np.arange(ids.shape[1]), 0), axis=1)
-    found = np.empty_like(order)
-    np.put_along_axis(found, order, np.take_along_axis(order, start_of, 1), 1)
-    return found.astype(np.int64)
+    first = np.empty_like(order)
+    np.put_along_axis(first, order, np.take_along_axis(order, start_of, 1), 1)
+    return first.astype(np.int64)
 
 
 def blank_labels(rows: int, length: int) -> Ids:
@@ -123,10 +123,10 @@ def checked(kind: type[Task], values: Mapping[str, Any], **bound: Any) -> Task:
             raise ConfigError(
                 f"{kind.name} has no parameter '{name}'", hint=f"its parameters: examples, {', '.join(sorted(known))}"
             )
-        wanted = type(known[name].default) if isinstance(known[name].default, (bool, int, float, str)) else int
-        fits = type(value) is wanted or (wanted is float and type(value) is int)
+        expected = type(known[name].default) if isinstance(known[name].default, (bool, int, float, str)) else int
+        fits = type(value) is expected or (expected is float and type(value) is int)
         if not fits:
-            raise ConfigError(f"{kind.name}: {name} is {value!r}", why=f"a {wanted.__name__} is expected")
+            raise ConfigError(f"{kind.name}: {name} is {value!r}", why=f"a {expected.__name__} is expected")
     try:
         return kind(**values, **bound)
     except TypeError as error:  # a field without a default was not given

@@ -54,10 +54,14 @@ class Training:
 
 @dataclass(frozen=True)
 class Point:
-    """All that a result depends on.
+    """One training of a sweep: everything that its result depends on.
 
-    name: the family that it is drawn as. tags: what the grid varied, for tables. data: see `read_slices`. model: the fields of
-    `ModelConfig`; the vocabulary is the task's.
+    Attributes:
+        name: its family, a curve of the figures.
+        data: see `read_slices`.
+        model: fields of `ModelConfig`; the vocabulary is the task's.
+        training: see `Training`.
+        tags: the keys that the grid varied, for tables.
     """
 
     name: str
@@ -68,8 +72,8 @@ class Point:
 
     def key(self) -> str:
         """16 hex digits that name this point; the same parameters give the same key, whatever the family is called."""
-        told = json.dumps([self.data, self.model, self.training], sort_keys=True)
-        return hashlib.sha256(told.encode()).hexdigest()[:16]
+        text = json.dumps([self.data, self.model, self.training], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def config(self) -> ModelConfig:
         """The model; a ConfigError where it is none."""

@@ -1,7 +1,7 @@
 """Loss and perplexity on held-out data.
 
-The same batches every time, by default: two validations of one run differ by the model only. NeoX goes on where its
-last validation stopped; `fixed=False` does that.
+By default every evaluation reads the same batches: two validations of one run differ by the model only. NeoX continues where
+its last validation stopped; `fixed=False` does that.
 """
 
 from __future__ import annotations
@@ -12,16 +12,21 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from megatron.data.micro_batch import MicroBatch
 from megatron.engine.base import Engine
-from megatron.model.accuracy import AnswerCounts
-from megatron.training.batch_timer import Batch
+from megatron.training.micro_batches import take_micro_batches
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One result. split: `validation` or `test`; loss: nats per token; batches: per rank; seconds: wall time.
+    """One result.
 
-    accuracy: share of right answers, where the task has some.
+    Attributes:
+        split: `validation` or `test`.
+        loss: nats per token.
+        batches: micro batches per rank.
+        seconds: wall time.
+        accuracy: share of right answers; None where the task has none.
     """
 
     split: str
@@ -45,49 +50,49 @@ class Evaluator:
     """Evaluates an engine on one split.
 
     Args:
-        open_batches: gives an iterator from the first batch of the split on, for this rank.
+        engine: computes the loss.
+        open_batches: returns an iterator from this rank's first micro batch of the split.
         eval_iters: evaluation steps; each is `gradient_accumulation` micro batches, as in NeoX.
-        split: prefix of the metrics. fixed: the same batches each time.
-        stop_asked: asked between parts, on every rank alike; true gives the evaluation up.
-        tally: of the engine's objective; gives the accuracy.
+        split: prefix of the metrics.
+        fixed: read the same batches each time.
+        stop_asked: called between chunks, alike on every rank; true aborts the evaluation.
     """
 
     def __init__(
         self,
         engine: Engine,
-        open_batches: Callable[[], Iterator[Batch]],
+        open_batches: Callable[[], Iterator[MicroBatch]],
         eval_iters: int,
         split: str = "validation",
         fixed: bool = True,
         stop_asked: Callable[[], bool] | None = None,
-        tally: AnswerCounts | None = None,
     ) -> None:
         self.engine, self.open_batches, self.split, self.fixed = engine, open_batches, split, fixed
         self.count = eval_iters * engine.gradient_accumulation
-        self._stop_asked, self._tally = stop_asked, tally
-        # Long enough that a pipeline's filling and draining is a small part of it.
-        self._part = max(engine.gradient_accumulation, 4 * engine.mesh.pp, 8)
+        self._stop_asked = stop_asked
+        # Long enough that a pipeline's fill and drain take a small share of it.
+        self._chunk = max(engine.gradient_accumulation, 4 * engine.mesh.pp, 8)
         self._running: Iterator[Any] | None = None
 
     def __call__(self) -> Evaluation | None:
-        """Evaluate now; every rank must call this. None when it was given up because the run is to end.
+        """Evaluate now; every rank must call this. None when it was aborted because the run is to end.
 
         Raises:
-            DataError: the split has fewer batches than asked for.
+            DataError: the split has fewer batches than `eval_iters` needs.
         """
         begin = time.perf_counter()
         batches: Iterator[Any] = self._running or iter(self.open_batches())
-        total, done = 0.0, 0
+        total, right, answers, done = 0.0, 0, 0, 0
         while done < self.count:
             if self._stop_asked is not None and self._stop_asked():
                 self._running = None
-                if self._tally is not None:
-                    self._tally.take(self.engine.device)
                 return None
-            part = min(self._part, self.count - done)
+            chunk = min(self._chunk, self.count - done)
             self.engine.phase("evaluation")
-            total += float(self.engine.eval_loss(batches, part)) * part
-            done += part
+            result = self.engine.eval_loss(take_micro_batches(batches, chunk))
+            total += result.loss * chunk
+            right, answers = right + result.right_answers, answers + result.answers
+            done += chunk
         self._running = None if self.fixed else batches
-        right = None if self._tally is None else self._tally.take(self.engine.device)
-        return Evaluation(self.split, total / self.count, self.count, time.perf_counter() - begin, right)
+        accuracy = right / answers if answers else None
+        return Evaluation(self.split, total / self.count, self.count, time.perf_counter() - begin, accuracy)

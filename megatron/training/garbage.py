@@ -1,8 +1,8 @@
-"""Memory of a long run: what is there before the first step is set apart from Python's collector.
+"""Garbage collection in a long run: objects that exist before the first step are frozen, that is, never visited.
 
 A full collection happens when the objects that survived since the last one are a quarter of all old ones. Torch and its
-companions leave half a million behind: circles among later objects would wait for thousands of steps, and the collection
-that comes then walks over everything in the middle of a step.
+dependencies create half a million: reference cycles among later objects would wait for thousands of steps, and the collection
+that comes then visits everything in the middle of a step.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def settled() -> Iterator[None]:
-    """Around a training: objects that exist now are not looked at until it is over."""
+    """Context of a training: the collector ignores objects that exist now until it ends."""
     gc.freeze()
     try:
         yield

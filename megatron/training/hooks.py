@@ -1,4 +1,4 @@
-"""The named moments of a run, on one page. A hook is any object with some of these methods; the loop calls them in
+"""The events of a run, on one page. A hook is any object with some of these methods; the loop calls them in
 this order.
 
     on_start(run)                    once, before the first step; the state is loaded, nothing has run yet
@@ -7,13 +7,13 @@ this order.
     on_rewind(run, iteration)        after the weights went back to the checkpoint of `iteration`
     on_save(run, path, seconds)      after a checkpoint was published
     on_evaluation(run, evaluation)   after a validation or the final test
-    on_end(run, outcome)             once, also after an error: `finished`, `stopped: <why>` or `failed: <error>`
+    on_end(run, outcome)             once, also after an error: `finished`, `stopped: <reason>` or `failed: <error>`
 
-Per iteration: step, then save if due, then validation if due, then leave if due (GPT-NeoX's order). Hooks hear a
-moment in the order of the list, and `on_end` in the reverse, so that the first to open is the last to close. A hook
-may call `run.request_stop(why)`: the loop saves and leaves after the present iteration. All ranks must ask for it at
+Per iteration: step, then save if due, then validation if due, then leave if due (GPT-NeoX's order). Hooks are
+called in the order of the list, and for `on_end` in reverse, so that the first to open is the last to close. A hook
+may call `run.request_stop(reason)`: the loop saves and leaves after the current iteration. All ranks must call it at
 the same step. Hooks run on every rank that has them; what must happen once belongs in a hook that only rank 0 is
-given. An exception in a hook ends the run, except in `on_end`, where the others are still told.
+given. An exception in a hook ends the run, except in `on_end`, where the others are still called.
 """
 
 from __future__ import annotations
@@ -37,10 +37,15 @@ _log = logging.getLogger(__name__)
 class Step:
     """One finished step.
 
-    loss: nats per token over the global batch. grad_norm: before clipping. learning_rate: the one that was used.
-    skipped: the weights were left as they were. seconds: wall time, `data_wait_s` of it waiting for batches on this
-        rank.
-    sample_ids: the samples that this rank saw.
+    Attributes:
+        iteration: its number, from 1.
+        loss: nats per token over the global batch.
+        grad_norm: before clipping.
+        learning_rate: of this step.
+        skipped: the weights are unchanged.
+        seconds: wall time.
+        data_wait_s: of which this rank waited for batches.
+        sample_ids: the samples that this rank read.
     """
 
     iteration: int
@@ -64,9 +69,16 @@ class Skip:
 
 @dataclass
 class Run:
-    """What hooks see of a run. last_save: the step of the newest checkpoint known, None before the first.
+    """A run as hooks see it.
 
-    exit_code: what the process should end with: 0, or the code of whoever asked it to leave (`reliability/stop.py`).
+    Attributes:
+        engine: of the run.
+        state: its counters.
+        options: how long to train and when to do what.
+        last_save: the step of the newest checkpoint, None before the first.
+        stop: why the run leaves early, None while it does not.
+        exit_code: of the process: 0, or the code of whoever stopped the run (`reliability/stop.py`).
+        evaluations: the last result of each split.
     """
 
     engine: Engine
@@ -77,13 +89,13 @@ class Run:
     exit_code: int = 0
     evaluations: dict[str, Evaluation] = field(default_factory=dict)
 
-    def request_stop(self, why: str) -> None:
-        """Save and leave after the present iteration; the first reason stays."""
-        self.stop = self.stop or why
+    def request_stop(self, reason: str) -> None:
+        """Save and leave after the current iteration; the first reason stays."""
+        self.stop = self.stop or reason
 
 
 class Hook:
-    """A base with every moment empty, so that a hook writes only those it wants."""
+    """A base with every method empty, so that a hook overrides only those it needs."""
 
     def on_start(self, run: Run) -> None:
         """See the module."""
@@ -108,13 +120,13 @@ class Hook:
 
 
 class Hooks:
-    """All hooks of a run, told in order."""
+    """All hooks of a run, called in order."""
 
     def __init__(self, hooks: Sequence[Hook]) -> None:
         self._hooks = list(hooks)
 
     def tell(self, moment: str, *arguments: Any) -> None:
-        """Call `moment` of every hook."""
+        """Call the method `moment` of every hook."""
         for hook in self._hooks:
             getattr(hook, moment)(*arguments)
 

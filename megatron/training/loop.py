@@ -1,33 +1,39 @@
-"""The training loop. Everything else of a run hangs on it as a hook or comes in as a callable."""
+"""The training loop. All other parts of a run are hooks or callables."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron.engine.base import Engine, MicroBatch, take_micro_batches
+from megatron.data.micro_batch import MicroBatch
+from megatron.engine.base import Engine
 from megatron.errors import TrainingError, UserError
 from megatron.reliability.guard import StepDecision, StepGuard
 from megatron.reliability.stop import EXIT_SAVED, EXIT_UNSAVED, Control
-from megatron.training.batch_timer import Batch, TimedBatches
 from megatron.training.evaluate import Evaluation
 from megatron.training.garbage import settled
 from megatron.training.hooks import Hook, Hooks, Run, Skip, Step
 from megatron.training.intervals import every
+from megatron.training.micro_batches import TimedLoader, take_micro_batches
 from megatron.training.options import FitOptions
 from megatron.training.state import TrainState
 
 
 @dataclass(frozen=True)
 class Actions:
-    """What the loop does besides stepping; all ranks must be given the same ones.
+    """Callables of the loop besides the step; the same ones on all ranks.
 
-    save: writes a checkpoint of the state and returns its folder. validate, test: evaluate on their split; None when they
-    were given up. poll_saves: after every step, news of a save in the background. finish_saves: waits for it, before the run
-    leaves or goes back. rewind: loads the newest checkpoint into the engine and returns its training state.
+    Attributes:
+        save: writes a checkpoint of the state and returns its folder.
+        validate: evaluates on validation data; returns None when it was aborted.
+        test: the same on test data.
+        poll_saves: called after every step, to collect the result of a save in the background.
+        finish_saves: waits for that save, before the run leaves or rewinds.
+        rewind: loads the newest checkpoint into the engine and returns its training state.
     """
 
     save: Callable[[TrainState], Path] | None = None
@@ -40,7 +46,7 @@ class Actions:
 
 def fit(
     engine: Engine,
-    batches: Iterator[Batch],
+    batches: Iterator[MicroBatch],
     schedule: Callable[[int], float],
     state: TrainState,
     options: FitOptions,
@@ -51,9 +57,13 @@ def fit(
     """Train until `options.train_iters` or until a stop is asked for; every rank calls this alike.
 
     Args:
-        engine: takes the steps. batches: this rank's micro batches from `state.consumed_samples` on.
+        engine: takes the steps.
+        batches: this rank's micro batches from `state.consumed_samples` on.
         schedule: steps applied so far -> learning rate of the next one.
-        state: where the run stands; changed in place. actions, hooks: see there.
+        state: counters of the run; changed in place.
+        options: how long to train and when to do what.
+        actions: saves and evaluations.
+        hooks: see `training/hooks.py`.
         control: signals, time limit, watchdog; without it nothing from outside ends the run.
 
     Returns:
@@ -61,12 +71,12 @@ def fit(
         `run.evaluations` holds the last results.
 
     Raises:
-        TrainingError: more steps were skipped than the guard forgives, or bad numbers went into the weights. Nothing is
-            saved then. Also when another rank is lost.
+        TrainingError: more steps were skipped than the guard allows, non-finite numbers went into the weights (nothing is
+            saved then), or another rank is lost.
         CheckpointError, DataError: from saving and from the data.
     """
     run = Run(engine, state, options, last_save=state.iteration or None)
-    loop = _Loop(run, TimedBatches(batches), schedule, actions or Actions(), Hooks(hooks), control or Control())
+    loop = _Loop(run, TimedLoader(batches), schedule, actions or Actions(), Hooks(hooks), control or Control())
     try:
         with settled(), loop.hooks.session(run):
             loop.before()
@@ -94,22 +104,22 @@ def fit(
 
 
 class _Loop:
-    """The parts of an iteration, so that `fit` reads as a list of what happens when."""
+    """The phases of an iteration, so that `fit` reads as a list of them."""
 
     def __init__(
         self,
         run: Run,
-        feed: TimedBatches,
+        loader: TimedLoader,
         schedule: Callable[[int], float],
         actions: Actions,
         hooks: Hooks,
         control: Control,
     ) -> None:
-        self.run, self.feed, self.schedule, self.actions, self.hooks = run, feed, schedule, actions, hooks
+        self.run, self.loader, self.schedule, self.actions, self.hooks = run, loader, schedule, actions, hooks
         self.control, self.guard = control, StepGuard(run.options.guard, bool(run.engine.extra_state().get("loss_scale")))
         self.guard.load(run.state.guard)
         run.engine.listener = control.phase
-        self.micro: Sequence[MicroBatch] = ()
+        self.micro_batches: Sequence[MicroBatch] = ()
         self.step_ids: list[int] = []
         self.skipped = False
         self.pending: StepDecision | None = None  # of the last step, until the ranks have agreed that it was skipped
@@ -138,39 +148,39 @@ class _Loop:
             self.control.phase("save")
             self.actions.finish_saves()
         if self.control.leaving is not None and self.run.stop is not None:
-            kept = self.run.last_save == self.run.state.iteration or self.run.state.iteration == 0
-            self.run.exit_code = EXIT_SAVED if kept else EXIT_UNSAVED
+            saved = self.run.last_save == self.run.state.iteration or self.run.state.iteration == 0
+            self.run.exit_code = EXIT_SAVED if saved else EXIT_UNSAVED
         self.control.phase("end")
 
     def read(self) -> bool:
         """Have the next step's micro batches; False when all ranks agreed to leave before it."""
         self.control.phase("data", self.run.state.iteration + 1)
-        self.feed.begin_step()
-        micro = self.control.data(self._take, self.run.engine.mesh.rank, self.skipped)
+        self.loader.begin_step()
+        micro_batches = self.control.data(self._take, self.run.engine.mesh.rank, self.skipped)
         self._settle()
         self._heed()
-        self.micro = micro or ()
-        return micro is not None and self.run.stop is None
+        self.micro_batches = micro_batches or ()
+        return micro_batches is not None and self.run.stop is None
 
     def _take(self) -> Sequence[MicroBatch]:
-        return take_micro_batches(self.feed, self.run.engine.gradient_accumulation)
+        return take_micro_batches(self.loader, self.run.engine.gradient_accumulation)
 
     def _heed(self) -> None:
-        """Make the ranks' wish to leave the run's."""
+        """Stop the run if the ranks have agreed to leave."""
         if self.control.leaving is not None:
             self.run.request_stop(self.control.leaving)
 
     def step(self) -> None:
-        """Take one optimizer step, count it, tell the hooks."""
+        """Take one optimizer step, count it, call the hooks."""
         run, state = self.run, self.run.state
-        begin, self.step_ids = time.perf_counter(), self.feed.sample_ids
+        begin, self.step_ids = time.perf_counter(), self.loader.sample_ids
         rate, run.engine.limits = self.schedule(state.applied_iterations), self.guard.limits()
-        result = run.engine.train_step(iter(self.micro), rate)
+        result = run.engine.train_step(self.micro_batches, rate)
         loss, norm, self.skipped = result.numbers()
         if not self.skipped:
             self._check(loss, norm)
-        seconds = time.perf_counter() - begin + self.feed.wait_s
-        judgement = self.guard.decide(state.iteration + 1, loss, norm, self.skipped)
+        seconds = time.perf_counter() - begin + self.loader.wait_s
+        decision = self.guard.decide(state.iteration + 1, loss, norm, self.skipped)
         state.iteration += 1
         state.skipped_iterations += int(self.skipped)
         state.consumed_samples += run.options.samples_per_step
@@ -179,38 +189,38 @@ class _Loop:
         self.control.settled()
         self.control.took(step_s=seconds)
         ids = tuple(self.step_ids)
-        self.hooks.tell("on_step", run, Step(state.iteration, loss, norm, rate, self.skipped, seconds, self.feed.wait_s, ids))
-        self.pending = judgement if self.skipped else None
+        self.hooks.tell("on_step", run, Step(state.iteration, loss, norm, rate, self.skipped, seconds, self.loader.wait_s, ids))
+        self.pending = decision if self.skipped else None
         if self.actions.poll_saves is not None:
             self.actions.poll_saves()
 
     def _check(self, loss: float, norm: float) -> None:
-        """An engine that applied a step with numbers that are not finite has spoilt its weights."""
+        """An engine that applied a step with numbers that are not finite has corrupted its weights."""
         for name, value in (("loss", loss), ("gradient norm", norm)):
-            if not value - value == 0.0:
+            if not math.isfinite(value):
                 raise self._stopped(f"the {name} is {value}", self.run.state.iteration + 1)
 
     def _settle(self) -> None:
-        """All ranks skipped the last step: say which samples it was; go back or give up when it was one too many."""
-        judgement, self.pending = self.pending, None
-        if judgement is None:
+        """After all ranks skipped a step: report its samples; rewind or fail when the budget is exhausted."""
+        decision, self.pending = self.pending, None
+        if decision is None:
             return
         run, mesh = self.run, self.run.engine.mesh
         every_rank = self.control.consensus.gather(self.step_ids)
         if len(every_rank) < mesh.world_size:  # nobody to ask: this rank's own
             every_rank = [self.step_ids]
         own = tuple(tuple(every_rank[rank]) for rank in range(0, min(len(every_rank), mesh.dp * mesh.tp), mesh.tp))
-        self.hooks.tell("on_skip", run, Skip(run.state.iteration, judgement.reason, own))
-        if not judgement.budget_exhausted:
+        self.hooks.tell("on_skip", run, Skip(run.state.iteration, decision.reason, own))
+        if not decision.budget_exhausted:
             return
         rules, saved = run.options.guard, run.last_save
         can_rewind = rules.on_budget == "rewind" and self.actions.rewind is not None and saved is not None
         if not can_rewind or run.state.rewinds >= rules.max_rewinds:
-            raise self._stopped(f"{judgement.reason}; {self.guard.budget_text()}", run.state.iteration)
+            raise self._stopped(f"{decision.reason}; {self.guard.budget_text()}", run.state.iteration)
         self._rewind()
 
     def _rewind(self) -> None:
-        """Weights and optimizer of the last checkpoint, the data from here on: the steps between count as skipped ones."""
+        """Restore weights and optimizer of the last checkpoint, not the data: the steps between count as skipped ones."""
         run, state = self.run, self.run.state
         assert self.actions.rewind is not None
         if self.actions.finish_saves is not None:
@@ -223,21 +233,21 @@ class _Loop:
         state.guard, self.skipped = self.guard.state(), False
         self.hooks.tell("on_rewind", run, then.iteration)
 
-    def _stopped(self, what: str, iteration: int) -> TrainingError:
+    def _stopped(self, event: str, iteration: int) -> TrainingError:
         count = self.run.options.samples_per_step
         first = (iteration - 1) * count + self.run.state.consumed_samples - self.run.state.iteration * count
         own = ", ".join(map(str, self.step_ids[:16])) + (", ..." if len(self.step_ids) > 16 else "")
         saved = self.run.last_save
         last = "there is no checkpoint yet" if saved is None else f"the last good checkpoint is of step {saved}"
         return TrainingError(
-            f"step {iteration}: {what}",
+            f"step {iteration}: {event}",
             where=f"samples {first} to {first + count - 1} of the training data (this rank read {own or 'none'})",
             why="a learning rate that is too high, a damaged sample, or numbers outside the range of the precision",
             hint=f"nothing of this step was saved; {last}",
         )
 
     def save(self) -> None:
-        """Save, unless the run has no place to save to."""
+        """Save, if the run has a save folder."""
         if self.actions.save is None or not self.run.options.save_rule.enabled:
             return
         self.check_weights()
@@ -249,7 +259,7 @@ class _Loop:
         self.hooks.tell("on_save", self.run, path, seconds)
 
     def check_weights(self) -> None:
-        """Weights or moments that are not finite are no state to save, and no end of a run.
+        """Refuse to save, or to finish with, weights or moments that are not finite.
 
         Raises:
             TrainingError: on all ranks, when one of them holds such numbers.

@@ -1,4 +1,4 @@
-"""What the loop is told: plain numbers, no configuration file."""
+"""Options of the loop: plain numbers, no configuration file."""
 
 from __future__ import annotations
 
@@ -12,10 +12,15 @@ from megatron.training.intervals import SaveRule
 class FitOptions:
     """How long to train and when to do what.
 
-    train_iters: the step at which training ends. samples_per_step: the global batch. seq_length: tokens per sample.
-    save_rule: when to save. eval_interval: steps between validations, None for never. eval_at_start: also before the
-        first step.
-    exit_interval: leave, after a save, when the step is a multiple of it. guard: which steps are skipped, and how many.
+    Attributes:
+        train_iters: the step at which training ends.
+        samples_per_step: the global batch.
+        seq_length: tokens per sample.
+        save_rule: when to save.
+        eval_interval: steps between validations, None for never.
+        eval_at_start: validate before the first step too.
+        exit_interval: leave, after a save, when the step is a multiple of it.
+        guard: which steps are skipped, and how many.
     """
 
     train_iters: int

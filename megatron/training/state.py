@@ -11,11 +11,15 @@ from typing import Any
 class TrainState:
     """Counters of one run.
 
-    iteration: optimizer steps tried, skipped ones included; the number in `global_step<N>`.
-    skipped_iterations: those that changed nothing; the learning rate schedule advances with the others only.
-    consumed_samples: the data cursor, the global number of the next sample. consumed_tokens: tokens seen.
-    best_validation_loss, best_iteration: the lowest validation loss so far and its step; None before the first.
-    rewinds: how often the weights went back to an earlier checkpoint. guard: the memory of `reliability/guard.py`.
+    Attributes:
+        iteration: optimizer steps tried, skipped ones included; the number in `global_step<N>`.
+        skipped_iterations: those that changed nothing; the learning rate schedule advances with the others only.
+        consumed_samples: the data cursor, the global number of the next sample.
+        consumed_tokens: tokens read.
+        best_validation_loss: the lowest so far, None before the first validation.
+        best_iteration: its step.
+        rewinds: how often the weights went back to an earlier checkpoint.
+        guard: state of `reliability/guard.py`.
     """
 
     iteration: int = 0

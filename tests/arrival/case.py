@@ -131,7 +131,7 @@ class Case:
                 reach(data_pipeline, "datasets_from_split", watch("split", data_pipeline.datasets_from_split)),
                 reach(data_pipeline, "dataset_from_list", self._by_name("list", data_pipeline.dataset_from_list, "name")),
                 reach(data_pipeline, "open_stream_dataset", watch("stream", data_pipeline.open_stream_dataset)),
-                reach(data_pipeline, "Batches", watch("batches", data_pipeline.Batches)),
+                reach(data_pipeline, "MicroBatchLoader", watch("batches", data_pipeline.MicroBatchLoader)),
             ):
                 stack.enter_context(patch)
             train_command.main([str(self.path)])

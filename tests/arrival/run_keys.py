@@ -195,7 +195,7 @@ DATA: dict[str, Arrival] = {
             "train": [{"examples": 40}],
             "test": [{"examples": 4}],
         },
-        lambda c: [type(_train_set(c)).__name__, c.engine.settings.objective.tally is not None],
+        lambda c: [type(_train_set(c)).__name__, c.engine.settings.objective.count_answers],
         ["SyntheticDataset", True],
     ),
     "num_workers": Arrival(3, call("batches", "num_workers")),

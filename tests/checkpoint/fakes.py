@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from megatron.engine.base import MOMENTS, Engine, EngineSettings, MicroBatch, OptimizerSlice, StepResult
+from megatron.data.micro_batch import MicroBatch
+from megatron.engine.base import MOMENTS, Engine, EngineSettings, EvalResult, OptimizerSlice, StepResult
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.shard_spec import ParamSpec, ShardKind, slice_of
 
@@ -67,10 +68,10 @@ class FakeEngine(Engine):
     def parameters(self) -> Mapping[str, nn.Parameter]:
         return self._parameters
 
-    def train_step(self, batches: Iterator[MicroBatch], lr: float) -> StepResult:
+    def train_step(self, micro_batches: Sequence[MicroBatch], lr: float) -> StepResult:
         raise NotImplementedError("a fake does not train")
 
-    def eval_loss(self, batches: Iterator[MicroBatch], count: int) -> float:
+    def eval_loss(self, micro_batches: Sequence[MicroBatch]) -> EvalResult:
         raise NotImplementedError("a fake does not evaluate")
 
     def optimizer_slices(self) -> dict[str, OptimizerSlice]:

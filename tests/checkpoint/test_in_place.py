@@ -15,7 +15,7 @@ from megatron.engine.base import EngineSettings
 from megatron.engine.single_process import SingleProcessEngine
 from megatron.errors import DamagedCheckpoint
 from tests.checkpoint.fakes import MODEL, FakeEngine
-from tests.engine.engine_cases import SEQ, micro_batches, model_config
+from tests.engine.engine_cases import SEQ, for_step, micro_batches, model_config
 
 SETTINGS = EngineSettings(micro_batch=4, seq_length=SEQ, gradient_accumulation=1)
 
@@ -62,7 +62,7 @@ def test_masters_survive_a_change_of_precision(tmp_path: Path, saved: str, loade
     first, second = single(saved), single(loaded, seed=5)
     batches = micro_batches(first.mesh)
     for _ in range(2):
-        first.train_step(batches, 1e-2)
+        first.train_step(for_step(first, batches), 1e-2)
     path = save_checkpoint(tmp_path, first, {"iteration": 2}, SaveOptions(model_config={}))
     own = {name: s.moments["exp_avg"].data_ptr() for name, s in second.optimizer_slices().items()}
     load_checkpoint(path, second, LoadOptions(in_place=True))
@@ -73,5 +73,5 @@ def test_masters_survive_a_change_of_precision(tmp_path: Path, saved: str, loade
         assert (got.step, got.moments["exp_avg"].data_ptr()) == (2, own[name])
         assert torch.equal(second.weights()[name].reshape(-1), want.master.to(second.dtype))
     if saved == loaded:
-        losses = [float(e.train_step(micro_batches(e.mesh, start=2), 1e-2).loss) for e in (first, second)]
+        losses = [float(e.train_step(for_step(e, micro_batches(e.mesh, start=2)), 1e-2).loss) for e in (first, second)]
         assert losses[0] == losses[1]

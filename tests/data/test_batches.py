@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from megatron.data.batches import Batch, Batches, BlendedDataset, Dataset, PackedDataset
+from megatron.data.batches import BlendedDataset, Dataset, MicroBatchLoader, PackedDataset
 from megatron.data.datasets import Sample, TokenDataset
 from megatron.data.indexed import IndexedDataset
+from megatron.data.micro_batch import MicroBatch
 from megatron.data.order import build_sample_index, sample_counts
 from megatron.data.sources import dataset_from_list, datasets_from_split
 from megatron.errors import DataError
@@ -25,11 +26,11 @@ def packed(corpus: str) -> PackedDataset:
     return PackedDataset(indexed, build_sample_index(np.arange(40), indexed.sizes, 16, 800, 5))
 
 
-def _batches(dataset: Dataset, micro: int, world: int, accumulation: int, **options: Any) -> list[Batches]:
-    return [Batches(dataset, micro, rank, world, accumulation, **options) for rank in range(world)]
+def _batches(dataset: Dataset, micro: int, world: int, accumulation: int, **options: Any) -> list[MicroBatchLoader]:
+    return [MicroBatchLoader(dataset, micro, rank, world, accumulation, **options) for rank in range(world)]
 
 
-def _global_steps(readers: list[Batches], steps: int) -> list[list[tuple[int, list[int]]]]:
+def _global_steps(readers: list[MicroBatchLoader], steps: int) -> list[list[tuple[int, list[int]]]]:
     """Per step the (sample id, tokens) of all ranks and micro batches, sorted by id."""
     iterators = [iter(reader) for reader in readers]
     result = []
@@ -87,12 +88,12 @@ def test_neox_sampler(golden_json: Callable[[str], Any]) -> None:
     for case in fitting:
         micro = case["global_micro_batch"] // case["world_size"]
         start = case["start_iter"] * case["global_micro_batch"]
-        reader = Batches(Counting(case["dataset_len"]), micro, case["rank"], case["world_size"], start_sample=start)
+        reader = MicroBatchLoader(Counting(case["dataset_len"]), micro, case["rank"], case["world_size"], start_sample=start)
         assert [batch.sample_ids for batch in reader] == case["batches"], case
 
 
 def test_tensors(packed: PackedDataset) -> None:
-    batch = next(iter(Batches(packed, 3, 0, 1)))
+    batch = next(iter(MicroBatchLoader(packed, 3, 0, 1)))
     assert batch.tokens.shape == batch.labels.shape == batch.loss_mask.shape == (3, 16)
     assert batch.tokens.dtype == batch.labels.dtype == torch.int64 and batch.loss_mask.dtype == torch.float32
     assert torch.equal(batch.tokens[:, 1:], batch.labels[:, :-1])
@@ -103,7 +104,7 @@ def test_tensors(packed: PackedDataset) -> None:
 def test_document_boundaries(packed: PackedDataset) -> None:
     options = {"eod_token": 0, "eod_mask_loss": True, "reset_state_at_eod": True}
     ends = 0
-    for batch in list(Batches(packed, 4, 0, 1, **options))[:20]:  # type: ignore[arg-type]
+    for batch in list(MicroBatchLoader(packed, 4, 0, 1, **options))[:20]:  # type: ignore[arg-type]
         assert batch.segment_ids is not None and batch.segment_ids.dtype == torch.int32
         for tokens, mask, segments in zip(batch.tokens, batch.loss_mask, batch.segment_ids, strict=True):
             segment = 0
@@ -114,19 +115,19 @@ def test_document_boundaries(packed: PackedDataset) -> None:
     assert ends > 50
 
 
-def _equal(a: Batch, b: Batch) -> bool:
+def _equal(a: MicroBatch, b: MicroBatch) -> bool:
     return a.sample_ids == b.sample_ids and torch.equal(a.tokens, b.tokens) and torch.equal(a.labels, b.labels)
 
 
 def test_reading_ahead_changes_nothing(packed: PackedDataset) -> None:
-    plain, ahead = (Batches(packed, 3, 1, 2, 2, start_sample=12, num_workers=n) for n in (0, 3))
+    plain, ahead = (MicroBatchLoader(packed, 3, 1, 2, 2, start_sample=12, num_workers=n) for n in (0, 3))
     for a, b in zip(plain, ahead, strict=True):
         assert _equal(a, b) and plain.next_sample == ahead.next_sample
     assert plain.next_sample == ahead.next_sample > 12
 
 
 def test_reading_ahead_can_stop_early_and_raises_in_its_turn(packed: PackedDataset) -> None:
-    reader = Batches(packed, 2, 0, 1, num_workers=2)
+    reader = MicroBatchLoader(packed, 2, 0, 1, num_workers=2)
     iterator = iter(reader)
     next(iterator)
     del iterator
@@ -139,14 +140,14 @@ def test_reading_ahead_can_stop_early_and_raises_in_its_turn(packed: PackedDatas
             return super().sample(index)
 
     seen: list[int] = []
-    failing = Batches(Failing(packed.indexed, packed.order), 2, 0, 1, num_workers=2)
+    failing = MicroBatchLoader(Failing(packed.indexed, packed.order), 2, 0, 1, num_workers=2)
     with pytest.raises(DataError, match="sample 9"):
         seen.extend(i for batch in failing for i in batch.sample_ids)
     assert seen == list(range(8))
 
 
 def test_only_whole_steps(packed: PackedDataset) -> None:
-    reader = Batches(packed, 4, 0, 2, 5, start_sample=3)
+    reader = MicroBatchLoader(packed, 4, 0, 2, 5, start_sample=3)
     total = len(packed)
     assert reader.steps_left == (total - 3) // 40
     assert len(list(reader)) == reader.gradient_accumulation * ((total - 3) // 40)
@@ -158,12 +159,12 @@ def test_only_whole_steps(packed: PackedDataset) -> None:
 )
 def test_impossible_batches(arguments: tuple[int, ...], packed: PackedDataset) -> None:
     with pytest.raises(DataError):
-        Batches(packed, *arguments)  # type: ignore[arg-type]
+        MicroBatchLoader(packed, *arguments)  # type: ignore[arg-type]
 
 
 def test_boundaries_need_an_eod(packed: PackedDataset) -> None:
     with pytest.raises(DataError, match="end-of-document"):
-        Batches(packed, 1, 0, 1, reset_state_at_eod=True)
+        MicroBatchLoader(packed, 1, 0, 1, reset_state_at_eod=True)
 
 
 def test_no_sample_beyond_the_end(packed: PackedDataset) -> None:

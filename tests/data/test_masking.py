@@ -5,19 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron.data.batches import Batch
 from megatron.data.masking import Masking, masked_batches
+from megatron.data.micro_batch import MicroBatch
 from megatron.errors import DataError
 
 MASKING = Masking(prefix_length=64, mask_token=999, rate=0.15, seed=7)
 
 
-def batch(ids: list[int], s: int = 100) -> Batch:
+def batch(ids: list[int], s: int = 100) -> MicroBatch:
     text = torch.stack([torch.randint(0, 900, (s + 1,), generator=torch.Generator().manual_seed(i)) for i in ids])
     text[:, 5] = 0
     mask = torch.ones(len(ids), s)
     mask[:, s - 20] = 0
-    return Batch(text[:, :-1].contiguous(), text[:, 1:].contiguous(), mask, None, ids)
+    return MicroBatch(text[:, :-1].contiguous(), text[:, 1:].contiguous(), mask, None, ids)
 
 
 def test_prefix_is_hidden_in_part_and_the_rest_is_left_alone() -> None:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron.data.batches import Batches
+from megatron.data.batches import MicroBatchLoader
 from megatron.data.datasets import PackedDataset, PaddedDataset
 from megatron.data.indexed import IndexedDataset, IndexedWriter
 from megatron.data.labels import IGNORED, Labels
@@ -132,7 +132,7 @@ def test_until_overflow_equals_the_loop(sizes: list[int], length: int, samples: 
 def test_padding_is_not_learned(corpus: str) -> None:
     dataset = datasets_from_split(corpus, "1", 64, {"train": 30}, 1, "unpacked")["train"]
     assert dataset is not None
-    for batch in Batches(dataset, 3, 0, 1):
+    for batch in MicroBatchLoader(dataset, 3, 0, 1):
         for row, number in enumerate(batch.sample_ids):
             assert isinstance(dataset, PaddedDataset)
             document = int(dataset.order.doc_idx[int(dataset.order.shuffle_idx[number])])
@@ -149,7 +149,7 @@ def test_labels_mask_the_loss(tmp_path: Path) -> None:
     corpus = IndexedDataset(tmp_path / "t")
     labels = Labels(IndexedDataset(tmp_path / "l"), corpus)
     dataset = PackedDataset(corpus, build_sample_index(range(9), corpus.sizes, 6, 8, 1), 20, labels)
-    for batch in Batches(dataset, 1, 0, 1):
+    for batch in MicroBatchLoader(dataset, 1, 0, 1):
         assert batch.loss_mask.sum() in (3, 4) and bool((batch.labels[batch.loss_mask == 0] == 0).all())
         assert bool((batch.labels[batch.loss_mask == 1] > 0).all())
     assert labels.ignored(range(9), 3).all() and not labels.ignored(range(9), 4).any()

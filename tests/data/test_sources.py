@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron.data.batches import Batches
+from megatron.data.batches import MicroBatchLoader
 from megatron.data.blend import weights_by_documents
 from megatron.data.datasets import BlendedDataset, ChainedDataset, Dataset, RepeatedDataset
 from megatron.data.order import sample_counts
@@ -110,11 +110,12 @@ def test_epochs_of_one_corpus(corpus: str) -> None:
 def test_another_batch_size_in_mid_run_repeats_and_skips_nothing(corpus: str) -> None:
     """20 steps of 8, then 20 of 24: more samples than the first order of several epochs holds."""
 
-    def open_run(batch: int, earlier: list[int], state: dict[str, Any]) -> tuple[Dataset, Batches]:
+    def open_run(batch: int, earlier: list[int], state: dict[str, Any]) -> tuple[Dataset, MicroBatchLoader]:
         wanted = state["next_sample"] + 20 * batch
         dataset = datasets_from_split(corpus, "1", 16, {"train": wanted}, 7, earlier_counts=earlier)["train"]
         assert dataset is not None
-        return dataset, Batches(dataset, batch, 0, 1, start_sample=state["next_sample"], start_tokens=state["consumed_tokens"])
+        cursor = {"start_sample": state["next_sample"], "start_tokens": state["consumed_tokens"]}
+        return dataset, MicroBatchLoader(dataset, batch, 0, 1, **cursor)
 
     start = {"next_sample": 0, "consumed_tokens": 0}
     first, batches = open_run(8, [], start)

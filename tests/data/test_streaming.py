@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron.data.batches import Batches
+from megatron.data.batches import MicroBatchLoader
 from megatron.data.readers import RowReader
 from megatron.data.streaming import StreamDataset, open_stream_dataset
 from megatron.data.tokenizers import CharLevelTokenizer, build_tokenizer
@@ -61,7 +61,7 @@ def test_resume_at_every_sample(source: str) -> None:
     assert dataset.cursor(200)["sample"] == 200
 
 
-def _steps(readers: list[Batches], steps: int) -> list[list[tuple[int, list[int]]]]:
+def _steps(readers: list[MicroBatchLoader], steps: int) -> list[list[tuple[int, list[int]]]]:
     iterators = [iter(reader) for reader in readers]
     found = []
     for _ in range(steps):
@@ -76,14 +76,14 @@ def _steps(readers: list[Batches], steps: int) -> list[list[tuple[int, list[int]
 
 @pytest.mark.parametrize("threads", [0, 3])
 def test_every_world_sees_the_same_and_resumes(threads: int, source: str) -> None:
-    expected = _steps([Batches(_open(source), 8, 0, 1)], 12)
+    expected = _steps([MicroBatchLoader(_open(source), 8, 0, 1)], 12)
     for world, micro in ((1, 2), (2, 2), (4, 1), (4, 2)):
 
-        def run(saved: dict[str, Any] | None, world: int = world, micro: int = micro) -> list[Batches]:
+        def run(saved: dict[str, Any] | None, world: int = world, micro: int = micro) -> list[MicroBatchLoader]:
             start = {} if saved is None else {"start_sample": saved["next_sample"], "start_tokens": saved["consumed_tokens"]}
             stream = None if saved is None else saved["stream"]
             return [
-                Batches(_open(source, stream), micro, rank, world, 8 // (world * micro), num_workers=threads, **start)
+                MicroBatchLoader(_open(source, stream), micro, rank, world, 8 // (world * micro), num_workers=threads, **start)
                 for rank in range(world)
             ]  # fmt: skip
 

@@ -4,31 +4,23 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from megatron.data.micro_batch import MicroBatch
 from megatron.engine.base import Engine, EngineSettings
 from megatron.engine.build import build_engine
 from megatron.engine.schedule import ScheduleConfig, learning_rate
 from megatron.launch.environment import read_rank_environment
 from megatron.model.config import ModelConfig
 from megatron.parallel.mesh import Mesh
+from megatron.training.micro_batches import take_micro_batches
 
 VOCAB, SEQ, GLOBAL = 64, 24, 4
 CURVE = ScheduleConfig(lr=1e-2, horizon=20, style="cosine", warmup=0.1, min_lr=1e-3)
-
-
-@dataclass(frozen=True)
-class MicroBatchCase:
-    """What an engine reads of a batch."""
-
-    tokens: Tensor
-    labels: Tensor
-    loss_mask: Tensor
-    segment_ids: Tensor | None
 
 
 def model_config(tied: bool = True, **changes: Any) -> ModelConfig:
@@ -46,7 +38,7 @@ def model_config(tied: bool = True, **changes: Any) -> ModelConfig:
     return replace(config, **changes)
 
 
-def micro_batches(mesh: Mesh, segments: bool = False, start: int = 0, masks: str = "even") -> Iterator[MicroBatchCase]:
+def micro_batches(mesh: Mesh, segments: bool = False, start: int = 0, masks: str = "even") -> Iterator[MicroBatch]:
     """Endless micro batches: GLOBAL samples each over all data ranks, learnable (every second token repeats).
 
     masks: even, as many counted tokens in every row; uneven, from none to all, prefix and rest alike.
@@ -65,8 +57,13 @@ def micro_batches(mesh: Mesh, segments: bool = False, start: int = 0, masks: str
             mask = (torch.rand(GLOBAL, SEQ, generator=g) < share).float()
         seg = (torch.arange(SEQ) >= SEQ // 2).int().expand(GLOBAL, SEQ) if segments else None
         rows = slice(mesh.dp_rank * size, (mesh.dp_rank + 1) * size)
-        yield MicroBatchCase(x[rows, :-1], x[rows, 1:], mask[rows], None if seg is None else seg[rows])
+        yield MicroBatch(x[rows, :-1], x[rows, 1:], mask[rows], None if seg is None else seg[rows])
         number += 1
+
+
+def for_step(engine: Engine, batches: Iterator[MicroBatch]) -> list[MicroBatch]:
+    """The micro batches of the engine's next step."""
+    return take_micro_batches(batches, engine.gradient_accumulation)
 
 
 def make_engine(pp: int, tp: int, kind: str, settings: EngineSettings, config: ModelConfig) -> Engine:
@@ -85,14 +82,14 @@ def train(
     batches = micro_batches(engine.mesh, segments)
     losses, norms = [], []
     for step in range(steps):
-        result = engine.train_step(batches, learning_rate(step, CURVE))
+        result = engine.train_step(for_step(engine, batches), learning_rate(step, CURVE))
         assert not result.skipped
         losses.append(float(result.loss))
         norms.append(float(result.grad_norm))
     return {
         "losses": losses,
         "norms": norms,
-        "eval": engine.eval_loss(micro_batches(engine.mesh, segments, start=1000), 3),
+        "eval": engine.eval_loss(take_micro_batches(micro_batches(engine.mesh, segments, start=1000), 3)).loss,
         "weights": {name: w.float().clone() for name, w in engine.weights().items()},
         "replicas": engine.replica_names,
         "coordinates": (engine.mesh.pp_rank, engine.mesh.dp_rank, engine.mesh.tp_rank),

@@ -15,7 +15,8 @@ from megatron.model.config import ModelConfig
 from megatron.model.objectives import Objective
 from megatron.parallel.mesh import Mesh
 from megatron.registry import layer_info, layer_names
-from tests.engine.engine_cases import CURVE, GLOBAL, SEQ, join, micro_batches, model_config
+from megatron.training.micro_batches import take_micro_batches
+from tests.engine.engine_cases import CURVE, GLOBAL, SEQ, for_step, join, micro_batches, model_config
 from tests.parallel.ranks import run_ranks
 
 MESHES = [(pp, tp, dp) for pp in (1, 2, 4) for tp in (1, 2, 4) for dp in (1, 2) if pp * tp * dp <= 4]
@@ -115,9 +116,9 @@ def _train(engine: Engine, form: Form) -> dict[str, Any]:
     batches = micro_batches(engine.mesh, **how)
     results, parts = [], []
     for step in range(STEPS):
-        results.append(engine.train_step(batches, learning_rate(step, CURVE)))
+        results.append(engine.train_step(for_step(engine, batches), learning_rate(step, CURVE)))
         parts += list(engine.loss_parts.values())
-    held_out = engine.eval_loss(micro_batches(engine.mesh, start=1000, **how), 3)
+    held_out = engine.eval_loss(take_micro_batches(micro_batches(engine.mesh, start=1000, **how), 3)).loss
     return {
         "losses": [*(float(r.loss) for r in results), *parts, held_out],
         "norms": [float(r.grad_norm) for r in results],

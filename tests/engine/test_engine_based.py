@@ -15,7 +15,8 @@ from megatron.engine.base import EngineSettings
 from megatron.engine.schedule import learning_rate
 from megatron.model.config import ModelConfig
 from megatron.model.objectives import Objective
-from tests.engine.engine_cases import CURVE, join, make_engine, micro_batches
+from megatron.training.micro_batches import take_micro_batches
+from tests.engine.engine_cases import CURVE, for_step, join, make_engine, micro_batches
 from tests.parallel.ranks import run_ranks
 
 KINDS = ("base_conv", "based", "sliding", "jrt", "mamba")
@@ -45,7 +46,7 @@ def job(
     batches = micro_batches(engine.mesh, segments)
     losses, norms, parts = [], [], []
     for step in range(steps):
-        result = engine.train_step(batches, learning_rate(step, CURVE))
+        result = engine.train_step(for_step(engine, batches), learning_rate(step, CURVE))
         losses.append(float(result.loss))
         norms.append(float(result.grad_norm))
         parts.append(dict(engine.loss_parts))
@@ -53,7 +54,7 @@ def job(
         "losses": losses,
         "norms": norms,
         "parts": parts,
-        "eval": engine.eval_loss(micro_batches(engine.mesh, segments, start=1000), 2),
+        "eval": engine.eval_loss(take_micro_batches(micro_batches(engine.mesh, segments, start=1000), 2)).loss,
         "weights": {name: w.float().clone() for name, w in engine.weights().items()},
         "replicas": engine.replica_names,
         "coordinates": (engine.mesh.pp_rank, engine.mesh.dp_rank, engine.mesh.tp_rank),

@@ -12,7 +12,8 @@ import torch
 from megatron.engine.base import EngineSettings
 from megatron.engine.deepspeed_config import check_zero_stage
 from megatron.errors import ConfigError
-from tests.engine.engine_cases import make_engine, micro_batches, model_config
+from megatron.training.micro_batches import take_micro_batches
+from tests.engine.engine_cases import for_step, make_engine, micro_batches, model_config
 from tests.engine.grid_cases import LOSS_BF16, Cell, Form, Mesh3
 from tests.engine.test_engine_grid import check
 from tests.parallel.ranks import run_ranks
@@ -47,14 +48,14 @@ def _state(stage: int) -> dict[str, Any]:
     first = make_engine(1, 1, "deepspeed", settings, model_config())
     batches = micro_batches(first.mesh)
     for _ in range(3):
-        first.train_step(batches, 5e-3)
+        first.train_step(for_step(first, batches), 5e-3)
     weights = {name: w.clone() for name, w in first.weights().items()}
     slices = first.optimizer_slices()
     second = make_engine(1, 1, "deepspeed", replace(settings, seed=99), model_config())
     second.load_weights(weights)
     second.load_optimizer_slices(slices)
-    on, back = (e.train_step(micro_batches(e.mesh, start=6), 5e-3) for e in (first, second))
-    evals = [e.eval_loss(micro_batches(e.mesh, start=1000), 2) for e in (first, second)]
+    on, back = (e.train_step(for_step(e, micro_batches(e.mesh, start=6)), 5e-3) for e in (first, second))
+    evals = [e.eval_loss(take_micro_batches(micro_batches(e.mesh, start=1000), 2)).loss for e in (first, second)]
     second.load_weights(weights)
     second.refresh_master_from_weights()
     fresh = next(iter(second.optimizer_slices().values()))

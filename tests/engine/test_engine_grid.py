@@ -73,7 +73,7 @@ def _streams(form: Form) -> tuple[tuple[int, int, int], list[float], list[float]
     from megatron.engine.build import build_engine
     from megatron.launch.environment import read_rank_environment
     from megatron.parallel.mesh import Mesh
-    from tests.engine.engine_cases import GLOBAL, micro_batches
+    from tests.engine.engine_cases import GLOBAL, for_step, micro_batches
     from tests.engine.grid_cases import model, settings
 
     env = read_rank_environment()
@@ -84,7 +84,7 @@ def _streams(form: Form) -> tuple[tuple[int, int, int], list[float], list[float]
     drawn = torch.rand(4).tolist()
     torch.set_rng_state(state)
     batches = micro_batches(mesh)
-    losses = [float(engine.train_step(batches, 1e-3).loss) for _ in range(3)]
+    losses = [float(engine.train_step(for_step(engine, batches), 1e-3).loss) for _ in range(3)]
     return (mesh.pp_rank, mesh.dp_rank, mesh.tp_rank), drawn, losses
 
 

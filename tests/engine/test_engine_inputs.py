@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from megatron.data.micro_batch import MicroBatch
 from megatron.engine.base import EngineSettings
 from megatron.errors import ConfigError, DataError
 from megatron.model.config import ModelConfig
 from megatron.parallel.mesh import Mesh
-from tests.engine.engine_cases import SEQ, MicroBatchCase, make_engine, micro_batches
+from megatron.training.micro_batches import take_micro_batches
+from tests.engine.engine_cases import SEQ, for_step, make_engine, micro_batches
 from tests.parallel.ranks import run_ranks
 
 MODEL = ModelConfig(64, 32, 4, 4, 48, ("based", "jrt") * 2, {"jrt": {"feature_width": 6}, "based": {"feature_width": 6}})
@@ -24,27 +26,20 @@ LENGTH = replace(SETTINGS, inputs=("prefix_length",))
 BOTH = replace(SETTINGS, inputs=("prefix_length", "prefix_mask"))
 
 
-@dataclass(frozen=True)
-class WithInputs(MicroBatchCase):
-    """A batch that brings inputs of single mixers."""
-
-    inputs: dict[str, Tensor | int] = field(default_factory=dict)
-
-
-def batches(mesh: Mesh, names: tuple[str, ...], segments: bool) -> Iterator[MicroBatchCase]:
+def batches(mesh: Mesh, names: tuple[str, ...], segments: bool) -> Iterator[MicroBatch]:
     for batch in micro_batches(mesh, segments):
         filler = (torch.arange(SEQ) >= 3).long().expand_as(batch.tokens)
         given: dict[str, Tensor | int] = {"prefix_length": 8, "prefix_mask": filler}
         parts = (batch.tokens, batch.labels, batch.loss_mask, batch.segment_ids)
-        yield WithInputs(*parts, inputs={name: given[name] for name in names})
+        yield MicroBatch(*parts, inputs={name: given[name] for name in names})
 
 
 def job(pp: int, kind: str, settings: EngineSettings, config: ModelConfig, segments: bool = False) -> list[Any]:
     """Losses of three steps, and the evaluation loss after them."""
     engine = make_engine(pp, 1, kind, settings, config)
     feed = batches(engine.mesh, settings.inputs, segments)
-    losses = [float(engine.train_step(feed, 1e-2).loss) for _ in range(3)]
-    return [*losses, engine.eval_loss(batches(engine.mesh, settings.inputs, segments), 2)]
+    losses = [float(engine.train_step(for_step(engine, feed), 1e-2).loss) for _ in range(3)]
+    return [*losses, engine.eval_loss(take_micro_batches(batches(engine.mesh, settings.inputs, segments), 2)).loss]
 
 
 def single(settings: EngineSettings, config: ModelConfig, segments: bool = False) -> list[float]:
@@ -71,7 +66,7 @@ def test_inputs_that_nobody_reads_or_brings_are_refused() -> None:
         make_engine(1, 1, "single", replace(SETTINGS, inputs=("prefix_size",)), MODEL)
     engine = make_engine(1, 1, "single", LENGTH, MODEL)
     with pytest.raises(DataError, match="brings the inputs \\[\\], the run expects \\['prefix_length'\\]"):
-        engine.train_step(micro_batches(engine.mesh), 1e-2)
+        engine.train_step(for_step(engine, micro_batches(engine.mesh)), 1e-2)
     engine = make_engine(1, 1, "single", SETTINGS, MODEL)
     with pytest.raises(DataError, match="the run expects \\[\\]"):
-        engine.train_step(batches(engine.mesh, ("prefix_length",), False), 1e-2)
+        engine.train_step(for_step(engine, batches(engine.mesh, ("prefix_length",), False)), 1e-2)

@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron.data.micro_batch import MicroBatch
 from megatron.engine.base import EngineSettings
 from megatron.engine.build import build_engine
 from megatron.launch.environment import read_rank_environment
 from megatron.model.objectives import Objective
 from megatron.parallel.mesh import Mesh
-from tests.engine.engine_cases import SEQ, VOCAB, MicroBatchCase, model_config
+from tests.engine.engine_cases import SEQ, VOCAB, model_config
 from tests.parallel.ranks import run_ranks
 
 ROWS = 8
@@ -34,12 +35,12 @@ def whole() -> tuple[Tensor, Tensor, Tensor]:
     return x[:, :-1], x[:, 1:], (torch.rand(ROWS, SEQ, generator=g) < share).float()
 
 
-def dealt(micro: int, mesh: Mesh) -> Iterator[MicroBatchCase]:
+def dealt(micro: int, mesh: Mesh) -> Iterator[MicroBatch]:
     """The global batch in micro batches of `micro` rows, dealt to the data-parallel ranks in turn."""
     tokens, labels, mask = whole()
     for start in range(micro * mesh.dp_rank, ROWS, micro * mesh.dp):
         at = slice(start, start + micro)
-        yield MicroBatchCase(tokens[at], labels[at], mask[at], None)
+        yield MicroBatch(tokens[at], labels[at], mask[at], None)
 
 
 def one_step(tp: int, pp: int, micro: int, kind: str, objective: Objective) -> dict[str, Any]:
@@ -50,8 +51,8 @@ def one_step(tp: int, pp: int, micro: int, kind: str, objective: Objective) -> d
         micro_batch=micro, gradient_accumulation=ROWS // (micro * mesh.dp), seq_length=SEQ, objective=objective, zero_stage=1
     )
     engine = build_engine(kind, model_config(), mesh, settings, env.local_rank)
-    held_out = engine.eval_loss(dealt(micro, mesh), settings.gradient_accumulation)
-    result = engine.train_step(dealt(micro, mesh), 1e-2)
+    held_out = engine.eval_loss(list(dealt(micro, mesh))).loss
+    result = engine.train_step(list(dealt(micro, mesh)), 1e-2)
     return {"eval": held_out, "loss": float(result.loss), "norm": float(result.grad_norm), **engine.loss_parts}
 
 
@@ -104,8 +105,8 @@ def test_ranks(world: int, tp: int, pp: int, objective: Objective) -> None:
 
 def test_a_batch_without_counted_tokens_has_loss_zero() -> None:
     tokens, labels, mask = whole()
-    empty = [MicroBatchCase(tokens[:4], labels[:4], mask[:4] * 0, None)] * 2
+    empty = [MicroBatch(tokens[:4], labels[:4], mask[:4] * 0, None)] * 2
     settings = EngineSettings(micro_batch=4, gradient_accumulation=2, seq_length=SEQ)
     engine = build_engine("single", model_config(), Mesh.single(), settings)
-    result = engine.train_step(iter(empty), 1e-2)
+    result = engine.train_step(empty, 1e-2)
     assert float(result.loss) == 0 and float(result.grad_norm) == 0

@@ -1,8 +1,7 @@
-"""Stages of a pipeline against every way to cut them, blocks by name, and how many blocks a recomputed piece has."""
+"""How many pipeline stages a model can have, and how many blocks a recomputed segment has."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,49 +10,10 @@ import torch
 
 from megatron.engine import stages
 from megatron.engine.base import EngineSettings
-from megatron.engine.stages import balanced_bounds, check_mesh, run_stages, stage_costs
+from megatron.engine.stages import check_mesh, run_stages
 from megatron.errors import ConfigError
-from megatron.model.build import build_model
 from megatron.model.config import ModelConfig
-from megatron.model.stages import stages_of
 from megatron.parallel.mesh import Mesh
-
-
-def _judged(costs: Sequence[float], bounds: Sequence[int]) -> tuple[float, float]:
-    """(the largest part, the sum of squares)."""
-    parts = [sum(costs[a:b]) for a, b in itertools.pairwise(bounds)]
-    return max(parts), sum(part * part for part in parts)
-
-
-@pytest.mark.parametrize(
-    ("costs", "parts"),
-    [
-        ([1.0] * 7, 3),
-        ([0.0, *[1.0] * 10, 0.0, 0.0], 4),
-        ([0.0, 5.0, 1.0, 1.0, 0.0], 3),
-        ([3.0, 1.0, 4.0, 1.0, 5.0, 9.0, 2.0, 6.0], 4),
-        ([9.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0], 3),
-        ([100.0, *[7.0] * 6, 120.0], 5),
-    ],
-)
-def test_the_largest_part_is_as_small_as_can_be_and_the_others_are_even(costs: list[float], parts: int) -> None:
-    inner = itertools.combinations(range(1, len(costs)), parts - 1)
-    cuts = [(0, *cut, len(costs)) for cut in inner]
-    best = min(_judged(costs, cut) for cut in cuts if all(sum(costs[a:b]) > 0 for a, b in itertools.pairwise(cut)))
-    found = balanced_bounds(costs, parts)
-    assert (found[0], found[-1], len(found)) == (0, len(costs), parts + 1)
-    assert _judged(costs, found) == best
-
-
-def test_blocks_are_chosen_by_the_name_of_their_mixer() -> None:
-    """`flash` is a name of softmax attention that its class does not have."""
-    config = ModelConfig(32, 16, 3, 2, 24, ("metala", "flash", "mamba"))
-    with torch.device("meta"):
-        every = stages_of(build_model(config))
-    assert stage_costs("type:flash", every, config) == [0, 0, 1, 0, 0, 0]
-    assert stage_costs("type:metala|mamba", every, config) == [0, 1, 0, 1, 0, 0]
-    assert stage_costs("type:transformer|mlp", every, config) == [0, 1, 1, 1, 0, 0]
-    assert stage_costs("uniform", every, config) == [1] * 6
 
 
 def test_as_many_stages_as_blocks_are_possible() -> None:

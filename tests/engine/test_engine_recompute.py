@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
 from megatron import registry
+from megatron.data.micro_batch import MicroBatch
 from megatron.engine.base import EngineSettings
 from megatron.engine.single_process import SingleProcessEngine
 from megatron.model.config import ModelConfig
@@ -20,7 +19,7 @@ def _gradients(config: ModelConfig, interval: int) -> dict[str, torch.Tensor]:
     settings = EngineSettings(micro_batch=2, seq_length=12, activation_checkpoint_interval=interval)
     engine = SingleProcessEngine(config, settings, torch.device("cpu"))
     text = torch.randint(0, 32, (2, 13), generator=torch.Generator().manual_seed(1))
-    batch = SimpleNamespace(tokens=text[:, :-1], labels=text[:, 1:], loss_mask=torch.ones(2, 12), segment_ids=None)
+    batch = MicroBatch(text[:, :-1], text[:, 1:], torch.ones(2, 12))
     torch.manual_seed(5)
     engine._loss(batch, None).backward()
     return {name: p.grad.clone() for name, p in engine.parameters().items() if p.grad is not None}

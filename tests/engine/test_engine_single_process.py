@@ -13,13 +13,12 @@ from megatron.engine.build import build_engine, choose_kind
 from megatron.engine.deepspeed_config import deepspeed_config
 from megatron.engine.loss_scale import LossScale
 from megatron.engine.optim import FusedAdamW, build_optimizer, parameter_groups
-from megatron.engine.stages import balanced_bounds, build_local, stage_costs
+from megatron.engine.stages import build_local
 from megatron.errors import ConfigError, DataError
 from megatron.model.build import build_model, param_specs
 from megatron.model.loss import token_loss
-from megatron.model.stages import stages_of
 from megatron.parallel.mesh import Mesh
-from tests.engine.engine_cases import make_engine, micro_batches, model_config
+from tests.engine.engine_cases import for_step, make_engine, micro_batches, model_config
 from tests.parallel.ranks import run_ranks
 
 CPU = torch.device("cpu")
@@ -53,7 +52,7 @@ def _by_hand() -> tuple[list[float], list[float]]:
         optimizer.step()
         optimizer.zero_grad()
         losses.append(total)
-    return [float(engine.train_step(ours, 1e-2).loss) for _ in range(3)], losses
+    return [float(engine.train_step(for_step(engine, ours), 1e-2).loss) for _ in range(3)], losses
 
 
 def test_against_a_step_written_by_hand() -> None:
@@ -65,7 +64,7 @@ def _low(dtype: str) -> dict[str, Any]:
     settings = EngineSettings(gradient_accumulation=2, dtype=dtype, fp16={"initial_scale_power": 24})
     engine = make_engine(1, 1, "single", settings, model_config())
     batches = micro_batches(engine.mesh)
-    results = [engine.train_step(batches, 5e-3) for _ in range(25)]
+    results = [engine.train_step(for_step(engine, batches), 5e-3) for _ in range(25)]
     masters = {s.master.dtype for s in engine.optimizer_slices().values()}
     return {
         "losses": [float(r.loss) for r in results if not r.skipped],
@@ -99,7 +98,7 @@ def _not_finite() -> tuple[bool, bool, float]:
     with torch.no_grad():
         engine.parameters()["model.layers.0.token_mixer.v_proj.weight"][0, 0] = float("inf")
     before["model.layers.0.token_mixer.v_proj.weight"][0, 0] = float("inf")
-    result = engine.train_step(iter([batch]), 1e-2)
+    result = engine.train_step([batch], 1e-2)
     same = all(torch.equal(w, before[n]) for n, w in engine.weights().items())
     return result.skipped, same, float(result.grad_norm)
 
@@ -151,31 +150,6 @@ def test_the_direct_step_is_torchs_bit_for_bit() -> None:
 def test_other_optimizers_are_refused(name: str) -> None:
     with pytest.raises(ConfigError, match=name):
         build_optimizer([{"params": [torch.nn.Parameter(torch.zeros(1))]}], EngineSettings(optimizer_type=name))
-
-
-def test_pipeline_bounds() -> None:
-    assert balanced_bounds([0, 1, 1, 1, 1, 0, 0], 2) == [0, 3, 7]
-    assert balanced_bounds([0, 1, 1, 1, 1, 1, 0, 0], 2) in ([0, 3, 8], [0, 4, 8])
-    assert balanced_bounds([1, 2, 3, 9], 2) == [0, 3, 4]
-    assert balanced_bounds([5.0], 1) == [0, 1]
-    with pytest.raises(ConfigError, match="2 layers cannot fill 3 pipeline stages"):
-        balanced_bounds([0, 1, 1, 0], 3)
-
-
-def test_partition_methods() -> None:
-    config = model_config(layer_types=("metala",) * 4, tied=False)
-    with torch.device("meta"):
-        stages = stages_of(build_model(config))
-    assert stage_costs("type:transformer|mlp", stages, config) == [0, 1, 1, 1, 1, 0, 0]
-    assert stage_costs("type:metala", stages, config) == [0, 1, 1, 1, 1, 0, 0]
-    assert stage_costs("uniform", stages, config) == [1.0] * 7
-    by_size = stage_costs("parameters", stages, config)
-    assert by_size[0] == 64 * 32
-    assert by_size[5] == 32
-    assert by_size[1] > by_size[0]
-    for bad in ("type:mamba", "magic"):
-        with pytest.raises(ConfigError):
-            stage_costs(bad, stages, config)
 
 
 def test_only_the_own_stage_takes_memory() -> None:
@@ -230,7 +204,7 @@ def test_deepspeed_dictionary() -> None:
             deepspeed_config(bad, Mesh.shape_only(stages, 1, stages, 0), False, 1)
 
 
-def test_data_that_end_are_an_error() -> None:
+def test_a_step_refuses_another_number_of_micro_batches() -> None:
     engine = build_engine("single", model_config(num_layers=1, layer_types=("metala",)), Mesh.single(), EngineSettings())
-    with pytest.raises(DataError, match="0 of 1 micro batches"):
-        engine.train_step(iter([]), 1e-3)
+    with pytest.raises(DataError, match="of 1 micro batches was given 0"):
+        engine.train_step([], 1e-3)

@@ -11,7 +11,7 @@ import torch
 
 from megatron.engine.base import EngineSettings, OptimizerSlice
 from megatron.errors import CheckpointError
-from tests.engine.engine_cases import make_engine, micro_batches, model_config
+from tests.engine.engine_cases import for_step, make_engine, micro_batches, model_config
 from tests.parallel.ranks import run_ranks
 
 BASE = EngineSettings(gradient_accumulation=2, gradient_clipping=0.5, zero_stage=1)
@@ -38,10 +38,10 @@ def _resume(kind: str, pp: int, tp: int, dtype: str) -> dict[str, Any]:
     first = make_engine(pp, tp, kind, settings, model_config())
     batches = micro_batches(first.mesh)
     for _ in range(3):
-        first.train_step(batches, 5e-3)
+        first.train_step(for_step(first, batches), 5e-3)
     weights = {name: w.clone() for name, w in first.weights().items()}
     slices, extra = copied(first.optimizer_slices()), first.extra_state()
-    on = [first.train_step(batches, 5e-3) for _ in range(3)]
+    on = [first.train_step(for_step(first, batches), 5e-3) for _ in range(3)]
 
     # Another seed: nothing of the new engine's own start may survive.
     second = make_engine(pp, tp, kind, replace(settings, seed=99), model_config())
@@ -49,7 +49,7 @@ def _resume(kind: str, pp: int, tp: int, dtype: str) -> dict[str, Any]:
     second.load_optimizer_slices(slices)
     second.load_extra_state(extra)
     again = micro_batches(second.mesh, start=6)
-    back = [second.train_step(again, 5e-3) for _ in range(3)]
+    back = [second.train_step(for_step(second, again), 5e-3) for _ in range(3)]
     return {
         "losses": [(float(a.loss), float(b.loss)) for a, b in zip(on, back, strict=True)],
         "norms": [(float(a.grad_norm), float(b.grad_norm)) for a, b in zip(on, back, strict=True)],
@@ -123,13 +123,13 @@ def _fresh_optimizer(kind: str) -> tuple[list[float], int]:
     plain = make_engine(1, 1, kind, replace(BASE, seed=5, dtype="bf16"), model_config())
     used = make_engine(1, 1, kind, replace(BASE, seed=6, dtype="bf16"), model_config())
     batches = micro_batches(used.mesh)
-    used.train_step(batches, 5e-3)
+    used.train_step(for_step(used, batches), 5e-3)
     used.load_weights(donor.weights())
     used.refresh_master_from_weights()
     losses = []
     for engine in (plain, used):
         batches = micro_batches(engine.mesh)
-        losses.append([float(engine.train_step(batches, 5e-3).loss) for _ in range(3)])
+        losses.append([float(engine.train_step(for_step(engine, batches), 5e-3).loss) for _ in range(3)])
     assert losses[0] == losses[1]
     return losses[0], next(iter(used.optimizer_slices().values())).step
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from megatron.data.micro_batch import MicroBatch
 from megatron.engine.base import EngineSettings, StepResult
 from megatron.engine.loss_scale import LossScale
 from megatron.engine.single_process import SingleProcessEngine
@@ -23,12 +24,12 @@ def _engine(settings: EngineSettings) -> SingleProcessEngine:
 
 def _batch(seed: int) -> SimpleNamespace:
     text = torch.randint(0, 32, (2, 13), generator=torch.Generator().manual_seed(seed))
-    return SimpleNamespace(tokens=text[:, :-1], labels=text[:, 1:], loss_mask=torch.ones(2, 12), segment_ids=None)
+    return MicroBatch(text[:, :-1], text[:, 1:], torch.ones(2, 12))
 
 
 def _step(settings: EngineSettings, *seeds: int) -> tuple[SingleProcessEngine, StepResult]:
     engine = _engine(settings)
-    return engine, engine.train_step(iter([_batch(seed) for seed in seeds]), 1e-2)
+    return engine, engine.train_step([_batch(seed) for seed in seeds], 1e-2)
 
 
 def _weights(engine: SingleProcessEngine) -> torch.Tensor:

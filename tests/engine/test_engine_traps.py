@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from megatron.engine.base import EngineSettings
 from megatron.parallel.mesh import set_default_timeout
-from tests.engine.engine_cases import make_engine, micro_batches, model_config
+from tests.engine.engine_cases import for_step, make_engine, micro_batches, model_config
 from tests.parallel.ranks import RankError, run_ranks
 
 ROOT = Path(__file__).parents[2]
@@ -27,7 +27,7 @@ def _inside() -> dict[str, Any]:
     import torch
 
     engine = make_engine(1, 2, "deepspeed", SETTINGS, model_config())
-    engine.train_step(micro_batches(engine.mesh), 1e-3)
+    engine.train_step(for_step(engine, micro_batches(engine.mesh)), 1e-3)
     inner = engine._engine
     return {
         "shm": deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"],
@@ -75,10 +75,10 @@ def _half_stops() -> None:
     set_default_timeout(4.0)  # as a run does before it makes its mesh, whose groups count tokens
     engine = make_engine(1, 1, "deepspeed", EngineSettings(timeout_s=4.0, zero_stage=1), model_config())
     batches = micro_batches(engine.mesh)
-    engine.train_step(batches, 1e-3)
+    engine.train_step(for_step(engine, batches), 1e-3)
     if dist.get_rank() == 1:
         time.sleep(25)
-    engine.train_step(batches, 1e-3)
+    engine.train_step(for_step(engine, batches), 1e-3)
 
 
 @pytest.mark.slow
@@ -92,7 +92,7 @@ def test_a_stuck_rank_ends_the_others_in_a_sub_group() -> None:
 
 def _quietness(folder: str) -> None:
     engine = make_engine(2, 1, "deepspeed", SETTINGS, model_config())
-    engine.train_step(micro_batches(engine.mesh), 1e-3)
+    engine.train_step(for_step(engine, micro_batches(engine.mesh)), 1e-3)
     sys.stdout.flush()
     sys.stderr.flush()
     Path(folder, f"{dist.get_rank()}.txt").write_bytes(Path("/proc/self/fd/2").read_bytes())
@@ -115,7 +115,7 @@ def test_no_compiler_is_imported_and_start_is_quick() -> None:
         "import sys, os; from tests.engine.engine_cases import *; from megatron.engine.base import EngineSettings\n"
         "for kind in ('single', 'deepspeed'):\n"
         "    e = make_engine(1, 1, kind, EngineSettings(gradient_accumulation=2, dtype='bf16'), model_config())\n"
-        "    e.train_step(micro_batches(e.mesh), 1e-3)\n"
+        "    e.train_step(for_step(e, micro_batches(e.mesh)), 1e-3)\n"
         "    assert 'torch._dynamo' not in sys.modules, kind\n"
         "assert 'deepspeed' in sys.modules\n"
     )

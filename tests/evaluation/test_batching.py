@@ -11,7 +11,7 @@ from lm_eval.api.instance import Instance
 from megatron.data.tokenizers import build_tokenizer
 from megatron.errors import ConfigError
 from megatron.evaluation.batching import prompt_rows, score_batches, score_row, score_tensors, share_rows
-from megatron.evaluation.forward import Forward, Rows
+from megatron.evaluation.forward import Forward, ForwardBatch
 from megatron.evaluation.lm_eval_model import HarnessLM
 from megatron.evaluation.options import HarnessOptions, Prefix
 from megatron.generation.load import filled_model
@@ -147,7 +147,7 @@ def test_a_jrt_score_is_that_of_generation_unless_the_prefix_is_the_whole() -> N
     asked = [Instance("loglikelihood", {}, ("the cat", " sat"), 0)]
     forward = harness(model, 1).forward
     ids = list(b"the cat sat")
-    steps = [forward.prefill(Rows(torch.tensor([ids[:7]])))]
+    steps = [forward.prefill(ForwardBatch(torch.tensor([ids[:7]])))]
     steps += [forward.advance(torch.tensor([token])) for token in ids[7:-1]]
     stepped = sum(float(logits.log_softmax(-1)[0, token]) for logits, token in zip(steps, ids[7:], strict=True))
     assert harness(model, 1, Prefix(16)).loglikelihood(asked, True)[0][0] == pytest.approx(stepped, abs=1e-10)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron.evaluation.forward import Forward, Rows
+from megatron.evaluation.forward import Forward, ForwardBatch
 from megatron.launch.environment import read_rank_environment
 from megatron.layers.base import Context, inputs_of
 from megatron.model.build import build_model
@@ -44,7 +44,7 @@ def on_ranks(pp: int) -> list[Tensor]:
     if not forward.leads:
         forward.follow()
         return []
-    logits = [forward.prefill(Rows(TOKENS, None, inputs)) for inputs in INPUTS]
+    logits = [forward.prefill(ForwardBatch(TOKENS, None, inputs)) for inputs in INPUTS]
     forward.stop()
     return logits
 
@@ -63,4 +63,4 @@ def test_inputs_are_announced_to_the_pipeline() -> None:
 def test_inputs_of_other_mixers_are_refused() -> None:
     plain = Forward(build_model(ModelConfig(48, 32, 1, 2, 48, ("metala",))), Mesh.single(), None, torch.device("cpu"))
     with pytest.raises(ValueError, match="prefix_length is an input of other mixers"):
-        plain.prefill(Rows(TOKENS, None, {"prefix_length": 3}))
+        plain.prefill(ForwardBatch(TOKENS, None, {"prefix_length": 3}))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megatron.checkpoint.load import LoadOptions
 from megatron.checkpoint.resume import resume
+from megatron.data.micro_batch import MicroBatch
 from megatron.engine.base import Engine, EngineSettings
 from megatron.engine.build import build_engine
 from megatron.engine.schedule import ScheduleConfig, learning_rate
@@ -32,17 +33,6 @@ CURVE = ScheduleConfig(lr=1e-2, horizon=60, style="cosine", warmup=0.1, min_lr=1
 def model_of(layers: int = 4, mixer: str = "metala", dropout: float = 0.1) -> ModelConfig:
     """The model; four layers fill four pipeline stages."""
     return ModelConfig(VOCAB, 32, layers, 4, 48, (mixer,) * layers, norm="rmsnorm", hidden_dropout=dropout)
-
-
-@dataclass
-class Micro:
-    """A micro batch that knows its samples."""
-
-    tokens: Tensor
-    labels: Tensor
-    loss_mask: Tensor
-    segment_ids: Tensor | None
-    sample_ids: list[int]
 
 
 def sample(number: int) -> Tensor:
@@ -66,16 +56,16 @@ class Run:
         self.engine: Engine = build_engine(kind, config, self.mesh, made, env.local_rank)
         self.iteration, self.cursor, self.ids = 0, 0, list[int]()
 
-    def _micros(self) -> Iterator[Micro]:
+    def _micros(self) -> Iterator[MicroBatch]:
         size = BATCH // self.mesh.dp
         first = self.cursor + self.mesh.dp_rank * size
         self.ids = list(range(first, first + size))
         text = torch.stack([sample(i) for i in self.ids])
-        yield Micro(text[:, :-1], text[:, 1:], torch.ones(size, SEQ), None, self.ids)
+        yield MicroBatch(text[:, :-1], text[:, 1:], torch.ones(size, SEQ), None, self.ids)
 
     def step(self) -> tuple[str, str]:
         """One step; loss and gradient norm as exact texts."""
-        result = self.engine.train_step(self._micros(), learning_rate(self.iteration, CURVE))
+        result = self.engine.train_step(list(self._micros()), learning_rate(self.iteration, CURVE))
         self.iteration += 1
         self.cursor += BATCH
         return float(result.loss).hex(), float(result.grad_norm).hex()

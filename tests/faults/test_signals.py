@@ -110,9 +110,9 @@ def test_a_signal_during_an_evaluation_gives_it_up(tmp_path: Path) -> None:
     engine = make_engine()
     real = engine.eval_loss
 
-    def eval_loss(batches: Any, count: int) -> float:
+    def eval_loss(micro_batches: Any) -> Any:
         signals.note(signal.SIGTERM)
-        return real(batches, count)
+        return real(micro_batches)
 
     engine.eval_loss = eval_loss  # type: ignore[method-assign]
     long = options(20, eval_interval=2)

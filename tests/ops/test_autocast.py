@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron.model.linear_loss import linear_token_loss
 from megatron.ops.attention import Places, Rule, attention
 from megatron.ops.conv import causal_conv, conv_step_torch
 from megatron.ops.metala import metala_step
@@ -26,7 +27,6 @@ from megatron.ops.prefix import prefix_taylor
 from megatron.ops.scan import scan_quadratic, scan_recurrent
 from megatron.ops.ssm import selective_step
 from megatron.ops.taylor import taylor, taylor_step
-from megatron.parallel.linear_loss import linear_token_loss
 from tests.ops.fused_cases import relative
 from tests.ops.operator_cases import CASES, EXTRAS, Draw, Run
 

@@ -13,8 +13,9 @@ from megatron.errors import ConfigError, DataError
 from megatron.layers.base import Context
 from megatron.model.build import build_model, param_specs
 from megatron.model.init import initial_value
+from megatron.model.linear_loss import linear_token_loss
 from megatron.model.loss import token_loss
-from megatron.parallel.loss import vocab_parallel_token_loss
+from megatron.model.parallel_loss import vocab_parallel_token_loss
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.tensor import local_slice, shard_model
 from tests.engine.engine_cases import model_config
@@ -104,6 +105,7 @@ def _loss(mask_zero: bool) -> dict[str, float]:
     g = torch.Generator().manual_seed(0)
     logits = (torch.randn(3, 5, 64, generator=g) * 20).requires_grad_()
     labels = torch.randint(0, 64, (3, 5), generator=g)
+    labels[0, 2], labels[1, 0] = -100, 63
     mask = torch.zeros(3, 5) if mask_zero else (torch.rand(3, 5, generator=g) > 0.3).float()
     local = logits.detach().chunk(2, -1)[mesh.tp_rank].clone().requires_grad_()
     want = token_loss(logits, labels, mask)
@@ -131,6 +133,24 @@ def test_loss_without_a_group_and_bad_labels() -> None:
         vocab_parallel_token_loss(logits, labels, mask, None)
     mask[1, 1] = 0
     assert torch.isfinite(vocab_parallel_token_loss(logits, labels, mask, None))
+
+
+def test_ignored_labels_are_the_same_in_every_cross_entropy() -> None:
+    """-100 and weight 0 leave a token out alike, with and without the logits; in fp64."""
+    g = torch.Generator().manual_seed(3)
+    x, matrix = torch.randn(2, 5, 4, generator=g, dtype=torch.float64), torch.randn(8, 4, generator=g, dtype=torch.float64)
+    labels, mask = torch.randint(0, 8, (2, 5), generator=g), torch.rand(2, 5, generator=g)
+    left_out = torch.zeros(2, 5, dtype=torch.bool)
+    left_out[0, 1] = left_out[1, 3:] = True
+    want = token_loss(x @ matrix.t(), labels, mask * ~left_out)
+    ignored = labels.masked_fill(left_out, -100)
+    for loss in (
+        token_loss(x @ matrix.t(), ignored, mask),
+        vocab_parallel_token_loss(x @ matrix.t(), ignored, mask, None),
+        linear_token_loss(x, matrix, ignored, mask),
+        token_loss(x @ matrix.t(), labels.masked_fill(left_out, 99), mask * ~left_out),
+    ):
+        assert (loss - want).abs() < 1e-12
 
 
 def test_what_does_not_divide_names_the_parameter() -> None:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from megatron.engine.base import EngineSettings
 from megatron.parallel.traffic import Message, count_traffic
-from tests.engine.engine_cases import GLOBAL, SEQ, make_engine, micro_batches, model_config
+from tests.engine.engine_cases import GLOBAL, SEQ, for_step, make_engine, micro_batches, model_config
 from tests.parallel.ranks import run_ranks
 
 WIDTH = 32
@@ -21,9 +21,9 @@ def _step(layers: int, tp: int) -> list[Message]:
     config = model_config(num_layers=layers, layer_types=("metala",) * layers)
     engine = make_engine(1, tp, "deepspeed", EngineSettings(gradient_clipping=0.5, zero_stage=1), config)
     batches = micro_batches(engine.mesh)
-    engine.train_step(batches, 1e-3)  # the first step makes connections
+    engine.train_step(for_step(engine, batches), 1e-3)  # the first step makes connections
     with count_traffic() as messages:
-        engine.train_step(batches, 1e-3)
+        engine.train_step(for_step(engine, batches), 1e-3)
     return messages
 
 

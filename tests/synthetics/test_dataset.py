@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron.data.batches import Batches
+from megatron.data.batches import MicroBatchLoader
 from megatron.errors import ConfigError, DataError
 from megatron.synthetics.dataset import BLOCK, SyntheticDataset, read_slices
 from megatron.synthetics.number_tokenizer import NumberTokenizer
@@ -71,7 +71,7 @@ def test_more_examples_do_not_change_the_first() -> None:
 
 def test_batches_mask_what_is_not_asked() -> None:
     """Through the same class as every corpus; two data-parallel ranks share a global batch."""
-    ranks = [next(iter(Batches(dataset(), 16, rank, 2))) for rank in (0, 1)]
+    ranks = [next(iter(MicroBatchLoader(dataset(), 16, rank, 2))) for rank in (0, 1)]
     _, whole = dataset().batch(0)
     size = whole.inputs.shape[1]
     assert ranks[1].sample_ids == list(range(16, 32)) and ranks[0].tokens.shape == (16, 24)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from megatron.checkpoint.find import find_checkpoint
 from megatron.checkpoint.load import LoadOptions, load_checkpoint
 from megatron.checkpoint.save import SaveOptions, save_checkpoint
+from megatron.data.micro_batch import MicroBatch
 from megatron.engine.base import Engine, EngineSettings
 from megatron.engine.build import build_engine
 from megatron.engine.schedule import ScheduleConfig, learning_rate
@@ -45,17 +46,6 @@ MODEL = ModelConfig(
 )
 
 
-@dataclass(frozen=True)
-class Micro:
-    """A micro batch that knows its samples."""
-
-    tokens: Tensor
-    labels: Tensor
-    loss_mask: Tensor
-    segment_ids: Tensor | None
-    sample_ids: list[int]
-
-
 def sample(number: int) -> Tensor:
     """Sample `number`, [SEQ + 1]: every second token repeats, so that there is something to learn."""
     tokens = torch.randint(0, VOCAB, (SEQ + 1,), generator=torch.Generator().manual_seed(number))
@@ -63,13 +53,13 @@ def sample(number: int) -> Tensor:
     return tokens
 
 
-def micros(mesh: Mesh, start: int) -> Iterator[Micro]:
+def micros(mesh: Mesh, start: int) -> Iterator[MicroBatch]:
     """Endless micro batches of this rank from the global sample `start` on."""
     size = MICRO_TOTAL // mesh.dp
     while True:
         ids = list(range(start + mesh.dp_rank * size, start + (mesh.dp_rank + 1) * size))
         text = torch.stack([sample(i) for i in ids])
-        yield Micro(text[:, :-1], text[:, 1:], torch.ones(size, SEQ), None, ids)
+        yield MicroBatch(text[:, :-1], text[:, 1:], torch.ones(size, SEQ), None, ids)
         start += MICRO_TOTAL
 
 
@@ -140,7 +130,7 @@ def train(
     log_interval: int = 1,
     keep_last: int | None = None,
     control: Control | None = None,
-    data: Callable[[Mesh, int], Iterator[Micro]] = micros,
+    data: Callable[[Mesh, int], Iterator[MicroBatch]] = micros,
 ) -> tuple[Run, Recorder]:
     """Run `fit` as `assemble.py` does: resume, data at the cursor, saving, validation, reporting on rank 0."""
     state = TrainState()

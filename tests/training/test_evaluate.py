@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from megatron.engine.base import EvalResult
 from megatron.training.evaluate import Evaluator
 
 
@@ -22,9 +23,10 @@ class _Engine:
     def phase(self, name: str) -> None:
         """Nobody listens."""
 
-    def eval_loss(self, batches: Iterator[float], count: int) -> float:
+    def eval_loss(self, micro_batches: Sequence[float]) -> EvalResult:
+        count = len(micro_batches)
         self.parts.append(count)
-        return sum(next(batches) for _ in range(count)) / count
+        return EvalResult(sum(micro_batches) / count, right_answers=count - 2, answers=2 * count)
 
 
 def _evaluator(engine: Any, **options: Any) -> Evaluator:
@@ -36,6 +38,7 @@ def test_the_loss_is_the_mean_over_all_batches_whatever_the_parts() -> None:
     found = _evaluator(engine)()
     assert found is not None and engine.parts == [8, 4] and found.batches == 12
     assert found.loss == pytest.approx(sum(n * n for n in range(12)) / 12)
+    assert found.accuracy == (6 + 2) / 24
 
 
 def test_the_batches_are_the_same_each_time_or_go_on() -> None:

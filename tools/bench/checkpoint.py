@@ -19,7 +19,7 @@ import shutil
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 from unittest.mock import patch
@@ -37,7 +37,8 @@ from megatron.checkpoint.background import Saver
 from megatron.checkpoint.load import LoadOptions, load_checkpoint
 from megatron.checkpoint.safetensors_writer import threads, write_files
 from megatron.checkpoint.save import SaveOptions, save_checkpoint
-from megatron.engine.base import MOMENTS, Engine, EngineSettings, MicroBatch, OptimizerSlice, StepResult, copy_all
+from megatron.data.micro_batch import MicroBatch
+from megatron.engine.base import MOMENTS, Engine, EngineSettings, EvalResult, OptimizerSlice, StepResult, copy_all
 from megatron.files import write_json
 from megatron.model.build import param_specs
 from megatron.model.config import ModelConfig
@@ -62,11 +63,11 @@ class State(Engine):
         """The weights."""
         return self._parameters
 
-    def train_step(self, batches: Iterator[MicroBatch], lr: float) -> StepResult:
+    def train_step(self, micro_batches: Sequence[MicroBatch], lr: float) -> StepResult:
         """Not here."""
         raise NotImplementedError("this state does not train")
 
-    def eval_loss(self, batches: Iterator[MicroBatch], count: int) -> float:
+    def eval_loss(self, micro_batches: Sequence[MicroBatch]) -> EvalResult:
         """Not here."""
         raise NotImplementedError("this state does not evaluate")
 

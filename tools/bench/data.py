@@ -125,13 +125,13 @@ def tokenisation(folder: Path, megabytes: int, repeats: int) -> dict[str, Any]:
 
 def loading(folder: Path, seconds: float) -> dict[str, Any]:
     """Samples/s of the loader on the corpus just made, with and without threads that read ahead."""
-    from megatron.data.batches import Batches  # imports torch, which the workers of `tokenisation` would load too
+    from megatron.data.batches import MicroBatchLoader  # imports torch, which the workers of `tokenisation` would load too
 
     result: dict[str, Any] = {"seq_length": SEQ_LENGTH, "micro_batch": 8}
     dataset = datasets_from_split(str(folder / "made_text_document"), "1", SEQ_LENGTH, {"train": 200_000}, 1)["train"]
     assert dataset is not None
     for threads in (0, 2):
-        batches = Batches(dataset, 8, 0, 1, num_workers=threads, eod_token=0, reset_state_at_eod=True)
+        batches = MicroBatchLoader(dataset, 8, 0, 1, num_workers=threads, eod_token=0, reset_state_at_eod=True)
         begin, samples = time.perf_counter(), 0
         for batch in batches:
             samples += len(batch.sample_ids)

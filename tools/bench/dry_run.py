@@ -23,13 +23,13 @@ import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
+from megatron.data.micro_batch import MicroBatch
 from megatron.engine import startup
 from megatron.engine.base import EngineSettings
 from megatron.engine.build import build_engine
@@ -38,6 +38,7 @@ from megatron.launch.environment import init_process_group, read_rank_environmen
 from megatron.model.config import ModelConfig
 from megatron.parallel.mesh import Mesh
 from megatron.planning.memory import rank_memory
+from megatron.training.micro_batches import take_micro_batches
 
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1
 _MIB = 2**20
@@ -116,11 +117,11 @@ def cases() -> list[Case]:
     return all_cases
 
 
-def _batches(settings: EngineSettings, vocab: int) -> Iterator[Any]:
+def _batches(settings: EngineSettings, vocab: int) -> Iterator[MicroBatch]:
     shape = (settings.micro_batch, settings.seq_length)
     while True:
         tokens = torch.randint(0, vocab, shape)
-        yield SimpleNamespace(tokens=tokens, labels=tokens.clone(), loss_mask=torch.ones(shape), segment_ids=None)
+        yield MicroBatch(tokens, tokens.clone(), torch.ones(shape))
 
 
 def _status(name: str) -> int:
@@ -151,7 +152,7 @@ def measure(case: Case) -> int:
         engine = build_engine(case.kind, model, mesh, settings, env.local_rank)
         batches = _batches(settings, model.vocab_size)
         for _ in range(3 if model is case.model else 1):
-            engine.train_step(batches, 1e-4)
+            engine.train_step(take_micro_batches(batches, engine.gradient_accumulation), 1e-4)
         if model is not case.model:
             engine.close()
             del engine

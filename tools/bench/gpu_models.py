@@ -9,12 +9,11 @@ from __future__ import annotations
 import contextlib
 import importlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from megatron.data.micro_batch import MicroBatch
 from megatron.engine.base import EngineSettings
 from megatron.engine.build import build_engine
 from megatron.engine.single_process import SingleProcessEngine
@@ -30,16 +29,6 @@ from megatron.parallel.mesh import Mesh
 from megatron.parallel.shard_spec import slice_of
 from tools.bench.gpu_peers import fla_version, use_fla_in_layers
 from tools.bench.gpu_timing import Clock
-
-
-@dataclass
-class Batch:
-    """What an engine reads."""
-
-    tokens: Tensor
-    labels: Tensor
-    loss_mask: Tensor
-    segment_ids: Tensor | None = None
 
 
 def backends(device: str) -> dict[str, str | bool]:
@@ -114,8 +103,8 @@ class Trainee:
         if self.on_gpu:
             torch.cuda.reset_peak_memory_stats()
         x = torch.randint(0, self.vocab, (micro_batch, self.length + 1), generator=torch.Generator().manual_seed(0))
-        batch = Batch(x[:, :-1].contiguous(), x[:, 1:].contiguous(), torch.ones(micro_batch, self.length))
-        ms = Clock(self.device, 2.0 if self.on_gpu else 0.0, 8)(lambda: self.engine.train_step(iter([batch]), 1e-4))
+        batch = MicroBatch(x[:, :-1].contiguous(), x[:, 1:].contiguous(), torch.ones(micro_batch, self.length))
+        ms = Clock(self.device, 2.0 if self.on_gpu else 0.0, 8)(lambda: self.engine.train_step([batch], 1e-4))
         result = {"micro_batch": micro_batch, "tokens_per_s": micro_batch * self.length / ms * 1e3}
         return result | ({"peak_gib": torch.cuda.max_memory_allocated() / 2**30} if self.on_gpu else {})
 

@@ -24,8 +24,8 @@ import torch
 
 from megatron.engine.cpu import tune_cpu
 from megatron.files import write_json
+from megatron.model.linear_loss import linear_token_loss
 from megatron.model.loss import token_loss
-from megatron.parallel.linear_loss import linear_token_loss
 
 
 def measure(block: int, tokens: int, hidden: int, vocab: int, repeats: int) -> dict[str, float]:

@@ -14,9 +14,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron.errors import DataError
+from megatron.model.linear_loss import linear_token_loss
 from megatron.model.loss import token_loss
 from megatron.parallel.collectives import CopyToTP
-from megatron.parallel.linear_loss import linear_token_loss
 from megatron.parallel.mesh import Mesh
 from tests.ops.fused_cases import device_matrix
 from tests.parallel.ranks import run_ranks

@@ -3,8 +3,8 @@
 With a vocabulary of 50,000 the logits of a micro batch and their gradient are by far the largest tensors of a step. Here each
 block of tokens is projected, its loss and the gradient of its logits are computed at once, and both matrix products of the
 backward follow while the block exists: the same number of operations as without fusion, the memory of one block, and one fp32
-accumulator for the matrix's gradient. It works with a vocabulary sharded over ranks, like `parallel/loss.py`, with the same two
-all-reduces per block.
+accumulator for the matrix's gradient. It works with a vocabulary sharded over ranks, like `model/parallel_loss.py`, with the
+same two all-reduces per block.
 
 The forward computes the gradients for an upstream gradient of 1 and with weights scaled to at most 1; the backward scales them.
 So an fp16 loss scale acts on them where it would act without fusion.
@@ -20,10 +20,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
+from megatron.model.loss import token_weights
+from megatron.model.parallel_loss import check_labels
 from megatron.ops.cross_entropy import row_gradient_, row_stats
 from megatron.ops.precision import autocast_dtype, outside_autocast
 from megatron.parallel.collectives import all_reduce
-from megatron.parallel.loss import check_labels
 
 
 def _whole(stats: tuple[Tensor, Tensor, Tensor], group: ProcessGroup | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -128,10 +129,7 @@ def linear_token_loss(
     if narrow is not None and x.dtype != torch.float64:
         x, matrix = x.to(narrow), matrix.to(narrow)
     flat = labels.reshape(-1)
-    counts = flat != -100
-    weights = counts.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-    if loss_mask is not None:
-        weights = weights * loss_mask.reshape(-1).to(weights.dtype)
+    weights = token_weights(labels, loss_mask, x.dtype)
     check_labels(flat, weights, matrix.shape[0] * size)
     mean = weights / weights.sum().clamp_min(1e-9)
     return _LinearCrossEntropy.apply(x.reshape(-1, x.shape[-1]), matrix, flat, mean, group, block, backend)
