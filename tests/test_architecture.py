@@ -101,7 +101,7 @@ def test_layers_import_torch_the_contract_and_ops_only(path: Path) -> None:
         assert name == "megatron.layers" or name.startswith(allowed), f"{path.name} imports {name}"
 
 
-@pytest.mark.parametrize("path", sorted((PACKAGE / "ops").glob("*.py")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sorted((PACKAGE / "ops").rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE / "ops")))
 def test_ops_import_torch_triton_and_ops_only(path: Path) -> None:
     allowed = ("torch", "triton", "megatron.ops", "__future__", "collections", "dataclasses", "typing", "math", "logging")
     allowed += ("functools", "importlib", "os", "json", "pathlib", "contextlib")

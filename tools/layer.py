@@ -3,7 +3,7 @@
     python tools/layer.py new NAME      # megatron/layers/NAME.py, tests/layers/test_NAME.py, configs/NAME.yml; docs regenerated
     python tools/layer.py check NAME    # every clause of the contract on it: what is asked, how many cases, passed or why not
 
-What `new` writes is a working mixer (gated linear attention on `ops/scan.py`), so that a change can be checked from its first
+What `new` writes is a working mixer (gated linear attention on `ops/scan/`), so that a change can be checked from its first
 line on. `check` runs `tests/layers/test_contract.py` for the mixer, and its own tests, and exits 1 when a clause is broken.
 """
 

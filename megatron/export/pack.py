@@ -47,6 +47,7 @@ class _Packer:
         self.outside: dict[str, tuple[str, str]] = {}
         self.sibling_names: dict[str, set[str]] = {}
         self.owner: dict[str, str] = {}
+        self.re_exported: set[str] = set()
 
     def source(self, module: str) -> ModuleSource:
         if module not in self.sources:
@@ -64,6 +65,7 @@ class _Packer:
         statements = source.binding(name)
         if not statements:
             if name in source.inside:  # re-exported from another of our modules
+                self.re_exported.add(module)
                 self.need(*source.inside[name])
                 return
             raise ExportError(f"'{name}' is not defined in {module}", hint="a name that is packed must be a plain definition")
@@ -123,13 +125,16 @@ class _Packer:
     def modules(self) -> list[str]:
         """The selected modules, each after those it imports from."""
         done: list[str] = []
+        visited: set[str] = set()
 
         def visit(module: str) -> None:
-            if module in done or module not in self.selected:
+            if module in visited or module not in self.selected.keys() | self.re_exported:
                 return
+            visited.add(module)
             for target, _ in self.source(module).inside.values():
                 visit(target)
-            done.append(module)
+            if module in self.selected:
+                done.append(module)
 
         for module in self.order:
             visit(module)

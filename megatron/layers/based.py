@@ -1,7 +1,7 @@
 """Based's linear attention: the second-order Taylor polynomial of softmax attention (arXiv 2402.18668).
 
 Queries and keys are projected to width `feature_width` per head, values keep the head's width; no rotary, no norm, no
-gate. `ops/taylor.py` has the formulas. The optional decay is that of the released `based-360M-30B`: numerators decay by a fixed
+gate. `ops/taylor/` has the formulas. The optional decay is that of the released `based-360M-30B`: numerators decay by a fixed
 rate 1 - 2^(decay_const - head) per head and are multiplied by a linear gate of the input; denominators are not.
 
 Differences from the released code, none of which affects the weights: denominators and states are always in fp32, the feature
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from megatron.layers.base import Context, Layer, LayerConfig, State
 from megatron.ops.taylor import TAYLOR_CHUNK, empty_taylor_state, taylor, taylor_step
-from megatron.ops.taylor_features import feature_count
+from megatron.ops.taylor.features import feature_count
 
 
 class Based(Layer):

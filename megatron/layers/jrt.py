@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from megatron.layers.base import Context, Layer, LayerConfig, LayerInputs, State
 from megatron.ops.opaque import values_visible
 from megatron.ops.places import numbered
-from megatron.ops.prefix import prefix_taylor
 from megatron.ops.taylor import TAYLOR_CHUNK, empty_taylor_state, taylor_step
-from megatron.ops.taylor_features import feature_count
+from megatron.ops.taylor.features import feature_count
+from megatron.ops.taylor.prefix import prefix_taylor
 
 
 @dataclass(frozen=True)

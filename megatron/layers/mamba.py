@@ -23,7 +23,7 @@ from megatron.layers.base import Context, Layer, LayerConfig, State
 from megatron.ops.conv import next_history
 from megatron.ops.modules import ShortConv, row_linear
 from megatron.ops.precision import in_accumulation_dtype, sum_dtype
-from megatron.ops.ssm import selective_scan, selective_step
+from megatron.ops.selective_scan import selective_scan, selective_step
 
 
 class ChannelSum(nn.Module):

@@ -20,11 +20,9 @@ from torch import Tensor, nn
 
 from megatron.layers.base import Context, Layer, LayerConfig, State
 from megatron.ops.conv import conv_step_, next_history
-from megatron.ops.dispatch import chosen
-from megatron.ops.metala import metala, metala_step, metala_step_
-from megatron.ops.metala_packed import metala_packed
-from megatron.ops.modules import ShortConv, are_plain
-from megatron.ops.packed import cut_packed, pack_weights, packed_linear
+from megatron.ops.metala import MetaLAProjections, metala_projected, metala_step, metala_step_
+from megatron.ops.modules import ShortConv
+from megatron.ops.packed_linear import pack_weights
 
 
 class MetaLA(Layer):
@@ -58,56 +56,16 @@ class MetaLA(Layer):
         self.out_proj = nn.Linear(d, d, bias=False)
         self.aug_balance = nn.Parameter(torch.zeros(d // 2))
 
-    def _heads(self, u: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Projections of u [..., d] split into heads: q, z [..., h, k]; v, g [..., h, v]; w [h, k]; local h."""
-        v = self.v_proj(u)
-        if mask is not None:
-            v = v * mask[..., None].to(v.dtype)
-        k_shape, v_shape = (-1, self.key_dim), (-1, self.value_dim)
-        return (
-            self.q_proj(u).unflatten(-1, k_shape),
-            self.k_gate(u).unflatten(-1, k_shape),
-            v.unflatten(-1, v_shape),
-            self.g_proj(u).unflatten(-1, v_shape),
-            self.aug_balance.view(k_shape),
-        )
+    def _projections(self) -> MetaLAProjections:
+        return MetaLAProjections(self.q_proj, self.k_gate, self.v_proj, self.g_proj)
 
-    def _packed(self, u: Tensor, backend: str) -> Tensor:
-        """All projections of u [..., d] in one matrix product: q | z | v | g."""
-        return packed_linear(u, self._projections(), self.g_proj.bias, backend)
-
-    def _projections(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.q_proj.weight, self.k_gate.weight, self.v_proj.weight, self.g_proj.weight
+    def _balance(self) -> Tensor:
+        """The augmentation vector by head, [h, k]; h is that of this tensor-parallel rank."""
+        return self.aug_balance.view(-1, self.key_dim)
 
     def pack_weights(self) -> None:
-        """Make the four projections contiguous in memory, so that the fused path reads them as one without a copy."""
-        pack_weights(self._projections())
-
-    def _mix(self, u: Tensor, ctx: Context, recurrent: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The MetaLA operator on the projections of `u [b, s, d]`: y [b, s, h, v] and the last state.
-
-        The fused paths use one matrix product with one gradient. The paths that serve as an independent check use four
-        products, and so do projections that are not plain matrices (adapters, quantised weights, hooks).
-        """
-        plain = are_plain(self.q_proj, self.k_gate, self.v_proj, self.g_proj)
-        if plain and chosen("metala", ctx.backend, u.device) in ("triton", "torch"):
-            return metala_packed(
-                self._packed(u, ctx.backend),
-                self.aug_balance.view(-1, self.key_dim),
-                state=recurrent,
-                mask=ctx.mask,
-                segment_ids=ctx.segment_ids,
-                gate_round=self.gate_round,
-                backend=ctx.backend,
-            )
-        return metala(
-            *self._heads(u, ctx.mask),
-            state=recurrent,
-            mask=ctx.mask,
-            segment_ids=ctx.segment_ids,
-            gate_round=self.gate_round,
-            backend=ctx.backend,
-        )
+        """Put the four projections one behind the other in memory: the fused path then reads them as one without a copy."""
+        pack_weights(self._projections().weights)
 
     def forward(self, x: Tensor, ctx: Context, state: State | None = None) -> tuple[Tensor, State | None]:
         """`x [b, s, d]` -> `y [b, s, d]`; see `Layer.forward`."""
@@ -115,7 +73,16 @@ class MetaLA(Layer):
             x = x * ctx.mask[..., None].to(x.dtype)
         history = None if state is None else state["conv"]
         u = self.conv1d(x, history, ctx.segment_ids, ctx.backend)
-        y, recurrent = self._mix(self.copy_to_tp(u), ctx, None if state is None else state["recurrent"])
+        y, recurrent = metala_projected(
+            self.copy_to_tp(u),
+            self._projections(),
+            self._balance(),
+            state=None if state is None else state["recurrent"],
+            mask=ctx.mask,
+            segment_ids=ctx.segment_ids,
+            gate_round=self.gate_round,
+            backend=ctx.backend,
+        )
         y = self.reduce_from_tp(self.out_proj(y.flatten(-2)))
         if state is None:
             return y, None
@@ -123,15 +90,16 @@ class MetaLA(Layer):
 
     def step(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
         """`x [b, d]` -> `y [b, d]` with one state update; see `Layer.step`."""
+        w = self._balance()
         if ctx.in_place:
             u = self.copy_to_tp(conv_step_(x, self.conv1d.weight, state["conv"], backend=ctx.backend))
-            w = self.aug_balance.view(-1, self.key_dim)
-            projections = cut_packed(self._packed(u, ctx.backend), w)
-            y = metala_step_(*projections, w, state["recurrent"], gate_round=self.gate_round, backend=ctx.backend)
+            parts = self._projections().by_head_at_once(u, w, ctx.backend)
+            y = metala_step_(*parts, w, state["recurrent"], gate_round=self.gate_round, backend=ctx.backend)
             return self.reduce_from_tp(self.out_proj(y.flatten(-2))), state
         x, history = x.unsqueeze(1), state["conv"]
         u = self.conv1d(x, history, backend=ctx.backend).squeeze(1)
-        y, recurrent = metala_step(*self._heads(self.copy_to_tp(u), None), state["recurrent"], self.gate_round)
+        parts = self._projections().by_head(self.copy_to_tp(u), w)
+        y, recurrent = metala_step(*parts, w, state["recurrent"], self.gate_round)
         y = self.reduce_from_tp(self.out_proj(y.flatten(-2)))
         return y, {"recurrent": recurrent, "conv": next_history(x, history, self.width)}
 

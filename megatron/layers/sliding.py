@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from megatron.layers.base import Context, Layer, LayerConfig, State
 from megatron.ops.attention import Rule
-from megatron.ops.attention_cache import Mixing, empty_cache, mix
+from megatron.ops.attention.cache import Mixing, empty_cache, mix
 from megatron.ops.rotary import rotary_width
 
 
@@ -79,7 +79,7 @@ class SlidingAttention(Layer):
         return y.squeeze(1), after
 
     def init_state(self, batch: int, dtype: torch.dtype, device: torch.device | str) -> State:
-        """An empty window: see `ops/attention_cache.py`."""
+        """An empty window: see `ops/attention/cache.py`."""
         groups = self.k_proj.out_features // self.head_dim
         return empty_cache(batch, groups, self.head_dim, self.options.window, dtype, device)
 

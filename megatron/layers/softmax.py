@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from megatron.layers.base import Context, Layer, LayerConfig, State
 from megatron.ops.attention import Rule, alibi_slopes
-from megatron.ops.attention_cache import Mixing, empty_cache, mix
+from megatron.ops.attention.cache import Mixing, empty_cache, mix
 from megatron.ops.modules import row_linear
 from megatron.ops.rotary import rotary_width
 
@@ -143,7 +143,7 @@ class SoftmaxAttention(Layer):
         return y.squeeze(1), after
 
     def init_state(self, batch: int, dtype: torch.dtype, device: torch.device | str) -> State:
-        """An empty cache: see `ops/attention_cache.py`; of constant size with a window, growing without."""
+        """An empty cache: see `ops/attention/cache.py`; of constant size with a window, growing without."""
         groups = self.k_proj.out_features // self.head_dim
         return empty_cache(batch, groups, self.head_dim, self.options.window, dtype, device)
 

@@ -1,4 +1,4 @@
-"""Norms of the residual stream, all computed in fp32 (fp64 for an fp64 model) and cast back; `ops/norm.py` computes them."""
+"""Norms of the residual stream, all computed in fp32 (fp64 for an fp64 model) and cast back; `ops/norm/` computes them."""
 
 from __future__ import annotations
 

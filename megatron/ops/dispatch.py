@@ -1,8 +1,9 @@
 """Which path of an operator runs, and why: reference | torch | triton | fla, with one override.
 
 An operator registers its paths here under its name; `chosen` picks one from the override (`kernel_backend` in the YAML) and
-the device. The fused path of operator x lives in `ops/x_triton.py`, its adapter to flash-linear-attention in `ops/x_fla.py`;
-both are imported when a GPU or the override asks for them and may be absent (a packed folder, a machine without the package).
+the device. Operators `x`, `x.y` and `x.z` share the folder `ops/x/`: their fused paths are in `ops/x/triton.py`, the adapter of
+`x` to flash-linear-attention in `ops/x/fla.py`. Both are imported when a GPU or the override asks for them and may be absent (a
+packed folder, a machine without the package).
 The choice is logged once per operator and reason, so that a run says what it computes with. A compiler takes it for a constant.
 """
 
@@ -35,6 +36,11 @@ def path(op: str, backend: str) -> Callable[[Callable[..., Any]], Callable[..., 
     return add
 
 
+def _path_module(op: str, backend: str) -> str:
+    """Where the `backend` path of `op` is defined, when it is not always there."""
+    return f"megatron.ops.{op.partition('.')[0]}.{backend}"
+
+
 def _missing(op: str, backend: str) -> str:
     """Import the module of a path that is not always there; the reason why there is none, empty when there is."""
     if backend not in ("triton", "fla") or backend in _paths[op]:
@@ -43,7 +49,7 @@ def _missing(op: str, backend: str) -> str:
         # A packed folder has tables of its own, which the trainer's modules, where they are installed too, do not fill.
         _absent[op, backend] = f"no {backend} path in this copy"
         try:
-            importlib.import_module(f"megatron.ops.{op}_{backend}")
+            importlib.import_module(_path_module(op, backend))
         except ImportError as error:
             _absent[op, backend] = f"no {backend} path here: {error}"
     return "" if backend in _paths[op] else _absent[op, backend]
@@ -52,7 +58,7 @@ def _missing(op: str, backend: str) -> str:
 def _has_adapter(op: str) -> bool:
     """Whether operator `op` was ever meant to run on flash-linear-attention."""
     try:
-        return importlib.util.find_spec(f"megatron.ops.{op}_fla") is not None
+        return "." not in op and importlib.util.find_spec(_path_module(op, "fla")) is not None
     except ImportError:
         return False
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron.ops.conv import causal_conv
+from megatron.ops.conv.operator import causal_conv
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -48,7 +48,7 @@ def row_linear(linear: nn.Linear, x: Tensor, join: nn.Module) -> Tensor:
 
 
 class ShortConv(nn.Conv1d):
-    """Causal depthwise convolution over the sequence with `nn.Conv1d`'s parameters, SiLU included; see `ops/conv.py`."""
+    """Causal depthwise convolution over the sequence with `nn.Conv1d`'s parameters, SiLU included; see `ops/conv/`."""
 
     def __init__(self, channels: int, width: int, bias: bool = False) -> None:
         super().__init__(channels, channels, width, groups=channels, bias=bias)

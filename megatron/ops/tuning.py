@@ -16,16 +16,19 @@ from dataclasses import dataclass
 class Tiles:
     """One cut of the MetaLA kernels.
 
-    interval: tokens between stored states forward (a multiple of `out`). out: rows of the output kernel's tile.
-    back: rows of every backward tile, which is also the interval of its states. block_v: value columns per state program.
-    warps, stages: of every kernel; stages counts the tiles in flight of the kernels that walk over chunks.
+    chunk: tokens between stored states forward, and rows of an output tile. back: the same of the backward.
+    block_v: value columns per program of the kernels that walk over chunks, and per step of the input gradients.
+    warps, back_warps: of the kernels that hold a whole chunk, forward and backward. walk_warps, gate_warps: of the others.
+    stages: tiles in flight of the kernels that walk.
     """
 
-    interval: int
-    out: int
+    chunk: int
     back: int
     block_v: int
     warps: int
+    back_warps: int = 8
+    walk_warps: int = 4
+    gate_warps: int = 8
     stages: int = 3
 
 
@@ -34,18 +37,14 @@ ARCHITECTURE = "sm_90"
 
 # (architecture, bytes per element, key width of a head rounded up to a power of two); the value width is twice the key width.
 METALA: Mapping[tuple[str, int, int], tuple[Tiles, ...]] = {
-    ("sm_90", 2, 16): (Tiles(64, 64, 64, 32, 4),),
-    ("sm_90", 2, 32): (Tiles(64, 64, 64, 64, 8), Tiles(64, 32, 32, 64, 8), Tiles(64, 32, 64, 32, 8)),
-    ("sm_90", 2, 64): (
-        Tiles(64, 32, 32, 64, 8),
-        Tiles(64, 32, 32, 64, 8, 2),
-        Tiles(32, 32, 32, 64, 8),
-    ),
-    ("sm_90", 2, 128): (Tiles(32, 32, 32, 64, 8),),
-    ("sm_90", 4, 16): (Tiles(64, 64, 64, 32, 8, 2),),
-    ("sm_90", 4, 32): (Tiles(64, 32, 16, 32, 8, 2),),
-    ("sm_90", 4, 64): (Tiles(32, 16, 16, 32, 8, 2),),
-    ("sm_90", 4, 128): (Tiles(16, 16, 16, 32, 8, 2),),
+    ("sm_90", 2, 16): (Tiles(64, 64, 32, 4, 4, gate_warps=4),),
+    ("sm_90", 2, 32): (Tiles(64, 64, 64, 4),),
+    ("sm_90", 2, 64): (Tiles(64, 64, 64, 4),),
+    ("sm_90", 2, 128): (Tiles(32, 32, 64, 8),),
+    ("sm_90", 4, 16): (Tiles(64, 64, 32, 8, stages=2),),
+    ("sm_90", 4, 32): (Tiles(32, 16, 32, 8, stages=2),),
+    ("sm_90", 4, 64): (Tiles(16, 16, 32, 8, stages=2),),
+    ("sm_90", 4, 128): (Tiles(16, 16, 32, 8, walk_warps=8, stages=2),),
 }
 
 

@@ -25,7 +25,7 @@ from megatron.interop.released import read_released
 from megatron.model.config import ModelConfig
 from megatron.model.loss import token_loss
 from megatron.model.objectives import Objective, objective_loss
-from megatron.ops.taylor_features import unpacked_features
+from megatron.ops.taylor.features import unpacked_features
 from tests.export.modules_cache import use_private_modules_cache
 from tests.golden.recorded import recorded
 from tests.golden.store import largest, load_numbers, model_folder, model_names, near

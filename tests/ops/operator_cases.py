@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from megatron.ops.conv import causal_conv
-from megatron.ops.metala_packed import metala_packed
-from megatron.ops.prefix import prefix_taylor
-from megatron.ops.ssm import selective_scan
+from megatron.ops.metala import metala_packed
+from megatron.ops.selective_scan import selective_scan
 from megatron.ops.taylor import taylor
+from megatron.ops.taylor.prefix import prefix_taylor
 
 Run = Callable[..., tuple[Tensor, ...]]
 Case = tuple[list[Tensor], Run]

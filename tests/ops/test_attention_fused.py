@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron.ops.attention import Places, Rule, alibi_slopes, attention_reference
-from megatron.ops.attention_triton import attention_fused, by_flash_attn, by_flex, by_varlen, document_bounds, route
+from megatron.ops.attention.triton import attention_fused, by_flash_attn, by_flex, by_varlen, document_bounds, route
 
 B, S, H, G, K = 2, 300, 4, 2, 16
 SLOPES = torch.tensor(alibi_slopes(H))

@@ -19,14 +19,13 @@ from torch import Tensor
 from megatron.model.linear_loss import linear_token_loss
 from megatron.ops.attention import Places, Rule, attention
 from megatron.ops.conv import causal_conv, conv_step_torch
-from megatron.ops.metala import metala_step
-from megatron.ops.metala_packed import metala_packed
-from megatron.ops.packed import packed_linear
+from megatron.ops.metala import metala_packed, metala_step
+from megatron.ops.packed_linear import packed_linear
 from megatron.ops.precision import outside_autocast
-from megatron.ops.prefix import prefix_taylor
 from megatron.ops.scan import scan_quadratic, scan_recurrent
-from megatron.ops.ssm import selective_step
+from megatron.ops.selective_scan import selective_step
 from megatron.ops.taylor import taylor, taylor_step
+from megatron.ops.taylor.prefix import prefix_taylor
 from tests.ops.fused_cases import relative
 from tests.ops.operator_cases import CASES, EXTRAS, Draw, Run
 

@@ -222,15 +222,15 @@ def test_a_path_is_chosen_while_the_compiler_traces() -> None:
     code = (
         "import logging, sys, torch\n"
         "logging.basicConfig(level='INFO')\n"
-        "from megatron.ops.metala_packed import metala_packed\n"
-        "assert 'megatron.ops.metala_packed_triton' not in sys.modules and 'torch._dynamo' not in sys.modules\n"
+        "from megatron.ops.metala import metala_packed\n"
+        "assert 'megatron.ops.metala.triton' not in sys.modules and 'torch._dynamo' not in sys.modules\n"
         "f = torch.compile(lambda p, w: metala_packed(p, w, backend='triton')[0], fullgraph=True, backend='aot_eager')\n"
         "print(f(torch.randn(1, 5, 192), torch.randn(2, 16)).shape)\n"
     )
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "operator metala_packed: triton path (asked for by kernel_backend)" in done.stderr
+    assert "operator metala: triton path (asked for by kernel_backend)" in done.stderr
 
 
 def test_a_second_derivative_is_refused() -> None:

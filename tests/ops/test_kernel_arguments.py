@@ -16,12 +16,11 @@ from torch import Tensor
 pytest.importorskip("triton", reason="the fused kernels need Triton: pip install triton")
 
 from megatron.ops.conv import causal_conv
-from megatron.ops.conv_triton import conv_step_in_place
+from megatron.ops.conv.triton import conv_step_in_place
 from megatron.ops.cross_entropy import row_gradient_, row_stats
 from megatron.ops.kernel_arguments import token_rows, token_stride
-from megatron.ops.metala import metala
-from megatron.ops.metala_packed import metala_packed
-from megatron.ops.metala_step_triton import metala_step_in_place
+from megatron.ops.metala import metala, metala_packed
+from megatron.ops.metala.triton import metala_step_in_place
 from megatron.ops.norm import norm
 from tests.ops.fused_cases import device_matrix, relative
 from tests.ops.test_metala_triton import draw, errors

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-import megatron.ops.metala as op
+import megatron.ops.metala.chunk as op
 from megatron.ops.metala import decay_and_key, metala, metala_step
+from megatron.ops.scan import scan_recurrent
 
 
 def draw(b: int, s: int, h: int = 2, k: int = 4, v: int = 8, dtype: torch.dtype = torch.float64, seed: int = 0) -> list[Tensor]:
@@ -85,10 +86,10 @@ def test_unscaled_augmentation_and_scale() -> None:
     q, z, v, g, w, _ = (t.detach() for t in draw(2, 20, k=16))
     y, _ = metala(q, z, v, g, torch.zeros_like(w))
     log_decay, key = decay_and_key(z)
-    o, _ = op.scan_recurrent(q, key, v, log_decay, scale=16**-0.5)
+    o, _ = scan_recurrent(q, key, v, log_decay, scale=16**-0.5)
     plain = torch.nn.functional.layer_norm(o, o.shape[-1:], eps=1e-5) * torch.nn.functional.silu(g)
     assert (y - plain).abs().max() <= 1e-10
-    wrong, _ = op.scan_recurrent(q, key, v, log_decay, scale=1.0)
+    wrong, _ = scan_recurrent(q, key, v, log_decay, scale=1.0)
     off = torch.nn.functional.layer_norm(wrong, o.shape[-1:], eps=1e-5) * torch.nn.functional.silu(g)
     assert (y - off).abs().max() > 1e-4
 

@@ -86,7 +86,7 @@ def fla_stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     packages["fla.ops.gla"].chunk_gla = stand_in  # type: ignore[attr-defined]
     for name, module in packages.items():
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.delitem(sys.modules, "megatron.ops.metala_fla", raising=False)
+    monkeypatch.delitem(sys.modules, "megatron.ops.metala.fla", raising=False)
     monkeypatch.setitem(dispatch._paths, "metala", {n: f for n, f in dispatch._paths["metala"].items() if n != "fla"})
     monkeypatch.delitem(dispatch._absent, ("metala", "fla"), raising=False)
 
@@ -112,7 +112,7 @@ def test_other_operators_are_chosen_automatically() -> None:
 def test_without_the_package_the_reason_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("fla", "fla.ops", "fla.ops.gla"):
         monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.delitem(sys.modules, "megatron.ops.metala_fla", raising=False)
+    monkeypatch.delitem(sys.modules, "megatron.ops.metala.fla", raising=False)
     monkeypatch.setitem(dispatch._paths, "metala", {n: f for n, f in dispatch._paths["metala"].items() if n != "fla"})
     monkeypatch.delitem(dispatch._absent, ("metala", "fla"), raising=False)
     with pytest.raises(ValueError, match="no fla path here: .*fla"):

@@ -14,8 +14,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="the fused kernels need Triton: pip install triton")
 
-from megatron.ops import metala_launch
-from megatron.ops.metala import metala
+from megatron.ops.metala import metala, triton_launch
 from tests.ops.fused_cases import boundaries, device_matrix, mostly_slow, relative, results
 
 
@@ -46,7 +45,7 @@ def worst(leaves: list[Tensor], documents: bool) -> float:
 @pytest.mark.parametrize("documents", [False, True])
 def test_any_length_with_states_and_documents(device: str, t: int, documents: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A part per chunk, the hardest cut: every boundary of a chunk is one of a part, the last part may be one token long."""
-    monkeypatch.setattr(metala_launch, "parts_for", lambda programs, chunks: chunks)
+    monkeypatch.setattr(triton_launch, "parts_for", lambda programs, chunks: chunks)
     assert worst(leaves_for(t, 16, 2.0, device), documents) < 3e-5
 
 
@@ -55,7 +54,7 @@ def test_any_length_with_states_and_documents(device: str, t: int, documents: bo
 @pytest.mark.parametrize(("parts", "gate_mean"), [(2, 4.0), (3, -4.0), (4, -20.0)])
 def test_parts_of_several_chunks(device: str, parts: int, gate_mean: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three chunks to a part and a shorter last one; slow and fast decays (a part may leave nothing of its start)."""
-    monkeypatch.setattr(metala_launch, "parts_for", lambda programs, chunks: min(parts, chunks))
+    monkeypatch.setattr(triton_launch, "parts_for", lambda programs, chunks: min(parts, chunks))
     assert worst(leaves_for(330, 16, gate_mean, device), True) < 3e-5
 
 
@@ -64,14 +63,14 @@ def test_parts_of_several_chunks(device: str, parts: int, gate_mean: float, monk
 def test_it_happens_by_itself_in_a_long_lonely_sequence(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A row of two heads and nine chunks is cut in two by the rule itself, and the join runs."""
     joined = []
-    real = metala_launch._join
-    monkeypatch.setattr(metala_launch, "_join", lambda *a: joined.append(a[0].shape[1]) or real(*a))
+    real = triton_launch._join
+    monkeypatch.setattr(triton_launch, "_join", lambda *a: joined.append(a[0].shape[1]) or real(*a))
     assert worst(leaves_for(64 * 8 + 3, 16, 2.0, device), False) < 3e-5
     assert joined == [2, 2, 2]  # forward; backward: states again, then their gradients
 
 
 def test_when_a_sequence_is_split() -> None:
-    rule = metala_launch.parts_for
+    rule = triton_launch.parts_for
     assert rule(128, 1000) == 1  # enough programs
     assert rule(16, 3) == 1 and rule(16, 7) == 1  # too short to be worth it
     assert rule(16, 32) == 8 and rule(16, 128) == 12  # 4 chunks to a part; about 200 programs

@@ -11,9 +11,9 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="the fused kernels need Triton: pip install triton")
 
-from megatron.ops import norm_launch
 from megatron.ops.norm import add_norm, norm
-from megatron.ops.norm_launch import norm_forward
+from megatron.ops.norm import triton as norm_triton
+from megatron.ops.norm.triton import norm_forward
 from tests.ops.fused_cases import device_matrix, relative, results
 from tests.ops.triton_bf16 import emulate_bf16
 
@@ -85,8 +85,8 @@ def test_bf16_and_the_wider_stream(device: str, stream: torch.dtype) -> None:
 
 @device_matrix
 def test_few_parts_walk_over_many_rows(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(norm_launch, "_PARTS", 2)
-    monkeypatch.setattr(norm_launch, "norm_cut", lambda d: (4, 4))
+    monkeypatch.setattr(norm_triton, "_PARTS", 2)
+    monkeypatch.setattr(norm_triton, "norm_cut", lambda d: (4, 4))
     leaves = draw((27, 24), (24,), (24,), device=device)
     found = [
         results(lambda x, w, b: [norm(x, w, b, centred=True, eps=1e-5, backend=name)], leaves)  # noqa: B023

@@ -19,9 +19,10 @@ from megatron.layers.metala import MetaLA
 from megatron.model.build import build_model, param_specs
 from megatron.model.config import ModelConfig
 from megatron.model.init import init_weights
-from megatron.ops.metala_packed import metala_packed
-from megatron.ops.packed import cut_packed, joined_rows, pack_weights, packed_linear
-from megatron.ops.packed_linear_triton import packed_linear_forward
+from megatron.ops.metala import metala_packed
+from megatron.ops.metala.inputs import cut_packed
+from megatron.ops.packed_linear import joined_rows, pack_weights, packed_linear
+from megatron.ops.packed_linear.triton import packed_linear_forward
 from megatron.parallel.shard_spec import slice_of
 from tests.ops.fused_cases import boundaries, device_matrix, relative, results
 
@@ -70,7 +71,7 @@ def test_packed_operators_are_whole(device: str) -> None:
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     x, a, b, bias = draw((2, 5, 8), (4, 8), (6, 8), (6,), device=device)
     torch.library.opcheck(packed_linear_forward, (x, [a, b], bias), test_utils=checks)
-    from megatron.ops.metala_packed_triton import metala_packed_forward
+    from megatron.ops.metala.triton import metala_packed_forward
 
     packed, w, state = draw((1, 9, 2 * 96), (2, 16), (1, 2, 16, 32), device=device)
     torch.library.opcheck(metala_packed_forward, (packed, w, state, None, None, 0), test_utils=checks)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron.ops.prefix import prefix_taylor
 from megatron.ops.taylor import taylor, taylor_step
+from megatron.ops.taylor.prefix import prefix_taylor
 
 TOLERANCE = 1e-10  # fp64; quotients of sums of a few hundred terms of size O(10)
 

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron.ops.chunk import scan_chunked
 from megatron.ops.scan import empty_scan_state, gated_scan, gated_scan_step, scan_quadratic, scan_recurrent
+from megatron.ops.scan.chunk import scan_chunked
 
 FORMS: list[Callable[..., tuple[Tensor, Tensor]]] = [scan_quadratic, scan_chunked]
 # fp64 sums of at most 200 terms of size O(10): rounding is below 1e-12, the issue asks for 1e-10

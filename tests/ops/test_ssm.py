@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron.ops.ssm import selective_scan, selective_step
+from megatron.ops.selective_scan import selective_scan, selective_step
 
 
 def draw(b: int, s: int, d: int = 6, n: int = 4) -> list[Tensor]:

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-import megatron.ops.taylor as op
+import megatron.ops.taylor.operator as op
 from megatron.ops.taylor import empty_taylor_state, taylor, taylor_step
-from megatron.ops.taylor_features import TaylorMap, feature_count, taylor_features, unpacked_features
+from megatron.ops.taylor.features import TaylorMap, feature_count, taylor_features, unpacked_features
 
 TOLERANCE = 1e-10  # fp64; quotients of sums of a few hundred terms of size O(10)
 

@@ -16,8 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron.ops.metala_packed import metala_packed
-from megatron.ops.packed import cut_packed
+from megatron.ops.metala import MetaLAInputs, cut_packed, metala_packed
 
 Variant = Callable[[Tensor, Tensor], Tensor]
 
@@ -97,13 +96,13 @@ def fla_step() -> Callable[[Any, Tensor, Tensor], tuple[Tensor, Tensor]]:
 
 
 def use_fla_in_layers(compiled: bool) -> Callable[..., Any]:
-    """What a whole model runs as its MetaLA path to be measured: arguments and results as `metala` in `ops/metala.py`."""
+    """What a whole model runs as its MetaLA path to be measured: a path of the operator."""
     chunk_gla = importlib.import_module("fla.ops.gla").chunk_gla
     front, back = glue(compiled)
 
-    def run(q: Tensor, z: Tensor, v: Tensor, g: Tensor, w: Tensor, *_: Any) -> tuple[Tensor, Tensor | None]:
-        log_decay, key = front(z)
-        o, last = chunk_gla(*(x.contiguous() for x in (q, key, v, log_decay)))
-        return back(o, q, key, v, g, w), last
+    def run(x: MetaLAInputs) -> tuple[Tensor, Tensor | None]:
+        log_decay, key = front(x.z)
+        o, last = chunk_gla(*(part.contiguous() for part in (x.q, key, x.v, log_decay)))
+        return back(o, x.q, key, x.v, x.g, x.w), last
 
     return run

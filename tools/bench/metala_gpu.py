@@ -34,10 +34,7 @@ import torch
 from torch import Tensor
 
 from megatron.files import write_json
-from megatron.ops import metala_launch
-from megatron.ops.metala import metala_step_
-from megatron.ops.metala_packed import metala_packed
-from megatron.ops.packed import cut_packed
+from megatron.ops.metala import cut_packed, metala_packed, metala_step_, triton_launch
 from megatron.ops.tuning import METALA
 from tools.bench.gpu_models import layer_rows, model_rows
 from tools.bench.gpu_peers import Variant, fla_step, fla_version, variants
@@ -155,7 +152,7 @@ def tune(bench: Bench) -> list[dict[str, Any]]:
         heads = 2 if bench.check else 2048 // (2 * k)
         packed, w = bench.inputs(1 if bench.check else 8, 40 if bench.check else 2048, 2 * k * heads, heads)
         for tiles in cuts:
-            setattr(metala_launch, "metala_cuts", lambda *_, tiles=tiles: (tiles,))  # noqa: B010
+            setattr(triton_launch, "metala_cuts", lambda *_, tiles=tiles: (tiles,))  # noqa: B010
             row = {"arch": arch, "key width": k, "tiles": str(tiles)} | times(bench, variants("cpu")["ours"], packed, w)
             print(row, flush=True)
             rows.append(row)

@@ -120,7 +120,7 @@ def operator_cases(args: argparse.Namespace, length: int) -> Iterator[tuple[str,
             return recurrent(q2, key, v, decay)[0]
 
         yield "metala operator", "fla recurrent", passes(gla, z)
-        from megatron.ops.chunk import scan_chunked
+        from megatron.ops.scan.chunk import scan_chunked
 
         def ours() -> Tensor:
             decay, key = decay_and_key(z)

@@ -1,0 +1,149 @@
+"""What attention remembers: keys and values of earlier tokens, numbered within their row.
+
+    keys, values [b, n, g, k]   keys are stored rotated     places [b, n]  position of each, -1 = no token
+    seen [b]                    tokens of the row so far
+
+Without a window n grows with the text; with one n is the window and never changes, the oldest entry making room. Padding,
+on either side, is never numbered, so a row says the same alone and in a batch. Tensors that come in are not changed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from megatron.ops.attention.operator import Places, Rule, attention, attention_weights
+from megatron.ops.rotary import rotary_angles, rotary_table, rotate
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """How a layer attends: the rule, and the rotary width (0 = none) and base.
+
+    train_length: ALiBi slopes shrink by train_length / length once a row is longer (position interpolation, arXiv 2310.13017).
+    """
+
+    rule: Rule
+    rotary: int = 0
+    base: float = 10000.0
+    train_length: int | None = None
+
+
+def empty_cache(
+    batch: int, groups: int, width: int, window: int | None, dtype: torch.dtype, device: torch.device | str
+) -> dict[str, Tensor]:
+    """The state before the first token."""
+    n = window or 0
+    return {
+        "keys": torch.zeros(batch, n, groups, width, dtype=dtype, device=device),
+        "values": torch.zeros(batch, n, groups, width, dtype=dtype, device=device),
+        "places": torch.full((batch, n), -1, dtype=torch.long, device=device),
+        "seen": torch.zeros(batch, dtype=torch.long, device=device),
+    }
+
+
+def _numbered(b: int, s: int, state: dict[str, Tensor] | None, mask: Tensor | None, device: torch.device) -> Tensor:
+    """Position [b, s] of each new token within its row; padding repeats the position before it."""
+    tokens = torch.ones(b, s, dtype=torch.long, device=device) if mask is None else mask.to(torch.long)
+    places = (tokens.cumsum(1) - 1).clamp_min(0)
+    return places if state is None else places + state["seen"][:, None]
+
+
+def mix(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    how: Mixing,
+    state: dict[str, Tensor] | None = None,
+    mask: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    backend: str = "auto",
+    attentions: list[Tensor] | None = None,
+) -> tuple[Tensor, dict[str, Tensor] | None]:
+    """Attention of new tokens over themselves and the state: q [b, s, h, k], k and v [b, s, g, k] -> y [b, s, h, k], new state.
+
+    mask [b, s]: 0 for padding. segment_ids [b, s]: document numbers; the state belongs to the first one's document.
+    attentions: takes the weights [b, h, s, keys] where a list is given.
+    """
+    b, s = q.shape[:2]
+    if state is None and mask is None and segment_ids is None:
+        q, k = _turn(q, k, how, None)
+        return _attend(q, k, v, _rule(how, None, s), None, False, backend, attentions), None
+    query = _numbered(b, s, state, mask, q.device)
+    q, k = _turn(q, k, how, query)
+    own = query if mask is None else query.masked_fill(mask == 0, -1)
+    if state is None:
+        places = Places(query, own, segment_ids, segment_ids)
+        return _attend(q, k, v, _rule(how, places, s), places, True, backend, attentions), None
+    keys, values = torch.cat([state["keys"].to(k.dtype), k], 1), torch.cat([state["values"].to(v.dtype), v], 1)
+    past = state["places"]
+    places = Places(query, torch.cat([past, own], 1))
+    if segment_ids is not None:
+        known = segment_ids[:, :1].expand(-1, past.shape[1])
+        places = replace(places, query_segment=segment_ids, key_segment=torch.cat([known, segment_ids], 1))
+    first = past.shape[1] == 0 and mask is None and segment_ids is None
+    rule, where = _rule(how, places, s), None if first else places
+    y = _attend(q, keys, values, rule, where, mask is None, backend, attentions)
+    return y, _remember(keys, values, places, how.rule.window, state["seen"], mask, s)
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rule: Rule,
+    places: Places | None,
+    contiguous: bool,
+    backend: str,
+    attentions: list[Tensor] | None,
+) -> Tensor:
+    """`attention`; its weights are formed a second time, and only where they are asked for."""
+    if attentions is not None:
+        attentions.append(attention_weights(q, k, rule, places).to(q.dtype))
+    return attention(q, k, v, rule, places, contiguous=contiguous, backend=backend)
+
+
+def _turn(q: Tensor, k: Tensor, how: Mixing, places: Tensor | None) -> tuple[Tensor, Tensor]:
+    if not how.rotary:
+        return q, k
+    if places is None:
+        cos, sin = rotary_table(q.shape[1], how.rotary, how.base, q.dtype, q.device)
+    else:
+        cos, sin = rotary_angles(places, how.rotary, how.base, q.dtype)
+    return rotate(q, cos, sin), rotate(k, cos, sin)
+
+
+def _rule(how: Mixing, places: Places | None, s: int) -> Rule:
+    """The layer's rule, with slopes [b, h] that fit the rows' present length where interpolation is asked for."""
+    slopes = how.rule.slopes
+    if slopes is None or how.train_length is None:
+        return how.rule
+    if places is None:
+        return replace(how.rule, slopes=slopes * min(1.0, how.train_length / s))
+    if places.key_segment is not None:
+        raise ValueError("slopes that shrink with a row's length (train_length) cannot tell its documents apart")
+    length = places.key.amax(1, keepdim=True) + 1
+    return replace(how.rule, slopes=slopes * (how.train_length / length.clamp_min(how.train_length)))
+
+
+def _remember(
+    keys: Tensor, values: Tensor, places: Places, window: int | None, seen: Tensor, mask: Tensor | None, s: int
+) -> dict[str, Tensor]:
+    """The state after these tokens: all of them, or the `window` last ones in their order."""
+    numbers = places.key
+    if places.key_segment is not None:  # an earlier document is out of sight for all that follows
+        numbers = numbers.masked_fill(places.key_segment < places.key_segment.amax(1, keepdim=True), -1)
+    if window is not None:
+        if mask is None:
+            cut = numbers.shape[1] - window
+            keys, values, numbers = keys[:, cut:], values[:, cut:], numbers[:, cut:]
+            if s > 1:  # not a view that keeps the whole pass alive
+                keys, values, numbers = keys.clone(), values.clone(), numbers.clone()
+        else:
+            numbers, order = (t.flip(1) for t in numbers.topk(window, dim=1))
+            index = order[:, :, None, None].expand(-1, -1, *keys.shape[2:])
+            keys, values = keys.gather(1, index), values.gather(1, index)
+    count = s if mask is None else mask.to(torch.long).sum(1)
+    return {"keys": keys, "values": values, "places": numbers, "seen": seen + count}

@@ -1,0 +1,63 @@
+"""The two halves of a cross entropy over rows of logits that are thrown away again: statistics of a row, then its gradient.
+
+Between the halves a vocabulary that is split over ranks can add up its parts (`model/linear_loss.py`). The gradient
+overwrites the logits. Everything is formed in fp32 (fp64 for fp64 logits), the gradient is rounded to the logits' dtype.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatron.ops.dispatch import choose, path
+
+_CPU_ROWS = 128  # rows at a time whose fp32 copies stay in a CPU's cache
+
+
+def _blocks(logits: Tensor) -> list[slice]:
+    """Row ranges: some at a time on a CPU, all at once on a GPU."""
+    size = _CPU_ROWS if logits.device.type == "cpu" else max(1, logits.shape[0])
+    return [slice(at, at + size) for at in range(0, logits.shape[0], size)]
+
+
+def _as_wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+@path("cross_entropy", "reference")
+@path("cross_entropy", "torch")
+def row_stats_torch(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The plain form of `row_stats`."""
+    peak = _as_wide(logits.amax(-1))
+    parts = [(_as_wide(logits[at]) - peak[at, None]).exp_().sum(-1) for at in _blocks(logits)]
+    held = labels >= 0
+    picked = _as_wide(logits.gather(1, labels.clamp_min(0).unsqueeze(1)).squeeze(1))
+    return peak, torch.cat(parts) if parts else peak, picked.masked_fill(~held, 0.0)
+
+
+@path("cross_entropy.gradient", "reference")
+@path("cross_entropy.gradient", "torch")
+def row_gradient_torch(logits: Tensor, labels: Tensor, peak: Tensor, total: Tensor, weights: Tensor) -> None:
+    """The plain form of `row_gradient_`."""
+    scale = torch.where(weights == 0, 0.0, weights / total)
+    here = torch.where(labels >= 0, weights, 0.0)
+    for at in _blocks(logits):
+        share = (_as_wide(logits[at]) - peak[at, None]).exp_().mul_(scale[at, None])
+        share.scatter_add_(1, labels[at, None].clamp_min(0), -here[at, None])
+        logits[at] = share
+
+
+def row_stats(logits: Tensor, labels: Tensor, backend: str = "auto") -> tuple[Tensor, Tensor, Tensor]:
+    """Of each row of `logits [t, n]`: its maximum, its sum of exp(logit - maximum), and its label's logit.
+
+    labels: [t], the column of each row's label, or negative where another rank holds it (its logit counts 0 then).
+    """
+    return choose("cross_entropy", backend, logits.device)(logits, labels)
+
+
+def row_gradient_(logits: Tensor, labels: Tensor, peak: Tensor, total: Tensor, weights: Tensor, backend: str = "auto") -> None:
+    """Overwrite `logits [t, n]` by weights * (softmax - onehot): the gradient of sum(weights * cross entropy).
+
+    peak, total: [t], of the whole vocabulary. labels as in `row_stats`; weights [t].
+    """
+    choose("cross_entropy.gradient", backend, logits.device)(logits, labels, peak, total, weights)

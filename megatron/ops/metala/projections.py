@@ -1,0 +1,87 @@
+"""The four projections in front of the MetaLA operator, by one matrix product wherever nothing speaks against it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from megatron.ops.dispatch import chosen
+from megatron.ops.metala.inputs import cut_packed
+from megatron.ops.metala.operator import metala, metala_packed
+from megatron.ops.modules import are_plain
+from megatron.ops.packed_linear.operator import packed_linear
+
+
+class MetaLAProjections(NamedTuple):
+    """Maps from the mixer's input [..., d] to q and z [..., h k], v and g [..., h v]; only the last may have a bias."""
+
+    q: nn.Linear
+    z: nn.Linear
+    v: nn.Linear
+    g: nn.Linear
+
+    @property
+    def weights(self) -> Sequence[Tensor]:
+        """The four matrices in the order of a packed projection."""
+        return [linear.weight for linear in self]
+
+    def by_head(self, u: Tensor, w: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """q, z [..., h, k] and v, g [..., h, v] of u [..., d], by four calls of modules; h and k are those of `w [h, k]`.
+
+        Args:
+            u: input.
+            w: self-augmentation vector.
+            mask: [...], 0 at padding, where v becomes 0; None for none.
+        """
+        v = self.v(u)
+        if mask is not None:
+            v = v * mask[..., None].to(v.dtype)
+        h, k = w.shape
+        return (
+            self.q(u).unflatten(-1, (h, k)),
+            self.z(u).unflatten(-1, (h, k)),
+            v.unflatten(-1, (h, -1)),
+            self.g(u).unflatten(-1, (h, -1)),
+        )
+
+    def by_head_at_once(self, u: Tensor, w: Tensor, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """As `by_head`, as views of one matrix product."""
+        return cut_packed(packed_linear(u, self.weights, self.g.bias, backend), w)
+
+
+def metala_projected(
+    u: Tensor,
+    projections: MetaLAProjections,
+    w: Tensor,
+    *,
+    state: Tensor | None = None,
+    mask: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    gate_round: str = "none",
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The operator on projections of `u [b, s, d]`.
+
+    They are one product, whose gradient comes back in one piece. The paths that are to be an independent check have four, and
+    so have projections that are more than plain matrices (adapters, quantised weights, hooks).
+
+    Args:
+        u: input, [b, s, d].
+        projections: maps to q, z, v and g.
+        w: self-augmentation vector, [h, k].
+        state: as in `MetaLAInputs`.
+        mask: as in `MetaLAInputs`.
+        segment_ids: as in `MetaLAInputs`.
+        gate_round: as in `MetaLAInputs`.
+        backend: path of the operator and of the products.
+
+    Returns:
+        y [b, s, h, v] in v's dtype, and the state after the last token [b, h, k, v].
+    """
+    if are_plain(*projections) and chosen("metala", backend, u.device) in ("triton", "torch"):
+        packed = packed_linear(u, projections.weights, projections.g.bias, backend)
+        return metala_packed(packed, w, state=state, mask=mask, segment_ids=segment_ids, gate_round=gate_round, backend=backend)
+    parts = projections.by_head(u, w, mask)
+    return metala(*parts, w, state=state, mask=mask, segment_ids=segment_ids, gate_round=gate_round, backend=backend)

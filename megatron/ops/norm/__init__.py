@@ -1,0 +1,8 @@
+"""Norms of the residual stream and the addition in front of them."""
+
+from megatron.ops.norm.operator import add_norm, norm
+
+__all__ = [
+    "add_norm",
+    "norm",
+]

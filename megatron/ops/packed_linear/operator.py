@@ -1,0 +1,102 @@
+"""Several linear maps of one input as one matrix product.
+
+The maps stay separate parameters with their released names: their rows are put one below the other when they are used. Where
+they already lie so in memory (`pack_weights`, or ZeRO's flat buffer) they are read in place. Under autocast and in a compiled
+graph, where memory has no places, the rows are joined by plain operators.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megatron.ops.dispatch import choose, path
+from megatron.ops.precision import autocast_dtype, outside_autocast
+
+
+def packed_bias(bias: Tensor | None, rows: int) -> Tensor | None:
+    """`bias` of the last map as one of all `rows`: zeros in front."""
+    return None if bias is None else F.pad(bias, (rows - bias.shape[0], 0))
+
+
+def joined_rows(weights: Sequence[Tensor]) -> Tensor:
+    """The rows of all weights [n_i, d] as one [sum n_i, d]: a view where they follow each other in memory, else a copy."""
+    first, d = weights[0], weights[0].shape[1]
+    place, home = first.storage_offset(), first.untyped_storage()._cdata
+    for weight in weights:
+        # places in one storage, no addresses: these exist for tensors without memory too, and neighbours may be strangers
+        if weight.untyped_storage()._cdata != home or weight.storage_offset() != place or not weight.is_contiguous():
+            return torch.cat([w.detach() for w in weights])
+        place += weight.numel()
+    return first.detach().as_strided((sum(w.shape[0] for w in weights), d), (d, 1))
+
+
+@outside_autocast
+class _PackedLinear(torch.autograd.Function):
+    """One product forward, two backward. Joined rows are not kept: joining again costs less than a second copy of weights."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, *weights: Tensor) -> Tensor:
+        ctx.save_for_backward(x, *weights)
+        ctx.bias = None if bias is None else bias.shape[0]
+        joined = joined_rows(weights)
+        return F.linear(x, joined, packed_bias(bias, joined.shape[0]))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        x, *weights = ctx.saved_tensors
+        dx = dy @ joined_rows(weights) if ctx.needs_input_grad[0] else None
+        flat = dy.flatten(0, -2)
+        dweights = (flat.t() @ x.flatten(0, -2)).split([w.shape[0] for w in weights])
+        dbias = None if ctx.bias is None else flat[:, flat.shape[1] - ctx.bias :].sum(0)
+        return dx, dbias, *dweights
+
+
+@path("packed_linear", "reference")
+def packed_linear_reference(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None) -> Tensor:
+    """One map after the other."""
+    parts = [F.linear(x, weight) for weight in weights]
+    return torch.cat(parts if bias is None else [*parts[:-1], parts[-1] + bias], dim=-1)
+
+
+@path("packed_linear", "torch")
+def packed_linear_torch(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None) -> Tensor:
+    """The plain form of `packed_linear`."""
+    if torch.compiler.is_compiling():
+        return _joined_linear(x, weights, bias)
+    return _PackedLinear.apply(x, bias, *weights)
+
+
+def _joined_linear(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None) -> Tensor:
+    """`packed_linear` out of operators that autocast and the compiler know."""
+    rows = torch.cat(list(weights))
+    return F.linear(x, rows, packed_bias(bias, rows.shape[0]))
+
+
+def packed_linear(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, backend: str = "auto") -> Tensor:
+    """`x [..., d]` times the rows of all `weights` [n_i, d], side by side: [..., sum n_i]; `bias` belongs to the last map.
+
+    Under autocast it is `F.linear`: inputs and result are in autocast's format.
+    """
+    if autocast_dtype(x.device) is not None:
+        return _joined_linear(x, weights, bias)
+    return choose("packed_linear", backend, x.device)(x, weights, bias)
+
+
+def pack_weights(parameters: Sequence[Tensor]) -> None:
+    """Put matrices [n_i, d] one behind the other in memory; they stay the parameters that they are.
+
+    Does nothing where they differ in dtype or device or have no memory yet.
+    """
+    first = parameters[0]
+    if first.is_meta or any(p.dtype != first.dtype or p.device != first.device for p in parameters):
+        return
+    joined = torch.cat([p.detach() for p in parameters])
+    for parameter, piece in zip(parameters, joined.split([p.shape[0] for p in parameters]), strict=True):
+        parameter.data = piece
