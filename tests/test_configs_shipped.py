@@ -14,7 +14,7 @@ from megatron.config.problems import Problems
 from megatron.config.schema import RunConfig
 from megatron.config.yaml_reader import read_files
 from megatron.errors import ConfigError, DataError
-from megatron.planning import memory as footprint
+from megatron.planning import segment_memory
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 SITE = "local_setup.yml"
@@ -75,13 +75,13 @@ def test_the_dry_run_of_every_model_file_at_its_full_length(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A matter of seconds: ten thousand operations on tensors without numbers take one to two of them."""
-    count, dispatch = 0, footprint._Live.__torch_dispatch__
+    count, dispatch = 0, segment_memory._Live.__torch_dispatch__
 
-    def counted(self: footprint._Live, *arguments: Any, **named: Any) -> Any:
+    def counted(self: segment_memory._Live, *arguments: Any, **named: Any) -> Any:
         nonlocal count
         count += 1
         return dispatch(self, *arguments, **named)
 
-    monkeypatch.setattr(footprint._Live, "__torch_dispatch__", counted)
+    monkeypatch.setattr(segment_memory._Live, "__torch_dispatch__", counted)
     assert train.main(["-d", str(CONFIGS), name, "local_setup", "--dry-run", "--device-memory", "1000000"]) == 0
     assert "memory per rank" in capsys.readouterr().out and 0 < count < 60_000

@@ -17,7 +17,8 @@ from megatron.model.cost import count_parameters, forward_flops, train_flops
 from megatron.model.state_size import state_bytes
 from megatron.observe.console import human
 from megatron.parallel.mesh import Mesh
-from megatron.planning.memory import Cache, MemoryEstimate, rank_memory
+from megatron.planning.memory import MemoryEstimate, rank_memory
+from megatron.planning.segment_memory import Cache
 
 DOES_NOT_FIT = 8  # exit code of a dry run whose limit was given, or is that of this machine's accelerators
 _GIB, _MIB = 2**30, 2**20

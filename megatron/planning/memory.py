@@ -8,16 +8,12 @@ and moments are counted from the sharded parameters. The plain PyTorch path is c
 from __future__ import annotations
 
 import warnings
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron.engine.base import DTYPES, EngineSettings
 from megatron.engine.stages import check_mesh, run_stages
@@ -32,9 +28,7 @@ from megatron.ops.rotary import _table as table
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.tensor import shard_model
 from megatron.planning.fixed_memory import Buffers, deepspeed_buffers, plain_buffers, share
-
-# Mixers choose their chunk length by the lowest log decay of a batch; this is its value with initial weights.
-_TYPICAL = -1.0
+from megatron.planning.segment_memory import Cache, Segment, measure
 
 
 @dataclass(frozen=True)
@@ -64,99 +58,6 @@ class MemoryEstimate:
     recomputed: int
 
 
-class _Live(TorchDispatchMode):
-    """Counts the bytes of live storages that operations allocate; `peak` can be reset to `now`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._seen: dict[int, weakref.ref[Any]] = {}
-
-    def add(self, tensor: Tensor) -> None:
-        """Count the storage of `tensor` until it is freed; a storage is counted once."""
-        storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._seen:
-            return
-
-        def gone(_: object) -> None:
-            self.now -= size
-            self._seen.pop(key, None)
-
-        self._seen[key] = weakref.ref(storage, gone)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
-            return args[0].fake_device  # asked twice for each operation, and answered slowly
-        if func is torch.ops.aten._local_scalar_dense.default:
-            return False if args[0].dtype == torch.bool else _TYPICAL  # fake tensors have no values
-        out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor):
-                self.add(leaf)
-        return out
-
-
-@dataclass(frozen=True)
-class _Segment:
-    """One segment of the chain, in bytes above what was live before it.
-
-    Attributes:
-        saved: live after its forward, for its backward.
-        forward: peak during its forward.
-        backward: peak during its backward, including `saved` and its gradients.
-        gradients: gradients of its parameters.
-    """
-
-    saved: int
-    forward: int
-    backward: int
-    gradients: int
-
-
-Cache = dict[tuple[object, ...], _Segment]
-
-
-def _measure(run: Callable[[Tensor], Tensor], modules: Sequence[nn.Module], x: Tensor) -> _Segment:
-    """Run a segment forward and backward; its input `x` is saved by the segment before."""
-    _give_storage(modules)
-    live = _Live()
-    with live:
-        live.add(x)
-        for module in modules:
-            for tensor in (*module.parameters(), *module.buffers()):
-                live.add(tensor)
-        before = live.now
-        live.peak = before
-        out = run(x)
-        saved, forward = live.now - before, live.peak - before
-        grad = torch.empty_like(out) if out.dim() else None
-        live.peak = live.now
-        torch.autograd.backward([out], [grad] if grad is not None else None)
-        backward = live.peak - before
-    params = {id(p): p for module in modules for p in module.parameters()}
-    # Parameters whose gradients come from one matrix product share a storage: count it once.
-    storages = [p.grad.untyped_storage() for p in params.values() if p.grad is not None]
-    gradients = sum({storage._cdata: storage.nbytes() for storage in storages}.values())
-    for param in params.values():
-        param.grad = None
-    return _Segment(saved, forward, backward, gradients)
-
-
-def _give_storage(modules: Sequence[nn.Module]) -> None:
-    """Replace what lies on the meta device by fake tensors on the CPU, which operators take for its path."""
-    new: dict[int, nn.Parameter] = {}
-    for module in (inner for outer in modules for inner in outer.modules()):
-        for name, param in module._parameters.items():
-            if param is not None and param.is_meta:
-                module._parameters[name] = new.setdefault(id(param), nn.Parameter(torch.empty(param.shape, dtype=param.dtype)))
-        for name, buffer in module._buffers.items():
-            if buffer is not None and buffer.is_meta:
-                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
-
-
 @dataclass(frozen=True)
 class _Local:
     """This rank's stages on the meta device."""
@@ -168,7 +69,7 @@ class _Local:
 
 
 def _local(config: ModelConfig, mesh: Mesh, settings: EngineSettings) -> _Local:
-    """Like `stages.build_local`, without values; fake tensors are made of what is measured (`_measure`)."""
+    """Like `stages.build_local`, without values; fake tensors are made of what is measured (`measure`)."""
     check_mesh(config, mesh)
     with torch.device("meta"):
         model = build_model(config)
@@ -209,7 +110,7 @@ class _Chain:
         tokens: bytes of one micro batch of data.
     """
 
-    segments: list[_Segment]
+    segments: list[Segment]
     has_head: bool
     tokens: int
 
@@ -219,22 +120,22 @@ def _chain(config: ModelConfig, mesh: Mesh, settings: EngineSettings, local: _Lo
     b, s = settings.micro_batch, settings.seq_length
     dtype, interval = DTYPES[settings.dtype], settings.activation_checkpoint_interval
     blocks = [stage for stage in local.stages if isinstance(stage, BlockStage)]
-    segments: list[_Segment] = []
+    segments: list[Segment] = []
     if local.first:
         size = b * s * config.hidden_size * dtype.itemsize
         table = sum(p.numel() * dtype.itemsize for p in local.stages[0].parameters())
-        segments.append(_Segment(size, size, size * 2 + table, table))
+        segments.append(Segment(size, size, size * 2 + table, table))
     segments += _block_segments(config, settings, blocks, interval, cache)
     if local.last:
         tail = [stage for stage in local.stages[len(local.stages) - 2 :] if not isinstance(stage, BlockStage)]
         x = torch.empty(b, s, config.hidden_size, dtype=dtype, requires_grad=True)
-        segments.append(_measure(lambda x: _head(settings, mesh, tail, x), tail, x))
+        segments.append(measure(lambda x: _head(settings, mesh, tail, x), tail, x))
     return _Chain(segments, local.last, b * s * (8 + 8 + 4))
 
 
 def _block_segments(
     config: ModelConfig, settings: EngineSettings, blocks: Sequence[BlockStage], interval: int, cache: Cache
-) -> list[_Segment]:
+) -> list[Segment]:
     """Runs of `interval` blocks (1 without recomputation); equal ones are measured once."""
     shape = (settings.micro_batch, settings.seq_length, config.hidden_size)
     segments = []
@@ -243,7 +144,7 @@ def _block_segments(
         key = (*shape, settings.dtype, interval, settings.kernel_backend, *(_kind(block) for block in run))
         if key not in cache:
             x = torch.empty(*shape, dtype=DTYPES[settings.dtype], requires_grad=True)
-            cache[key] = _measure(lambda x, run=run: _forward(run, x, interval), run, x)  # type: ignore[misc]
+            cache[key] = measure(lambda x, run=run: _forward(run, x, interval), run, x)  # type: ignore[misc]
         segments.append(cache[key])
     return segments
 

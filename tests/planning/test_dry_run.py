@@ -17,7 +17,8 @@ from megatron.model.config import ModelConfig
 from megatron.parallel.mesh import Mesh
 from megatron.planning.capacity import limits
 from megatron.planning.dry_run import DeviceLimits, RunShape, advice, peak, report
-from megatron.planning.memory import _measure, rank_memory
+from megatron.planning.memory import rank_memory
+from megatron.planning.segment_memory import measure
 
 MODEL = ModelConfig(vocab_size=256, hidden_size=64, num_layers=4, num_heads=4, mlp_width=128, layer_types=("global",) * 4)
 SETTINGS = EngineSettings(micro_batch=4, seq_length=64)
@@ -35,7 +36,7 @@ def test_a_chain_of_known_size_is_counted_to_the_byte() -> None:
     with FakeTensorMode(), torch.device("cpu"):
         layer = nn.Linear(16, 32)
         x = torch.empty(8, 16, requires_grad=True)
-        piece = _measure(lambda x: torch.relu(layer(x)), [layer], x)
+        piece = measure(lambda x: torch.relu(layer(x)), [layer], x)
     out = 8 * 32 * 4
     assert piece.saved == out
     assert piece.forward == 2 * out

@@ -13,7 +13,8 @@ from megatron.model.config import ModelConfig
 from megatron.parallel.mesh import Mesh
 from megatron.planning.dry_run import DeviceLimits, RunShape, _disk, _time, peak
 from megatron.planning.fixed_memory import Buffers, deepspeed_buffers, plain_buffers
-from megatron.planning.memory import _assemble, _Chain, _local, _Segment
+from megatron.planning.memory import _assemble, _Chain, _local
+from megatron.planning.segment_memory import Segment
 
 SETTINGS = EngineSettings()
 THREE = Mesh.shape_only(1, 1, 3, 0)  # three data-parallel ranks: 34 of 100 elements each
@@ -50,7 +51,7 @@ def test_the_bucket_of_a_large_model_has_deepspeeds_size() -> None:
 
 
 # kept, forward, backward, gradients of two blocks and the head
-PIECES = [_Segment(10, 12, 30, 8), _Segment(20, 25, 80, 16), _Segment(5, 40, 50, 6)]
+PIECES = [Segment(10, 12, 30, 8), Segment(20, 25, 80, 16), Segment(5, 40, 50, 6)]
 CHAIN = _Chain(PIECES, True, 3)
 PLAIN = Buffers(200, 24, 7, 1, in_place=True)
 
