@@ -12,7 +12,7 @@ INSTALL := $(VENV)/bin/pip install --quiet --disable-pip-version-check -c $(CONS
 JOBS ?= 2
 PYTEST := -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: gpu-wheels train test test-fast mutation test-oldest test-newest lock lint format docs install install-dev clean
+.PHONY: gpu-wheels train test test-fast mutation test-oldest test-newest test-serving lock lint format docs install install-dev clean
 
 # The packages, then this checkout itself (editable): `linear-neox` and `import linear_neox` from any folder.
 $(VENV)/.installed: requirements/requirements.txt $(CONSTRAINTS)
@@ -55,6 +55,19 @@ test-oldest: $(VENV)/.installed-dev
 
 test-newest: $(VENV)/.installed-dev
 	$(PY) tools/compatibility.py --newest
+
+# Exported folders in vLLM on a CPU, in an environment of its own; kept out of `make test`. SERVING_RESULTS takes the last result.
+SERVING := .venv-serving
+$(SERVING)/.installed: requirements/requirements-serving.txt
+	$(PYTHON) -m venv $(SERVING)
+	$(SERVING)/bin/pip install --quiet --disable-pip-version-check -r $<
+	$(SERVING)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(SERVING)/bin/pip install --quiet --disable-pip-version-check --no-deps -e .
+	touch $@
+
+SERVING_RESULTS ?= benchmarks/results/serving.json
+test-serving: $(SERVING)/.installed
+	SERVING_RESULTS=$(SERVING_RESULTS) $(SERVING)/bin/python -m pytest tests/serving
 
 # constraints.txt anew: the newest release of every package that the ranges admit, for Python 3.10 and later; and the lower ends, for
 # Python 3.10. See "Raising a version" in CONTRIBUTING.md.

@@ -262,6 +262,8 @@ def _config_json(
     """config.json, through the family's own class, so that its defaults and ours cannot diverge."""
     fields = family.fields(config)
     if family.native is None:
+        if (size := facts.get("vocab_size")) and size < config.vocab_size:
+            fields["unpadded_vocab_size"] = size  # rows beyond it are padding that was kept, which a server must not choose
         fields["auto_map"] = family.auto_map
         fields["proved_transformers"] = list(PROVED_TRANSFORMERS)
     elif length:

@@ -87,7 +87,7 @@ class MetaLAConfig(PretrainedConfig):
 
     def _take(self, usual: str, official: str, value: Any) -> None:
         """Set a size that is given under its usual name; a value that contradicts the official name raises ValueError."""
-        default = inspect.signature(type(self).__init__).parameters[official].default
+        default = inspect.signature(MetaLAConfig.__init__).parameters[official].default
         if value is None or value == getattr(self, official):
             return
         if getattr(self, official) != default:

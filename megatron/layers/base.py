@@ -8,7 +8,7 @@ It is written for one device. `tests/layers/test_contract.py` checks these claus
     and a string after it. The registry reads both from the source text. A `Config` may inherit from another in the same file.
 2.  *Causality*, except for the first `two_way` tokens of a text, which every token sees.
 3.  *Equivalence.* A full pass, a chunked prefill and subsequent calls of `step` yield the same outputs. Input states are not
-    modified, unless `ctx.in_place` allows `step` to overwrite them.
+    modified, unless `ctx.in_place` allows `step` to overwrite them (with `steps_by_slot`: in the rows `ctx.slots`).
 4.  *Padding* (`ctx.mask`) on either side of a row changes neither outputs nor the state.
 5.  *Document masking* (`ctx.segment_ids`): no information crosses a document boundary, in outputs or in the state.
 6.  *Backends.* `ctx.backend="reference"` and `"auto"` agree, gradients included.
@@ -127,6 +127,7 @@ class Context:
         segment_ids: [b, s] integers that increase by one at each document boundary; None without document masking.
         backend: implementation of the operators in `ops/`: auto | reference | torch | triton | fla.
         in_place: `step` may overwrite its input states (buffers of a captured CUDA graph).
+        slots: [b], with `in_place` and a mixer of `steps_by_slot`: the row of the states for each batch row; None: row i.
         attentions: if a list, layers with attention weights append them, [b, h, s, keys].
         inputs: inputs of individual mixers, see `Layer.Inputs`; a mixer reads its own with `ctx.read(kind)`.
     """
@@ -135,6 +136,7 @@ class Context:
     segment_ids: Tensor | None = None
     backend: str = "auto"
     in_place: bool = False
+    slots: Tensor | None = None
     attentions: list[Tensor] | None = None
     inputs: tuple[LayerInputs, ...] = ()
 
@@ -160,6 +162,7 @@ class Layer(nn.Module):
         uses_heads: the mixer depends on `num_attention_heads`; a model without such mixers does not need the key.
         tp_reductions: reductions over the tensor-parallel ranks per pass; with more than the one in `reduce_from_tp`, sequence
             parallelism is refused.
+        steps_by_slot: `step` honours `ctx.slots`, so that a server's states stay in place.
         Config: its options.
         Inputs: inputs of this mixer only, None if it has none.
     """
@@ -167,6 +170,7 @@ class Layer(nn.Module):
     names: ClassVar[tuple[str, ...]] = ()
     uses_heads: ClassVar[bool] = True
     tp_reductions: ClassVar[int] = 1
+    steps_by_slot: ClassVar[bool] = False
     Config: ClassVar[type[LayerConfig]] = LayerConfig
     Inputs: ClassVar[type[LayerInputs] | None] = None
 

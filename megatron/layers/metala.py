@@ -29,6 +29,7 @@ class MetaLA(Layer):
     """The MetaLA token mixer. Key width per head is `hidden_size / (2 num_heads)`, value width twice that."""
 
     names: ClassVar[tuple[str, ...]] = ("metala",)
+    steps_by_slot: ClassVar[bool] = True
 
     @dataclass(frozen=True)
     class Config(LayerConfig):
@@ -92,9 +93,9 @@ class MetaLA(Layer):
         """`x [b, d]` -> `y [b, d]` with one state update; see `Layer.step`."""
         w = self._balance()
         if ctx.in_place:
-            u = self.copy_to_tp(conv_step_(x, self.conv1d.weight, state["conv"], backend=ctx.backend))
+            u = self.copy_to_tp(conv_step_(x, self.conv1d.weight, state["conv"], slots=ctx.slots, backend=ctx.backend))
             parts = self._projections().by_head_at_once(u, w, ctx.backend)
-            y = metala_step_(*parts, w, state["recurrent"], gate_round=self.gate_round, backend=ctx.backend)
+            y = metala_step_(*parts, w, state["recurrent"], slots=ctx.slots, gate_round=self.gate_round, backend=ctx.backend)
             return self.reduce_from_tp(self.out_proj(y.flatten(-2))), state
         x, history = x.unsqueeze(1), state["conv"]
         u = self.conv1d(x, history, backend=ctx.backend).squeeze(1)

@@ -1,4 +1,4 @@
-"""What a Triton kernel may assume of its tensors: their device is current, tokens are evenly spaced, a state is dense.
+"""What a Triton kernel may assume of its tensors: their device is current, tokens are evenly spaced, rows of a state are dense.
 
 Kernels get raw pointers. Whatever does not hold here would be read and written as garbage, without an error.
 """
@@ -48,10 +48,10 @@ def token_stride(x: Tensor) -> int:
 
 
 def check_in_place(state: Tensor, row: tuple[int, ...], dtype: torch.dtype, like: Tensor, slots: Tensor | None) -> None:
-    """Kernels address a state by its shape alone: another layout or type would be read and written as garbage.
+    """Kernels address a row of a state by its shape alone: another layout or type would be read and written as garbage.
 
     Args:
-        state: [slots, *row].
+        state: [slots, *row]; rows may lie apart, as in a server's pages.
         row: the shape of one row.
         dtype: what the kernel stores.
         like: a tensor [b, ...] of the same step, whose device counts.
@@ -60,9 +60,11 @@ def check_in_place(state: Tensor, row: tuple[int, ...], dtype: torch.dtype, like
     Raises:
         ValueError: names what does not fit.
     """
-    if tuple(state.shape[1:]) != row or not state.is_contiguous() or state.dtype != dtype or state.device != like.device:
+    dense = tuple(state.shape[1:]) == row and (len(state) == 0 or state[0].is_contiguous())
+    dense = dense and (len(state) < 2 or state.stride(0) >= state[0].numel())
+    if not dense or state.dtype != dtype or state.device != like.device:
         raise ValueError(
-            f"a step in place needs a dense {dtype} state [slots, {', '.join(map(str, row))}] on {like.device}, not "
+            f"a step in place needs a {dtype} state [slots, {', '.join(map(str, row))}] of dense rows on {like.device}, not "
             f"{state.dtype} {list(state.shape)} with strides {list(state.stride())} on {state.device}"
         )
     if slots is None and len(state) < len(like):

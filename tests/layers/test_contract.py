@@ -108,6 +108,15 @@ def test_a_step_in_place_equals_one_that_is_not(layer: Layer) -> None:
     z, overwritten = layer.step(x[:, 9], own, Context(in_place=True))
     assert (y - z).abs().max() <= TOLERANCE and after.keys() == overwritten.keys() == state.keys()
     assert all((after[name] - overwritten[name]).abs().max() <= TOLERANCE for name in after)
+    if layer.steps_by_slot:
+        wide = {name: t.new_full((5, *t.shape[1:]), 7.0) for name, t in state.items()}
+        slots = torch.tensor([3, 1])
+        for name, t in state.items():
+            wide[name][slots] = t
+        z, overwritten = layer.step(x[:, 9], wide, Context(in_place=True, slots=slots))
+        assert (y - z).abs().max() <= TOLERANCE and all(overwritten[name] is wide[name] for name in wide)
+        for name, t in after.items():
+            assert (wide[name][slots] - t).abs().max() <= TOLERANCE and (wide[name][[0, 2, 4]] == 7.0).all()
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -250,7 +259,8 @@ def test_whole_parameters_stay_outside_of_the_cut_region(layer: Layer) -> None:
 
 def test_inputs_of_its_own(layer: Layer) -> None:
     """Inputs: what only this mixer reads are fields of its Inputs, with defaults that mean "not given"."""
-    assert {f.name for f in fields(Context)} == {"mask", "segment_ids", "backend", "in_place", "attentions", "inputs"}
+    own = {"mask", "segment_ids", "backend", "in_place", "slots", "attentions", "inputs"}
+    assert {f.name for f in fields(Context)} == own
     others = {name for n in NAMES for name in input_names([make(n)]) if layer_class(n).Inputs is not layer.Inputs}
     assert not others & set(input_names([layer]))
     with pytest.raises(ValueError, match="an input of other mixers"):

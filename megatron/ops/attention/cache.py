@@ -5,10 +5,14 @@
 
 Without a window n grows with the text; with one n is the window and never changes, the oldest entry making room. Padding,
 on either side, is never numbered, so a row says the same alone and in a batch. Tensors that come in are not changed.
+
+A server that keeps keys and values in pages of its own gives an `OuterCache` for a state: `mix` then rotates, and the server
+attends. So every layer that calls `mix` is served from pages without knowing of them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -29,6 +33,25 @@ class Mixing:
     rotary: int = 0
     base: float = 10000.0
     train_length: int | None = None
+
+
+class OuterCache(dict[str, Tensor]):
+    """A state whose keys and values somebody else keeps.
+
+    Attributes:
+        places: [b, s], position of each new token within its text.
+    """
+
+    places: Tensor
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, how: Mixing) -> Tensor:
+        """Keep k and v [b, s, g, k], rotated; q [b, s, h, k] over all that is kept of each text -> y [b, s, h, k]."""
+        raise NotImplementedError
+
+
+def is_cache(state: Mapping[str, Tensor]) -> bool:
+    """Whether a mixer's state is the keys and values of `mix` and nothing else."""
+    return set(state) == {"keys", "values", "places", "seen"}
 
 
 def empty_cache(
@@ -68,6 +91,9 @@ def mix(
     attentions: takes the weights [b, h, s, keys] where a list is given.
     """
     b, s = q.shape[:2]
+    if isinstance(state, OuterCache):
+        q, k = _turn(q, k, how, state.places)
+        return state.attend(q, k, v, how), state
     if state is None and mask is None and segment_ids is None:
         q, k = _turn(q, k, how, None)
         return _attend(q, k, v, _rule(how, None, s), None, False, backend, attentions), None

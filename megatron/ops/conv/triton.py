@@ -197,7 +197,7 @@ def conv_step_in_place(
     Args:
         x: [b, d].
         weight: [d, 1, w].
-        state: the last w - 1 inputs, [slots, w - 1, d], dense, in x's dtype.
+        state: the last w - 1 inputs, [slots, w - 1, d], each row dense, in x's dtype.
         bias: [d] or None.
         slots: int [b], the row of `state` that belongs to each batch row; None means row i of i.
         activation: `silu` or None.
@@ -215,7 +215,7 @@ def conv_step_in_place(
     if y.numel():
         with device_guard(x):
             kernels.conv_step[(b, triton.cdiv(d, 256))](
-                x, taps_of(weight, weight.shape[-1]), bias, state, slots, y, d, x.stride(0),
+                x, taps_of(weight, weight.shape[-1]), bias, state, slots, y, d, x.stride(0), state.stride(0),
                 W=weight.shape[-1], BD=256, SILU=activation == "silu", HAS_BIAS=bias is not None, HAS_SLOTS=slots is not None,
                 num_warps=4,
             )  # fmt: skip

@@ -206,20 +206,21 @@ def conv_step(
     y,
     D,
     sx,
+    ss,
     W: tl.constexpr,
     BD: tl.constexpr,
     SILU: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SLOTS: tl.constexpr,
 ):
-    """Grid (B, D / BD): one token per row; the window state [slots, W - 1, D] is shifted in place."""
+    """Grid (B, D / BD): one token per row; the window state [slots, W - 1, D], rows `ss` apart, is shifted in place."""
     b = tl.program_id(0).to(tl.int64)
     oc = tl.program_id(1) * BD + tl.arange(0, BD)
     inside = oc < D
     slot = b
     if HAS_SLOTS:
         slot = tl.load(slots + b).to(tl.int64)
-    window = state + slot * (W - 1) * D + oc
+    window = state + slot * ss + oc
     now = tl.load(x + b * sx + oc, mask=inside, other=0.0)
     total = now.to(tl.float32) * tl.load(weight + (W - 1) * D + oc, mask=inside, other=0.0).to(tl.float32)
     if HAS_BIAS:

@@ -172,7 +172,7 @@ def metala_step_in_place(
         v: [b, h, v].
         g: output gate, [b, h, v].
         w: [h, k].
-        state: fp32 [slots, h, k, v], dense.
+        state: fp32 [slots, h, k, v], each row dense.
         slots: int [b], the row of `state` that belongs to each batch row (continuous batching); None means row i of i.
         gate_round: as in `MetaLAInputs`.
 
@@ -180,7 +180,7 @@ def metala_step_in_place(
         y [b, h, v].
 
     Raises:
-        ValueError: the state is not a dense fp32 tensor of this shape on this device, or `slots` does not fit.
+        ValueError: the state is not an fp32 tensor of this shape on this device with dense rows, or `slots` does not fit.
     """
     b, h, k = q.shape
     check_in_place(state, (h, k, v.shape[2]), torch.float32, v, slots)
@@ -190,7 +190,7 @@ def metala_step_in_place(
         with device_guard(v):
             step_kernels.step_forward[(b * h,)](
                 q, z, v, g, w.contiguous(), state, slots, y,
-                q.stride(0), z.stride(0), v.stride(0), g.stride(0), k**-0.5, launch.EPS, h,
+                q.stride(0), z.stride(0), v.stride(0), g.stride(0), state.stride(0), k**-0.5, launch.EPS, h,
                 K=k, V=v.shape[2], BK=padded(k), BV=padded(v.shape[2]), ROUND=launch.ROUND[gate_round],
                 HAS_SLOTS=slots is not None, num_warps=step_warps(k, v.shape[2]),
             )  # fmt: skip

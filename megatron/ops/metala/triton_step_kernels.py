@@ -11,11 +11,12 @@ from megatron.ops.metala.triton_kernels import _gate, _sigmoid
 
 @triton.jit
 def step_forward(
-    q, z, v, gate, w, state, slots, out, sq, sz, sv, sg, scale, eps, H,
+    q, z, v, gate, w, state, slots, out, sq, sz, sv, sg, ss, scale, eps, H,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     ROUND: tl.constexpr, HAS_SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B * H): one token of one head. The fp32 state [slots, H, K, V] is changed in place; `slots [B]` says whose it is."""
+    """Grid (B * H): one token of one head. The fp32 state [slots, H, K, V], whose rows lie `ss` apart, is changed in place;
+    `slots [B]` says whose row is whose."""
     bh = tl.program_id(0)
     b, h = (bh // H).to(tl.int64), bh % H
     ok = tl.arange(0, BK)
@@ -24,7 +25,7 @@ def step_forward(
     if HAS_SLOTS:
         slot = tl.load(slots + b).to(tl.int64)
     inside = (ok < K)[:, None] & (ov < V)[None, :]
-    place = state + (slot * H + h) * K * V + ok[:, None] * V + ov[None, :]
+    place = state + slot * ss + h * K * V + ok[:, None] * V + ov[None, :]
     logits = tl.load(z + b * sz + h * K + ok, mask=ok < K, other=40.0)
     la, key = _gate(logits, ROUND)
     key = tl.where(ok < K, key, 0.0)
