@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +23,9 @@ import generate as generate_command
 import train as train_command
 from megatron import assemble, settings
 from megatron import data_pipeline as data_pipeline
+from megatron.checkpoint.load import LoadOptions
 from megatron.checkpoint.resume import Resumed
+from megatron.checkpoint.save import SaveOptions
 from megatron.config.load import load_config
 from megatron.config.schema import RunConfig
 from megatron.data.indexed import IndexedWriter, dtype_for_vocab
@@ -69,6 +71,15 @@ def make_ground(folder: Path) -> None:
     (folder / "hosts").write_text("alpha slots=2\nbeta slots=2\ngamma slots=2\n", encoding="utf-8")
 
 
+def options_in(arguments: Iterable[Any]) -> dict[str, Any]:
+    """The fields of the options of checkpoints among the arguments of a call."""
+    fields: dict[str, Any] = {}
+    for value in arguments:
+        if isinstance(value, (SaveOptions, LoadOptions)):
+            fields |= vars(value)
+    return fields
+
+
 @dataclass
 class Calls:
     """Arguments by name of the calls that were watched, the last one of each function."""
@@ -86,7 +97,7 @@ class Calls:
             for parameter in signature.parameters.values():
                 if parameter.kind is parameter.VAR_KEYWORD:
                     flat |= flat.pop(parameter.name)
-            self.of[name] = flat
+            self.of[name] = flat | options_in(bound.arguments.values())
             return function(*args, **kwargs) if answer is None else answer()
 
         return watched
@@ -174,15 +185,16 @@ class Case:
         """What a save is given."""
         with mock.patch.object(assemble.Saver, "save", autospec=True) as saved:
             self.fit["actions"].save(TrainState())
-        (_, folder, *_), options = saved.call_args
-        return {"folder": folder, **options}
+        arguments, keywords = saved.call_args
+        return {"folder": arguments[1], **keywords, **options_in([*arguments, *keywords.values()])}
 
     @functools.cached_property
     def rewind(self) -> dict[str, Any]:
         """What going back is given."""
         with mock.patch.object(assemble, "resume") as gone:
             self.fit["actions"].rewind()
-        return {"folder": gone.call_args.args[0], **gone.call_args.kwargs}
+        arguments, keywords = gone.call_args
+        return {"folder": arguments[0], **keywords, **options_in([*arguments, *keywords.values()])}
 
     @functools.cached_property
     def mesh(self) -> dict[str, Any]:
@@ -274,7 +286,7 @@ class Case:
         run, model = self._lenient(), SimpleNamespace(layer_options={"jrt": {"prefix_length": 8}})
         tokenizer = SimpleNamespace(tokenize_piece=len, detokenize=str)
         options = eval_command._options(run, model)  # type: ignore[arg-type]
-        return options, eval_command._request(run, eval_command._asked(run), tokenizer)  # type: ignore[arg-type]
+        return options, eval_command._request(run, eval_command._task_names(run), tokenizer)  # type: ignore[arg-type]
 
     @functools.cached_property
     def perplexity(self) -> dict[str, Any]:

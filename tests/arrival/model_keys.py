@@ -43,7 +43,7 @@ def _positions(case: Case) -> int:
 
 
 def _windowed(case: Case) -> int | None:
-    return case.block.token_mixer._how(case.weight(EMBEDDING)).rule.window  # type: ignore[operator]
+    return case.block.token_mixer._mixing(case.weight(EMBEDDING)).rule.window  # type: ignore[operator]
 
 
 def _mlp_parts(case: Case) -> list[str]:
@@ -93,7 +93,7 @@ MODEL: dict[str, Arrival] = {
     "embedding_norm": Arrival(True, lambda c: c.engine.local.stages[0].body.norm is not None),
     "residual_fp32": Arrival(True, lambda c: c.block.wide),
     "hidden_dropout": Arrival(0.25, lambda c: c.block.dropout),
-    "attention_dropout": Arrival(0.25, lambda c: c.block.token_mixer._how(c.weight(EMBEDDING)).rule.dropout, beside=SOFTMAX),
+    "attention_dropout": Arrival(0.25, lambda c: c.block.token_mixer._mixing(c.weight(EMBEDDING)).rule.dropout, beside=SOFTMAX),
     "make_vocab_size_divisible_by": Arrival(100, lambda c: c.weight(EMBEDDING).shape[0], 600),
     "gpt_j_residual": Arrival(True, lambda c: c.block.parallel),
     "gpt_j_tied": Arrival(True, lambda c: c.block.channel_norm is None, beside={"gpt_j_residual": True}),

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron.checkpoint.load import read_full_weights
-from megatron.checkpoint.save import save_checkpoint
+from megatron.checkpoint.save import SaveOptions, save_checkpoint
 from megatron.errors import CheckpointError
 from megatron.interop.neox import read_neox_weights, vocabulary_rows
 from megatron.interop.neox_files import ForeignFolder, read_pickle
@@ -266,7 +266,7 @@ def test_an_import_is_not_mixed_with_the_checkpoints_of_a_run(tmp_path: Path) ->
     for step in (40, 90):
         out = tmp_path / f"run{step}"
         state = {"iteration": step, "consumed_samples": 8}
-        save_checkpoint(out, FakeEngine(), state, model_config=MODEL)
+        save_checkpoint(out, FakeEngine(), state, SaveOptions(model_config=MODEL))
         done = imported(path, out)
         assert done.returncode == 4 and "the output folder holds checkpoints already" in done.stderr
         assert f"it holds: global_step{step}" in done.stderr and "--output: a folder that is new" in done.stderr
@@ -303,7 +303,7 @@ def test_layers_that_the_config_has_alone_are_no_damage_for_sure(tmp_path: Path)
 
 
 def test_a_folder_that_is_none_of_neox_is_told_what_it_is(tmp_path: Path) -> None:
-    ours = save_checkpoint(tmp_path / "run", FakeEngine(), {"iteration": 5}, model_config=MODEL)
+    ours = save_checkpoint(tmp_path / "run", FakeEngine(), {"iteration": 5}, SaveOptions(model_config=MODEL))
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "config.json").write_text("{}")
     for path, says in (

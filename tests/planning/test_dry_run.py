@@ -89,8 +89,8 @@ def test_turns_that_are_left_out_take_no_memory_of_their_own(mixer: str, monkeyp
     model = replace(MODEL, layer_types=(mixer,), num_layers=1, layer_options=options)
     settings = replace(SETTINGS, seq_length=1000, micro_batch=5, dtype="bf16")
     few = rank_memory(model, Mesh.single(), settings, deepspeed=False)
-    for operator in ("opaque", "ssm", "prefix"):
-        monkeypatch.setattr(f"megatron.ops.{operator}.has_numbers", lambda x: True)
+    for module in ("opaque", "selective_scan.operator", "taylor.prefix"):
+        monkeypatch.setattr(f"megatron.ops.{module}.has_numbers", lambda x: True)
     assert rank_memory(model, Mesh.single(), settings, deepspeed=False) == few
 
 

@@ -22,7 +22,7 @@ from tools.compat.page import page, release
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "requirements"
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
-RANGES = [f for f in sorted(FOLDER.glob("requirements*.txt")) if f.stem != "requirements-cuda"]
+RANGES = [f for f in sorted(FOLDER.glob("requirements*.txt")) if f.stem not in ("requirements-cuda", "requirements-serving")]
 """Every file of ranges but that of the optional kernels of others, which need a GPU machine to build."""
 
 
