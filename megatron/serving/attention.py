@@ -1,6 +1,6 @@
 """Attention layers of ours over vLLM's own attention and its paged keys and values.
 
-A layer that calls `mix` (`ops/attention_cache.py`) is given a state that is kept elsewhere. What it asks of its attention
+A layer that calls `mix` (`ops/attention/cache.py`) is given a state that is kept elsewhere. What it asks of its attention
 (heads, widths, window, slopes) is read off one token that it is run on when the model is built.
 """
 
