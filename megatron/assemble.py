@@ -180,8 +180,8 @@ def build(run: RunConfig, env: RankEnvironment, connected: Callable[[], object])
 
 def _control(run: RunConfig, rank: int, signals: StopSignals, limit: TimeLimit) -> Control:
     """Signals, time limit and watchdog; created at the same point on every rank."""
-    ballot, timeout = Consensus.of_all_ranks(), run.reliability.hang_timeout
-    return Control(ballot, signals, limit, Watchdog.open(timeout, rank, ballot) if timeout else None)
+    consensus, timeout = Consensus.of_all_ranks(), run.reliability.hang_timeout
+    return Control(consensus, signals, limit, Watchdog.open(timeout, rank, consensus) if timeout else None)
 
 
 def write_checkpoint(
@@ -279,7 +279,7 @@ def train(run: RunConfig, env: RankEnvironment, command: Sequence[str]) -> Run:
         logging.basicConfig(level=level, format="[%(asctime)s] %(message)s", datefmt="%Y-%m-%d %H:%M:%S", stream=sys.stdout)
         for line in run.warnings:
             console.say(f"warning: {line}")
-        # Until all ranks are connected a signal ends the process: a rank that waits for another cannot take part in a vote.
+        # Until all ranks are connected a signal ends the process: a rank that waits for another cannot join the consensus.
         parts = build(run, env, signals.start)
         stack.callback(close_process_group)
         stack.callback(parts.engine.close)

@@ -6,8 +6,8 @@
     4  `latest` is replaced
     5  the .old-<id> folder is deleted
 
-Between 2 and 3 the only complete copy of step N is named .old-<id>; `recover` (at the next save) and `find_checkpoint` (at a
-load) handle that. Only rank 0 runs the functions of this file.
+Between 2 and 3 step N has only the copies .old-<id> and .tmp-<id>; `recover` (at the next save) and `find_checkpoint` (at a
+load) take the old one, which has been published before. Only rank 0 renames and deletes.
 """
 
 from __future__ import annotations

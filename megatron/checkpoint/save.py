@@ -239,7 +239,7 @@ def _write(folder: Path, snapshot: Snapshot, group: ProcessGroup | None) -> Path
 def _prepare(folder: Path, temporary: Path, needed: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name in commit.recover(folder):
-        _log.warning("removed %s, left behind by an interrupted save", folder / name)
+        _log.warning("removed or restored %s, left behind by an interrupted save", folder / name)
     commit.check_space(folder, needed)
     temporary.mkdir()
 

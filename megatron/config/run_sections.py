@@ -293,11 +293,13 @@ class ReliabilitySection(Section):
     spike_sigma: float = own(
         GuardOptions.spike_sigma,
         "Skip a step whose loss or gradient norm is this many standard deviations above the mean of the last "
-        "spike_window steps; 0 is off, 6 is usual.",
+        "spike_window applied steps; 0 is off, 6 is usual.",
         ge=0,
     )
     spike_window: int = own(
-        GuardOptions.spike_window, "Steps over which spike_sigma takes mean and standard deviation.", ge=MIN_SPIKE_WINDOW
+        GuardOptions.spike_window,
+        "Applied steps over which spike_sigma takes mean and standard deviation.",
+        ge=MIN_SPIKE_WINDOW,
     )
     hang_timeout: float = own(
         1800.0,

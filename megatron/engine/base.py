@@ -113,7 +113,7 @@ class StepResult:
     skipped: Tensor | bool = False
 
     def numbers(self) -> tuple[float, float, bool]:
-        """Loss, norm and whether the step was skipped as plain numbers: the one point where a step waits for the device."""
+        """Loss, norm and whether the step was skipped as plain numbers; waits for the device."""
         values = (self.loss, self.grad_norm, self.skipped)
         tensors = [value.detach().double().reshape(()) for value in values if isinstance(value, Tensor)]
         copied = iter(torch.stack(tensors).tolist() if tensors else ())

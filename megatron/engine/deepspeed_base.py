@@ -1,7 +1,7 @@
 """Base of the two DeepSpeed engines: flags for its gradient norm, skipped steps, the state of a ZeRO optimizer as slices.
 
 Nothing here imports DeepSpeed; `deepspeed_pipeline.py` (pipelines, ZeRO-1) and `deepspeed_zero.py` (one stage, ZeRO-2 and 3)
-make the optimizer.
+start DeepSpeed.
 """
 
 from __future__ import annotations

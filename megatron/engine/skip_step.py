@@ -1,7 +1,7 @@
 """Whether to skip a step: decided on the device from the global loss and gradient norm, before the weights change.
 
 Both numbers are the same on every rank when the optimizer runs, so every rank decides alike without another collective, and the
-decision is a tensor that the fused optimizer kernel reads (`found_inf`): no rank waits for the device.
+decision is a tensor that the fused optimizer kernel reads (`found_inf`): under DeepSpeed no rank waits for the device.
 """
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ def export_checkpoint(
 
     Args:
         checkpoint: the `global_step<N>` folder.
-        output: the folder to write; it must not exist or be empty.
+        output: the folder to write; absent or empty.
         dtype: auto (as stored) | float32 | bfloat16 | float16 | float64.
         max_shard_bytes: weights per file.
         keep_padding: keep the padding rows of the vocabulary; by default the rows beyond the tokenizer's size,

@@ -16,7 +16,8 @@ from megatron.ops.places import numbered
 
 
 class Embedding(nn.Embedding):
-    """`weight [n, d]`; ids of rows that other tensor-parallel ranks hold look up zero, and `join` adds the parts.
+    """`weight [n, d]`; ids of rows that other tensor-parallel ranks hold look up zero, and `reduce_from_tp` adds the partial
+    results.
 
     first_row is the first vocabulary row held here; `embed_scale` multiplies the result (sqrt(d) where the model says so; PEFT
     reads the attribute by this name). places: rows of the learned position table, 0 for none; `norm` is applied last. Both are

@@ -1,7 +1,8 @@
 """The language model on one device: embedding, blocks, final norm, output projection.
 
-Module names are those of the released MetaLA models, so that a parameter is called the same in training, in a checkpoint and
-in an exported folder. `model/stages.py` lists the same modules one after the other for pipelines.
+Module names are those of the released MetaLA models, so that a parameter has the same name in training, in a checkpoint and
+in an exported folder of our classes (transformers' own classes: `interop/hf_models.py`). `model/stages.py` lists the same
+modules one after the other for pipelines.
 """
 
 from __future__ import annotations

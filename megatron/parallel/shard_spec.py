@@ -61,7 +61,7 @@ class ParamSpec:
     """The properties of a parameter that do not depend on the mesh.
 
     Attributes:
-        name: its logical name, also in an exported folder (`model.layers.0.token_mixer.q_proj.weight`).
+        name: its logical name, also in an exported folder of our classes (`model.layers.0.token_mixer.q_proj.weight`).
         shape: the global shape.
         cut: how tensor parallelism shards it.
         role: initializer, see `model/init.py`.

@@ -22,7 +22,7 @@ class GuardOptions:
         max_rewinds: rewinds of a run before it stops.
         spike_sigma: a loss or gradient norm this many standard deviations above the mean is a spike; 0 is off.
         spike_window: applied steps over which mean and standard deviation are taken.
-        overflows: skipped steps in a row that are allowed while a loss scale is searched (fp16).
+        overflows: skipped steps in a row that exhaust the budget while a loss scale is searched (fp16).
 
     Raises:
         ConfigError: an unknown policy, or a window too short for statistics.

@@ -1,9 +1,8 @@
-"""The events of a run, on one page. A hook is any object with some of these methods; the loop calls them in
-this order.
+"""The events of a run, on one page. A hook is any object with some of these methods.
 
     on_start(run)                    once, before the first step; the state is loaded, nothing has run yet
     on_step(run, step)               after every step that was taken, `step` is a `Step`; weights and counters are updated
-    on_skip(run, skip)               after `on_step` of a step that left the weights as they were
+    on_skip(run, skip)               when all ranks know that a step left the weights as they were, before the next step
     on_rewind(run, iteration)        after the weights went back to the checkpoint of `iteration`
     on_save(run, path, seconds)      after a checkpoint was published
     on_evaluation(run, evaluation)   after a validation or the final test

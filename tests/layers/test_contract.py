@@ -187,7 +187,7 @@ def test_cut_parameters_divide_by_the_declared_number(layer: Layer) -> None:
 
 
 class Meeting(torch.nn.Module):
-    """Stands in a `join`: the ranks are threads, and each gets the sum of what all bring. Sums are made in rank order."""
+    """A `reduce_from_tp` over ranks that are threads: each gets the sum of all partial sums, added in rank order."""
 
     def __init__(self, barrier: threading.Barrier, parts: dict[int, Tensor], rank: int) -> None:
         super().__init__()
@@ -204,7 +204,7 @@ class Meeting(torch.nn.Module):
 
 @pytest.mark.parametrize("size", [2])
 def test_parts_by_plan_sum_to_the_whole(layer: Layer, size: int) -> None:
-    """Tensor parallelism: ranks that hold their own heads and meet in `join`, as often as declared, are the layer."""
+    """Tensor parallelism: ranks with their own heads add up to the layer in `reduce_from_tp`, called as often as declared."""
     x = inputs()
     whole, _ = layer(x, Context())
     barrier, parts = threading.Barrier(size), dict[int, Tensor]()
@@ -232,14 +232,14 @@ def test_parts_by_plan_sum_to_the_whole(layer: Layer, size: int) -> None:
 
 
 class Detach(torch.nn.Module):
-    """Stands in a `split` or `join`: nothing flows back through it."""
+    """A `copy_to_tp` or `reduce_from_tp` that no gradient passes."""
 
     def forward(self, y: Tensor) -> Tensor:
         return y.detach().requires_grad_()
 
 
 def test_whole_parameters_stay_outside_of_the_cut_region(layer: Layer) -> None:
-    """Tensor parallelism: a replicated parameter acts before the split or after the join, where its gradient is whole."""
+    """Tensor parallelism: a replicated parameter acts outside of `copy_to_tp` ... `reduce_from_tp`."""
     replicated = [name for name, how in layer.plan().items() if how == "replicated"]
 
     def reached(end: str) -> set[str]:

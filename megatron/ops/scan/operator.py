@@ -1,4 +1,4 @@
-"""The gated linear scan, the operator under most linear-attention mixers: `gated_scan` for a pass, `gated_scan_step` to decode.
+"""The gated linear scan of gated linear-attention mixers: `gated_scan` for a pass, `gated_scan_step` to decode.
 
     S_t = diag(exp(l_t)) S_{t-1} + k_t^T v_t        o_t = scale * q_t S_t
 
