@@ -106,7 +106,7 @@ def test_a_push_that_cannot_be_is_refused_before_the_export(checkpoint: Path, tm
     for more, message in (
         (("--push-to-hub", "a b", "--dry-run"), "'a b' is not a repository name of the Hub"),
         (("--push-to-hub", "a/b"), "no token for the Hugging Face Hub"),
-        (("--license", "Apache 2"), "no license identifier"),
+        (("--license", "Apache 2"), "not a license identifier"),
         (("--eval-results", "none.json"), "the results cannot be read"),
     ):
         lost = run(*convert, *more, cwd=tmp_path)
