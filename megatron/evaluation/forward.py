@@ -26,6 +26,7 @@ from megatron.model.build import build_model, check_tensor_parallel, param_specs
 from megatron.model.config import ModelConfig
 from megatron.model.lm import LanguageModel, embed, run_blocks, step_blocks
 from megatron.model.partition import block_bounds, stage_ranks
+from megatron.ops.precision import in_accumulation_dtype, sum_dtype
 from megatron.parallel.mesh import Mesh, rank_of
 from megatron.parallel.shard_spec import ParamSpec
 from megatron.parallel.tensor import local_slice, shard_model
@@ -133,7 +134,7 @@ class Forward:
     @torch.inference_mode()
     def _score(self, rows: ForwardBatch, places: Tensor, targets: Tensor) -> Tensor:
         x, _ = self._run(rows, None)
-        scores = torch.zeros(2, len(targets), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+        scores = torch.zeros(2, len(targets), dtype=sum_dtype(x.dtype))
         scores = scores.to(self.device)
         if self.last:
             x = self.model.model.final_norm(x[places[:, 0], places[:, 1]])
@@ -181,8 +182,7 @@ class Forward:
 
     def _logits(self, x: Tensor) -> Tensor:
         """x [m, d] after the final norm -> logits [m, n] of the true vocabulary, in fp32 (fp64 for an fp64 model)."""
-        local = self.model.lm_head(x)
-        local = local if local.dtype == torch.float64 else local.float()
+        local = in_accumulation_dtype(self.model.lm_head(x))
         if self.mesh.tp_group is not None:
             shards = [torch.empty_like(local) for _ in range(self.mesh.tp)]
             dist.all_gather(shards, local.contiguous(), group=self.mesh.tp_group)
@@ -190,10 +190,9 @@ class Forward:
         return local[:, : self.vocab_size]
 
     def _next_logits(self, x: Tensor) -> Tensor:
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         if self.last:
             return self._from_last(self._logits(self.model.model.final_norm(x)))
-        return self._from_last(torch.empty(len(x), self.vocab_size, dtype=dtype, device=self.device))
+        return self._from_last(torch.empty(len(x), self.vocab_size, dtype=sum_dtype(x.dtype), device=self.device))
 
     # communication
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from megatron.errors import ConfigError, DataError
 from megatron.layers.base import Context
 from megatron.model.lm import LanguageModel, embed, run_blocks
+from megatron.ops.precision import in_accumulation_dtype
 
 
 @dataclass(frozen=True)
@@ -119,8 +120,7 @@ def _nll(model: LanguageModel, inputs: Tensor, targets: Tensor, backend: str, vo
     total = 0.0
     for hidden, chunk_targets in zip(rows.split(2048), targets.flatten().split(2048), strict=True):
         logits = model.lm_head(hidden)[..., :vocab_size]
-        logits32 = logits if logits.dtype == torch.float64 else logits.float()
-        total += F.cross_entropy(logits32, chunk_targets, reduction="none").double().sum().item()
+        total += F.cross_entropy(in_accumulation_dtype(logits), chunk_targets, reduction="none").double().sum().item()
     return total
 
 

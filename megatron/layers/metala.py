@@ -23,6 +23,7 @@ from megatron.ops.conv import conv_step_, next_history
 from megatron.ops.metala import MetaLAProjections, metala_projected, metala_step, metala_step_
 from megatron.ops.modules import ShortConv
 from megatron.ops.packed_linear import pack_weights
+from megatron.ops.precision import sum_dtype
 
 
 class MetaLA(Layer):
@@ -107,9 +108,8 @@ class MetaLA(Layer):
     def init_state(self, batch: int, dtype: torch.dtype, device: torch.device | str) -> State:
         """recurrent [b, h, k, v] in fp32 (fp64 for an fp64 model), conv [b, width - 1, d] in the model's dtype."""
         heads = self.aug_balance.numel() // self.key_dim
-        dtype32 = torch.float64 if dtype == torch.float64 else torch.float32
         return {
-            "recurrent": torch.zeros(batch, heads, self.key_dim, self.value_dim, dtype=dtype32, device=device),
+            "recurrent": torch.zeros(batch, heads, self.key_dim, self.value_dim, dtype=sum_dtype(dtype), device=device),
             "conv": torch.zeros(batch, self.width - 1, self.conv1d.out_channels, dtype=dtype, device=device),
         }
 

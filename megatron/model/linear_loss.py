@@ -23,7 +23,7 @@ from torch.distributed import ProcessGroup
 from megatron.model.loss import token_weights
 from megatron.model.parallel_loss import check_labels
 from megatron.ops.cross_entropy import row_gradient_, row_stats
-from megatron.ops.precision import autocast_dtype, outside_autocast
+from megatron.ops.precision import autocast_dtype, outside_autocast, sum_dtype
 from megatron.parallel.collectives import all_reduce
 
 
@@ -69,8 +69,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         share = weights / unit
         needs_gradient = any(ctx.needs_input_grad[:2])
         dx = torch.empty_like(x) if needs_gradient else None
-        sum_dtype = torch.float64 if matrix.dtype == torch.float64 else torch.float32
-        dmatrix = torch.zeros(matrix.shape, dtype=sum_dtype, device=matrix.device) if ctx.needs_input_grad[1] else None
+        dmatrix = (
+            torch.zeros(matrix.shape, dtype=sum_dtype(matrix.dtype), device=matrix.device) if ctx.needs_input_grad[1] else None
+        )
         loss = weights.new_zeros(())
         for start in range(0, x.shape[0], block):
             at = slice(start, start + block)

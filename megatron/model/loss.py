@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron.ops.precision import outside_autocast
+from megatron.ops.precision import in_accumulation_dtype, outside_autocast, sum_dtype
 
 _CPU_ROWS = 256
 Reduce = Callable[[Tensor, str], Tensor]
@@ -26,10 +26,6 @@ Reduce = Callable[[Tensor, str], Tensor]
 def _rows(logits: Tensor) -> int:
     """Rows per block: a few hundred on a CPU, everything at once on a GPU."""
     return _CPU_ROWS if logits.device.type == "cpu" else max(1, logits.shape[0])
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
 
 
 @outside_autocast
@@ -46,12 +42,12 @@ class _WeightedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, weights: Tensor, reduce: Reduce | None) -> Tensor:
         size = _rows(logits)
-        peak = _wide(logits.amax(-1, keepdim=True))
+        peak = in_accumulation_dtype(logits.amax(-1, keepdim=True))
         if reduce is not None:
             peak = reduce(peak, "max")
         parts = zip(logits.split(size), peak.split(size), strict=True)
-        total = torch.cat([(_wide(block) - top).exp_().sum(-1, keepdim=True) for block, top in parts])
-        picked = _wide(logits.gather(1, labels.clamp_min(0).unsqueeze(1)))
+        total = torch.cat([(in_accumulation_dtype(block) - top).exp_().sum(-1, keepdim=True) for block, top in parts])
+        picked = in_accumulation_dtype(logits.gather(1, labels.clamp_min(0).unsqueeze(1)))
         if reduce is not None:
             total, picked = reduce(torch.stack((total, picked.masked_fill(labels.unsqueeze(1) < 0, 0.0))), "sum")
         ctx.save_for_backward(logits, labels, weights, peak, total)
@@ -66,7 +62,7 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         size = _rows(logits)
         for start in range(0, logits.shape[0], size):
             at = slice(start, start + size)
-            share = (_wide(logits[at]) - peak[at]).exp_().mul_(scale[at] / total[at])
+            share = (in_accumulation_dtype(logits[at]) - peak[at]).exp_().mul_(scale[at] / total[at])
             label = labels[at].unsqueeze(1)
             share.scatter_add_(1, label.clamp_min(0), torch.where(label < 0, 0.0, -scale[at]))
             gradient[at] = share
@@ -75,7 +71,7 @@ class _WeightedCrossEntropy(torch.autograd.Function):
 
 def _traced_cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
     """The same sum for the compiler, which makes blocks by itself."""
-    x = _wide(logits)
+    x = in_accumulation_dtype(logits)
     peak = x.amax(-1, keepdim=True).detach()
     total = (x - peak).exp().sum(-1, keepdim=True)
     picked = x.gather(1, labels.unsqueeze(1))
@@ -90,7 +86,7 @@ def token_weights(labels: Tensor, loss_mask: Tensor | None, dtype: torch.dtype) 
         loss_mask: [b, s] of weights; None for all ones.
         dtype: of the logits.
     """
-    weights = (labels != -100).reshape(-1).to(torch.float64 if dtype == torch.float64 else torch.float32)
+    weights = (labels != -100).reshape(-1).to(sum_dtype(dtype))
     return weights if loss_mask is None else weights * loss_mask.reshape(-1).to(weights.dtype)
 
 

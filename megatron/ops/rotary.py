@@ -14,6 +14,8 @@ import functools
 import torch
 from torch import Tensor
 
+from megatron.ops.precision import sum_dtype
+
 
 def rotary_width(head_dim: int, fraction: float) -> int:
     """Dimensions asked for: the whole part of `head_dim * fraction`.
@@ -29,7 +31,7 @@ def rotary_width(head_dim: int, fraction: float) -> int:
 
 def rotary_angles(positions: Tensor, width: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin [..., ceil(width / 2)] of integer `positions [...]`; fp64 for an fp64 `dtype`, fp32 else."""
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    wide = sum_dtype(dtype)
     steps = torch.arange(0, width, 2, dtype=wide, device=positions.device)
     angles = positions.to(wide)[..., None] * (1.0 / base ** (steps / width))
     return angles.cos(), angles.sin()

@@ -21,8 +21,7 @@ import deepy
 import eval as eval_command
 import generate as generate_command
 import train as train_command
-from megatron import assemble, settings
-from megatron import data_pipeline as data_pipeline
+from megatron import assemble, data_pipeline, settings
 from megatron.checkpoint.load import LoadOptions
 from megatron.checkpoint.resume import Resumed
 from megatron.checkpoint.save import SaveOptions

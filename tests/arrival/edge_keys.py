@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 from unittest import mock
 
-from megatron import resume_settings as resume_settings
-from megatron import settings
+from megatron import resume_settings, settings
 from tests.arrival.arrivals import Arrival
 from tests.arrival.case import Case
 from tests.arrival.run_keys import EMBEDDING, SAVING, call

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron.ops.dispatch import choose, path
-from megatron.ops.precision import autocast_dtype, outside_autocast
+from megatron.ops.precision import autocast_dtype, outside_autocast, sum_dtype
 
 _SHORT = 16
 """Up to so many queries the bias is written out; beyond, ALiBi rides in extra columns and no [h, s, n] tensor exists."""
@@ -91,7 +91,7 @@ def attention_weights(q: Tensor, k: Tensor, rule: Rule, places: Places | None) -
     """Softmax weights [b, h, s, n] by the formula above, in fp32 (fp64 for fp64), before dropout."""
     b, s, h, _ = q.shape
     where = _counted(b, s, k.shape[1], q.device) if places is None else places
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    wide = sum_dtype(q.dtype)
     keys = k.to(wide).repeat_interleave(h // k.shape[2], dim=2)
     scores = torch.einsum("bshk,bnhk->bhsn", q.to(wide), keys) * rule.scale
     if rule.slopes is not None:

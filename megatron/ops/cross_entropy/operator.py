@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron.ops.dispatch import choose, path
+from megatron.ops.precision import in_accumulation_dtype
 
 _CPU_ROWS = 128  # rows at a time whose fp32 copies stay in a CPU's cache
 
@@ -20,18 +21,14 @@ def _blocks(logits: Tensor) -> list[slice]:
     return [slice(at, at + size) for at in range(0, logits.shape[0], size)]
 
 
-def _as_wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
 @path("cross_entropy", "reference")
 @path("cross_entropy", "torch")
 def row_stats_torch(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The plain form of `row_stats`."""
-    peak = _as_wide(logits.amax(-1))
-    parts = [(_as_wide(logits[at]) - peak[at, None]).exp_().sum(-1) for at in _blocks(logits)]
+    peak = in_accumulation_dtype(logits.amax(-1))
+    parts = [(in_accumulation_dtype(logits[at]) - peak[at, None]).exp_().sum(-1) for at in _blocks(logits)]
     held = labels >= 0
-    picked = _as_wide(logits.gather(1, labels.clamp_min(0).unsqueeze(1)).squeeze(1))
+    picked = in_accumulation_dtype(logits.gather(1, labels.clamp_min(0).unsqueeze(1)).squeeze(1))
     return peak, torch.cat(parts) if parts else peak, picked.masked_fill(~held, 0.0)
 
 
@@ -42,7 +39,7 @@ def row_gradient_torch(logits: Tensor, labels: Tensor, peak: Tensor, total: Tens
     scale = torch.where(weights == 0, 0.0, weights / total)
     here = torch.where(labels >= 0, weights, 0.0)
     for at in _blocks(logits):
-        share = (_as_wide(logits[at]) - peak[at, None]).exp_().mul_(scale[at, None])
+        share = (in_accumulation_dtype(logits[at]) - peak[at, None]).exp_().mul_(scale[at, None])
         share.scatter_add_(1, labels[at, None].clamp_min(0), -here[at, None])
         logits[at] = share
 

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron.ops.metala.reference import EPS, TAU, wide
+from megatron.ops.metala.reference import EPS, TAU
 from megatron.ops.opaque import opaque
-from megatron.ops.precision import outside_autocast, sum_dtype
+from megatron.ops.precision import in_accumulation_dtype, outside_autocast, sum_dtype
 from megatron.ops.scan.chunk import backward_chunks, chunk_for, forward_chunks, from_chunks, prepare, to_chunks
 
 _CPU_TOKENS = 1024  # a dozen fp32 intermediates of this many tokens at width 256 fit the last-level cache
@@ -70,12 +70,12 @@ def _block_forward(
     c: int,
 ) -> tuple[Tensor, _Saved]:
     s, dk = q.shape[1], q.shape[-1]
-    qc, vc, gc = (to_chunks(wide(x), c).contiguous() for x in (q, v, g))
+    qc, vc, gc = (to_chunks(in_accumulation_dtype(x), c).contiguous() for x in (q, v, g))
     # padding of the last chunk has log decay 0: decay 1, key 0, so it leaves the state alone
-    log_decay = to_chunks(F.logsigmoid(wide(z)).div_(TAU), c).contiguous()
+    log_decay = to_chunks(F.logsigmoid(in_accumulation_dtype(z)).div_(TAU), c).contiguous()
     key = torch.expm1(log_decay).neg_()
     o, starts, final = forward_chunks(qc, key, vc, prepare(log_decay, ids, c, previous), dk**-0.5, state)
-    amount = (qc * key).mul_(wide(w)[:, None, None, :]).sum(-1, keepdim=True)
+    amount = (qc * key).mul_(in_accumulation_dtype(w)[:, None, None, :]).sum(-1, keepdim=True)
     r = torch.sigmoid_(amount * vc).add_(o)
     normed, _, rstd = torch.native_layer_norm(r, r.shape[-1:], None, None, EPS)
     y = from_chunks(F.silu(gc).mul_(normed), s)
@@ -89,7 +89,7 @@ def _block_backward(
     q, log_decay, v, g, amount, normed, rstd, starts, final = saved
     s, c = dy.shape[1], q.shape[3]
     key = torch.expm1(log_decay).neg_()
-    dyc = to_chunks(wide(dy), c)
+    dyc = to_chunks(in_accumulation_dtype(dy), c)
     dg = torch.ops.aten.silu_backward(dyc * normed, g)
     # an already normed row has mean 0 and rstd 1, so its norm's backward needs no more than a final factor of the true rstd
     plain = torch.zeros_like(rstd), torch.ones_like(rstd), None, None, [True, False, False]
@@ -102,7 +102,7 @@ def _block_backward(
         q, key, v, prepare(log_decay, ids, c, previous), scale, starts, final, dr, dfinal
     )
     dv.addcmul_(amount, dinner)
-    weighted = damount * wide(w)[:, None, None, :]
+    weighted = damount * in_accumulation_dtype(w)[:, None, None, :]
     dw = (damount * q).mul_(key).sum((0, 2, 3))
     dq.addcmul_(weighted, key)
     dkey.addcmul_(weighted, q)
@@ -127,7 +127,7 @@ class _MetaLA(torch.autograd.Function):
         ctx: Any, q: Tensor, z: Tensor, v: Tensor, g: Tensor, w: Tensor, state: Tensor | None, segment_ids: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         b, s = q.shape[:2]
-        c = chunk_for(float(F.logsigmoid(wide(z.amin()))) / TAU, s)
+        c = chunk_for(float(F.logsigmoid(in_accumulation_dtype(z.amin()))) / TAU, s)
         y, kept, tensors = torch.empty_like(v), [], list[Tensor]()
         finals: list[Tensor] = []
         for runs in _blocks(b, s, q.device):
@@ -156,7 +156,7 @@ class _MetaLA(torch.autograd.Function):
         q_type, v_type, g_type, q_shape, v_shape = ctx.like
         dq, dz = (torch.empty(q_shape, dtype=t, device=z.device) for t in (q_type, z.dtype))
         dv, dg = (torch.empty(v_shape, dtype=t, device=z.device) for t in (v_type, g_type))
-        dw, dstates = torch.zeros_like(w, dtype=wide(w).dtype), []
+        dw, dstates = torch.zeros_like(w, dtype=in_accumulation_dtype(w).dtype), []
         current: Tensor | None = None
         for place, block in reversed(list(enumerate(ctx.kept))):
             saved = _Saved(*tensors[place * size : (place + 1) * size])
@@ -167,7 +167,7 @@ class _MetaLA(torch.autograd.Function):
             dq[at], dl, dv[at], dg[at], dw_part, current = _block_backward(
                 saved, w, block.of(dy), current, ids, block.previous(segment_ids)
             )
-            dz[at] = dl * torch.sigmoid(-wide(block.of(z))).div_(TAU)
+            dz[at] = dl * torch.sigmoid(-in_accumulation_dtype(block.of(z))).div_(TAU)
             dw += dw_part
             if block.tokens.start == 0:
                 dstates.append(current)

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from megatron.ops.dispatch import path
 from megatron.ops.metala.inputs import MetaLAInputs
-from megatron.ops.metala.reference import decay_and_key, finish_metala, wide
+from megatron.ops.metala.reference import decay_and_key, finish_metala
+from megatron.ops.precision import in_accumulation_dtype
 
 chunk_gla = importlib.import_module("fla.ops.gla").chunk_gla
 
@@ -54,5 +55,6 @@ def metala_by_fla(x: MetaLAInputs) -> tuple[Tensor, Tensor]:
         cu_seqlens=boundaries,
     )
     final = final if last is None else final.index_select(0, last)
-    y = finish_metala(wide(o.reshape(x.v.shape)), wide(x.q), key, wide(x.v), x.g, wide(x.w))
+    q, v, w = (in_accumulation_dtype(part) for part in (x.q, x.v, x.w))
+    y = finish_metala(in_accumulation_dtype(o.reshape(x.v.shape)), q, key, v, x.g, w)
     return y.to(x.v.dtype), final

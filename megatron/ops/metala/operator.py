@@ -11,7 +11,8 @@ from torch import Tensor
 from megatron.ops.dispatch import choose, path
 from megatron.ops.metala.chunk import metala_chunked
 from megatron.ops.metala.inputs import MetaLAInputs, cut_packed
-from megatron.ops.metala.reference import decay_and_key, finish_metala, wide
+from megatron.ops.metala.reference import decay_and_key, finish_metala
+from megatron.ops.precision import in_accumulation_dtype
 from megatron.ops.scan.chunk import scan_chunked
 
 
@@ -21,9 +22,9 @@ def metala_torch(x: MetaLAInputs) -> tuple[Tensor, Tensor]:
     if x.mask is None and x.gate_round == "none":
         return metala_chunked(x.q, x.z, x.v, x.g, x.w, x.state, x.segment_ids)
     log_decay, key = decay_and_key(x.z, x.gate_round, x.mask)
-    q, v = wide(x.q), wide(x.v)
+    q, v = in_accumulation_dtype(x.q), in_accumulation_dtype(x.v)
     o, final = scan_chunked(q, key, v, log_decay, scale=x.scale, state=x.state, segment_ids=x.segment_ids)
-    return finish_metala(o, q, key, v, x.g, wide(x.w)).to(x.v.dtype), final
+    return finish_metala(o, q, key, v, x.g, in_accumulation_dtype(x.w)).to(x.v.dtype), final
 
 
 def metala(

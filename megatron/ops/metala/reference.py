@@ -21,6 +21,7 @@ from torch import Tensor
 
 from megatron.ops.dispatch import path
 from megatron.ops.metala.inputs import MetaLAInputs
+from megatron.ops.precision import in_accumulation_dtype
 from megatron.ops.scan.operator import scan_recurrent
 
 TAU = 16.0
@@ -28,20 +29,15 @@ EPS = 1e-5
 _ROUND = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def wide(x: Tensor) -> Tensor:
-    """fp32, or fp64 when x is fp64: the precision of gates, states and norms."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
 def decay_and_key(z: Tensor, gate_round: str = "none", mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Log decay l and key 1 - exp(l) from gate logits `z [b, s, h, k]`, in fp32 (or fp64); both 0 where `mask [b, s]` is."""
     if gate_round == "none":
-        log_decay = F.logsigmoid(wide(z)) / TAU
+        log_decay = F.logsigmoid(in_accumulation_dtype(z)) / TAU
         key = -torch.expm1(log_decay)
     else:
         half = _ROUND[gate_round]
         rounded = F.logsigmoid(z.to(half)) / TAU
-        log_decay, key = wide(rounded), wide(1 - torch.exp(rounded))
+        log_decay, key = in_accumulation_dtype(rounded), in_accumulation_dtype(1 - torch.exp(rounded))
     if mask is None:
         return log_decay, key
     keep = mask[..., None, None].to(key.dtype)
@@ -53,13 +49,13 @@ def finish_metala(o: Tensor, q: Tensor, key: Tensor, v: Tensor, g: Tensor, w: Te
     amount = (q * key * w).sum(-1, keepdim=True)
     r = o + torch.sigmoid(amount * v)
     normed = F.layer_norm(r, r.shape[-1:], eps=EPS)
-    return normed * F.silu(wide(g))
+    return normed * F.silu(in_accumulation_dtype(g))
 
 
 @path("metala", "reference")
 def metala_reference(x: MetaLAInputs) -> tuple[Tensor, Tensor]:
     """The formulas above, token by token."""
     log_decay, key = decay_and_key(x.z, x.gate_round, x.mask)
-    q, v, w = wide(x.q), wide(x.v), wide(x.w)
+    q, v, w = in_accumulation_dtype(x.q), in_accumulation_dtype(x.v), in_accumulation_dtype(x.w)
     o, final = scan_recurrent(q, key, v, log_decay, scale=x.scale, state=x.state, segment_ids=x.segment_ids)
     return finish_metala(o, q, key, v, x.g, w).to(x.v.dtype), final

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from megatron.ops.dispatch import choose, path
-from megatron.ops.metala.reference import decay_and_key, finish_metala, wide
-from megatron.ops.precision import outside_autocast
+from megatron.ops.metala.reference import decay_and_key, finish_metala
+from megatron.ops.precision import in_accumulation_dtype, outside_autocast
 
 
 @outside_autocast
@@ -16,10 +16,10 @@ def metala_step(
 ) -> tuple[Tensor, Tensor]:
     """One token: q, z [b, h, k]; v, g [b, h, v]; state [b, h, k, v]. Returns y [b, h, v] and the new state."""
     log_decay, key = decay_and_key(z, gate_round)
-    qw, vw = wide(q), wide(v)
+    qw, vw = in_accumulation_dtype(q), in_accumulation_dtype(v)
     new = torch.addcmul(key.unsqueeze(-1) * vw.unsqueeze(-2), log_decay.exp().unsqueeze(-1), state)
     o = (qw.unsqueeze(-2) @ new).squeeze(-2) * q.shape[-1] ** -0.5
-    return finish_metala(o, qw, key, vw, g, wide(w)).to(v.dtype), new
+    return finish_metala(o, qw, key, vw, g, in_accumulation_dtype(w)).to(v.dtype), new
 
 
 @path("metala.step", "reference")

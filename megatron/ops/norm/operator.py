@@ -12,13 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron.ops.dispatch import choose, path
+from megatron.ops.precision import in_accumulation_dtype
 
 
 @path("norm", "reference")
 @path("norm", "torch")
 def norm_torch(x: Tensor, weight: Tensor | None, bias: Tensor | None, centred: bool, eps: float, dtype: torch.dtype) -> Tensor:
     """The formula by torch's own norms; it widens x, not y."""
-    wide = x if x.dtype == torch.float64 else x.float()
+    wide = in_accumulation_dtype(x)
     gain = None if weight is None else weight.to(wide.dtype)
     if centred:
         shift = None if bias is None else bias.to(wide.dtype)
