@@ -1,0 +1,44 @@
+"""Every cut of the 64 x 128 head in bf16, those of the table and others around them: which should stand first there."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from megatron.ops.metala import metala_packed, triton_launch
+from megatron.ops.tuning import Tiles, metala_cuts
+from tools.bench.gpu_kit_parts.part import Part
+
+
+def _variants(first: Tiles) -> list[Tiles]:
+    """The cut of the table and its neighbours, one change at a time."""
+    changes: list[dict[str, int]] = [
+        {}, {"warps": 8}, {"back_warps": 4}, {"walk_warps": 8}, {"gate_warps": 4}, {"block_v": 32}, {"block_v": 128}, {"stages": 2},
+        {"stages": 4}, {"chunk": 32}, {"chunk": 32, "warps": 8}, {"back": 32}, {"back": 32, "back_warps": 4}, {"chunk": 128, "warps": 8},
+    ]  # fmt: skip
+    return [replace(first, **change) for change in changes]
+
+
+def _times(part: Part, tiles: Tiles, h: int, k: int, v: int) -> dict[str, Any]:
+    packed, w = part.metala(1 if part.rehearse else 8, 40 if part.rehearse else 2048, h, k, v)
+    before = triton_launch.metala_cuts
+    triton_launch.metala_cuts = lambda *_: (tiles,)
+    try:
+        with torch.no_grad():
+            forward = part.ms(lambda: metala_packed(packed, w, backend="triton"))
+        y = metala_packed(packed, w, backend="triton")[0]
+        up = torch.ones_like(y)
+        backward = part.ms(lambda: torch.autograd.grad(y, (packed, w), up, retain_graph=True), 10)
+    finally:
+        triton_launch.metala_cuts = before
+    return {"forward_ms": forward, "backward_ms": backward}
+
+
+def run(part: Part) -> None:
+    """A row per cut and head count."""
+    h, k, v = (1, 16, 32) if part.rehearse else (16, 64, 128)
+    cuts = _variants(metala_cuts(k, v, part.dtype.itemsize)[0])
+    for tiles in cuts[:2] if part.rehearse else cuts:
+        part.row(f"{k} x {v}, {h} heads: {tiles}", lambda tiles=tiles: _times(part, tiles, h, k, v))

@@ -1,0 +1,88 @@
+"""Every kernel of an operator by itself: microseconds from the profiler, and the share of the copy bandwidth that it reaches.
+
+Bytes are those of `tools/bench/kernel_times.py`: each value read or written once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from megatron.ops.conv import causal_conv
+from megatron.ops.metala import metala_packed
+from megatron.ops.norm import add_norm
+from megatron.ops.tuning import metala_cuts
+from tools.bench.gpu_kit import stored
+from tools.bench.gpu_kit_parts.part import Part
+from tools.bench.kernel_times import works
+
+# The kernel of a backward pass that the table of bytes knows under another name.
+_IN_BACKWARD = {"gate_forward": "gate_backward", "state_forward": "states_backward"}
+
+
+def profiled(call: Callable[[], Any], calls: int, device: str) -> list[tuple[str, float, float]]:
+    """(kernel, microseconds of a call, launches of a call), the dearest first."""
+    call()
+    activity = ProfilerActivity.CPU if device == "cpu" else ProfilerActivity.CUDA
+    with profile(activities=[activity]) as record:
+        for _ in range(calls):
+            call()
+        if device == "cuda":
+            torch.cuda.synchronize()
+    rows = [
+        (e.key[:90], (e.self_cpu_time_total if device == "cpu" else e.self_device_time_total) / calls, e.count / calls)
+        for e in record.key_averages()
+    ]
+    return sorted((row for row in rows if row[1] > 0), key=lambda row: -row[1])
+
+
+def _share(part: Part, rows: list[tuple[str, float, float]], moved: dict[str, float]) -> dict[str, Any]:
+    """The rows, and for the kernels in `moved` the share of the copy bandwidth."""
+    copy = next((float(str(r["tb_per_s"])) for r in stored(part.output / "facts.jsonl") if r.get("key") == "copy"), None)
+    shares = {
+        name: moved[name] / us / 1e6 / copy for name, us, _ in rows if name in moved and copy
+    }
+    return {"kernels": rows[:14], "of_copy_bandwidth": shares}
+
+
+def run(part: Part) -> None:
+    """A row per operator, size and pass."""
+    b, t = (1, 40) if part.rehearse else (8, 2048)
+    calls = 1 if part.rehearse else 5
+    for h in (1,) if part.rehearse else (8, 16):
+        k, v = (16, 32) if part.rehearse else (64, 128)
+        d = h * v
+        packed, w = part.metala(b, t, h, k, v)
+        table = {name: work.bytes for name, work in works(b * t, b, h, k, v, metala_cuts(k, v, packed.element_size())[0]).items()}
+        y = metala_packed(packed, w, backend="triton")[0]
+        up = torch.ones_like(y)
+
+        def forward(packed: Any = packed, w: Any = w) -> None:
+            with torch.no_grad():
+                metala_packed(packed, w, backend="triton")
+
+        def backward(y: Any = y, packed: Any = packed, w: Any = w, up: Any = up) -> None:
+            torch.autograd.grad(y, (packed, w), up, retain_graph=True)
+
+        late = {name: table[_IN_BACKWARD.get(name, name)] for name in (*_IN_BACKWARD, *table)}
+        part.row(f"metala forward d={d}", lambda f=forward, m=table: _share(part, profiled(f, calls, part.device), m))
+        part.row(f"metala backward d={d}", lambda f=backward, m=late: _share(part, profiled(f, calls, part.device), m))
+        x, added = part.random(b, t, d).requires_grad_(), part.random(b, t, d, seed=1).requires_grad_()
+        weight, gain = part.random(d, 1, 4).requires_grad_(), part.random(d).requires_grad_()
+        conv = causal_conv(x, weight, backend="triton")
+        normed = add_norm(x, added, gain, None, centred=False, eps=1e-6, backend="triton")
+        both = {
+            "conv": lambda x=x, weight=weight: causal_conv(x, weight, backend="triton"),
+            "conv backward": lambda y=conv, x=x, w=weight: torch.autograd.grad(y, (x, w), x, retain_graph=True),
+            "add norm": lambda x=x, a=added, g=gain: add_norm(x, a, g, None, centred=False, eps=1e-6, backend="triton"),
+            "add norm backward": lambda y=normed, x=x, a=added, g=gain: torch.autograd.grad(
+                y, (x, a, g), (x, a), retain_graph=True
+            ),
+        }
+        size = packed.element_size() * b * t * d
+        moved = {"conv_forward": 2.0 * size, "conv_backward": 3.0 * size, "norm_forward": 4.0 * size, "norm_backward": 4.0 * size}
+        for name, call in both.items():
+            part.row(f"{name} d={d}", lambda f=call, m=moved: _share(part, profiled(f, calls, part.device), m))

@@ -1,0 +1,59 @@
+"""flash-linear-attention 0.6.0 around the same operator, its glue eager or compiled, in a process of its own.
+
+Its tuner tries hundreds of configurations at the first call of a shape: minutes. Here each kernel keeps at most `_TRIED` of
+them, spread over its list, and the row says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+
+from tools.bench.gpu_kit_parts.part import Part
+
+_TRIED = 8
+_tune = triton.autotune
+
+
+def _fewer(configs: list[Any], *args: Any, **kwargs: Any) -> Any:
+    """`triton.autotune` with every n-th configuration, none of fewer than 2 stages or of 1 warp while there are others."""
+    likely = [c for c in configs if c.num_warps in (2, 4, 8) and c.num_stages in (2, 3)] or configs
+    step = -(-len(likely) // _TRIED)
+    return _tune(likely[::step], *args, **kwargs)
+
+
+def _times(part: Part, run: Callable[..., Any], packed: torch.Tensor, w: torch.Tensor) -> dict[str, Any]:
+    with torch.no_grad():
+        forward = part.ms(lambda: run(packed, w))
+    up = torch.ones_like(run(packed, w))
+    both = part.ms(lambda: torch.autograd.grad(run(packed, w), (packed, w), up), 10)
+    return {"forward_ms": forward, "forward_backward_ms": both, "configurations_tried": f"at most {_TRIED} for each kernel"}
+
+
+def _based(part: Part, b: int, t: int, h: int, v: int) -> dict[str, Any]:
+    from fla.ops.based import parallel_based
+
+    q, k, x = (part.random(b, t, h, n, seed=i).requires_grad_() for i, n in enumerate((16, 16, v)))
+    with torch.no_grad():
+        forward = part.ms(lambda: parallel_based(q, k, x), 5)
+    up = torch.ones_like(x)
+    return {"forward_ms": forward, "forward_backward_ms": part.ms(lambda: torch.autograd.grad(parallel_based(q, k, x), (q, k, x), up), 5)}
+
+
+def run(part: Part) -> None:
+    """A row per variant and shape; ours is measured in the same process, for the ratio."""
+    triton.autotune = _fewer
+    from tools.bench.gpu_peers import by_fla, ours
+
+    if part.rehearse:  # the peer's kernels do not run in the interpreter on a CPU
+        part.row("ours 8 heads", lambda: _times(part, ours("triton"), *part.metala(1, 20, 1, 16, 32)))
+        return
+    for h in (8, 16):
+        shape = part.metala(8, 2048, h, 64, 128)
+        for name, run_it in {"ours": ours("triton"), "fla + compiled glue": by_fla(True), "fla + eager glue": by_fla(False)}.items():
+            part.row(f"{name} {h} heads", lambda f=run_it, s=shape: _times(part, f, *s))
+    part.row("fla parallel_based 8 x 2048 x 16 x 64", lambda: _based(part, 8, 2048, 16, 64))
+    part.row("fla parallel_based 4 x 8192 x 16 x 64", lambda: _based(part, 4, 8192, 16, 64))
