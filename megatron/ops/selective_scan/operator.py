@@ -25,7 +25,7 @@ from megatron.ops.precision import in_accumulation_dtype, outside_autocast, sum_
 SSM_CHUNK = 32
 
 
-def _same_as_before(segment_ids: Tensor) -> Tensor:
+def same_as_before(segment_ids: Tensor) -> Tensor:
     """[b, s] bool: False where a document begins; the first token continues the incoming state."""
     same = torch.ones_like(segment_ids, dtype=torch.bool)
     same[:, 1:] = segment_ids[:, 1:] == segment_ids[:, :-1]
@@ -39,7 +39,7 @@ def selective_scan_recurrent(
     """The formulas above, token by token, by autograd."""
     u, dt, a, b, c = (in_accumulation_dtype(x) for x in (u, dt, a, b, c))
     h = u.new_zeros(u.shape[0], *a.shape) if state is None else state
-    same = None if segment_ids is None else _same_as_before(segment_ids)
+    same = None if segment_ids is None else same_as_before(segment_ids)
     outputs = []
     for t in range(u.shape[1]):
         decay = torch.exp(dt[:, t, :, None] * a)
@@ -97,7 +97,7 @@ class _SelectiveScan(torch.autograd.Function):
         wide = sum_dtype(u.dtype)
         y = torch.empty(u.shape, dtype=wide, device=u.device)
         current = torch.zeros(u.shape[0], *a.shape, dtype=wide, device=u.device) if state is None else state.to(wide)
-        same = None if segment_ids is None else _same_as_before(segment_ids)
+        same = None if segment_ids is None else same_as_before(segment_ids)
         begun = []
         for start in range(0, u.shape[1], SSM_CHUNK):
             begun.append(current)
