@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron.layers.base import Context, Layer, LayerConfig, State
-from megatron.ops.conv import next_history
+from megatron.ops.conv import conv_step_, next_history
 from megatron.ops.modules import ShortConv, row_linear
 from megatron.ops.precision import in_accumulation_dtype, sum_dtype
-from megatron.ops.selective_scan import selective_scan, selective_step
+from megatron.ops.selective_scan import selective_scan, selective_step, selective_step_
 
 
 class ChannelSum(nn.Module):
@@ -45,6 +45,7 @@ class Mamba(Layer):
     names: ClassVar[tuple[str, ...]] = ("mamba",)
     uses_heads: ClassVar[bool] = False
     tp_reductions: ClassVar[int] = 2
+    steps_by_slot: ClassVar[bool] = True
 
     @dataclass(frozen=True)
     class Config(LayerConfig):
@@ -126,6 +127,12 @@ class Mamba(Layer):
     def step(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
         """`x [b, d]` -> `y [b, d]` with one state update; see `Layer.step`."""
         x = self.copy_to_tp(x)
+        if ctx.in_place:
+            conv, rest = self.conv1d, {"slots": ctx.slots, "backend": ctx.backend}
+            u = conv_step_(self.in_proj(x), conv.weight, state["conv"], conv.bias, **rest)
+            dt, b, c = self._selection(u)
+            y = selective_step_(u, dt, -in_accumulation_dtype(self.A_log).exp(), b, c, state["ssm"], **rest)
+            return self._out(y, u, self.gate_proj(x)), state
         a, history = self.in_proj(x).unsqueeze(1), state["conv"]
         u = self.conv1d(a, history, backend=ctx.backend).squeeze(1)
         dt, b, c = self._selection(u)

@@ -231,7 +231,8 @@ def conv_cases(width: int, d: int) -> list[Case]:
     bare = flags | {"bias": None, "gate": None, "hist": None, "seg": None}
     forward = {"W": width, "BT": conv_triton._TOKENS, "BD": conv_triton._CHANNELS, "SILU": True}
     back = {"W": width, "BT": conv_triton.ROWS, "BD": conv_triton.row_channels(d), "U": conv_triton.UNROLLED, "SILU": True}
-    step = {"W": width, "BD": 256, "SILU": True, "HAS_BIAS": False, "HAS_SLOTS": True, "bias": None}
+    step = {"W": width, "BD": 256, "SILU": True, "HAS_BIAS": False, "HAS_GATE": False, "HAS_SLOTS": True, "bias": None}
+    step |= {"gate": None}
     n = conv_kernels
     return [
         ("conv_forward", n.conv_forward, forward | bare, 4, 3),

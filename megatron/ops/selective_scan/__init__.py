@@ -1,8 +1,9 @@
 """The selective scan of Mamba."""
 
-from megatron.ops.selective_scan.operator import selective_scan, selective_step
+from megatron.ops.selective_scan.operator import selective_scan, selective_step, selective_step_
 
 __all__ = [
     "selective_scan",
     "selective_step",
+    "selective_step_",
 ]

@@ -177,3 +177,32 @@ def selective_step(u: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, state
     u, dt, a, b, c = (in_accumulation_dtype(x) for x in (u, dt, a, b, c))
     new = torch.addcmul((dt * u)[..., None] * b[:, None], (dt.unsqueeze(-1) * a).exp(), state)
     return (new @ c.unsqueeze(-1)).squeeze(-1), new
+
+
+@path("selective_scan.step", "reference")
+@path("selective_scan.step", "torch")
+def selective_step_torch(
+    u: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, state: Tensor, slots: Tensor | None = None
+) -> Tensor:
+    """The plain form of `selective_step_`."""
+    y, new = selective_step(u, dt, a, b, c, state if slots is None else state[slots])
+    if slots is None:
+        state.copy_(new)
+    else:
+        state[slots] = new
+    return y
+
+
+def selective_step_(
+    u: Tensor,
+    dt: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    state: Tensor,
+    *,
+    slots: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """`selective_step` with `state [slots, d, n]` (fp32) overwritten; slots [b]: whose row each batch row's state is."""
+    return choose("selective_scan.step", backend, u.device)(u, dt, a, b, c, state, slots)

@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 
 from megatron.ops.dispatch import path
-from megatron.ops.kernel_arguments import device_guard, token_rows, token_stride
+from megatron.ops.kernel_arguments import check_in_place, device_guard, token_rows, token_stride
 from megatron.ops.precision import outside_autocast
 from megatron.ops.selective_scan import triton_kernels as kernels
 from megatron.ops.selective_scan.operator import same_as_before, selective_scan_chunked
@@ -181,3 +181,41 @@ def selective_scan_fused(
     state = None if state is None else state.float().contiguous()
     y, last, _ = scan_forward(u, dt, a, b, c, state, segment_ids, keep)
     return y, last
+
+
+@path("selective_scan.step", "triton")
+def selective_step_in_place(
+    u: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, state: Tensor, slots: Tensor | None = None
+) -> Tensor:
+    """One token per row; the state is updated in place.
+
+    Args:
+        u: [b, d].
+        dt: step sizes, [b, d].
+        a: rates, [d, n].
+        b: [b, n].
+        c: [b, n].
+        state: fp32 [slots, d, n], each row dense.
+        slots: int [b], the row of `state` that belongs to each batch row; None means row i of i.
+
+    Returns:
+        y [b, d] in fp32.
+
+    Raises:
+        ValueError: the state is not an fp32 tensor of this shape on this device with dense rows, or `slots` does not fit.
+    """
+    rows, d = u.shape
+    n = a.shape[1]
+    check_in_place(state, (d, n), torch.float32, u, slots)
+    u, dt, b, c = (x if x.stride(1) == 1 else x.contiguous() for x in (u, dt, b, c))
+    y = torch.empty(rows, d, dtype=torch.float32, device=u.device)
+    if y.numel():
+        width = triton.next_power_of_2(n)
+        block = max(8, 1024 // width)
+        with device_guard(u):
+            kernels.scan_step[(rows, triton.cdiv(d, block))](
+                u, dt, a.contiguous(), b, c, state, slots, y,
+                d, u.stride(0), dt.stride(0), b.stride(0), c.stride(0), state.stride(0),
+                N=n, BN=width, BD=block, HAS_SLOTS=slots is not None, num_warps=4,
+            )  # fmt: skip
+    return y

@@ -4,7 +4,7 @@ A program is one warp. It walks over the tokens of its channels, four at a time,
 [RN, RC, LN, LC] in fp32, whose first two dimensions lie in the registers of a thread and whose last two are the lanes of the
 warp. State `ln * RN + rn` of channel `lc * RC + rc` is element (rn, rc, ln, lc): so the sums over states (the output, the
 gradients of u and dt) and those over channels (the gradients of B and C) are mostly sums within a thread, and what a thread
-reads is dense. A row of channels is [1, RC, LN, LC], the same for every ln; a row of states [RN, 1, LN, 1].
+reads is dense. A row of channels is [1, RC, LN, LC], the same for every ln; a row of states [RN, 1, LN, LC].
 
 The forward stores the state before every CHUNK tokens. The backward walks over the chunks from the last to the first: it goes
 through a chunk once to store the state before every fourth token in a scratch of its own, then takes four tokens at a time from
@@ -31,9 +31,10 @@ def _channels(first, RC: tl.constexpr, LN: tl.constexpr, LC: tl.constexpr):
 
 
 @triton.jit
-def _numbers(RN: tl.constexpr, LN: tl.constexpr):
-    """Numbers of the states of a channel, [RN, 1, LN, 1]."""
-    return tl.arange(0, LN)[None, None, :, None] * RN + tl.arange(0, RN)[:, None, None, None]
+def _numbers(RN: tl.constexpr, LN: tl.constexpr, LC: tl.constexpr):
+    """Numbers of the states of a channel, [RN, 1, LN, LC]."""
+    numbers = tl.arange(0, LN)[None, None, :, None] * RN + tl.arange(0, RN)[:, None, None, None]
+    return tl.broadcast_to(numbers, (RN, 1, LN, LC))
 
 
 @triton.jit
@@ -86,6 +87,12 @@ def _store_row(x, place, value, mask, RC: tl.constexpr, LN: tl.constexpr, LC: tl
 
 
 @triton.jit
+def _store_numbers(x, place, value, mask, RN: tl.constexpr, LN: tl.constexpr, LC: tl.constexpr):
+    """Store a row of states, whose copies lie in all lanes of a state; `mask` picks one of them."""
+    tl.store(x + place, tl.broadcast_to(value, (RN, 1, LN, LC)), mask=mask)
+
+
+@triton.jit
 def scan_forward(
     u, dt, a, b, c, same, h0, ends, factors, y, borders, last,
     T, D, su, sdt, sb, sc, PER, PARTS,
@@ -100,7 +107,7 @@ def scan_forward(
     batch = (tl.program_id(0) // blocks).to(tl.int64)
     first = tl.program_id(0) % blocks * (RC * LC)
     oc = _channels(first, RC, LN, LC)
-    on = _numbers(RN, LN)
+    on = _numbers(RN, LN, LC)
     live, tile = oc < D, (oc < D) & (on < N)
     at = oc * N + on
     a2 = tl.load(a + at, mask=tile, other=0.0).to(tl.float32) * LOG2_E
@@ -153,7 +160,7 @@ def part_ends(
     part = tl.program_id(1)
     batch = (tl.program_id(0) // blocks).to(tl.int64)
     oc = _channels(tl.program_id(0) % blocks * (RC * LC), RC, LN, LC)
-    on = _numbers(RN, LN)
+    on = _numbers(RN, LN, LC)
     live, tile = oc < D, (oc < D) & (on < N)
     at = oc * N + on
     a2 = tl.load(a + at, mask=tile, other=0.0).to(tl.float32) * LOG2_E
@@ -192,7 +199,7 @@ def part_gradients(
     part = tl.program_id(1) + 1
     batch = (tl.program_id(0) // blocks).to(tl.int64)
     oc = _channels(tl.program_id(0) % blocks * (RC * LC), RC, LN, LC)
-    on = _numbers(RN, LN)
+    on = _numbers(RN, LN, LC)
     live, tile = oc < D, (oc < D) & (on < N)
     at = oc * N + on
     a2 = tl.load(a + at, mask=tile, other=0.0).to(tl.float32) * LOG2_E
@@ -249,7 +256,7 @@ def scan_backward(
     batch = (tl.program_id(0) // blocks).to(tl.int64)
     block = (tl.program_id(0) % blocks).to(tl.int64)
     oc = _channels(tl.program_id(0) % blocks * (RC * LC), RC, LN, LC)
-    on = _numbers(RN, LN)
+    on = _numbers(RN, LN, LC)
     live, tile, number = oc < D, (oc < D) & (on < N), on < N
     at = oc * N + on
     a2 = tl.load(a + at, mask=tile, other=0.0).to(tl.float32) * LOG2_E
@@ -265,6 +272,7 @@ def scan_backward(
     own = scratch + (part * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * (CHUNK // 4 * SIZE)
     own += _channels(0, RC, LN, LC) * (RN * LN) + on
     write = live & (tl.arange(0, LN)[None, None, :, None] == 0)
+    one = number & (tl.arange(0, LC)[None, None, None, :] == 0)
     begin = part * PER
     chunks = tl.minimum(tl.cdiv(T, CHUNK), begin + PER) - begin
     for n in range(chunks):
@@ -301,32 +309,58 @@ def scan_backward(
             e2 = _decay(d2, a2, s2, HAS_SEG)
             e3 = _decay(d3, a2, s3, HAS_SEG)
             p0 = h * e0
-            p1 = (p0 + (d0 * u0) * b0) * e1
-            p2 = (p1 + (d1 * u1) * b1) * e2
-            p3 = (p2 + (d2 * u2) * b2) * e3
-            g, grad_a, du3, dt3, db3, dc3 = _token_back(g, grad_a, e3, p3, u3, d3, b3, c3, y3, a2)
-            g, grad_a, du2, dt2, db2, dc2 = _token_back(g, grad_a, e2, p2, u2, d2, b2, c2, y2, a2)
-            g, grad_a, du1, dt1, db1, dc1 = _token_back(g, grad_a, e1, p1, u1, d1, b1, c1, y1, a2)
-            g, grad_a, du0, dt0, db0, dc0 = _token_back(g, grad_a, e0, p0, u0, d0, b0, c0, y0, a2)
-            out = row * D
-            _store_row(du + out, oc, du0, write & (left > 0), RC, LN, LC)
-            _store_row(du + out + D, oc, du1, write & (left > 1), RC, LN, LC)
-            _store_row(du + out + 2 * D, oc, du2, write & (left > 2), RC, LN, LC)
-            _store_row(du + out + 3 * D, oc, du3, write & (left > 3), RC, LN, LC)
-            _store_row(ddt + out, oc, dt0, write & (left > 0), RC, LN, LC)
-            _store_row(ddt + out + D, oc, dt1, write & (left > 1), RC, LN, LC)
-            _store_row(ddt + out + 2 * D, oc, dt2, write & (left > 2), RC, LN, LC)
-            _store_row(ddt + out + 3 * D, oc, dt3, write & (left > 3), RC, LN, LC)
-            sums = (block * BATCH * T + row) * N + on
-            tl.store(db + sums, db0, mask=number & (left > 0))
-            tl.store(db + sums + N, db1, mask=number & (left > 1))
-            tl.store(db + sums + 2 * N, db2, mask=number & (left > 2))
-            tl.store(db + sums + 3 * N, db3, mask=number & (left > 3))
-            tl.store(dc + sums, dc0, mask=number & (left > 0))
-            tl.store(dc + sums + N, dc1, mask=number & (left > 1))
-            tl.store(dc + sums + 2 * N, dc2, mask=number & (left > 2))
-            tl.store(dc + sums + 3 * N, dc3, mask=number & (left > 3))
+            p1 = tl.fma(d0 * u0, b0, p0) * e1
+            p2 = tl.fma(d1 * u1, b1, p1) * e2
+            p3 = tl.fma(d2 * u2, b2, p2) * e3
+            sums = (block * BATCH * T + row) * N
+            g, grad_a, gu, gd, gb, gc = _token_back(g, grad_a, e3, p3, u3, d3, b3, c3, y3, a2)
+            _store_row(du + (row + 3) * D, oc, gu, write & (left > 3), RC, LN, LC)
+            _store_row(ddt + (row + 3) * D, oc, gd, write & (left > 3), RC, LN, LC)
+            _store_numbers(db + sums + 3 * N, on, gb, one & (left > 3), RN, LN, LC)
+            _store_numbers(dc + sums + 3 * N, on, gc, one & (left > 3), RN, LN, LC)
+            g, grad_a, gu, gd, gb, gc = _token_back(g, grad_a, e2, p2, u2, d2, b2, c2, y2, a2)
+            _store_row(du + (row + 2) * D, oc, gu, write & (left > 2), RC, LN, LC)
+            _store_row(ddt + (row + 2) * D, oc, gd, write & (left > 2), RC, LN, LC)
+            _store_numbers(db + sums + 2 * N, on, gb, one & (left > 2), RN, LN, LC)
+            _store_numbers(dc + sums + 2 * N, on, gc, one & (left > 2), RN, LN, LC)
+            g, grad_a, gu, gd, gb, gc = _token_back(g, grad_a, e1, p1, u1, d1, b1, c1, y1, a2)
+            _store_row(du + (row + 1) * D, oc, gu, write & (left > 1), RC, LN, LC)
+            _store_row(ddt + (row + 1) * D, oc, gd, write & (left > 1), RC, LN, LC)
+            _store_numbers(db + sums + 1 * N, on, gb, one & (left > 1), RN, LN, LC)
+            _store_numbers(dc + sums + 1 * N, on, gc, one & (left > 1), RN, LN, LC)
+            g, grad_a, gu, gd, gb, gc = _token_back(g, grad_a, e0, p0, u0, d0, b0, c0, y0, a2)
+            _store_row(du + (row + 0) * D, oc, gu, write & (left > 0), RC, LN, LC)
+            _store_row(ddt + (row + 0) * D, oc, gd, write & (left > 0), RC, LN, LC)
+            _store_numbers(db + sums + 0 * N, on, gb, one & (left > 0), RN, LN, LC)
+            _store_numbers(dc + sums + 0 * N, on, gc, one & (left > 0), RN, LN, LC)
         tl.debug_barrier()
     tl.store(da + (part * BATCH + batch) * D * N + at, grad_a, mask=tile)
     if part == 0:
         tl.store(dh0 + batch * D * N + at, g, mask=tile)
+
+
+@triton.jit
+def scan_step(
+    u, dt, a, b, c, state, slots, y, D, su, sdt, sb, sc, ss,
+    N: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, HAS_SLOTS: tl.constexpr,
+):  # fmt: skip
+    """Grid (B, blocks of channels): one token per row. The fp32 state [slots, D, N], whose rows lie `ss` apart, is changed in
+    place; `slots [B]` says whose row is whose."""
+    batch = tl.program_id(0).to(tl.int64)
+    oc = tl.program_id(1) * BD + tl.arange(0, BD)
+    on = tl.arange(0, BN)
+    live, number = oc < D, on < N
+    tile = live[:, None] & number[None, :]
+    slot = batch
+    if HAS_SLOTS:
+        slot = tl.load(slots + batch).to(tl.int64)
+    at = oc[:, None] * N + on[None, :]
+    step = tl.load(dt + batch * sdt + oc, mask=live, other=0.0).to(tl.float32)
+    x = step * tl.load(u + batch * su + oc, mask=live, other=0.0).to(tl.float32)
+    a2 = tl.load(a + at, mask=tile, other=0.0).to(tl.float32) * LOG2_E
+    bb = tl.load(b + batch * sb + on, mask=number, other=0.0).to(tl.float32)
+    cc = tl.load(c + batch * sc + on, mask=number, other=0.0).to(tl.float32)
+    h = tl.load(state + slot * ss + at, mask=tile, other=0.0)
+    h = h * tl.math.exp2(step[:, None] * a2) + x[:, None] * bb[None, :]
+    tl.store(state + slot * ss + at, h, mask=tile)
+    tl.store(y + batch * D + oc, tl.sum(h * cc[None, :], 1), mask=live)
