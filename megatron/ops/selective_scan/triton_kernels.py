@@ -60,15 +60,6 @@ def _same(same, row, left, HAS_SEG: tl.constexpr):
 
 
 @triton.jit
-def _decay(dt, a2, same, HAS_SEG: tl.constexpr):
-    """Factor of the state at one token; a2 is A log2(e)."""
-    decay = tl.math.exp2(dt * a2)
-    if HAS_SEG:
-        decay = decay * same
-    return decay
-
-
-@triton.jit
 def _over_states(x):
     """[1, RC, 1, LC]: the sum over the states of each channel."""
     return tl.sum(tl.sum(x, 0, keep_dims=True), 2, keep_dims=True)
@@ -132,13 +123,13 @@ def scan_forward(
         b0, b1, b2, b3 = _rows(b + row * sb, sb, on, on < N, left)
         c0, c1, c2, c3 = _rows(c + row * sc, sc, on, on < N, left)
         s0, s1, s2, s3 = _same(same, row, left, HAS_SEG)
-        h = h * _decay(d0, a2, s0, HAS_SEG) + (d0 * u0) * b0
+        h = h * (tl.math.exp2(d0 * a2) * s0) + (d0 * u0) * b0
         y0 = _over_states(h * c0)
-        h = h * _decay(d1, a2, s1, HAS_SEG) + (d1 * u1) * b1
+        h = h * (tl.math.exp2(d1 * a2) * s1) + (d1 * u1) * b1
         y1 = _over_states(h * c1)
-        h = h * _decay(d2, a2, s2, HAS_SEG) + (d2 * u2) * b2
+        h = h * (tl.math.exp2(d2 * a2) * s2) + (d2 * u2) * b2
         y2 = _over_states(h * c2)
-        h = h * _decay(d3, a2, s3, HAS_SEG) + (d3 * u3) * b3
+        h = h * (tl.math.exp2(d3 * a2) * s3) + (d3 * u3) * b3
         y3 = _over_states(h * c3)
         out = y + row * D
         _store_row(out, oc, y0, write & (left > 0), RC, LN, LC)
@@ -176,15 +167,15 @@ def part_ends(
         u0, u1, u2, u3 = _rows(u + row * su, su, oc, live, left)
         b0, b1, b2, b3 = _rows(b + row * sb, sb, on, on < N, left)
         s0, s1, s2, s3 = _same(same, row, left, HAS_SEG)
-        h = h * _decay(d0, a2, s0, HAS_SEG) + (d0 * u0) * b0
-        h = h * _decay(d1, a2, s1, HAS_SEG) + (d1 * u1) * b1
-        h = h * _decay(d2, a2, s2, HAS_SEG) + (d2 * u2) * b2
-        h = h * _decay(d3, a2, s3, HAS_SEG) + (d3 * u3) * b3
+        h = h * (tl.math.exp2(d0 * a2) * s0) + (d0 * u0) * b0
+        h = h * (tl.math.exp2(d1 * a2) * s1) + (d1 * u1) * b1
+        h = h * (tl.math.exp2(d2 * a2) * s2) + (d2 * u2) * b2
+        h = h * (tl.math.exp2(d3 * a2) * s3) + (d3 * u3) * b3
         total += (d0 + d1) + (d2 + d3)
         unbroken = unbroken * s0 * s1 * s2 * s3
     place = (part * (tl.num_programs(0) // blocks) + batch) * D * N + at
     tl.store(ends + place, h, mask=tile)
-    tl.store(factors + place, _decay(total, a2, unbroken, HAS_SEG), mask=tile)
+    tl.store(factors + place, tl.math.exp2(total * a2) * unbroken, mask=tile)
 
 
 @triton.jit
@@ -217,15 +208,15 @@ def part_gradients(
         y0, y1, y2, y3 = _rows(dy + row * sdy, sdy, oc, live, left)
         c0, c1, c2, c3 = _rows(c + row * sc, sc, on, on < N, left)
         s0, s1, s2, s3 = _same(same, row, left, HAS_SEG)
-        g = (g + y3 * c3) * _decay(d3, a2, s3, HAS_SEG)
-        g = (g + y2 * c2) * _decay(d2, a2, s2, HAS_SEG)
-        g = (g + y1 * c1) * _decay(d1, a2, s1, HAS_SEG)
-        g = (g + y0 * c0) * _decay(d0, a2, s0, HAS_SEG)
+        g = (g + y3 * c3) * (tl.math.exp2(d3 * a2) * s3)
+        g = (g + y2 * c2) * (tl.math.exp2(d2 * a2) * s2)
+        g = (g + y1 * c1) * (tl.math.exp2(d1 * a2) * s1)
+        g = (g + y0 * c0) * (tl.math.exp2(d0 * a2) * s0)
         total += (d0 + d1) + (d2 + d3)
         unbroken = unbroken * s0 * s1 * s2 * s3
     place = (part * (tl.num_programs(0) // blocks) + batch) * D * N + at
     tl.store(ends + place, g, mask=tile)
-    tl.store(factors + place, _decay(total, a2, unbroken, HAS_SEG), mask=tile)
+    tl.store(factors + place, tl.math.exp2(total * a2) * unbroken, mask=tile)
 
 
 @triton.jit
@@ -288,10 +279,10 @@ def scan_backward(
             u0, u1, u2, u3 = _rows(u + row * su, su, oc, live, left)
             b0, b1, b2, b3 = _rows(b + row * sb, sb, on, number, left)
             s0, s1, s2, s3 = _same(same, row, left, HAS_SEG)
-            h = h * _decay(d0, a2, s0, HAS_SEG) + (d0 * u0) * b0
-            h = h * _decay(d1, a2, s1, HAS_SEG) + (d1 * u1) * b1
-            h = h * _decay(d2, a2, s2, HAS_SEG) + (d2 * u2) * b2
-            h = h * _decay(d3, a2, s3, HAS_SEG) + (d3 * u3) * b3
+            h = h * (tl.math.exp2(d0 * a2) * s0) + (d0 * u0) * b0
+            h = h * (tl.math.exp2(d1 * a2) * s1) + (d1 * u1) * b1
+            h = h * (tl.math.exp2(d2 * a2) * s2) + (d2 * u2) * b2
+            h = h * (tl.math.exp2(d3 * a2) * s3) + (d3 * u3) * b3
         tl.debug_barrier()
         for i in range(steps):
             t = chunk * CHUNK + (steps - 1 - i) * 4
@@ -304,10 +295,10 @@ def scan_backward(
             c0, c1, c2, c3 = _rows(c + row * sc, sc, on, number, left)
             y0, y1, y2, y3 = _rows(dy + row * sdy, sdy, oc, live, left)
             s0, s1, s2, s3 = _same(same, row, left, HAS_SEG)
-            e0 = _decay(d0, a2, s0, HAS_SEG)
-            e1 = _decay(d1, a2, s1, HAS_SEG)
-            e2 = _decay(d2, a2, s2, HAS_SEG)
-            e3 = _decay(d3, a2, s3, HAS_SEG)
+            e0 = tl.math.exp2(d0 * a2) * s0
+            e1 = tl.math.exp2(d1 * a2) * s1
+            e2 = tl.math.exp2(d2 * a2) * s2
+            e3 = tl.math.exp2(d3 * a2) * s3
             p0 = h * e0
             p1 = tl.fma(d0 * u0, b0, p0) * e1
             p2 = tl.fma(d1 * u1, b1, p1) * e2
