@@ -44,6 +44,8 @@ from megatron.ops.metala import triton_walk_kernels as metala_walk_kernels
 from megatron.ops.metala.triton import step_warps
 from megatron.ops.metala.triton_launch import PRECISION
 from megatron.ops.norm import triton_kernels as norm_kernels
+from megatron.ops.selective_scan import triton as scan_triton
+from megatron.ops.selective_scan import triton_kernels as scan_kernels
 from megatron.ops.tuning import CROSS_ENTROPY, METALA, Tiles, metala_cuts, norm_cut, padded
 from tools.bench.sass import Listing
 
@@ -53,7 +55,7 @@ Case = tuple[str, Any, dict[str, Any], int, int]
 ROOT = Path(__file__).resolve().parents[2]
 _SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
 _TYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
-_STRIDES = {"sq", "sz", "sv", "sg", "so", "sy", "sx", "ss", "sdq", "sdz", "sdv", "sdg", "sl"}
+_STRIDES = {"sq", "sz", "sv", "sg", "so", "sy", "sx", "ss", "sdq", "sdz", "sdv", "sdg", "sl", "su", "sdt", "sb", "sc", "sdy"}
 _INTS = _STRIDES | {"T", "D", "N", "PER", "PARTS", "H"}
 _LENGTHS = {"T", "D", "N"}
 _FLOATS = {"scale", "eps"}
@@ -80,6 +82,12 @@ _FP32 = {
     "picked",
     "weights",
 }
+# Of one operator's kernels alone; the same names are narrow elsewhere.
+_FP32_OF = {
+    "selective_scan": {
+        "dt", "a", "same", "ends", "factors", "y", "dy", "borders", "scratch", "dlast", "ddt", "da", "dc",
+    },
+}  # fmt: skip
 _OPERANDS = {"qs", "ks"}  # of an fp16 model they are fp32: half a chunk of decay leaves its range
 _INT_POINTERS = {"labels": "*i64", "seg": "*i32", "mask": "*i8", "slots": "*i32"}
 # Bytes. Heads of up to 64 x 128, which all released models have, must keep to the first pair; wider ones, fp16 and other forms
@@ -92,6 +100,7 @@ FP32_SPILL_LIMIT, FP32_SHARED_LIMIT = 320, 160 * 1024
 def _signature(kernel: Any, constants: dict[str, Any], dtype: str) -> dict[str, str]:
     """Type of every argument by its name."""
     kinds = {}
+    own = _FP32_OF.get(kernel.fn.__module__.split(".")[2], set())
     for name in kernel.arg_names:
         if name in constants:
             kinds[name] = "constexpr"
@@ -100,7 +109,7 @@ def _signature(kernel: Any, constants: dict[str, Any], dtype: str) -> dict[str, 
         elif name in _FLOATS:
             kinds[name] = "fp32"
         else:
-            wide = name in _FP32 or (name in _OPERANDS and dtype == "fp16")
+            wide = name in _FP32 or name in own or (name in _OPERANDS and dtype == "fp16")
             kinds[name] = _INT_POINTERS.get(name) or ("*fp32" if wide else f"*{dtype}")
     return kinds
 
@@ -242,6 +251,21 @@ def conv_cases(width: int, d: int) -> list[Case]:
     ]
 
 
+def scan_cases(n: int, d: int) -> list[Case]:
+    """The selective scan's kernels as `ops/selective_scan/triton.py` cuts them: a training step, everything that a pass may
+    have in a sequence of parts, a decode step."""
+    k, base = scan_kernels, scan_triton.layout(n, d) | {"N": n, "CHUNK": scan_triton.CHUNK}
+    bare = base | {"HAS_SEG": False, "HAS_H0": False, "HAS_LAST": False, "SPLIT": False, "KEEP": True}
+    bare |= dict.fromkeys(("same", "h0", "dlast", "ends", "factors"))
+    full = base | {"HAS_SEG": True, "HAS_H0": True, "HAS_LAST": True, "SPLIT": True, "KEEP": True}
+    step = {"N": n, "BN": triton.next_power_of_2(n), "HAS_SLOTS": True}
+    step |= {"BD": scan_triton.step_channels(n)}
+    cases = [("scan_forward", k.scan_forward, bare), ("scan_backward", k.scan_backward, bare)]
+    cases += [(f"{kernel.fn.__name__}_everything", kernel, full) for kernel in (k.scan_forward, k.scan_backward)]
+    cases += [("part_ends", k.part_ends, full), ("part_gradients", k.part_gradients, full)]
+    return [(name, kernel, _of(kernel, c), 1, 3) for name, kernel, c in cases] + [("scan_step", k.scan_step, step, 4, 3)]
+
+
 def norm_cases(d: int) -> list[Case]:
     """The norm kernels at model width `d`, largest forms: LayerNorm with an addition in front, RMSNorm without a gain."""
     rows, warps = norm_cut(d)
@@ -294,6 +318,7 @@ def form_cases() -> list[tuple[str, str, Case]]:
 def other_cases(norms: list[int]) -> list[tuple[str, str, Case]]:
     """The kernels besides MetaLA's, in bf16."""
     found = [("taps 4", "bf16", case) for case in conv_cases(4, 1024)]
+    found += [("states 16", "bf16", case) for case in scan_cases(16, 2048)]
     found += [(f"d {d}", "bf16", case) for d in norms for case in norm_cases(d)]
     return found + [("any", "bf16", case) for case in cross_entropy_cases()]
 

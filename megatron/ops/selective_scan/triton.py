@@ -55,7 +55,7 @@ class _Launch:
         self.blocks = triton.cdiv(self.d, self.tile["RC"] * self.tile["LC"])
         self.programs = self.batch * self.blocks
         self.chunks = triton.cdiv(self.length, CHUNK)
-        self.per = triton.cdiv(self.chunks, parts_for(self.programs, self.chunks))
+        self.per = max(1, triton.cdiv(self.chunks, parts_for(self.programs, self.chunks)))
         self.parts = triton.cdiv(self.chunks, self.per)
         self.constants: dict[str, Any] = self.tile | {
             "N": self.n, "CHUNK": CHUNK, "HAS_SEG": segment_ids is not None, "num_warps": 1,
@@ -183,6 +183,11 @@ def selective_scan_fused(
     return y, last
 
 
+def step_channels(n: int) -> int:
+    """Channels per program of the step: 1,024 states or more."""
+    return max(8, 1024 // int(triton.next_power_of_2(n)))
+
+
 @path("selective_scan.step", "triton")
 def selective_step_in_place(
     u: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, state: Tensor, slots: Tensor | None = None
@@ -210,12 +215,11 @@ def selective_step_in_place(
     u, dt, b, c = (x if x.stride(1) == 1 else x.contiguous() for x in (u, dt, b, c))
     y = torch.empty(rows, d, dtype=torch.float32, device=u.device)
     if y.numel():
-        width = triton.next_power_of_2(n)
-        block = max(8, 1024 // width)
+        block = step_channels(n)
         with device_guard(u):
             kernels.scan_step[(rows, triton.cdiv(d, block))](
                 u, dt, a.contiguous(), b, c, state, slots, y,
                 d, u.stride(0), dt.stride(0), b.stride(0), c.stride(0), state.stride(0),
-                N=n, BN=width, BD=block, HAS_SLOTS=slots is not None, num_warps=4,
+                N=n, BN=triton.next_power_of_2(n), BD=block, HAS_SLOTS=slots is not None, num_warps=4,
             )  # fmt: skip
     return y
