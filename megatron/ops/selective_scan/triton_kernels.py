@@ -112,14 +112,17 @@ def scan_forward(
     begin = part * PER * CHUNK
     stop = tl.minimum(T, begin + PER * CHUNK)
     write = live & (tl.arange(0, LN)[None, None, :, None] == 0)
+    row = batch * T + begin
+    d0, d1, d2, d3 = _rows(dt + row * sdt, sdt, oc, live, stop - begin)
+    u0, u1, u2, u3 = _rows(u + row * su, su, oc, live, stop - begin)
     for t in range(begin, stop, 4):
         row = batch * T + t
         left = stop - t
+        e0, e1, e2, e3 = _rows(dt + (row + 4) * sdt, sdt, oc, live, left - 4)  # on their way while this turn computes
+        v0, v1, v2, v3 = _rows(u + (row + 4) * su, su, oc, live, left - 4)
         if KEEP:  # noqa: SIM102 -- the outer one is decided while compiling
             if t % CHUNK == 0:
                 tl.store(borders + (batch * tl.cdiv(T, CHUNK) + t // CHUNK) * D * N + at, h, mask=tile)
-        d0, d1, d2, d3 = _rows(dt + row * sdt, sdt, oc, live, left)
-        u0, u1, u2, u3 = _rows(u + row * su, su, oc, live, left)
         b0, b1, b2, b3 = _rows(b + row * sb, sb, on, on < N, left)
         c0, c1, c2, c3 = _rows(c + row * sc, sc, on, on < N, left)
         s0, s1, s2, s3 = _same(same, row, left, HAS_SEG)
@@ -136,6 +139,8 @@ def scan_forward(
         _store_row(out + D, oc, y1, write & (left > 1), RC, LN, LC)
         _store_row(out + 2 * D, oc, y2, write & (left > 2), RC, LN, LC)
         _store_row(out + 3 * D, oc, y3, write & (left > 3), RC, LN, LC)
+        d0, d1, d2, d3 = e0, e1, e2, e3
+        u0, u1, u2, u3 = v0, v1, v2, v3
     if part == PARTS - 1:
         tl.store(last + batch * D * N + at, h, mask=tile)
 
@@ -270,19 +275,24 @@ def scan_backward(
         chunk = begin + chunks - 1 - n
         steps = tl.cdiv(tl.minimum(T - chunk * CHUNK, CHUNK), 4)
         h = tl.load(borders + (batch * tl.cdiv(T, CHUNK) + chunk) * D * N + at, mask=tile, other=0.0)
+        row = batch * T + chunk * CHUNK
+        d0, d1, d2, d3 = _rows(dt + row * sdt, sdt, oc, live, T - chunk * CHUNK)
+        u0, u1, u2, u3 = _rows(u + row * su, su, oc, live, T - chunk * CHUNK)
         for i in range(steps):
             t = chunk * CHUNK + i * 4
             row = batch * T + t
             left = T - t
+            e0, e1, e2, e3 = _rows(dt + (row + 4) * sdt, sdt, oc, live, left - 4)
+            v0, v1, v2, v3 = _rows(u + (row + 4) * su, su, oc, live, left - 4)
             tl.store(own + i * SIZE, h)
-            d0, d1, d2, d3 = _rows(dt + row * sdt, sdt, oc, live, left)
-            u0, u1, u2, u3 = _rows(u + row * su, su, oc, live, left)
             b0, b1, b2, b3 = _rows(b + row * sb, sb, on, number, left)
             s0, s1, s2, s3 = _same(same, row, left, HAS_SEG)
             h = h * (tl.math.exp2(d0 * a2) * s0) + (d0 * u0) * b0
             h = h * (tl.math.exp2(d1 * a2) * s1) + (d1 * u1) * b1
             h = h * (tl.math.exp2(d2 * a2) * s2) + (d2 * u2) * b2
             h = h * (tl.math.exp2(d3 * a2) * s3) + (d3 * u3) * b3
+            d0, d1, d2, d3 = e0, e1, e2, e3
+            u0, u1, u2, u3 = v0, v1, v2, v3
         tl.debug_barrier()
         for i in range(steps):
             t = chunk * CHUNK + (steps - 1 - i) * 4
