@@ -22,8 +22,9 @@ from torch import Tensor
 pytest.importorskip("triton", reason="the fused kernels need Triton: pip install triton")
 
 from megatron.ops.selective_scan import triton as fused
-from megatron.ops.selective_scan import triton_kernels
+from megatron.ops.selective_scan import triton_gate, triton_kernels
 from megatron.ops.selective_scan.operator import selective_step
+from megatron.ops.selective_scan.triton_gate import scan_gate_fused
 from tests.ops.fused_cases import NO_GPU, boundaries, device_matrix, relative
 from tests.ops.triton_bf16 import emulate_bf16
 
@@ -259,3 +260,24 @@ def test_a_step_in_place_with_slots(device: str, n: int) -> None:
     assert not pool.is_contiguous() and torch.equal(pool[others], before[others])
     with pytest.raises(ValueError, match="dense"):
         fused.selective_step_in_place(u, dt, a, b, c, pool.bfloat16(), slots)
+
+
+@device_matrix
+@pytest.mark.parametrize(("shape", "dtype"), [((2, 9, 300), torch.float32), ((3, 40), torch.float16)])
+def test_the_gated_output(device: str, shape: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Value and gradients; more rows than one walk of a part takes."""
+    monkeypatch.setattr(triton_gate, "_PARTS", 2)
+    g = torch.Generator().manual_seed(0)
+    y, u, z, up = (torch.randn(*shape, generator=g, dtype=torch.float64).to(device) for _ in range(4))
+    leaves = [y.float(), u.to(dtype), torch.randn(shape[-1], generator=g).to(device), z.to(dtype)]
+    leaves = [x.requires_grad_() for x in leaves]
+    out = scan_gate_fused(*leaves)
+    wide = [x.detach().double().requires_grad_() for x in leaves]
+    exact = (wide[0] + wide[2] * wide[1]) * wide[3] / (1 + torch.exp(-wide[3]))
+    found = zip(
+        [out, *torch.autograd.grad((out * up.to(dtype)).sum(), leaves)],
+        [exact, *torch.autograd.grad((exact * up.to(dtype)).sum(), wide)],
+        strict=True,
+    )
+    limit = 1e-6 if dtype == torch.float32 else 1e-3
+    assert out.dtype == dtype and max(relative(a, b) for a, b in found) < limit

@@ -45,6 +45,8 @@ from megatron.ops.metala.triton import step_warps
 from megatron.ops.metala.triton_launch import PRECISION
 from megatron.ops.norm import triton_kernels as norm_kernels
 from megatron.ops.selective_scan import triton as scan_triton
+from megatron.ops.selective_scan import triton_gate as scan_gate
+from megatron.ops.selective_scan import triton_gate_kernels as gate_kernels
 from megatron.ops.selective_scan import triton_kernels as scan_kernels
 from megatron.ops.tuning import CROSS_ENTROPY, METALA, Tiles, metala_cuts, norm_cut, padded
 from tools.bench.sass import Listing
@@ -56,7 +58,7 @@ ROOT = Path(__file__).resolve().parents[2]
 _SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
 _TYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
 _STRIDES = {"sq", "sz", "sv", "sg", "so", "sy", "sx", "ss", "sdq", "sdz", "sdv", "sdg", "sl", "su", "sdt", "sb", "sc", "sdy"}
-_INTS = _STRIDES | {"T", "D", "N", "PER", "PARTS", "H"}
+_INTS = _STRIDES | {"T", "D", "N", "n", "PER", "PARTS", "H"}
 _LENGTHS = {"T", "D", "N"}
 _FLOATS = {"scale", "eps"}
 _FP32 = {
@@ -85,7 +87,7 @@ _FP32 = {
 # Of one operator's kernels alone; the same names are narrow elsewhere.
 _FP32_OF = {
     "selective_scan": {
-        "dt", "a", "same", "ends", "factors", "y", "dy", "borders", "scratch", "dlast", "ddt", "da", "dc",
+        "dt", "a", "same", "ends", "factors", "y", "dy", "borders", "scratch", "dlast", "ddt", "da", "dc", "dgain",
     },
 }  # fmt: skip
 _OPERANDS = {"qs", "ks"}  # of an fp16 model they are fp32: half a chunk of decay leaves its range
@@ -254,16 +256,21 @@ def conv_cases(width: int, d: int) -> list[Case]:
 def scan_cases(n: int, d: int) -> list[Case]:
     """The selective scan's kernels as `ops/selective_scan/triton.py` cuts them: a training step, everything that a pass may
     have in a sequence of parts, a decode step."""
-    k, base = scan_kernels, scan_triton.layout(n, d) | {"N": n, "CHUNK": scan_triton.CHUNK}
-    bare = base | {"HAS_SEG": False, "HAS_H0": False, "HAS_LAST": False, "SPLIT": False, "KEEP": True}
-    bare |= dict.fromkeys(("same", "h0", "dlast", "ends", "factors"))
+    k, base = scan_kernels, {**scan_triton.layout(n, d), "N": n, "CHUNK": scan_triton.CHUNK}
+    absent = dict.fromkeys(("same", "h0", "dlast", "ends", "factors"))
+    bare = {**base, **absent, "HAS_SEG": False, "HAS_H0": False, "HAS_LAST": False, "SPLIT": False, "KEEP": True}
     full = base | {"HAS_SEG": True, "HAS_H0": True, "HAS_LAST": True, "SPLIT": True, "KEEP": True}
     step = {"N": n, "BN": triton.next_power_of_2(n), "HAS_SLOTS": True}
     step |= {"BD": scan_triton.step_channels(n)}
-    cases = [("scan_forward", k.scan_forward, bare), ("scan_backward", k.scan_backward, bare)]
+    cases: list[tuple[Any, ...]] = [("scan_forward", k.scan_forward, bare), ("scan_backward", k.scan_backward, bare)]
     cases += [(f"{kernel.fn.__name__}_everything", kernel, full) for kernel in (k.scan_forward, k.scan_backward)]
     cases += [("part_ends", k.part_ends, full), ("part_gradients", k.part_gradients, full)]
-    return [(name, kernel, _of(kernel, c), 1, 3) for name, kernel, c in cases] + [("scan_step", k.scan_step, step, 4, 3)]
+    tile = {name: size for name, size in scan_gate.TILE.items() if name != "num_warps"}
+    gates: list[Case] = [
+        (f"scan_{kernel.fn.__name__}", kernel, tile, 4, 3) for kernel in (gate_kernels.gate_forward, gate_kernels.gate_backward)
+    ]
+    found = [(name, kernel, _of(kernel, c), 1, 3) for name, kernel, c in cases]
+    return [*found, ("scan_step", k.scan_step, step, 4, 3), *gates]
 
 
 def norm_cases(d: int) -> list[Case]:

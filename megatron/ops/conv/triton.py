@@ -212,7 +212,8 @@ def conv_step_in_place(
     """
     b, d = x.shape
     check_in_place(state, (weight.shape[-1] - 1, d), x.dtype, x, slots)
-    x, gate = (p if p is None or p.stride(1) == 1 else p.contiguous() for p in (x, gate))
+    x = x if x.stride(1) == 1 else x.contiguous()
+    gate = gate if gate is None or gate.stride(1) == 1 else gate.contiguous()
     y = torch.empty(b, d, dtype=x.dtype, device=x.device)
     if y.numel():
         with device_guard(x):

@@ -15,6 +15,7 @@ from torch import Tensor
 from megatron.ops.dispatch import path
 from megatron.ops.kernel_arguments import check_in_place, device_guard, token_rows, token_stride
 from megatron.ops.precision import outside_autocast
+from megatron.ops.selective_scan import triton_gate as triton_gate  # registers its paths
 from megatron.ops.selective_scan import triton_kernels as kernels
 from megatron.ops.selective_scan.operator import same_as_before, selective_scan_chunked
 
@@ -127,7 +128,7 @@ def scan_backward(
     db, dc = (x.empty(x.blocks, x.batch, x.length, x.n) for _ in range(2))
     if not u.numel():
         zeros = [torch.zeros_like(p, memory_format=torch.contiguous_format) for p in (a, b, c)]
-        return du, ddt, *zeros, torch.zeros_like(dstate) if dlast is None else dstate.copy_(dlast)
+        return du, ddt, zeros[0], zeros[1], zeros[2], torch.zeros_like(dstate) if dlast is None else dstate.copy_(dlast)
     ends, factors = (x.states(x.parts), x.states(x.parts)) if x.parts > 1 else (None, None)
     tile = 4 * x.tile["RN"] * x.tile["RC"] * 8
     scratch = x.empty(x.programs * x.parts * (CHUNK // 4) * tile)
