@@ -226,9 +226,12 @@ def test_dry_run(config: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tensor_parallel", [1, 2])
+@pytest.mark.parametrize(("mixer", "operator"), [("metala", "metala"), ("mamba", "selective_scan")])
 def test_fused_kernels_train_as_the_plain_path_does(
     config: Path,
     tmp_path: Path,
+    mixer: str,
+    operator: str,
     tensor_parallel: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -238,8 +241,9 @@ def test_fused_kernels_train_as_the_plain_path_does(
     """
     pytest.importorskip("triton", reason="the fused kernels need Triton")
     values = ["hidden_dropout=0", "train_iters=2", "checkpoint_factor=2", "eval_iters=0", "num_layers=1"]
-    values += ['attention_config=[[["metala"], 1]]', "train_micro_batch_size_per_gpu=1"]
+    values += [f'attention_config=[[["{mixer}"], 1]]', "train_micro_batch_size_per_gpu=1"]
     values += [f"model_parallel_size={tensor_parallel}"]
+    values += ["mamba_expand=1", "mamba_state_size=4", "seq_length=12"] if mixer == "mamba" else []
     common = [word for value in values for word in ("--set", value)]
     found = {}
     for backend in ("torch", "triton"):
@@ -247,7 +251,7 @@ def test_fused_kernels_train_as_the_plain_path_does(
         place = ("--set", f"run_dir={folder}", "--set", f"save={folder}/checkpoints", "--set", f"load={folder}/checkpoints")
         words = ("deepy.py", "train.py", config, *common, *place, "--set", f"kernel_backend={backend}")
         monkeypatch.setattr("megatron.ops.dispatch._said", set())  # said once in a process
-        assert f"operator metala: {backend} path" in run(*words, here=tensor_parallel == 1)
+        assert f"operator {operator}: {backend} path" in run(*words, here=tensor_parallel == 1)
         found[backend] = losses(folder)
     assert len(found["torch"]) == 2
     assert all(abs(a - b) <= 1e-5 * a for a, b in zip(found["torch"], found["triton"], strict=True)), found

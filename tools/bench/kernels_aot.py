@@ -87,7 +87,7 @@ _FP32 = {
 # Of one operator's kernels alone; the same names are narrow elsewhere.
 _FP32_OF = {
     "selective_scan": {
-        "dt", "a", "same", "ends", "factors", "y", "dy", "borders", "scratch", "dlast", "ddt", "da", "dc", "dgain",
+        "dt", "a", "b", "c", "same", "ends", "factors", "y", "dy", "borders", "scratch", "dlast", "ddt", "da", "dc", "dgain",
     },
 }  # fmt: skip
 _OPERANDS = {"qs", "ks"}  # of an fp16 model they are fp32: half a chunk of decay leaves its range
@@ -99,10 +99,15 @@ WIDE_SPILL_LIMIT, WIDE_SHARED_LIMIT = 64, 160 * 1024
 FP32_SPILL_LIMIT, FP32_SHARED_LIMIT = 320, 160 * 1024
 
 
+def _own_fp32(kernel: Any) -> set[str]:
+    """Arguments that are fp32 in this kernel's operator."""
+    return _FP32_OF.get(kernel.fn.__module__.split(".")[2], set())
+
+
 def _signature(kernel: Any, constants: dict[str, Any], dtype: str) -> dict[str, str]:
     """Type of every argument by its name."""
     kinds = {}
-    own = _FP32_OF.get(kernel.fn.__module__.split(".")[2], set())
+    own = _own_fp32(kernel)
     for name in kernel.arg_names:
         if name in constants:
             kinds[name] = "constexpr"
@@ -156,7 +161,9 @@ def case_key(kernel: Any, constants: dict[str, Any], dtype: str, warps: int, sta
     """Of everything that a row's numbers depend on besides the compiler: code of the kernel and what it calls, constants."""
     fixed = sorted((name, str(value)) for name, value in constants.items())
     code = kernel_code(Path(inspect.getfile(kernel.fn)), kernel.fn.__name__)
-    return hashlib.sha256(repr((code, fixed, dtype, warps, stages)).encode()).hexdigest()[:16]
+    own = _own_fp32(kernel)
+    parts = (code, fixed, dtype, warps, stages, sorted(own)) if own else (code, fixed, dtype, warps, stages)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 @functools.cache

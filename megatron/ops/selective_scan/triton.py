@@ -35,7 +35,9 @@ def layout(n: int, d: int) -> dict[str, int]:
     width = max(4, triton.next_power_of_2(n))
     if width > 64:
         raise ValueError(f"the fused selective scan takes up to 64 states per channel, not {n}")
-    return {"RN": width // 4, "RC": max(1, min(32 // width, 4)) if d > 8 else 1, "LN": 4, "LC": 8}
+    lanes = 8 if width == 64 else 4  # of a channel: a thread has eight states, the backward spills with sixteen
+    channels = max(1, min(32 // width, 4)) if d > 8 else 1
+    return {"RN": width // lanes, "RC": channels, "LN": lanes, "LC": 32 // lanes}
 
 
 def parts_for(programs: int, chunks: int) -> int:
@@ -47,7 +49,9 @@ class _Launch:
     """Sizes, strides and constants that all kernels of a call share."""
 
     def __init__(self, u: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, segment_ids: Tensor | None) -> None:
-        self.u, self.dt, self.b, self.c = (token_rows(x) for x in (u, dt, b, c))
+        self.u, self.dt = token_rows(u), token_rows(dt)
+        # one row is read by the programs of all channels: widened here, it is not widened by each of them
+        self.b, self.c = b.float().contiguous(), c.float().contiguous()
         self.a = a.contiguous()
         self.batch, self.length, self.d = u.shape
         self.n = a.shape[1]
@@ -130,7 +134,7 @@ def scan_backward(
         zeros = [torch.zeros_like(p, memory_format=torch.contiguous_format) for p in (a, b, c)]
         return du, ddt, zeros[0], zeros[1], zeros[2], torch.zeros_like(dstate) if dlast is None else dstate.copy_(dlast)
     ends, factors = (x.states(x.parts), x.states(x.parts)) if x.parts > 1 else (None, None)
-    tile = 4 * x.tile["RN"] * x.tile["RC"] * 8
+    tile = 32 * x.tile["RN"] * x.tile["RC"]
     scratch = x.empty(x.programs * x.parts * (CHUNK // 4) * tile)
     with device_guard(u):
         if x.parts > 1:
