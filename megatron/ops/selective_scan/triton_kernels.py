@@ -342,11 +342,11 @@ def scan_backward(
 
 @triton.jit
 def scan_step(
-    u, dt, a, b, c, state, slots, y, D, su, sdt, sb, sc, ss,
+    u, dt, a, to_state, to_output, state, slots, y, D, su, sdt, sb, sc, ss,
     N: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, HAS_SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B, blocks of channels): one token per row. The fp32 state [slots, D, N], whose rows lie `ss` apart, is changed in
-    place; `slots [B]` says whose row is whose."""
+    """Grid (B, blocks of channels): one token per row; its B and C are to_state and to_output [B, N]. The fp32 state
+    [slots, D, N], whose rows lie `ss` apart, is changed in place; `slots [B]` says whose row is whose."""
     batch = tl.program_id(0).to(tl.int64)
     oc = tl.program_id(1) * BD + tl.arange(0, BD)
     on = tl.arange(0, BN)
@@ -359,8 +359,8 @@ def scan_step(
     step = tl.load(dt + batch * sdt + oc, mask=live, other=0.0).to(tl.float32)
     x = step * tl.load(u + batch * su + oc, mask=live, other=0.0).to(tl.float32)
     a2 = tl.load(a + at, mask=tile, other=0.0).to(tl.float32) * LOG2_E
-    bb = tl.load(b + batch * sb + on, mask=number, other=0.0).to(tl.float32)
-    cc = tl.load(c + batch * sc + on, mask=number, other=0.0).to(tl.float32)
+    bb = tl.load(to_state + batch * sb + on, mask=number, other=0.0).to(tl.float32)
+    cc = tl.load(to_output + batch * sc + on, mask=number, other=0.0).to(tl.float32)
     h = tl.load(state + slot * ss + at, mask=tile, other=0.0)
     h = h * tl.math.exp2(step[:, None] * a2) + x[:, None] * bb[None, :]
     tl.store(state + slot * ss + at, h, mask=tile)
