@@ -19,10 +19,11 @@ class Tiles:
     chunk: tokens between stored states forward, and rows of an output tile. back: the same of the backward.
     block_v: value columns per program of the kernels that walk over chunks, and per step of the input gradients.
     rows: rows of a chunk in one program of the output kernel; 0 for all of them.
-    warps, back_warps: of the output kernel and of the input gradients.
+    warps, value_warps, back_warps: of the output kernel, of the gradients of values, and of those of queries and gates.
     walk_warps, gate_warps: of the kernels that walk over chunks, and of the gates.
     stages: tiles in flight of the kernels that walk.
-    input_registers: most registers per thread of the input gradients; 0 for no limit.
+    input_registers: most registers per thread of the gradients of queries and gates; 0 for no limit. With 128 two programs of 8
+        warps share a multiprocessor.
     """
 
     chunk: int
@@ -30,6 +31,7 @@ class Tiles:
     block_v: int
     warps: int
     back_warps: int = 8
+    value_warps: int = 4
     walk_warps: int = 4
     gate_warps: int = 8
     stages: int = 3
@@ -44,7 +46,7 @@ ARCHITECTURE = "sm_90"
 METALA: Mapping[tuple[str, int, int], tuple[Tiles, ...]] = {
     ("sm_90", 2, 16): (Tiles(64, 64, 32, 4, 4, gate_warps=4),),
     ("sm_90", 2, 32): (Tiles(64, 64, 64, 4),),
-    ("sm_90", 2, 64): (Tiles(64, 64, 64, 4),),
+    ("sm_90", 2, 64): (Tiles(64, 64, 64, 4, input_registers=128),),
     ("sm_90", 2, 128): (Tiles(32, 32, 64, 8),),
     # 32 rows: with products of 64 rows in 8 warps the input gradients read outside of their memory on a GPU (Triton 3.6.0)
     ("sm_90", 4, 16): (Tiles(32, 32, 32, 8, stages=2),),

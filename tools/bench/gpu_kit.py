@@ -7,9 +7,10 @@ The driver imports neither torch nor Triton, so nothing that a part does can tak
 killed loses the row it was at and no other. A part that died is started once more and goes on behind that row. The same
 command again goes on where the last one stopped; rows that are stored are not measured again.
 
-Parts are the modules of `tools/bench/gpu_kit_parts/`, in the order of `PARTS`; what stands behind a `-` is an argument. Every row is flushed to DIR/<part>.jsonl before
-the next one starts. Accuracy is reported, never a gate. A machine needs torch, Triton and numpy; the parts `peers` and `tests`
-also need the wheels of `make gpu-wheels`. `tools/bench/gpu_report.py DIR` makes the table and the plot afterwards, anywhere.
+Parts are the modules of `tools/bench/gpu_kit_parts/`, in the order of `PARTS`; what follows a `-` is an argument. Every row is
+flushed to DIR/<part>.jsonl before the next one starts. Accuracy is reported, never a gate. A machine needs torch, Triton and
+numpy; the parts `peers` and `tests` also need the wheels of `make gpu-wheels`. `tools/bench/gpu_report.py DIR` makes the table
+and the plot afterwards, anywhere.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ PARTS = {
     "prefill": 40,
     "cuts": 60,
 }
-# Nothing in these is timed, most of their time is compilation, and what they compile the timed parts find in Triton's cache: they
-# run side by side.
+# Nothing in these is timed, and most of their time is compilation, which the timed parts then find in Triton's cache: they run
+# side by side.
 _UNTIMED = frozenset(("smoke", "correctness-bf16", "correctness-fp32", "correctness-fp16", "tests"))
 _LEAST = 10.0  # seconds: no part starts with less
 

@@ -48,7 +48,7 @@ from megatron.ops.tuning import CROSS_ENTROPY, METALA, Tiles, metala_cuts, metal
 from tools.bench.sass import Listing
 
 Case = tuple[str, Any, dict[str, Any], int, int]
-"""(name, kernel, constants, warps, stages)."""
+"""(name, kernel, constants and perhaps `maxnreg`, warps, stages)."""
 
 ROOT = Path(__file__).resolve().parents[2]
 _SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -113,6 +113,8 @@ def compile_kernel(kernel: Any, constants: dict[str, Any], dtype: str, warps: in
         registers per thread, spilled bytes, shared memory in bytes, instructions per warp in all and in the longest loop,
         barriers, asynchronous products with an operand in registers, and how many of those registers are overwritten too early.
     """
+    options = {"num_warps": warps, "num_stages": stages, "maxnreg": constants.get("maxnreg")}
+    constants = {name: value for name, value in constants.items() if name != "maxnreg"}
     signature = _signature(kernel, constants, dtype)
     # As at run time: pointers are aligned; strides and training's lengths are multiples of 16.
     aligned = [
@@ -121,7 +123,7 @@ def compile_kernel(kernel: Any, constants: dict[str, Any], dtype: str, warps: in
     ]  # fmt: skip
     attrs = {(i,): [["tt.divisibility", 16]] for i in aligned}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, "num_stages": stages})
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.TemporaryDirectory() as folder:
         ptx, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
@@ -202,6 +204,7 @@ def metala_cases(k: int, v: int, dtype: str, tiles: Tiles | None = None, form: s
     step = {"K": k, "V": v, "BK": padded(k), "BV": padded(v), "ROUND": 0, "HAS_SLOTS": True}
     join = {"K": k, "V": v, "BK": padded(k), "BV": tiles.block_v, "HAS_FIRST": True, "REVERSE": False}
     n, walks, forward, back = metala_kernels, metala_walk_kernels, {"C": tiles.chunk}, {"C": tiles.back}
+    limited = {"HAS_MASK": extras} | ({"maxnreg": tiles.input_registers} if tiles.input_registers else {})
     kept = {"R": tiles.rows or tiles.chunk, "KEEP": True}
     walking, warps = (tiles.walk_warps, tiles.stages), tiles.warps
     cases: list[tuple[Any, ...]] = [
@@ -212,7 +215,8 @@ def metala_cases(k: int, v: int, dtype: str, tiles: Tiles | None = None, form: s
         ("states_backward", walks.state_forward, part | walk | first | back, *walking),
         ("output_backward", n.output_backward, base | {"V": v, "BV": padded(v), "R": metala_rows(v)}, 4, 3),
         ("state_backward", walks.state_backward, part | walk | last | back, *walking),
-        ("input_backward", n.input_backward, part | back | {"HAS_MASK": extras}, tiles.back_warps, tiles.stages),
+        ("value_backward", n.value_backward, part | back, tiles.value_warps, 3),
+        ("input_backward", n.input_backward, part | back | limited, tiles.back_warps, tiles.stages),
     ]
     others: list[tuple[Any, ...]] = [
         ("join_parts", walks.join_parts, join, 4, 3),
@@ -224,7 +228,7 @@ def metala_cases(k: int, v: int, dtype: str, tiles: Tiles | None = None, form: s
 
 def _of(kernel: Any, constants: dict[str, Any]) -> dict[str, Any]:
     """Those constants that the kernel has an argument for."""
-    return {name: value for name, value in constants.items() if name in kernel.arg_names}
+    return {name: value for name, value in constants.items() if name in kernel.arg_names or name == "maxnreg"}
 
 
 def conv_cases(width: int, d: int) -> list[Case]:
