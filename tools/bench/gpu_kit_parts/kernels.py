@@ -39,8 +39,9 @@ def profiled(call: Callable[[], Any], calls: int, device: str) -> list[tuple[str
     return sorted((row for row in rows if row[1] > 0), key=lambda row: -row[1])
 
 
-def _share(part: Part, rows: list[tuple[str, float, float]], moved: dict[str, float]) -> dict[str, Any]:
-    """The rows, and for the kernels in `moved` the share of the copy bandwidth."""
+def _shares(part: Part, call: Callable[[], Any], calls: int, moved: dict[str, float]) -> dict[str, Any]:
+    """The kernels of a call, and for those in `moved` the share of the copy bandwidth that they reach."""
+    rows = profiled(call, calls, part.device)
     copy = next((float(str(r["tb_per_s"])) for r in stored(part.output / "facts.jsonl") if r.get("key") == "copy"), None)
     shares = {name: moved[name] / us / 1e6 / copy for name, us, _ in rows if name in moved and copy}
     return {"kernels": rows[:14], "of_copy_bandwidth": shares}
@@ -68,8 +69,8 @@ def run(part: Part) -> None:
             torch.autograd.grad(y, (packed, w), up, retain_graph=True)
 
         late = {name: table[_IN_BACKWARD.get(name, name)] for name in (*_IN_BACKWARD, *table)}
-        part.row(f"metala forward d={d}", lambda f=forward, m=table: _share(part, profiled(f, calls, part.device), m))
-        part.row(f"metala backward d={d}", lambda f=backward, m=late: _share(part, profiled(f, calls, part.device), m))
+        part.row(f"metala forward d={d}", _shares, part, forward, calls, table)
+        part.row(f"metala backward d={d}", _shares, part, backward, calls, late)
         x, added = part.random(b, t, d).requires_grad_(), part.random(b, t, d, seed=1).requires_grad_()
         weight, gain = part.random(d, 1, 4).requires_grad_(), part.random(d).requires_grad_()
         conv = causal_conv(x, weight, backend="triton")
@@ -90,4 +91,4 @@ def run(part: Part) -> None:
             "norm_backward": 4.0 * size,
         }
         for name, call in both.items():
-            part.row(f"{name} d={d}", lambda f=call, m=moved: _share(part, profiled(f, calls, part.device), m))
+            part.row(f"{name} d={d}", _shares, part, call, calls, moved)

@@ -20,7 +20,7 @@ from tools.bench.gpu_kit_parts.part import Part
 
 def _finite(outputs: Sequence[Tensor], leaves: Sequence[Tensor]) -> dict[str, Any]:
     """Whether outputs and the gradients of the leaves are finite."""
-    gradients = torch.autograd.grad(sum(x.float().sum() for x in outputs), list(leaves)) if leaves else ()
+    gradients = torch.autograd.grad([x.float().sum() for x in outputs], list(leaves)) if leaves else ()
     return {"finite": all(bool(torch.isfinite(x).all()) for x in (*outputs, *gradients))}
 
 
@@ -67,4 +67,4 @@ def run(part: Part) -> None:
     for name, measure in rows.items():
         part.row(name, measure)
     for mixer in MIXERS:
-        part.row(f"model of {mixer}", lambda mixer=mixer: _model(part, mixer))
+        part.row(f"model of {mixer}", _model, part, mixer)

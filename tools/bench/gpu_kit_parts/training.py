@@ -42,5 +42,5 @@ def run(part: Part) -> None:
         ("global", "1.3B", "auto", 8), ("metala", "1.3B", "torch", 8),
     ]  # fmt: skip
     for mixer, size, backend, micro_batch in cases:
-        b, steps = (1, 1) if part.rehearse else (micro_batch, 8)
-        part.row(f"{mixer} {size} {backend}", lambda a=(mixer, size, backend, b, steps): _steps(part, *a))
+        b, steps = (1, 1) if part.rehearse or part.warming else (micro_batch, 8)
+        part.row(f"{mixer} {size} {backend}", _steps, part, mixer, size, backend, b, steps)
