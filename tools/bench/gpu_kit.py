@@ -57,16 +57,25 @@ _LEAST = 10.0  # seconds: no part starts with less
 
 @dataclass(frozen=True)
 class Kit:
-    """One run: where results go, which parts, whether it is a rehearsal, and when it must be over (`time.monotonic`)."""
+    """One run.
+
+    Attributes:
+        output: folder of the results.
+        parts: names of the parts, in order.
+        rehearse: whether it is a rehearsal on a CPU.
+        end: when it must be over, by `time.monotonic`.
+        package: whose `__main__` runs a part.
+    """
 
     output: Path
     parts: Sequence[str]
     rehearse: bool
     end: float
+    package: str = "tools.bench.gpu_kit_parts"
 
     def start(self, part: str, warm: str = "") -> subprocess.Popen[bytes]:
         """A process of its own for a part; with `warm` it only compiles."""
-        command = [sys.executable, "-m", "tools.bench.gpu_kit_parts", part, "--output", str(self.output)]
+        command = [sys.executable, "-m", self.package, part, "--output", str(self.output)]
         path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
         environment = {**os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": "0"} | ({WARM: warm} if warm else {})
         if self.rehearse:

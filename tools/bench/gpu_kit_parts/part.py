@@ -60,7 +60,7 @@ class Part:
         return int(number), int(count)
 
     def row(self, key: str, measure: Callable[..., Mapping[str, Any]], *arguments: Any) -> None:
-        """Store what `measure(*arguments)` returns under `key`, once; what it raises is stored in its place, and the part goes on."""
+        """Store what `measure(*arguments)` returns under `key`, once; an exception is stored instead and stops no other row."""
         if key in self._keys:
             return
         if self.warming is not None:

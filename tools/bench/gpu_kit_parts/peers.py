@@ -54,7 +54,7 @@ def run(part: Part) -> None:
     """A row per variant and shape; ours is measured in the same process, for the ratio."""
     _prune(part)
     part.all_rows = True
-    from tools.bench.gpu_peers import by_fla, ours
+    from tools.bench.gpu_kit_parts.glue import by_fla, ours  # imports the peer: not before its tuner is pruned
 
     if part.rehearse:  # the peer's kernels do not run in the interpreter on a CPU
         part.row("ours 8 heads", _times, part, ours("triton"), *part.metala(1, 20, 1, 16, 32))
