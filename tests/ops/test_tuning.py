@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 STORED = {name: ROOT / f"benchmarks/results/kernels-aot-sm90{name}.json" for name in ("", "-triton36")}
 
 
-OLDER_HAS = ("64x128", "taps", "d", "any")
+OLDER_HAS = ("64x128", "taps", "states", "d", "any")
 """What is compiled with the older Triton too: the head width of the released models, and the kernels besides MetaLA's."""
 
 

@@ -44,6 +44,10 @@ from megatron.ops.metala import triton_walk_kernels as metala_walk_kernels
 from megatron.ops.metala.triton import step_warps
 from megatron.ops.metala.triton_launch import PRECISION
 from megatron.ops.norm import triton_kernels as norm_kernels
+from megatron.ops.selective_scan import triton as scan_triton
+from megatron.ops.selective_scan import triton_gate as scan_gate
+from megatron.ops.selective_scan import triton_gate_kernels as gate_kernels
+from megatron.ops.selective_scan import triton_kernels as scan_kernels
 from megatron.ops.tuning import CROSS_ENTROPY, METALA, Tiles, metala_cuts, metala_rows, norm_cut, padded
 from tools.bench.sass import Listing
 
@@ -53,8 +57,8 @@ Case = tuple[str, Any, dict[str, Any], int, int]
 ROOT = Path(__file__).resolve().parents[2]
 _SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
 _TYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
-_STRIDES = {"sq", "sz", "sv", "sg", "so", "sy", "sx", "ss", "sdq", "sdz", "sdv", "sdg", "sl"}
-_INTS = _STRIDES | {"T", "D", "N", "PER", "PARTS", "H"}
+_STRIDES = {"sq", "sz", "sv", "sg", "so", "sy", "sx", "ss", "sdq", "sdz", "sdv", "sdg", "sl", "su", "sdt", "sb", "sc", "sdy"}
+_INTS = _STRIDES | {"T", "D", "N", "n", "PER", "PARTS", "H"}
 _LENGTHS = {"T", "D", "N"}
 _FLOATS = {"scale", "eps"}
 _FP32 = {
@@ -81,6 +85,12 @@ _FP32 = {
     "picked",
     "weights",
 }
+# Of one operator's kernels alone; the same names are narrow elsewhere.
+_FP32_OF = {
+    "selective_scan": {
+        "dt", "a", "same", "ends", "factors", "y", "dy", "borders", "scratch", "dlast", "ddt", "da", "dc", "dgain",
+    },
+}  # fmt: skip
 _OPERANDS = {"qs", "ks"}  # of an fp16 model they are fp32: half a chunk of decay leaves its range
 _INT_POINTERS = {"labels": "*i64", "seg": "*i32", "mask": "*i8", "slots": "*i32"}
 # Bytes. Heads of up to 64 x 128, which all released models have, must keep to the first pair; wider ones, fp16 and other forms
@@ -93,6 +103,7 @@ FP32_SPILL_LIMIT, FP32_SHARED_LIMIT = 320, 160 * 1024
 def _signature(kernel: Any, constants: dict[str, Any], dtype: str) -> dict[str, str]:
     """Type of every argument by its name."""
     kinds = {}
+    own = _FP32_OF.get(kernel.fn.__module__.split(".")[2], set())
     for name in kernel.arg_names:
         if name in constants:
             kinds[name] = "constexpr"
@@ -101,7 +112,7 @@ def _signature(kernel: Any, constants: dict[str, Any], dtype: str) -> dict[str, 
         elif name in _FLOATS:
             kinds[name] = "fp32"
         else:
-            wide = name in _FP32 or (name in _OPERANDS and dtype == "fp16")
+            wide = name in _FP32 or name in own or (name in _OPERANDS and dtype == "fp16")
             kinds[name] = _INT_POINTERS.get(name) or ("*fp32" if wide else f"*{dtype}")
     return kinds
 
@@ -237,7 +248,8 @@ def conv_cases(width: int, d: int) -> list[Case]:
     bare = flags | {"bias": None, "gate": None, "hist": None, "seg": None}
     forward = {"W": width, "BT": conv_triton._TOKENS, "BD": conv_triton._CHANNELS, "SILU": True}
     back = {"W": width, "BT": conv_triton.ROWS, "BD": conv_triton.row_channels(d), "U": conv_triton.UNROLLED, "SILU": True}
-    step = {"W": width, "BD": 256, "SILU": True, "HAS_BIAS": False, "HAS_SLOTS": True, "bias": None}
+    step = {"W": width, "BD": 256, "SILU": True, "HAS_BIAS": False, "HAS_GATE": False, "HAS_SLOTS": True, "bias": None}
+    step |= {"gate": None}
     n = conv_kernels
     return [
         ("conv_forward", n.conv_forward, forward | bare, 4, 3),
@@ -245,6 +257,26 @@ def conv_cases(width: int, d: int) -> list[Case]:
         ("conv_backward_everything", n.conv_backward, back | dict.fromkeys(flags, True), 1, 3),
         ("conv_step", n.conv_step, step, 4, 3),
     ]
+
+
+def scan_cases(n: int, d: int) -> list[Case]:
+    """The selective scan's kernels as `ops/selective_scan/triton.py` cuts them: a training step, everything that a pass may
+    have in a sequence of parts, a decode step."""
+    k, base = scan_kernels, {**scan_triton.layout(n, d), "N": n, "CHUNK": scan_triton.CHUNK}
+    absent = dict.fromkeys(("same", "h0", "dlast", "ends", "factors"))
+    bare = {**base, **absent, "HAS_SEG": False, "HAS_H0": False, "HAS_LAST": False, "SPLIT": False, "KEEP": True}
+    full = base | {"HAS_SEG": True, "HAS_H0": True, "HAS_LAST": True, "SPLIT": True, "KEEP": True}
+    step = {"N": n, "BN": triton.next_power_of_2(n), "HAS_SLOTS": True}
+    step |= {"BD": scan_triton.step_channels(n)}
+    cases: list[tuple[Any, ...]] = [("scan_forward", k.scan_forward, bare), ("scan_backward", k.scan_backward, bare)]
+    cases += [(f"{kernel.fn.__name__}_everything", kernel, full) for kernel in (k.scan_forward, k.scan_backward)]
+    cases += [("part_ends", k.part_ends, full), ("part_gradients", k.part_gradients, full)]
+    tile = {name: size for name, size in scan_gate.TILE.items() if name != "num_warps"}
+    gates: list[Case] = [
+        (f"scan_{kernel.fn.__name__}", kernel, tile, 4, 3) for kernel in (gate_kernels.gate_forward, gate_kernels.gate_backward)
+    ]
+    found = [(name, kernel, _of(kernel, c), 1, 3) for name, kernel, c in cases]
+    return [*found, ("scan_step", k.scan_step, step, 4, 3), *gates]
 
 
 def norm_cases(d: int) -> list[Case]:
@@ -299,6 +331,7 @@ def form_cases() -> list[tuple[str, str, Case]]:
 def other_cases(norms: list[int]) -> list[tuple[str, str, Case]]:
     """The kernels besides MetaLA's, in bf16."""
     found = [("taps 4", "bf16", case) for case in conv_cases(4, 1024)]
+    found += [("states 16", "bf16", case) for case in scan_cases(16, 2048)]
     found += [(f"d {d}", "bf16", case) for d in norms for case in norm_cases(d)]
     return found + [("any", "bf16", case) for case in cross_entropy_cases()]
 

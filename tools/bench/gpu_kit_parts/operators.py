@@ -38,7 +38,8 @@ def _taylor(part: Part, b: int, t: int, h: int, v: int, backend: str) -> dict[st
 
 
 def _scan(part: Part, b: int, t: int, d: int, backend: str) -> dict[str, Any]:
-    u, dt = part.random(b, t, d).requires_grad_(), part.random(b, t, d, seed=1).abs().requires_grad_()
+    u, dt = part.random(b, t, d).requires_grad_(), part.random(b, t, d, seed=1, dtype=torch.float32).abs()
+    dt.requires_grad_()
     a = (-part.random(d, 16, seed=2, dtype=torch.float32).abs()).requires_grad_()
     bc = [part.random(b, t, 16, seed=3 + i).requires_grad_() for i in range(2)]
     return _times(part, lambda: selective_scan(u, dt, a, *bc, backend=backend)[0], (u, dt, a, *bc))
@@ -56,5 +57,7 @@ def run(part: Part) -> None:
             part.row(name, _metala, part, *shape, backend)
     for b, t, h, v in [(1, 20, 1, 16)] if part.rehearse else [(8, 2048, 16, 64), (4, 8192, 16, 64)]:
         part.row(f"taylor torch {b} x {t} x {h} x {v}", _taylor, part, b, t, h, v, "torch")
-    for b, t, d in [(1, 12, 16)] if part.rehearse else [(8, 2048, 2048)]:
-        part.row(f"selective scan torch {b} x {t} x {d}", _scan, part, b, t, d, "torch")
+    scans = [(1, 12, 16)] if part.rehearse else [(8, 2048, 2048), (8, 2048, 4096), (1, 16384, 4096)]
+    for backend in ("triton", "torch"):
+        for scan in scans[: None if backend == "triton" else 1]:
+            part.row(f"selective scan {backend} {' x '.join(map(str, scan))}", _scan, part, *scan, backend)
