@@ -67,6 +67,51 @@ def metala_cuts(key_dim: int, value_dim: int, size: int) -> tuple[Tiles, ...]:
     return entry
 
 
+@dataclass(frozen=True)
+class TaylorTiles:
+    """One cut of the Taylor kernels.
+
+    chunk: tokens between stored states, and rows of an output tile.
+    walk_rows, walk_columns: features and values per program of the kernel that walks over chunks.
+    rows, back_rows: features at a time of the kernels that hold a whole chunk, forward and backward.
+    walk_warps, warps, back_warps: of these three. stages: tiles in flight.
+    """
+
+    chunk: int = 64
+    walk_rows: int = 64
+    walk_columns: int = 64
+    rows: int = 32
+    back_rows: int = 32
+    walk_warps: int = 4
+    warps: int = 4
+    back_warps: int = 4
+    stages: int = 3
+
+
+# (architecture, bytes per element of a product, width of the values of a head rounded up to a power of two)
+TAYLOR: Mapping[tuple[str, int, int], TaylorTiles] = {
+    ("sm_90", 2, 16): TaylorTiles(),
+    ("sm_90", 2, 32): TaylorTiles(),
+    ("sm_90", 2, 64): TaylorTiles(),
+    ("sm_90", 2, 128): TaylorTiles(back_warps=8),
+    ("sm_90", 4, 16): TaylorTiles(chunk=32, stages=2),
+    ("sm_90", 4, 32): TaylorTiles(chunk=32, stages=2),
+    ("sm_90", 4, 64): TaylorTiles(chunk=32, stages=2),
+    ("sm_90", 4, 128): TaylorTiles(chunk=32, stages=2),
+}
+
+
+def taylor_cut(value_dim: int, size: int) -> TaylorTiles:
+    """The cut for values of this width and products of elements of `size` bytes."""
+    return TAYLOR[ARCHITECTURE, size, padded(value_dim)]
+
+
+def taylor_step_cut(features: int, value_dim: int) -> tuple[int, int]:
+    """(features at a time, warps) of the decode step: as many as the registers of a program hold, so that all loads are in
+    flight at once."""
+    return min(padded(features), (256 * 64) // padded(value_dim)), 8
+
+
 def norm_cut(d: int) -> tuple[int, int]:
     """(rows per program, warps) of the norm kernels: about 4,096 numbers, or one row of more, in the registers of a program."""
     width = padded(d)
