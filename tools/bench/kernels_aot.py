@@ -53,11 +53,17 @@ Case = tuple[str, Any, dict[str, Any], int, int]
 ROOT = Path(__file__).resolve().parents[2]
 _SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
 _TYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
-_STRIDES = {"sq", "sz", "sv", "sg", "so", "sy", "sx", "ss", "sdq", "sdz", "sdv", "sdg", "sl"}
+_STRIDES = {"sq", "sk", "su", "sdy", "sz", "sv", "sg", "so", "sy", "sx", "ss", "sdq", "sdz", "sdv", "sdg", "sl"}
 _INTS = _STRIDES | {"T", "D", "N", "PER", "PARTS", "H"}
 _LENGTHS = {"T", "D", "N"}
 _FLOATS = {"scale", "eps"}
 _FP32 = {
+    "Sd",
+    "dSd",
+    "den",
+    "dd",
+    "counts",
+    "decay",
     "running",
     "GL",
     "GM",
@@ -80,7 +86,7 @@ _FP32 = {
     "picked",
     "weights",
 }
-_OPERANDS = {"qs", "ks"}  # of an fp16 model they are fp32: half a chunk of decay leaves its range
+_OPERANDS = {"qs", "ks", "Sn", "dSn", "dn"}  # of an fp16 model they are fp32: decays, scores and sums leave its range
 _INT_POINTERS = {"labels": "*i64", "seg": "*i32", "mask": "*i8", "slots": "*i32"}
 # Bytes. Heads of up to 64 x 128, which all released models have, must keep to the first pair; wider ones, fp16 and other forms
 # of a pass to the second; fp32, which is there for comparisons, to the third.

@@ -52,11 +52,11 @@ def _through_features(
 
 @triton.jit
 def input_backward(
-    q, k, v, keep, decay, seg, dn, dd, S, Z, dS, dZ, dq, dk, dv, sq, sk, sv, sl, T, H,
+    q, k, v, keep, decay, seg, dn, dd, Sn, Sd, dSn, dSd, dq, dk, dv, sq, sk, sv, sl, T, H,
     F: tl.constexpr, V: tl.constexpr, E: tl.constexpr, BF: tl.constexpr, BE: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     DT: tl.constexpr, PREC: tl.constexpr, HAS_KEEP: tl.constexpr, HAS_DECAY: tl.constexpr, HAS_SEG: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B * chunks * H). dn [B, T, H, V], dd [B, T, H]; S, Z before and dS, dZ after each chunk; dq, dk, dv dense."""
+    """Grid (B * chunks * H). dn [B, T, H, V], dd [B, T, H]; Sn, Sd before and dSn, dSd after each chunk; dq, dk, dv dense."""
     NT = tl.cdiv(T, C)
     i, b, h = _chunk_program(NT, H)
     of, ov, oc = tl.arange(0, BF), tl.arange(0, BV), tl.arange(0, C)
@@ -83,22 +83,22 @@ def input_backward(
         left, right, weight = _factors(oe, F)
         place = (chunk + oe)[:, None] * V + ov[None, :]
         inside = (oe < E)[:, None] & (ov < V)[None, :]
-        g = tl.dot(up, tl.trans(tl.load(S + place, mask=inside, other=0.0)), input_precision=PREC)
+        g = tl.dot(up, tl.trans(tl.load(Sn + place, mask=inside, other=0.0)), input_precision=PREC)
         if HAS_DECAY:
             g *= tl.exp(running)[:, None]
-        g += below[:, None] * tl.load(Z + chunk + oe, mask=oe < E, other=0.0)[None, :]
+        g += below[:, None] * tl.load(Sd + chunk + oe, mask=oe < E, other=0.0)[None, :]
         if HAS_SEG:
             g *= enter[:, None]
-        gq, _ = _through_features(qd, g, left, right, weight, gq, BF, DT, PREC)
-        ds = tl.load(dS + place, mask=inside, other=0.0)
+        gq, _phi = _through_features(qd, g, left, right, weight, gq, BF, DT, PREC)
+        ds = tl.load(dSn + place, mask=inside, other=0.0)
         g = tl.dot(vd, tl.trans(ds), input_precision=PREC)
         if HAS_DECAY:
             g *= tl.exp(whole - running)[:, None]
-        g += tl.load(dZ + chunk + oe, mask=oe < E, other=0.0)[None, :]
+        g += tl.load(dSd + chunk + oe, mask=oe < E, other=0.0)[None, :]
         if HAS_SEG or HAS_KEEP:
             g *= reaches[:, None]
-        gk, phi = _through_features(kd, g, left, right, weight, gk, BF, DT, PREC)
-        gv = tl.dot(phi.to(DT), ds, gv, input_precision=PREC)
+        gk, phi_k = _through_features(kd, g, left, right, weight, gk, BF, DT, PREC)
+        gv = tl.dot(phi_k.to(DT), ds, gv, input_precision=PREC)
     if HAS_DECAY:
         gv *= tl.exp(whole - running)[:, None]
     if HAS_SEG:

@@ -1,8 +1,8 @@
 """Triton kernels of Taylor linear attention, forward; `triton_launch.py` launches them and those of the backward.
 
 What they compute is `taylor_chunked` in `ops/taylor/operator.py`; how they are cut is this. A sequence is cut into chunks of C
-tokens. `walk` goes over the chunks and leaves the state before each: numerators S [B, chunks, H, E, V] in the format of products
-and denominators Z [B, chunks, H, E] in fp32, which never pass through a narrower format. `output` does all chunks at once: a
+tokens. `walk` goes over the chunks and leaves the state before each: numerators Sn [B, chunks, H, E, V] in the format of products
+and denominators Sd [B, chunks, H, E] in fp32, which never pass through a narrower format. `output` does all chunks at once: a
 chunk against itself by the polynomial of its scores, without features, and against the state before it.
 
 Features are formed where they are used. The packed feature e of x is w_e x_i x_j with i and j from the order of
@@ -97,10 +97,9 @@ def _borders(seg, b, i, t, T, C: tl.constexpr, HAS_SEG: tl.constexpr):
 @triton.jit
 def _kept(keep, row, here, HAS_KEEP: tl.constexpr):
     """Weights [C] of the keys: 0 outside of the sequence and at padding."""
+    weight = tl.where(here, 1.0, 0.0)
     if HAS_KEEP:
         weight = tl.load(keep + row, mask=here, other=0.0)
-    else:
-        weight = tl.where(here, 1.0, 0.0)
     return weight
 
 
@@ -126,15 +125,15 @@ def _polynomial(q, k, seen, F: tl.constexpr, PREC: tl.constexpr):
 
 @triton.jit
 def walk(
-    x, u, weight, decay, seg, first, S, Z, end, sx, su, sl, T, H,
+    x, u, counts, decay, seg, first, Sn, Sd, end, sx, su, sl, T, H,
     F: tl.constexpr, V: tl.constexpr, E: tl.constexpr, BF: tl.constexpr, BE: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     DT: tl.constexpr, PREC: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_KEEP: tl.constexpr, HAS_DECAY: tl.constexpr,
     HAS_SEG: tl.constexpr, BACK: tl.constexpr, STORE: tl.constexpr,
 ):  # fmt: skip
     """Grid (B * H * E / BE * V / BV): one program carries BE features by BV values from `first` [B * H, E, V + 1] to `end`.
 
-    Forward: x = k, u = v, weight = keep [B, T]; S and Z get the state before each chunk. BACK: x = q, u and weight [B, T, H] are
-    the gradients of the numerators and denominators; S and Z get the gradient of the state after each chunk. Without STORE only
+    Forward: x = k, u = v, counts = keep [B, T]; Sn and Sd get the state before each chunk. BACK: x = q, u and counts [B, T, H] are
+    the gradients of the numerators and denominators; Sn and Sd get the gradient of the state after each chunk. Without STORE only
     the end is written.
     """
     NV: tl.constexpr = (V + BV - 1) // BV
@@ -155,8 +154,8 @@ def walk(
         i = NT - 1 - n if BACK else n
         chunk = ((b * NT + i) * H + h) * E
         if STORE:
-            tl.store(S + (chunk + oe)[:, None] * V + ov[None, :], s.to(S.dtype.element_ty), mask=inside)
-            tl.store(Z + chunk + oe, z, mask=leads)
+            tl.store(Sn + (chunk + oe)[:, None] * V + ov[None, :], s.to(Sn.dtype.element_ty), mask=inside)
+            tl.store(Sd + chunk + oe, z, mask=leads)
         t = i * C + oc
         row = b * T + t
         xx = tl.load(x + row[:, None] * sx + h * F + of[None, :], mask=(t < T)[:, None] & (of < F)[None, :], other=0.0)
@@ -164,10 +163,10 @@ def walk(
         _, enter, leave, carry = _borders(seg, b, i, t, T, C, HAS_SEG)
         running, whole = _running(decay, b, h, t, T, sl, H, C, HAS_DECAY)
         if BACK:
-            below = enter * tl.load(weight + row * H + h, mask=t < T, other=0.0)
+            below = enter * tl.load(counts + row * H + h, mask=t < T, other=0.0)
             above = enter * tl.exp(running)
         else:
-            below = leave * _kept(weight, row, t < T, HAS_KEEP)
+            below = leave * _kept(counts, row, t < T, HAS_KEEP)
             above = below * tl.exp(whole - running)
         phi = _features_across(xx.to(DT), oe, F, BF, DT, PREC)
         z = z * carry + tl.sum(phi * below[None, :], 1)
@@ -181,7 +180,7 @@ def walk(
 
 @triton.jit
 def output(
-    q, k, v, keep, decay, seg, S, Z, y, den, sq, sk, sv, sl, eps, T, H,
+    q, k, v, keep, decay, seg, Sn, Sd, y, den, sq, sk, sv, sl, eps, T, H,
     F: tl.constexpr, V: tl.constexpr, E: tl.constexpr, BF: tl.constexpr, BE: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     DT: tl.constexpr, PREC: tl.constexpr, HAS_KEEP: tl.constexpr, HAS_DECAY: tl.constexpr, HAS_SEG: tl.constexpr,
     DIVIDE: tl.constexpr,
@@ -205,8 +204,8 @@ def output(
     d = tl.zeros([C], tl.float32)
     for e in range(0, E, BE):
         oe = e + tl.arange(0, BE)
-        s = tl.load(S + (chunk + oe)[:, None] * V + ov[None, :], mask=(oe < E)[:, None] & (ov < V)[None, :], other=0.0)
-        z = tl.load(Z + chunk + oe, mask=oe < E, other=0.0)
+        s = tl.load(Sn + (chunk + oe)[:, None] * V + ov[None, :], mask=(oe < E)[:, None] & (ov < V)[None, :], other=0.0)
+        z = tl.load(Sd + chunk + oe, mask=oe < E, other=0.0)
         phi = _features(qd, oe, F, BF, DT, PREC)
         d += tl.sum(phi * z[None, :], 1)
         o = tl.dot(phi.to(DT), s, o, input_precision=PREC)

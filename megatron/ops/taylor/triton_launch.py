@@ -89,9 +89,9 @@ def _wide(like: Tensor, *shape: int) -> Tensor:
 
 
 def _walk(
-    x: Inputs, rows: Tensor, values: Tensor, weight: Tensor | None, first: Tensor | None, end: Tensor, back: bool, store: bool
+    x: Inputs, rows: Tensor, values: Tensor, counts: Tensor | None, first: Tensor | None, end: Tensor, back: bool, store: bool
 ) -> tuple[Tensor, Tensor]:
-    """States at the borders of chunks, numerators [b, n, h, e, v] and denominators [b, n, h, e]; `end` [b, h, e, v + 1] filled."""
+    """Numerators [b, n, h, e, v] and denominators [b, n, h, e] at the borders of chunks; fills `end` [b, h, e, v + 1]."""
     b, t, h, _, e, v = x.sizes
     tiles = x.tiles
     chunks = -(-t // tiles.chunk) if store else 0
@@ -102,7 +102,7 @@ def _walk(
         constants["HAS_KEEP"] = False
     programs = triton.cdiv(e, constants["BE"]) * triton.cdiv(v, constants["BV"]) * b * h
     kernels.walk[(programs,)](
-        rows, values, weight, x.log_decay, x.segment_ids, first, numerators, denominators, end,
+        rows, values, counts, x.log_decay, x.segment_ids, first, numerators, denominators, end,
         token_stride(rows), token_stride(values), x.decay_stride, t, h,
         **constants, HAS_FIRST=first is not None, BACK=back, STORE=store,
         num_warps=tiles.walk_warps, num_stages=tiles.stages,
@@ -115,7 +115,7 @@ def _dense(state: Tensor | None) -> Tensor | None:
 
 
 def forward(x: Inputs, state: Tensor | None, divide: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """y [b, t, h, v] (not `divide`: sums [b, t, h, v + 1] in fp32), the last state, and denominators [b, t, h] for a backward."""
+    """y [b, t, h, v] (without `divide` sums [b, t, h, v + 1] in fp32), the last state, and denominators [b, t, h]."""
     b, t, h, _, e, v = x.sizes
     y = torch.empty_like(x.v, memory_format=torch.contiguous_format) if divide else _wide(x.v, b, t, h, v + 1)
     final, below = _wide(x.v, b, h, e, v + 1), _wide(x.v, b, t, h) if divide else _wide(x.v, 0)
@@ -144,7 +144,7 @@ def end_state(x: Inputs, state: Tensor | None) -> Tensor:
 
 
 def _sums_backward(x: Inputs, dy: Tensor, y: Tensor, below: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of the numerators [b, t, h, v], in the format of products, and of the denominators [b, t, h], from that of y."""
+    """Gradients of the numerators [b, t, h, v] (in the format of products) and of the denominators [b, t, h] from that of y."""
     b, t, h, _, _, v = x.sizes
     form = product_format(x.v.dtype)
     if below.numel() == 0:
