@@ -88,22 +88,21 @@ class TaylorTiles:
     stages: int = 3
 
 
-# (architecture, bytes per element of a product, width of the values of a head rounded up to a power of two)
-TAYLOR: Mapping[tuple[str, int, int], TaylorTiles] = {
-    ("sm_90", 2, 16): TaylorTiles(),
-    ("sm_90", 2, 32): TaylorTiles(),
-    ("sm_90", 2, 64): TaylorTiles(),
-    ("sm_90", 2, 128): TaylorTiles(back_warps=8),
-    ("sm_90", 4, 16): TaylorTiles(chunk=32, stages=2),
-    ("sm_90", 4, 32): TaylorTiles(chunk=32, stages=2),
-    ("sm_90", 4, 64): TaylorTiles(chunk=32, stages=2),
-    ("sm_90", 4, 128): TaylorTiles(chunk=32, stages=2),
+# (architecture, format of the model, width of the values of a head rounded up to a power of two); fp16 and fp32 multiply in
+# fp32, whose operands take more registers: fp32 by three products each.
+TAYLOR: Mapping[tuple[str, str, int], TaylorTiles] = {
+    ("sm_90", "bf16", 16): TaylorTiles(),
+    ("sm_90", "bf16", 32): TaylorTiles(),
+    ("sm_90", "bf16", 64): TaylorTiles(),
+    ("sm_90", "bf16", 128): TaylorTiles(back_rows=16),
+    **{("sm_90", "fp16", v): TaylorTiles(chunk=32, back_rows=16, stages=2) for v in (16, 32, 64, 128)},
+    **{("sm_90", "fp32", v): TaylorTiles(chunk=16, back_rows=16, stages=2) for v in (16, 32, 64, 128)},
 }
 
 
-def taylor_cut(value_dim: int, size: int) -> TaylorTiles:
-    """The cut for values of this width and products of elements of `size` bytes."""
-    return TAYLOR[ARCHITECTURE, size, padded(value_dim)]
+def taylor_cut(value_dim: int, form: str) -> TaylorTiles:
+    """The cut for values of this width in a model of this format (bf16, fp16, fp32)."""
+    return TAYLOR[ARCHITECTURE, form, padded(value_dim)]
 
 
 def taylor_step_cut(features: int, value_dim: int) -> tuple[int, int]:

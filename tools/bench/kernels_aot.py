@@ -44,7 +44,12 @@ from megatron.ops.metala import triton_walk_kernels as metala_walk_kernels
 from megatron.ops.metala.triton import step_warps
 from megatron.ops.metala.triton_launch import PRECISION
 from megatron.ops.norm import triton_kernels as norm_kernels
-from megatron.ops.tuning import CROSS_ENTROPY, METALA, Tiles, metala_cuts, norm_cut, padded
+from megatron.ops.taylor import feature_count
+from megatron.ops.taylor import triton_backward_kernels as taylor_backward_kernels
+from megatron.ops.taylor import triton_kernels as taylor_kernels
+from megatron.ops.taylor import triton_step_kernels as taylor_step_kernels
+from megatron.ops.taylor.triton_launch import FORMS as TAYLOR_FORMS
+from megatron.ops.tuning import CROSS_ENTROPY, METALA, Tiles, metala_cuts, norm_cut, padded, taylor_cut, taylor_step_cut
 from tools.bench.sass import Listing
 
 Case = tuple[str, Any, dict[str, Any], int, int]
@@ -247,6 +252,33 @@ def conv_cases(width: int, d: int) -> list[Case]:
     ]
 
 
+def taylor_cases(f: int, v: int, dtype: str, form: str = "plain") -> list[Case]:
+    """The kernels of Taylor attention as `ops/taylor/triton_launch.py` cuts them; forms as in `metala_cases`."""
+    extras, tiles = form == "everything", taylor_cut(v, dtype)
+    kind = next(kind for kind in TAYLOR_FORMS.values() if kind.name == dtype)
+    flags = dict.fromkeys(("HAS_KEEP", "HAS_DECAY", "HAS_SEG"), extras)
+    none = {} if extras else {"keep": None, "decay": None, "seg": None}
+    single = {"T": 1} if form == "token" else {}
+    widths = {"F": f, "V": v, "E": feature_count(f), "BF": padded(f), "BV": padded(v), "C": tiles.chunk}
+    base = widths | flags | none | single | {"DT": kind.triton, "PREC": kind.precision}
+    first = {"HAS_FIRST": True} if extras else {"HAS_FIRST": False, "first": None}
+    walk = base | first | {"BE": tiles.walk_rows, "BV": min(padded(v), tiles.walk_columns), "STORE": True}
+    counts: dict[str, Any] = {} if extras else {"counts": None}
+    rows, warps = taylor_step_cut(feature_count(f), v)
+    step = widths | {"BE": rows, "HAS_SLOTS": True, "HAS_DECAY": extras} | ({} if extras else {"decay": None})
+    division = {"V": v, "BV": padded(v), "ROWS": 4096 // padded(v)}
+    n, back, walking = taylor_kernels, taylor_backward_kernels, (tiles.walk_warps, tiles.stages)
+    cases: list[tuple[Any, ...]] = [
+        ("walk", n.walk, walk | counts | {"BACK": False}, *walking),
+        ("output", n.output, base | {"BE": tiles.rows, "DIVIDE": True}, tiles.warps, tiles.stages),
+        ("walk_back", n.walk, walk | {"BACK": True, "HAS_KEEP": False}, *walking),
+        ("taylor_input_backward", back.input_backward, base | {"BE": tiles.back_rows}, tiles.back_warps, tiles.stages),
+        ("division_backward", back.division_backward, division, 4, 3),
+        ("taylor_step", taylor_step_kernels.step_forward, step, warps, 3),
+    ]
+    return [(name, kernel, _of(kernel, constants), warps, stages) for name, kernel, constants, warps, stages in cases]
+
+
 def norm_cases(d: int) -> list[Case]:
     """The norm kernels at model width `d`, largest forms: LayerNorm with an addition in front, RMSNorm without a gain."""
     rows, warps = norm_cut(d)
@@ -293,13 +325,18 @@ def form_cases() -> list[tuple[str, str, Case]]:
     for label, dtype, form in (("token", "bf16", "token"), ("cut 0", "fp16", "plain"), ("cut 0", "fp32", "plain")):
         found += [(f"64x128 {label}", dtype, case) for case in metala_cases(64, 128, dtype, form=form)]
     found += [("128x256 everything", "bf16", case) for case in metala_cases(128, 256, "bf16", form="everything")]
-    return [case for case in found if case[2][0] in _PRODUCTS]
+    found = [case for case in found if case[2][0] in _PRODUCTS]
+    for dtype, form in (("bf16", "token"), ("fp16", "plain"), ("fp32", "plain")):
+        found += [(f"taylor 16x64 {form}", dtype, case) for case in taylor_cases(16, 64, dtype, form)[:4]]
+    return found
 
 
 def other_cases(norms: list[int]) -> list[tuple[str, str, Case]]:
     """The kernels besides MetaLA's, in bf16."""
     found = [("taps 4", "bf16", case) for case in conv_cases(4, 1024)]
     found += [(f"d {d}", "bf16", case) for d in norms for case in norm_cases(d)]
+    for f, v, form in ((16, 64, "plain"), (16, 64, "everything"), (16, 128, "plain"), (8, 64, "plain")):
+        found += [(f"taylor {f}x{v} {form}", "bf16", case) for case in taylor_cases(f, v, "bf16", form)]
     return found + [("any", "bf16", case) for case in cross_entropy_cases()]
 
 

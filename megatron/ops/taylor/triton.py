@@ -1,4 +1,4 @@
-"""Fused Taylor linear attention on a GPU: custom operators that `torch.compile` keeps in its graph, and the decode step in place.
+"""Fused Taylor linear attention on a GPU: custom operators that `torch.compile` keeps in its graph, and the step in place.
 
 Kept for the backward are the inputs, the output and the denominators; states are formed again, which costs less than keeping
 them. Numerators of states are stored in the format of products at chunk borders and carried in fp32 in between; denominators

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -18,21 +18,29 @@ from megatron.ops.taylor.operator import TAYLOR_EPS
 from megatron.ops.tuning import TaylorTiles, padded, taylor_cut
 
 WIDEST_VALUE, WIDEST_FEATURE = 128, 32
-# Products of an fp16 model are formed in tf32, which has fp16's precision and fp32's range: scores of 30 x 30 x 16 squared and
-# sums over a text leave fp16's.
-_PRODUCTS = {torch.float32: torch.float32, torch.bfloat16: torch.bfloat16, torch.float16: torch.float32}
-PRECISION = {torch.float32: "tf32x3", torch.bfloat16: "tf32", torch.float16: "tf32"}
-FORMATS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
+
+
+class Form(NamedTuple):
+    """What the format of a model decides: that of products and of numerators at chunk borders, and how fp32 is multiplied."""
+
+    name: str
+    products: torch.dtype
+    triton: tl.dtype
+    precision: str
+
+
+# An fp16 model multiplies in tf32, which has fp16's precision and fp32's range: scores of 30 x 30 x 16 squared and sums over a
+# text leave fp16's. fp32 takes three tf32 products each, an error of about 1e-6.
+FORMS = {
+    torch.float32: Form("fp32", torch.float32, tl.float32, "tf32x3"),
+    torch.bfloat16: Form("bf16", torch.bfloat16, tl.bfloat16, "tf32"),
+    torch.float16: Form("fp16", torch.float32, tl.float32, "tf32"),
+}
 
 
 def fits(q: Tensor, v: Tensor) -> bool:
     """Whether the kernels take heads of these widths in this format."""
-    return v.dtype in _PRODUCTS and v.shape[-1] <= WIDEST_VALUE and q.shape[-1] <= WIDEST_FEATURE
-
-
-def product_format(dtype: torch.dtype) -> torch.dtype:
-    """In which format a model of this dtype multiplies, and stores numerators of states at chunk borders."""
-    return _PRODUCTS[dtype]
+    return v.dtype in FORMS and v.shape[-1] <= WIDEST_VALUE and q.shape[-1] <= WIDEST_FEATURE
 
 
 @dataclass(frozen=True)
@@ -62,9 +70,14 @@ class Inputs:
         return b, t, h, f, feature_count(f), self.v.shape[-1]
 
     @property
+    def form(self) -> Form:
+        """What the format of the model decides."""
+        return FORMS[self.v.dtype]
+
+    @property
     def tiles(self) -> TaylorTiles:
-        """The committed cut for this width and the format of products."""
-        return taylor_cut(self.v.shape[-1], product_format(self.v.dtype).itemsize)
+        """The committed cut for this width and format."""
+        return taylor_cut(self.v.shape[-1], self.form.name)
 
     @property
     def decay_stride(self) -> int:
@@ -79,9 +92,8 @@ class Inputs:
     def constants(self, rows: int) -> dict[str, Any]:
         """What the kernels with matrix products are specialised on; `rows` features at a time."""
         _, _, _, f, e, v = self.sizes
-        dtype = self.v.dtype
         widths = {"F": f, "V": v, "E": e, "BF": padded(f), "BE": rows, "BV": padded(v), "C": self.tiles.chunk}
-        return {**widths, "DT": FORMATS[product_format(dtype)], "PREC": PRECISION[dtype], **self.flags()}
+        return {**widths, "DT": self.form.triton, "PREC": self.form.precision, **self.flags()}
 
 
 def _wide(like: Tensor, *shape: int) -> Tensor:
@@ -95,7 +107,7 @@ def _walk(
     b, t, h, _, e, v = x.sizes
     tiles = x.tiles
     chunks = -(-t // tiles.chunk) if store else 0
-    numerators = torch.empty(b, chunks, h, e, v, dtype=product_format(x.v.dtype), device=x.v.device)
+    numerators = torch.empty(b, chunks, h, e, v, dtype=x.form.products, device=x.v.device)
     denominators = _wide(x.v, b, chunks, h, e)
     constants = x.constants(tiles.walk_rows) | {"BV": min(padded(v), tiles.walk_columns)}
     if back:
@@ -146,7 +158,7 @@ def end_state(x: Inputs, state: Tensor | None) -> Tensor:
 def _sums_backward(x: Inputs, dy: Tensor, y: Tensor, below: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of the numerators [b, t, h, v] (in the format of products) and of the denominators [b, t, h] from that of y."""
     b, t, h, _, _, v = x.sizes
-    form = product_format(x.v.dtype)
+    form = x.form.products
     if below.numel() == 0:
         return dy[..., :v].to(form).contiguous(), dy[..., v].float().contiguous()
     dy = token_rows(dy)

@@ -54,7 +54,10 @@ def run(part: Part) -> None:
         for shape in shapes[: None if backend == "triton" else 2]:
             name = f"metala {backend} {' x '.join(map(str, shape))}"
             part.row(name, lambda shape=shape, backend=backend: _metala(part, *shape, backend))
-    for b, t, h, v in [(1, 20, 1, 16)] if part.rehearse else [(8, 2048, 16, 64), (4, 8192, 16, 64)]:
-        part.row(f"taylor torch {b} x {t} x {h} x {v}", lambda s=(b, t, h, v): _taylor(part, *s, "torch"))
+    taylor_shapes = [(1, 20, 1, 16)] if part.rehearse else [(8, 2048, 16, 64), (4, 8192, 16, 64)]
+    for backend in ("triton", "torch"):
+        for shape in taylor_shapes[: None if backend == "triton" else 1]:
+            name = f"taylor {backend} {' x '.join(map(str, shape))}"
+            part.row(name, lambda shape=shape, backend=backend: _taylor(part, *shape, backend))
     for b, t, d in [(1, 12, 16)] if part.rehearse else [(8, 2048, 2048)]:
         part.row(f"selective scan torch {b} x {t} x {d}", lambda s=(b, t, d): _scan(part, *s, "torch"))
