@@ -106,9 +106,9 @@ def taylor_cut(value_dim: int, form: str) -> TaylorTiles:
 
 
 def taylor_step_cut(features: int, value_dim: int) -> tuple[int, int]:
-    """(features at a time, warps) of the decode step: as many as the registers of a program hold, so that all loads are in
-    flight at once."""
-    return min(padded(features), (256 * 64) // padded(value_dim)), 8
+    """(features at a time, warps) of the decode step: all where registers hold them, with every load in flight at once."""
+    rows, columns = padded(features), padded(value_dim)
+    return rows if rows * columns <= 256 * 64 else 8192 // columns, 8
 
 
 def norm_cut(d: int) -> tuple[int, int]:

@@ -21,7 +21,9 @@ from megatron.ops.taylor import triton_launch as launch
 from megatron.ops.taylor import triton_step_kernels as step_kernels
 from megatron.ops.taylor.features import feature_count
 from megatron.ops.taylor.operator import TAYLOR_EPS, taylor_chunked
+from megatron.ops.taylor.prefix import prefix_chunked, prefix_of_documents
 from megatron.ops.taylor.step import taylor_step_torch
+from megatron.ops.taylor.triton_state import taylor_state
 from megatron.ops.tuning import padded, taylor_step_cut
 
 
@@ -109,6 +111,27 @@ def taylor_fused(
         return taylor_chunked(q, k, v, state, keep, log_decay, segment_ids, divide)
     y, final, _ = taylor_forward(q, k, v, state, keep, log_decay, segment_ids, divide)
     return y, final
+
+
+@path("taylor.prefix", "triton")
+def prefix_fused(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k2: Tensor,
+    v2: Tensor,
+    inside: Tensor,
+    state: Tensor | None,
+    keep: Tensor | None,
+    segment_ids: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The fused path; heads that the kernels do not take, and fp64, go to the plain one."""
+    if not (launch.fits(q, v) and launch.fits(k2, v2)):
+        return prefix_chunked(q, k, v, k2, v2, inside, state, keep, segment_ids)
+    if segment_ids is not None:
+        return prefix_of_documents(taylor_fused, q, k, v, k2, v2, inside, state, keep, segment_ids)
+    start = taylor_state(k2, v2, inside)
+    return taylor_fused(q, k, v, start if state is None else start + state, keep, None, None, True)
 
 
 @path("taylor.step", "triton")

@@ -123,3 +123,36 @@ def input_backward(
     tl.store(dq + small, gq.to(dq.dtype.element_ty), mask=narrow)
     tl.store(dk + small, gk.to(dk.dtype.element_ty), mask=narrow)
     tl.store(dv + at, gv.to(dv.dtype.element_ty), mask=wide)
+
+
+@triton.jit
+def state_backward(
+    k, v, keep, dend, dk, dv, sk, sv, T, H,
+    F: tl.constexpr, V: tl.constexpr, E: tl.constexpr, BF: tl.constexpr, BE: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    DT: tl.constexpr, PREC: tl.constexpr, HAS_KEEP: tl.constexpr,
+):  # fmt: skip
+    """Grid (B * chunks * H). Gradients of keys and values of which only the last state dend [B * H, E, V + 1] is used."""
+    i, b, h = _chunk_program(tl.cdiv(T, C), H)
+    of, ov = tl.arange(0, BF), tl.arange(0, BV)
+    t = i * C + tl.arange(0, C)
+    row = b * T + t
+    here = t < T
+    narrow, wide = here[:, None] & (of < F)[None, :], here[:, None] & (ov < V)[None, :]
+    kd = tl.load(k + row[:, None] * sk + h * F + of[None, :], mask=narrow, other=0.0).to(DT)
+    vd = tl.load(v + row[:, None] * sv + h * V + ov[None, :], mask=wide, other=0.0).to(DT)
+    kept = _kept(keep, row, here, HAS_KEEP)
+    home = dend + (b * H + h) * E * (V + 1)
+    gk = tl.zeros([C, BF], tl.float32)
+    gv = tl.zeros([C, BV], tl.float32)
+    for e in range(0, E, BE):
+        oe = e + tl.arange(0, BE)
+        left, right, weight = _factors(oe, F)
+        place = home + oe[:, None] * (V + 1) + ov[None, :]
+        ds = tl.load(place, mask=(oe < E)[:, None] & (ov < V)[None, :], other=0.0).to(DT)
+        g = tl.dot(vd, tl.trans(ds), input_precision=PREC)
+        g = (g + tl.load(home + oe * (V + 1) + V, mask=oe < E, other=0.0)[None, :]) * kept[:, None]
+        gk, phi = _through_features(kd, g, left, right, weight, gk, BF, DT, PREC)
+        gv = tl.dot(phi.to(DT), ds, gv, input_precision=PREC)
+    gv *= kept[:, None]
+    tl.store(dk + (row[:, None] * H + h) * F + of[None, :], gk.to(dk.dtype.element_ty), mask=narrow)
+    tl.store(dv + (row[:, None] * H + h) * V + ov[None, :], gv.to(dv.dtype.element_ty), mask=wide)

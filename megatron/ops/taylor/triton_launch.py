@@ -144,15 +144,32 @@ def forward(x: Inputs, state: Tensor | None, divide: bool) -> tuple[Tensor, Tens
     return y, final, below
 
 
-def end_state(x: Inputs, state: Tensor | None) -> Tensor:
-    """The state after the last token alone, [b, h, e, v + 1] in fp32; x.q is not read."""
+def end_state(x: Inputs) -> Tensor:
+    """The last state alone, [b, h, e, v + 1] in fp32, from an empty one; x.q is not read."""
     b, _, h, _, e, v = x.sizes
     final = _wide(x.v, b, h, e, v + 1)
     if x.v.numel() == 0:
-        return final.zero_() if state is None else final.copy_(state)
+        return final.zero_()
     with device_guard(x.v):
-        _walk(x, x.k, x.v, x.keep, _dense(state), final, back=False, store=False)
+        _walk(x, x.k, x.v, x.keep, None, final, back=False, store=False)
     return final
+
+
+def end_state_backward(x: Inputs, dfinal: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of k and v (dense, in their formats) from that of `end_state`."""
+    b, t, h, _, _, _ = x.sizes
+    dk, dv = (torch.empty(p.shape, dtype=p.dtype, device=p.device) for p in (x.k, x.v))
+    if x.v.numel() == 0:
+        return dk.zero_(), dv
+    tiles = x.tiles
+    constants = x.constants(tiles.back_rows)
+    constants = {name: value for name, value in constants.items() if name not in ("HAS_DECAY", "HAS_SEG")}
+    with device_guard(x.v):
+        backward_kernels.state_backward[(triton.cdiv(t, tiles.chunk) * b * h,)](
+            x.k, x.v, x.keep, _dense(dfinal), dk, dv, token_stride(x.k), token_stride(x.v), t, h,
+            **constants, num_warps=tiles.back_warps, num_stages=tiles.stages,
+        )  # fmt: skip
+    return dk, dv
 
 
 def _sums_backward(x: Inputs, dy: Tensor, y: Tensor, below: Tensor) -> tuple[Tensor, Tensor]:
