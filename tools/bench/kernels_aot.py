@@ -274,6 +274,7 @@ def taylor_cases(f: int, v: int, dtype: str, form: str = "plain") -> list[Case]:
         ("walk_back", n.walk, walk | {"BACK": True, "HAS_KEEP": False}, *walking),
         ("taylor_input_backward", back.input_backward, base | {"BE": tiles.back_rows}, tiles.back_warps, tiles.stages),
         ("division_backward", back.division_backward, division, 4, 3),
+        ("taylor_state_backward", back.state_backward, base | {"BE": tiles.back_rows}, tiles.back_warps, tiles.stages),
         ("taylor_step", taylor_step_kernels.step_forward, step, warps, 3),
     ]
     return [(name, kernel, _of(kernel, constants), warps, stages) for name, kernel, constants, warps, stages in cases]

@@ -38,6 +38,11 @@ FORMS = {
 }
 
 
+def _dense(x: Tensor | None) -> Tensor | None:
+    """x in fp32 without gaps."""
+    return None if x is None else x.float().contiguous()
+
+
 def fits(q: Tensor, v: Tensor) -> bool:
     """Whether the kernels take heads of these widths in this format."""
     return v.dtype in FORMS and v.shape[-1] <= WIDEST_VALUE and q.shape[-1] <= WIDEST_FEATURE
@@ -59,9 +64,8 @@ class Inputs:
         cls, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, log_decay: Tensor | None, segment_ids: Tensor | None
     ) -> Inputs:
         """Copied or converted where layout and format are not as the kernels need them."""
-        wide = (None if x is None else x.float().contiguous() for x in (keep, log_decay))
         ids = None if segment_ids is None else segment_ids.to(torch.int32).contiguous()
-        return cls(token_rows(q), token_rows(k), token_rows(v), *wide, ids)
+        return cls(token_rows(q), token_rows(k), token_rows(v), _dense(keep), _dense(log_decay), ids)
 
     @property
     def sizes(self) -> tuple[int, int, int, int, int, int]:
@@ -120,10 +124,6 @@ def _walk(
         num_warps=tiles.walk_warps, num_stages=tiles.stages,
     )  # fmt: skip
     return numerators, denominators
-
-
-def _dense(state: Tensor | None) -> Tensor | None:
-    return None if state is None else state.float().contiguous()
 
 
 def forward(x: Inputs, state: Tensor | None, divide: bool) -> tuple[Tensor, Tensor, Tensor]:
