@@ -75,6 +75,50 @@ def metala_cuts(key_dim: int, value_dim: int, size: int) -> tuple[Tiles, ...]:
     return entry
 
 
+@dataclass(frozen=True)
+class TaylorTiles:
+    """One cut of the Taylor kernels.
+
+    chunk: tokens between stored states, and rows of an output tile.
+    walk_rows, walk_columns: features and values per program of the kernel that walks over chunks.
+    rows, back_rows: features at a time of the kernels that hold a whole chunk, forward and backward.
+    walk_warps, warps, back_warps: of these three. stages: tiles in flight.
+    """
+
+    chunk: int = 64
+    walk_rows: int = 64
+    walk_columns: int = 64
+    rows: int = 32
+    back_rows: int = 32
+    walk_warps: int = 4
+    warps: int = 4
+    back_warps: int = 4
+    stages: int = 3
+
+
+# (architecture, format of the model, width of the values of a head rounded up to a power of two); fp16 and fp32 multiply in
+# fp32, whose operands take more registers: fp32 by three products each.
+TAYLOR: Mapping[tuple[str, str, int], TaylorTiles] = {
+    ("sm_90", "bf16", 16): TaylorTiles(),
+    ("sm_90", "bf16", 32): TaylorTiles(),
+    ("sm_90", "bf16", 64): TaylorTiles(),
+    ("sm_90", "bf16", 128): TaylorTiles(back_rows=16),
+    **{("sm_90", "fp16", v): TaylorTiles(chunk=32, back_rows=16, stages=2) for v in (16, 32, 64, 128)},
+    **{("sm_90", "fp32", v): TaylorTiles(chunk=16, back_rows=16, stages=2) for v in (16, 32, 64, 128)},
+}
+
+
+def taylor_cut(value_dim: int, form: str) -> TaylorTiles:
+    """The cut for values of this width in a model of this format (bf16, fp16, fp32)."""
+    return TAYLOR[ARCHITECTURE, form, padded(value_dim)]
+
+
+def taylor_step_cut(features: int, value_dim: int) -> tuple[int, int]:
+    """(features at a time, warps) of the decode step: all where registers hold them, with every load in flight at once."""
+    rows, columns = padded(features), padded(value_dim)
+    return rows if rows * columns <= 256 * 64 else 8192 // columns, 8
+
+
 def norm_cut(d: int) -> tuple[int, int]:
     """(rows per program, warps) of the norm kernels: about 4,096 numbers, or one row of more, in the registers of a program."""
     width = padded(d)

@@ -48,7 +48,22 @@ from megatron.ops.selective_scan import triton as scan_triton
 from megatron.ops.selective_scan import triton_gate as scan_gate
 from megatron.ops.selective_scan import triton_gate_kernels as gate_kernels
 from megatron.ops.selective_scan import triton_kernels as scan_kernels
-from megatron.ops.tuning import CROSS_ENTROPY, METALA, Tiles, metala_cuts, metala_rows, norm_cut, padded
+from megatron.ops.taylor import feature_count
+from megatron.ops.taylor import triton_backward_kernels as taylor_backward_kernels
+from megatron.ops.taylor import triton_kernels as taylor_kernels
+from megatron.ops.taylor import triton_step_kernels as taylor_step_kernels
+from megatron.ops.taylor.triton_launch import FORMS as TAYLOR_FORMS
+from megatron.ops.tuning import (
+    CROSS_ENTROPY,
+    METALA,
+    Tiles,
+    metala_cuts,
+    metala_rows,
+    norm_cut,
+    padded,
+    taylor_cut,
+    taylor_step_cut,
+)  # fmt: skip
 from tools.bench.sass import Listing
 
 Case = tuple[str, Any, dict[str, Any], int, int]
@@ -57,11 +72,37 @@ Case = tuple[str, Any, dict[str, Any], int, int]
 ROOT = Path(__file__).resolve().parents[2]
 _SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
 _TYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
-_STRIDES = {"sq", "sz", "sv", "sg", "so", "sy", "sx", "ss", "sdq", "sdz", "sdv", "sdg", "sl", "su", "sdt", "sb", "sc", "sdy"}
+_STRIDES = {
+    "sq",
+    "sk",
+    "sz",
+    "sv",
+    "sg",
+    "so",
+    "sy",
+    "sx",
+    "ss",
+    "sdq",
+    "sdz",
+    "sdv",
+    "sdg",
+    "sl",
+    "su",
+    "sdt",
+    "sb",
+    "sc",
+    "sdy",
+}
 _INTS = _STRIDES | {"T", "D", "N", "n", "PER", "PARTS", "H"}
 _LENGTHS = {"T", "D", "N"}
 _FLOATS = {"scale", "eps"}
 _FP32 = {
+    "Sd",
+    "dSd",
+    "den",
+    "dd",
+    "counts",
+    "decay",
     "running",
     "GL",
     "GM",
@@ -91,7 +132,7 @@ _FP32_OF = {
         "dt", "a", "same", "ends", "factors", "y", "dy", "borders", "scratch", "dlast", "ddt", "da", "dc", "dgain",
     },
 }  # fmt: skip
-_OPERANDS = {"qs", "ks"}  # of an fp16 model they are fp32: half a chunk of decay leaves its range
+_OPERANDS = {"qs", "ks", "Sn", "dSn", "dn"}  # of an fp16 model they are fp32: decays, scores and sums leave its range
 _INT_POINTERS = {"labels": "*i64", "seg": "*i32", "mask": "*i8", "slots": "*i32"}
 # Bytes. Heads of up to 64 x 128, which all released models have, must keep to the first pair; wider ones, fp16 and other forms
 # of a pass to the second; fp32, which is there for comparisons, to the third.
@@ -279,6 +320,34 @@ def scan_cases(n: int, d: int) -> list[Case]:
     return [*found, ("scan_step", k.scan_step, step, 4, 3), *gates]
 
 
+def taylor_cases(f: int, v: int, dtype: str, form: str = "plain") -> list[Case]:
+    """The kernels of Taylor attention as `ops/taylor/triton_launch.py` cuts them; forms as in `metala_cases`."""
+    extras, tiles = form == "everything", taylor_cut(v, dtype)
+    kind = next(kind for kind in TAYLOR_FORMS.values() if kind.name == dtype)
+    flags = dict.fromkeys(("HAS_KEEP", "HAS_DECAY", "HAS_SEG"), extras)
+    none = {} if extras else {"keep": None, "decay": None, "seg": None}
+    single = {"T": 1} if form == "token" else {}
+    widths = {"F": f, "V": v, "E": feature_count(f), "BF": padded(f), "BV": padded(v), "C": tiles.chunk}
+    base = widths | flags | none | single | {"DT": kind.triton, "PREC": kind.precision}
+    first = {"HAS_FIRST": True} if extras else {"HAS_FIRST": False, "first": None}
+    walk = base | first | {"BE": tiles.walk_rows, "BV": min(padded(v), tiles.walk_columns), "STORE": True}
+    counts: dict[str, Any] = {} if extras else {"counts": None}
+    rows, warps = taylor_step_cut(feature_count(f), v)
+    step = widths | {"BE": rows, "HAS_SLOTS": True, "HAS_DECAY": extras} | ({} if extras else {"decay": None})
+    division = {"V": v, "BV": padded(v), "ROWS": 4096 // padded(v)}
+    n, back, walking = taylor_kernels, taylor_backward_kernels, (tiles.walk_warps, tiles.stages)
+    cases: list[tuple[Any, ...]] = [
+        ("walk", n.walk, walk | counts | {"BACK": False}, *walking),
+        ("output", n.output, base | {"BE": tiles.rows, "DIVIDE": True}, tiles.warps, tiles.stages),
+        ("walk_back", n.walk, walk | {"BACK": True, "HAS_KEEP": False}, *walking),
+        ("taylor_input_backward", back.input_backward, base | {"BE": tiles.back_rows}, tiles.back_warps, tiles.stages),
+        ("division_backward", back.division_backward, division, 4, 3),
+        ("taylor_state_backward", back.state_backward, base | {"BE": tiles.back_rows}, tiles.back_warps, tiles.stages),
+        ("taylor_step", taylor_step_kernels.step_forward, step, warps, 3),
+    ]
+    return [(name, kernel, _of(kernel, constants), warps, stages) for name, kernel, constants, warps, stages in cases]
+
+
 def norm_cases(d: int) -> list[Case]:
     """The norm kernels at model width `d`, largest forms: LayerNorm with an addition in front, RMSNorm without a gain."""
     rows, warps = norm_cut(d)
@@ -325,7 +394,10 @@ def form_cases() -> list[tuple[str, str, Case]]:
     for label, dtype, form in (("token", "bf16", "token"), ("cut 0", "fp16", "plain"), ("cut 0", "fp32", "plain")):
         found += [(f"64x128 {label}", dtype, case) for case in metala_cases(64, 128, dtype, form=form)]
     found += [("128x256 everything", "bf16", case) for case in metala_cases(128, 256, "bf16", form="everything")]
-    return [case for case in found if case[2][0] in _PRODUCTS]
+    found = [case for case in found if case[2][0] in _PRODUCTS]
+    for dtype, form in (("bf16", "token"), ("fp16", "plain"), ("fp32", "plain")):
+        found += [(f"taylor 16x64 {form}", dtype, case) for case in taylor_cases(16, 64, dtype, form)[:4]]
+    return found
 
 
 def other_cases(norms: list[int]) -> list[tuple[str, str, Case]]:
@@ -333,6 +405,8 @@ def other_cases(norms: list[int]) -> list[tuple[str, str, Case]]:
     found = [("taps 4", "bf16", case) for case in conv_cases(4, 1024)]
     found += [("states 16", "bf16", case) for case in scan_cases(16, 2048)]
     found += [(f"d {d}", "bf16", case) for d in norms for case in norm_cases(d)]
+    for f, v, form in ((16, 64, "plain"), (16, 64, "everything"), (16, 128, "plain"), (8, 64, "plain")):
+        found += [(f"taylor {f}x{v} {form}", "bf16", case) for case in taylor_cases(f, v, "bf16", form)]
     return found + [("any", "bf16", case) for case in cross_entropy_cases()]
 
 

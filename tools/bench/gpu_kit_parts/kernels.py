@@ -14,6 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from megatron.ops.conv import causal_conv
 from megatron.ops.metala import metala_packed
 from megatron.ops.norm import add_norm
+from megatron.ops.taylor import taylor
 from megatron.ops.tuning import metala_cuts
 from tools.bench.gpu_kit import stored
 from tools.bench.gpu_kit_parts.part import Part
@@ -92,3 +93,12 @@ def run(part: Part) -> None:
         }
         for name, call in both.items():
             part.row(f"{name} d={d}", _shares, part, call, calls, moved)
+    b, t, h, v = (1, 20, 1, 16) if part.rehearse else (4, 8192, 16, 64)
+    leaves = [part.random(b, t, h, n, seed=i).requires_grad_() for i, n in enumerate((16, 16, v))]
+    summed, up = taylor(*leaves, backend="triton")[0], part.random(b, t, h, v, seed=3)
+    halves: dict[str, Callable[[], Any]] = {
+        "forward": lambda: taylor(*leaves, backend="triton"),
+        "backward": lambda: torch.autograd.grad(summed, leaves, up, retain_graph=True),
+    }
+    for name, call in halves.items():
+        part.row(f"taylor {name} {b} x {t} x {h} x {v}", _shares, part, call, calls, {})

@@ -55,9 +55,10 @@ def run(part: Part) -> None:
         for shape in shapes[: None if backend == "triton" else 2]:
             name = f"metala {backend} {' x '.join(map(str, shape))}"
             part.row(name, _metala, part, *shape, backend)
-    for b, t, h, v in [(1, 20, 1, 16)] if part.rehearse else [(8, 2048, 16, 64), (4, 8192, 16, 64)]:
-        part.row(f"taylor torch {b} x {t} x {h} x {v}", _taylor, part, b, t, h, v, "torch")
-    scans = [(1, 12, 16)] if part.rehearse else [(8, 2048, 2048), (8, 2048, 4096), (1, 16384, 4096)]
+    taylor_shapes = [(1, 20, 1, 16)] if part.rehearse else [(8, 2048, 16, 64), (4, 8192, 16, 64)]
+    scan_shapes = [(1, 12, 16)] if part.rehearse else [(8, 2048, 2048), (8, 2048, 4096), (1, 16384, 4096)]
     for backend in ("triton", "torch"):
-        for scan in scans[: None if backend == "triton" else 1]:
+        for taylor_shape in taylor_shapes[: None if backend == "triton" else 1]:
+            part.row(f"taylor {backend} {' x '.join(map(str, taylor_shape))}", _taylor, part, *taylor_shape, backend)
+        for scan in scan_shapes[: None if backend == "triton" else 1]:
             part.row(f"selective scan {backend} {' x '.join(map(str, scan))}", _scan, part, *scan, backend)

@@ -14,6 +14,7 @@ from megatron.ops.cross_entropy import row_gradient_, row_stats
 from megatron.ops.metala import cut_packed, metala_packed, metala_step_
 from megatron.ops.norm import add_norm, norm
 from megatron.ops.packed_linear import packed_linear
+from megatron.ops.taylor import empty_taylor_state, taylor, taylor_step_
 from tools.bench.gpu_kit_parts.models import MIXERS, Trainee, backend_of, decoding
 from tools.bench.gpu_kit_parts.part import Part
 
@@ -28,6 +29,12 @@ def _step(part: Part, b: int, h: int, k: int, v: int) -> dict[str, Any]:
     packed, w = (x.detach() for x in part.metala(b, 1, h, k, v))
     state = torch.zeros(b, h, k, v, device=part.device)
     return _finite([metala_step_(*cut_packed(packed[:, 0], w), w, state, backend="triton"), state], [])
+
+
+def _taylor_step(part: Part, b: int, h: int, v: int) -> dict[str, Any]:
+    q, k, x = (part.random(b, h, n, seed=i) for i, n in enumerate((16, 16, v)))
+    state = empty_taylor_state(b, h, 16, v, q.dtype, part.device)
+    return _finite([taylor_step_(q, k, x, state, backend="triton"), state], [])
 
 
 def _cross_entropy(part: Part, rows: int, words: int) -> dict[str, Any]:
@@ -55,9 +62,12 @@ def run(part: Part) -> None:
     x, up = part.random(b, t, d, seed=2).requires_grad_(), part.random(b, t, d, seed=3).requires_grad_()
     weight, scale = part.random(d, 1, 4, seed=4).requires_grad_(), part.random(d, seed=5).requires_grad_()
     square = part.random(d, d, seed=6).requires_grad_()
+    heads = [part.random(b, t, h, n, seed=7 + i).requires_grad_() for i, n in enumerate((16, 16, k))]
     rows: dict[str, Callable[[], dict[str, Any]]] = {
         "metala": lambda: _finite(metala_packed(packed, w, backend="triton"), [packed, w]),
         "metala step": lambda: _step(part, b, h, k, v),
+        "taylor": lambda: _finite(taylor(*heads, backend="triton"), heads),
+        "taylor step": lambda: _taylor_step(part, b, h, k),
         "conv": lambda: _finite([causal_conv(x, weight, backend="triton")], [x, weight]),
         "norm": lambda: _finite([norm(x, scale, None, centred=False, eps=1e-5, backend="triton")], [x, scale]),
         "add norm": lambda: _finite(add_norm(x, up, scale, None, centred=False, eps=1e-5, backend="triton"), [x, up, scale]),
