@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron.engine.base import DTYPES, EngineSettings
 from megatron.errors import ConfigError
-from megatron.layers.base import Layer
+from megatron.model.block import Block
 from megatron.model.build import build_model, check_tensor_parallel, param_specs
 from megatron.model.config import ModelConfig
 from megatron.model.init import init_weights
@@ -140,7 +140,7 @@ def build_local(config: ModelConfig, mesh: Mesh, settings: EngineSettings, devic
         dtype=DTYPES[settings.dtype],
     )
     for module in local.modules():
-        if isinstance(module, Layer):
+        if isinstance(module, Block):
             module.pack_weights()
     parameters = {logical[name]: p for name, p in local.named_parameters()}
     if settings.sequence_parallel and mesh.tp_group is not None:

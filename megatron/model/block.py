@@ -31,6 +31,12 @@ class Block(nn.Module):
         mlp = None if alone else MLP(config.mlp, d, config.mlp_width, config.activation, config.mlp_bias)
         self.channel_mixer = mlp
 
+    def pack_weights(self) -> None:
+        """Make parameters that a fused path reads as one contiguous in memory; called once, after initialisation or loading."""
+        self.token_mixer.pack_weights()
+        if self.channel_mixer is not None:
+            self.channel_mixer.pack_weights()
+
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training) if self.dropout else x
 
@@ -54,7 +60,7 @@ class Block(nn.Module):
             inner = normed if self.channel_norm is None else self.channel_norm(x, self._inner(x), backend)
         else:
             after, inner = self.channel_norm(x, self._inner(x), backend, added=mixed)
-        return after + self._drop(self.channel_mixer(inner))
+        return after + self._drop(self.channel_mixer(inner, backend))
 
     def forward(self, x: Tensor, ctx: Context, state: State | None = None) -> tuple[Tensor, State | None]:
         """`x [b, s, d]` -> `[b, s, d]`, with the mixer's state as in `Layer.forward`."""

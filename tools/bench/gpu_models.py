@@ -129,7 +129,7 @@ def filled(config: ModelConfig, device: str, dtype: torch.dtype) -> Any:
         slices=lambda spec: slice_of(spec.shape, spec.cut, 0, 1), device=device, dtype=dtype,
     )  # fmt: skip
     for block in model.model.blocks():
-        block.token_mixer.pack_weights()
+        block.pack_weights()
     return model.eval()
 
 

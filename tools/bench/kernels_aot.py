@@ -38,13 +38,14 @@ from megatron.files import write_json
 from megatron.ops.conv import triton as conv_triton
 from megatron.ops.conv import triton_kernels as conv_kernels
 from megatron.ops.cross_entropy import triton_kernels as cross_entropy_kernels
+from megatron.ops.gated import triton_kernels as gated_kernels
 from megatron.ops.metala import triton_kernels as metala_kernels
 from megatron.ops.metala import triton_step_kernels as metala_step_kernels
 from megatron.ops.metala import triton_walk_kernels as metala_walk_kernels
 from megatron.ops.metala.triton import step_warps
 from megatron.ops.metala.triton_launch import PRECISION
 from megatron.ops.norm import triton_kernels as norm_kernels
-from megatron.ops.tuning import CROSS_ENTROPY, METALA, Tiles, metala_cuts, norm_cut, padded
+from megatron.ops.tuning import CROSS_ENTROPY, METALA, Tiles, gated_cut, metala_cuts, norm_cut, padded
 from tools.bench.sass import Listing
 
 Case = tuple[str, Any, dict[str, Any], int, int]
@@ -53,7 +54,7 @@ Case = tuple[str, Any, dict[str, Any], int, int]
 ROOT = Path(__file__).resolve().parents[2]
 _SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
 _TYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
-_STRIDES = {"sq", "sz", "sv", "sg", "so", "sy", "sx", "ss", "sdq", "sdz", "sdv", "sdg", "sl"}
+_STRIDES = {"sq", "sz", "sv", "sg", "so", "sy", "sx", "ss", "sdq", "sdz", "sdv", "sdg", "sl", "sa", "sb", "sdy", "sda", "sdb"}
 _INTS = _STRIDES | {"T", "D", "N", "PER", "PARTS", "H"}
 _LENGTHS = {"T", "D", "N"}
 _FLOATS = {"scale", "eps"}
@@ -254,6 +255,17 @@ def norm_cases(d: int) -> list[Case]:
     ]
 
 
+def gated_cases(d: int) -> list[Case]:
+    """The kernels of a gated MLP of width `d`, with SiLU and with the exact GELU."""
+    rows, columns, warps = gated_cut(d)
+    tile, n = {"ROWS": rows, "BN": columns}, gated_kernels
+    return [
+        ("gated_forward", n.gated_forward, tile | {"ACT": 0}, warps, 3),
+        ("gated_backward", n.gated_backward, tile | {"ACT": 0}, warps, 3),
+        ("gated_backward_gelu", n.gated_backward, tile | {"ACT": 1}, warps, 3),
+    ]
+
+
 def cross_entropy_cases() -> list[Case]:
     """The kernels of the cross entropy over rows."""
     columns, warps = CROSS_ENTROPY
@@ -294,6 +306,7 @@ def other_cases(norms: list[int]) -> list[tuple[str, str, Case]]:
     """The kernels besides MetaLA's, in bf16."""
     found = [("taps 4", "bf16", case) for case in conv_cases(4, 1024)]
     found += [(f"d {d}", "bf16", case) for d in norms for case in norm_cases(d)]
+    found += [("d 5632", "bf16", case) for case in gated_cases(5632)]
     return found + [("any", "bf16", case) for case in cross_entropy_cases()]
 
 
