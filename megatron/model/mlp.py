@@ -49,8 +49,11 @@ class MLP(nn.Module):
 
     def pack_weights(self) -> None:
         """Put l1 and l2 one behind the other in memory: they are then one matrix product, and their gradient is one piece."""
-        if self.l2 is not None and self.l2.bias is None:
+        if self.l2 is not None and not self._has_bias():
             pack_weights([self.l1.weight, self.l2.weight])
+
+    def _has_bias(self) -> bool:
+        return any(getattr(linear, "bias", None) is not None for linear in (self.l1, self.l2))
 
     def _is_packed(self, x: Tensor, backend: str) -> bool:
         """Whether l1 and l2 are one product: plain matrices that lie together, and not the path that is an independent check.
@@ -59,7 +62,7 @@ class MLP(nn.Module):
         """
         return (
             self.l2 is not None
-            and self.l2.bias is None
+            and not self._has_bias()
             and not torch.compiler.is_compiling()
             and autocast_dtype(x.device) is None
             and are_plain(self.l1, self.l2)
