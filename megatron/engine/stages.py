@@ -30,8 +30,9 @@ EMBEDDING = "model.embed_tokens.weight"
 
 
 def _run_chain(stages: Sequence[nn.Module], activations: Activations | Tensor) -> Activations | Tensor:
-    for stage in stages:
-        activations = stage(activations)
+    for i, stage in enumerate(stages):
+        in_parts = i + 1 < len(stages) and all(isinstance(one, BlockStage) for one in stages[i : i + 2])
+        activations = stage(activations, True) if in_parts else stage(activations)
     return activations
 
 
@@ -41,7 +42,8 @@ def run_stages(
     """Pass `activations` through the stages; with `interval` n, segments of n blocks store their input only and recompute.
 
     The non-reentrant form is used: the reentrant one (DeepSpeed's default) loses the gradient of a segment whose inputs need
-    none.
+    none. Between two blocks of a chain the residual stream is in two parts (`Block.forward`); what a segment stores and what
+    another rank gets is one tensor.
 
     Args:
         stages: in order.
