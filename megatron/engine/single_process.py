@@ -38,6 +38,8 @@ from megatron.parallel.mesh import Mesh
 
 # DeepSpeed adds this to the norm before it divides; the two engines must clip alike.
 CLIP_EPS = 1e-6
+# Gradients widened in one call: a few launches instead of one each, and never a second copy of all of them.
+_TOGETHER = 64
 
 
 class SingleProcessEngine(Engine):
@@ -111,15 +113,18 @@ class SingleProcessEngine(Engine):
     @torch.no_grad()
     def _gather_gradients(self) -> None:
         """Add the micro batch's low-precision gradients to the fp32 sums and drop them."""
-        for name, param in self._parameters.items():
-            master = self._masters[name]
-            if param.grad is None:
-                continue
-            if master.grad is None:
-                master.grad = param.grad.float()
-            else:
-                master.grad += param.grad
-            param.grad = None
+        pairs = [(self._masters[name], param) for name, param in self._parameters.items() if param.grad is not None]
+        for some in (pairs[at : at + _TOGETHER] for at in range(0, len(pairs), _TOGETHER)):
+            first = [(master, param) for master, param in some if master.grad is None]
+            later = [(master, param) for master, param in some if master.grad is not None]
+            for master, _ in first:
+                master.grad = torch.empty_like(master)
+            if first:
+                torch._foreach_copy_([master.grad for master, _ in first], [param.grad for _, param in first])
+            if later:
+                torch._foreach_add_([master.grad for master, _ in later], [param.grad for _, param in later])
+            for _, param in some:
+                param.grad = None
 
     def _gradients(self) -> list[Tensor]:
         return [m.grad for m in self._masters.values() if m.grad is not None]
@@ -142,8 +147,7 @@ class SingleProcessEngine(Engine):
     @torch.no_grad()
     def _copy_masters_down(self) -> None:
         if self._low:
-            for name, param in self._parameters.items():
-                param.copy_(self._masters[name])
+            torch._foreach_copy_(list(self._parameters.values()), [self._masters[name] for name in self._parameters])
 
     @torch.no_grad()
     def eval_loss(self, micro_batches: Sequence[MicroBatch]) -> EvalResult:
