@@ -58,6 +58,17 @@ def golden_neox(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
+def _broken_device(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A kernel that breaks the CUDA context would fail every later test of its process: end it, xdist starts another."""
+    yield
+    if "PYTEST_XDIST_WORKER" in os.environ and request.node.get_closest_marker("gpu") and "torch" in sys.modules:
+        try:
+            sys.modules["torch"].cuda.synchronize()
+        except RuntimeError:
+            os._exit(1)
+
+
+@pytest.fixture(autouse=True)
 def _denormals() -> Iterator[None]:
     """Commands run inside the test process flush denormals for speed; the next test starts with IEEE arithmetic again."""
     yield

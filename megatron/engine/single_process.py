@@ -7,7 +7,7 @@ in every precision, as DeepSpeed does, and so is one above `Engine.limits`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -40,6 +40,11 @@ from megatron.parallel.mesh import Mesh
 CLIP_EPS = 1e-6
 # Gradients widened in one call: a few launches instead of one each, and never a second copy of all of them.
 _TOGETHER = 64
+
+
+def _gradients_of(tensors: Mapping[str, Tensor], names: Iterable[str]) -> list[Tensor]:
+    """The gradients that these tensors have."""
+    return [grad for name in names if (grad := tensors[name].grad) is not None]
 
 
 class SingleProcessEngine(Engine):
@@ -113,21 +118,21 @@ class SingleProcessEngine(Engine):
     @torch.no_grad()
     def _gather_gradients(self) -> None:
         """Add the micro batch's low-precision gradients to the fp32 sums and drop them."""
-        pairs = [(self._masters[name], param) for name, param in self._parameters.items() if param.grad is not None]
-        for some in (pairs[at : at + _TOGETHER] for at in range(0, len(pairs), _TOGETHER)):
-            first = [(master, param) for master, param in some if master.grad is None]
-            later = [(master, param) for master, param in some if master.grad is not None]
-            for master, _ in first:
-                master.grad = torch.empty_like(master)
+        names = [name for name, param in self._parameters.items() if param.grad is not None]
+        for some in (names[at : at + _TOGETHER] for at in range(0, len(names), _TOGETHER)):
+            first = [name for name in some if self._masters[name].grad is None]
+            later = [name for name in some if self._masters[name].grad is not None]
+            for name in first:
+                self._masters[name].grad = torch.empty_like(self._masters[name])
             if first:
-                torch._foreach_copy_([master.grad for master, _ in first], [param.grad for _, param in first])
+                torch._foreach_copy_(_gradients_of(self._masters, first), _gradients_of(self._parameters, first))
             if later:
-                torch._foreach_add_([master.grad for master, _ in later], [param.grad for _, param in later])
-            for _, param in some:
-                param.grad = None
+                torch._foreach_add_(_gradients_of(self._masters, later), _gradients_of(self._parameters, later))
+            for name in some:
+                self._parameters[name].grad = None
 
     def _gradients(self) -> list[Tensor]:
-        return [m.grad for m in self._masters.values() if m.grad is not None]
+        return _gradients_of(self._masters, self._masters)
 
     @torch.no_grad()
     def _norm(self) -> Tensor:

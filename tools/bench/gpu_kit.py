@@ -36,7 +36,7 @@ PARTS = {
     "correctness-bf16": 110,
     "correctness-fp32": 110,
     "correctness-fp16": 110,
-    "tests": 120,
+    "tests": 80,
     "kernels": 40,
     "operators": 45,
     "training": 95,

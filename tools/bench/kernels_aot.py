@@ -45,7 +45,7 @@ from megatron.ops.metala import triton_walk_kernels as metala_walk_kernels
 from megatron.ops.metala.triton import step_warps
 from megatron.ops.metala.triton_launch import PRECISION
 from megatron.ops.norm import triton_kernels as norm_kernels
-from megatron.ops.tuning import CROSS_ENTROPY, METALA, Tiles, gated_cut, metala_cuts, norm_cut, padded
+from megatron.ops.tuning import CROSS_ENTROPY, METALA, Tiles, gated_cut, metala_cuts, metala_rows, norm_cut, padded
 from tools.bench.sass import Listing
 
 Case = tuple[str, Any, dict[str, Any], int, int]
@@ -68,6 +68,7 @@ _FP32 = {
     "dht",
     "dh0",
     "damount",
+    "inverse",
     "dw",
     "db",
     "state",
@@ -202,14 +203,15 @@ def metala_cases(k: int, v: int, dtype: str, tiles: Tiles | None = None, form: s
     step = {"K": k, "V": v, "BK": padded(k), "BV": padded(v), "ROUND": 0, "HAS_SLOTS": True}
     join = {"K": k, "V": v, "BK": padded(k), "BV": tiles.block_v, "HAS_FIRST": True, "REVERSE": False}
     n, walks, forward, back = metala_kernels, metala_walk_kernels, {"C": tiles.chunk}, {"C": tiles.back}
+    kept = {"R": tiles.rows or tiles.chunk, "KEEP": True}
     walking, warps = (tiles.walk_warps, tiles.stages), tiles.warps
     cases: list[tuple[Any, ...]] = [
         ("gate_forward", n.gate_forward, gate | forward | {"KEEP": False, "running": None}, tiles.gate_warps, 3),
         ("state_forward", walks.state_forward, part | walk | first | forward, *walking),
-        ("output_forward", n.output_forward, whole | forward, warps, 3),
+        ("output_forward", n.output_forward, whole | forward | kept, warps, 3),
         ("gate_backward", n.gate_forward, gate | back | {"KEEP": True}, tiles.gate_warps, 3),
         ("states_backward", walks.state_forward, part | walk | first | back, *walking),
-        ("output_backward", n.output_backward, whole | back, tiles.back_warps, 3),
+        ("output_backward", n.output_backward, base | {"V": v, "BV": padded(v), "R": metala_rows(v)}, 4, 3),
         ("state_backward", walks.state_backward, part | walk | last | back, *walking),
         ("input_backward", n.input_backward, part | back | {"HAS_MASK": extras}, tiles.back_warps, tiles.stages),
     ]

@@ -9,14 +9,18 @@ import torch
 
 from megatron.ops.metala import metala_packed, triton_launch
 from megatron.ops.tuning import Tiles, metala_cuts
+from tools.bench.gpu_kit_parts.kernels import profiled
 from tools.bench.gpu_kit_parts.part import Part
 
 
 def _variants(first: Tiles) -> list[Tiles]:
-    """The cut of the table and its neighbours, one change at a time."""
+    """The cut of the table and its neighbours, mostly one change at a time."""
     changes: list[dict[str, int]] = [
-        {}, {"warps": 8}, {"back_warps": 4}, {"walk_warps": 8}, {"gate_warps": 4}, {"block_v": 32}, {"block_v": 128}, {"stages": 2},
-        {"stages": 4}, {"chunk": 32}, {"chunk": 32, "warps": 8}, {"back": 32}, {"back": 32, "back_warps": 4}, {"chunk": 128, "warps": 8},
+        {}, {"warps": 8}, {"back_warps": 4}, {"walk_warps": 8}, {"walk_warps": 2}, {"gate_warps": 4}, {"gate_warps": 2},
+        {"block_v": 32}, {"block_v": 128}, {"stages": 2}, {"stages": 1}, {"chunk": 32}, {"chunk": 32, "warps": 2},
+        {"chunk": 32, "warps": 8}, {"back": 32}, {"back": 32, "back_warps": 4}, {"back": 32, "back_warps": 4, "stages": 1},
+        {"back": 32, "back_warps": 4, "block_v": 32}, {"back": 32, "back_warps": 4, "block_v": 128},
+        {"back_warps": 4, "block_v": 32}, {"chunk": 128, "warps": 8}, {"block_v": 128, "walk_warps": 8},
     ]  # fmt: skip
     return [replace(first, **change) for change in changes]
 
@@ -28,17 +32,20 @@ def _times(part: Part, tiles: Tiles, h: int, k: int, v: int) -> dict[str, Any]:
     try:
         with torch.no_grad():
             forward = part.ms(lambda: metala_packed(packed, w, backend="triton"))
+            kernels = {"forward": profiled(lambda: metala_packed(packed, w, backend="triton"), part.calls, part.device)[:3]}
         y = metala_packed(packed, w, backend="triton")[0]
         up = torch.ones_like(y)
         backward = part.ms(lambda: torch.autograd.grad(y, (packed, w), up, retain_graph=True), 10)
+        again = profiled(lambda: torch.autograd.grad(y, (packed, w), up, retain_graph=True), part.calls, part.device)
     finally:
         triton_launch.metala_cuts = before
-    return {"forward_ms": forward, "backward_ms": backward}
+    return {"forward_ms": forward, "backward_ms": backward, **kernels, "backward": again[:6]}
 
 
 def run(part: Part) -> None:
     """A row per cut and head count."""
     h, k, v = (1, 16, 32) if part.rehearse else (16, 64, 128)
     cuts = _variants(metala_cuts(k, v, part.dtype.itemsize)[0])
+    part.warm(12, 60)
     for tiles in cuts[:2] if part.rehearse else cuts:
         part.row(f"{k} x {v}, {h} heads: {tiles}", lambda tiles=tiles: _times(part, tiles, h, k, v))

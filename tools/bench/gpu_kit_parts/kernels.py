@@ -12,6 +12,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from megatron.ops.conv import causal_conv
+from megatron.ops.gated import gated_packed
 from megatron.ops.metala import metala_packed
 from megatron.ops.norm import add_norm
 from megatron.ops.tuning import metala_cuts
@@ -42,9 +43,7 @@ def profiled(call: Callable[[], Any], calls: int, device: str) -> list[tuple[str
 def _share(part: Part, rows: list[tuple[str, float, float]], moved: dict[str, float]) -> dict[str, Any]:
     """The rows, and for the kernels in `moved` the share of the copy bandwidth."""
     copy = next((float(str(r["tb_per_s"])) for r in stored(part.output / "facts.jsonl") if r.get("key") == "copy"), None)
-    shares = {
-        name: moved[name] / us / 1e6 / copy for name, us, _ in rows if name in moved and copy
-    }
+    shares = {name: moved[name] / us / 1e6 / copy for name, us, _ in rows if name in moved and copy}
     return {"kernels": rows[:14], "of_copy_bandwidth": shares}
 
 
@@ -56,7 +55,9 @@ def run(part: Part) -> None:
         k, v = (16, 32) if part.rehearse else (64, 128)
         d = h * v
         packed, w = part.metala(b, t, h, k, v)
-        table = {name: work.bytes for name, work in works(b * t, b, h, k, v, metala_cuts(k, v, packed.element_size())[0]).items()}
+        table = {
+            name: work.bytes for name, work in works(b * t, b, h, k, v, metala_cuts(k, v, packed.element_size())[0]).items()
+        }
         y = metala_packed(packed, w, backend="triton")[0]
         up = torch.ones_like(y)
 
@@ -82,7 +83,21 @@ def run(part: Part) -> None:
                 y, (x, a, g), (x, a), retain_graph=True
             ),
         }
-        size = packed.element_size() * b * t * d
-        moved = {"conv_forward": 2.0 * size, "conv_backward": 3.0 * size, "norm_forward": 4.0 * size, "norm_backward": 4.0 * size}
+        width = 64 if part.rehearse else 2816 * h // 8
+        halves = part.random(b, t, 2 * width).requires_grad_()
+        product = gated_packed(halves, "silu", "triton")
+        both |= {
+            "gated": lambda x=halves: gated_packed(x, "silu", "triton"),
+            "gated backward": lambda y=product, x=halves: torch.autograd.grad(y, x, y.detach(), retain_graph=True),
+        }
+        size, gated = (packed.element_size() * b * t * n for n in (d, width))
+        moved = {
+            "conv_forward": 2.0 * size,
+            "conv_backward": 3.0 * size,
+            "norm_forward": 4.0 * size,
+            "norm_backward": 4.0 * size,
+            "gated_forward": 3.0 * gated,
+            "gated_backward": 5.0 * gated,
+        }
         for name, call in both.items():
             part.row(f"{name} d={d}", lambda f=call, m=moved: _share(part, profiled(f, calls, part.device), m))

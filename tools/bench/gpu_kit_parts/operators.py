@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron.ops.gated import gated
 from megatron.ops.metala import metala_packed
 from megatron.ops.selective_scan import selective_scan
 from megatron.ops.taylor import taylor
@@ -44,6 +45,11 @@ def _scan(part: Part, b: int, t: int, d: int, backend: str) -> dict[str, Any]:
     return _times(part, lambda: selective_scan(u, dt, a, *bc, backend=backend)[0], (u, dt, a, *bc))
 
 
+def _gated(part: Part, rows: int, width: int, backend: str) -> dict[str, Any]:
+    a, b = (part.random(rows, width, seed=i).requires_grad_() for i in range(2))
+    return _times(part, lambda: gated(a, b, "silu", backend), (a, b))
+
+
 def run(part: Part) -> None:
     """Rows `operator backend b x t x h x k x v`."""
     shapes = [(1, 40, 1, 16, 32)] if part.rehearse else [
@@ -54,6 +60,9 @@ def run(part: Part) -> None:
         for shape in shapes[: None if backend == "triton" else 2]:
             name = f"metala {backend} {' x '.join(map(str, shape))}"
             part.row(name, lambda shape=shape, backend=backend: _metala(part, *shape, backend))
+    for rows, width in [(20, 48)] if part.rehearse else [(32768, 2816), (16384, 5632)]:
+        for backend in ("triton", "torch", "reference"):
+            part.row(f"gated {backend} {rows} x {width}", lambda s=(rows, width, backend): _gated(part, *s))
     for b, t, h, v in [(1, 20, 1, 16)] if part.rehearse else [(8, 2048, 16, 64), (4, 8192, 16, 64)]:
         part.row(f"taylor torch {b} x {t} x {h} x {v}", lambda s=(b, t, h, v): _taylor(part, *s, "torch"))
     for b, t, d in [(1, 12, 16)] if part.rehearse else [(8, 2048, 2048)]:

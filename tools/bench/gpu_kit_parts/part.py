@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tools.bench.gpu_kit import stored
+from tools.bench.gpu_kit import ROOT, stored
+
+_WARM = "GPU_KIT_WARM"
 
 
 class Part:
@@ -30,9 +35,12 @@ class Part:
         self.device, self.dtype = ("cpu", torch.float32) if rehearse else ("cuda", torch.bfloat16)
         self._rows, self._at = output / f"{name}.jsonl", output / f"{name}.at"
         self._keys = {row.get("key") for row in stored(self._rows)}
-        if self._at.exists():  # the process before this one died here
+        if _WARM not in os.environ and self._at.exists():  # the process before this one died here
             self._store({"key": self._at.read_text(), "error": "the process ended while it measured this row"})
         self._flush: Tensor | None = None
+        self._warming = os.environ.get(_WARM)
+        self._met = 0
+        self.all_rows = False  # in a process that compiles ahead: every row, not its share
 
     def _store(self, row: Mapping[str, Any]) -> None:
         with self._rows.open("a") as file:
@@ -42,9 +50,49 @@ class Part:
         self._keys.add(row["key"])
         self._at.unlink(missing_ok=True)
 
+    def warm(self, processes: int, seconds: float) -> None:
+        """Compile what the rows of this part need in `processes` processes at once, into Triton's cache; nothing is stored.
+
+        In such a process a call that is timed runs once. The rows are dealt out among the processes.
+        """
+        if self.rehearse or self.warming is not None:
+            return
+        command = [sys.executable, "-m", "tools.bench.gpu_kit_parts", self.name, "--output", str(self.output)]
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        children = [
+            subprocess.Popen(command, cwd=ROOT, env={**os.environ, _WARM: f"{i} {processes}"}, **quiet)
+            for i in range(processes)
+        ]
+        end = time.monotonic() + seconds
+        for child in children:
+            try:
+                child.wait(max(0.1, end - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                child.kill()
+
+    @property
+    def calls(self) -> int:
+        """How many calls to profile."""
+        return 5 if self.device == "cuda" and self.warming is None else 1
+
+    @property
+    def warming(self) -> tuple[int, int] | None:
+        """(number, count) of this process among those that compile ahead; None in the one that measures."""
+        if self._warming is None:
+            return None
+        number, count = self._warming.split()
+        return int(number), int(count)
+
     def row(self, key: str, measure: Callable[[], Mapping[str, Any]]) -> None:
         """Store what `measure` returns under `key`, once; what it raises is stored in its place and does not stop the part."""
         if key in self._keys:
+            return
+        if self.warming is not None:
+            number, count = self.warming
+            self._met += 1
+            if self.all_rows or self._met % count == number:
+                with contextlib.suppress(Exception):
+                    measure()
             return
         self._at.write_text(key)
         begin = time.perf_counter()
@@ -63,7 +111,7 @@ class Part:
         The device waits about a millisecond before each call, so that all of a call's kernels are in its queue when the first
         one starts. On a CPU it is the time of one call.
         """
-        if self.device == "cpu":
+        if self.device == "cpu" or self.warming is not None:
             begin = time.perf_counter()
             call()
             return (time.perf_counter() - begin) * 1e3
