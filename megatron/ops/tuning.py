@@ -125,6 +125,12 @@ def norm_cut(d: int) -> tuple[int, int]:
     return max(1, 4096 // width), 4 if width <= 1024 else 8 if width <= 4096 else 16
 
 
+def gated_cut(d: int) -> tuple[int, int, int]:
+    """(rows, columns, warps) of a program of the gated MLP's kernels: 4,096 numbers, 16 bytes of a row at a time per thread."""
+    columns = min(1024, padded(d))
+    return 4096 // columns, columns, 8
+
+
 def metala_rows(v: int) -> int:
     """Rows per program of the backward of MetaLA's norm and gates: about 2,048 numbers, 16 in each thread of 4 warps."""
     return max(1, 2048 // padded(v))

@@ -38,6 +38,7 @@ from megatron.files import write_json
 from megatron.ops.conv import triton as conv_triton
 from megatron.ops.conv import triton_kernels as conv_kernels
 from megatron.ops.cross_entropy import triton_kernels as cross_entropy_kernels
+from megatron.ops.gated import triton_kernels as gated_kernels
 from megatron.ops.metala import triton_kernels as metala_kernels
 from megatron.ops.metala import triton_step_kernels as metala_step_kernels
 from megatron.ops.metala import triton_walk_kernels as metala_walk_kernels
@@ -57,6 +58,7 @@ from megatron.ops.tuning import (
     CROSS_ENTROPY,
     METALA,
     Tiles,
+    gated_cut,
     metala_cuts,
     metala_rows,
     norm_cut,
@@ -73,6 +75,9 @@ ROOT = Path(__file__).resolve().parents[2]
 _SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
 _TYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
 _STRIDES = {
+    "sa",
+    "sda",
+    "sdb",
     "sq",
     "sk",
     "sz",
@@ -361,6 +366,17 @@ def norm_cases(d: int) -> list[Case]:
     ]
 
 
+def gated_cases(d: int) -> list[Case]:
+    """The kernels of a gated MLP of width `d`, with SiLU and with the exact GELU."""
+    rows, columns, warps = gated_cut(d)
+    tile, n = {"ROWS": rows, "BN": columns}, gated_kernels
+    return [
+        ("gated_forward", n.gated_forward, tile | {"ACT": 0}, warps, 3),
+        ("gated_backward", n.gated_backward, tile | {"ACT": 0}, warps, 3),
+        ("gated_backward_gelu", n.gated_backward, tile | {"ACT": 1}, warps, 3),
+    ]
+
+
 def cross_entropy_cases() -> list[Case]:
     """The kernels of the cross entropy over rows."""
     columns, warps = CROSS_ENTROPY
@@ -407,6 +423,7 @@ def other_cases(norms: list[int]) -> list[tuple[str, str, Case]]:
     found += [(f"d {d}", "bf16", case) for d in norms for case in norm_cases(d)]
     for f, v, form in ((16, 64, "plain"), (16, 64, "everything"), (16, 128, "plain"), (8, 64, "plain")):
         found += [(f"taylor {f}x{v} {form}", "bf16", case) for case in taylor_cases(f, v, "bf16", form)]
+    found += [("d 5632", "bf16", case) for case in gated_cases(5632)]
     return found + [("any", "bf16", case) for case in cross_entropy_cases()]
 
 

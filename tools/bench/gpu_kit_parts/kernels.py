@@ -12,6 +12,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from megatron.ops.conv import causal_conv
+from megatron.ops.gated import gated_packed
 from megatron.ops.metala import metala_packed
 from megatron.ops.norm import add_norm
 from megatron.ops.taylor import taylor
@@ -84,21 +85,30 @@ def run(part: Part) -> None:
                 y, (x, a, g), (x, a), retain_graph=True
             ),
         }
-        size = packed.element_size() * b * t * d
+        width = 64 if part.rehearse else 2816 * h // 8
+        halves = part.random(b, t, 2 * width).requires_grad_()
+        product = gated_packed(halves, "silu", "triton")
+        both |= {
+            "gated": lambda x=halves: gated_packed(x, "silu", "triton"),
+            "gated backward": lambda y=product, x=halves: torch.autograd.grad(y, x, y.detach(), retain_graph=True),
+        }
+        size, gated = (packed.element_size() * b * t * n for n in (d, width))
         moved = {
             "conv_forward": 2.0 * size,
             "conv_backward": 3.0 * size,
             "norm_forward": 4.0 * size,
             "norm_backward": 4.0 * size,
+            "gated_forward": 3.0 * gated,
+            "gated_backward": 5.0 * gated,
         }
         for name, call in both.items():
             part.row(f"{name} d={d}", _shares, part, call, calls, moved)
     b, t, h, v = (1, 20, 1, 16) if part.rehearse else (4, 8192, 16, 64)
     leaves = [part.random(b, t, h, n, seed=i).requires_grad_() for i, n in enumerate((16, 16, v))]
     summed, up = taylor(*leaves, backend="triton")[0], part.random(b, t, h, v, seed=3)
-    halves: dict[str, Callable[[], Any]] = {
+    passes: dict[str, Callable[[], Any]] = {
         "forward": lambda: taylor(*leaves, backend="triton"),
         "backward": lambda: torch.autograd.grad(summed, leaves, up, retain_graph=True),
     }
-    for name, call in halves.items():
+    for name, call in passes.items():
         part.row(f"taylor {name} {b} x {t} x {h} x {v}", _shares, part, call, calls, {})

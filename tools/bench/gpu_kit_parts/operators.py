@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron.ops.gated import gated
 from megatron.ops.metala import metala_packed
 from megatron.ops.selective_scan import selective_scan
 from megatron.ops.taylor import taylor
@@ -45,6 +46,11 @@ def _scan(part: Part, b: int, t: int, d: int, backend: str) -> dict[str, Any]:
     return _times(part, lambda: selective_scan(u, dt, a, *bc, backend=backend)[0], (u, dt, a, *bc))
 
 
+def _gated(part: Part, rows: int, width: int, backend: str) -> dict[str, Any]:
+    a, b = (part.random(rows, width, seed=i).requires_grad_() for i in range(2))
+    return _times(part, lambda: gated(a, b, "silu", backend), (a, b))
+
+
 def run(part: Part) -> None:
     """Rows `operator backend b x t x h x k x v`."""
     shapes = [(1, 40, 1, 16, 32)] if part.rehearse else [
@@ -62,3 +68,6 @@ def run(part: Part) -> None:
             part.row(f"taylor {backend} {' x '.join(map(str, taylor_shape))}", _taylor, part, *taylor_shape, backend)
         for scan in scan_shapes[: None if backend == "triton" else 1]:
             part.row(f"selective scan {backend} {' x '.join(map(str, scan))}", _scan, part, *scan, backend)
+    for rows, width in [(20, 48)] if part.rehearse else [(32768, 2816), (16384, 5632)]:
+        for backend in ("triton", "torch", "reference"):
+            part.row(f"gated {backend} {rows} x {width}", _gated, part, rows, width, backend)

@@ -11,6 +11,7 @@ from torch import Tensor
 from megatron.model.config import ModelConfig
 from megatron.ops.conv import causal_conv
 from megatron.ops.cross_entropy import row_gradient_, row_stats
+from megatron.ops.gated import gated, gated_packed
 from megatron.ops.metala import cut_packed, metala_packed, metala_step_
 from megatron.ops.norm import add_norm, norm
 from megatron.ops.packed_linear import packed_linear
@@ -72,6 +73,8 @@ def run(part: Part) -> None:
         "norm": lambda: _finite([norm(x, scale, None, centred=False, eps=1e-5, backend="triton")], [x, scale]),
         "add norm": lambda: _finite(add_norm(x, up, scale, None, centred=False, eps=1e-5, backend="triton"), [x, up, scale]),
         "packed linear": lambda: _finite([packed_linear(x, [square], None, backend="triton")], [x, square]),
+        "gated": lambda: _finite([gated(x, up, "silu", "triton"), gated(x, up, "gelu", "triton")], [x, up]),
+        "gated packed": lambda: _finite([gated_packed(packed, "gelu_tanh", "triton")], [packed]),
         "cross entropy": lambda: _cross_entropy(part, b * t, 500),
     }
     for name, measure in rows.items():
