@@ -154,7 +154,7 @@ def test_custom_operators_are_whole(device: str) -> None:
     """Schema, fake tensors and autograd registration, as torch's own checker sees them."""
     leaves = draw(16, 32, 20, torch.float32, 2.0, device)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(torch.ops.linear_neox.metala_forward.default, (*leaves, None, None, 0), test_utils=checks)
+    torch.library.opcheck(torch.ops.linear_neox.metala_forward.default, (*leaves, None, None, 0, True), test_utils=checks)
     x, w = torch.randn(2, 9, 8, device=device, requires_grad=True), torch.randn(8, 1, 4, device=device, requires_grad=True)
     torch.library.opcheck(torch.ops.linear_neox.conv_forward.default, (x, w, None, None, None, None, True), test_utils=checks)
 

@@ -74,7 +74,7 @@ def test_packed_operators_are_whole(device: str) -> None:
     from megatron.ops.metala.triton import metala_packed_forward
 
     packed, w, state = draw((1, 9, 2 * 96), (2, 16), (1, 2, 16, 32), device=device)
-    torch.library.opcheck(metala_packed_forward, (packed, w, state, None, None, 0), test_utils=checks)
+    torch.library.opcheck(metala_packed_forward, (packed, w, state, None, None, 0, True), test_utils=checks)
 
 
 def test_weights_that_lie_together_are_read_in_place() -> None:

@@ -38,6 +38,7 @@ from megatron.files import write_json
 from megatron.ops.conv import triton as conv_triton
 from megatron.ops.conv import triton_kernels as conv_kernels
 from megatron.ops.cross_entropy import triton_kernels as cross_entropy_kernels
+from megatron.ops.gated import triton_kernels as gated_kernels
 from megatron.ops.metala import triton_kernels as metala_kernels
 from megatron.ops.metala import triton_step_kernels as metala_step_kernels
 from megatron.ops.metala import triton_walk_kernels as metala_walk_kernels
@@ -48,20 +49,65 @@ from megatron.ops.selective_scan import triton as scan_triton
 from megatron.ops.selective_scan import triton_gate as scan_gate
 from megatron.ops.selective_scan import triton_gate_kernels as gate_kernels
 from megatron.ops.selective_scan import triton_kernels as scan_kernels
-from megatron.ops.tuning import CROSS_ENTROPY, METALA, Tiles, metala_cuts, norm_cut, padded
+from megatron.ops.taylor import feature_count
+from megatron.ops.taylor import triton_backward_kernels as taylor_backward_kernels
+from megatron.ops.taylor import triton_kernels as taylor_kernels
+from megatron.ops.taylor import triton_step_kernels as taylor_step_kernels
+from megatron.ops.taylor.triton_launch import FORMS as TAYLOR_FORMS
+from megatron.ops.tuning import (
+    CROSS_ENTROPY,
+    METALA,
+    Tiles,
+    gated_cut,
+    metala_cuts,
+    metala_rows,
+    norm_cut,
+    padded,
+    taylor_cut,
+    taylor_step_cut,
+)  # fmt: skip
 from tools.bench.sass import Listing
 
 Case = tuple[str, Any, dict[str, Any], int, int]
-"""(name, kernel, constants, warps, stages)."""
+"""(name, kernel, constants and perhaps `maxnreg`, warps, stages)."""
 
 ROOT = Path(__file__).resolve().parents[2]
 _SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
 _TYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
-_STRIDES = {"sq", "sz", "sv", "sg", "so", "sy", "sx", "ss", "sdq", "sdz", "sdv", "sdg", "sl", "su", "sdt", "sb", "sc", "sdy"}
+_STRIDES = {
+    "sa",
+    "sda",
+    "sdb",
+    "sq",
+    "sk",
+    "sz",
+    "sv",
+    "sg",
+    "so",
+    "sy",
+    "sx",
+    "ss",
+    "sdq",
+    "sdz",
+    "sdv",
+    "sdg",
+    "sl",
+    "su",
+    "sdt",
+    "sb",
+    "sc",
+    "sdy",
+}
 _INTS = _STRIDES | {"T", "D", "N", "n", "PER", "PARTS", "H"}
 _LENGTHS = {"T", "D", "N"}
 _FLOATS = {"scale", "eps"}
 _FP32 = {
+    "Sd",
+    "dSd",
+    "den",
+    "dd",
+    "counts",
+    "decay",
     "running",
     "GL",
     "GM",
@@ -71,6 +117,7 @@ _FP32 = {
     "dht",
     "dh0",
     "damount",
+    "inverse",
     "dw",
     "db",
     "state",
@@ -90,7 +137,7 @@ _FP32_OF = {
         "dt", "a", "b", "c", "same", "ends", "factors", "y", "dy", "borders", "scratch", "dlast", "ddt", "da", "dc", "dgain",
     },
 }  # fmt: skip
-_OPERANDS = {"qs", "ks"}  # of an fp16 model they are fp32: half a chunk of decay leaves its range
+_OPERANDS = {"qs", "ks", "Sn", "dSn", "dn"}  # of an fp16 model they are fp32: decays, scores and sums leave its range
 _INT_POINTERS = {"labels": "*i64", "seg": "*i32", "mask": "*i8", "slots": "*i32"}
 # Bytes. Heads of up to 64 x 128, which all released models have, must keep to the first pair; wider ones, fp16 and other forms
 # of a pass to the second; fp32, which is there for comparisons, to the third.
@@ -128,6 +175,8 @@ def compile_kernel(kernel: Any, constants: dict[str, Any], dtype: str, warps: in
         registers per thread, spilled bytes, shared memory in bytes, instructions per warp in all and in the longest loop,
         barriers, asynchronous products with an operand in registers, and how many of those registers are overwritten too early.
     """
+    options = {"num_warps": warps, "num_stages": stages, "maxnreg": constants.get("maxnreg")}
+    constants = {name: value for name, value in constants.items() if name != "maxnreg"}
     signature = _signature(kernel, constants, dtype)
     # As at run time: pointers are aligned; strides and training's lengths are multiples of 16.
     aligned = [
@@ -136,7 +185,7 @@ def compile_kernel(kernel: Any, constants: dict[str, Any], dtype: str, warps: in
     ]  # fmt: skip
     attrs = {(i,): [["tt.divisibility", 16]] for i in aligned}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, "num_stages": stages})
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.TemporaryDirectory() as folder:
         ptx, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
@@ -219,16 +268,19 @@ def metala_cases(k: int, v: int, dtype: str, tiles: Tiles | None = None, form: s
     step = {"K": k, "V": v, "BK": padded(k), "BV": padded(v), "ROUND": 0, "HAS_SLOTS": True}
     join = {"K": k, "V": v, "BK": padded(k), "BV": tiles.block_v, "HAS_FIRST": True, "REVERSE": False}
     n, walks, forward, back = metala_kernels, metala_walk_kernels, {"C": tiles.chunk}, {"C": tiles.back}
+    limited = {"HAS_MASK": extras} | ({"maxnreg": tiles.input_registers} if tiles.input_registers else {})
+    kept = {"R": tiles.rows or tiles.chunk, "KEEP": True}
     walking, warps = (tiles.walk_warps, tiles.stages), tiles.warps
     cases: list[tuple[Any, ...]] = [
         ("gate_forward", n.gate_forward, gate | forward | {"KEEP": False, "running": None}, tiles.gate_warps, 3),
         ("state_forward", walks.state_forward, part | walk | first | forward, *walking),
-        ("output_forward", n.output_forward, whole | forward, warps, 3),
+        ("output_forward", n.output_forward, whole | forward | kept, warps, 3),
         ("gate_backward", n.gate_forward, gate | back | {"KEEP": True}, tiles.gate_warps, 3),
         ("states_backward", walks.state_forward, part | walk | first | back, *walking),
-        ("output_backward", n.output_backward, whole | back, tiles.back_warps, 3),
+        ("output_backward", n.output_backward, base | {"V": v, "BV": padded(v), "R": metala_rows(v)}, 4, 3),
         ("state_backward", walks.state_backward, part | walk | last | back, *walking),
-        ("input_backward", n.input_backward, part | back | {"HAS_MASK": extras}, tiles.back_warps, tiles.stages),
+        ("value_backward", n.value_backward, part | back, tiles.value_warps, 3),
+        ("input_backward", n.input_backward, part | back | limited, tiles.back_warps, tiles.stages),
     ]
     others: list[tuple[Any, ...]] = [
         ("join_parts", walks.join_parts, join, 4, 3),
@@ -240,7 +292,7 @@ def metala_cases(k: int, v: int, dtype: str, tiles: Tiles | None = None, form: s
 
 def _of(kernel: Any, constants: dict[str, Any]) -> dict[str, Any]:
     """Those constants that the kernel has an argument for."""
-    return {name: value for name, value in constants.items() if name in kernel.arg_names}
+    return {name: value for name, value in constants.items() if name in kernel.arg_names or name == "maxnreg"}
 
 
 def conv_cases(width: int, d: int) -> list[Case]:
@@ -280,6 +332,34 @@ def scan_cases(n: int, d: int) -> list[Case]:
     return [*found, ("scan_step", k.scan_step, step, 4, 3), *gates]
 
 
+def taylor_cases(f: int, v: int, dtype: str, form: str = "plain") -> list[Case]:
+    """The kernels of Taylor attention as `ops/taylor/triton_launch.py` cuts them; forms as in `metala_cases`."""
+    extras, tiles = form == "everything", taylor_cut(v, dtype)
+    kind = next(kind for kind in TAYLOR_FORMS.values() if kind.name == dtype)
+    flags = dict.fromkeys(("HAS_KEEP", "HAS_DECAY", "HAS_SEG"), extras)
+    none = {} if extras else {"keep": None, "decay": None, "seg": None}
+    single = {"T": 1} if form == "token" else {}
+    widths = {"F": f, "V": v, "E": feature_count(f), "BF": padded(f), "BV": padded(v), "C": tiles.chunk}
+    base = widths | flags | none | single | {"DT": kind.triton, "PREC": kind.precision}
+    first = {"HAS_FIRST": True} if extras else {"HAS_FIRST": False, "first": None}
+    walk = base | first | {"BE": tiles.walk_rows, "BV": min(padded(v), tiles.walk_columns), "STORE": True}
+    counts: dict[str, Any] = {} if extras else {"counts": None}
+    rows, warps = taylor_step_cut(feature_count(f), v)
+    step = widths | {"BE": rows, "HAS_SLOTS": True, "HAS_DECAY": extras} | ({} if extras else {"decay": None})
+    division = {"V": v, "BV": padded(v), "ROWS": 4096 // padded(v)}
+    n, back, walking = taylor_kernels, taylor_backward_kernels, (tiles.walk_warps, tiles.stages)
+    cases: list[tuple[Any, ...]] = [
+        ("walk", n.walk, walk | counts | {"BACK": False}, *walking),
+        ("output", n.output, base | {"BE": tiles.rows, "DIVIDE": True}, tiles.warps, tiles.stages),
+        ("walk_back", n.walk, walk | {"BACK": True, "HAS_KEEP": False}, *walking),
+        ("taylor_input_backward", back.input_backward, base | {"BE": tiles.back_rows}, tiles.back_warps, tiles.stages),
+        ("division_backward", back.division_backward, division, 4, 3),
+        ("taylor_state_backward", back.state_backward, base | {"BE": tiles.back_rows}, tiles.back_warps, tiles.stages),
+        ("taylor_step", taylor_step_kernels.step_forward, step, warps, 3),
+    ]
+    return [(name, kernel, _of(kernel, constants), warps, stages) for name, kernel, constants, warps, stages in cases]
+
+
 def norm_cases(d: int) -> list[Case]:
     """The norm kernels at model width `d`, largest forms: LayerNorm with an addition in front, RMSNorm without a gain."""
     rows, warps = norm_cut(d)
@@ -290,6 +370,17 @@ def norm_cases(d: int) -> list[Case]:
         ("norm_forward", n.norm_forward, full | {"HAS_ADDED": True}, warps, 3),
         ("norm_backward", n.norm_backward, full | {"HAS_TOTAL": True}, warps, 3),
         ("norm_backward_bare", n.norm_backward, bare | {"HAS_TOTAL": True}, warps, 3),
+    ]
+
+
+def gated_cases(d: int) -> list[Case]:
+    """The kernels of a gated MLP of width `d`, with SiLU and with the exact GELU."""
+    rows, columns, warps = gated_cut(d)
+    tile, n = {"ROWS": rows, "BN": columns}, gated_kernels
+    return [
+        ("gated_forward", n.gated_forward, tile | {"ACT": 0}, warps, 3),
+        ("gated_backward", n.gated_backward, tile | {"ACT": 0}, warps, 3),
+        ("gated_backward_gelu", n.gated_backward, tile | {"ACT": 1}, warps, 3),
     ]
 
 
@@ -326,7 +417,10 @@ def form_cases() -> list[tuple[str, str, Case]]:
     for label, dtype, form in (("token", "bf16", "token"), ("cut 0", "fp16", "plain"), ("cut 0", "fp32", "plain")):
         found += [(f"64x128 {label}", dtype, case) for case in metala_cases(64, 128, dtype, form=form)]
     found += [("128x256 everything", "bf16", case) for case in metala_cases(128, 256, "bf16", form="everything")]
-    return [case for case in found if case[2][0] in _PRODUCTS]
+    found = [case for case in found if case[2][0] in _PRODUCTS]
+    for dtype, form in (("bf16", "token"), ("fp16", "plain"), ("fp32", "plain")):
+        found += [(f"taylor 16x64 {form}", dtype, case) for case in taylor_cases(16, 64, dtype, form)[:4]]
+    return found
 
 
 def other_cases(norms: list[int]) -> list[tuple[str, str, Case]]:
@@ -334,6 +428,9 @@ def other_cases(norms: list[int]) -> list[tuple[str, str, Case]]:
     found = [("taps 4", "bf16", case) for case in conv_cases(4, 1024)]
     found += [("states 16", "bf16", case) for case in scan_cases(16, 2048)]
     found += [(f"d {d}", "bf16", case) for d in norms for case in norm_cases(d)]
+    for f, v, form in ((16, 64, "plain"), (16, 64, "everything"), (16, 128, "plain"), (8, 64, "plain")):
+        found += [(f"taylor {f}x{v} {form}", "bf16", case) for case in taylor_cases(f, v, "bf16", form)]
+    found += [("d 5632", "bf16", case) for case in gated_cases(5632)]
     return found + [("any", "bf16", case) for case in cross_entropy_cases()]
 
 

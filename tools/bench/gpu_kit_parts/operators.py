@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron.ops.gated import gated
 from megatron.ops.metala import metala_packed
 from megatron.ops.selective_scan import selective_scan
 from megatron.ops.taylor import taylor
@@ -45,20 +46,27 @@ def _scan(part: Part, b: int, t: int, d: int, backend: str) -> dict[str, Any]:
     return _times(part, lambda: selective_scan(u, dt, a, *bc, backend=backend)[0], (u, dt, a, *bc))
 
 
+def _gated(part: Part, rows: int, width: int, backend: str) -> dict[str, Any]:
+    a, b = (part.random(rows, width, seed=i).requires_grad_() for i in range(2))
+    return _times(part, lambda: gated(a, b, "silu", backend), (a, b))
+
+
 def run(part: Part) -> None:
-    """Rows `operator backend b x t x h x k x v`."""
+    """Rows `operator backend sizes`; the plain path, which takes far longer, at one size."""
     shapes = [(1, 40, 1, 16, 32)] if part.rehearse else [
         (8, 2048, 8, 64, 128), (8, 2048, 16, 64, 128), (1, 16384, 16, 64, 128), (2, 8192, 8, 64, 128),
         (8, 2048, 24, 64, 128), (8, 2048, 4, 128, 256),
     ]  # fmt: skip
+    taylor_shapes = [(1, 20, 1, 16)] if part.rehearse else [(4, 8192, 16, 64), (8, 2048, 16, 64)]
+    scan_shapes = [(1, 12, 16)] if part.rehearse else [(8, 2048, 2048), (8, 2048, 4096), (1, 16384, 4096)]
+    gated_shapes = [(20, 48)] if part.rehearse else [(16384, 5632), (32768, 2816)]
+    operators: list[tuple[str, Callable[..., dict[str, Any]], Sequence[tuple[int, ...]]]] = [
+        ("metala", _metala, shapes),
+        ("taylor", _taylor, taylor_shapes),
+        ("selective scan", _scan, scan_shapes),
+        ("gated", _gated, gated_shapes),
+    ]
     for backend in ("triton", "torch"):
-        for shape in shapes[: None if backend == "triton" else 2]:
-            name = f"metala {backend} {' x '.join(map(str, shape))}"
-            part.row(name, lambda shape=shape, backend=backend: _metala(part, *shape, backend))
-    for b, t, h, v in [(1, 20, 1, 16)] if part.rehearse else [(8, 2048, 16, 64), (4, 8192, 16, 64)]:
-        part.row(f"taylor torch {b} x {t} x {h} x {v}", lambda s=(b, t, h, v): _taylor(part, *s, "torch"))
-    scans = [(1, 12, 16)] if part.rehearse else [(8, 2048, 2048), (8, 2048, 4096), (1, 16384, 4096)]
-    for backend in ("triton", "torch"):
-        for scan in scans[: None if backend == "triton" else 1]:
-            name = f"selective scan {backend} {' x '.join(map(str, scan))}"
-            part.row(name, lambda scan=scan, backend=backend: _scan(part, *scan, backend))
+        for name, measure, sizes in operators:
+            for size in sizes if backend == "triton" else sizes[-1:]:
+                part.row(f"{name} {backend} {' x '.join(map(str, size))}", measure, part, *size, backend)
