@@ -46,6 +46,8 @@ from megatron.ops.metala.triton import step_warps
 from megatron.ops.metala.triton_launch import PRECISION
 from megatron.ops.norm import triton_kernels as norm_kernels
 from megatron.ops.tuning import CROSS_ENTROPY, METALA, Tiles, gated_cut, metala_cuts, metala_rows, norm_cut, padded
+from megatron.ops.window import triton_kernels as window_kernels
+from megatron.ops.window.triton import step_block
 from tools.bench.sass import Listing
 
 Case = tuple[str, Any, dict[str, Any], int, int]
@@ -54,8 +56,28 @@ Case = tuple[str, Any, dict[str, Any], int, int]
 ROOT = Path(__file__).resolve().parents[2]
 _SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
 _TYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
-_STRIDES = {"sq", "sz", "sv", "sg", "so", "sy", "sx", "ss", "sdq", "sdz", "sdv", "sdg", "sl", "sa", "sb", "sdy", "sda", "sdb"}
-_INTS = _STRIDES | {"T", "D", "N", "PER", "PARTS", "H"}
+_STRIDES = {
+    "sq",
+    "sz",
+    "sv",
+    "sg",
+    "so",
+    "sy",
+    "sx",
+    "ss",
+    "sdq",
+    "sdz",
+    "sdv",
+    "sdg",
+    "sl",
+    "sa",
+    "sb",
+    "sdy",
+    "sda",
+    "sdb",
+    "sk",
+}
+_INTS = _STRIDES | {"T", "D", "N", "PER", "PARTS", "H", "G", "W"}
 _LENGTHS = {"T", "D", "N"}
 _FLOATS = {"scale", "eps"}
 _FP32 = {
@@ -83,7 +105,7 @@ _FP32 = {
     "weights",
 }
 _OPERANDS = {"qs", "ks"}  # of an fp16 model they are fp32: half a chunk of decay leaves its range
-_INT_POINTERS = {"labels": "*i64", "seg": "*i32", "mask": "*i8", "slots": "*i32"}
+_INT_POINTERS = {"labels": "*i64", "places": "*i64", "seen": "*i64", "seg": "*i32", "mask": "*i8", "slots": "*i32"}
 # Bytes. Heads of up to 64 x 128, which all released models have, must keep to the first pair; wider ones, fp16 and other forms
 # of a pass to the second; fp32, which is there for comparisons, to the third.
 SPILL_LIMIT, SHARED_LIMIT = 32, 112 * 1024
@@ -268,6 +290,15 @@ def gated_cases(d: int) -> list[Case]:
     ]
 
 
+def window_cases() -> list[Case]:
+    """The step of windowed attention at the heads of Based, and with grouped queries at wider ones."""
+    n, found = window_kernels, []
+    for d, share in ((64, 1), (128, 4)):
+        tile = {"SHARE": share, "BW": step_block(d), "BD": padded(d)}
+        found.append((f"window_step_{d}", n.window_step, tile, 4, 3))
+    return [*found, ("window_count", n.window_count, {"BW": 128}, 1, 3)]
+
+
 def cross_entropy_cases() -> list[Case]:
     """The kernels of the cross entropy over rows."""
     columns, warps = CROSS_ENTROPY
@@ -309,6 +340,7 @@ def other_cases(norms: list[int]) -> list[tuple[str, str, Case]]:
     found = [("taps 4", "bf16", case) for case in conv_cases(4, 1024)]
     found += [(f"d {d}", "bf16", case) for d in norms for case in norm_cases(d)]
     found += [("d 5632", "bf16", case) for case in gated_cases(5632)]
+    found += [("window 128", "bf16", case) for case in window_cases()]
     return found + [("any", "bf16", case) for case in cross_entropy_cases()]
 
 

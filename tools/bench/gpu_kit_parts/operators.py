@@ -12,6 +12,7 @@ from megatron.ops.gated import gated
 from megatron.ops.metala import metala_packed
 from megatron.ops.selective_scan import selective_scan
 from megatron.ops.taylor import taylor
+from megatron.ops.window import window_step_
 from tools.bench.gpu_kit_parts.part import Part
 
 
@@ -50,6 +51,16 @@ def _gated(part: Part, rows: int, width: int, backend: str) -> dict[str, Any]:
     return _times(part, lambda: gated(a, b, "silu", backend), (a, b))
 
 
+def _window(part: Part, b: int, h: int, d: int, w: int, backend: str) -> dict[str, Any]:
+    """A token step; GB/s counts keys and values once."""
+    q, k, v = (part.random(b, h, d, seed=i) for i in range(3))
+    ring = part.random(b, w, h, d, seed=3), part.random(b, w, h, d, seed=4)
+    places, seen = torch.arange(w, device=part.device).repeat(b, 1), torch.full((b,), w, device=part.device)
+    with torch.inference_mode():
+        ms = part.ms(lambda: window_step_(q, k, v, *ring, places, seen, scale=d**-0.5, backend=backend))
+    return {"ms": ms, "gb_per_s": 2 * ring[0].numel() * ring[0].element_size() / ms / 1e6}
+
+
 def run(part: Part) -> None:
     """Rows `operator backend b x t x h x k x v`."""
     shapes = [(1, 40, 1, 16, 32)] if part.rehearse else [
@@ -63,6 +74,9 @@ def run(part: Part) -> None:
     for rows, width in [(20, 48)] if part.rehearse else [(32768, 2816), (16384, 5632)]:
         for backend in ("triton", "torch", "reference"):
             part.row(f"gated {backend} {rows} x {width}", lambda s=(rows, width, backend): _gated(part, *s))
+    for b, h, d, w in [(2, 2, 16, 8)] if part.rehearse else [(64, 32, 64, 128), (1, 32, 64, 128)]:
+        for backend in ("triton", "torch"):
+            part.row(f"window step {backend} {b} x {h} x {d}, {w}", lambda s=(b, h, d, w, backend): _window(part, *s))
     for b, t, h, v in [(1, 20, 1, 16)] if part.rehearse else [(8, 2048, 16, 64), (4, 8192, 16, 64)]:
         part.row(f"taylor torch {b} x {t} x {h} x {v}", lambda s=(b, t, h, v): _taylor(part, *s, "torch"))
     for b, t, d in [(1, 12, 16)] if part.rehearse else [(8, 2048, 2048)]:
