@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron.layers.base import Context, Layer, LayerConfig, State
-from megatron.ops.taylor import TAYLOR_CHUNK, empty_taylor_state, taylor, taylor_step
+from megatron.ops.taylor import TAYLOR_CHUNK, empty_taylor_state, taylor, taylor_step, taylor_step_
 from megatron.ops.taylor.features import feature_count
 
 
@@ -28,6 +28,7 @@ class Based(Layer):
     """Taylor linear attention. Value width per head is `hidden_size / heads`."""
 
     names: ClassVar[tuple[str, ...]] = ("based",)
+    steps_by_slot: ClassVar[bool] = True
 
     @dataclass(frozen=True)
     class Config(LayerConfig):
@@ -107,7 +108,11 @@ class Based(Layer):
     def step(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
         """`x [b, d]` -> `y [b, d]` with one state update; see `Layer.step`."""
         x = self.copy_to_tp(x)
-        y, recurrent = taylor_step(*self._heads(x), state["recurrent"], self.log_decay(x.device))
+        log_decay = self.log_decay(x.device)
+        if ctx.in_place:
+            y = taylor_step_(*self._heads(x), state["recurrent"], log_decay, slots=ctx.slots, backend=ctx.backend)
+            return self._finish(y, x), state
+        y, recurrent = taylor_step(*self._heads(x), state["recurrent"], log_decay)
         return self._finish(y, x), {"recurrent": recurrent}
 
     def init_state(self, batch: int, dtype: torch.dtype, device: torch.device | str) -> State:

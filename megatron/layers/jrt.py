@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from megatron.layers.base import Context, Layer, LayerConfig, LayerInputs, State
 from megatron.ops.opaque import values_visible
 from megatron.ops.places import numbered
-from megatron.ops.taylor import TAYLOR_CHUNK, empty_taylor_state, taylor_step
+from megatron.ops.taylor import TAYLOR_CHUNK, empty_taylor_state, taylor_step, taylor_step_
 from megatron.ops.taylor.features import feature_count
 from megatron.ops.taylor.prefix import prefix_taylor
 
@@ -64,6 +64,7 @@ class PrefixBased(Layer):
     """Prefix linear attention. Value width per head is `hidden_size / heads`."""
 
     names: ClassVar[tuple[str, ...]] = ("jrt",)
+    steps_by_slot: ClassVar[bool] = True
     Inputs: ClassVar[type[LayerInputs] | None] = PrefixInputs
 
     @dataclass(frozen=True)
@@ -159,7 +160,12 @@ class PrefixBased(Layer):
         """`x [b, d]` -> `y [b, d]`; causal, as the state already contains the prefix. See `Layer.step`."""
         x = self.copy_to_tp(x)
         q = self.proj_q(x).unflatten(-1, (-1, self.feature_width))
-        y, recurrent = taylor_step(q, *self._pair(x, self.proj_k, self.proj_v), state["recurrent"])
+        k, v = self._pair(x, self.proj_k, self.proj_v)
+        if ctx.in_place:
+            y = taylor_step_(q, k, v, state["recurrent"], slots=ctx.slots, backend=ctx.backend)
+            state["tokens"][slice(None) if ctx.slots is None else ctx.slots] += 1
+            return self.reduce_from_tp(self.out_proj(y.flatten(-2))), state
+        y, recurrent = taylor_step(q, k, v, state["recurrent"])
         return self.reduce_from_tp(self.out_proj(y.flatten(-2))), {"recurrent": recurrent, "tokens": state["tokens"] + 1}
 
     def init_state(self, batch: int, dtype: torch.dtype, device: torch.device | str) -> State:

@@ -19,10 +19,11 @@ class Tiles:
     chunk: tokens between stored states forward, and rows of an output tile. back: the same of the backward.
     block_v: value columns per program of the kernels that walk over chunks, and per step of the input gradients.
     rows: rows of a chunk in one program of the output kernel; 0 for all of them.
-    warps, back_warps: of the output kernel and of the input gradients.
+    warps, value_warps, back_warps: of the output kernel, of the gradients of values, and of those of queries and gates.
     walk_warps, gate_warps: of the kernels that walk over chunks, and of the gates.
     stages: tiles in flight of the kernels that walk.
-    input_registers: most registers per thread of the input gradients; 0 for no limit.
+    input_registers: most registers per thread of the gradients of queries and gates; 0 for no limit. With 128 two programs of 8
+        warps share a multiprocessor.
     """
 
     chunk: int
@@ -30,6 +31,7 @@ class Tiles:
     block_v: int
     warps: int
     back_warps: int = 8
+    value_warps: int = 4
     walk_warps: int = 4
     gate_warps: int = 8
     stages: int = 3
@@ -44,7 +46,7 @@ ARCHITECTURE = "sm_90"
 METALA: Mapping[tuple[str, int, int], tuple[Tiles, ...]] = {
     ("sm_90", 2, 16): (Tiles(64, 64, 32, 4, 4, gate_warps=4),),
     ("sm_90", 2, 32): (Tiles(64, 64, 64, 4),),
-    ("sm_90", 2, 64): (Tiles(64, 64, 64, 4),),
+    ("sm_90", 2, 64): (Tiles(64, 64, 64, 4, input_registers=128),),
     ("sm_90", 2, 128): (Tiles(32, 32, 64, 8),),
     # 32 rows: with products of 64 rows in 8 warps the input gradients read outside of their memory on a GPU (Triton 3.6.0)
     ("sm_90", 4, 16): (Tiles(32, 32, 32, 8, stages=2),),
@@ -71,6 +73,50 @@ def metala_cuts(key_dim: int, value_dim: int, size: int) -> tuple[Tiles, ...]:
         widest = max(k for _, _, k in METALA)
         raise ValueError(f"the fused kernels take heads of up to {widest} x {2 * widest}, not {key_dim} x {value_dim}")
     return entry
+
+
+@dataclass(frozen=True)
+class TaylorTiles:
+    """One cut of the Taylor kernels.
+
+    chunk: tokens between stored states, and rows of an output tile.
+    walk_rows, walk_columns: features and values per program of the kernel that walks over chunks.
+    rows, back_rows: features at a time of the kernels that hold a whole chunk, forward and backward.
+    walk_warps, warps, back_warps: of these three. stages: tiles in flight.
+    """
+
+    chunk: int = 64
+    walk_rows: int = 64
+    walk_columns: int = 64
+    rows: int = 32
+    back_rows: int = 32
+    walk_warps: int = 4
+    warps: int = 4
+    back_warps: int = 4
+    stages: int = 3
+
+
+# (architecture, format of the model, width of the values of a head rounded up to a power of two); fp16 and fp32 multiply in
+# fp32, whose operands take more registers: fp32 by three products each.
+TAYLOR: Mapping[tuple[str, str, int], TaylorTiles] = {
+    ("sm_90", "bf16", 16): TaylorTiles(),
+    ("sm_90", "bf16", 32): TaylorTiles(),
+    ("sm_90", "bf16", 64): TaylorTiles(),
+    ("sm_90", "bf16", 128): TaylorTiles(back_rows=16),
+    **{("sm_90", "fp16", v): TaylorTiles(chunk=32, back_rows=16, stages=2) for v in (16, 32, 64, 128)},
+    **{("sm_90", "fp32", v): TaylorTiles(chunk=16, back_rows=16, stages=2) for v in (16, 32, 64, 128)},
+}
+
+
+def taylor_cut(value_dim: int, form: str) -> TaylorTiles:
+    """The cut for values of this width in a model of this format (bf16, fp16, fp32)."""
+    return TAYLOR[ARCHITECTURE, form, padded(value_dim)]
+
+
+def taylor_step_cut(features: int, value_dim: int) -> tuple[int, int]:
+    """(features at a time, warps) of the decode step: all where registers hold them, with every load in flight at once."""
+    rows, columns = padded(features), padded(value_dim)
+    return rows if rows * columns <= 256 * 64 else 8192 // columns, 8
 
 
 def norm_cut(d: int) -> tuple[int, int]:

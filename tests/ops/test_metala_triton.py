@@ -143,8 +143,8 @@ def test_convolution_gate_and_step(device: str) -> None:
         assert (a - b).abs().max() <= 1e-5 * a.abs().max()
     window = pages(5, 2, 33, generator=g, device=device)
     before, slots = window.clone(), torch.tensor([3, 1], device=device)
-    y = conv_step_in_place(x[:, 0].detach(), w.detach(), window, slots=slots)
-    want = causal_conv(x[:, :1], w, history=before[slots], backend="reference")[:, 0]
+    y = conv_step_in_place(x[:, 0].detach(), w.detach(), window, gate=gate[:, 0].detach(), slots=slots)
+    want = causal_conv(x[:, :1], w, history=before[slots], backend="reference")[:, 0] * gate[:, 0]
     assert (y - want).abs().max() < 1e-5
     assert torch.equal(window[slots], torch.cat([before[slots][:, 1:], x[:, :1]], 1))
 

@@ -45,19 +45,43 @@ from megatron.ops.metala import triton_walk_kernels as metala_walk_kernels
 from megatron.ops.metala.triton import step_warps
 from megatron.ops.metala.triton_launch import PRECISION
 from megatron.ops.norm import triton_kernels as norm_kernels
-from megatron.ops.tuning import CROSS_ENTROPY, METALA, Tiles, gated_cut, metala_cuts, metala_rows, norm_cut, padded
+from megatron.ops.selective_scan import triton as scan_triton
+from megatron.ops.selective_scan import triton_gate as scan_gate
+from megatron.ops.selective_scan import triton_gate_kernels as gate_kernels
+from megatron.ops.selective_scan import triton_kernels as scan_kernels
+from megatron.ops.taylor import feature_count
+from megatron.ops.taylor import triton_backward_kernels as taylor_backward_kernels
+from megatron.ops.taylor import triton_kernels as taylor_kernels
+from megatron.ops.taylor import triton_step_kernels as taylor_step_kernels
+from megatron.ops.taylor.triton_launch import FORMS as TAYLOR_FORMS
+from megatron.ops.tuning import (
+    CROSS_ENTROPY,
+    METALA,
+    Tiles,
+    gated_cut,
+    metala_cuts,
+    metala_rows,
+    norm_cut,
+    padded,
+    taylor_cut,
+    taylor_step_cut,
+)  # fmt: skip
 from megatron.ops.window import triton_kernels as window_kernels
 from megatron.ops.window.triton import step_block
 from tools.bench.sass import Listing
 
 Case = tuple[str, Any, dict[str, Any], int, int]
-"""(name, kernel, constants, warps, stages)."""
+"""(name, kernel, constants and perhaps `maxnreg`, warps, stages)."""
 
 ROOT = Path(__file__).resolve().parents[2]
 _SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
 _TYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
 _STRIDES = {
+    "sa",
+    "sda",
+    "sdb",
     "sq",
+    "sk",
     "sz",
     "sv",
     "sg",
@@ -70,17 +94,22 @@ _STRIDES = {
     "sdv",
     "sdg",
     "sl",
-    "sa",
+    "su",
+    "sdt",
     "sb",
+    "sc",
     "sdy",
-    "sda",
-    "sdb",
-    "sk",
 }
-_INTS = _STRIDES | {"T", "D", "N", "PER", "PARTS", "H", "G", "W"}
+_INTS = _STRIDES | {"T", "D", "N", "n", "PER", "PARTS", "H", "G", "W"}
 _LENGTHS = {"T", "D", "N"}
 _FLOATS = {"scale", "eps"}
 _FP32 = {
+    "Sd",
+    "dSd",
+    "den",
+    "dd",
+    "counts",
+    "decay",
     "running",
     "GL",
     "GM",
@@ -104,7 +133,13 @@ _FP32 = {
     "picked",
     "weights",
 }
-_OPERANDS = {"qs", "ks"}  # of an fp16 model they are fp32: half a chunk of decay leaves its range
+# Of one operator's kernels alone; the same names are narrow elsewhere.
+_FP32_OF = {
+    "selective_scan": {
+        "dt", "a", "same", "ends", "factors", "y", "dy", "borders", "scratch", "dlast", "ddt", "da", "dc", "dgain",
+    },
+}  # fmt: skip
+_OPERANDS = {"qs", "ks", "Sn", "dSn", "dn"}  # of an fp16 model they are fp32: decays, scores and sums leave its range
 _INT_POINTERS = {"labels": "*i64", "places": "*i64", "seen": "*i64", "seg": "*i32", "mask": "*i8", "slots": "*i32"}
 # Bytes. Heads of up to 64 x 128, which all released models have, must keep to the first pair; wider ones, fp16 and other forms
 # of a pass to the second; fp32, which is there for comparisons, to the third.
@@ -116,6 +151,7 @@ FP32_SPILL_LIMIT, FP32_SHARED_LIMIT = 320, 160 * 1024
 def _signature(kernel: Any, constants: dict[str, Any], dtype: str) -> dict[str, str]:
     """Type of every argument by its name."""
     kinds = {}
+    own = _FP32_OF.get(kernel.fn.__module__.split(".")[2], set())
     for name in kernel.arg_names:
         if name in constants:
             kinds[name] = "constexpr"
@@ -124,7 +160,7 @@ def _signature(kernel: Any, constants: dict[str, Any], dtype: str) -> dict[str, 
         elif name in _FLOATS:
             kinds[name] = "fp32"
         else:
-            wide = name in _FP32 or (name in _OPERANDS and dtype == "fp16")
+            wide = name in _FP32 or name in own or (name in _OPERANDS and dtype == "fp16")
             kinds[name] = _INT_POINTERS.get(name) or ("*fp32" if wide else f"*{dtype}")
     return kinds
 
@@ -136,6 +172,8 @@ def compile_kernel(kernel: Any, constants: dict[str, Any], dtype: str, warps: in
         registers per thread, spilled bytes, shared memory in bytes, instructions per warp in all and in the longest loop,
         barriers, asynchronous products with an operand in registers, and how many of those registers are overwritten too early.
     """
+    options = {"num_warps": warps, "num_stages": stages, "maxnreg": constants.get("maxnreg")}
+    constants = {name: value for name, value in constants.items() if name != "maxnreg"}
     signature = _signature(kernel, constants, dtype)
     # As at run time: pointers are aligned; strides and training's lengths are multiples of 16.
     aligned = [
@@ -144,7 +182,7 @@ def compile_kernel(kernel: Any, constants: dict[str, Any], dtype: str, warps: in
     ]  # fmt: skip
     attrs = {(i,): [["tt.divisibility", 16]] for i in aligned}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, "num_stages": stages})
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.TemporaryDirectory() as folder:
         ptx, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
@@ -225,6 +263,7 @@ def metala_cases(k: int, v: int, dtype: str, tiles: Tiles | None = None, form: s
     step = {"K": k, "V": v, "BK": padded(k), "BV": padded(v), "ROUND": 0, "HAS_SLOTS": True}
     join = {"K": k, "V": v, "BK": padded(k), "BV": tiles.block_v, "HAS_FIRST": True, "REVERSE": False}
     n, walks, forward, back = metala_kernels, metala_walk_kernels, {"C": tiles.chunk}, {"C": tiles.back}
+    limited = {"HAS_MASK": extras} | ({"maxnreg": tiles.input_registers} if tiles.input_registers else {})
     kept = {"R": tiles.rows or tiles.chunk, "KEEP": True}
     walking, warps = (tiles.walk_warps, tiles.stages), tiles.warps
     cases: list[tuple[Any, ...]] = [
@@ -235,7 +274,8 @@ def metala_cases(k: int, v: int, dtype: str, tiles: Tiles | None = None, form: s
         ("states_backward", walks.state_forward, part | walk | first | back, *walking),
         ("output_backward", n.output_backward, base | {"V": v, "BV": padded(v), "R": metala_rows(v)}, 4, 3),
         ("state_backward", walks.state_backward, part | walk | last | back, *walking),
-        ("input_backward", n.input_backward, part | back | {"HAS_MASK": extras}, tiles.back_warps, tiles.stages),
+        ("value_backward", n.value_backward, part | back, tiles.value_warps, 3),
+        ("input_backward", n.input_backward, part | back | limited, tiles.back_warps, tiles.stages),
     ]
     others: list[tuple[Any, ...]] = [
         ("join_parts", walks.join_parts, join, 4, 3),
@@ -247,7 +287,7 @@ def metala_cases(k: int, v: int, dtype: str, tiles: Tiles | None = None, form: s
 
 def _of(kernel: Any, constants: dict[str, Any]) -> dict[str, Any]:
     """Those constants that the kernel has an argument for."""
-    return {name: value for name, value in constants.items() if name in kernel.arg_names}
+    return {name: value for name, value in constants.items() if name in kernel.arg_names or name == "maxnreg"}
 
 
 def conv_cases(width: int, d: int) -> list[Case]:
@@ -256,7 +296,8 @@ def conv_cases(width: int, d: int) -> list[Case]:
     bare = flags | {"bias": None, "gate": None, "hist": None, "seg": None}
     forward = {"W": width, "BT": conv_triton._TOKENS, "BD": conv_triton._CHANNELS, "SILU": True}
     back = {"W": width, "BT": conv_triton.ROWS, "BD": conv_triton.row_channels(d), "U": conv_triton.UNROLLED, "SILU": True}
-    step = {"W": width, "BD": 256, "SILU": True, "HAS_BIAS": False, "HAS_SLOTS": True, "bias": None}
+    step = {"W": width, "BD": 256, "SILU": True, "HAS_BIAS": False, "HAS_GATE": False, "HAS_SLOTS": True, "bias": None}
+    step |= {"gate": None}
     n = conv_kernels
     return [
         ("conv_forward", n.conv_forward, forward | bare, 4, 3),
@@ -264,6 +305,54 @@ def conv_cases(width: int, d: int) -> list[Case]:
         ("conv_backward_everything", n.conv_backward, back | dict.fromkeys(flags, True), 1, 3),
         ("conv_step", n.conv_step, step, 4, 3),
     ]
+
+
+def scan_cases(n: int, d: int) -> list[Case]:
+    """The selective scan's kernels as `ops/selective_scan/triton.py` cuts them: a training step, everything that a pass may
+    have in a sequence of parts, a decode step."""
+    k, base = scan_kernels, {**scan_triton.layout(n, d), "N": n, "CHUNK": scan_triton.CHUNK}
+    absent = dict.fromkeys(("same", "h0", "dlast", "ends", "factors"))
+    bare = {**base, **absent, "HAS_SEG": False, "HAS_H0": False, "HAS_LAST": False, "SPLIT": False, "KEEP": True}
+    full = base | {"HAS_SEG": True, "HAS_H0": True, "HAS_LAST": True, "SPLIT": True, "KEEP": True}
+    step = {"N": n, "BN": triton.next_power_of_2(n), "HAS_SLOTS": True}
+    step |= {"BD": scan_triton.step_channels(n)}
+    cases: list[tuple[Any, ...]] = [("scan_forward", k.scan_forward, bare), ("scan_backward", k.scan_backward, bare)]
+    cases += [(f"{kernel.fn.__name__}_everything", kernel, full) for kernel in (k.scan_forward, k.scan_backward)]
+    cases += [("part_ends", k.part_ends, full), ("part_gradients", k.part_gradients, full)]
+    tile = {name: size for name, size in scan_gate.TILE.items() if name != "num_warps"}
+    gates: list[Case] = [
+        (f"scan_{kernel.fn.__name__}", kernel, tile, 4, 3) for kernel in (gate_kernels.gate_forward, gate_kernels.gate_backward)
+    ]
+    found = [(name, kernel, _of(kernel, c), 1, 3) for name, kernel, c in cases]
+    return [*found, ("scan_step", k.scan_step, step, 4, 3), *gates]
+
+
+def taylor_cases(f: int, v: int, dtype: str, form: str = "plain") -> list[Case]:
+    """The kernels of Taylor attention as `ops/taylor/triton_launch.py` cuts them; forms as in `metala_cases`."""
+    extras, tiles = form == "everything", taylor_cut(v, dtype)
+    kind = next(kind for kind in TAYLOR_FORMS.values() if kind.name == dtype)
+    flags = dict.fromkeys(("HAS_KEEP", "HAS_DECAY", "HAS_SEG"), extras)
+    none = {} if extras else {"keep": None, "decay": None, "seg": None}
+    single = {"T": 1} if form == "token" else {}
+    widths = {"F": f, "V": v, "E": feature_count(f), "BF": padded(f), "BV": padded(v), "C": tiles.chunk}
+    base = widths | flags | none | single | {"DT": kind.triton, "PREC": kind.precision}
+    first = {"HAS_FIRST": True} if extras else {"HAS_FIRST": False, "first": None}
+    walk = base | first | {"BE": tiles.walk_rows, "BV": min(padded(v), tiles.walk_columns), "STORE": True}
+    counts: dict[str, Any] = {} if extras else {"counts": None}
+    rows, warps = taylor_step_cut(feature_count(f), v)
+    step = widths | {"BE": rows, "HAS_SLOTS": True, "HAS_DECAY": extras} | ({} if extras else {"decay": None})
+    division = {"V": v, "BV": padded(v), "ROWS": 4096 // padded(v)}
+    n, back, walking = taylor_kernels, taylor_backward_kernels, (tiles.walk_warps, tiles.stages)
+    cases: list[tuple[Any, ...]] = [
+        ("walk", n.walk, walk | counts | {"BACK": False}, *walking),
+        ("output", n.output, base | {"BE": tiles.rows, "DIVIDE": True}, tiles.warps, tiles.stages),
+        ("walk_back", n.walk, walk | {"BACK": True, "HAS_KEEP": False}, *walking),
+        ("taylor_input_backward", back.input_backward, base | {"BE": tiles.back_rows}, tiles.back_warps, tiles.stages),
+        ("division_backward", back.division_backward, division, 4, 3),
+        ("taylor_state_backward", back.state_backward, base | {"BE": tiles.back_rows}, tiles.back_warps, tiles.stages),
+        ("taylor_step", taylor_step_kernels.step_forward, step, warps, 3),
+    ]
+    return [(name, kernel, _of(kernel, constants), warps, stages) for name, kernel, constants, warps, stages in cases]
 
 
 def norm_cases(d: int) -> list[Case]:
@@ -332,13 +421,19 @@ def form_cases() -> list[tuple[str, str, Case]]:
     for label, dtype, form in (("token", "bf16", "token"), ("cut 0", "fp16", "plain"), ("cut 0", "fp32", "plain")):
         found += [(f"64x128 {label}", dtype, case) for case in metala_cases(64, 128, dtype, form=form)]
     found += [("128x256 everything", "bf16", case) for case in metala_cases(128, 256, "bf16", form="everything")]
-    return [case for case in found if case[2][0] in _PRODUCTS]
+    found = [case for case in found if case[2][0] in _PRODUCTS]
+    for dtype, form in (("bf16", "token"), ("fp16", "plain"), ("fp32", "plain")):
+        found += [(f"taylor 16x64 {form}", dtype, case) for case in taylor_cases(16, 64, dtype, form)[:4]]
+    return found
 
 
 def other_cases(norms: list[int]) -> list[tuple[str, str, Case]]:
     """The kernels besides MetaLA's, in bf16."""
     found = [("taps 4", "bf16", case) for case in conv_cases(4, 1024)]
+    found += [("states 16", "bf16", case) for case in scan_cases(16, 2048)]
     found += [(f"d {d}", "bf16", case) for d in norms for case in norm_cases(d)]
+    for f, v, form in ((16, 64, "plain"), (16, 64, "everything"), (16, 128, "plain"), (8, 64, "plain")):
+        found += [(f"taylor {f}x{v} {form}", "bf16", case) for case in taylor_cases(f, v, "bf16", form)]
     found += [("d 5632", "bf16", case) for case in gated_cases(5632)]
     found += [("window 128", "bf16", case) for case in window_cases()]
     return found + [("any", "bf16", case) for case in cross_entropy_cases()]

@@ -1,10 +1,10 @@
 """The fused MetaLA operator on a GPU: custom operators that `torch.compile` keeps in its graph, and the decode step in place.
 
 For the backward the inputs are kept and the rows as they leave the norm: to form these again would take most of a forward. All
-else is computed again, which costs less than reading it back. States are stored in the compute dtype at chunk boundaries and carried in fp32 in between. Inputs may be views of one packed projection: a
-token's row may lie anywhere, heads and channels must be dense. The operator over the packed projection itself has one packed
-gradient: a layer then has one matrix product in front of it, one for the gradient of its input (with no sums of four parts) and
-one for the gradient of its weights.
+else is computed again, which costs less than reading it back. States are stored in the compute dtype at chunk boundaries and
+carried in fp32 in between. Inputs may be views of one packed projection: a token's row may lie anywhere, heads and channels
+must be dense. The operator over the packed projection itself has one packed gradient: a layer then has one matrix product in
+front of it, one for the gradient of its input (with no sums of four parts) and one for the gradient of its weights.
 
 With `TRITON_INTERPRET=1` set before Triton is imported the same code runs on a CPU, slowly: so it is tested without a GPU.
 """

@@ -11,7 +11,7 @@ forms an exponential of more than a row. `state_forward`
 (`triton_walk_kernels.py`) walks over the chunks and leaves the state before each;
 `output_forward` does all chunks at once: scores, state, self-augmentation, per-head LayerNorm and SiLU gate, so that nothing but
 the output is written, and for a backward the normalised rows. The backward forms operands and states again from the inputs:
-`output_backward` (norm and gates), `state_backward` (gradient of the states, from the last chunk to the first) and `input_backward`. There every gradient keeps the
+`output_backward` (norm and gates), `state_backward` (gradient of the states, from the last chunk to the first), `value_backward` and `input_backward`. There every gradient keeps the
 factor of its operand outside: with X, Y the gradients of qs and ks, q dq = qs X and key dkey = ks Y, whose difference is summed
 into the gradient of the decay.
 
@@ -266,13 +266,50 @@ def output_backward(
 
 
 @triton.jit
+def value_backward(
+    qs, ks, GL, GM, amount, v, dS, do, dv, seg, sv, sdv, scale, T, H,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    DT: tl.constexpr, PREC: tl.constexpr, HAS_SEG: tl.constexpr,
+):  # fmt: skip
+    """Grid (B * H * chunks * V / BV). Writes dv [B, T, H, V]: what later queries, the state and the augmentation give."""
+    n_v = tl.cdiv(V, BV)
+    n, b, h = _place(tl.cdiv(T, C) * n_v, H)
+    i, i_v = n // n_v, n % n_v
+    ok, oc = tl.arange(0, BK), tl.arange(0, C)
+    ov = i_v * BV + tl.arange(0, BV)
+    t = i * C + oc
+    row = b * T + t
+    chunk = (b * tl.cdiv(T, C) + i) * H + h
+    k_inside = (t < T)[:, None] & (ok < K)[None, :]
+    inside = (t < T)[:, None] & (ov < V)[None, :]
+    at = row[:, None] * (H * K) + h * K + ok[None, :]
+    qq = tl.load(qs + at, mask=k_inside, other=0.0)
+    kk = tl.load(ks + at, mask=k_inside, other=0.0)
+    dd = tl.load(do + row[:, None] * (H * V) + h * V + ov[None, :], mask=inside, other=0.0)
+    ds = tl.load(dS + chunk * K * V + ok[:, None] * V + ov[None, :], mask=(ok < K)[:, None] & (ov < V)[None, :], other=0.0)
+    ids, _, leave, _ = _borders(seg, b, i, t, T, C, HAS_SEG)
+    last = tl.load(GL + chunk * K + ok, mask=ok < K, other=0.0)
+    after = tl.math.exp2(last - tl.load(GM + chunk * K + ok, mask=ok < K, other=0.0))
+    # the scores transposed, formed so: a row is a key, and the queries that see it stand at or after it
+    a = tl.dot(kk, tl.trans(qq), input_precision=PREC)
+    a = tl.where((oc[:, None] <= oc[None, :]) & (ids[:, None] == ids[None, :]), a * scale, 0.0)
+    dvv = tl.dot(_scaled(tl.where(leave[:, None], kk, 0.0), after, DT), ds, input_precision=PREC)
+    dvv = tl.dot(a.to(DT), dd, dvv, input_precision=PREC)
+    am = tl.load(amount + row * H + h, mask=t < T, other=0.0)[:, None]
+    vv = tl.load(v + row[:, None] * sv + h * V + ov[None, :], mask=inside, other=0.0).to(tl.float32)
+    sig = _sigmoid(am * vv)
+    dvv += dd.to(tl.float32) * sig * (1.0 - sig) * am
+    tl.store(dv + row[:, None] * sdv + h * V + ov[None, :], dvv.to(dv.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def input_backward(
-    qs, ks, running, GL, GM, amount, z, v, w, S, dS, do, damount, dq, dz, dv, dw, seg, mask,
-    sz, sv, sdq, sdz, sdv, scale, T, H,
+    qs, ks, running, GL, GM, z, v, w, S, dS, do, damount, dq, dz, dw, seg, mask,
+    sz, sv, sdq, sdz, scale, T, H,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     DT: tl.constexpr, PREC: tl.constexpr, HAS_SEG: tl.constexpr, HAS_MASK: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B * H * chunks). Writes dq, dz [b, t, h, k], dv [b, t, h, v] and per-chunk parts of dw [b, chunks, h, k]."""
+    """Grid (B * H * chunks). Writes dq, dz [B, T, H, K] and each chunk's part of dw [B, chunks, H, K]."""
     NT = tl.cdiv(T, C)
     i, b, h = _place(NT, H)
     ok = tl.arange(0, BK)
@@ -289,11 +326,7 @@ def input_backward(
     Gl = tl.load(GL + chunk * K + ok, mask=ok < K, other=0.0)
     Gm = tl.load(GM + chunk * K + ok, mask=ok < K, other=0.0)
     after = tl.math.exp2(Gl - Gm)
-    am = tl.load(amount + row * H + h, mask=here, other=0.0)
     seen = (oc[:, None] >= oc[None, :]) & (ids[:, None] == ids[None, :])
-    a = tl.dot(qq, tl.trans(kk), input_precision=PREC)
-    a = tl.where(seen, a * scale, 0.0).to(DT)
-    kept = _scaled(tl.where(leave[:, None], kk, 0.0), after, DT)
     da = tl.zeros([C, C], tl.float32)
     dqs = tl.zeros([C, BK], tl.float32)
     dks = tl.zeros([C, BK], tl.float32)
@@ -310,11 +343,6 @@ def input_backward(
         da = tl.dot(dd, tl.trans(vv), da, input_precision=PREC)
         dqs = tl.dot(dd, tl.trans(s), dqs, input_precision=PREC)
         dks = tl.dot(vv, tl.trans(ds), dks, input_precision=PREC)
-        dvv = tl.dot(tl.trans(a), dd, input_precision=PREC)
-        dvv = tl.dot(kept, ds, dvv, input_precision=PREC)
-        sig = _sigmoid(am[:, None] * vv.to(tl.float32))
-        dvv += dd.to(tl.float32) * sig * (1.0 - sig) * am[:, None]
-        tl.store(dv + row[:, None] * sdv + h * V + ov[None, :], dvv.to(dv.dtype.element_ty), mask=v_inside)
     da = tl.where(seen, da * scale, 0.0).to(kk.dtype)
     dks = tl.where(leave[:, None], dks, 0.0) * after[None, :]
     kf = kk.to(tl.float32)

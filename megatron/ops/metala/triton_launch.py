@@ -165,7 +165,7 @@ def _walk(x: Inputs, run: Callable[..., None], start: Tensor | None, end: Tensor
 
 
 class Kept(NamedTuple):
-    """What a forward leaves for its backward: normalised rows [b, t, h, v] in v's dtype, inverse deviations [b, t, h] in fp32."""
+    """What a forward leaves for its backward: normalised rows [b, t, h, v], and 1 / deviation of each row [b, t, h] in fp32."""
 
     normed: Tensor
     inverse: Tensor
@@ -234,10 +234,15 @@ def _backward(
     after, dstate = state_gradients(x, made, do, dfinal, tiles.back)
     chunks = before.shape[1]
     dw = _wide(x.v, b, chunks, h, k)
+    kernels.value_backward[(chunks * triton.cdiv(v, tiles.block_v) * b * h,)](
+        made.qs, made.ks, made.last, made.middle, made.amount, x.v, after, do, dv, x.segment_ids,
+        token_stride(x.v), token_stride(dv), k**-0.5, t, h,
+        **x.constants(tiles.back, tiles.block_v), num_warps=tiles.value_warps,
+    )  # fmt: skip
     kernels.input_backward[(chunks * b * h,)](
-        made.qs, made.ks, made.running, made.last, made.middle, made.amount, x.z, x.v, x.w, before, after, do, damount,
-        dq, dz, dv, dw, x.segment_ids, x.mask,
-        token_stride(x.z), token_stride(x.v), token_stride(dq), token_stride(dz), token_stride(dv), k**-0.5, t, h,
+        made.qs, made.ks, made.running, made.last, made.middle, x.z, x.v, x.w, before, after, do, damount,
+        dq, dz, dw, x.segment_ids, x.mask,
+        token_stride(x.z), token_stride(x.v), token_stride(dq), token_stride(dz), k**-0.5, t, h,
         **x.constants(tiles.back, tiles.block_v), HAS_MASK=x.mask is not None,
         num_warps=tiles.back_warps, num_stages=tiles.stages, maxnreg=tiles.input_registers or None,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Causal linear attention with the Taylor feature map (Based): quadratic, in chunks with an exact backward, and one step.
+"""Causal linear attention with the Taylor feature map (Based): quadratic and in chunks with an exact backward.
 
     p(q, k) = 1 + s + s^2 / 2,  s = q.k / sqrt(f)
     y_i = sum_{j<=i} g^(i-j) p(q_i, k_j) v_j / ( sum_{j<=i} p(q_i, k_j) + 1e-12 )
@@ -26,7 +26,6 @@ from megatron.ops.dispatch import choose, path
 from megatron.ops.opaque import opaque, worked
 from megatron.ops.precision import in_accumulation_dtype, outside_autocast, sum_dtype
 from megatron.ops.taylor.features import (
-    TaylorMap,
     feature_count,
     features_by_definition,
     taylor_features,
@@ -48,7 +47,7 @@ def empty_taylor_state(b: int, h: int, f: int, v: int, dtype: torch.dtype, devic
     return torch.zeros(b, h, feature_count(f), v + 1, dtype=sum_dtype(dtype), device=device)
 
 
-def _values(v: Tensor, keep: Tensor | None) -> Tensor:
+def values_and_one(v: Tensor, keep: Tensor | None) -> Tensor:
     """u = [v | 1], zero where nothing is kept: `[..., v]` -> `[..., v + 1]`; keep broadcasts over what lies before v."""
     u = torch.cat([in_accumulation_dtype(v), v.new_ones(*v.shape[:-1], 1, dtype=sum_dtype(v.dtype))], -1)
     return u if keep is None else u * keep.to(u.dtype)
@@ -68,7 +67,7 @@ def taylor_quadratic(
 ) -> tuple[Tensor, Tensor]:
     """All pairs at once, by autograd; O(s^2) memory: for tests and for reading."""
     s, f = q.shape[1], q.shape[-1]
-    u = _values(v, None if keep is None else keep[..., None, None])
+    u = values_and_one(v, None if keep is None else keep[..., None, None])
     qs, ks = in_accumulation_dtype(q) * f**-0.25, in_accumulation_dtype(k) * f**-0.25
     seen = torch.ones(s, s, dtype=torch.bool, device=q.device).tril()[None]
     first = torch.ones(1, s, dtype=torch.bool, device=q.device)
@@ -128,7 +127,7 @@ class _Inputs(NamedTuple):
         scale = self.q.shape[-1] ** -0.25
         q, k = (in_accumulation_dtype(x[at]).transpose(1, 2) * scale for x in (self.q, self.k))
         keep = None if self.keep is None else self.keep[at][:, None, :, None]
-        u = _values(self.v[at].transpose(1, 2), keep)
+        u = values_and_one(self.v[at].transpose(1, 2), keep)
         pair = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril_()[None, None]
         enter = leave = carry = None
         if self.segment_ids is not None:
@@ -323,16 +322,3 @@ def taylor(
 ) -> tuple[Tensor, Tensor]:
     """`y [b, s, h, v]` in v's dtype (divide=False: the sums `[b, s, h, v + 1]`, fp32) and the state after the last token."""
     return choose("taylor", backend, q.device)(q, k, v, state, keep, log_decay, segment_ids, divide)
-
-
-@outside_autocast
-def taylor_step(q: Tensor, k: Tensor, v: Tensor, state: Tensor, log_decay: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """One token: q, k [b, h, f]; v [b, h, v]; state [b, h, e, v + 1]; log_decay [h]. Returns y [b, h, v] and the new state."""
-    scale = q.shape[-1] ** -0.25
-    features = features_by_definition if torch.compiler.is_compiling() else TaylorMap.apply
-    phi_q, phi_k = (features(in_accumulation_dtype(x) * scale) for x in (q, k))
-    if log_decay is not None:
-        fall = log_decay.to(state.dtype).exp()[:, None, None]
-        state = state * torch.cat([fall.expand(-1, 1, v.shape[-1]), torch.ones_like(fall)], -1)
-    new = torch.addcmul(state, phi_k.unsqueeze(-1), _values(v, None).unsqueeze(-2))
-    return normalised((phi_q.unsqueeze(-2) @ new).squeeze(-2)).to(v.dtype), new

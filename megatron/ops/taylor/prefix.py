@@ -14,6 +14,7 @@ Shapes as in `ops/taylor/`; k2, v2 [b, m, h, .] are the prefix's; inside [b, m] 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -120,16 +121,34 @@ def prefix_chunked(
     if segment_ids is None:
         start = _prefix_state(k2, v2, inside)
         return taylor_chunked(q, k, v, start if state is None else start + state, keep, None, None, True)
+    return prefix_of_documents(taylor_chunked, q, k, v, k2, v2, inside, state, keep, segment_ids)
+
+
+def prefix_of_documents(
+    scan: Callable[..., tuple[Tensor, Tensor]],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k2: Tensor,
+    v2: Tensor,
+    inside: Tensor,
+    state: Tensor | None,
+    keep: Tensor | None,
+    segment_ids: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Three causal scans: the text, the prefix from the left and the prefix from the right; `scan` is a path of `taylor`."""
     s, m = q.shape[1], k2.shape[1]
-    sums, end = taylor_chunked(q, k, v, state, keep, None, segment_ids, False)
-    left, left_end = taylor_chunked(q, _padded(k2, s), _padded(v2, s), None, _padded(inside, s), None, segment_ids, False)
+    sums, end = scan(q, k, v, state, keep, None, segment_ids, False)
+    left, left_end = scan(q, _padded(k2, s), _padded(v2, s), None, _padded(inside, s), None, segment_ids, False)
     sums = sums + left
     if m:
-        sums = sums + _padded(_from_the_right(q[:, :m], k2, v2, inside, segment_ids[:, :m]), s)
+        sums = sums + _padded(_from_the_right(scan, q[:, :m], k2, v2, inside, segment_ids[:, :m]), s)
     return normalised(sums).to(v.dtype), end + left_end
 
 
-def _from_the_right(q: Tensor, k: Tensor, v: Tensor, inside: Tensor, ids: Tensor) -> Tensor:
+def _from_the_right(
+    scan: Callable[..., tuple[Tensor, Tensor]], q: Tensor, k: Tensor, v: Tensor, inside: Tensor, ids: Tensor
+) -> Tensor:
     """Sums over j > i inside the prefix and the document, `[b, m, h, v + 1]`.
 
     The causal scan runs over the reversed tokens, with every key moved one place on, so that position i sees j > i only; a key
@@ -138,7 +157,7 @@ def _from_the_right(q: Tensor, k: Tensor, v: Tensor, inside: Tensor, ids: Tensor
     ids = ids.flip(1)
     moved = [F.pad(x.flip(1)[:, :-1], (0, 0, 0, 0, 1, 0)) for x in (k, v)]
     weight = F.pad(inside.flip(1)[:, :-1] * (ids[:, 1:] == ids[:, :-1]), (1, 0))
-    sums, _ = taylor_chunked(q.flip(1), *moved, None, weight, None, ids, False)
+    sums, _ = scan(q.flip(1), *moved, None, weight, None, ids, False)
     return sums.flip(1)
 
 

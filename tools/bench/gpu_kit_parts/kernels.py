@@ -15,6 +15,7 @@ from megatron.ops.conv import causal_conv
 from megatron.ops.gated import gated_packed
 from megatron.ops.metala import metala_packed
 from megatron.ops.norm import add_norm
+from megatron.ops.taylor import taylor
 from megatron.ops.tuning import metala_cuts
 from tools.bench.gpu_kit import stored
 from tools.bench.gpu_kit_parts.part import Part
@@ -40,8 +41,9 @@ def profiled(call: Callable[[], Any], calls: int, device: str) -> list[tuple[str
     return sorted((row for row in rows if row[1] > 0), key=lambda row: -row[1])
 
 
-def _share(part: Part, rows: list[tuple[str, float, float]], moved: dict[str, float]) -> dict[str, Any]:
-    """The rows, and for the kernels in `moved` the share of the copy bandwidth."""
+def _shares(part: Part, call: Callable[[], Any], calls: int, moved: dict[str, float]) -> dict[str, Any]:
+    """The kernels of a call, and for those in `moved` the share of the copy bandwidth that they reach."""
+    rows = profiled(call, calls, part.device)
     copy = next((float(str(r["tb_per_s"])) for r in stored(part.output / "facts.jsonl") if r.get("key") == "copy"), None)
     shares = {name: moved[name] / us / 1e6 / copy for name, us, _ in rows if name in moved and copy}
     return {"kernels": rows[:14], "of_copy_bandwidth": shares}
@@ -69,8 +71,8 @@ def run(part: Part) -> None:
             torch.autograd.grad(y, (packed, w), up, retain_graph=True)
 
         late = {name: table[_IN_BACKWARD.get(name, name)] for name in (*_IN_BACKWARD, *table)}
-        part.row(f"metala forward d={d}", lambda f=forward, m=table: _share(part, profiled(f, calls, part.device), m))
-        part.row(f"metala backward d={d}", lambda f=backward, m=late: _share(part, profiled(f, calls, part.device), m))
+        part.row(f"metala forward d={d}", _shares, part, forward, calls, table)
+        part.row(f"metala backward d={d}", _shares, part, backward, calls, late)
         x, added = part.random(b, t, d).requires_grad_(), part.random(b, t, d, seed=1).requires_grad_()
         weight, gain = part.random(d, 1, 4).requires_grad_(), part.random(d).requires_grad_()
         conv = causal_conv(x, weight, backend="triton")
@@ -100,4 +102,13 @@ def run(part: Part) -> None:
             "gated_backward": 5.0 * gated,
         }
         for name, call in both.items():
-            part.row(f"{name} d={d}", lambda f=call, m=moved: _share(part, profiled(f, calls, part.device), m))
+            part.row(f"{name} d={d}", _shares, part, call, calls, moved)
+    b, t, h, v = (1, 20, 1, 16) if part.rehearse else (4, 8192, 16, 64)
+    leaves = [part.random(b, t, h, n, seed=i).requires_grad_() for i, n in enumerate((16, 16, v))]
+    summed, up = taylor(*leaves, backend="triton")[0], part.random(b, t, h, v, seed=3)
+    passes: dict[str, Callable[[], Any]] = {
+        "forward": lambda: taylor(*leaves, backend="triton"),
+        "backward": lambda: torch.autograd.grad(summed, leaves, up, retain_graph=True),
+    }
+    for name, call in passes.items():
+        part.row(f"taylor {name} {b} x {t} x {h} x {v}", _shares, part, call, calls, {})

@@ -31,7 +31,7 @@ _BASED = ("base_conv", "based", "base_conv", "sliding")
 
 def backend_of(part: Part, mixer: str) -> str:
     """The fused path where there is one; in a rehearsal Flex has no backward on a CPU."""
-    return "auto" if not part.rehearse else "triton" if mixer in ("metala", "base_conv") else "torch"
+    return "auto" if not part.rehearse else "torch" if mixer == "alibi" else "triton"
 
 
 def model_config(mixer: str, size: str, rehearse: bool) -> ModelConfig:

@@ -40,7 +40,8 @@ def _taylor(part: Part, b: int, t: int, h: int, v: int, backend: str) -> dict[st
 
 
 def _scan(part: Part, b: int, t: int, d: int, backend: str) -> dict[str, Any]:
-    u, dt = part.random(b, t, d).requires_grad_(), part.random(b, t, d, seed=1).abs().requires_grad_()
+    u, dt = part.random(b, t, d).requires_grad_(), part.random(b, t, d, seed=1, dtype=torch.float32).abs()
+    dt.requires_grad_()
     a = (-part.random(d, 16, seed=2, dtype=torch.float32).abs()).requires_grad_()
     bc = [part.random(b, t, 16, seed=3 + i).requires_grad_() for i in range(2)]
     return _times(part, lambda: selective_scan(u, dt, a, *bc, backend=backend)[0], (u, dt, a, *bc))
@@ -70,14 +71,17 @@ def run(part: Part) -> None:
     for backend in ("triton", "torch"):
         for shape in shapes[: None if backend == "triton" else 2]:
             name = f"metala {backend} {' x '.join(map(str, shape))}"
-            part.row(name, lambda shape=shape, backend=backend: _metala(part, *shape, backend))
+            part.row(name, _metala, part, *shape, backend)
+    taylor_shapes = [(1, 20, 1, 16)] if part.rehearse else [(8, 2048, 16, 64), (4, 8192, 16, 64)]
+    scan_shapes = [(1, 12, 16)] if part.rehearse else [(8, 2048, 2048), (8, 2048, 4096), (1, 16384, 4096)]
+    for backend in ("triton", "torch"):
+        for taylor_shape in taylor_shapes[: None if backend == "triton" else 1]:
+            part.row(f"taylor {backend} {' x '.join(map(str, taylor_shape))}", _taylor, part, *taylor_shape, backend)
+        for scan in scan_shapes[: None if backend == "triton" else 1]:
+            part.row(f"selective scan {backend} {' x '.join(map(str, scan))}", _scan, part, *scan, backend)
     for rows, width in [(20, 48)] if part.rehearse else [(32768, 2816), (16384, 5632)]:
         for backend in ("triton", "torch", "reference"):
-            part.row(f"gated {backend} {rows} x {width}", lambda s=(rows, width, backend): _gated(part, *s))
-    for b, h, d, w in [(2, 2, 16, 8)] if part.rehearse else [(64, 32, 64, 128), (1, 32, 64, 128)]:
+            part.row(f"gated {backend} {rows} x {width}", _gated, part, rows, width, backend)
+    for step in [(2, 2, 16, 8)] if part.rehearse else [(64, 32, 64, 128), (1, 32, 64, 128)]:
         for backend in ("triton", "torch"):
-            part.row(f"window step {backend} {b} x {h} x {d}, {w}", lambda s=(b, h, d, w, backend): _window(part, *s))
-    for b, t, h, v in [(1, 20, 1, 16)] if part.rehearse else [(8, 2048, 16, 64), (4, 8192, 16, 64)]:
-        part.row(f"taylor torch {b} x {t} x {h} x {v}", lambda s=(b, t, h, v): _taylor(part, *s, "torch"))
-    for b, t, d in [(1, 12, 16)] if part.rehearse else [(8, 2048, 2048)]:
-        part.row(f"selective scan torch {b} x {t} x {d}", lambda s=(b, t, d): _scan(part, *s, "torch"))
+            part.row(f"window step {backend} {' x '.join(map(str, step))}", _window, part, *step, backend)

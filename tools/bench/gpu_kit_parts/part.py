@@ -6,8 +6,6 @@ import contextlib
 import json
 import os
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,9 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tools.bench.gpu_kit import ROOT, stored
-
-_WARM = "GPU_KIT_WARM"
+from tools.bench.gpu_kit import WARM, stored
 
 
 class Part:
@@ -35,10 +31,10 @@ class Part:
         self.device, self.dtype = ("cpu", torch.float32) if rehearse else ("cuda", torch.bfloat16)
         self._rows, self._at = output / f"{name}.jsonl", output / f"{name}.at"
         self._keys = {row.get("key") for row in stored(self._rows)}
-        if _WARM not in os.environ and self._at.exists():  # the process before this one died here
+        if WARM not in os.environ and self._at.exists():  # the process before this one died here
             self._store({"key": self._at.read_text(), "error": "the process ended while it measured this row"})
         self._flush: Tensor | None = None
-        self._warming = os.environ.get(_WARM)
+        self._warming = os.environ.get(WARM)
         self._met = 0
         self.all_rows = False  # in a process that compiles ahead: every row, not its share
 
@@ -49,26 +45,6 @@ class Part:
             os.fsync(file.fileno())
         self._keys.add(row["key"])
         self._at.unlink(missing_ok=True)
-
-    def warm(self, processes: int, seconds: float) -> None:
-        """Compile what the rows of this part need in `processes` processes at once, into Triton's cache; nothing is stored.
-
-        In such a process a call that is timed runs once. The rows are dealt out among the processes.
-        """
-        if self.rehearse or self.warming is not None:
-            return
-        command = [sys.executable, "-m", "tools.bench.gpu_kit_parts", self.name, "--output", str(self.output)]
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        children = [
-            subprocess.Popen(command, cwd=ROOT, env={**os.environ, _WARM: f"{i} {processes}"}, **quiet)
-            for i in range(processes)
-        ]
-        end = time.monotonic() + seconds
-        for child in children:
-            try:
-                child.wait(max(0.1, end - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                child.kill()
 
     @property
     def calls(self) -> int:
@@ -83,8 +59,8 @@ class Part:
         number, count = self._warming.split()
         return int(number), int(count)
 
-    def row(self, key: str, measure: Callable[[], Mapping[str, Any]]) -> None:
-        """Store what `measure` returns under `key`, once; what it raises is stored in its place and does not stop the part."""
+    def row(self, key: str, measure: Callable[..., Mapping[str, Any]], *arguments: Any) -> None:
+        """Store what `measure(*arguments)` returns under `key`, once; an exception is stored instead and stops no other row."""
         if key in self._keys:
             return
         if self.warming is not None:
@@ -92,12 +68,12 @@ class Part:
             self._met += 1
             if self.all_rows or self._met % count == number:
                 with contextlib.suppress(Exception):
-                    measure()
+                    measure(*arguments)
             return
         self._at.write_text(key)
         begin = time.perf_counter()
         try:
-            fields = dict(measure())
+            fields = dict(measure(*arguments))
         except Exception as error:  # any: the other rows are worth having
             fields = {"error": f"{type(error).__name__}: {str(error)[:600]}"}
         self._store({"key": key, **fields, "took_s": round(time.perf_counter() - begin, 2)})
@@ -121,14 +97,14 @@ class Part:
             call()
         times = []
         for _ in range(calls):
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             self._flush.zero_()
             torch.cuda._sleep(2_500_000)
-            begin.record()
+            first.record()
             call()
-            end.record()
+            last.record()
             torch.cuda.synchronize()
-            times.append(begin.elapsed_time(end))
+            times.append(first.elapsed_time(last))
         return float(statistics.median(times))
 
     def random(self, *shape: int, seed: int = 0, dtype: torch.dtype | None = None) -> Tensor:

@@ -54,11 +54,10 @@ def run(part: Part) -> None:
     """A row per variant and shape; ours is measured in the same process, for the ratio."""
     _prune(part)
     part.all_rows = True
-    part.warm(_TRIED, 60)
-    from tools.bench.gpu_peers import by_fla, ours
+    from tools.bench.gpu_kit_parts.glue import by_fla, ours  # imports the peer: not before its tuner is pruned
 
     if part.rehearse:  # the peer's kernels do not run in the interpreter on a CPU
-        part.row("ours 8 heads", lambda: _times(part, ours("triton"), *part.metala(1, 20, 1, 16, 32)))
+        part.row("ours 8 heads", _times, part, ours("triton"), *part.metala(1, 20, 1, 16, 32))
         return
     for h in (8, 16):
         shape = part.metala(8, 2048, h, 64, 128)
@@ -67,6 +66,6 @@ def run(part: Part) -> None:
             "fla + eager glue": by_fla(False),
             "fla + compiled glue": by_fla(True),
         }.items():
-            part.row(f"{name} {h} heads", lambda f=run_it, s=shape: _times(part, f, *s))
-    part.row("fla parallel_based 8 x 2048 x 16 x 64", lambda: _based(part, 8, 2048, 16, 64))
-    part.row("fla parallel_based 4 x 8192 x 16 x 64", lambda: _based(part, 4, 8192, 16, 64))
+            part.row(f"{name} {h} heads", _times, part, run_it, *shape)
+    part.row("fla parallel_based 8 x 2048 x 16 x 64", _based, part, 8, 2048, 16, 64)
+    part.row("fla parallel_based 4 x 8192 x 16 x 64", _based, part, 4, 8192, 16, 64)

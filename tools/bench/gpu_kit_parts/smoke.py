@@ -15,6 +15,7 @@ from megatron.ops.gated import gated, gated_packed
 from megatron.ops.metala import cut_packed, metala_packed, metala_step_
 from megatron.ops.norm import add_norm, norm
 from megatron.ops.packed_linear import packed_linear
+from megatron.ops.taylor import empty_taylor_state, taylor, taylor_step_
 from megatron.ops.window import window_step_
 from tools.bench.gpu_kit_parts.models import MIXERS, Trainee, backend_of, decoding
 from tools.bench.gpu_kit_parts.part import Part
@@ -22,7 +23,7 @@ from tools.bench.gpu_kit_parts.part import Part
 
 def _finite(outputs: Sequence[Tensor], leaves: Sequence[Tensor]) -> dict[str, Any]:
     """Whether outputs and the gradients of the leaves are finite."""
-    gradients = torch.autograd.grad(sum(x.float().sum() for x in outputs), list(leaves)) if leaves else ()
+    gradients = torch.autograd.grad([x.float().sum() for x in outputs], list(leaves)) if leaves else ()
     return {"finite": all(bool(torch.isfinite(x).all()) for x in (*outputs, *gradients))}
 
 
@@ -37,6 +38,12 @@ def _window(part: Part, b: int, h: int, d: int, w: int) -> dict[str, Any]:
     ring = part.random(b, w, h, d, seed=3), part.random(b, w, h, d, seed=4)
     places, seen = torch.arange(w, device=part.device).repeat(b, 1), torch.full((b,), w, device=part.device)
     return _finite([window_step_(q, k, v, *ring, places, seen, scale=d**-0.5, backend="triton"), *ring], [])
+
+
+def _taylor_step(part: Part, b: int, h: int, v: int) -> dict[str, Any]:
+    q, k, x = (part.random(b, h, n, seed=i) for i, n in enumerate((16, 16, v)))
+    state = empty_taylor_state(b, h, 16, v, q.dtype, part.device)
+    return _finite([taylor_step_(q, k, x, state, backend="triton"), state], [])
 
 
 def _cross_entropy(part: Part, rows: int, words: int) -> dict[str, Any]:
@@ -64,9 +71,12 @@ def run(part: Part) -> None:
     x, up = part.random(b, t, d, seed=2).requires_grad_(), part.random(b, t, d, seed=3).requires_grad_()
     weight, scale = part.random(d, 1, 4, seed=4).requires_grad_(), part.random(d, seed=5).requires_grad_()
     square = part.random(d, d, seed=6).requires_grad_()
+    heads = [part.random(b, t, h, n, seed=7 + i).requires_grad_() for i, n in enumerate((16, 16, k))]
     rows: dict[str, Callable[[], dict[str, Any]]] = {
         "metala": lambda: _finite(metala_packed(packed, w, backend="triton"), [packed, w]),
         "metala step": lambda: _step(part, b, h, k, v),
+        "taylor": lambda: _finite(taylor(*heads, backend="triton"), heads),
+        "taylor step": lambda: _taylor_step(part, b, h, k),
         "conv": lambda: _finite([causal_conv(x, weight, backend="triton")], [x, weight]),
         "norm": lambda: _finite([norm(x, scale, None, centred=False, eps=1e-5, backend="triton")], [x, scale]),
         "add norm": lambda: _finite(add_norm(x, up, scale, None, centred=False, eps=1e-5, backend="triton"), [x, up, scale]),
@@ -79,4 +89,4 @@ def run(part: Part) -> None:
     for name, measure in rows.items():
         part.row(name, measure)
     for mixer in MIXERS:
-        part.row(f"model of {mixer}", lambda mixer=mixer: _model(part, mixer))
+        part.row(f"model of {mixer}", _model, part, mixer)
