@@ -66,6 +66,8 @@ from megatron.ops.tuning import (
     taylor_cut,
     taylor_step_cut,
 )  # fmt: skip
+from megatron.ops.window import triton_kernels as window_kernels
+from megatron.ops.window.triton import step_block
 from tools.bench.sass import Listing
 
 Case = tuple[str, Any, dict[str, Any], int, int]
@@ -98,7 +100,7 @@ _STRIDES = {
     "sc",
     "sdy",
 }
-_INTS = _STRIDES | {"T", "D", "N", "n", "PER", "PARTS", "H"}
+_INTS = _STRIDES | {"T", "D", "N", "n", "PER", "PARTS", "H", "G", "W"}
 _LENGTHS = {"T", "D", "N"}
 _FLOATS = {"scale", "eps"}
 _FP32 = {
@@ -138,7 +140,7 @@ _FP32_OF = {
     },
 }  # fmt: skip
 _OPERANDS = {"qs", "ks", "Sn", "dSn", "dn"}  # of an fp16 model they are fp32: decays, scores and sums leave its range
-_INT_POINTERS = {"labels": "*i64", "seg": "*i32", "mask": "*i8", "slots": "*i32"}
+_INT_POINTERS = {"labels": "*i64", "places": "*i64", "seen": "*i64", "seg": "*i32", "mask": "*i8", "slots": "*i32"}
 # Bytes. Heads of up to 64 x 128, which all released models have, must keep to the first pair; wider ones, fp16 and other forms
 # of a pass to the second; fp32, which is there for comparisons, to the third.
 SPILL_LIMIT, SHARED_LIMIT = 32, 112 * 1024
@@ -384,6 +386,15 @@ def gated_cases(d: int) -> list[Case]:
     ]
 
 
+def window_cases() -> list[Case]:
+    """The step of windowed attention at the heads of Based, and with grouped queries at wider ones."""
+    n, found = window_kernels, []
+    for d, share in ((64, 1), (128, 4)):
+        tile = {"SHARE": share, "BW": step_block(d), "BD": padded(d)}
+        found.append((f"window_step_{d}", n.window_step, tile, 4, 3))
+    return [*found, ("window_count", n.window_count, {"BW": 128}, 1, 3)]
+
+
 def cross_entropy_cases() -> list[Case]:
     """The kernels of the cross entropy over rows."""
     columns, warps = CROSS_ENTROPY
@@ -431,6 +442,7 @@ def other_cases(norms: list[int]) -> list[tuple[str, str, Case]]:
     for f, v, form in ((16, 64, "plain"), (16, 64, "everything"), (16, 128, "plain"), (8, 64, "plain")):
         found += [(f"taylor {f}x{v} {form}", "bf16", case) for case in taylor_cases(f, v, "bf16", form)]
     found += [("d 5632", "bf16", case) for case in gated_cases(5632)]
+    found += [("window 128", "bf16", case) for case in window_cases()]
     return found + [("any", "bf16", case) for case in cross_entropy_cases()]
 
 

@@ -12,6 +12,7 @@ from megatron.ops.gated import gated
 from megatron.ops.metala import metala_packed
 from megatron.ops.selective_scan import selective_scan
 from megatron.ops.taylor import taylor
+from megatron.ops.window import window_step_
 from tools.bench.gpu_kit_parts.part import Part
 
 
@@ -51,6 +52,16 @@ def _gated(part: Part, rows: int, width: int, backend: str) -> dict[str, Any]:
     return _times(part, lambda: gated(a, b, "silu", backend), (a, b))
 
 
+def _window(part: Part, b: int, h: int, d: int, w: int, backend: str) -> dict[str, Any]:
+    """A token step; GB/s counts keys and values once."""
+    q, k, v = (part.random(b, h, d, seed=i) for i in range(3))
+    ring = part.random(b, w, h, d, seed=3), part.random(b, w, h, d, seed=4)
+    places, seen = torch.arange(w, device=part.device).repeat(b, 1), torch.full((b,), w, device=part.device)
+    with torch.inference_mode():
+        ms = part.ms(lambda: window_step_(q, k, v, *ring, places, seen, scale=d**-0.5, backend=backend))
+    return {"ms": ms, "gb_per_s": 2 * ring[0].numel() * ring[0].element_size() / ms / 1e6}
+
+
 def run(part: Part) -> None:
     """Rows `operator backend sizes`; the plain path, which takes far longer, at one size."""
     shapes = [(1, 40, 1, 16, 32)] if part.rehearse else [
@@ -60,11 +71,13 @@ def run(part: Part) -> None:
     taylor_shapes = [(1, 20, 1, 16)] if part.rehearse else [(4, 8192, 16, 64), (8, 2048, 16, 64)]
     scan_shapes = [(1, 12, 16)] if part.rehearse else [(8, 2048, 2048), (8, 2048, 4096), (1, 16384, 4096)]
     gated_shapes = [(20, 48)] if part.rehearse else [(16384, 5632), (32768, 2816)]
+    window_shapes = [(2, 2, 16, 8)] if part.rehearse else [(64, 32, 64, 128), (1, 32, 64, 128)]
     operators: list[tuple[str, Callable[..., dict[str, Any]], Sequence[tuple[int, ...]]]] = [
         ("metala", _metala, shapes),
         ("taylor", _taylor, taylor_shapes),
         ("selective scan", _scan, scan_shapes),
         ("gated", _gated, gated_shapes),
+        ("window step", _window, window_shapes),
     ]
     for backend in ("triton", "torch"):
         for name, measure, sizes in operators:
