@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import sys
 from collections import Counter
@@ -35,6 +36,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         weights[item.path] += _SLOW if item.get_closest_marker("slow") else 1
     items.sort(key=lambda item: -weights[item.path])
+
+
+def pytest_collection_finish() -> None:
+    """Garbage collections of the tests pass over what the imports made, a million objects: many libraries ask for full ones."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -75,3 +82,11 @@ def _denormals() -> Iterator[None]:
     torch = sys.modules.get("torch")
     if torch is not None:
         torch.set_flush_denormal(False)
+
+
+@pytest.fixture(autouse=True)
+def _frozen() -> Iterator[None]:
+    """A training in the test process ends with `gc.unfreeze()`: what was set apart after collection is set apart again."""
+    yield
+    if not gc.get_freeze_count():
+        gc.freeze()

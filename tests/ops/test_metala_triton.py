@@ -17,6 +17,7 @@ pytest.importorskip("triton", reason="the fused kernels need Triton: pip install
 
 from megatron.engine.base import EngineSettings
 from megatron.ops.conv import causal_conv
+from megatron.ops.conv import triton as conv_triton
 from megatron.ops.conv.triton import conv_forward, conv_step_in_place
 from megatron.ops.metala import metala, metala_step
 from megatron.ops.metala.triton import metala_step_in_place
@@ -111,11 +112,13 @@ def test_decode_step_in_place_with_slots(device: str) -> None:
 
 
 @device_matrix
-@mostly_slow("t", [1, 2, 3], [64, 65])
+@mostly_slow("t", [1, 2, 3], [65])
 @pytest.mark.parametrize("width", [2, 4, 5])
 @pytest.mark.parametrize("extras", [False, True])
-def test_convolution(device: str, t: int, width: int, extras: bool) -> None:
+def test_convolution(device: str, t: int, width: int, extras: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Plain, and with bias, history and documents: every value and gradient, fp32; five taps have no kernel backward."""
+    if device == "cpu" and t < 5:
+        monkeypatch.setattr(conv_triton, "ROWS", 5)  # the interpreter walks over all rows of a program, however few are there
     g = torch.Generator().manual_seed(t)
     x, w, bias, history = (
         torch.randn(*s, generator=g).to(device).requires_grad_()

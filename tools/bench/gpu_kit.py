@@ -33,17 +33,17 @@ ROOT = Path(__file__).resolve().parents[2]
 # part -> seconds after which its child is ended
 PARTS = {
     "facts": 40,
-    "smoke": 90,
+    "smoke": 75,
     "correctness-bf16": 90,
     "correctness-fp32": 90,
     "correctness-fp16": 90,
     "tests": 90,
-    "peers": 60,
-    "operators": 60,
-    "kernels": 40,
-    "training": 90,
-    "cuts": 60,
-    "decode": 40,
+    "peers": 50,
+    "operators": 40,
+    "kernels": 25,
+    "training": 60,
+    "cuts": 45,
+    "decode": 30,
     "prefill": 60,
 }
 # Nothing in these is timed, and most of their time is compilation, which the timed parts then find in Triton's cache: they run

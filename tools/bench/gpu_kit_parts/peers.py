@@ -61,11 +61,8 @@ def run(part: Part) -> None:
         return
     for h in (8, 16):
         shape = part.metala(8, 2048, h, 64, 128)
-        for name, run_it in {
-            "ours": ours("triton"),
-            "fla + eager glue": by_fla(False),
-            "fla + compiled glue": by_fla(True),
-        }.items():
-            part.row(f"{name} {h} heads", _times, part, run_it, *shape)
-    part.row("fla parallel_based 8 x 2048 x 16 x 64", _based, part, 8, 2048, 16, 64)
-    part.row("fla parallel_based 4 x 8192 x 16 x 64", _based, part, 4, 8192, 16, 64)
+        variants = {"ours": ours("triton"), "fla + eager glue": by_fla(False), "fla + compiled glue": by_fla(True)}
+        for name, variant in variants.items():
+            part.row(f"{name} {h} heads", _times, part, variant, *shape)
+        b, t = (4, 8192) if h == 8 else (8, 2048)
+        part.row(f"fla parallel_based {b} x {t} x 16 x 64", _based, part, b, t, 16, 64)

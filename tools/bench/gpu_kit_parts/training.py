@@ -40,8 +40,8 @@ def _steps(part: Part, mixer: str, size: str, backend: str, micro_batch: int, st
 def run(part: Part) -> None:
     """Rows `mixer size backend`."""
     cases = [
-        ("metala", "1.3B", "auto", 8), ("metala", "380M", "auto", 16), ("hybrid", "1.3B", "auto", 4),
-        ("global", "1.3B", "auto", 8), ("metala", "1.3B", "torch", 8),
+        ("metala", "1.3B", "auto", 8), ("hybrid", "1.3B", "auto", 8), ("metala", "380M", "auto", 16),
+        ("mamba", "380M", "auto", 8), ("global", "1.3B", "auto", 8), ("metala", "1.3B", "torch", 8),
     ]  # fmt: skip
     for mixer, size, backend, micro_batch in cases:
         b, steps = (1, 1) if part.rehearse or part.warming else (micro_batch, 8)
