@@ -20,7 +20,13 @@ from megatron.model.init import init_weights
 from megatron.parallel.shard_spec import slice_of
 from tests.ops.fused_cases import NO_GPU
 
-MIXES = {"metala": ("metala", "metala"), "based": ("base_conv", "based"), "mamba": ("mamba",), "growing": ("metala", "global")}
+MIXES = {
+    "metala": ("metala", "metala"),
+    "based": ("base_conv", "based"),
+    "jrt": ("jrt",),
+    "mamba": ("mamba",),
+    "growing": ("metala", "global"),
+}
 needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(NO_GPU, reason="no CUDA device")]
 
 
@@ -61,9 +67,10 @@ def test_same_logits_as_plain_steps(mix: str) -> None:
     assert step.fixed == (mix != "growing") and step.graph is None
 
 
-def test_fused_steps_write_the_buffers_in_place() -> None:
+@pytest.mark.parametrize("mix", ["metala", "based", "jrt"])
+def test_fused_steps_write_the_buffers_in_place(mix: str) -> None:
     pytest.importorskip("triton", reason="the fused kernels need Triton")
-    plain, fast, step = both(model_of(MIXES["metala"]), "triton", "cpu", 3)
+    plain, fast, step = both(model_of(MIXES[mix]), "triton", "cpu", 3)
     assert (plain - fast).abs().max() < 2e-5
     places = [t.data_ptr() for part in step.state for t in part.values()]
     with torch.inference_mode():
