@@ -6,6 +6,7 @@ Bytes are those of `tools/bench/kernel_times.py`: each value read or written onc
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,6 +48,10 @@ def _share(part: Part, rows: list[tuple[str, float, float]], moved: dict[str, fl
         name: moved[name] / us / 1e6 / copy for name, us, _ in rows if name in moved and copy
     }
     return {"kernels": rows[:14], "of_copy_bandwidth": shares}
+
+
+def _kernels_of(part: Part, call: Callable[[], Any], calls: int) -> dict[str, Any]:
+    return _share(part, profiled(call, calls, part.device), {})
 
 
 def run(part: Part) -> None:
@@ -95,4 +100,4 @@ def run(part: Part) -> None:
         "backward": lambda: torch.autograd.grad(summed, leaves, up, retain_graph=True),
     }
     for name, call in halves.items():
-        part.row(f"taylor {name} {b} x {t} x {h} x {v}", lambda f=call: _share(part, profiled(f, calls, part.device), {}))
+        part.row(f"taylor {name} {b} x {t} x {h} x {v}", partial(_kernels_of, part, call, calls))

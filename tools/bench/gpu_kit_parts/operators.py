@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -56,8 +57,7 @@ def run(part: Part) -> None:
             part.row(name, lambda shape=shape, backend=backend: _metala(part, *shape, backend))
     taylor_shapes = [(1, 20, 1, 16)] if part.rehearse else [(8, 2048, 16, 64), (4, 8192, 16, 64)]
     for backend in ("triton", "torch"):
-        for shape in taylor_shapes[: None if backend == "triton" else 1]:
-            name = f"taylor {backend} {' x '.join(map(str, shape))}"
-            part.row(name, lambda shape=shape, backend=backend: _taylor(part, *shape, backend))
+        for sizes in taylor_shapes[: None if backend == "triton" else 1]:
+            part.row(f"taylor {backend} {' x '.join(map(str, sizes))}", partial(_taylor, part, *sizes, backend))
     for b, t, d in [(1, 12, 16)] if part.rehearse else [(8, 2048, 2048)]:
         part.row(f"selective scan torch {b} x {t} x {d}", lambda s=(b, t, d): _scan(part, *s, "torch"))
