@@ -97,7 +97,7 @@ _INT_POINTERS = {"labels": "*i64", "seg": "*i32", "mask": "*i8", "slots": "*i32"
 # of a pass to the second; fp32, which is there for comparisons, to the third.
 SPILL_LIMIT, SHARED_LIMIT = 32, 112 * 1024
 WIDE_SPILL_LIMIT, WIDE_SHARED_LIMIT = 64, 160 * 1024
-FP32_SPILL_LIMIT, FP32_SHARED_LIMIT = 320, 160 * 1024
+FP32_SPILL_LIMIT, FP32_SHARED_LIMIT = 384, 160 * 1024
 
 
 def _signature(kernel: Any, constants: dict[str, Any], dtype: str) -> dict[str, str]:
