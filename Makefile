@@ -38,11 +38,12 @@ train: $(VENV)/.installed
 	$(PY) generate.py $(CONFIG) -i $(RUN)/prompts.txt -o $(RUN)/samples.jsonl --set maximum_tokens=48 --set temperature=0.7 --set top_k=40
 	@$(PY) tools/summary.py $(RUN)
 
+# An empty PYTHONDONTWRITEBYTECODE: the many processes of the tests read what one of them has compiled.
 test: $(VENV)/.installed-dev
-	$(PY) $(PYTEST)
+	PYTHONDONTWRITEBYTECODE= $(PY) $(PYTEST)
 
 test-fast: $(VENV)/.installed-dev
-	$(PY) $(PYTEST) -m "not slow"
+	PYTHONDONTWRITEBYTECODE= $(PY) $(PYTEST) -m "not slow"
 
 # Small mistakes in a copy of the tree, and the tests that must notice them; only what changed since the last results is tried.
 mutation: $(VENV)/.installed-dev

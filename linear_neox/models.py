@@ -17,7 +17,6 @@ from megatron.engine.base import DTYPES
 from megatron.engine.build import local_device
 from megatron.errors import ConfigError
 from megatron.generation.load import load_model, stored_tokenizer
-from megatron.layers.base import Layer
 from megatron.model import cost
 from megatron.model.build import build_model as build_uninitialised
 from megatron.model.build import param_specs
@@ -124,9 +123,8 @@ def build_model(
         device=device or "cpu",
         dtype=_dtype(dtype),
     )
-    for module in model.modules():
-        if isinstance(module, Layer):
-            module.pack_weights()
+    for block in model.model.blocks():
+        block.pack_weights()
     return model
 
 

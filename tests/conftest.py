@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import sys
 from collections import Counter
@@ -37,6 +38,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: -weights[item.path])
 
 
+def pytest_collection_finish() -> None:
+    """Garbage collections of the tests pass over what the imports made, a million objects: many libraries ask for full ones."""
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """The last lines: how many tests were skipped, reason by reason."""
     reasons = Counter(
@@ -58,9 +65,28 @@ def golden_neox(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
+def _broken_device(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A kernel that breaks the CUDA context would fail every later test of its process: end it, xdist starts another."""
+    yield
+    if "PYTEST_XDIST_WORKER" in os.environ and request.node.get_closest_marker("gpu") and "torch" in sys.modules:
+        try:
+            sys.modules["torch"].cuda.synchronize()
+        except RuntimeError:
+            os._exit(1)
+
+
+@pytest.fixture(autouse=True)
 def _denormals() -> Iterator[None]:
     """Commands run inside the test process flush denormals for speed; the next test starts with IEEE arithmetic again."""
     yield
     torch = sys.modules.get("torch")
     if torch is not None:
         torch.set_flush_denormal(False)
+
+
+@pytest.fixture(autouse=True)
+def _frozen() -> Iterator[None]:
+    """A training in the test process ends with `gc.unfreeze()`: what was set apart after collection is set apart again."""
+    yield
+    if not gc.get_freeze_count():
+        gc.freeze()

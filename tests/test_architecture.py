@@ -120,6 +120,7 @@ def test_nothing_below_imports_config_or_assemble() -> None:
 
 PICKLE_READERS = {PACKAGE / "interop/neox_files.py", PACKAGE / "interop/weight_files.py"}
 FORBIDDEN = {"eval", "exec", "os.system", "yaml.load", "yaml.full_load", "yaml.unsafe_load", "pickle.load", "pickle.loads"}
+LAST_WORDS = {name.rpartition(".")[2] for name in FORBIDDEN}
 
 
 @pytest.mark.parametrize(
@@ -128,7 +129,8 @@ FORBIDDEN = {"eval", "exec", "os.system", "yaml.load", "yaml.full_load", "yaml.u
 def test_no_unsafe_calls(path: Path) -> None:
     for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Call):
-            name = ast.unparse(node.func)
+            last = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            name = ast.unparse(node.func) if last in LAST_WORDS else last
             assert name not in FORBIDDEN, f"{path}:{node.lineno} {name}"
             assert name != "torch.load" or path in PICKLE_READERS, f"{path}:{node.lineno} torch.load"
             shell = any(

@@ -48,11 +48,11 @@ def config_of(kind: str, corpus: Path, place: Path) -> Path:
 def test_train_resume_export_generate(kind: str, corpus: Path, tmp_path: Path) -> None:
     config, whole = config_of(kind, corpus, tmp_path), tmp_path / "whole"
     place = ("--set", f"run_dir={whole}", "--set", f"save={whole}/checkpoints", "--set", f"load={whole}/checkpoints")
-    run("deepy.py", "train.py", config, *place)
+    run("deepy.py", "train.py", config, *place, here=True)
     expected = losses(whole)
     assert len(expected) == 8
-    run("deepy.py", "train.py", config, "--set", "exit_interval=5")
-    run("deepy.py", "train.py", config)
+    run("deepy.py", "train.py", config, "--set", "exit_interval=5", here=True)
+    run("deepy.py", "train.py", config, here=True)
     assert losses(tmp_path / "run") == expected, "resumed bitwise, hidden tokens included"
     if kind == "jrt":
         rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -60,9 +60,9 @@ def test_train_resume_export_generate(kind: str, corpus: Path, tmp_path: Path) -
             assert abs(row["train/ntp_loss"] + 0.25 * row["train/mlm_loss"] - row["train/lm_loss"]) < 1e-4
         assert sum("train/mlm_loss" in r for r in rows) == 8
     checkpoint = tmp_path / "run" / "checkpoints" / "global_step8"
-    run("tools/convert_to_hf.py", "--checkpoint", checkpoint, "--output", tmp_path / "hf")
+    run("tools/convert_to_hf.py", "--checkpoint", checkpoint, "--output", tmp_path / "hf", here=True)
     (tmp_path / "prompts.txt").write_text("the cat sat\n")
-    run("generate.py", config, "-i", tmp_path / "prompts.txt")
+    run("generate.py", config, "-i", tmp_path / "prompts.txt", here=True)
     made = [json.loads(line) for line in (tmp_path / "prompts.txt.output.jsonl").read_text().splitlines()]
     assert len(made) == 1 and made[0]["length"] > 0
     from transformers import AutoModelForCausalLM

@@ -21,6 +21,7 @@ SITE = "local_setup.yml"
 # Runs from data to folders in one file. Everything else is a model file, which local_setup.yml completes.
 COMPLETE = {"alibi-wt103", "based-quickstart", "extrapolation", "jrt-quickstart", "metala-quickstart"}
 MODELS = sorted({path.stem for path in CONFIGS.glob("*.yml")} - COMPLETE - {"local_setup"})
+QUICK = ("metala", "based-360m", "jrt-360m")
 SITE_KEYS = {"data_path", "data_impl", "tokenizer_type", "vocab_file", "merge_file", "save", "load", "run_dir", "log_dir"}
 SITE_KEYS |= {"tensorboard_dir", "use_wandb", "hostfile", "split"}
 SITE_KEYS |= {f"{part}_data_paths" for part in ("train", "valid", "test")}
@@ -45,7 +46,7 @@ def test_a_model_file_carries_no_site_keys(name: str) -> None:
     assert not _keys(name) & SITE_KEYS
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in MODELS])
 def test_every_model_file_starts_beside_the_site_file(name: str) -> None:
     run = load_config([f"{name}.yml", SITE], conf_dir=CONFIGS, world_size=8)
     assert run.warnings == () and run.data.data_path and run.checkpoint.save == "checkpoints"

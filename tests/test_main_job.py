@@ -115,8 +115,8 @@ def test_stop_and_resume_is_bit_equal_and_the_run_folder_is_whole(config: Path, 
 
 
 @pytest.mark.slow
-def test_two_processes_through_the_launcher_give_the_losses_of_one(config: Path, tmp_path: Path) -> None:
-    """deepy.py with two tensor-parallel CPU processes, then torchrun with two data-parallel ones: fp32 losses within 1e-5."""
+def test_two_processes_of_torchrun_give_the_losses_of_one(config: Path, tmp_path: Path) -> None:
+    """Data-parallel, fp32 losses within 1e-5; deepy.py starts two tensor-parallel ones below, with the fused kernels."""
     plain = ("--set", "hidden_dropout=0", "--set", "train_iters=6", "--set", "checkpoint_factor=6")
 
     def place(name: str) -> tuple[str, ...]:
@@ -124,14 +124,11 @@ def test_two_processes_through_the_launcher_give_the_losses_of_one(config: Path,
         return ("--set", f"run_dir={folder}", "--set", f"save={folder}/checkpoints", "--set", f"load={folder}/checkpoints")
 
     run("train.py", config, *plain, *place("one"), here=True)
-    run("deepy.py", "train.py", config, *plain, *place("tp2"), "--set", "model_parallel_size=2")
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     run(*torchrun, "train.py", config, *plain, *place("dp2"), "--set", "gradient_accumulation_steps=1")
-    one = losses(tmp_path / "one")
-    for name in ("tp2", "dp2"):
-        other = losses(tmp_path / name)
-        assert len(other) == 6
-        assert all(abs(a - b) <= 1e-5 * a for a, b in zip(one, other, strict=True)), (name, one, other)
+    one, other = losses(tmp_path / "one"), losses(tmp_path / "dp2")
+    assert len(other) == 6
+    assert all(abs(a - b) <= 1e-5 * a for a, b in zip(one, other, strict=True)), (one, other)
 
 
 def mistaken(config: Path, *overrides: str) -> str:
@@ -232,22 +229,22 @@ def test_fused_kernels_train_as_the_plain_path_does(
     tensor_parallel: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Two steps with `kernel_backend: triton`, interpreted on the CPU: losses within 1e-5 of the torch path's (fp32).
+    """Two steps with `kernel_backend: triton`, interpreted on the CPU: losses within 1e-5 of one process' torch path (fp32).
 
     The second loss is that of weights which the kernels' gradients of two micro batches have moved.
     """
     pytest.importorskip("triton", reason="the fused kernels need Triton")
     values = ["hidden_dropout=0", "train_iters=2", "checkpoint_factor=2", "eval_iters=0", "num_layers=1"]
     values += ['attention_config=[[["metala"], 1]]', "train_micro_batch_size_per_gpu=1"]
-    values += [f"model_parallel_size={tensor_parallel}"]
     common = [word for value in values for word in ("--set", value)]
     found = {}
-    for backend in ("torch", "triton"):
+    for backend, size in (("torch", 1), ("triton", tensor_parallel)):
         folder = tmp_path / backend
         place = ("--set", f"run_dir={folder}", "--set", f"save={folder}/checkpoints", "--set", f"load={folder}/checkpoints")
-        words = ("deepy.py", "train.py", config, *common, *place, "--set", f"kernel_backend={backend}")
+        mesh = ("--set", f"model_parallel_size={size}")
+        words = ("deepy.py", "train.py", config, *common, *place, *mesh, "--set", f"kernel_backend={backend}")
         monkeypatch.setattr("megatron.ops.dispatch._said", set())  # said once in a process
-        assert f"operator metala: {backend} path" in run(*words, here=tensor_parallel == 1)
+        assert f"operator metala: {backend} path" in run(*words, here=size == 1)
         found[backend] = losses(folder)
     assert len(found["torch"]) == 2
     assert all(abs(a - b) <= 1e-5 * a for a, b in zip(found["torch"], found["triton"], strict=True)), found

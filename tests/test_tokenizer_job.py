@@ -38,7 +38,7 @@ def test_from_text_to_text(tmp_path: Path) -> None:
     texts = [f"Zz {i} {SENTENCE * 6}" for i in range(40)]
     (tmp_path / "in.jsonl").write_text("".join(f"{json.dumps({'text': text})}\n" for text in texts))
     flags = ("--tokenizer-type", "HFTokenizer", "--vocab-file", path, "--append-eod", "--output-prefix", tmp_path / "c")
-    said = run("tools/datasets/preprocess_data.py", "--input", tmp_path / "in.jsonl", *flags)
+    said = run("tools/datasets/preprocess_data.py", "--input", tmp_path / "in.jsonl", *flags, here=True)
     assert said.count("the tokenizer's template adds <s> at the start and </s> at the end of each document") == 1
     first = IndexedDataset(tmp_path / "c_text_document").get(0).tolist()
     assert (first[:2], first[-2:], len(first)) == ([271, 900], [272, 0], 43)
@@ -47,16 +47,16 @@ def test_from_text_to_text(tmp_path: Path) -> None:
     values = {"data_path": str(tmp_path / "c_text_document"), "tokenizer_type": "HFTokenizer", "vocab_file": str(path)}
     places = {"run_dir": str(tmp_path / "run"), "save": str(save), "load": str(save)}
     config = write_run(tmp_path / "config", **values, **places, train_iters=40, checkpoint_factor=40, seq_length=64)
-    run("train.py", config)
+    run("train.py", config, here=True)
     facts = read_manifest(save / "global_step40").facts["tokenizer"]
     assert (facts["vocab_size"], facts["bos"], facts["eod"], facts["pad"]) == (901, 271, 0, 1)
 
     (tmp_path / "prompts.txt").write_text("Zz 7 the cat\nsat on\n")
-    run("generate.py", config, "-i", tmp_path / "prompts.txt", "--set", "maximum_tokens=12")
+    run("generate.py", config, "-i", tmp_path / "prompts.txt", "--set", "maximum_tokens=12", here=True)
     written = [json.loads(line)["text"] for line in (tmp_path / "prompts.txt.output.jsonl").read_text().splitlines()]
     assert len(written) == 2 and all("the" in text for text in written), written
 
-    told = run("tools/convert_to_hf.py", "--checkpoint", save / "global_step40", "--output", tmp_path / "hf")
+    told = run("tools/convert_to_hf.py", "--checkpoint", save / "global_step40", "--output", tmp_path / "hf", here=True)
     assert "every document ended with </s>" in told
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -77,9 +77,9 @@ def test_a_vocabulary_without_special_tokens_trains_and_is_saved(tmp_path: Path)
     path.write_text(write(tmp_path / "plain.json").read_text().replace("<|endoftext|>", "<a>").replace("<|padding|>", "<b>"))
     (tmp_path / "in.txt").write_text(SENTENCE * 60)
     flags = ("--tokenizer-type", "HFTokenizer", "--vocab-file", path, "--output-prefix", tmp_path / "c")
-    run("tools/datasets/preprocess_data.py", "--input", tmp_path / "in.txt", *flags)
+    run("tools/datasets/preprocess_data.py", "--input", tmp_path / "in.txt", *flags, here=True)
     values = {"data_path": str(tmp_path / "c_text_document"), "tokenizer_type": "HFTokenizer", "vocab_file": str(path)}
     places = {"run_dir": str(tmp_path / "run"), "save": str(tmp_path / "run"), "split": "100,0,0"}
-    run("train.py", write_run(tmp_path / "config", **values, **places, train_iters=2, checkpoint_factor=2))
+    run("train.py", write_run(tmp_path / "config", **values, **places, train_iters=2, checkpoint_factor=2), here=True)
     facts = read_manifest(tmp_path / "run" / "global_step2").facts["tokenizer"]
     assert (facts["eod"], facts["pad"], facts["vocab_size"]) == (None, None, 270)

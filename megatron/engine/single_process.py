@@ -7,7 +7,7 @@ in every precision, as DeepSpeed does, and so is one above `Engine.limits`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -38,6 +38,13 @@ from megatron.parallel.mesh import Mesh
 
 # DeepSpeed adds this to the norm before it divides; the two engines must clip alike.
 CLIP_EPS = 1e-6
+# Gradients widened in one call: a few launches instead of one each, and never a second copy of all of them.
+_TOGETHER = 64
+
+
+def _gradients_of(tensors: Mapping[str, Tensor], names: Iterable[str]) -> list[Tensor]:
+    """The gradients that these tensors have."""
+    return [grad for name in names if (grad := tensors[name].grad) is not None]
 
 
 class SingleProcessEngine(Engine):
@@ -111,18 +118,21 @@ class SingleProcessEngine(Engine):
     @torch.no_grad()
     def _gather_gradients(self) -> None:
         """Add the micro batch's low-precision gradients to the fp32 sums and drop them."""
-        for name, param in self._parameters.items():
-            master = self._masters[name]
-            if param.grad is None:
-                continue
-            if master.grad is None:
-                master.grad = param.grad.float()
-            else:
-                master.grad += param.grad
-            param.grad = None
+        names = [name for name, param in self._parameters.items() if param.grad is not None]
+        for some in (names[at : at + _TOGETHER] for at in range(0, len(names), _TOGETHER)):
+            first = [name for name in some if self._masters[name].grad is None]
+            later = [name for name in some if self._masters[name].grad is not None]
+            for name in first:
+                self._masters[name].grad = torch.empty_like(self._masters[name])
+            if first:
+                torch._foreach_copy_(_gradients_of(self._masters, first), _gradients_of(self._parameters, first))
+            if later:
+                torch._foreach_add_(_gradients_of(self._masters, later), _gradients_of(self._parameters, later))
+            for name in some:
+                self._parameters[name].grad = None
 
     def _gradients(self) -> list[Tensor]:
-        return [m.grad for m in self._masters.values() if m.grad is not None]
+        return _gradients_of(self._masters, self._masters)
 
     @torch.no_grad()
     def _norm(self) -> Tensor:
@@ -142,8 +152,7 @@ class SingleProcessEngine(Engine):
     @torch.no_grad()
     def _copy_masters_down(self) -> None:
         if self._low:
-            for name, param in self._parameters.items():
-                param.copy_(self._masters[name])
+            torch._foreach_copy_(list(self._parameters.values()), [self._masters[name] for name in self._parameters])
 
     @torch.no_grad()
     def eval_loss(self, micro_batches: Sequence[MicroBatch]) -> EvalResult:

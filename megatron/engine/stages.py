@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron.engine.base import DTYPES, EngineSettings
 from megatron.errors import ConfigError
-from megatron.layers.base import Layer
+from megatron.model.block import Block
 from megatron.model.build import build_model, check_tensor_parallel, param_specs
 from megatron.model.config import ModelConfig
 from megatron.model.init import init_weights
@@ -30,8 +30,9 @@ EMBEDDING = "model.embed_tokens.weight"
 
 
 def _run_chain(stages: Sequence[nn.Module], activations: Activations | Tensor) -> Activations | Tensor:
-    for stage in stages:
-        activations = stage(activations)
+    for i, stage in enumerate(stages):
+        in_parts = i + 1 < len(stages) and all(isinstance(one, BlockStage) for one in stages[i : i + 2])
+        activations = stage(activations, True) if in_parts else stage(activations)
     return activations
 
 
@@ -41,7 +42,8 @@ def run_stages(
     """Pass `activations` through the stages; with `interval` n, segments of n blocks store their input only and recompute.
 
     The non-reentrant form is used: the reentrant one (DeepSpeed's default) loses the gradient of a segment whose inputs need
-    none.
+    none. Between two blocks of a chain the residual stream is in two parts (`Block.forward`); what a segment stores and what
+    another rank gets is one tensor.
 
     Args:
         stages: in order.
@@ -140,7 +142,7 @@ def build_local(config: ModelConfig, mesh: Mesh, settings: EngineSettings, devic
         dtype=DTYPES[settings.dtype],
     )
     for module in local.modules():
-        if isinstance(module, Layer):
+        if isinstance(module, Block):
             module.pack_weights()
     parameters = {logical[name]: p for name, p in local.named_parameters()}
     if settings.sequence_parallel and mesh.tp_group is not None:

@@ -12,7 +12,6 @@ from megatron.checkpoint.load import read_full_weights
 from megatron.checkpoint.manifest import Manifest, read_manifest
 from megatron.data.tokenizers import Tokenizer, build_tokenizer
 from megatron.errors import CheckpointError
-from megatron.layers.base import Layer
 from megatron.model.build import build_model
 from megatron.model.config import ModelConfig
 from megatron.model.lm import LanguageModel
@@ -51,9 +50,8 @@ def filled_model(
         reason = "; ".join(line.strip() for line in str(error).splitlines()[1:4])
         raise CheckpointError("the weights do not fit the model", where=where, why=reason) from None
     if torch.device(device).type == "cuda":
-        for module in model.modules():
-            if isinstance(module, Layer):
-                module.pack_weights()  # a decode step would copy the projections' weights at every token otherwise
+        for block in model.model.blocks():
+            block.pack_weights()  # a decode step would copy the projections' weights at every token otherwise
     return model.eval()
 
 

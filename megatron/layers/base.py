@@ -196,7 +196,8 @@ class Layer(nn.Module):
     def step(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
         """One decode step: `x [b, d]` -> `y [b, d]` and the new state; equal to `forward` on one token.
 
-        With `ctx.in_place` the returned state may consist of the input tensors, overwritten.
+        With `ctx.in_place` the returned state may consist of the input tensors, overwritten; entries of a window may then be
+        in another order, in which only further steps in place read them.
         """
         raise NotImplementedError
 

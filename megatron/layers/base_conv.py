@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron.layers.base import Context, Layer, LayerConfig, State
-from megatron.ops.conv import next_history
+from megatron.ops.conv import conv_step_, next_history
 from megatron.ops.modules import ShortConv, row_linear
 
 
@@ -25,6 +25,7 @@ class BaseConv(Layer):
 
     names: ClassVar[tuple[str, ...]] = ("base_conv",)
     uses_heads: ClassVar[bool] = False
+    steps_by_slot: ClassVar[bool] = True
 
     @dataclass(frozen=True)
     class Config(LayerConfig):
@@ -64,6 +65,10 @@ class BaseConv(Layer):
     def step(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
         """`x [b, d]` -> `y [b, d]`; see `Layer.step`."""
         x = self.copy_to_tp(x)
+        if ctx.in_place:
+            weight, gate = self.conv1d.weight, self.gate_proj(x)
+            y = conv_step_(self.conv_proj(x), weight, state["conv"], gate=gate, slots=ctx.slots, backend=ctx.backend)
+            return row_linear(self.out_proj, y, self.reduce_from_tp), state
         a, history = self.conv_proj(x).unsqueeze(1), state["conv"]
         c = self.conv1d(a, history, backend=ctx.backend).squeeze(1)
         y = row_linear(self.out_proj, c * self.gate_proj(x), self.reduce_from_tp)

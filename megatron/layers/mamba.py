@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron.layers.base import Context, Layer, LayerConfig, State
-from megatron.ops.conv import next_history
+from megatron.ops.conv import conv_step_, next_history
 from megatron.ops.modules import ShortConv, row_linear
 from megatron.ops.precision import in_accumulation_dtype, sum_dtype
-from megatron.ops.selective_scan import selective_scan, selective_step
+from megatron.ops.selective_scan import scan_gate, selective_scan, selective_step, selective_step_
 
 
 class ChannelSum(nn.Module):
@@ -45,6 +45,7 @@ class Mamba(Layer):
     names: ClassVar[tuple[str, ...]] = ("mamba",)
     uses_heads: ClassVar[bool] = False
     tp_reductions: ClassVar[int] = 2
+    steps_by_slot: ClassVar[bool] = True
 
     @dataclass(frozen=True)
     class Config(LayerConfig):
@@ -92,9 +93,12 @@ class Mamba(Layer):
         dt, b, c = projected.split([self.dt_rank, self.states, self.states], -1)
         return F.softplus(in_accumulation_dtype(self.dt_proj(dt))), b, c
 
-    def _out(self, y: Tensor, u: Tensor, z: Tensor) -> Tensor:
-        y = (y + in_accumulation_dtype(self.D) * in_accumulation_dtype(u)).to(z.dtype) * F.silu(z)
-        return row_linear(self.out_proj, y, self.reduce_from_tp)
+    def _rates(self) -> Tensor:
+        """A, [channels, n], negative."""
+        return -in_accumulation_dtype(self.A_log).exp()
+
+    def _out(self, y: Tensor, u: Tensor, z: Tensor, backend: str) -> Tensor:
+        return row_linear(self.out_proj, scan_gate(y, u, self.D, z, backend=backend), self.reduce_from_tp)
 
     def forward(self, x: Tensor, ctx: Context, state: State | None = None) -> tuple[Tensor, State | None]:
         """`x [b, s, d]` -> `y [b, s, d]`; see `Layer.forward`."""
@@ -110,14 +114,14 @@ class Mamba(Layer):
         y, after = selective_scan(
             u,
             dt,
-            -in_accumulation_dtype(self.A_log).exp(),
+            self._rates(),
             b,
             c,
             state=None if state is None else state["ssm"],
             segment_ids=ctx.segment_ids,
             backend=ctx.backend,
         )
-        y = self._out(y, u, z)
+        y = self._out(y, u, z, ctx.backend)
         return y, None if state is None else {
             "ssm": after,
             "conv": next_history(a, history, self.width, ctx.mask, ctx.segment_ids),
@@ -126,11 +130,17 @@ class Mamba(Layer):
     def step(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
         """`x [b, d]` -> `y [b, d]` with one state update; see `Layer.step`."""
         x = self.copy_to_tp(x)
+        if ctx.in_place:
+            slots, backend, conv = ctx.slots, ctx.backend, self.conv1d
+            u = conv_step_(self.in_proj(x), conv.weight, state["conv"], conv.bias, slots=slots, backend=backend)
+            dt, b, c = self._selection(u)
+            y = selective_step_(u, dt, self._rates(), b, c, state["ssm"], slots=slots, backend=backend)
+            return self._out(y, u, self.gate_proj(x), backend), state
         a, history = self.in_proj(x).unsqueeze(1), state["conv"]
         u = self.conv1d(a, history, backend=ctx.backend).squeeze(1)
         dt, b, c = self._selection(u)
-        y, after = selective_step(u, dt, -in_accumulation_dtype(self.A_log).exp(), b, c, state["ssm"])
-        return self._out(y, u, self.gate_proj(x)), {"ssm": after, "conv": next_history(a, history, self.width)}
+        y, after = selective_step(u, dt, self._rates(), b, c, state["ssm"])
+        return self._out(y, u, self.gate_proj(x), ctx.backend), {"ssm": after, "conv": next_history(a, history, self.width)}
 
     def init_state(self, batch: int, dtype: torch.dtype, device: torch.device | str) -> State:
         """ssm [b, channels, n] in fp32 (fp64 for an fp64 model), conv [b, width - 1, channels] in the model's dtype."""

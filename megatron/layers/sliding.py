@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from megatron.layers.base import Context, Layer, LayerConfig, State
 from megatron.ops.attention import Rule
-from megatron.ops.attention.cache import Mixing, empty_cache, mix
+from megatron.ops.attention.cache import Mixing, empty_cache, mix, mix_step_, steps_in_place
 from megatron.ops.rotary import rotary_width
 
 
@@ -63,17 +63,29 @@ class SlidingAttention(Layer):
         self.v_proj = nn.Linear(d, d, bias=False)
         self.out_proj = nn.Linear(d, d, bias=False)
 
+    def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v [..., h, k] of x [..., d]."""
+        u = self.copy_to_tp(x)
+        q, k, v = (p(u).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        return q, k, v
+
+    def _mixing(self) -> Mixing:
+        dropout = self.options.dropout if self.training else 0.0
+        rule = Rule(1 / math.sqrt(self.head_dim), self.options.window, dropout=dropout)
+        return Mixing(rule, self.rotary, self.options.rotary_base)
+
     def forward(self, x: Tensor, ctx: Context, state: State | None = None) -> tuple[Tensor, State | None]:
         """`x [b, s, d]` -> `y [b, s, d]`; see `Layer.forward`."""
-        u, o = self.copy_to_tp(x), self.options
-        q, k, v = (p(u).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
-        rule = Rule(1 / math.sqrt(self.head_dim), o.window, dropout=o.dropout if self.training else 0.0)
-        mixing = Mixing(rule, self.rotary, o.rotary_base)
-        y, state = mix(q, k, v, mixing, state, ctx.mask, ctx.segment_ids, ctx.backend, ctx.attentions)
+        q, k, v = self._heads(x)
+        y, state = mix(q, k, v, self._mixing(), state, ctx.mask, ctx.segment_ids, ctx.backend, ctx.attentions)
         return self.reduce_from_tp(self.out_proj(y.flatten(-2))), state
 
     def step(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
-        """`x [b, d]` -> `y [b, d]`: one query over the window; see `Layer.step`."""
+        """`x [b, d]` -> `y [b, d]`: one query over the window; see `Layer.step`. In place the window is a ring."""
+        mixing = self._mixing()
+        if ctx.in_place and ctx.attentions is None and not mixing.rule.dropout and steps_in_place(mixing, state):
+            y = mix_step_(*self._heads(x), mixing, state, ctx.backend)
+            return self.reduce_from_tp(self.out_proj(y.flatten(-2))), state
         y, after = self.forward(x.unsqueeze(1), Context(backend=ctx.backend, attentions=ctx.attentions), state)
         assert after is not None
         return y.squeeze(1), after

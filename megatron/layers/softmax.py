@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from megatron.layers.base import Context, Layer, LayerConfig, State
 from megatron.ops.attention import Rule, alibi_slopes
-from megatron.ops.attention.cache import Mixing, empty_cache, mix
+from megatron.ops.attention.cache import Mixing, empty_cache, mix, mix_step_, steps_in_place
 from megatron.ops.modules import row_linear
 from megatron.ops.rotary import rotary_width
 
@@ -137,7 +137,11 @@ class SoftmaxAttention(Layer):
         return row_linear(self.out_proj, y.flatten(-2), self.reduce_from_tp), state
 
     def step(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
-        """`x [b, d]` -> `y [b, d]`: one query over the cache; see `Layer.step`."""
+        """`x [b, d]` -> `y [b, d]`: one query over the cache; see `Layer.step`. In place a window is a ring."""
+        mixing = self._mixing(x)
+        if ctx.in_place and ctx.attentions is None and not mixing.rule.dropout and steps_in_place(mixing, state):
+            y = mix_step_(*self._heads(self.copy_to_tp(x)), mixing, state, ctx.backend)
+            return row_linear(self.out_proj, y.flatten(-2), self.reduce_from_tp), state
         y, after = self.forward(x.unsqueeze(1), Context(backend=ctx.backend, attentions=ctx.attentions), state)
         assert after is not None
         return y.squeeze(1), after

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,6 +12,9 @@ from megatron.layers.base import Context, Layer, State
 from megatron.model.config import ModelConfig
 from megatron.model.mlp import MLP
 from megatron.model.norm import Norm
+
+Stream = Tensor | tuple[Tensor, Tensor]
+"""The residual stream [..., d]; or two parts of it whose sum the next norm forms, in one kernel with the norm."""
 
 
 class Block(nn.Module):
@@ -31,6 +36,12 @@ class Block(nn.Module):
         mlp = None if alone else MLP(config.mlp, d, config.mlp_width, config.activation, config.mlp_bias)
         self.channel_mixer = mlp
 
+    def pack_weights(self) -> None:
+        """Make parameters that a fused path reads as one contiguous in memory; called once, after initialisation or loading."""
+        self.token_mixer.pack_weights()
+        if self.channel_mixer is not None:
+            self.channel_mixer.pack_weights()
+
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training) if self.dropout else x
 
@@ -44,28 +55,42 @@ class Block(nn.Module):
             return x.dtype
         return next((p.dtype for p in self.token_mixer.parameters() if p.is_floating_point()), x.dtype)
 
-    def _add(self, x: Tensor, normed: Tensor, mixed: Tensor, backend: str) -> Tensor:
-        """x and what both halves add to it."""
+    def _enter(self, x: Stream, backend: str) -> tuple[Tensor, Tensor]:
+        """(the stream, its first norm)."""
+        if isinstance(x, tuple):
+            return self.token_norm(x[0], self._inner(x[0]), backend, added=x[1])
+        x = self._stream(x)
+        return x, self.token_norm(x, self._inner(x), backend)
+
+    def _add(self, x: Tensor, normed: Tensor, mixed: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+        """x and what both halves add to it, but for the last addition."""
         mixed = self._drop(mixed)
         if self.channel_mixer is None:
-            return x + mixed
+            return x, mixed
         if self.channel_norm is None or self.parallel:
             after = x + mixed
             inner = normed if self.channel_norm is None else self.channel_norm(x, self._inner(x), backend)
         else:
             after, inner = self.channel_norm(x, self._inner(x), backend, added=mixed)
-        return after + self._drop(self.channel_mixer(inner))
+        return after, self._drop(self.channel_mixer(inner, backend))
 
-    def forward(self, x: Tensor, ctx: Context, state: State | None = None) -> tuple[Tensor, State | None]:
-        """`x [b, s, d]` -> `[b, s, d]`, with the mixer's state as in `Layer.forward`."""
-        x = self._stream(x)
-        normed = self.token_norm(x, self._inner(x), ctx.backend)
+    def forward(self, x: Stream, ctx: Context, state: State | None = None, in_parts: bool = False) -> tuple[Any, State | None]:
+        """`x [b, s, d]` -> `[b, s, d]`, with the mixer's state as in `Layer.forward`.
+
+        Args:
+            x: the stream, or the parts that the block before has returned.
+            ctx: of the pass.
+            state: of the mixer.
+            in_parts: return the stream as two parts, for the block behind.
+        """
+        x, normed = self._enter(x, ctx.backend)
         y, state = self.token_mixer(normed, ctx, state)
-        return self._add(x, normed, y, ctx.backend), state
+        stream, added = self._add(x, normed, y, ctx.backend)
+        return (stream, added) if in_parts else stream + added, state
 
-    def step(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
-        """`x [b, d]` -> `[b, d]`, one decode step."""
-        x = self._stream(x)
-        normed = self.token_norm(x, self._inner(x), ctx.backend)
+    def step(self, x: Stream, state: State, ctx: Context, in_parts: bool = False) -> tuple[Any, State]:
+        """`x [b, d]` -> `[b, d]`, one decode step; arguments as in `forward`."""
+        x, normed = self._enter(x, ctx.backend)
         y, state = self.token_mixer.step(normed, state, ctx)
-        return self._add(x, normed, y, ctx.backend), state
+        stream, added = self._add(x, normed, y, ctx.backend)
+        return (stream, added) if in_parts else stream + added, state

@@ -17,6 +17,7 @@ from megatron.model.block import Block
 from megatron.model.config import ModelConfig
 from megatron.model.embed import Embedding, Head
 from megatron.model.norm import Norm
+from megatron.ops.modules import has_hooks
 
 
 def embed(embedding: Embedding, x: Tensor, ctx: Context, state: list[State] | None) -> tuple[Tensor, list[State]]:
@@ -39,8 +40,11 @@ def run_blocks(
 ) -> tuple[Tensor, list[State] | None]:
     """All residual blocks over `x [b, s, d]`; with `state`, one per block, the pass goes on from it and returns the new one."""
     new: list[State] = []
-    for i, block in enumerate(blocks):
-        x, after = block(x, ctx, None if state is None else state[i])
+    chain: list[nn.Module] = list(blocks)
+    for i, block in enumerate(chain):
+        # hooks see, and may replace, one tensor
+        in_parts = i + 1 < len(chain) and not any(has_hooks(one) for one in chain[i : i + 2])
+        x, after = block(x, ctx, None if state is None else state[i], in_parts)
         if after is not None:
             new.append(after)
     return x, None if state is None else new
@@ -48,9 +52,9 @@ def run_blocks(
 
 def step_blocks(blocks: Iterable[Block], x: Tensor, state: list[State], ctx: Context) -> tuple[Tensor, list[State]]:
     """One decode step through all blocks: `x [b, d]` -> `[b, d]` and the new state."""
-    new = []
-    for block, before in zip(blocks, state, strict=True):
-        x, after = block.step(x, before, ctx)
+    new, chain = [], list(blocks)
+    for i, (block, before) in enumerate(zip(chain, state, strict=True)):
+        x, after = block.step(x, before, ctx, i + 1 < len(chain))
         new.append(after)
     return x, new
 

@@ -8,7 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron.ops.modules import row_linear
+from megatron.ops.dispatch import chosen
+from megatron.ops.gated import GATES, gated, gated_packed
+from megatron.ops.modules import are_plain, row_linear
+from megatron.ops.packed_linear import lie_together, pack_weights, packed_linear
+from megatron.ops.precision import autocast_dtype
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -36,20 +40,51 @@ class MLP(nn.Module):
         super().__init__()
         if activation not in ACTIVATIONS:
             raise ValueError(f"unknown activation {activation!r}; known: {', '.join(ACTIVATIONS)}")
-        self.act = ACTIVATIONS[activation]
+        self.activation, self.act = activation, ACTIVATIONS[activation]
         self.l1 = nn.Linear(size, width, bias=bias)
         self.l2 = nn.Linear(size, width, bias=bias) if kind == "gated" else None
         self.l3 = nn.Linear(width, size, bias=bias)
         self.copy_to_tp: nn.Module = nn.Identity()
         self.reduce_from_tp: nn.Module = nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def pack_weights(self) -> None:
+        """Put l1 and l2 one behind the other in memory: they are then one matrix product, and their gradient is one piece."""
+        if self.l2 is not None and not self._has_bias():
+            pack_weights([self.l1.weight, self.l2.weight])
+
+    def _has_bias(self) -> bool:
+        return any(getattr(linear, "bias", None) is not None for linear in (self.l1, self.l2))
+
+    def _is_packed(self, x: Tensor, backend: str) -> bool:
+        """Whether l1 and l2 are one product: plain matrices that lie together, and not the path that is an independent check.
+
+        Under autocast, which keeps a cast copy of each weight, and in a compiled graph, which sees no places, they are two.
+        """
+        return (
+            self.l2 is not None
+            and not self._has_bias()
+            and not torch.compiler.is_compiling()
+            and autocast_dtype(x.device) is None
+            and are_plain(self.l1, self.l2)
+            and lie_together([self.l1.weight, self.l2.weight])
+            and chosen("gated", backend, x.device) != "reference"
+        )
+
+    def _inner(self, x: Tensor, backend: str) -> Tensor:
+        """`x [b, s, d]` -> the input of l3 [b, s, width]."""
+        if self.l2 is None:
+            return self.act(self.l1(x))
+        if self.activation not in GATES:
+            return self.act(self.l1(x)) * self.l2(x)
+        if self._is_packed(x, backend):
+            packed = packed_linear(x, [self.l1.weight, self.l2.weight], None, backend)
+            return gated_packed(packed, self.activation, backend)
+        return gated(self.l1(x), self.l2(x), self.activation, backend)
+
+    def forward(self, x: Tensor, backend: str = "auto") -> Tensor:
         """`x [b, s, d]` -> `[b, s, d]`; the output bias is added once, after the partial sums have met."""
         x = self.copy_to_tp(x)
-        inner = self.act(self.l1(x))
-        if self.l2 is not None:
-            inner = inner * self.l2(x)
-        return row_linear(self.l3, inner, self.reduce_from_tp)
+        return row_linear(self.l3, self._inner(x, backend), self.reduce_from_tp)
 
     def plan(self) -> dict[str, str]:
         """Hidden width is split; see `parallel/shard_spec.py`."""

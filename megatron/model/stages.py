@@ -73,12 +73,12 @@ class BlockStage(StageModule):
         super().__init__(body, prefix)
         self.backend, self.inputs, self.ids_at = backend, tuple(inputs), 1 + len(inputs)
 
-    def forward(self, activations: Activations) -> Activations:
-        """`(x, ...)` -> the same."""
+    def forward(self, activations: Activations, in_parts: bool = False) -> Activations:
+        """`(x, ...)` -> the same; x as in `Block.forward`, a pair only between two blocks of a stage."""
         assert isinstance(self.body, Block)
         ids = activations[self.ids_at] if len(activations) > self.ids_at else None
         ctx = Context(segment_ids=ids, backend=self.backend, inputs=self._inputs(activations, self.body.token_mixer))
-        x, _ = self.body(activations[0], ctx)
+        x, _ = self.body(activations[0], ctx, None, in_parts)
         return (x, *activations[1:])
 
     def _inputs(self, activations: Activations, mixer: Layer) -> tuple[LayerInputs, ...]:

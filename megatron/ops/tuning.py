@@ -18,8 +18,12 @@ class Tiles:
 
     chunk: tokens between stored states forward, and rows of an output tile. back: the same of the backward.
     block_v: value columns per program of the kernels that walk over chunks, and per step of the input gradients.
-    warps, back_warps: of the kernels that hold a whole chunk, forward and backward. walk_warps, gate_warps: of the others.
+    rows: rows of a chunk in one program of the output kernel; 0 for all of them.
+    warps, value_warps, back_warps: of the output kernel, of the gradients of values, and of those of queries and gates.
+    walk_warps, gate_warps: of the kernels that walk over chunks, and of the gates.
     stages: tiles in flight of the kernels that walk.
+    input_registers: most registers per thread of the gradients of queries and gates; 0 for no limit. With 128 two programs of 8
+        warps share a multiprocessor.
     """
 
     chunk: int
@@ -27,9 +31,12 @@ class Tiles:
     block_v: int
     warps: int
     back_warps: int = 8
+    value_warps: int = 4
     walk_warps: int = 4
     gate_warps: int = 8
     stages: int = 3
+    rows: int = 0
+    input_registers: int = 0
 
 
 ARCHITECTURE = "sm_90"
@@ -39,9 +46,10 @@ ARCHITECTURE = "sm_90"
 METALA: Mapping[tuple[str, int, int], tuple[Tiles, ...]] = {
     ("sm_90", 2, 16): (Tiles(64, 64, 32, 4, 4, gate_warps=4),),
     ("sm_90", 2, 32): (Tiles(64, 64, 64, 4),),
-    ("sm_90", 2, 64): (Tiles(64, 64, 64, 4),),
+    ("sm_90", 2, 64): (Tiles(64, 64, 64, 4, input_registers=128),),
     ("sm_90", 2, 128): (Tiles(32, 32, 64, 8),),
-    ("sm_90", 4, 16): (Tiles(64, 64, 32, 8, stages=2),),
+    # 32 rows: with products of 64 rows in 8 warps the input gradients read outside of their memory on a GPU (Triton 3.6.0)
+    ("sm_90", 4, 16): (Tiles(32, 32, 32, 8, stages=2),),
     ("sm_90", 4, 32): (Tiles(32, 16, 32, 8, stages=2),),
     ("sm_90", 4, 64): (Tiles(16, 16, 32, 8, stages=2),),
     ("sm_90", 4, 128): (Tiles(16, 16, 32, 8, walk_warps=8, stages=2),),
@@ -115,6 +123,17 @@ def norm_cut(d: int) -> tuple[int, int]:
     """(rows per program, warps) of the norm kernels: about 4,096 numbers, or one row of more, in the registers of a program."""
     width = padded(d)
     return max(1, 4096 // width), 4 if width <= 1024 else 8 if width <= 4096 else 16
+
+
+def gated_cut(d: int) -> tuple[int, int, int]:
+    """(rows, columns, warps) of a program of the gated MLP's kernels: 4,096 numbers, 16 bytes of a row at a time per thread."""
+    columns = min(1024, padded(d))
+    return 4096 // columns, columns, 8
+
+
+def metala_rows(v: int) -> int:
+    """Rows per program of the backward of MetaLA's norm and gates: about 2,048 numbers, 16 in each thread of 4 warps."""
+    return max(1, 2048 // padded(v))
 
 
 CROSS_ENTROPY = (2048, 8)

@@ -19,6 +19,7 @@ from megatron.layers.base import Context, Layer
 from megatron.model.build import build_model, param_specs
 from megatron.model.config import ModelConfig
 from megatron.model.lm import LanguageModel
+from megatron.model.mlp import MLP
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.tensor import local_slice, replace_parameters, shard_model, take
 from megatron.serving.attention import AttentionMixer, Positions
@@ -137,7 +138,7 @@ class ServedModel(nn.Module):
         if missing:
             raise CheckpointError(f"the folder lacks {len(missing)} weights", why=f"the first is '{min(missing)}'")
         for module in self.lm.modules():
-            if isinstance(module, Layer) and next(module.parameters()).is_cuda:
+            if isinstance(module, (Layer, MLP)) and next(module.parameters()).is_cuda:
                 module.pack_weights()
         return {name for name, _ in self.named_parameters()}
 

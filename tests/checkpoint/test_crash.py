@@ -149,7 +149,7 @@ def whole(folder: Path, *, done: bool, step: int) -> None:
         (9, None, save, False),
         pytest.param(7, 2, save_directly, False, marks=pytest.mark.slow),
         (7, None, save, False),
-        (9, 2, save_behind, False),
+        pytest.param(9, 2, save_behind, False, marks=pytest.mark.slow),
         pytest.param(9, 2, save, False, marks=pytest.mark.slow),
         pytest.param(7, None, save_behind, True, marks=pytest.mark.slow),
         pytest.param(9, 2, save, True, marks=pytest.mark.slow),

@@ -26,7 +26,7 @@ def test_random_damage_is_named_and_stepped_back_from(count: int) -> None:
 @pytest.mark.parametrize("mode", ["sync", "async"])
 def test_killed_inside_a_save(mode: str) -> None:
     """Exit code 0: as many resumes as asked, none wrong, none older than the last completed save."""
-    command = [sys.executable, "-m", "tests.faults.checkpoint_kill", "--kills", "4", "--mode", mode]
+    command = [sys.executable, "-m", "tests.faults.checkpoint_kill", "--kills", "2", "--steps", "10", "--mode", mode]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -50,11 +50,6 @@ def pairs(
     assert found["details"] == []
     assert found["worst relative difference of the next loss"] <= (1e-6 if dtype == "fp32" else 5e-3)
     return int(found["pairs"])
-
-
-@pytest.mark.slow
-def test_a_few_mesh_pairs(tmp_path: Path) -> None:
-    assert pairs(tmp_path, ((2, 1, 1), (1, 1, 2)), ((1, 2, 1), (1, 1, 1)), "fp32") == 4
 
 
 @pytest.mark.slow

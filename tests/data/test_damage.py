@@ -33,24 +33,24 @@ def _run(bench: Bench, folder: Path, seeds: range) -> Counter[str]:
     return verdicts
 
 
-def test_two_hundred_damages(tmp_path: Path) -> None:
+def test_a_hundred_damages(tmp_path: Path) -> None:
     """Every file is below 64 KiB; what else is held at most are Python's modules and a reader's blocks of 256 KiB."""
     bench = Bench(tmp_path / "healthy")
     tracemalloc.start()
     try:
-        verdicts = _run(bench, tmp_path, range(200))
+        verdicts = _run(bench, tmp_path, range(100))
         assert tracemalloc.get_traced_memory()[1] < 6 << 20
     finally:
         tracemalloc.stop()
-    assert verdicts["named"] > 170, verdicts
+    assert verdicts["named"] > 85, verdicts
 
 
 @pytest.mark.slow
-def test_a_thousand_damages(tmp_path: Path) -> None:
+def test_four_hundred_more_damages(tmp_path: Path) -> None:
     """Without a look at the memory, which takes two thirds of the time."""
-    verdicts = _run(Bench(tmp_path / "healthy"), tmp_path, range(1000, 2000))
+    verdicts = _run(Bench(tmp_path / "healthy"), tmp_path, range(1000, 1400))
     print(dict(verdicts))
-    assert sum(verdicts.values()) == 1000 and verdicts["named"] > 900, verdicts
+    assert sum(verdicts.values()) == 400 and verdicts["named"] > 360, verdicts
 
 
 def test_a_flipped_bit_in_the_tokens_is_found_and_placed(corpus: str) -> None:

@@ -37,6 +37,7 @@ def mixers() -> list[str]:
 class Form:
     """What a cell varies besides mixer and mesh. dropout and bf16 are used by tests beside the grid.
 
+    layers: of the model, all with the cell's mixer.
     batch: even masks; `masked`, rows with none to all of their tokens counted; `packed`, that and two documents in a row;
     `jrt`, uneven masks under the compound objective.
     """
@@ -49,6 +50,7 @@ class Form:
     sequence: bool = False
     seed: int = 1234
     batch: str = "even"
+    layers: int = 4
 
 
 BATCHES = ("even", "masked", "packed", "jrt")
@@ -90,8 +92,8 @@ def _pairs(mixer: str, mesh: Mesh3, form: Form) -> set[tuple[Any, Any]]:
 
 
 def model(mixer: str, form: Form) -> ModelConfig:
-    """The tiny model with that mixer in all four blocks."""
-    return model_config(form.tied, layer_types=(mixer,) * 4, hidden_dropout=form.dropout)
+    """The tiny model with that mixer in all blocks."""
+    return model_config(form.tied, num_layers=form.layers, layer_types=(mixer,) * form.layers, hidden_dropout=form.dropout)
 
 
 def settings(form: Form) -> EngineSettings:

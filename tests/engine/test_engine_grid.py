@@ -1,7 +1,8 @@
 """Every mixer x every mesh of up to four ranks x ZeRO x recomputation x tied x cut sequence equals one process.
 
-The suite runs one cell per mixer, and as slow tests one for each mixer on each mesh, so chosen that any two choices meet
-somewhere. All cells, with their count and largest differences, are run by `python -m tests.engine.grid_count`.
+The suite runs one cell for each mixer on each mesh, so chosen that any two choices meet somewhere, with as many layers as the
+deepest pipeline needs: two, or four. All cells, of four layers, with their count and largest differences, are run by
+`python -m tests.engine.grid_count`.
 """
 
 from __future__ import annotations
@@ -38,17 +39,11 @@ def name_of(mesh: Mesh3) -> str:
 
 def check(mesh: Mesh3, work: list[Cell], loss: float = LOSS, norm: float = NORM, weight: float = WEIGHT) -> None:
     """All cells within the tolerances."""
+    work = [(mixer, replace(form, layers=max(2, mesh[0]))) for mixer, form in work]
     for (mixer, form), found in zip(work, run_cells(mesh, work), strict=True):
         assert isinstance(found, Difference), found
         fits = found.loss <= loss and found.norm <= norm and found.weight <= weight
         assert fits, f"{mixer} {form}: {found}"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("number", range(len(WIDE)), ids=[name_of(mesh) for mesh in WIDE])
-def test_a_cell_per_mixer(number: int) -> None:
-    step = len(WIDE)
-    check(WIDE[number], [(m, FORMS[(3 * i + 1) % len(FORMS)]) for i, m in enumerate(mixers()) if i % step == number])
 
 
 @pytest.mark.slow
@@ -68,8 +63,8 @@ def test_the_grid_is_whole() -> None:
     assert {(mixer, form.sequence) for mixer, _, form in cells} >= {(m, True) for m in mixers() if m != "mamba"}
 
 
-def _streams(form: Form) -> tuple[tuple[int, int, int], list[float], list[float]]:
-    """Place, first random numbers after the engine was built, and losses with dropout."""
+def _streams(forms: list[Form]) -> tuple[tuple[int, int, int], list[list[float]], list[list[float]]]:
+    """Place; for each form the first random numbers after its engine was built, and its losses with dropout."""
     from megatron.engine.build import build_engine
     from megatron.launch.environment import read_rank_environment
     from megatron.parallel.mesh import Mesh
@@ -78,27 +73,30 @@ def _streams(form: Form) -> tuple[tuple[int, int, int], list[float], list[float]
 
     env = read_rank_environment()
     mesh = Mesh.create(1, 2, env.world_size, env.rank)
-    made = replace(settings(form), micro_batch=GLOBAL // mesh.dp)
-    engine = build_engine("deepspeed", model("metala", form), mesh, made)
-    state = torch.get_rng_state()
-    drawn = torch.rand(4).tolist()
-    torch.set_rng_state(state)
-    batches = micro_batches(mesh)
-    losses = [float(engine.train_step(for_step(engine, batches), 1e-3).loss) for _ in range(3)]
+    drawn, losses = [], []
+    for form in forms:
+        made = replace(settings(form), micro_batch=GLOBAL // mesh.dp)
+        engine = build_engine("deepspeed", model("metala", form), mesh, made)
+        state = torch.get_rng_state()
+        drawn.append(torch.rand(4).tolist())
+        torch.set_rng_state(state)
+        batches = micro_batches(mesh)
+        losses.append([float(engine.train_step(for_step(engine, batches), 1e-3).loss) for _ in range(3)])
+        engine.close()
     return (mesh.pp_rank, mesh.dp_rank, mesh.tp_rank), drawn, losses
 
 
 @pytest.mark.slow
 def test_dropout_differs_per_data_rank_and_repeats_per_seed() -> None:
-    form = Form(dropout=0.2)
-    by_place = {place: (drawn, losses) for place, drawn, losses in run_ranks(_streams, 4, form)}
+    form = Form(dropout=0.2, layers=2)
+    found = run_ranks(_streams, 4, [form, form, replace(form, seed=99)])
+    first = {place: drawn[0] for place, drawn, _ in found}
     for d in (0, 1):
-        assert by_place[0, d, 0][0] == by_place[0, d, 1][0], "tensor ranks hold the same activations and drop the same"
-    assert by_place[0, 0, 0][0] != by_place[0, 1, 0][0], "data ranks drop different ones"
-    again = {place: losses for place, _, losses in run_ranks(_streams, 4, form)}
-    assert {place: losses for place, (_, losses) in by_place.items()} == again, "the same seed, the same run"
-    other = run_ranks(_streams, 4, replace(form, seed=99))
-    assert other[0][2] != again[0, 0, 0]
+        assert first[0, d, 0] == first[0, d, 1], "tensor ranks hold the same activations and drop the same"
+    assert first[0, 0, 0] != first[0, 1, 0], "data ranks drop different ones"
+    for _, _, (once, again, other) in found:
+        assert once == again, "the same seed, the same run"
+        assert other != again
 
 
 @pytest.mark.slow

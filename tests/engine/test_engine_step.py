@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megatron.data.micro_batch import MicroBatch
+from megatron.engine import single_process
 from megatron.engine.base import EngineSettings, StepResult
 from megatron.engine.loss_scale import LossScale
 from megatron.engine.single_process import SingleProcessEngine
@@ -62,6 +63,25 @@ def test_the_norm_knows_nothing_of_the_loss_scale() -> None:
     plain, scaled = (_step(replace(half, fp16={"loss_scale": scale}), 1) for scale in (1, 256))
     assert float(scaled[1].grad_norm) == pytest.approx(float(plain[1].grad_norm), rel=0.01)
     assert all(master.dtype == torch.float32 for engine, _ in (plain, scaled) for master in engine._masters.values())
+
+
+def test_gradients_of_16_bits_are_summed_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few tensors at a time; one without a gradient in the first micro batch, one in the second."""
+    monkeypatch.setattr(single_process, "_TOGETHER", 3)
+    engine, exact = _engine(replace(SETTINGS, dtype="bf16")), {}
+    names = list(engine.parameters())
+    for skipped in (names[1], names[4]):
+        for name, p in engine.parameters().items():
+            p.grad = None if name == skipped else torch.randn_like(p)
+            if p.grad is not None:
+                exact[name] = exact.get(name, 0) + p.grad.float()
+        engine._gather_gradients()
+        assert all(p.grad is None for p in engine.parameters().values())
+    for name, master in engine._masters.items():
+        assert master.grad is not None and master.grad.dtype == torch.float32 and torch.equal(master.grad, exact[name])
+        master.detach().copy_(torch.randn_like(master))
+    engine._copy_masters_down()
+    assert all(torch.equal(p, engine._masters[name].bfloat16()) for name, p in engine.parameters().items())
 
 
 def test_the_loss_scale_has_a_floor_and_patience() -> None:

@@ -70,8 +70,6 @@ def test_push_dry_and_for_real(checkpoint: Path, tmp_path: Path) -> None:
     for fact in ("license: mit", "language:\n- en", "datasets:\n- ada/books", "model-index:", "| piqa | acc | 0.6250 |"):
         assert fact in readme
     push = ("tools/convert_to_hf.py", "--folder", "hf", "--push-to-hub", "tiny", "--private")
-    nobody = run(*push, cwd=tmp_path)
-    assert nobody.returncode == 6 and "hf auth login" in nobody.stderr and "Traceback" not in nobody.stderr
     nowhere = run(*push, cwd=tmp_path, HF_TOKEN=TOKEN)
     assert nowhere.returncode == 6 and "the Hub cannot be reached" in nowhere.stderr and "Traceback" not in nowhere.stderr
     with running_hub() as hub:
@@ -82,9 +80,7 @@ def test_push_dry_and_for_real(checkpoint: Path, tmp_path: Path) -> None:
         sent = {name: text for name, text in repo.branches["main"].items() if name != ".gitattributes"}
         assert sent == {path.name: path.read_bytes() for path in (tmp_path / "hf").iterdir()}
         assert 'from_pretrained("ada/tiny", trust_remote_code=True)' in done.stdout and "(private)" in done.stdout
-        again = run(*push[:4], "stranger/tiny", cwd=tmp_path, HF_TOKEN=TOKEN, HF_ENDPOINT=hub.url)
-    assert again.returncode == 6 and "may not write there" in again.stderr and "Traceback" not in again.stderr
-    assert all(TOKEN not in out for out in (nowhere.stderr, done.stdout, done.stderr, again.stdout, again.stderr))
+    assert all(TOKEN not in out for out in (nowhere.stderr, done.stdout, done.stderr))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.export.families import BATCH, MASK, TOKENS
+from tests.export.families import BATCH, FAMILIES, MASK, TOKENS
 from tests.export.test_trainer import losses, trainer
 
 Load = Callable[..., Any]
@@ -24,31 +24,31 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def compiled(model: Any, backend: str = "aot_eager") -> Any:
-    return torch.compile(model, backend=backend, fullgraph=True)
-
-
+EVERY_LAYER = pytest.mark.parametrize("family", ["based", "jrt", "hybrid"])
+"""Between them all mixers; what a graph holds does not depend on how they are mixed."""
 PLACES = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 6, 7]])
 INPUTS: dict[str, dict[str, Tensor]] = {"mask": {"attention_mask": MASK}, "packed": {"position_ids": PLACES}}
 
 
 @pytest.mark.slow
+@EVERY_LAYER
 @pytest.mark.parametrize("inputs", INPUTS)
 @torch.inference_mode()
 def test_forward(load: Load, inputs: str) -> None:
-    """One graph for padded rows, one for packed documents."""
+    """One graph for padded rows, one for packed documents; what a backend makes of it is `test_training_step`'s affair."""
     model = load()
     want = model(BATCH, use_cache=False, **INPUTS[inputs]).logits
-    got = compiled(model)(BATCH, use_cache=False, **INPUTS[inputs]).logits
+    got = torch.compile(model, backend="eager", fullgraph=True)(BATCH, use_cache=False, **INPUTS[inputs]).logits
     shown = MASK[..., None] if inputs == "mask" else 1
     assert float(((got - want) * shown).abs().max()) < 1e-4
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "metala_untied"])
 def test_training_step(load: Load) -> None:
     """Loss and every gradient of one graph for forward and backward."""
     model, plain = load(torch.float64).train(), load(torch.float64).train()
-    loss = compiled(model)(TOKENS, labels=TOKENS).loss
+    loss = torch.compile(model, backend="aot_eager", fullgraph=True)(TOKENS, labels=TOKENS).loss
     loss.backward()
     want = plain(TOKENS, labels=TOKENS).loss
     want.backward()
@@ -58,11 +58,12 @@ def test_training_step(load: Load) -> None:
 
 
 @pytest.mark.slow
+@EVERY_LAYER
 @torch.inference_mode()
-def test_with_a_cache(load: Load) -> None:
-    """A pass that keeps its state, and steps from it."""
+def test_with_a_cache(load: Load, family: str) -> None:
+    """A pass that keeps its state, and steps from it; the model of all kinds of states also as AOTAutograd has it."""
     model, plain = load(), load()
-    run = torch.compile(model, backend="aot_eager")
+    run = torch.compile(model, backend="aot_eager" if family == "hybrid" else "eager")
     out, want = run(TOKENS, use_cache=True), plain(TOKENS, use_cache=True)
     for i in range(3):
         token = TOKENS[:, i : i + 1]
@@ -82,8 +83,8 @@ def test_trainer(load_family: Load, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_inductor(load_family: Load) -> None:
-    """The default backend on four kinds of layers at once: forward and a training step."""
-    model, plain = load_family("hybrid").train(), load_family("hybrid").train()
+    """The default backend: forward and a training step; on other layers in `tests/ops/test_compile.py`."""
+    model, plain = load_family("metala").train(), load_family("metala").train()
     loss = torch.compile(model, fullgraph=True)(TOKENS, labels=TOKENS).loss
     loss.backward()
     want = plain(TOKENS, labels=TOKENS).loss

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 
 from megatron.export.hf import export_checkpoint
@@ -47,6 +48,7 @@ print("IDS", out[:, inputs.input_ids.shape[1]:].tolist())
 """
 
 
+@pytest.mark.slow
 def test_without_the_project(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     facts = {"tokenizer": {"type": "CharLevelTokenizer", "vocab_size": 512, "eod": 0, "pad": 1}}
     checkpoint = make_checkpoint(facts=facts, vocab_size=640)

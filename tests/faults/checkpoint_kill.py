@@ -1,6 +1,6 @@
 """kill -9 at random moments inside a save, on four real ranks, and a resume after each.
 
-    python -m tests.faults.checkpoint_kill --kills 200 --mode sync [--seed 1] [--output result.json]
+    python -m tests.faults.checkpoint_kill --kills 200 --mode sync [--steps 40] [--seed 1] [--output result.json]
 
 One process imports everything once and forks four ranks per life (DeepSpeed, pipeline 2 x data 2). A life resumes from what
 the one before left, compares a digest of weights, optimizer, random states and cursor with the uninterrupted run's of that
@@ -14,6 +14,7 @@ Counted: resumes, digests or losses that differ (mixed or wrong states), resumes
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import random
@@ -33,7 +34,6 @@ from tests.faults.report import as_typed, store
 from tests.parallel.rank_server import die_with_parent, free_port
 
 WORLD, PP = 4, 2
-LAST = 40  # steps of the uninterrupted run; a life that gets there starts a new folder
 
 
 def say(pipe: int, *words: object) -> None:
@@ -41,7 +41,7 @@ def say(pipe: int, *words: object) -> None:
     os.write(pipe, (" ".join(map(str, words)) + "\n").encode())
 
 
-def live(rank: int, folder: Path, mode: str, pipe: int) -> None:
+def live(rank: int, folder: Path, mode: str, steps: int, pipe: int) -> None:
     """A rank's life: resume, train, save after each step, until it is killed or the run is over."""
     from megatron.checkpoint.background import Saver
     from megatron.checkpoint.save import SaveOptions
@@ -53,7 +53,7 @@ def live(rank: int, folder: Path, mode: str, pipe: int) -> None:
     saver = Saver(background=mode == "async")
     skipped = run.resume(folder)
     say(pipe, "resumed", rank, run.iteration, run.digest(), len(skipped))
-    while run.iteration < LAST:
+    while run.iteration < steps:
         loss, norm = run.step()
         whole = saver.poll()
         if whole is not None and rank == 0:
@@ -72,7 +72,7 @@ def live(rank: int, folder: Path, mode: str, pipe: int) -> None:
     say(pipe, "end", rank, run.iteration)
 
 
-def fork_life(folder: Path, mode: str) -> tuple[list[int], int]:
+def fork_life(folder: Path, mode: str, steps: int) -> tuple[list[int], int]:
     """Start four ranks; their pids and the pipe they speak into."""
     read, write = os.pipe()
     port, pids = free_port(), []
@@ -88,7 +88,7 @@ def fork_life(folder: Path, mode: str) -> tuple[list[int], int]:
                 os.dup2(log, 2)
                 os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD), LOCAL_WORLD_SIZE=str(WORLD))
                 os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-                live(rank, folder, mode, write)
+                live(rank, folder, mode, steps, write)
                 code = 0
             except BaseException:
                 traceback.print_exc()
@@ -129,10 +129,10 @@ class Reference:
     save_s: float = 0.0
 
 
-def record(folder: Path, mode: str) -> Reference:
+def record(folder: Path, mode: str, steps: int) -> Reference:
     """Run without a kill."""
     found, begun, seconds = Reference(), dict[int, float](), list[float]()
-    pids, pipe = fork_life(folder, mode)
+    pids, pipe = fork_life(folder, mode, steps)
     for words in Lines(pipe).until(time.monotonic() + 300):
         step = int(words[2])
         if words[0] == "resumed":
@@ -145,7 +145,7 @@ def record(folder: Path, mode: str) -> Reference:
         elif words[0] == "whole":
             seconds.append(time.monotonic() - begun[step])
     reap(pids, pipe)
-    if len(found.losses) != LAST:
+    if len(found.losses) != steps:
         raise SystemExit("the uninterrupted run failed:\n" + (folder.parent / "rank0.log").read_text())
     found.save_s = sorted(seconds)[int(0.9 * len(seconds))]
     return found
@@ -173,16 +173,16 @@ class Result:
 class Harness:
     """Lives, one after the other, in one folder."""
 
-    def __init__(self, base: Path, mode: str, seed: int) -> None:
-        self.base, self.mode, self.rng, self.result = base, mode, random.Random(seed), Result()
-        self.reference = record(base / "uninterrupted", mode)
+    def __init__(self, base: Path, mode: str, steps: int, seed: int) -> None:
+        self.base, self.mode, self.steps, self.rng, self.result = base, mode, steps, random.Random(seed), Result()
+        self.reference = record(base / "uninterrupted", mode, steps)
         self.folder, self.number = base / "0", 0
         self.promised = 0  # the newest step whose save had returned before the last kill
         self.after_kill = False
 
     def life(self) -> None:
         """Resume, check, kill."""
-        pids, pipe = fork_life(self.folder, self.mode)
+        pids, pipe = fork_life(self.folder, self.mode, self.steps)
         lines, saves, nth = Lines(pipe), 0, self.rng.randint(1, 3)
         ended, resumed = 0, set[int]()
         for words in lines.until(time.monotonic() + 90):
@@ -243,6 +243,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--mode", choices=("sync", "async"), default="sync")
+    parser.add_argument("--steps", type=int, default=40, help="of the uninterrupted run; a life that gets there starts anew")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--direct", action="store_true", help="write past the page cache, which files of this size do not")
     parser.add_argument("--output", type=Path, help="JSON to put the count into")
@@ -258,10 +259,12 @@ def main() -> None:
         tensors._DIRECT_FROM = 1
     import tests.faults.checkpoint_run  # noqa: F401
 
+    gc.collect()
+    gc.freeze()  # garbage collections of the forked ranks pass over what was imported
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as base:
         begin = time.monotonic()
-        harness = Harness(Path(base), args.mode, args.seed)
+        harness = Harness(Path(base), args.mode, args.steps, args.seed)
         while harness.result.resumes < args.kills:
             harness.life()
             if len(harness.result.failed) + len(harness.result.wrong) > 20:

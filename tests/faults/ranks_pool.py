@@ -7,6 +7,8 @@ runs no parallel torch operation and opens no process group, so its children can
 from __future__ import annotations
 
 import contextlib
+import gc
+import importlib
 import json
 import os
 import signal
@@ -30,9 +32,14 @@ def preload() -> None:
     import torch._dynamo
 
     torch.set_num_threads(1)
+    import megatron.engine.deepspeed_pipeline
+    import megatron.engine.deepspeed_zero  # noqa: F401
     from megatron.registry import layer_class
 
     layer_class("metala")
+    importlib.import_module("tests.training.runs")
+    gc.collect()
+    gc.freeze()  # garbage collections of the forked ranks pass over what was imported
 
 
 @dataclass

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.commands import run_here
 from tests.launch.failures_count import measure
 from tests.launch.lab import ROOT, OneNodeSlurm, TwoHosts, clean_environment, finish, missing, scratch_folder, start
 from tests.launch.tiny_run import STEPS, write_run
@@ -40,8 +41,7 @@ def config(folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def expected(config: Path, folder: Path) -> dict[int, float]:
     """Losses of one process over twice the steps; the runs below take the first or the second half."""
-    command = [sys.executable, "train.py", str(config), "--set", f"run_dir={folder}/one", "--set", f"train_iters={2 * STEPS}"]
-    done = subprocess.run(command, cwd=ROOT, env=clean_environment(), capture_output=True, text=True, check=False)
+    done = run_here("train.py", config, "--set", f"run_dir={folder}/one", "--set", f"train_iters={2 * STEPS}")
     assert done.returncode == 0, done.stderr
     return losses(folder / "one")
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron.launch.node import job_exit_code, rank_environment
+from tests.commands import run_here
 from tests.launch.tiny_run import write_run
 from tests.parallel.rank_server import free_port
 from tests.tiny_run import losses
@@ -103,8 +104,7 @@ def test_ranks_end_with_a_starter_that_is_killed(tmp_path: Path) -> None:
 def test_two_nodes_train_to_the_losses_of_one_process(tmp_path: Path) -> None:
     config = write_run(tmp_path / "data")
     env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    one = [sys.executable, "train.py", str(config), "--set", f"run_dir={tmp_path}/one"]
-    assert subprocess.run(one, cwd=ROOT, env=env, capture_output=True, check=False).returncode == 0
+    assert run_here("train.py", config, "--set", f"run_dir={tmp_path}/one").returncode == 0
     node = [sys.executable, "-m", "megatron.launch.node", "--nodes=2", f"--port={free_port()}"]
     job = ["train.py", str(config), "--set", f"run_dir={tmp_path}/two", "--set", "model_parallel_size=2"]
     both = [

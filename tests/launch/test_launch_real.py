@@ -1,4 +1,7 @@
-"""The true starters: plain python, DeepSpeed's launcher, torchrun; and what happens when one rank fails."""
+"""The true starters, plain python and DeepSpeed's launcher, and what happens when one rank fails.
+
+torchrun starts a whole training in `tests/test_main_job.py`.
+"""
 
 from __future__ import annotations
 
@@ -92,11 +95,3 @@ def test_a_failed_rank_ends_the_job_with_its_code_and_message() -> None:
     assert "error (rank 1): this rank was told to fail" in done.stderr
     assert "exit code 2" in done.stderr
     assert time.monotonic() - begin < 50, "the rank that sleeps is stopped"
-
-
-@pytest.mark.slow
-def test_torchrun() -> None:
-    done = start(
-        "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", SCRIPT, "configs/metala-quickstart.yml"
-    )
-    assert report(done)["sum"] == 3.0

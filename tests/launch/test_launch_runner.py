@@ -32,7 +32,31 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def start(job: Job, folder: Path) -> subprocess.Popen[str]:
+RUNNERS = """
+import json, os, runpy, sys
+import deepspeed.launcher.runner as runner  # takes seconds; the runs below are forked from here
+for arguments, environment, log in json.load(sys.stdin):
+    if os.fork():
+        continue
+    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 1)
+    os.dup2(1, 2)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv = [runner.__file__, *arguments]
+    del sys.modules["deepspeed.launcher.runner"]
+    runpy.run_module("deepspeed.launcher.runner", run_name="__main__")
+    sys.exit()
+while True:
+    try:
+        os.wait()
+    except ChildProcessError:
+        break
+"""
+
+
+def prepared(job: Job, folder: Path) -> tuple[list[str], dict[str, str], str]:
+    """Arguments and environment of DeepSpeed's runner, which finds stand-ins in `folder`, and a file for its output."""
+    assert job.command[1:3] == ("-m", "deepspeed.launcher.runner")
     for program in ("pdsh", "mpirun", "srun", "ompi_info", "sinfo"):
         (folder / program).write_text(STAND_IN)
         (folder / program).chmod(0o755)
@@ -42,15 +66,15 @@ def start(job: Job, folder: Path) -> subprocess.Popen[str]:
 
     env = launcher_environment({**kept, **SECRET, **job.environment})
     env["PATH"] = f"{folder}:{env['PATH']}"
-    return subprocess.Popen(job.command, cwd=ROOT, env=env, stdout=-1, stderr=subprocess.STDOUT, text=True)
+    return list(job.command[3:]), env, str(folder / "output")
 
 
 @pytest.fixture(scope="module")
 def started(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Job, str]]:
-    """All cases at once: each costs the import of DeepSpeed."""
+    """Every case's job, and what its run printed."""
     if os.path.exists(SYSTEM_HOSTFILE):
         pytest.skip("this machine has a host file of its own")
-    running = {}
+    jobs, runs = {}, {}
     for name, options in CASES.items():
         folder = tmp_path_factory.mktemp(name)
         chosen = LaunchOptions(hostfile="h", master_addr="10.0.0.1", **options)
@@ -58,8 +82,10 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Job, st
         given: dict[str, Any] = {"pool": {"n1": 2, "n2": 2}, "environ": environ, "scratch": str(folder / "launch")}
         words = ["a.yml", "--set", 'name="a b"', "--set", 'x=[["y"]]', "a;$(b)`c`|%h", 'a $b \\ "c" %n', "a\nb\t c", ""]
         job = plan_job(chosen, CPU, "train.py", words, port=29500, **given)
-        running[name] = (job, start(job, folder))
-    return {name: (job, process.communicate(timeout=120)[0]) for name, (job, process) in running.items()}
+        jobs[name], runs[name] = job, prepared(job, folder)
+    command = [sys.executable, "-c", RUNNERS]
+    subprocess.run(command, cwd=ROOT, input=json.dumps(list(runs.values())), text=True, timeout=120, check=True)
+    return {name: (job, Path(runs[name][2]).read_text()) for name, job in jobs.items()}
 
 
 @pytest.mark.parametrize("name", CASES)

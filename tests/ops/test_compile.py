@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ from megatron.ops.opaque import opaque
 from megatron.ops.precision import outside_autocast
 from tests.ops.fused_cases import mostly_slow, relative, results
 from tests.ops.operator_cases import CASES, EXTRAS, Draw
-from tools.bench.compile_cpu import KINDS, distance, gradients, step_of, toy
+from tools.bench.compile_cpu import KINDS, TOY, distance, gradients, step_of, toy
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 1e-9
@@ -100,26 +101,36 @@ def test_the_loss_is_one_graph() -> None:
     assert close(results(torch.compile(run, **WHOLE), [logits]), results(run, [logits]))
 
 
-def fast_and_slow(fast: tuple[str, ...]) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("kind", [k if k in fast else pytest.param(k, marks=pytest.mark.slow) for k in KINDS])
+def fast_and_slow(fast: tuple[str, ...], kinds: tuple[str, ...] = tuple(KINDS)) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("kind", [k if k in fast else pytest.param(k, marks=pytest.mark.slow) for k in kinds])
 
 
-@fast_and_slow(())
+def single_layers(kind: str) -> nn.Module:
+    """The model of a kind in fp64 with one layer of each of its mixers: tracing costs seconds a layer."""
+    mixers = tuple(dict.fromkeys(KINDS[kind].get("layer_types", TOY.layer_types)))
+    with mock.patch.dict(KINDS, {kind: {**KINDS[kind], "layer_types": mixers, "num_layers": len(mixers)}}):
+        return toy(kind).double()
+
+
+@fast_and_slow((), ("metala", "mamba", "based", "jrt", "alibi"))  # every mixer
 def test_a_training_step_is_one_graph_at_any_length(kind: str) -> None:
-    """Forward, loss and backward; the second length makes the graph one of any length, so that the third needs no new one."""
-    model = toy(kind).double()
+    """Forward, loss and backward; a length that varies takes one graph, be it marked or noticed from the second batch on."""
+    model = single_layers(kind)
     counted = CompileCounterWithBackend("aot_eager")
     step = torch.compile(step_of(model), fullgraph=True, backend=counted)
-    for b, s in ((2, 64), (2, 300), (2, 211)):
-        tokens = tokens_of(b, s + 1)
+    marked = kind != "metala"
+    for s in (300, 211) if marked else (64, 300, 211):
+        tokens = tokens_of(2, s + 1)
+        if marked:
+            torch._dynamo.maybe_mark_dynamic(tokens, 1)
         assert distance(gradients(model, step(tokens)), gradients(model, step_of(model)(tokens))) < LIMIT
-    assert counted.frame_count <= 2
+    assert counted.frame_count == (1 if marked else 2)
 
 
-@fast_and_slow(("metala",))
+@fast_and_slow(("metala",), ("metala", "based", "jrt", "hybrid"))  # every mixer
 def test_padding_documents_and_states_stay_in_the_graph(kind: str) -> None:
     """A pass that goes on from a state, padded on the left, and one of several documents; the states that come out too."""
-    model, tokens = toy(kind).double(), tokens_of(2, 20)
+    model, tokens = single_layers(kind), tokens_of(2, 20)
     mask = torch.ones(2, 20)
     mask[1, :6] = 0
     ids = (torch.arange(20) > 8).long().expand(2, 20)
@@ -147,10 +158,10 @@ class Logits(nn.Module):
         return self.model(tokens)[0]
 
 
-@fast_and_slow(("hybrid",))
+@fast_and_slow(("hybrid",), ("hybrid", "based", "jrt", "metala_untied"))  # every mixer
 def test_export_serves_every_batch_and_length(kind: str) -> None:
     """Saved and loaded again; lengths on both sides of where eager changes its form."""
-    model = Logits(toy(kind).double())
+    model = Logits(single_layers(kind))
     shortest = 9 if kind == "jrt" else 2  # a prefix of 8 tokens, and one behind it
     sizes = {0: torch.export.Dim("batch", min=1, max=64), 1: torch.export.Dim("length", min=shortest, max=4096)}
     program = torch.export.export(model, (tokens_of(2, 64),), dynamic_shapes=(sizes,))
@@ -216,6 +227,7 @@ def test_a_second_copy_gets_a_name_of_its_own() -> None:
     assert torch.compile(run, **WHOLE)(zero).data_ptr() != zero.data_ptr()
 
 
+@pytest.mark.slow
 def test_a_path_is_chosen_while_the_compiler_traces() -> None:
     """Import of a fused path, table and log line are no part of the graph; in a process that has run nothing before."""
     pytest.importorskip("triton")

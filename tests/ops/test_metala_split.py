@@ -19,9 +19,9 @@ from tests.ops.fused_cases import boundaries, device_matrix, mostly_slow, relati
 
 
 def leaves_for(t: int, k: int, gate_mean: float, device: str) -> list[Tensor]:
-    """q, z, v, g, w and an initial state of one row with two heads."""
+    """q, z, v, g, w and an initial state of one row: with two heads, or with one where it is long."""
     g = torch.Generator().manual_seed(t)
-    h, v = 2, 2 * k
+    h, v = 2 if t < 300 else 1, 2 * k
     shapes: Sequence[tuple[int, ...]] = ((1, t, h, k), (1, t, h, k), (1, t, h, v), (1, t, h, v), (h, k), (1, h, k, v))
     leaves = [torch.randn(*s, generator=g, dtype=torch.float64) for s in shapes]
     leaves[1] = leaves[1] + gate_mean
@@ -41,7 +41,7 @@ def worst(leaves: list[Tensor], documents: bool) -> float:
 
 
 @device_matrix
-@mostly_slow("t", [1, 65], [15, 16, 63, 64, 128, 200])
+@mostly_slow("t", [1, 65], [63, 128, 200])
 @pytest.mark.parametrize("documents", [False, True])
 def test_any_length_with_states_and_documents(device: str, t: int, documents: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A part per chunk, the hardest cut: every boundary of a chunk is one of a part, the last part may be one token long."""
@@ -61,11 +61,11 @@ def test_parts_of_several_chunks(device: str, parts: int, gate_mean: float, monk
 @pytest.mark.slow
 @device_matrix
 def test_it_happens_by_itself_in_a_long_lonely_sequence(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A row of two heads and nine chunks is cut in two by the rule itself, and the join runs."""
+    """A row of one head and nine chunks is cut in two by the rule itself, and the join runs."""
     joined = []
     real = triton_launch._join
     monkeypatch.setattr(triton_launch, "_join", lambda *a: joined.append(a[0].shape[1]) or real(*a))
-    assert worst(leaves_for(64 * 8 + 3, 16, 2.0, device), False) < 3e-5
+    assert worst(leaves_for(32 * 8 + 3, 16, 2.0, device), False) < 3e-5
     assert joined == [2, 2, 2]  # forward; backward: states again, then their gradients
 
 

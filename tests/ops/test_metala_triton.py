@@ -17,6 +17,7 @@ pytest.importorskip("triton", reason="the fused kernels need Triton: pip install
 
 from megatron.engine.base import EngineSettings
 from megatron.ops.conv import causal_conv
+from megatron.ops.conv import triton as conv_triton
 from megatron.ops.conv.triton import conv_forward, conv_step_in_place
 from megatron.ops.metala import metala, metala_step
 from megatron.ops.metala.triton import metala_step_in_place
@@ -111,11 +112,13 @@ def test_decode_step_in_place_with_slots(device: str) -> None:
 
 
 @device_matrix
-@mostly_slow("t", [1, 2, 3], [64, 65])
+@mostly_slow("t", [1, 2, 3], [65])
 @pytest.mark.parametrize("width", [2, 4, 5])
 @pytest.mark.parametrize("extras", [False, True])
-def test_convolution(device: str, t: int, width: int, extras: bool) -> None:
+def test_convolution(device: str, t: int, width: int, extras: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Plain, and with bias, history and documents: every value and gradient, fp32; five taps have no kernel backward."""
+    if device == "cpu" and t < 5:
+        monkeypatch.setattr(conv_triton, "ROWS", 5)  # the interpreter walks over all rows of a program, however few are there
     g = torch.Generator().manual_seed(t)
     x, w, bias, history = (
         torch.randn(*s, generator=g).to(device).requires_grad_()
@@ -143,8 +146,8 @@ def test_convolution_gate_and_step(device: str) -> None:
         assert (a - b).abs().max() <= 1e-5 * a.abs().max()
     window = pages(5, 2, 33, generator=g, device=device)
     before, slots = window.clone(), torch.tensor([3, 1], device=device)
-    y = conv_step_in_place(x[:, 0].detach(), w.detach(), window, slots=slots)
-    want = causal_conv(x[:, :1], w, history=before[slots], backend="reference")[:, 0]
+    y = conv_step_in_place(x[:, 0].detach(), w.detach(), window, gate=gate[:, 0].detach(), slots=slots)
+    want = causal_conv(x[:, :1], w, history=before[slots], backend="reference")[:, 0] * gate[:, 0]
     assert (y - want).abs().max() < 1e-5
     assert torch.equal(window[slots], torch.cat([before[slots][:, 1:], x[:, :1]], 1))
 
@@ -154,7 +157,7 @@ def test_custom_operators_are_whole(device: str) -> None:
     """Schema, fake tensors and autograd registration, as torch's own checker sees them."""
     leaves = draw(16, 32, 20, torch.float32, 2.0, device)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(torch.ops.linear_neox.metala_forward.default, (*leaves, None, None, 0), test_utils=checks)
+    torch.library.opcheck(torch.ops.linear_neox.metala_forward.default, (*leaves, None, None, 0, True), test_utils=checks)
     x, w = torch.randn(2, 9, 8, device=device, requires_grad=True), torch.randn(8, 1, 4, device=device, requires_grad=True)
     torch.library.opcheck(torch.ops.linear_neox.conv_forward.default, (x, w, None, None, None, None, True), test_utils=checks)
 

@@ -24,7 +24,7 @@ from megatron.ops.metala.inputs import cut_packed
 from megatron.ops.packed_linear import joined_rows, pack_weights, packed_linear
 from megatron.ops.packed_linear.triton import packed_linear_forward
 from megatron.parallel.shard_spec import slice_of
-from tests.ops.fused_cases import boundaries, device_matrix, relative, results
+from tests.ops.fused_cases import boundaries, device_matrix, mostly_slow, relative, results
 
 
 def draw(*shapes: tuple[int, ...], device: str = "cpu") -> list[Tensor]:
@@ -33,10 +33,10 @@ def draw(*shapes: tuple[int, ...], device: str = "cpu") -> list[Tensor]:
 
 
 @device_matrix
-@pytest.mark.parametrize("extras", [False, True])
+@mostly_slow("extras", [True], [False])
 def test_operator_over_a_packed_projection(device: str, extras: bool) -> None:
     """Forward, the one packed gradient, dw and dstate; with documents, padding and a state; an odd width."""
-    b, t, h, k, v = 2, 70, 2, 24, 48
+    b, t, h, k, v = 2, 40, 2, 24, 48
     leaves = draw((b, t, h * (2 * k + 2 * v)), (h, k), (b, h, k, v), device=device)
     ids = boundaries(b, t, device) if extras else None
     mask = torch.ones(b, t, device=device) if extras else None
@@ -74,7 +74,7 @@ def test_packed_operators_are_whole(device: str) -> None:
     from megatron.ops.metala.triton import metala_packed_forward
 
     packed, w, state = draw((1, 9, 2 * 96), (2, 16), (1, 2, 16, 32), device=device)
-    torch.library.opcheck(metala_packed_forward, (packed, w, state, None, None, 0), test_utils=checks)
+    torch.library.opcheck(metala_packed_forward, (packed, w, state, None, None, 0, True), test_utils=checks)
 
 
 def test_weights_that_lie_together_are_read_in_place() -> None:

@@ -18,10 +18,10 @@ pytest.importorskip("triton", reason="the fused kernels need Triton: pip install
 from megatron.ops.tuning import METALA, metala_cuts, norm_cut, padded
 
 ROOT = Path(__file__).resolve().parents[2]
-STORED = {name: ROOT / f"benchmarks/results/kernels-aot-sm90{name}.json" for name in ("", "-triton36")}
+STORED = {name: ROOT / f"benchmarks/results/kernels-aot-sm90{name}.json" for name in ("", "-triton36", "-forms")}
 
 
-OLDER_HAS = ("64x128", "taps", "d", "taylor", "any")
+OLDER_HAS = ("64x128", "taps", "states", "d", "taylor", "any")
 """What is compiled with the older Triton too: the head width of the released models, and the kernels besides MetaLA's."""
 
 
@@ -35,20 +35,23 @@ def aot(*words: str) -> subprocess.CompletedProcess[str]:
 def test_the_stored_compilations_are_of_these_kernels_and_hold_every_cut() -> None:
     """Each row's key is of the kernel's code and constants; spills stay in bounds, no operand in flight is overwritten."""
     done = aot(
-        "import json; print(json.dumps([[label, dtype, case[0], aot.case_key(case[1], case[2], dtype, *case[3:]),",
-        "*aot.limits(label, dtype)] for label, dtype, case in aot.table_cases() + aot.other_cases([1024, 2560])]))",
+        "import json; print(json.dumps([[[label, dtype, case[0], aot.case_key(case[1], case[2], dtype, *case[3:]),",
+        "*aot.limits(label, dtype)] for label, dtype, case in cases]",
+        "for cases in (aot.table_cases() + aot.other_cases([1024, 2560]), aot.form_cases())]))",
     )
     assert done.returncode == 0, done.stderr
-    cases = json.loads(done.stdout)
-    for path in STORED.values():
+    table, forms = json.loads(done.stdout)
+    assert len(forms) == 4 * 5 + 3 * 4
+    older = [case for case in table if case[0].split(" ")[0] in OLDER_HAS]
+    for name, expected in {"": table, "-triton36": older, "-forms": forms}.items():
+        path = STORED[name]
         rows = {(row["shape"], row["dtype"], row["kernel"]): row for row in json.loads(path.read_text())["rows"]}
-        expected = [case for case in cases if path == STORED[""] or case[0].split(" ")[0] in OLDER_HAS]
-        assert len(rows) == len(expected)
+        assert len(rows) == len(expected) or name == "-forms"  # its command adds the kernels besides MetaLA's
         for label, dtype, kernel, key, spill, shared in expected:
             row = rows[label, dtype, kernel]
             assert row["key"] == key, f"{kernel} or its cut has changed: see {path.name} in docs/kernels.md"
             assert row["spilled"] <= spill and row["shared"] <= shared and row["overwritten"] == 0, row
-        assert sum(row["register_products"] for row in rows.values()) > 50  # the check has something to look at
+        assert sum(row["register_products"] for row in rows.values()) > 30  # the check has something to look at
 
 
 def test_entries_are_few_and_whole_chunks_fit() -> None:
@@ -77,10 +80,15 @@ def test_norm_tiles_are_of_one_size() -> None:
 
 
 @pytest.mark.slow
-def test_other_forms_of_a_pass_compile_within_their_limits() -> None:
-    """Ahead of time, without a GPU: single tokens, fp16, fp32; nothing spills much, no operand in flight is overwritten."""
-    command = [sys.executable, "tools/bench/kernels_aot.py", "--forms", "--norms"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=500)
-    assert done.returncode == 0, done.stdout + done.stderr
-    lines = [line for line in done.stdout.splitlines() if line.startswith("kernel=")]
-    assert len(lines) == 4 * 5 + 3 * 4 + 4 + 4 * 7 + 2 and all(" overwritten=0" in line for line in lines)
+def test_a_stored_compilation_is_what_the_compiler_makes() -> None:
+    """One kernel compiled again, ahead of time and without a GPU, and its machine code checked again; three seconds of 25."""
+    stored = json.loads(STORED["-forms"].read_text())
+    done = aot(
+        "import json; label, dtype, case = next(c for c in aot.form_cases() if c[2][0] == 'value_backward');",
+        "print(json.dumps([aot.triton.__version__, aot.case_row(label, dtype, case, {})]))",
+    )
+    assert done.returncode == 0, done.stderr
+    version, row = json.loads(done.stdout)
+    kept = next(r for r in stored["rows"] if r["key"] == row["key"])
+    assert row["overwritten"] == 0 and row["register_products"] > 0
+    assert row == kept or version != stored["triton"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import faulthandler
+import gc
 import importlib.util
 import os
 import pickle
@@ -144,17 +145,22 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to pytest, which closes the link
     os.environ.update(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu")
     sys.path.insert(0, str(Path(__file__).parents[2]))
+    import numpy  # noqa: F401
+    import pytest  # noqa: F401  # files of tests that hold jobs import it in every rank
     import torch
     import torch._dynamo  # what activation recomputation imports at its first call, a second for every rank
 
     torch.set_num_threads(1)
     import megatron.engine.build
-    import megatron.engine.deepspeed_pipeline  # noqa: F401
+    import megatron.engine.deepspeed_pipeline
+    import megatron.engine.deepspeed_zero  # noqa: F401
     from megatron.registry import layer_class, layer_names
 
     for layer in layer_names():
         layer_class(layer)
     link = socket.socket(fileno=int(sys.argv[1]))
+    gc.collect()
+    gc.freeze()  # no rank's garbage collection walks over what was imported here, and copies its pages
     send(link, "ready")
     while (request := receive(link)) is not None:
         serve_one(link, request)

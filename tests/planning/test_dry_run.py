@@ -51,7 +51,7 @@ def test_parts_of_one_process() -> None:
     assert found.total > found.weights + found.optimizer + found.activations
     narrow = of(replace(SETTINGS, dtype="bf16"))
     assert (narrow.weights, narrow.optimizer) == (2 * COUNT, 12 * COUNT)
-    assert narrow.activations < 0.6 * found.activations
+    assert narrow.activations < 0.65 * found.activations  # what the kernels keep in fp32 stays
 
 
 def test_recomputation_keeps_the_inputs_of_blocks() -> None:

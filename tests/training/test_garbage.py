@@ -13,6 +13,12 @@ from megatron.training.garbage import settled
 from tests.training.runs import Recorder, make_engine, options, train
 
 
+@pytest.fixture(autouse=True)
+def nothing_set_apart() -> None:
+    """`tests/conftest.py` freezes what the imports made."""
+    gc.unfreeze()
+
+
 def test_what_was_there_before_is_set_apart_for_the_time_of_a_training() -> None:
     before = gc.get_freeze_count()
     inside = 0

@@ -31,10 +31,8 @@ def _world(case: dict[str, Any]) -> int:
     return 4 if case.get("pp", 1) * case.get("tp", 1) == 4 else 2
 
 
-QUICK = ("pp2",)
-
-
-@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CASES])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
 def test_stop_and_resume(tmp_path: Path, name: str) -> None:
     case, world = CASES[name], _world(CASES[name])
     whole = run_ranks(job, world, None, None, False, case, timeout=120)

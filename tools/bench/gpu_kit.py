@@ -7,9 +7,10 @@ The driver imports neither torch nor Triton, so nothing that a part does can tak
 killed loses the row it was at and no other. A part that died is started once more and goes on behind that row. The same
 command again goes on where the last one stopped; rows that are stored are not measured again.
 
-Parts are the modules of `tools/bench/gpu_kit_parts/`, in the order of `PARTS`; what stands behind a `-` is an argument. Every row is flushed to DIR/<part>.jsonl before
-the next one starts. Accuracy is reported, never a gate. A machine needs torch, Triton and numpy; the parts `peers` and `tests`
-also need the wheels of `make gpu-wheels`. `tools/bench/gpu_report.py DIR` makes the table and the plot afterwards, anywhere.
+Parts are the modules of `tools/bench/gpu_kit_parts/`, in the order of `PARTS`; what follows a `-` is an argument. Every row is
+flushed to DIR/<part>.jsonl before the next one starts. Accuracy is reported, never a gate. A machine needs torch, Triton and
+numpy; the parts `peers` and `tests` also need the wheels of `make gpu-wheels`. `tools/bench/gpu_report.py DIR` makes the table
+and the plot afterwards, anywhere.
 """
 
 from __future__ import annotations
@@ -32,54 +33,68 @@ ROOT = Path(__file__).resolve().parents[2]
 # part -> seconds after which its child is ended
 PARTS = {
     "facts": 40,
-    "smoke": 110,
-    "correctness-bf16": 110,
-    "correctness-fp32": 110,
-    "correctness-fp16": 110,
-    "tests": 120,
-    "kernels": 40,
-    "operators": 45,
-    "training": 95,
-    "peers": 110,
-    "decode": 60,
-    "prefill": 40,
-    "cuts": 60,
+    "smoke": 75,
+    "correctness-bf16": 90,
+    "correctness-fp32": 90,
+    "correctness-fp16": 90,
+    "tests": 90,
+    "peers": 50,
+    "operators": 40,
+    "kernels": 25,
+    "training": 60,
+    "cuts": 45,
+    "decode": 30,
+    "prefill": 60,
 }
-# Nothing in these is timed, most of their time is compilation, and what they compile the timed parts find in Triton's cache: they
-# run side by side.
+# Nothing in these is timed, and most of their time is compilation, which the timed parts then find in Triton's cache: they run
+# side by side, and beside them processes that compile what a timed part needs.
 _UNTIMED = frozenset(("smoke", "correctness-bf16", "correctness-fp32", "correctness-fp16", "tests"))
+_COMPILERS = {"peers": 8, "operators": 4, "training": 2, "cuts": 6}
+WARM = "GPU_KIT_WARM"
+"""Environment variable of a process that compiles ahead: its number and how many there are."""
 _LEAST = 10.0  # seconds: no part starts with less
 
 
 @dataclass(frozen=True)
 class Kit:
-    """One run: where results go, which parts, whether it is a rehearsal, and when it must be over (`time.monotonic`)."""
+    """One run.
+
+    Attributes:
+        output: folder of the results.
+        parts: names of the parts, in order.
+        rehearse: whether it is a rehearsal on a CPU.
+        end: when it must be over, by `time.monotonic`.
+        package: whose `__main__` runs a part.
+    """
 
     output: Path
     parts: Sequence[str]
     rehearse: bool
     end: float
+    package: str = "tools.bench.gpu_kit_parts"
 
-    def child(self, part: str, seconds: float) -> str:
-        """Run a part in a process of its own; what came of it, in a few words."""
-        command = [sys.executable, "-m", "tools.bench.gpu_kit_parts", part, "--output", str(self.output)]
+    def start(self, part: str, warm: str = "") -> subprocess.Popen[bytes]:
+        """A process of its own for a part; with `warm` it only compiles."""
+        command = [sys.executable, "-m", self.package, part, "--output", str(self.output)]
         path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-        environment = {**os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": "0"}
+        environment = {**os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": "0"} | ({WARM: warm} if warm else {})
         if self.rehearse:
             command.append("--rehearse")
             environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
         with (self.output / f"{part}.log").open("a") as log:
-            child = subprocess.Popen(
+            return subprocess.Popen(
                 command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
-            try:
-                status = child.wait(timeout=seconds)
-            except subprocess.TimeoutExpired:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(child.pid, signal.SIGKILL)
-                child.wait()
-                return f"ended after {seconds:.0f} s"
-        return "done" if status == 0 else f"exit code {status}"
+
+    def child(self, part: str, seconds: float) -> str:
+        """Run a part in a process of its own; what came of it, in a few words."""
+        status = finished(self.start(part), seconds)
+        return f"ended after {seconds:.0f} s" if status is None else "done" if status == 0 else f"exit code {status}"
+
+    def compilers(self, parts: Sequence[str]) -> list[subprocess.Popen[bytes]]:
+        """Processes that compile ahead for the timed ones of these parts."""
+        counts = {} if self.rehearse else {part: _COMPILERS[part] for part in parts if part in _COMPILERS}
+        return [self.start(part, f"{i} {count}") for part, count in counts.items() for i in range(count)]
 
     def part(self, name: str) -> dict[str, object]:
         """Run a part, once more if it died: how it ended and how long it took."""
@@ -102,11 +117,25 @@ class Kit:
         outcomes: dict[str, dict[str, object]] = {}
         for together, group in itertools.groupby(self.parts, key=lambda name: name in _UNTIMED):
             names = list(group)
+            ahead, latest = self.compilers(self.parts) if together else [], time.monotonic() + PARTS[names[0]]
             with ThreadPoolExecutor(len(names) if together and not self.rehearse else 1) as pool:
                 for name, outcome in zip(names, pool.map(self.part, names), strict=True):
                     outcomes[name] = outcome
                     (self.output / "parts.json").write_text(json.dumps(outcomes, indent=1) + "\n")
+            for process in ahead:
+                finished(process, max(0.0, min(latest, self.end) - time.monotonic()))
         return outcomes
+
+
+def finished(child: subprocess.Popen[bytes], seconds: float) -> int | None:
+    """Exit status; None where it took longer and was ended with all that it started."""
+    try:
+        return child.wait(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+        return None
 
 
 def stored(path: Path) -> list[dict[str, object]]:

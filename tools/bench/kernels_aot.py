@@ -38,28 +38,69 @@ from megatron.files import write_json
 from megatron.ops.conv import triton as conv_triton
 from megatron.ops.conv import triton_kernels as conv_kernels
 from megatron.ops.cross_entropy import triton_kernels as cross_entropy_kernels
+from megatron.ops.gated import triton_kernels as gated_kernels
 from megatron.ops.metala import triton_kernels as metala_kernels
 from megatron.ops.metala import triton_step_kernels as metala_step_kernels
 from megatron.ops.metala import triton_walk_kernels as metala_walk_kernels
 from megatron.ops.metala.triton import step_warps
 from megatron.ops.metala.triton_launch import PRECISION
 from megatron.ops.norm import triton_kernels as norm_kernels
+from megatron.ops.selective_scan import triton as scan_triton
+from megatron.ops.selective_scan import triton_gate as scan_gate
+from megatron.ops.selective_scan import triton_gate_kernels as gate_kernels
+from megatron.ops.selective_scan import triton_kernels as scan_kernels
 from megatron.ops.taylor import feature_count
 from megatron.ops.taylor import triton_backward_kernels as taylor_backward_kernels
 from megatron.ops.taylor import triton_kernels as taylor_kernels
 from megatron.ops.taylor import triton_step_kernels as taylor_step_kernels
 from megatron.ops.taylor.triton_launch import FORMS as TAYLOR_FORMS
-from megatron.ops.tuning import CROSS_ENTROPY, METALA, Tiles, metala_cuts, norm_cut, padded, taylor_cut, taylor_step_cut
+from megatron.ops.tuning import (
+    CROSS_ENTROPY,
+    METALA,
+    Tiles,
+    gated_cut,
+    metala_cuts,
+    metala_rows,
+    norm_cut,
+    padded,
+    taylor_cut,
+    taylor_step_cut,
+)  # fmt: skip
+from megatron.ops.window import triton_kernels as window_kernels
+from megatron.ops.window.triton import step_block
 from tools.bench.sass import Listing
 
 Case = tuple[str, Any, dict[str, Any], int, int]
-"""(name, kernel, constants, warps, stages)."""
+"""(name, kernel, constants and perhaps `maxnreg`, warps, stages)."""
 
 ROOT = Path(__file__).resolve().parents[2]
 _SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
 _TYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
-_STRIDES = {"sq", "sk", "su", "sdy", "sz", "sv", "sg", "so", "sy", "sx", "ss", "sdq", "sdz", "sdv", "sdg", "sl"}
-_INTS = _STRIDES | {"T", "D", "N", "PER", "PARTS", "H"}
+_STRIDES = {
+    "sa",
+    "sda",
+    "sdb",
+    "sq",
+    "sk",
+    "sz",
+    "sv",
+    "sg",
+    "so",
+    "sy",
+    "sx",
+    "ss",
+    "sdq",
+    "sdz",
+    "sdv",
+    "sdg",
+    "sl",
+    "su",
+    "sdt",
+    "sb",
+    "sc",
+    "sdy",
+}
+_INTS = _STRIDES | {"T", "D", "N", "n", "PER", "PARTS", "H", "G", "W"}
 _LENGTHS = {"T", "D", "N"}
 _FLOATS = {"scale", "eps"}
 _FP32 = {
@@ -78,6 +119,7 @@ _FP32 = {
     "dht",
     "dh0",
     "damount",
+    "inverse",
     "dw",
     "db",
     "state",
@@ -91,8 +133,14 @@ _FP32 = {
     "picked",
     "weights",
 }
+# Of one operator's kernels alone; the same names are narrow elsewhere.
+_FP32_OF = {
+    "selective_scan": {
+        "dt", "a", "same", "ends", "factors", "y", "dy", "borders", "scratch", "dlast", "ddt", "da", "dc", "dgain",
+    },
+}  # fmt: skip
 _OPERANDS = {"qs", "ks", "Sn", "dSn", "dn"}  # of an fp16 model they are fp32: decays, scores and sums leave its range
-_INT_POINTERS = {"labels": "*i64", "seg": "*i32", "mask": "*i8", "slots": "*i32"}
+_INT_POINTERS = {"labels": "*i64", "places": "*i64", "seen": "*i64", "seg": "*i32", "mask": "*i8", "slots": "*i32"}
 # Bytes. Heads of up to 64 x 128, which all released models have, must keep to the first pair; wider ones, fp16 and other forms
 # of a pass to the second; fp32, which is there for comparisons, to the third.
 SPILL_LIMIT, SHARED_LIMIT = 32, 112 * 1024
@@ -103,6 +151,7 @@ FP32_SPILL_LIMIT, FP32_SHARED_LIMIT = 384, 160 * 1024
 def _signature(kernel: Any, constants: dict[str, Any], dtype: str) -> dict[str, str]:
     """Type of every argument by its name."""
     kinds = {}
+    own = _FP32_OF.get(kernel.fn.__module__.split(".")[2], set())
     for name in kernel.arg_names:
         if name in constants:
             kinds[name] = "constexpr"
@@ -111,7 +160,7 @@ def _signature(kernel: Any, constants: dict[str, Any], dtype: str) -> dict[str, 
         elif name in _FLOATS:
             kinds[name] = "fp32"
         else:
-            wide = name in _FP32 or (name in _OPERANDS and dtype == "fp16")
+            wide = name in _FP32 or name in own or (name in _OPERANDS and dtype == "fp16")
             kinds[name] = _INT_POINTERS.get(name) or ("*fp32" if wide else f"*{dtype}")
     return kinds
 
@@ -123,6 +172,8 @@ def compile_kernel(kernel: Any, constants: dict[str, Any], dtype: str, warps: in
         registers per thread, spilled bytes, shared memory in bytes, instructions per warp in all and in the longest loop,
         barriers, asynchronous products with an operand in registers, and how many of those registers are overwritten too early.
     """
+    options = {"num_warps": warps, "num_stages": stages, "maxnreg": constants.get("maxnreg")}
+    constants = {name: value for name, value in constants.items() if name != "maxnreg"}
     signature = _signature(kernel, constants, dtype)
     # As at run time: pointers are aligned; strides and training's lengths are multiples of 16.
     aligned = [
@@ -131,7 +182,7 @@ def compile_kernel(kernel: Any, constants: dict[str, Any], dtype: str, warps: in
     ]  # fmt: skip
     attrs = {(i,): [["tt.divisibility", 16]] for i in aligned}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, "num_stages": stages})
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.TemporaryDirectory() as folder:
         ptx, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
@@ -212,16 +263,19 @@ def metala_cases(k: int, v: int, dtype: str, tiles: Tiles | None = None, form: s
     step = {"K": k, "V": v, "BK": padded(k), "BV": padded(v), "ROUND": 0, "HAS_SLOTS": True}
     join = {"K": k, "V": v, "BK": padded(k), "BV": tiles.block_v, "HAS_FIRST": True, "REVERSE": False}
     n, walks, forward, back = metala_kernels, metala_walk_kernels, {"C": tiles.chunk}, {"C": tiles.back}
+    limited = {"HAS_MASK": extras} | ({"maxnreg": tiles.input_registers} if tiles.input_registers else {})
+    kept = {"R": tiles.rows or tiles.chunk, "KEEP": True}
     walking, warps = (tiles.walk_warps, tiles.stages), tiles.warps
     cases: list[tuple[Any, ...]] = [
         ("gate_forward", n.gate_forward, gate | forward | {"KEEP": False, "running": None}, tiles.gate_warps, 3),
         ("state_forward", walks.state_forward, part | walk | first | forward, *walking),
-        ("output_forward", n.output_forward, whole | forward, warps, 3),
+        ("output_forward", n.output_forward, whole | forward | kept, warps, 3),
         ("gate_backward", n.gate_forward, gate | back | {"KEEP": True}, tiles.gate_warps, 3),
         ("states_backward", walks.state_forward, part | walk | first | back, *walking),
-        ("output_backward", n.output_backward, whole | back, tiles.back_warps, 3),
+        ("output_backward", n.output_backward, base | {"V": v, "BV": padded(v), "R": metala_rows(v)}, 4, 3),
         ("state_backward", walks.state_backward, part | walk | last | back, *walking),
-        ("input_backward", n.input_backward, part | back | {"HAS_MASK": extras}, tiles.back_warps, tiles.stages),
+        ("value_backward", n.value_backward, part | back, tiles.value_warps, 3),
+        ("input_backward", n.input_backward, part | back | limited, tiles.back_warps, tiles.stages),
     ]
     others: list[tuple[Any, ...]] = [
         ("join_parts", walks.join_parts, join, 4, 3),
@@ -233,7 +287,7 @@ def metala_cases(k: int, v: int, dtype: str, tiles: Tiles | None = None, form: s
 
 def _of(kernel: Any, constants: dict[str, Any]) -> dict[str, Any]:
     """Those constants that the kernel has an argument for."""
-    return {name: value for name, value in constants.items() if name in kernel.arg_names}
+    return {name: value for name, value in constants.items() if name in kernel.arg_names or name == "maxnreg"}
 
 
 def conv_cases(width: int, d: int) -> list[Case]:
@@ -242,7 +296,8 @@ def conv_cases(width: int, d: int) -> list[Case]:
     bare = flags | {"bias": None, "gate": None, "hist": None, "seg": None}
     forward = {"W": width, "BT": conv_triton._TOKENS, "BD": conv_triton._CHANNELS, "SILU": True}
     back = {"W": width, "BT": conv_triton.ROWS, "BD": conv_triton.row_channels(d), "U": conv_triton.UNROLLED, "SILU": True}
-    step = {"W": width, "BD": 256, "SILU": True, "HAS_BIAS": False, "HAS_SLOTS": True, "bias": None}
+    step = {"W": width, "BD": 256, "SILU": True, "HAS_BIAS": False, "HAS_GATE": False, "HAS_SLOTS": True, "bias": None}
+    step |= {"gate": None}
     n = conv_kernels
     return [
         ("conv_forward", n.conv_forward, forward | bare, 4, 3),
@@ -250,6 +305,26 @@ def conv_cases(width: int, d: int) -> list[Case]:
         ("conv_backward_everything", n.conv_backward, back | dict.fromkeys(flags, True), 1, 3),
         ("conv_step", n.conv_step, step, 4, 3),
     ]
+
+
+def scan_cases(n: int, d: int) -> list[Case]:
+    """The selective scan's kernels as `ops/selective_scan/triton.py` cuts them: a training step, everything that a pass may
+    have in a sequence of parts, a decode step."""
+    k, base = scan_kernels, {**scan_triton.layout(n, d), "N": n, "CHUNK": scan_triton.CHUNK}
+    absent = dict.fromkeys(("same", "h0", "dlast", "ends", "factors"))
+    bare = {**base, **absent, "HAS_SEG": False, "HAS_H0": False, "HAS_LAST": False, "SPLIT": False, "KEEP": True}
+    full = base | {"HAS_SEG": True, "HAS_H0": True, "HAS_LAST": True, "SPLIT": True, "KEEP": True}
+    step = {"N": n, "BN": triton.next_power_of_2(n), "HAS_SLOTS": True}
+    step |= {"BD": scan_triton.step_channels(n)}
+    cases: list[tuple[Any, ...]] = [("scan_forward", k.scan_forward, bare), ("scan_backward", k.scan_backward, bare)]
+    cases += [(f"{kernel.fn.__name__}_everything", kernel, full) for kernel in (k.scan_forward, k.scan_backward)]
+    cases += [("part_ends", k.part_ends, full), ("part_gradients", k.part_gradients, full)]
+    tile = {name: size for name, size in scan_gate.TILE.items() if name != "num_warps"}
+    gates: list[Case] = [
+        (f"scan_{kernel.fn.__name__}", kernel, tile, 4, 3) for kernel in (gate_kernels.gate_forward, gate_kernels.gate_backward)
+    ]
+    found = [(name, kernel, _of(kernel, c), 1, 3) for name, kernel, c in cases]
+    return [*found, ("scan_step", k.scan_step, step, 4, 3), *gates]
 
 
 def taylor_cases(f: int, v: int, dtype: str, form: str = "plain") -> list[Case]:
@@ -291,6 +366,26 @@ def norm_cases(d: int) -> list[Case]:
         ("norm_backward", n.norm_backward, full | {"HAS_TOTAL": True}, warps, 3),
         ("norm_backward_bare", n.norm_backward, bare | {"HAS_TOTAL": True}, warps, 3),
     ]
+
+
+def gated_cases(d: int) -> list[Case]:
+    """The kernels of a gated MLP of width `d`, with SiLU and with the exact GELU."""
+    rows, columns, warps = gated_cut(d)
+    tile, n = {"ROWS": rows, "BN": columns}, gated_kernels
+    return [
+        ("gated_forward", n.gated_forward, tile | {"ACT": 0}, warps, 3),
+        ("gated_backward", n.gated_backward, tile | {"ACT": 0}, warps, 3),
+        ("gated_backward_gelu", n.gated_backward, tile | {"ACT": 1}, warps, 3),
+    ]
+
+
+def window_cases() -> list[Case]:
+    """The step of windowed attention at the heads of Based, and with grouped queries at wider ones."""
+    n, found = window_kernels, []
+    for d, share in ((64, 1), (128, 4)):
+        tile = {"SHARE": share, "BW": step_block(d), "BD": padded(d)}
+        found.append((f"window_step_{d}", n.window_step, tile, 4, 3))
+    return [*found, ("window_count", n.window_count, {"BW": 128}, 1, 3)]
 
 
 def cross_entropy_cases() -> list[Case]:
@@ -335,9 +430,12 @@ def form_cases() -> list[tuple[str, str, Case]]:
 def other_cases(norms: list[int]) -> list[tuple[str, str, Case]]:
     """The kernels besides MetaLA's, in bf16."""
     found = [("taps 4", "bf16", case) for case in conv_cases(4, 1024)]
+    found += [("states 16", "bf16", case) for case in scan_cases(16, 2048)]
     found += [(f"d {d}", "bf16", case) for d in norms for case in norm_cases(d)]
     for f, v, form in ((16, 64, "plain"), (16, 64, "everything"), (16, 128, "plain"), (8, 64, "plain")):
         found += [(f"taylor {f}x{v} {form}", "bf16", case) for case in taylor_cases(f, v, "bf16", form)]
+    found += [("d 5632", "bf16", case) for case in gated_cases(5632)]
+    found += [("window 128", "bf16", case) for case in window_cases()]
     return found + [("any", "bf16", case) for case in cross_entropy_cases()]
 
 

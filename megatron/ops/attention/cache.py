@@ -4,7 +4,8 @@
     seen [b]                    tokens of the row so far
 
 Without a window n grows with the text; with one n is the window and never changes, the oldest entry making room. Padding,
-on either side, is never numbered, so a row says the same alone and in a batch. Tensors that come in are not changed.
+on either side, is never numbered, so a row says the same alone and in a batch. Tensors that come in are not changed, but by
+`mix_step_`, for which the window is a ring whose entries lie in any order.
 
 A server that keeps keys and values in pages of its own gives an `OuterCache` for a state: `mix` then rotates, and the server
 attends. So every layer that calls `mix` is served from pages without knowing of them.
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from megatron.ops.attention.operator import Places, Rule, attention, attention_weights
 from megatron.ops.rotary import rotary_angles, rotary_table, rotate
+from megatron.ops.window import window_step_
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,22 @@ def mix(
     rule, where = _rule(how, places, s), None if first else places
     y = _attend(q, keys, values, rule, where, mask is None, backend, attentions)
     return y, _remember(keys, values, places, how.rule.window, state["seen"], mask, s)
+
+
+def steps_in_place(how: Mixing, state: Mapping[str, Tensor]) -> bool:
+    """Whether `mix_step_` can take a step over this state: a window without linear biases, kept here."""
+    return how.rule.window is not None and how.rule.slopes is None and not isinstance(state, OuterCache)
+
+
+def mix_step_(q: Tensor, k: Tensor, v: Tensor, how: Mixing, state: dict[str, Tensor], backend: str = "auto") -> Tensor:
+    """`mix` of one token per row, q [b, h, k], k and v [b, g, k] -> y [b, h, k]; the window in `state` is changed in place.
+
+    Its entries are in any order afterwards: further steps in place read them, `mix` does not.
+    """
+    if how.rotary:
+        q, k = (x.squeeze(1) for x in _turn(q.unsqueeze(1), k.unsqueeze(1), how, state["seen"][:, None]))
+    ring = state["keys"], state["values"], state["places"], state["seen"]
+    return window_step_(q, k, v, *ring, scale=how.rule.scale, backend=backend)
 
 
 def _attend(

@@ -124,6 +124,7 @@ def conv_step_torch(
     weight: Tensor,
     state: Tensor,
     bias: Tensor | None = None,
+    gate: Tensor | None = None,
     slots: Tensor | None = None,
     activation: str | None = "silu",
 ) -> Tensor:
@@ -137,7 +138,8 @@ def conv_step_torch(
         state.copy_(kept)
     else:
         state[slots] = kept
-    return (F.silu(total) if activation == "silu" else total).to(x.dtype)
+    y = (F.silu(total) if activation == "silu" else total).to(x.dtype)
+    return y if gate is None else y * gate
 
 
 def conv_step_(
@@ -146,15 +148,16 @@ def conv_step_(
     state: Tensor,
     bias: Tensor | None = None,
     *,
+    gate: Tensor | None = None,
     slots: Tensor | None = None,
     activation: str | None = "silu",
     backend: str = "auto",
 ) -> Tensor:
     """One token per row: x [b, d] -> y [b, d]; the window `state [slots, w - 1, d]` takes x in and drops its oldest, in place.
 
-    slots: [b], the row of `state` of each batch row; None: row i of i.
+    gate: [b, d], a factor of y after the activation. slots: [b], the row of `state` of each batch row; None: row i of i.
     """
-    return choose("conv.step", backend, x.device)(x, weight, state, bias, slots, activation)
+    return choose("conv.step", backend, x.device)(x, weight, state, bias, gate, slots, activation)
 
 
 def next_history(

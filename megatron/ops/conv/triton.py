@@ -189,6 +189,7 @@ def conv_step_in_place(
     weight: Tensor,
     state: Tensor,
     bias: Tensor | None = None,
+    gate: Tensor | None = None,
     slots: Tensor | None = None,
     activation: str | None = "silu",
 ) -> Tensor:
@@ -199,6 +200,7 @@ def conv_step_in_place(
         weight: [d, 1, w].
         state: the last w - 1 inputs, [slots, w - 1, d], each row dense, in x's dtype.
         bias: [d] or None.
+        gate: [b, d] or None: a factor of y after the activation.
         slots: int [b], the row of `state` that belongs to each batch row; None means row i of i.
         activation: `silu` or None.
 
@@ -211,12 +213,14 @@ def conv_step_in_place(
     b, d = x.shape
     check_in_place(state, (weight.shape[-1] - 1, d), x.dtype, x, slots)
     x = x if x.stride(1) == 1 else x.contiguous()
+    gate = gate if gate is None or gate.stride(1) == 1 else gate.contiguous()
     y = torch.empty(b, d, dtype=x.dtype, device=x.device)
     if y.numel():
         with device_guard(x):
             kernels.conv_step[(b, triton.cdiv(d, 256))](
-                x, taps_of(weight, weight.shape[-1]), bias, state, slots, y, d, x.stride(0), state.stride(0),
-                W=weight.shape[-1], BD=256, SILU=activation == "silu", HAS_BIAS=bias is not None, HAS_SLOTS=slots is not None,
-                num_warps=4,
+                x, taps_of(weight, weight.shape[-1]), bias, gate, state, slots, y,
+                d, x.stride(0), 0 if gate is None else gate.stride(0), state.stride(0),
+                W=weight.shape[-1], BD=256, SILU=activation == "silu", HAS_BIAS=bias is not None, HAS_GATE=gate is not None,
+                HAS_SLOTS=slots is not None, num_warps=4,
             )  # fmt: skip
     return y

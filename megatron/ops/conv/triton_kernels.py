@@ -201,16 +201,19 @@ def conv_step(
     x,
     weight,
     bias,
+    gate,
     state,
     slots,
     y,
     D,
     sx,
+    sg,
     ss,
     W: tl.constexpr,
     BD: tl.constexpr,
     SILU: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_GATE: tl.constexpr,
     HAS_SLOTS: tl.constexpr,
 ):
     """Grid (B, D / BD): one token per row; the window state [slots, W - 1, D], rows `ss` apart, is shifted in place."""
@@ -236,4 +239,6 @@ def conv_step(
     tl.store(window + (W - 2) * D, now.to(state.dtype.element_ty), mask=inside)
     if SILU:
         total = total * tl.sigmoid(total)
+    if HAS_GATE:
+        total *= tl.load(gate + b * sg + oc, mask=inside, other=0.0).to(tl.float32)
     tl.store(y + b * D + oc, total.to(y.dtype.element_ty), mask=inside)

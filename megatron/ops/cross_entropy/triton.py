@@ -21,7 +21,7 @@ def row_stats_fused(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Ten
     t, n = logits.shape
     peak, total, picked = (torch.empty(t, dtype=torch.float32, device=logits.device) for _ in range(3))
     columns, warps = CROSS_ENTROPY
-    block = min(columns, triton.next_power_of_2(n))
+    block = max(int(kernels.GROUP.value), min(columns, triton.next_power_of_2(n)))
     if t:
         with device_guard(logits):
             kernels.row_stats[(t,)](

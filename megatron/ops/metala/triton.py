@@ -1,10 +1,10 @@
 """The fused MetaLA operator on a GPU: custom operators that `torch.compile` keeps in its graph, and the decode step in place.
 
-Only the inputs are kept for the backward; everything else is computed again, which costs less than reading it back. States are
-stored in the compute dtype at chunk boundaries and carried in fp32 in between. Inputs may be views of one packed projection: a
-token's row may lie anywhere, heads and channels must be dense. The operator over the packed projection itself has one packed
-gradient: a layer then has one matrix product in front of it, one for the gradient of its input (with no sums of four parts) and
-one for the gradient of its weights.
+For the backward the inputs are kept and the rows as they leave the norm: to form these again would take most of a forward. All
+else is computed again, which costs less than reading it back. States are stored in the compute dtype at chunk boundaries and
+carried in fp32 in between. Inputs may be views of one packed projection: a token's row may lie anywhere, heads and channels
+must be dense. The operator over the packed projection itself has one packed gradient: a layer then has one matrix product in
+front of it, one for the gradient of its input (with no sums of four parts) and one for the gradient of its weights.
 
 With `TRITON_INTERPRET=1` set before Triton is imported the same code runs on a CPU, slowly: so it is tested without a GPU.
 """
@@ -36,23 +36,28 @@ def metala_forward(
     mask: Tensor | None,
     segment_ids: Tensor | None,
     gate_round: int,
-) -> tuple[Tensor, Tensor]:
-    """y [b, t, h, v] and the last state [b, h, k, v] in fp32; arguments as in `MetaLAInputs`."""
-    return launch.forward(launch.Inputs.of((q, z, v, g), w, mask, segment_ids, gate_round), state)
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y [b, t, h, v], the last state [b, h, k, v] in fp32, and where `keep` is set what the backward reads (`launch.Kept`)."""
+    y, final, kept = launch.forward(launch.Inputs.of((q, z, v, g), w, mask, segment_ids, gate_round), state, keep)
+    return y, final, *kept
 
 
 @metala_forward.register_fake
 def _(
-    q: Any, z: Any, v: Any, g: Any, w: Any, state: Any, mask: Any, segment_ids: Any, gate_round: Any
-) -> tuple[Tensor, Tensor]:
+    q: Any, z: Any, v: Any, g: Any, w: Any, state: Any, mask: Any, segment_ids: Any, gate_round: Any, keep: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     b, _, h, k = q.shape
-    return torch.empty(v.shape, dtype=v.dtype, device=v.device), q.new_empty(b, h, k, v.shape[-1], dtype=torch.float32)
+    y = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    return y, q.new_empty(b, h, k, v.shape[-1], dtype=torch.float32), *launch.empty_kept(v, keep)
 
 
 @torch.library.custom_op("linear_neox::metala_backward", mutates_args=())
 def metala_backward(
     dy: Tensor,
     dfinal: Tensor | None,
+    normed: Tensor,
+    inverse: Tensor,
     q: Tensor,
     z: Tensor,
     v: Tensor,
@@ -66,29 +71,34 @@ def metala_backward(
     """Gradients of q, z, v, g (dense, in their dtypes), w (its dtype) and the initial state (fp32)."""
     x = launch.Inputs.of((q, z, v, g), w, mask, segment_ids, gate_round)
     dq, dz, dv, dg = (torch.empty(p.shape, dtype=p.dtype, device=p.device) for p in (q, z, v, g))
-    dw, dstate = launch.backward(x, dy, dfinal, state, (dq, dz, dv, dg))
+    dw, dstate = launch.backward(x, dy, dfinal, state, launch.Kept(normed, inverse), (dq, dz, dv, dg))
     return dq, dz, dv, dg, dw, dstate
 
 
 @metala_backward.register_fake
-def _(dy: Any, dfinal: Any, q: Any, z: Any, v: Any, g: Any, w: Any, state: Any, mask: Any, ids: Any, gate_round: Any) -> Any:
+def _(
+    dy: Any, dfinal: Any, normed: Any, inverse: Any, q: Any, z: Any, v: Any, g: Any, w: Any, state: Any, mask: Any, ids: Any,
+    gate_round: Any,
+) -> Any:  # fmt: skip
     b, _, h, k = q.shape
     like = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, z, v, g, w)]
     return (*like, q.new_empty(b, h, k, v.shape[-1], dtype=torch.float32))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    *tensors, ctx.gate_round = inputs
-    ctx.save_for_backward(*tensors)
+    *tensors, ctx.gate_round, keep = inputs
+    ctx.save_for_backward(*output[2:], *tensors)
     ctx.set_materialize_grads(False)  # a final state that nobody uses has no gradient: no zeros are written and read
+    if not keep:
+        raise RuntimeError("the fused MetaLA operator was called without `keep`, and has no backward")
 
 
 @outside_autocast
-def _gradient(ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> Any:
+def _gradient(ctx: Any, dy: Tensor | None, dfinal: Tensor | None, *_: Any) -> Any:
     saved = ctx.saved_tensors
-    dy = torch.zeros_like(saved[2], memory_format=torch.contiguous_format) if dy is None else dy
+    dy = torch.zeros_like(saved[0]) if dy is None else dy
     dq, dz, dv, dg, dw, dstate = metala_backward(dy, dfinal, *saved, ctx.gate_round)
-    return dq, dz, dv, dg, dw, dstate if saved[5] is not None else None, None, None, None
+    return dq, dz, dv, dg, dw, dstate if saved[7] is not None else None, None, None, None, None
 
 
 metala_forward.register_autograd(_gradient, setup_context=_setup)
@@ -96,24 +106,35 @@ metala_forward.register_autograd(_gradient, setup_context=_setup)
 
 @torch.library.custom_op("linear_neox::metala_packed_forward", mutates_args=())
 def metala_packed_forward(
-    packed: Tensor, w: Tensor, state: Tensor | None, mask: Tensor | None, segment_ids: Tensor | None, gate_round: int
-) -> tuple[Tensor, Tensor]:
-    """packed [b, t, h (2k + 2v)] = q | z | v | g; w [h, k] -> y [b, t, h, v] and the last state, as `metala_forward`."""
-    return launch.forward(launch.Inputs.of(cut_packed(packed, w), w, mask, segment_ids, gate_round), state)
+    packed: Tensor,
+    w: Tensor,
+    state: Tensor | None,
+    mask: Tensor | None,
+    segment_ids: Tensor | None,
+    gate_round: int,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """packed [b, t, h (2k + 2v)] = q | z | v | g and w [h, k] -> as `metala_forward`."""
+    y, final, kept = launch.forward(launch.Inputs.of(cut_packed(packed, w), w, mask, segment_ids, gate_round), state, keep)
+    return y, final, *kept
 
 
 @metala_packed_forward.register_fake
-def _(packed: Any, w: Any, state: Any, mask: Any, segment_ids: Any, gate_round: Any) -> tuple[Tensor, Tensor]:
+def _(
+    packed: Any, w: Any, state: Any, mask: Any, segment_ids: Any, gate_round: Any, keep: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     v = cut_packed(packed, w)[2]
     b, _, h, width = v.shape
     y = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    return y, packed.new_empty(b, h, w.shape[1], width, dtype=torch.float32)
+    return y, packed.new_empty(b, h, w.shape[1], width, dtype=torch.float32), *launch.empty_kept(v, keep)
 
 
 @torch.library.custom_op("linear_neox::metala_packed_backward", mutates_args=())
 def metala_packed_backward(
     dy: Tensor,
     dfinal: Tensor | None,
+    normed: Tensor,
+    inverse: Tensor,
     packed: Tensor,
     w: Tensor,
     state: Tensor | None,
@@ -124,23 +145,25 @@ def metala_packed_backward(
     """Gradients of the packed projection (one dense tensor), of w and of the initial state (fp32)."""
     x = launch.Inputs.of(cut_packed(packed, w), w, mask, segment_ids, gate_round)
     dpacked = torch.empty(packed.shape, dtype=packed.dtype, device=packed.device)
-    dw, dstate = launch.backward(x, dy, dfinal, state, cut_packed(dpacked, w))
+    dw, dstate = launch.backward(x, dy, dfinal, state, launch.Kept(normed, inverse), cut_packed(dpacked, w))
     return dpacked, dw, dstate
 
 
 @metala_packed_backward.register_fake
-def _(dy: Any, dfinal: Any, packed: Any, w: Any, state: Any, mask: Any, segment_ids: Any, gate_round: Any) -> Any:
+def _(
+    dy: Any, dfinal: Any, normed: Any, inverse: Any, packed: Any, w: Any, state: Any, mask: Any, ids: Any, gate_round: Any
+) -> Any:
     v = cut_packed(packed, w)[2]
     like = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (packed, w)]
     return (*like, packed.new_empty(v.shape[0], v.shape[2], w.shape[1], v.shape[3], dtype=torch.float32))
 
 
 @outside_autocast
-def _gradient_packed(ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> Any:
+def _gradient_packed(ctx: Any, dy: Tensor | None, dfinal: Tensor | None, *_: Any) -> Any:
     saved = ctx.saved_tensors
-    dy = torch.zeros_like(cut_packed(saved[0], saved[1])[2], memory_format=torch.contiguous_format) if dy is None else dy
+    dy = torch.zeros_like(saved[0]) if dy is None else dy
     dpacked, dw, dstate = metala_packed_backward(dy, dfinal, *saved, ctx.gate_round)
-    return dpacked, dw, dstate if saved[2] is not None else None, None, None, None
+    return dpacked, dw, dstate if saved[4] is not None else None, None, None, None, None
 
 
 metala_packed_forward.register_autograd(_gradient_packed, setup_context=_setup)
@@ -151,8 +174,11 @@ def metala_fused(x: MetaLAInputs) -> tuple[Tensor, Tensor]:
     """The fused path, over the packed projection where there is one."""
     mask = None if x.mask is None else x.mask.to(torch.int8).contiguous()
     segment_ids = None if x.segment_ids is None else x.segment_ids.to(torch.int32).contiguous()
-    rest = x.w, x.state, mask, segment_ids, launch.ROUND[x.gate_round]
-    return metala_forward(x.q, x.z, x.v, x.g, *rest) if x.packed is None else metala_packed_forward(x.packed, *rest)
+    leaves = (x.q, x.z, x.v, x.g) if x.packed is None else (x.packed,)
+    keep = torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (*leaves, x.w, x.state))
+    rest = x.w, x.state, mask, segment_ids, launch.ROUND[x.gate_round], keep
+    y, final, *_ = metala_forward(*leaves, *rest) if x.packed is None else metala_packed_forward(*leaves, *rest)
+    return y, final
 
 
 def step_warps(key_dim: int, value_dim: int) -> int:

@@ -10,8 +10,8 @@ Then a score is qs ks^T, what a token adds to the state is ks^T v 2^(GL - GM), a
 forms an exponential of more than a row. `state_forward`
 (`triton_walk_kernels.py`) walks over the chunks and leaves the state before each;
 `output_forward` does all chunks at once: scores, state, self-augmentation, per-head LayerNorm and SiLU gate, so that nothing but
-the output is written. The backward forms operands and states again from the inputs: `output_backward` (norm and gates),
-`state_backward` (gradient of the states, from the last chunk to the first) and `input_backward`. There every gradient keeps the
+the output is written, and for a backward the normalised rows. The backward forms operands and states again from the inputs:
+`output_backward` (norm and gates), `state_backward` (gradient of the states, from the last chunk to the first), `value_backward` and `input_backward`. There every gradient keeps the
 factor of its operand outside: with X, Y the gradients of qs and ks, q dq = qs X and key dkey = ks Y, whose difference is summed
 into the gradient of the decay.
 
@@ -113,6 +113,17 @@ def _borders(seg, b, i, t, T, C: tl.constexpr, HAS_SEG: tl.constexpr):
 
 
 @triton.jit
+def _document(seg, b, i, t, T, C: tl.constexpr, HAS_SEG: tl.constexpr):
+    """(ids, enter) of rows t of chunk i: their document, and whether it is that of the incoming state."""
+    ids = tl.zeros_like(t)
+    enter = t < T
+    if HAS_SEG:
+        ids = tl.load(seg + b * T + tl.minimum(t, T - 1))
+        enter = enter & (ids == tl.load(seg + b * T + tl.maximum(i * C - 1, 0)))
+    return ids, enter
+
+
+@triton.jit
 def _scaled(x, factor, DT: tl.constexpr):
     """Operand x [C, BK] times a factor [BK] of its channels, in the format of products."""
     return (x.to(tl.float32) * factor[None, :]).to(DT)
@@ -153,30 +164,48 @@ def gate_forward(
 
 
 @triton.jit
+def _rows(T, H, C: tl.constexpr, R: tl.constexpr):
+    """(chunk, tile in the chunk, batch, head) of a program of the grid B * H * chunks * C / R, which holds R rows of a chunk."""
+    n, b, h = _place(tl.cdiv(T, C) * (C // R), H)
+    return n // (C // R), n % (C // R), b, h
+
+
+@triton.jit
 def _output(
-    qs, ks, GM, amount, v, S, seg, b, i, h, scale, sv, T, H,
-    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    qs, ks, GM, amount, v, S, seg, b, i, p, h, scale, sv, T, H,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
     DT: tl.constexpr, PREC: tl.constexpr, HAS_SEG: tl.constexpr,
 ):  # fmt: skip
-    """Output of chunk i before its norm, [C, BV] in fp32; 0 outside of T and V."""
+    """Output of tile p of chunk i before its norm, [R, BV] in fp32; 0 outside of T and V."""
     NT = tl.cdiv(T, C)
-    ok, ov, oc = tl.arange(0, BK), tl.arange(0, BV), tl.arange(0, C)
-    t = i * C + oc
+    ok, ov, oc = tl.arange(0, BK), tl.arange(0, BV), tl.arange(0, R)
+    t = i * C + p * R + oc
     row = b * T + t
     chunk = (b * NT + i) * H + h
     k_inside = (t < T)[:, None] & (ok < K)[None, :]
     inside = (t < T)[:, None] & (ov < V)[None, :]
     at = row[:, None] * (H * K) + h * K + ok[None, :]
     qq = tl.load(qs + at, mask=k_inside, other=0.0)
-    kk = tl.load(ks + at, mask=k_inside, other=0.0)
-    vv = tl.load(v + row[:, None] * sv + h * V + ov[None, :], mask=inside, other=0.0)
     s_inside = (ok < K)[:, None] & (ov < V)[None, :]
     s = tl.load(S + chunk * K * V + ok[:, None] * V + ov[None, :], mask=s_inside, other=0.0)
-    ids, enter, _, _ = _borders(seg, b, i, t, T, C, HAS_SEG)
-    a = tl.dot(qq, tl.trans(kk), input_precision=PREC)
-    a = tl.where((oc[:, None] >= oc[None, :]) & (ids[:, None] == ids[None, :]), a, 0.0)
+    ids, enter = _document(seg, b, i, t, T, C, HAS_SEG)
     middle = tl.math.exp2(tl.load(GM + chunk * K + ok, mask=ok < K, other=0.0))
     o = tl.dot(_scaled(tl.where(enter[:, None], qq, 0.0), middle, DT), s, input_precision=PREC)
+    if R < C:
+        for j in range(0, p):  # tiles in front of this one: no token of theirs lies ahead
+            tj = i * C + j * R + oc
+            row_j = b * T + tj
+            at_j = row_j[:, None] * (H * K) + h * K + ok[None, :]
+            kj = tl.load(ks + at_j, mask=(ok < K)[None, :], other=0.0)
+            vj = tl.load(v + row_j[:, None] * sv + h * V + ov[None, :], mask=(ov < V)[None, :], other=0.0)
+            a = tl.dot(qq, tl.trans(kj), input_precision=PREC)
+            if HAS_SEG:
+                a = tl.where(ids[:, None] == tl.load(seg + row_j)[None, :], a, 0.0)
+            o = tl.dot(a.to(DT), vj, o, input_precision=PREC)
+    kk = tl.load(ks + at, mask=k_inside, other=0.0)
+    vv = tl.load(v + row[:, None] * sv + h * V + ov[None, :], mask=inside, other=0.0)
+    a = tl.dot(qq, tl.trans(kk), input_precision=PREC)
+    a = tl.where((oc[:, None] >= oc[None, :]) & (ids[:, None] == ids[None, :]), a, 0.0)
     o = tl.dot(a.to(DT), vv, o, input_precision=PREC) * scale
     augmented = tl.load(amount + row * H + h, mask=t < T, other=0.0)[:, None] * vv.to(tl.float32)
     return tl.where(inside, o + _sigmoid(augmented), 0.0)
@@ -184,63 +213,103 @@ def _output(
 
 @triton.jit
 def output_forward(
-    qs, ks, GM, amount, v, gate, S, out, seg, sv, sg, so, scale, eps, T, H,
-    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    DT: tl.constexpr, PREC: tl.constexpr, HAS_SEG: tl.constexpr,
+    qs, ks, GM, amount, v, gate, S, out, normed, inverse, seg, sv, sg, so, scale, eps, T, H,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
+    DT: tl.constexpr, PREC: tl.constexpr, HAS_SEG: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B * H * chunks); one program holds all of V, because the norm needs it. BV is V rounded up."""
-    i, b, h = _place(tl.cdiv(T, C), H)
-    t = i * C + tl.arange(0, C)
+    """Grid (B * H * chunks * C / R); one program holds all of V, because the norm needs it. BV is V rounded up.
+
+    KEEP writes the normalised output [B, T, H, V] and the inverse deviation [B, T, H] of each row, for the backward.
+    """
+    i, p, b, h = _rows(T, H, C, R)
+    t = i * C + p * R + tl.arange(0, R)
     ov = tl.arange(0, BV)
     row = b * T + t
     inside = (t < T)[:, None] & (ov < V)[None, :]
-    o = _output(qs, ks, GM, amount, v, S, seg, b, i, h, scale, sv, T, H, K, V, BK, BV, C, DT, PREC, HAS_SEG)
+    o = _output(qs, ks, GM, amount, v, S, seg, b, i, p, h, scale, sv, T, H, K, V, BK, BV, C, R, DT, PREC, HAS_SEG)
     d = tl.where(inside, o - (tl.sum(o, 1) / V)[:, None], 0.0)
     r = 1.0 / tl.sqrt(tl.sum(d * d, 1) / V + eps)
+    n = d * r[:, None]
+    if KEEP:
+        tl.store(normed + row[:, None] * (H * V) + h * V + ov[None, :], n.to(normed.dtype.element_ty), mask=inside)
+        tl.store(inverse + row * H + h, r, mask=t < T)
     gt = tl.load(gate + row[:, None] * sg + h * V + ov[None, :], mask=inside, other=0.0).to(tl.float32)
-    y = d * r[:, None] * gt * _sigmoid(gt)
+    y = n * gt * _sigmoid(gt)
     tl.store(out + row[:, None] * so + h * V + ov[None, :], y.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def output_backward(
-    qs, ks, GM, amount, v, gate, S, dy, do, dgate, damount, seg, sv, sg, sy, sdg, scale, eps, T, H,
-    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    DT: tl.constexpr, PREC: tl.constexpr, HAS_SEG: tl.constexpr,
+    normed, inverse, amount, v, gate, dy, do, dgate, damount, sv, sg, sy, sdg, N, H,
+    V: tl.constexpr, BV: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B * H * chunks). Recomputes o and its norm; writes do [b, t, h, v] (dense), dgate and damount [b, t, h]."""
-    i, b, h = _place(tl.cdiv(T, C), H)
-    t = i * C + tl.arange(0, C)
+    """Grid (N / R), R of the N = B * T * H rows each: from dy to do [B, T, H, V] (dense), dgate and damount [B, T, H]."""
+    at = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
+    row, h = at // H, at % H
     ov = tl.arange(0, BV)
-    row = b * T + t
-    inside = (t < T)[:, None] & (ov < V)[None, :]
-    o = _output(qs, ks, GM, amount, v, S, seg, b, i, h, scale, sv, T, H, K, V, BK, BV, C, DT, PREC, HAS_SEG)
-    n = tl.where(inside, o - (tl.sum(o, 1) / V)[:, None], 0.0)
-    r = 1.0 / tl.sqrt(tl.sum(n * n, 1) / V + eps)
-    n = n * r[:, None]
-    gt = tl.load(gate + row[:, None] * sg + h * V + ov[None, :], mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(dy + row[:, None] * sy + h * V + ov[None, :], mask=inside, other=0.0).to(tl.float32)
+    inside = (at < N)[:, None] & (ov < V)[None, :]
+    n = tl.load(normed + at[:, None] * V + ov[None, :], mask=inside, other=0.0).to(tl.float32)
+    gt = tl.load(gate + row[:, None] * sg + h[:, None] * V + ov[None, :], mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(dy + row[:, None] * sy + h[:, None] * V + ov[None, :], mask=inside, other=0.0).to(tl.float32)
+    vf = tl.load(v + row[:, None] * sv + h[:, None] * V + ov[None, :], mask=inside, other=0.0).to(tl.float32)
+    r = tl.load(inverse + at, mask=at < N, other=0.0)
+    am = tl.load(amount + at, mask=at < N, other=0.0)
     sgt = _sigmoid(gt)
-    place = row[:, None] * sdg + h * V + ov[None, :]
-    tl.store(dgate + place, (up * n * sgt * (1.0 + gt * (1.0 - sgt))).to(dgate.dtype.element_ty), mask=inside)
+    dgg = up * n * sgt * (1.0 + gt * (1.0 - sgt))
+    tl.store(dgate + row[:, None] * sdg + h[:, None] * V + ov[None, :], dgg.to(dgate.dtype.element_ty), mask=inside)
     dn = up * gt * sgt
     dd = (dn - (tl.sum(dn, 1) / V)[:, None] - n * (tl.sum(dn * n, 1) / V)[:, None]) * r[:, None]
     dd = tl.where(inside, dd, 0.0)
-    tl.store(do + row[:, None] * (H * V) + h * V + ov[None, :], dd.to(do.dtype.element_ty), mask=inside)
-    # v is read and its sigmoid formed once more, after the stores: kept from `_output` on they would not fit the registers
-    vf = tl.load(v + row[:, None] * sv + h * V + ov[None, :], mask=inside, other=0.0).to(tl.float32)
-    sig = _sigmoid(tl.load(amount + row * H + h, mask=t < T, other=0.0)[:, None] * vf)
-    tl.store(damount + row * H + h, tl.sum(dd * sig * (1.0 - sig) * vf, 1), mask=t < T)
+    tl.store(do + at[:, None] * V + ov[None, :], dd.to(do.dtype.element_ty), mask=inside)
+    sig = _sigmoid(am[:, None] * vf)
+    tl.store(damount + at, tl.sum(dd * sig * (1.0 - sig) * vf, 1), mask=at < N)
+
+
+@triton.jit
+def value_backward(
+    qs, ks, GL, GM, amount, v, dS, do, dv, seg, sv, sdv, scale, T, H,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    DT: tl.constexpr, PREC: tl.constexpr, HAS_SEG: tl.constexpr,
+):  # fmt: skip
+    """Grid (B * H * chunks * V / BV). Writes dv [B, T, H, V]: what later queries, the state and the augmentation give."""
+    n_v = tl.cdiv(V, BV)
+    n, b, h = _place(tl.cdiv(T, C) * n_v, H)
+    i, i_v = n // n_v, n % n_v
+    ok, oc = tl.arange(0, BK), tl.arange(0, C)
+    ov = i_v * BV + tl.arange(0, BV)
+    t = i * C + oc
+    row = b * T + t
+    chunk = (b * tl.cdiv(T, C) + i) * H + h
+    k_inside = (t < T)[:, None] & (ok < K)[None, :]
+    inside = (t < T)[:, None] & (ov < V)[None, :]
+    at = row[:, None] * (H * K) + h * K + ok[None, :]
+    qq = tl.load(qs + at, mask=k_inside, other=0.0)
+    kk = tl.load(ks + at, mask=k_inside, other=0.0)
+    dd = tl.load(do + row[:, None] * (H * V) + h * V + ov[None, :], mask=inside, other=0.0)
+    ds = tl.load(dS + chunk * K * V + ok[:, None] * V + ov[None, :], mask=(ok < K)[:, None] & (ov < V)[None, :], other=0.0)
+    ids, _, leave, _ = _borders(seg, b, i, t, T, C, HAS_SEG)
+    last = tl.load(GL + chunk * K + ok, mask=ok < K, other=0.0)
+    after = tl.math.exp2(last - tl.load(GM + chunk * K + ok, mask=ok < K, other=0.0))
+    # the scores transposed, formed so: a row is a key, and the queries that see it stand at or after it
+    a = tl.dot(kk, tl.trans(qq), input_precision=PREC)
+    a = tl.where((oc[:, None] <= oc[None, :]) & (ids[:, None] == ids[None, :]), a * scale, 0.0)
+    dvv = tl.dot(_scaled(tl.where(leave[:, None], kk, 0.0), after, DT), ds, input_precision=PREC)
+    dvv = tl.dot(a.to(DT), dd, dvv, input_precision=PREC)
+    am = tl.load(amount + row * H + h, mask=t < T, other=0.0)[:, None]
+    vv = tl.load(v + row[:, None] * sv + h * V + ov[None, :], mask=inside, other=0.0).to(tl.float32)
+    sig = _sigmoid(am * vv)
+    dvv += dd.to(tl.float32) * sig * (1.0 - sig) * am
+    tl.store(dv + row[:, None] * sdv + h * V + ov[None, :], dvv.to(dv.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def input_backward(
-    qs, ks, running, GL, GM, amount, z, v, w, S, dS, do, damount, dq, dz, dv, dw, seg, mask,
-    sz, sv, sdq, sdz, sdv, scale, T, H,
+    qs, ks, running, GL, GM, z, v, w, S, dS, do, damount, dq, dz, dw, seg, mask,
+    sz, sv, sdq, sdz, scale, T, H,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     DT: tl.constexpr, PREC: tl.constexpr, HAS_SEG: tl.constexpr, HAS_MASK: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B * H * chunks). Writes dq, dz [b, t, h, k], dv [b, t, h, v] and per-chunk parts of dw [b, chunks, h, k]."""
+    """Grid (B * H * chunks). Writes dq, dz [B, T, H, K] and each chunk's part of dw [B, chunks, H, K]."""
     NT = tl.cdiv(T, C)
     i, b, h = _place(NT, H)
     ok = tl.arange(0, BK)
@@ -257,11 +326,7 @@ def input_backward(
     Gl = tl.load(GL + chunk * K + ok, mask=ok < K, other=0.0)
     Gm = tl.load(GM + chunk * K + ok, mask=ok < K, other=0.0)
     after = tl.math.exp2(Gl - Gm)
-    am = tl.load(amount + row * H + h, mask=here, other=0.0)
     seen = (oc[:, None] >= oc[None, :]) & (ids[:, None] == ids[None, :])
-    a = tl.dot(qq, tl.trans(kk), input_precision=PREC)
-    a = tl.where(seen, a * scale, 0.0).to(DT)
-    kept = _scaled(tl.where(leave[:, None], kk, 0.0), after, DT)
     da = tl.zeros([C, C], tl.float32)
     dqs = tl.zeros([C, BK], tl.float32)
     dks = tl.zeros([C, BK], tl.float32)
@@ -278,11 +343,6 @@ def input_backward(
         da = tl.dot(dd, tl.trans(vv), da, input_precision=PREC)
         dqs = tl.dot(dd, tl.trans(s), dqs, input_precision=PREC)
         dks = tl.dot(vv, tl.trans(ds), dks, input_precision=PREC)
-        dvv = tl.dot(tl.trans(a), dd, input_precision=PREC)
-        dvv = tl.dot(kept, ds, dvv, input_precision=PREC)
-        sig = _sigmoid(am[:, None] * vv.to(tl.float32))
-        dvv += dd.to(tl.float32) * sig * (1.0 - sig) * am[:, None]
-        tl.store(dv + row[:, None] * sdv + h * V + ov[None, :], dvv.to(dv.dtype.element_ty), mask=v_inside)
     da = tl.where(seen, da * scale, 0.0).to(kk.dtype)
     dks = tl.where(leave[:, None], dks, 0.0) * after[None, :]
     kf = kk.to(tl.float32)

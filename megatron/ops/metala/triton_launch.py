@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron.ops.kernel_arguments import device_guard, token_rows, token_stride
 from megatron.ops.metala import triton_kernels as kernels
 from megatron.ops.metala import triton_walk_kernels as walks
-from megatron.ops.tuning import Tiles, metala_cuts, padded
+from megatron.ops.tuning import Tiles, metala_cuts, metala_rows, padded
 
 EPS = 1e-5
 ROUND = {"none": 0, "bf16": 1, "fp16": 2}
@@ -164,31 +164,48 @@ def _walk(x: Inputs, run: Callable[..., None], start: Tensor | None, end: Tensor
     run(grid, begin, end, keep, per, **common, STORE=True, END=False, KEEP=False)
 
 
-def forward(x: Inputs, state: Tensor | None) -> tuple[Tensor, Tensor]:
-    """y [b, t, h, v] in v's dtype and the last state in fp32; without tokens, nothing and the initial state."""
+class Kept(NamedTuple):
+    """What a forward leaves for its backward: normalised rows [b, t, h, v], and 1 / deviation of each row [b, t, h] in fp32."""
+
+    normed: Tensor
+    inverse: Tensor
+
+
+def empty_kept(v: Tensor, keep: bool) -> Kept:
+    """Room for what a forward over v [b, t, h, v] keeps; of no size where there is no backward."""
+    shape = v.shape if keep else (0, *v.shape[1:])
+    return Kept(v.new_empty(shape), v.new_empty(shape[:-1], dtype=torch.float32))
+
+
+def forward(x: Inputs, state: Tensor | None, keep: bool) -> tuple[Tensor, Tensor, Kept]:
+    """y [b, t, h, v] in v's dtype, the last state in fp32, and for `keep` what `backward` reads.
+
+    Without tokens: nothing, and the initial state.
+    """
     b, _, h, k, v = x.sizes
-    y = torch.empty(x.v.shape, dtype=x.v.dtype, device=x.v.device)
+    y, kept = torch.empty(x.v.shape, dtype=x.v.dtype, device=x.v.device), empty_kept(x.v, keep)
     if y.numel() == 0:
-        return y, _wide(x.v, b, h, k, v).zero_() if state is None else state.float().clone()
+        return y, _wide(x.v, b, h, k, v).zero_() if state is None else state.float().clone(), kept
     with device_guard(x.v):
-        return _forward(x, state, y)
+        return y, _forward(x, state, y, kept if keep else None), kept
 
 
-def _forward(x: Inputs, state: Tensor | None, y: Tensor) -> tuple[Tensor, Tensor]:
+def _forward(x: Inputs, state: Tensor | None, y: Tensor, kept: Kept | None) -> Tensor:
     b, t, h, k, _ = x.sizes
     tiles = x.tiles()
     made = operands(x, tiles.chunk, keep=False)
-    kept, final = states(x, made, state, tiles.chunk)
-    kernels.output_forward[(kept.shape[1] * b * h,)](
-        made.qs, made.ks, made.middle, made.amount, x.v, x.g, kept, y, x.segment_ids,
+    before, final = states(x, made, state, tiles.chunk)
+    rows = tiles.rows or tiles.chunk
+    kernels.output_forward[(before.shape[1] * (tiles.chunk // rows) * b * h,)](
+        made.qs, made.ks, made.middle, made.amount, x.v, x.g, before, y, *(kept or (None, None)), x.segment_ids,
         token_stride(x.v), token_stride(x.g), token_stride(y), k**-0.5, EPS, t, h,
-        **x.constants(tiles.chunk), num_warps=tiles.warps,
+        **x.constants(tiles.chunk), R=rows, KEEP=kept is not None, num_warps=tiles.warps,
     )  # fmt: skip
-    return y, final
+    return final
 
 
 def backward(
-    x: Inputs, dy: Tensor, dfinal: Tensor | None, state: Tensor | None, grads: Sequence[Tensor]
+    x: Inputs, dy: Tensor, dfinal: Tensor | None, state: Tensor | None, kept: Kept, grads: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
     """Fills `grads` (of q, z, v, g: dense heads and channels, any token stride); gives dw [h, k] and the initial state's."""
     b, _, h, k, v = x.sizes
@@ -196,31 +213,37 @@ def backward(
         dstate = _wide(x.v, b, h, k, v).zero_() if dfinal is None else dfinal.float().clone()
         return torch.zeros_like(x.w), dstate
     with device_guard(x.v):
-        return _backward(x, dy, dfinal, state, grads)
+        return _backward(x, dy, dfinal, state, kept, grads)
 
 
 def _backward(
-    x: Inputs, dy: Tensor, dfinal: Tensor | None, state: Tensor | None, grads: Sequence[Tensor]
+    x: Inputs, dy: Tensor, dfinal: Tensor | None, state: Tensor | None, kept: Kept, grads: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    b, t, h, k, _ = x.sizes
+    b, t, h, k, v = x.sizes
     tiles, dy = x.tiles(), token_rows(dy)
     dq, dz, dv, dg = grads
     made = operands(x, tiles.back, keep=True)
-    kept, _ = states(x, made, state, tiles.back)
-    each = (kept.shape[1] * b * h,)
+    before, _ = states(x, made, state, tiles.back)
     do, damount = torch.empty(x.v.shape, dtype=x.v.dtype, device=x.v.device), _wide(x.v, b, t, h)
-    kernels.output_backward[each](
-        made.qs, made.ks, made.middle, made.amount, x.v, x.g, kept, dy, do, dg, damount, x.segment_ids,
-        token_stride(x.v), token_stride(x.g), token_stride(dy), token_stride(dg), k**-0.5, EPS, t, h,
-        **x.constants(tiles.back), num_warps=tiles.back_warps,
+    rows, n = metala_rows(v), b * t * h
+    kernels.output_backward[(triton.cdiv(n, rows),)](
+        *kept, made.amount, x.v, x.g, dy, do, dg, damount,
+        token_stride(x.v), token_stride(x.g), token_stride(dy), token_stride(dg), n, h,
+        V=v, BV=padded(v), R=rows, num_warps=4,
     )  # fmt: skip
-    dkept, dstate = state_gradients(x, made, do, dfinal, tiles.back)
-    dw = _wide(x.v, b, kept.shape[1], h, k)
-    kernels.input_backward[each](
-        made.qs, made.ks, made.running, made.last, made.middle, made.amount, x.z, x.v, x.w, kept, dkept, do, damount,
-        dq, dz, dv, dw, x.segment_ids, x.mask,
-        token_stride(x.z), token_stride(x.v), token_stride(dq), token_stride(dz), token_stride(dv), k**-0.5, t, h,
+    after, dstate = state_gradients(x, made, do, dfinal, tiles.back)
+    chunks = before.shape[1]
+    dw = _wide(x.v, b, chunks, h, k)
+    kernels.value_backward[(chunks * triton.cdiv(v, tiles.block_v) * b * h,)](
+        made.qs, made.ks, made.last, made.middle, made.amount, x.v, after, do, dv, x.segment_ids,
+        token_stride(x.v), token_stride(dv), k**-0.5, t, h,
+        **x.constants(tiles.back, tiles.block_v), num_warps=tiles.value_warps,
+    )  # fmt: skip
+    kernels.input_backward[(chunks * b * h,)](
+        made.qs, made.ks, made.running, made.last, made.middle, x.z, x.v, x.w, before, after, do, damount,
+        dq, dz, dw, x.segment_ids, x.mask,
+        token_stride(x.z), token_stride(x.v), token_stride(dq), token_stride(dz), k**-0.5, t, h,
         **x.constants(tiles.back, tiles.block_v), HAS_MASK=x.mask is not None,
-        num_warps=tiles.back_warps, num_stages=tiles.stages,
+        num_warps=tiles.back_warps, num_stages=tiles.stages, maxnreg=tiles.input_registers or None,
     )  # fmt: skip
     return dw.sum((0, 1)).to(x.w.dtype), dstate

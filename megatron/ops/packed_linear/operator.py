@@ -24,15 +24,22 @@ def packed_bias(bias: Tensor | None, rows: int) -> Tensor | None:
     return None if bias is None else F.pad(bias, (rows - bias.shape[0], 0))
 
 
-def joined_rows(weights: Sequence[Tensor]) -> Tensor:
-    """The rows of all weights [n_i, d] as one [sum n_i, d]: a view where they follow each other in memory, else a copy."""
-    first, d = weights[0], weights[0].shape[1]
-    place, home = first.storage_offset(), first.untyped_storage()._cdata
+def lie_together(weights: Sequence[Tensor]) -> bool:
+    """Whether matrices [n_i, d] follow each other in memory."""
+    place, home = weights[0].storage_offset(), weights[0].untyped_storage()._cdata
     for weight in weights:
         # places in one storage, no addresses: these exist for tensors without memory too, and neighbours may be strangers
         if weight.untyped_storage()._cdata != home or weight.storage_offset() != place or not weight.is_contiguous():
-            return torch.cat([w.detach() for w in weights])
+            return False
         place += weight.numel()
+    return True
+
+
+def joined_rows(weights: Sequence[Tensor]) -> Tensor:
+    """The rows of all weights [n_i, d] as one [sum n_i, d]: a view where they follow each other in memory, else a copy."""
+    if not lie_together(weights):
+        return torch.cat([w.detach() for w in weights])
+    first, d = weights[0], weights[0].shape[1]
     return first.detach().as_strided((sum(w.shape[0] for w in weights), d), (d, 1))
 
 

@@ -25,7 +25,7 @@ from megatron.ops.precision import in_accumulation_dtype, outside_autocast, sum_
 SSM_CHUNK = 32
 
 
-def _same_as_before(segment_ids: Tensor) -> Tensor:
+def same_as_before(segment_ids: Tensor) -> Tensor:
     """[b, s] bool: False where a document begins; the first token continues the incoming state."""
     same = torch.ones_like(segment_ids, dtype=torch.bool)
     same[:, 1:] = segment_ids[:, 1:] == segment_ids[:, :-1]
@@ -39,7 +39,7 @@ def selective_scan_recurrent(
     """The formulas above, token by token, by autograd."""
     u, dt, a, b, c = (in_accumulation_dtype(x) for x in (u, dt, a, b, c))
     h = u.new_zeros(u.shape[0], *a.shape) if state is None else state
-    same = None if segment_ids is None else _same_as_before(segment_ids)
+    same = None if segment_ids is None else same_as_before(segment_ids)
     outputs = []
     for t in range(u.shape[1]):
         decay = torch.exp(dt[:, t, :, None] * a)
@@ -97,7 +97,7 @@ class _SelectiveScan(torch.autograd.Function):
         wide = sum_dtype(u.dtype)
         y = torch.empty(u.shape, dtype=wide, device=u.device)
         current = torch.zeros(u.shape[0], *a.shape, dtype=wide, device=u.device) if state is None else state.to(wide)
-        same = None if segment_ids is None else _same_as_before(segment_ids)
+        same = None if segment_ids is None else same_as_before(segment_ids)
         begun = []
         for start in range(0, u.shape[1], SSM_CHUNK):
             begun.append(current)
@@ -177,3 +177,32 @@ def selective_step(u: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, state
     u, dt, a, b, c = (in_accumulation_dtype(x) for x in (u, dt, a, b, c))
     new = torch.addcmul((dt * u)[..., None] * b[:, None], (dt.unsqueeze(-1) * a).exp(), state)
     return (new @ c.unsqueeze(-1)).squeeze(-1), new
+
+
+@path("selective_scan.step", "reference")
+@path("selective_scan.step", "torch")
+def selective_step_torch(
+    u: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, state: Tensor, slots: Tensor | None = None
+) -> Tensor:
+    """The plain form of `selective_step_`."""
+    y, new = selective_step(u, dt, a, b, c, state if slots is None else state[slots])
+    if slots is None:
+        state.copy_(new)
+    else:
+        state[slots] = new
+    return y
+
+
+def selective_step_(
+    u: Tensor,
+    dt: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    state: Tensor,
+    *,
+    slots: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """`selective_step` with `state [slots, d, n]` (fp32) overwritten; slots [b]: whose row each batch row's state is."""
+    return choose("selective_scan.step", backend, u.device)(u, dt, a, b, c, state, slots)

@@ -13,4 +13,6 @@ parser.add_argument("name")
 parser.add_argument("--output", type=Path, required=True)
 parser.add_argument("--rehearse", action="store_true")
 args = parser.parse_args()
-importlib.import_module(f"tools.bench.gpu_kit_parts.{args.name.partition('-')[0]}").run(Part(args.name, args.output, args.rehearse))
+importlib.import_module(f"tools.bench.gpu_kit_parts.{args.name.partition('-')[0]}").run(
+    Part(args.name, args.output, args.rehearse)
+)

@@ -70,4 +70,4 @@ def run(part: Part) -> None:
     """A row per case, in the dtype that the name of the part ends with."""
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}[part.name.partition("-")[2]]
     for name in _REHEARSED if part.rehearse else CASES:
-        part.row(name, lambda name=name: _errors(part, name, dtype))
+        part.row(name, _errors, part, name, dtype)

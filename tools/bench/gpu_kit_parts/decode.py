@@ -17,4 +17,4 @@ def run(part: Part) -> None:
     """Rows `mixer size batch`."""
     for mixer, size, batches in (("metala", "1.3B", (1, 64, 128)), ("metala", "380M", (64,)), ("hybrid", "1.3B", (64, 128))):
         for batch in (2,) if part.rehearse else batches:
-            part.row(f"{mixer} {size} {batch}", lambda a=(mixer, size, batch): _row(part, *a))
+            part.row(f"{mixer} {size} {batch}", _row, part, mixer, size, batch)

@@ -32,7 +32,9 @@ def _attention() -> dict[str, Any]:
 
 def run(part: Part) -> None:
     """Rows: versions, device, attention, copy, product."""
-    part.row("versions", lambda: {"torch": torch.__version__, "triton": triton.__version__, "python": platform.python_version()})
+    part.row(
+        "versions", lambda: {"torch": torch.__version__, "triton": triton.__version__, "python": platform.python_version()}
+    )
     part.row("device", lambda: {"device": platform.machine()} if part.rehearse else _device())
     part.row("attention", _attention)
     size, side = (1 << 16, 64) if part.rehearse else (1 << 30, 8192)

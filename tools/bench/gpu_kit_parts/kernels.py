@@ -6,13 +6,13 @@ Bytes are those of `tools/bench/kernel_times.py`: each value read or written onc
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from megatron.ops.conv import causal_conv
+from megatron.ops.gated import gated_packed
 from megatron.ops.metala import metala_packed
 from megatron.ops.norm import add_norm
 from megatron.ops.taylor import taylor
@@ -41,17 +41,12 @@ def profiled(call: Callable[[], Any], calls: int, device: str) -> list[tuple[str
     return sorted((row for row in rows if row[1] > 0), key=lambda row: -row[1])
 
 
-def _share(part: Part, rows: list[tuple[str, float, float]], moved: dict[str, float]) -> dict[str, Any]:
-    """The rows, and for the kernels in `moved` the share of the copy bandwidth."""
+def _shares(part: Part, call: Callable[[], Any], calls: int, moved: dict[str, float]) -> dict[str, Any]:
+    """The kernels of a call, and for those in `moved` the share of the copy bandwidth that they reach."""
+    rows = profiled(call, calls, part.device)
     copy = next((float(str(r["tb_per_s"])) for r in stored(part.output / "facts.jsonl") if r.get("key") == "copy"), None)
-    shares = {
-        name: moved[name] / us / 1e6 / copy for name, us, _ in rows if name in moved and copy
-    }
+    shares = {name: moved[name] / us / 1e6 / copy for name, us, _ in rows if name in moved and copy}
     return {"kernels": rows[:14], "of_copy_bandwidth": shares}
-
-
-def _kernels_of(part: Part, call: Callable[[], Any], calls: int) -> dict[str, Any]:
-    return _share(part, profiled(call, calls, part.device), {})
 
 
 def run(part: Part) -> None:
@@ -62,7 +57,9 @@ def run(part: Part) -> None:
         k, v = (16, 32) if part.rehearse else (64, 128)
         d = h * v
         packed, w = part.metala(b, t, h, k, v)
-        table = {name: work.bytes for name, work in works(b * t, b, h, k, v, metala_cuts(k, v, packed.element_size())[0]).items()}
+        table = {
+            name: work.bytes for name, work in works(b * t, b, h, k, v, metala_cuts(k, v, packed.element_size())[0]).items()
+        }
         y = metala_packed(packed, w, backend="triton")[0]
         up = torch.ones_like(y)
 
@@ -74,8 +71,8 @@ def run(part: Part) -> None:
             torch.autograd.grad(y, (packed, w), up, retain_graph=True)
 
         late = {name: table[_IN_BACKWARD.get(name, name)] for name in (*_IN_BACKWARD, *table)}
-        part.row(f"metala forward d={d}", lambda f=forward, m=table: _share(part, profiled(f, calls, part.device), m))
-        part.row(f"metala backward d={d}", lambda f=backward, m=late: _share(part, profiled(f, calls, part.device), m))
+        part.row(f"metala forward d={d}", _shares, part, forward, calls, table)
+        part.row(f"metala backward d={d}", _shares, part, backward, calls, late)
         x, added = part.random(b, t, d).requires_grad_(), part.random(b, t, d, seed=1).requires_grad_()
         weight, gain = part.random(d, 1, 4).requires_grad_(), part.random(d).requires_grad_()
         conv = causal_conv(x, weight, backend="triton")
@@ -88,16 +85,30 @@ def run(part: Part) -> None:
                 y, (x, a, g), (x, a), retain_graph=True
             ),
         }
-        size = packed.element_size() * b * t * d
-        moved = {"conv_forward": 2.0 * size, "conv_backward": 3.0 * size, "norm_forward": 4.0 * size, "norm_backward": 4.0 * size}
+        width = 64 if part.rehearse else 2816 * h // 8
+        halves = part.random(b, t, 2 * width).requires_grad_()
+        product = gated_packed(halves, "silu", "triton")
+        both |= {
+            "gated": lambda x=halves: gated_packed(x, "silu", "triton"),
+            "gated backward": lambda y=product, x=halves: torch.autograd.grad(y, x, y.detach(), retain_graph=True),
+        }
+        size, gated = (packed.element_size() * b * t * n for n in (d, width))
+        moved = {
+            "conv_forward": 2.0 * size,
+            "conv_backward": 3.0 * size,
+            "norm_forward": 4.0 * size,
+            "norm_backward": 4.0 * size,
+            "gated_forward": 3.0 * gated,
+            "gated_backward": 5.0 * gated,
+        }
         for name, call in both.items():
-            part.row(f"{name} d={d}", lambda f=call, m=moved: _share(part, profiled(f, calls, part.device), m))
+            part.row(f"{name} d={d}", _shares, part, call, calls, moved)
     b, t, h, v = (1, 20, 1, 16) if part.rehearse else (4, 8192, 16, 64)
     leaves = [part.random(b, t, h, n, seed=i).requires_grad_() for i, n in enumerate((16, 16, v))]
     summed, up = taylor(*leaves, backend="triton")[0], part.random(b, t, h, v, seed=3)
-    halves: dict[str, Callable[[], Any]] = {
+    passes: dict[str, Callable[[], Any]] = {
         "forward": lambda: taylor(*leaves, backend="triton"),
         "backward": lambda: torch.autograd.grad(summed, leaves, up, retain_graph=True),
     }
-    for name, call in halves.items():
-        part.row(f"taylor {name} {b} x {t} x {h} x {v}", partial(_kernels_of, part, call, calls))
+    for name, call in passes.items():
+        part.row(f"taylor {name} {b} x {t} x {h} x {v}", _shares, part, call, calls, {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import statistics
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tools.bench.gpu_kit import stored
+from tools.bench.gpu_kit import WARM, stored
 
 
 class Part:
@@ -30,9 +31,12 @@ class Part:
         self.device, self.dtype = ("cpu", torch.float32) if rehearse else ("cuda", torch.bfloat16)
         self._rows, self._at = output / f"{name}.jsonl", output / f"{name}.at"
         self._keys = {row.get("key") for row in stored(self._rows)}
-        if self._at.exists():  # the process before this one died here
+        if WARM not in os.environ and self._at.exists():  # the process before this one died here
             self._store({"key": self._at.read_text(), "error": "the process ended while it measured this row"})
         self._flush: Tensor | None = None
+        self._warming = os.environ.get(WARM)
+        self._met = 0
+        self.all_rows = False  # in a process that compiles ahead: every row, not its share
 
     def _store(self, row: Mapping[str, Any]) -> None:
         with self._rows.open("a") as file:
@@ -42,14 +46,34 @@ class Part:
         self._keys.add(row["key"])
         self._at.unlink(missing_ok=True)
 
-    def row(self, key: str, measure: Callable[[], Mapping[str, Any]]) -> None:
-        """Store what `measure` returns under `key`, once; what it raises is stored in its place and does not stop the part."""
+    @property
+    def calls(self) -> int:
+        """How many calls to profile."""
+        return 5 if self.device == "cuda" and self.warming is None else 1
+
+    @property
+    def warming(self) -> tuple[int, int] | None:
+        """(number, count) of this process among those that compile ahead; None in the one that measures."""
+        if self._warming is None:
+            return None
+        number, count = self._warming.split()
+        return int(number), int(count)
+
+    def row(self, key: str, measure: Callable[..., Mapping[str, Any]], *arguments: Any) -> None:
+        """Store what `measure(*arguments)` returns under `key`, once; an exception is stored instead and stops no other row."""
         if key in self._keys:
+            return
+        if self.warming is not None:
+            number, count = self.warming
+            self._met += 1
+            if self.all_rows or self._met % count == number:
+                with contextlib.suppress(Exception):
+                    measure(*arguments)
             return
         self._at.write_text(key)
         begin = time.perf_counter()
         try:
-            fields = dict(measure())
+            fields = dict(measure(*arguments))
         except Exception as error:  # any: the other rows are worth having
             fields = {"error": f"{type(error).__name__}: {str(error)[:600]}"}
         self._store({"key": key, **fields, "took_s": round(time.perf_counter() - begin, 2)})
@@ -63,7 +87,7 @@ class Part:
         The device waits about a millisecond before each call, so that all of a call's kernels are in its queue when the first
         one starts. On a CPU it is the time of one call.
         """
-        if self.device == "cpu":
+        if self.device == "cpu" or self.warming is not None:
             begin = time.perf_counter()
             call()
             return (time.perf_counter() - begin) * 1e3
@@ -73,14 +97,14 @@ class Part:
             call()
         times = []
         for _ in range(calls):
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             self._flush.zero_()
             torch.cuda._sleep(2_500_000)
-            begin.record()
+            first.record()
             call()
-            end.record()
+            last.record()
             torch.cuda.synchronize()
-            times.append(begin.elapsed_time(end))
+            times.append(first.elapsed_time(last))
         return float(statistics.median(times))
 
     def random(self, *shape: int, seed: int = 0, dtype: torch.dtype | None = None) -> Tensor:

@@ -18,11 +18,15 @@ _TRIED = 8
 _tune = triton.autotune
 
 
-def _fewer(configs: list[Any], *args: Any, **kwargs: Any) -> Any:
-    """`triton.autotune` with every n-th configuration, none of fewer than 2 stages or of 1 warp while there are others."""
-    likely = [c for c in configs if c.num_warps in (2, 4, 8) and c.num_stages in (2, 3)] or configs
-    step = -(-len(likely) // _TRIED)
-    return _tune(likely[::step], *args, **kwargs)
+def _prune(part: Part) -> None:
+    """Let `triton.autotune` try every n-th of its likely configurations; a process that compiles ahead has only its own."""
+
+    def fewer(configs: list[Any], *args: Any, **kwargs: Any) -> Any:
+        likely = [c for c in configs if c.num_warps in (2, 4, 8) and c.num_stages in (2, 3)] or configs
+        tried = likely[:: -(-len(likely) // _TRIED)]
+        return _tune(tried if part.warming is None else [tried[part.warming[0] % len(tried)]], *args, **kwargs)
+
+    triton.autotune = fewer
 
 
 def _times(part: Part, run: Callable[..., Any], packed: torch.Tensor, w: torch.Tensor) -> dict[str, Any]:
@@ -40,20 +44,25 @@ def _based(part: Part, b: int, t: int, h: int, v: int) -> dict[str, Any]:
     with torch.no_grad():
         forward = part.ms(lambda: parallel_based(q, k, x), 5)
     up = torch.ones_like(x)
-    return {"forward_ms": forward, "forward_backward_ms": part.ms(lambda: torch.autograd.grad(parallel_based(q, k, x), (q, k, x), up), 5)}
+    return {
+        "forward_ms": forward,
+        "forward_backward_ms": part.ms(lambda: torch.autograd.grad(parallel_based(q, k, x), (q, k, x), up), 5),
+    }
 
 
 def run(part: Part) -> None:
     """A row per variant and shape; ours is measured in the same process, for the ratio."""
-    triton.autotune = _fewer
-    from tools.bench.gpu_peers import by_fla, ours
+    _prune(part)
+    part.all_rows = True
+    from tools.bench.gpu_kit_parts.glue import by_fla, ours  # imports the peer: not before its tuner is pruned
 
     if part.rehearse:  # the peer's kernels do not run in the interpreter on a CPU
-        part.row("ours 8 heads", lambda: _times(part, ours("triton"), *part.metala(1, 20, 1, 16, 32)))
+        part.row("ours 8 heads", _times, part, ours("triton"), *part.metala(1, 20, 1, 16, 32))
         return
     for h in (8, 16):
         shape = part.metala(8, 2048, h, 64, 128)
-        for name, run_it in {"ours": ours("triton"), "fla + compiled glue": by_fla(True), "fla + eager glue": by_fla(False)}.items():
-            part.row(f"{name} {h} heads", lambda f=run_it, s=shape: _times(part, f, *s))
-    part.row("fla parallel_based 8 x 2048 x 16 x 64", lambda: _based(part, 8, 2048, 16, 64))
-    part.row("fla parallel_based 4 x 8192 x 16 x 64", lambda: _based(part, 4, 8192, 16, 64))
+        variants = {"ours": ours("triton"), "fla + eager glue": by_fla(False), "fla + compiled glue": by_fla(True)}
+        for name, variant in variants.items():
+            part.row(f"{name} {h} heads", _times, part, variant, *shape)
+        b, t = (4, 8192) if h == 8 else (8, 2048)
+        part.row(f"fla parallel_based {b} x {t} x 16 x 64", _based, part, b, t, 16, 64)

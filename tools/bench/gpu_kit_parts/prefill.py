@@ -30,4 +30,4 @@ def run(part: Part) -> None:
     """Rows `mixer size batch x length`."""
     for batch, length in [(1, 20)] if part.rehearse else [(16, 2048), (4, 8192), (1, 32768)]:
         for mixer in ("metala", "global", "hybrid"):
-            part.row(f"{mixer} 1.3B {batch} x {length}", lambda a=(mixer, "1.3B", batch, length): _row(part, *a))
+            part.row(f"{mixer} 1.3B {batch} x {length}", _row, part, mixer, "1.3B", batch, length)

@@ -11,17 +11,19 @@ from torch import Tensor
 from megatron.model.config import ModelConfig
 from megatron.ops.conv import causal_conv
 from megatron.ops.cross_entropy import row_gradient_, row_stats
+from megatron.ops.gated import gated, gated_packed
 from megatron.ops.metala import cut_packed, metala_packed, metala_step_
 from megatron.ops.norm import add_norm, norm
 from megatron.ops.packed_linear import packed_linear
 from megatron.ops.taylor import empty_taylor_state, taylor, taylor_step_
+from megatron.ops.window import window_step_
 from tools.bench.gpu_kit_parts.models import MIXERS, Trainee, backend_of, decoding
 from tools.bench.gpu_kit_parts.part import Part
 
 
 def _finite(outputs: Sequence[Tensor], leaves: Sequence[Tensor]) -> dict[str, Any]:
     """Whether outputs and the gradients of the leaves are finite."""
-    gradients = torch.autograd.grad(sum(x.float().sum() for x in outputs), list(leaves)) if leaves else ()
+    gradients = torch.autograd.grad([x.float().sum() for x in outputs], list(leaves)) if leaves else ()
     return {"finite": all(bool(torch.isfinite(x).all()) for x in (*outputs, *gradients))}
 
 
@@ -29,6 +31,13 @@ def _step(part: Part, b: int, h: int, k: int, v: int) -> dict[str, Any]:
     packed, w = (x.detach() for x in part.metala(b, 1, h, k, v))
     state = torch.zeros(b, h, k, v, device=part.device)
     return _finite([metala_step_(*cut_packed(packed[:, 0], w), w, state, backend="triton"), state], [])
+
+
+def _window(part: Part, b: int, h: int, d: int, w: int) -> dict[str, Any]:
+    q, k, v = (part.random(b, h, d, seed=i) for i in range(3))
+    ring = part.random(b, w, h, d, seed=3), part.random(b, w, h, d, seed=4)
+    places, seen = torch.arange(w, device=part.device).repeat(b, 1), torch.full((b,), w, device=part.device)
+    return _finite([window_step_(q, k, v, *ring, places, seen, scale=d**-0.5, backend="triton"), *ring], [])
 
 
 def _taylor_step(part: Part, b: int, h: int, v: int) -> dict[str, Any]:
@@ -72,9 +81,12 @@ def run(part: Part) -> None:
         "norm": lambda: _finite([norm(x, scale, None, centred=False, eps=1e-5, backend="triton")], [x, scale]),
         "add norm": lambda: _finite(add_norm(x, up, scale, None, centred=False, eps=1e-5, backend="triton"), [x, up, scale]),
         "packed linear": lambda: _finite([packed_linear(x, [square], None, backend="triton")], [x, square]),
+        "gated": lambda: _finite([gated(x, up, "silu", "triton"), gated(x, up, "gelu", "triton")], [x, up]),
+        "gated packed": lambda: _finite([gated_packed(packed, "gelu_tanh", "triton")], [packed]),
+        "window step": lambda: _window(part, b, h, k, 16 if part.rehearse else 128),
         "cross entropy": lambda: _cross_entropy(part, b * t, 500),
     }
     for name, measure in rows.items():
         part.row(name, measure)
     for mixer in MIXERS:
-        part.row(f"model of {mixer}", lambda mixer=mixer: _model(part, mixer))
+        part.row(f"model of {mixer}", _model, part, mixer)

@@ -16,6 +16,8 @@ from tools.bench.gpu_kit_parts.part import Part
 def _steps(part: Part, mixer: str, size: str, backend: str, micro_batch: int, steps: int) -> dict[str, Any]:
     """Steps on the clock of the host: what launches cost counts here."""
     length = 24 if part.rehearse else 2048
+    if part.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     trainee = Trainee(part.device, model_config(mixer, size, part.rehearse), length)
     trainee.use("torch" if backend == "torch" else backend_of(part, mixer))
     losses = [trainee.step(micro_batch) for _ in range(2)]  # compiles
@@ -38,9 +40,9 @@ def _steps(part: Part, mixer: str, size: str, backend: str, micro_batch: int, st
 def run(part: Part) -> None:
     """Rows `mixer size backend`."""
     cases = [
-        ("metala", "1.3B", "auto", 8), ("metala", "380M", "auto", 16), ("hybrid", "1.3B", "auto", 4),
-        ("global", "1.3B", "auto", 8), ("metala", "1.3B", "torch", 8),
+        ("metala", "1.3B", "auto", 8), ("hybrid", "1.3B", "auto", 8), ("metala", "380M", "auto", 16),
+        ("mamba", "380M", "auto", 8), ("global", "1.3B", "auto", 8), ("metala", "1.3B", "torch", 8),
     ]  # fmt: skip
     for mixer, size, backend, micro_batch in cases:
-        b, steps = (1, 1) if part.rehearse else (micro_batch, 8)
-        part.row(f"{mixer} {size} {backend}", lambda a=(mixer, size, backend, b, steps): _steps(part, *a))
+        b, steps = (1, 1) if part.rehearse or part.warming else (micro_batch, 8)
+        part.row(f"{mixer} {size} {backend}", _steps, part, mixer, size, backend, b, steps)

@@ -1,0 +1,54 @@
+"""The fused path of a step of windowed attention: two launches per layer and token, whatever the window."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatron.ops.dispatch import path
+from megatron.ops.kernel_arguments import check_in_place, device_guard
+from megatron.ops.tuning import padded
+from megatron.ops.window import triton_kernels as kernels
+from megatron.ops.window.operator import window_step_torch
+
+
+def step_block(d: int) -> int:
+    """Entries at a time: 4,096 numbers of keys and as many of values in the registers of four warps."""
+    return max(16, min(64, 4096 // padded(d)))
+
+
+def _head_rows(x: Tensor) -> Tensor:
+    """x [b, n, d] with its heads side by side."""
+    dense = x.stride(2) == 1 and (x.shape[1] == 1 or x.stride(1) == x.shape[2])
+    return x if dense else x.contiguous()
+
+
+@path("window", "triton")
+def window_step_fused(
+    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, places: Tensor, seen: Tensor, scale: float
+) -> Tensor:
+    """Arguments and result as `window_step_` in `ops/window/operator.py`; fp64 takes the plain form.
+
+    Raises:
+        ValueError: a tensor of the ring does not fit.
+    """
+    if q.dtype == torch.float64:
+        return window_step_torch(q, k, v, keys, values, places, seen, scale)
+    b, w, g, d = keys.shape
+    for ring in (keys, values):
+        check_in_place(ring, (w, g, d), keys.dtype, q, None)
+        if not ring.is_contiguous():
+            raise ValueError(f"a ring is dense, not {list(ring.shape)} with strides {list(ring.stride())}")
+    for counter, shape in ((places, (b, w)), (seen, (b,))):
+        if tuple(counter.shape) != shape or not counter.is_contiguous() or counter.device != q.device:
+            raise ValueError(f"places are [{b}, {w}] and seen [{b}], dense and on {q.device}, not {list(counter.shape)}")
+    y = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if y.numel():
+        q, k, v = (_head_rows(x) for x in (q, k, v))
+        with device_guard(q):
+            kernels.window_step[(b * g,)](
+                q, k, v, keys, values, places, seen, y, g, w, d, scale, q.stride(0), k.stride(0), v.stride(0),
+                SHARE=q.shape[1] // g, BW=step_block(d), BD=padded(d), num_warps=4,
+            )  # fmt: skip
+            kernels.window_count[(b,)](places, seen, w, BW=min(1024, padded(w)), num_warps=1 if w <= 256 else 4)
+    return y
