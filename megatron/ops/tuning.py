@@ -104,7 +104,7 @@ TAYLOR: Mapping[tuple[str, str, int], TaylorTiles] = {
     ("sm_90", "bf16", 64): TaylorTiles(),
     ("sm_90", "bf16", 128): TaylorTiles(back_rows=16),
     **{("sm_90", "fp16", v): TaylorTiles(chunk=32, back_rows=16, stages=2) for v in (16, 32, 64, 128)},
-    **{("sm_90", "fp32", v): TaylorTiles(chunk=16, back_rows=16, stages=2) for v in (16, 32, 64, 128)},
+    **{("sm_90", "fp32", v): TaylorTiles(chunk=16, back_rows=16, back_warps=8, stages=2) for v in (16, 32, 64, 128)},
 }
 
 

@@ -20,7 +20,13 @@ from megatron.model.init import init_weights
 from megatron.parallel.shard_spec import slice_of
 from tests.ops.fused_cases import NO_GPU
 
-MIXES = {"metala": ("metala", "metala"), "based": ("base_conv", "based"), "mamba": ("mamba",), "growing": ("metala", "global")}
+MIXES = {
+    "metala": ("metala", "metala"),
+    "based": ("base_conv", "based"),
+    "jrt": ("jrt",),
+    "mamba": ("mamba",),
+    "growing": ("metala", "global"),
+}
 needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(NO_GPU, reason="no CUDA device")]
 
 
@@ -61,7 +67,7 @@ def test_same_logits_as_plain_steps(mix: str) -> None:
     assert step.fixed == (mix != "growing") and step.graph is None
 
 
-@pytest.mark.parametrize("layers", [("metala", "metala"), ("base_conv", "mamba")])
+@pytest.mark.parametrize("layers", [("metala", "metala"), ("base_conv", "based"), ("base_conv", "mamba"), ("jrt",)])
 def test_fused_steps_write_the_buffers_in_place(layers: tuple[str, ...]) -> None:
     pytest.importorskip("triton", reason="the fused kernels need Triton")
     plain, fast, step = both(model_of(layers), "triton", "cpu", 3)

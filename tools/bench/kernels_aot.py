@@ -145,7 +145,7 @@ _INT_POINTERS = {"labels": "*i64", "places": "*i64", "seen": "*i64", "seg": "*i3
 # of a pass to the second; fp32, which is there for comparisons, to the third.
 SPILL_LIMIT, SHARED_LIMIT = 32, 112 * 1024
 WIDE_SPILL_LIMIT, WIDE_SHARED_LIMIT = 64, 160 * 1024
-FP32_SPILL_LIMIT, FP32_SHARED_LIMIT = 320, 160 * 1024
+FP32_SPILL_LIMIT, FP32_SHARED_LIMIT = 384, 160 * 1024
 
 
 def _own_fp32(kernel: Any) -> set[str]:
