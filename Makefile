@@ -78,7 +78,7 @@ lock: $(VENV)/.installed-dev
 	$(LOCK) --python-version 3.10 --python-platform x86_64-manylinux_2_28 --resolution lowest-direct -o requirements/oldest.txt \
 		requirements/requirements.txt requirements/requirements-test.txt
 
-# What a GPU machine without internet lacks besides torch, triton, transformers and numpy: see tools/bench/metala_gpu.py
+# What a GPU machine without internet lacks besides torch, triton, transformers and numpy: see tools/bench/gpu_kit.py
 GPU_PYTHON ?= 3.12
 gpu-wheels: $(VENV)/.installed
 	$(VENV)/bin/pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: --python-version $(GPU_PYTHON) \

@@ -38,14 +38,25 @@ def test_the_share_of_issue_slots_grows_with_the_warps() -> None:
 
 def test_a_loop_counts_once_for_each_iteration() -> None:
     row = {"registers": 128, "shared": 0, "warps": 8, "instructions": 1000, "loop": 400}
-    once, four = (seconds(row, Work(132 * 2, n, 2.55e6)) for n in (1, 4))
+    once, four = (seconds(row, Work(132 * 2, n, 2.55e6), 3e12) for n in (1, 4))
     assert four[0] == pytest.approx(once[0] * 2200 / 1000) and once[1] == pytest.approx(1e-6) and once[2] == 2
+
+
+def test_kernels_with_products_issue_more_slowly() -> None:
+    row = {"registers": 128, "shared": 0, "warps": 8, "instructions": 1000, "loop": 0}
+    plain, product = (
+        seconds(row | {"kernel": name}, Work(132, 1, 1.0), 3e12)[0] for name in ("gate_forward", "value_backward")
+    )
+    assert product == pytest.approx(plain / 0.7)
 
 
 def test_every_kernel_of_a_pass_is_counted(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     stored = {row["kernel"] for row in json.loads(TABLE.read_text())["rows"] if row["shape"] == "64x128 cut 0"}
     parts = {name for name in works(16384, 8, 8, 64, 128, metala_cuts(64, 128, 2)[0]) if not name.startswith("conv")}
     assert parts == stored - {"join_parts", "step_forward"}
-    monkeypatch.setattr(sys, "argv", ["kernel_times.py", "--table", str(TABLE)])
+    measured = ROOT / "benchmarks/results/gpu-h200.json"
+    monkeypatch.setattr(sys, "argv", ["kernel_times.py", "--table", str(TABLE), "--measured", str(measured)])
     kernel_times.main()
-    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()[-3:]] == ["forward", "backward", "both"]
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines[-3:]] == ["forward", "backward", "both"]
+    assert all(" measured=" in line for line in lines[1:-3])

@@ -2,7 +2,8 @@
 
     python tools/bench/gpu_report.py DIR [DIR ...] --output benchmarks/results/gpu-h200.json [--page docs/gpu.md]
 
-Of rows with the same key the last folder's counts. The page has a table per part, and is written from the JSON alone.
+Of rows with the same key the last folder's counts; rows that only an earlier folder has are marked on the page, since they are
+those of earlier code. The page has a table per part and is written from the JSON alone.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megatron.files import write_json
+from megatron.ops.tuning import metala_cuts
 from tools.bench.gpu_kit import PARTS, stored
+from tools.bench.kernel_times import IN_BACKWARD, works
 
 Rows = Mapping[str, Mapping[str, Any]]
 # part -> its title and its columns: field, heading, format
@@ -26,6 +29,7 @@ _TABLES: dict[str, tuple[str, tuple[tuple[str, str, str], ...]]] = {
         (
             ("forward_ms", "forward, ms", ".3f"),
             ("forward_backward_ms", "forward + backward, ms", ".3f"),
+            ("ms", "step, ms", ".3f"),
             ("peak_mib", "peak, MiB", ",.0f"),
         ),
     ),
@@ -53,12 +57,12 @@ _TABLES: dict[str, tuple[str, tuple[tuple[str, str, str], ...]]] = {
 
 
 def collect(folders: Iterable[Path]) -> dict[str, dict[str, dict[str, Any]]]:
-    """part -> key -> row, of all parts that have rows."""
+    """part -> key -> row with the number of its run, of all parts that have rows."""
     parts: dict[str, dict[str, dict[str, Any]]] = {}
-    for folder in folders:
+    for run, folder in enumerate(folders, 1):
         for part in PARTS:
             for row in stored(folder / f"{part}.jsonl"):
-                parts.setdefault(part, {})[str(row["key"])] = {name: value for name, value in row.items() if name != "key"}
+                parts.setdefault(part, {})[str(row["key"])] = {**row, "run": run}
     return parts
 
 
@@ -75,22 +79,35 @@ def _cell(row: Mapping[str, Any], field: str, form: str) -> str:
 def part_table(part: str, rows: Rows) -> list[str]:
     """Heading and table of a part; what failed says why."""
     title, columns = _TABLES[part]
+    last = max(row["run"] for row in rows.values())
     lines = [
         [key, *([f"failed: {row['error'][:90]}"] + [""] * (len(columns) - 1))]
         if "error" in row
-        else [key, *(_cell(row, field, form) for field, _, form in columns)]
+        else [key if row["run"] == last else f"{key} *", *(_cell(row, field, form) for field, _, form in columns)]
         for key, row in rows.items()
     ]
     return [f"## {title}", "", *table(["", *(heading for _, heading, _ in columns)], lines), ""]
 
 
-def kernel_table(rows: Rows) -> list[str]:
-    """Each kernel by itself."""
+def moved_bytes(key: str, row: Mapping[str, Any]) -> dict[str, float]:
+    """Bytes that each kernel of a row moves, of MetaLA's by today's table: of others the share was stored with the row."""
+    passes = {"metala forward": {}, "metala backward": IN_BACKWARD}
+    name, _, width = key.partition(" d=")
+    if name not in passes or not width:
+        return {}
+    table = {kernel: w.bytes for kernel, w in works(16384, 8, int(width) // 128, 64, 128, metala_cuts(64, 128, 2)[0]).items()}
+    return {kernel: table[passes[name].get(kernel, kernel)] for kernel, *_ in row["kernels"] if kernel in table}
+
+
+def kernel_table(rows: Rows, copy: float) -> list[str]:
+    """Each kernel by itself, in passes over 16,384 tokens; `copy` is the copy bandwidth in TB/s."""
     lines = []
     for key, row in rows.items():
+        moved = moved_bytes(key, row)
         for name, microseconds, _ in row.get("kernels", ()):
-            if name in row["of_copy_bandwidth"]:
-                lines.append([key, f"`{name}`", f"{microseconds:.0f}", f"{row['of_copy_bandwidth'][name]:.0%}"])
+            share = moved[name] / microseconds / copy / 1e6 if name in moved else row["of_copy_bandwidth"].get(name)
+            if "::" not in name and not name.startswith(("Mem", "void")):
+                lines.append([key, f"`{name}`", f"{microseconds:.0f}", "" if share is None else f"{share:.0%}"])
     return ["## Kernels", "", *table(["pass", "kernel", "microseconds", "of the copy bandwidth"], lines), ""]
 
 
@@ -124,14 +141,16 @@ def page(result: Mapping[str, Any]) -> str:
         f"{facts.get('device')}, torch {facts.get('torch')}, Triton {facts.get('triton')}. "
         f"Copy bandwidth {facts.get('tb_per_s', 0):.2f} TB/s, "
         f"bf16 product of 8,192 x 8,192 matrices {facts.get('tflop_per_s', 0):.0f} TFLOP/s. Times of operators and kernels are "
-        "those of the device, without launches and with an empty L2 cache; training steps are on the clock of the host.",
+        "those of the device, without launches and with an empty L2 cache; training steps are on the clock of the host. Rows with "
+        "a star were measured with an earlier version of the kernels. Where the sum of an operator's kernels is less than its time, "
+        "the host was late with the launches.",
         "",
     ]
     for part, rows in parts.items():
         if part in _TABLES:
             lines += part_table(part, rows)
         elif part == "kernels":
-            lines += kernel_table(rows)
+            lines += kernel_table(rows, facts["tb_per_s"])
     if any(part.startswith("correctness") for part in parts):
         lines += accuracy_table(parts)
     return "\n".join(lines).rstrip() + "\n"

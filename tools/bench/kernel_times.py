@@ -1,10 +1,12 @@
-"""What the MetaLA and convolution kernels should take on an H100, calculated from what they compile to; nothing is measured.
+"""What the MetaLA and convolution kernels should take, calculated from what they compile to, beside what a GPU measured.
 
     python tools/bench/kernel_times.py [--tokens 16384] [--batch 8] [--width 1024] [--heads 8] [--table FILE]
+        [--bandwidth 3.0] [--measured benchmarks/results/gpu-h200.json]
 
-A kernel takes the longer of two times: its bytes at 85 % of 3.0 TB/s, and its instructions at the rate that a multiprocessor
-with so many resident warps issues them (a share of four a cycle: an assumption, +-30 %, until a device has measured it). Each
-value is read or written once; what two programs of one head read twice comes from the L2 cache.
+A kernel takes the longer of two times: its bytes at 85 % of the copy bandwidth (H100 3.0 TB/s, H200 4.25), and its instructions
+at the rate that a multiprocessor with so many resident warps issues them, a share of four a cycle. Kernels with matrix products
+wait at barriers and reach 0.7 of that share: the correction of the first measurement, on an H200 (0.62 to 0.84). Each value is
+read or written once; what two programs of one head read twice comes from the L2 cache.
 """
 
 from __future__ import annotations
@@ -19,17 +21,25 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from megatron.ops.tuning import Tiles, metala_cuts
+from megatron.ops.tuning import Tiles, metala_cuts, metala_rows
 
 PROCESSORS, CLOCK, ISSUES = 132, 1.755e9, 4
-BYTES_PER_SECOND = 0.85 * 3.0e12
+OF_COPY = 0.85
 REGISTERS, SHARED, WARPS, BLOCKS = 65536, 227 * 1024, 64, 32
 # (resident warps of a multiprocessor, share of its issue slots that they fill)
 SHARES = ((4, 0.25), (8, 0.40), (16, 0.55), (32, 0.72), (64, 0.80))
+PRODUCTS_SHARE = 0.7
+PRODUCTS = frozenset(
+    ("state_forward", "output_forward", "states_backward", "state_backward", "value_backward", "input_backward")
+)
 # flash-linear-attention 0.6.0 with compiled glue: bytes per token and model width, and the bandwidth that its kernels and the
 # compiled pointwise code reach
 PEER_FORWARD = ((31, 2.1e12), (13, 2.6e12))
 PEER_BACKWARD = ((85, 1.67e12), (35, 2.6e12))
+
+
+IN_BACKWARD: Mapping[str, str] = {"gate_forward": "gate_backward", "state_forward": "states_backward"}
+"""Kernel of a forward -> its name in this table where it runs in a backward."""
 
 
 @dataclass(frozen=True)
@@ -54,13 +64,14 @@ def works(tokens: int, batch: int, heads: int, k: int, v: int, tiles: Tiles, con
         if name == "forward":
             found["gate_forward"] = Work(each, 1, gates)
             found["state_forward"] = Work(*walk, narrow + wide + states)
-            found["output_forward"] = Work(each, 1, 2 * narrow + 3 * wide + states + per_row)
+            found["output_forward"] = Work(each, 1, 2 * narrow + 4 * wide + states + 2 * per_row)
             continue
         found["gate_backward"] = Work(each, 1, gates + 2 * narrow)
         found["states_backward"] = Work(*walk, narrow + wide + states)
-        found["output_backward"] = Work(each, 1, 2 * narrow + 5 * wide + states + 2 * per_row)
+        found["output_backward"] = Work(-(-tokens * heads // metala_rows(v)), 1, 6 * wide + 3 * per_row)
         found["state_backward"] = Work(*walk, narrow + wide + states)
-        found["input_backward"] = Work(each, columns, 7 * narrow + 3 * wide + 2 * states + 2 * per_row)
+        found["value_backward"] = Work(each * columns, 1, 2 * narrow + 3 * wide + states + per_row)
+        found["input_backward"] = Work(each, columns, 7 * narrow + 2 * wide + 2 * states + per_row)
     d = heads * v
     found["conv_forward"] = Work(tokens // 32 * (d // 32), 1, 2 * wide)
     found["conv_backward"] = Work(-(-tokens // conv_rows) * -(-d // 256), 16, 3 * wide)
@@ -83,12 +94,23 @@ def issue_share(warps: float) -> float:
     return before[1]
 
 
-def seconds(row: Mapping[str, Any], work: Work) -> tuple[float, float, int]:
-    """(time of its instructions, time of its bytes, blocks per multiprocessor)."""
+def seconds(row: Mapping[str, Any], work: Work, bandwidth: float) -> tuple[float, float, int]:
+    """(time of its instructions, time of its bytes at `bandwidth` bytes per second, blocks per multiprocessor)."""
     blocks = blocks_per_processor(row)
-    resident = min(blocks, work.programs / PROCESSORS) * row["warps"]
+    share = issue_share(min(blocks, work.programs / PROCESSORS) * row["warps"])
+    share *= PRODUCTS_SHARE if row.get("kernel") in PRODUCTS else 1.0
     instructions = (row["instructions"] + (work.iterations - 1) * row["loop"]) * row["warps"] * work.programs
-    return instructions / (PROCESSORS * CLOCK * ISSUES * issue_share(resident)), work.bytes / BYTES_PER_SECOND, blocks
+    return instructions / (PROCESSORS * CLOCK * ISSUES * share), work.bytes / (OF_COPY * bandwidth), blocks
+
+
+def measured_times(path: Path, width: int) -> dict[str, float]:
+    """Microseconds of a kernel by its name in the table, from a result of the GPU kit at this model width."""
+    rows = json.loads(path.read_text())["parts"]["kernels"]
+    times = {}
+    for part, names in (("metala forward", {}), ("metala backward", IN_BACKWARD), ("conv", {}), ("conv backward", {})):
+        for name, microseconds, _ in rows.get(f"{part} d={width}", {}).get("kernels", ()):
+            times[names.get(name, name)] = microseconds
+    return times
 
 
 def main() -> None:
@@ -101,7 +123,10 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--table", type=Path, default=Path("benchmarks/results/kernels-aot-sm90.json"))
+    parser.add_argument("--bandwidth", type=float, default=3.0, help="copy bandwidth in TB/s")
+    parser.add_argument("--measured", type=Path, help="a result of the GPU kit, to compare with")
     args = parser.parse_args()
+    measured = measured_times(args.measured, args.width) if args.measured else {}
     k, v = args.width // (2 * args.heads), args.width // args.heads
     table = json.loads(args.table.read_text())
     rows = {r["kernel"]: r for r in table["rows"] if r["dtype"] == "bf16" and r["shape"] in (f"{k}x{v} cut 0", "taps 4")}
@@ -109,7 +134,7 @@ def main() -> None:
     print(f"Triton {table['triton']}, {args.tokens} tokens, width {args.width}, {args.heads} heads of {k} x {v}; microseconds")
     for name, work in works(args.tokens, args.batch, args.heads, k, v, metala_cuts(k, v, 2)[0]).items():
         row = rows[name]
-        issue, traffic, blocks = seconds(row, work)
+        issue, traffic, blocks = seconds(row, work, args.bandwidth * 1e12)
         time = max(issue, traffic)
         if not name.startswith("conv"):
             sums["forward" if name in ("gate_forward", "state_forward", "output_forward") else "backward"] += time
@@ -117,6 +142,7 @@ def main() -> None:
             f"{name:16} registers={row['registers']} spilled={row['spilled']} shared={row['shared']} warps={row['warps']} "
             f"instructions={row['instructions']} loop={row['loop']} blocks_per_sm={blocks} MB={work.bytes / 1e6:.0f} "
             f"issue={issue * 1e6:.0f} bytes={traffic * 1e6:.0f} time={time * 1e6:.0f} of_bandwidth={traffic / time:.0%}"
+            + (f" measured={measured[name]:.0f}" if name in measured else "")
         )
     peers = [sum(n * args.width * args.tokens / rate for n, rate in parts) for parts in (PEER_FORWARD, PEER_BACKWARD)]
     for (name, time), peer in zip((*sums.items(), ("both", sum(sums.values()))), (*peers, sum(peers)), strict=True):

@@ -19,10 +19,7 @@ from megatron.ops.taylor import taylor
 from megatron.ops.tuning import metala_cuts
 from tools.bench.gpu_kit import stored
 from tools.bench.gpu_kit_parts.part import Part
-from tools.bench.kernel_times import works
-
-# The kernel of a backward pass that the table of bytes knows under another name.
-_IN_BACKWARD = {"gate_forward": "gate_backward", "state_forward": "states_backward"}
+from tools.bench.kernel_times import IN_BACKWARD, works
 
 
 def profiled(call: Callable[[], Any], calls: int, device: str) -> list[tuple[str, float, float]]:
@@ -70,7 +67,7 @@ def run(part: Part) -> None:
         def backward(y: Any = y, packed: Any = packed, w: Any = w, up: Any = up) -> None:
             torch.autograd.grad(y, (packed, w), up, retain_graph=True)
 
-        late = {name: table[_IN_BACKWARD.get(name, name)] for name in (*_IN_BACKWARD, *table)}
+        late = {name: table[IN_BACKWARD.get(name, name)] for name in (*IN_BACKWARD, *table)}
         part.row(f"metala forward d={d}", _shares, part, forward, calls, table)
         part.row(f"metala backward d={d}", _shares, part, backward, calls, late)
         x, added = part.random(b, t, d).requires_grad_(), part.random(b, t, d, seed=1).requires_grad_()

@@ -84,8 +84,8 @@ class Part:
     def ms(self, call: Callable[[], Any], calls: int = 20) -> float:
         """Median milliseconds of the device, without the time to launch kernels and with nothing in the L2 cache.
 
-        The device waits about a millisecond before each call, so that all of a call's kernels are in its queue when the first
-        one starts. On a CPU it is the time of one call.
+        The device waits about three milliseconds before each call, so that all of its kernels are queued when the first starts.
+        On a CPU it is the time of one call.
         """
         if self.device == "cpu" or self.warming is not None:
             begin = time.perf_counter()
@@ -99,7 +99,7 @@ class Part:
         for _ in range(calls):
             first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             self._flush.zero_()
-            torch.cuda._sleep(2_500_000)
+            torch.cuda._sleep(6_000_000)
             first.record()
             call()
             last.record()
