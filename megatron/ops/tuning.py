@@ -1,8 +1,8 @@
 """How the fused kernels are cut, by architecture, precision and width: a committed table instead of minutes of tuning at start.
 
 Each entry holds at most six cuts; the first is used. The order was chosen from what the kernels compile to on sm_90 (registers,
-spills, shared memory: `tools/bench/kernels_aot.py`, whose limits a test holds for every cut in this table) and from the bytes they
-move; the part `cuts` of `tools/bench/gpu_kit.py` times the neighbours of a cut on a GPU.
+spills, shared memory: `tools/bench/kernels_aot.py`, whose limits a test holds for every cut in this table) and from the bytes
+they move; the part `cuts` of `tools/bench/gpu_kit.py` times the neighbours of a cut on a GPU.
 """
 
 from __future__ import annotations

@@ -140,10 +140,11 @@ def page(result: Mapping[str, Any]) -> str:
         "",
         f"{facts.get('device')}, torch {facts.get('torch')}, Triton {facts.get('triton')}. "
         f"Copy bandwidth {facts.get('tb_per_s', 0):.2f} TB/s, "
-        f"bf16 product of 8,192 x 8,192 matrices {facts.get('tflop_per_s', 0):.0f} TFLOP/s. Times of operators and kernels are "
-        "those of the device, without launches and with an empty L2 cache; training steps are on the clock of the host. Rows with "
-        "a star were measured with an earlier version of the kernels. Where the sum of an operator's kernels is less than its time, "
-        "the host was late with the launches.",
+        f"bf16 product of 8,192 x 8,192 matrices {facts.get('tflop_per_s', 0):.0f} TFLOP/s.",
+        "",
+        "Times of operators and kernels are those of the device, without launches and with an empty L2 cache. Where the sum of an "
+        "operator's kernels is less than its time, the host was late with the launches. Training steps are on the clock of the host. "
+        "Rows with a star were measured with an earlier version of the kernels.",
         "",
     ]
     for part, rows in parts.items():
