@@ -142,9 +142,9 @@ def page(result: Mapping[str, Any]) -> str:
         f"Copy bandwidth {facts.get('tb_per_s', 0):.2f} TB/s, "
         f"bf16 product of 8,192 x 8,192 matrices {facts.get('tflop_per_s', 0):.0f} TFLOP/s.",
         "",
-        "Times of operators and kernels are those of the device, without launches and with an empty L2 cache. Where the sum of an "
-        "operator's kernels is less than its time, the host was late with the launches. Training steps are on the clock of the host. "
-        "Rows with a star were measured with an earlier version of the kernels.",
+        "Times of operators and kernels are those of the device, without launches and with an empty L2 cache. Where the sum "
+        "of an operator's kernels is less than its time, the host was late with the launches. Training steps are on the clock "
+        "of the host. Rows with a star were measured with an earlier version of the kernels.",
         "",
     ]
     for part, rows in parts.items():
