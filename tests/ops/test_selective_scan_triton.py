@@ -21,8 +21,8 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="the fused kernels need Triton: pip install triton")
 
+from megatron.ops.selective_scan import selective_scan, triton_gate, triton_kernels
 from megatron.ops.selective_scan import triton as fused
-from megatron.ops.selective_scan import triton_gate, triton_kernels
 from megatron.ops.selective_scan.operator import selective_step
 from megatron.ops.selective_scan.triton_gate import scan_gate_fused
 from tests.ops.fused_cases import NO_GPU, boundaries, device_matrix, relative
@@ -234,8 +234,34 @@ def test_nothing_to_scan_and_wider_numbers(device: str) -> None:
     assert torch.autograd.grad(y.sum() + last.sum(), u)[0].shape == u.shape
     wide = [torch.rand(1, 3, n, dtype=torch.float64, device=device) for n in (8, 8, 16, 16)]
     assert fused.selective_scan_fused(wide[0], wide[1], a.double(), *wide[2:], None, None)[0].dtype == torch.float64
+    pool = torch.zeros(1, 8, 16, dtype=torch.float64, device=device)
+    y = fused.selective_step_in_place(wide[0][:, 0], wide[1][:, 0], a.double(), wide[2][:, 0], wide[3][:, 0], pool)
+    assert y.dtype == torch.float64 and pool.all()
+
+
+@device_matrix
+def test_more_states_than_a_warp_holds(device: str) -> None:
+    """Such a model trains on the plain path instead of stopping at its first batch."""
     with pytest.raises(ValueError, match="up to 64 states"):
         fused.layout(65, 8)
+    u, b, a = torch.rand(1, 5, 3, device=device), torch.randn(1, 5, 65, device=device), -torch.rand(3, 65, device=device)
+    b.requires_grad_()
+    y, last = selective_scan(u, u, a, b, b, backend="triton")
+    want, end = selective_scan(u, u, a, b, b, backend="torch")
+    assert torch.equal(y, want) and torch.equal(last, end) and torch.autograd.grad(y.sum(), b)[0].any()
+
+
+@device_matrix
+def test_document_numbers_in_any_layout(device: str) -> None:
+    """Columns of a tensor [t, b], and one row for all."""
+    gen = torch.Generator().manual_seed(0)
+    u, a, b = torch.rand(3, 9, 4, generator=gen), -torch.rand(4, 5, generator=gen), torch.randn(3, 9, 5, generator=gen)
+    u, a, b = (x.to(device) for x in (u, a, b))
+    across = boundaries(9, 3, device, 0.4).cumsum(0).t()
+    for ids in (across, across[:1].expand(3, -1)):
+        got = selective_scan(u, u, a, b, b, segment_ids=ids, backend="triton")
+        want = selective_scan(u, u, a, b, b, segment_ids=ids.contiguous(), backend="torch")
+        assert not ids.is_contiguous() and max(relative(x, y) for x, y in zip(got, want, strict=True)) < 1e-6
 
 
 def test_how_a_sequence_is_split() -> None:

@@ -17,10 +17,12 @@ from megatron.ops.kernel_arguments import check_in_place, device_guard, token_ro
 from megatron.ops.precision import outside_autocast
 from megatron.ops.selective_scan import triton_gate as triton_gate  # registers its paths
 from megatron.ops.selective_scan import triton_kernels as kernels
-from megatron.ops.selective_scan.operator import same_as_before, selective_scan_chunked
+from megatron.ops.selective_scan.operator import same_as_before, selective_scan_chunked, selective_step_torch
 
 CHUNK = 64
 """Tokens between two stored states."""
+MOST_STATES = 64
+"""States per channel that a warp holds; with more the scan takes the plain path."""
 _FULL, _PARTS = 1024, 32
 """Programs, of one warp each, that fill a GPU; how many parts a sequence is split into at most."""
 
@@ -33,8 +35,8 @@ def layout(n: int, d: int) -> dict[str, int]:
         d: channels.
     """
     width = max(4, triton.next_power_of_2(n))
-    if width > 64:
-        raise ValueError(f"the fused selective scan takes up to 64 states per channel, not {n}")
+    if width > MOST_STATES:
+        raise ValueError(f"the fused selective scan takes up to {MOST_STATES} states per channel, not {n}")
     lanes = 8 if width == 64 else 4  # of a channel: a thread has eight states, the backward spills with sixteen
     channels = max(1, min(32 // width, 4)) if d > 8 else 1
     return {"RN": width // lanes, "RC": channels, "LN": lanes, "LC": 32 // lanes}
@@ -55,7 +57,7 @@ class _Launch:
         self.a = a.contiguous()
         self.batch, self.length, self.d = u.shape
         self.n = a.shape[1]
-        self.same = None if segment_ids is None else same_as_before(segment_ids).float()
+        self.same = None if segment_ids is None else same_as_before(segment_ids).float().contiguous()
         self.tile = layout(self.n, self.d)
         self.blocks = triton.cdiv(self.d, self.tile["RC"] * self.tile["LC"])
         self.programs = self.batch * self.blocks
@@ -178,9 +180,9 @@ scan_forward.register_autograd(_gradient, setup_context=_setup)
 def selective_scan_fused(
     u: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, state: Tensor | None, segment_ids: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The fused path; arguments as `selective_scan` in `ops/selective_scan/operator.py`. fp64 keeps its precision on the plain
-    path."""
-    if u.dtype == torch.float64:
+    """The fused path; arguments as `selective_scan` in `ops/selective_scan/operator.py`. fp64, and more states per channel than
+    the kernels take, go to the plain one."""
+    if u.dtype == torch.float64 or a.shape[1] > MOST_STATES:
         return selective_scan_chunked(u, dt, a, b, c, state, segment_ids)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (u, dt, a, b, c, state))
     state = None if state is None else state.float().contiguous()
@@ -205,15 +207,17 @@ def selective_step_in_place(
         a: rates, [d, n].
         b: [b, n].
         c: [b, n].
-        state: fp32 [slots, d, n], each row dense.
+        state: fp32 [slots, d, n], each row dense; fp64 for fp64, which takes the plain path.
         slots: int [b], the row of `state` that belongs to each batch row; None means row i of i.
 
     Returns:
-        y [b, d] in fp32.
+        y [b, d] in fp32 (fp64).
 
     Raises:
         ValueError: the state is not an fp32 tensor of this shape on this device with dense rows, or `slots` does not fit.
     """
+    if u.dtype == torch.float64:
+        return selective_step_torch(u, dt, a, b, c, state, slots)
     rows, d = u.shape
     n = a.shape[1]
     check_in_place(state, (d, n), torch.float32, u, slots)
