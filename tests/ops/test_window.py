@@ -128,6 +128,8 @@ def test_half_precision(device: str, backend: str, dtype: torch.dtype, limit: fl
         ("values", lambda x: x.double(), "dense"),
         ("places", lambda x: x[:, :3], "places are"),
         ("seen", lambda x: x[:1], "places are"),
+        ("places", lambda x: x.int(), "int64"),  # a place later than any other does not fit into 32 bits
+        ("seen", lambda x: x.int(), "int64"),
     ],
 )
 def test_rings_that_cannot_be_changed_in_place(device: str, name: str, change: Any, message: str) -> None:
@@ -135,6 +137,22 @@ def test_rings_that_cannot_be_changed_in_place(device: str, name: str, change: A
     x = torch.randn(2, 2, 16, device=device)
     with pytest.raises(ValueError, match=message):
         window_step_(x, x, x, **state | {name: change(state[name])}, scale=1.0, backend="triton")
+
+
+@device_matrix
+@BACKENDS
+def test_a_window_of_nothing_keeps_nothing(device: str, backend: str) -> None:
+    """A token sees itself alone. A ring of no entries would have no room for what a step leaves."""
+    layer = SoftmaxAttention(SoftmaxAttention.Config(hidden_size=16, num_heads=2, window=0)).to(device)
+    x = torch.randn(2, 16, generator=torch.Generator().manual_seed(0)).to(device)
+    with torch.no_grad():
+        y, state = layer.step(x, layer.init_state(2, torch.float32, device), Context(backend=backend, in_place=True))
+        expected = layer.out_proj(layer.v_proj(x))
+    assert torch.allclose(y, expected, atol=1e-6) and state["keys"].shape == (2, 0, 2, 8)
+    if backend == "triton":
+        empty, token = ring(2, 0, 2, 8, device), torch.zeros(2, 2, 8, device=device)
+        with pytest.raises(ValueError, match="one entry or more"):
+            window_step_(token, token, token, **empty, scale=1.0, backend=backend)
 
 
 @device_matrix

@@ -118,8 +118,8 @@ def mix(
 
 
 def steps_in_place(how: Mixing, state: Mapping[str, Tensor]) -> bool:
-    """Whether `mix_step_` can take a step over this state: a window without linear biases, kept here."""
-    return how.rule.window is not None and how.rule.slopes is None and not isinstance(state, OuterCache)
+    """Whether `mix_step_` can take a step over this state: a window above 0 without linear biases, kept here."""
+    return bool(how.rule.window) and how.rule.slopes is None and not isinstance(state, OuterCache)
 
 
 def mix_step_(q: Tensor, k: Tensor, v: Tensor, how: Mixing, state: dict[str, Tensor], backend: str = "auto") -> Tensor:

@@ -55,8 +55,8 @@ def window_step_(
         v: [b, g, d].
         keys: [b, w, g, d], changed in place.
         values: [b, w, g, d], changed in place.
-        places: int [b, w], the position of each entry in its text, -1 for none; changed in place.
-        seen: int [b], tokens of the text before this one; changed in place.
+        places: int64 [b, w], the position of each entry in its text, -1 for none; changed in place.
+        seen: int64 [b], tokens of the text before this one; changed in place.
         scale: of the scores.
         backend: path of the operator.
     """

@@ -35,13 +35,19 @@ def window_step_fused(
     if q.dtype == torch.float64:
         return window_step_torch(q, k, v, keys, values, places, seen, scale)
     b, w, g, d = keys.shape
+    if w == 0:
+        raise ValueError("a ring has one entry or more, in which a step leaves its key and value")
     for ring in (keys, values):
         check_in_place(ring, (w, g, d), keys.dtype, q, None)
         if not ring.is_contiguous():
             raise ValueError(f"a ring is dense, not {list(ring.shape)} with strides {list(ring.stride())}")
     for counter, shape in ((places, (b, w)), (seen, (b,))):
-        if tuple(counter.shape) != shape or not counter.is_contiguous() or counter.device != q.device:
-            raise ValueError(f"places are [{b}, {w}] and seen [{b}], dense and on {q.device}, not {list(counter.shape)}")
+        fits = tuple(counter.shape) == shape and counter.dtype == torch.int64
+        if not fits or not counter.is_contiguous() or counter.device != q.device:
+            raise ValueError(
+                f"places are int64 [{b}, {w}] and seen int64 [{b}], dense and on {q.device}, "
+                f"not {counter.dtype} {list(counter.shape)} on {counter.device}"
+            )
     y = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if y.numel():
         q, k, v = (_head_rows(x) for x in (q, k, v))
