@@ -21,6 +21,7 @@ from megatron.model.config import ModelConfig
 from megatron.model.init import init_weights
 from megatron.model.partition import balanced_bounds, stage_costs
 from megatron.model.stages import Activations, BlockStage, LastStage, Stage, StageModule, stages_of
+from megatron.ops.modules import has_hooks
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.sequence import check_sequence_parallel, sum_replicated_gradients
 from megatron.parallel.shard_spec import ParamSpec
@@ -29,9 +30,14 @@ from megatron.parallel.tensor import local_slice, shard_model
 EMBEDDING = "model.embed_tokens.weight"
 
 
+def _passes_parts(stage: nn.Module) -> bool:
+    """Whether a stage is a block that nothing looks into: hooks see, and may replace, one tensor."""
+    return isinstance(stage, BlockStage) and not (has_hooks(stage) or has_hooks(stage.body))
+
+
 def _run_chain(stages: Sequence[nn.Module], activations: Activations | Tensor) -> Activations | Tensor:
     for i, stage in enumerate(stages):
-        in_parts = i + 1 < len(stages) and all(isinstance(one, BlockStage) for one in stages[i : i + 2])
+        in_parts = i + 1 < len(stages) and all(_passes_parts(one) for one in stages[i : i + 2])
         activations = stage(activations, True) if in_parts else stage(activations)
     return activations
 

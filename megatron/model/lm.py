@@ -42,9 +42,10 @@ def run_blocks(
     new: list[State] = []
     chain: list[nn.Module] = list(blocks)
     for i, block in enumerate(chain):
-        # hooks see, and may replace, one tensor
-        in_parts = i + 1 < len(chain) and not any(has_hooks(one) for one in chain[i : i + 2])
-        x, after = block(x, ctx, None if state is None else state[i], in_parts)
+        # hooks and modules around a block see, and may replace, one tensor
+        in_parts = i + 1 < len(chain) and all(isinstance(one, Block) and not has_hooks(one) for one in chain[i : i + 2])
+        before = None if state is None else state[i]
+        x, after = block(x, ctx, before, True) if in_parts else block(x, ctx, before)
         if after is not None:
             new.append(after)
     return x, None if state is None else new

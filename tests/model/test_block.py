@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron.engine.base import EngineSettings
 from megatron.engine.stages import build_local, run_stages
@@ -122,3 +122,37 @@ def test_hooks_of_blocks_see_one_tensor(sums: list[bool]) -> None:
     run_blocks(blocks, x, Context(), None)
     assert all(isinstance(part, Tensor) for part in seen) and len(seen) == 2
     assert sum(sums) == 4 + 1
+
+
+def test_hooks_of_stages_and_of_their_blocks_see_one_tensor(sums: list[bool]) -> None:
+    """In training, with and without recomputed segments."""
+    local, seen = build_local(SHAPE, Mesh.single(), EngineSettings(), torch.device("cpu")), []
+    tokens = (torch.zeros(1, 4, dtype=torch.long),)
+    local.stages[2].body.register_forward_hook(lambda module, given, result: seen.extend((given[0], result[0])))
+    for interval, formed in ((0, 4 + 1), (4, 4 + 1)):
+        sums.clear()
+        run_stages(local.stages, tokens, interval)
+        assert sum(sums) == formed
+    local.stages[3].register_forward_hook(lambda module, given, result: seen.extend((given[0][0], result[0])))
+    run_stages(local.stages, tokens)
+    assert all(isinstance(part, Tensor) for part in seen) and len(seen) == 8
+
+
+def test_a_module_around_a_block_gets_one_tensor(sums: list[bool]) -> None:
+    """One of another signature too: it is called as blocks always were."""
+
+    class Around(nn.Module):
+        def __init__(self, block: Block) -> None:
+            super().__init__()
+            self.block = block
+
+        def forward(self, x: Tensor, ctx: Context, state: Any = None) -> Any:
+            assert isinstance(x, Tensor)
+            return self.block(x, ctx, state)
+
+    blocks: list[Any] = list(blocks_of("sequential"))
+    x = torch.randn(1, 3, 16)
+    expected = run_blocks(blocks, x, Context(), None)[0]
+    blocks[1] = Around(blocks[1])
+    sums.clear()
+    assert torch.equal(run_blocks(blocks, x, Context(), None)[0], expected) and sum(sums) == 4 + 1
