@@ -15,13 +15,13 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="the fused kernels need Triton: pip install triton")
 
-from megatron.ops.conv import causal_conv
+from megatron.ops.conv import causal_conv, conv_step_
 from megatron.ops.conv.triton import conv_step_in_place
 from megatron.ops.cross_entropy import row_gradient_, row_stats
 from megatron.ops.kernel_arguments import token_rows, token_stride
 from megatron.ops.metala import metala, metala_packed
 from megatron.ops.metala.triton import metala_step_in_place
-from megatron.ops.norm import norm
+from megatron.ops.norm import add_norm, norm
 from tests.ops.fused_cases import device_matrix, relative
 from tests.ops.test_metala_triton import draw, errors
 
@@ -177,3 +177,26 @@ def test_labels_with_strides(device: str) -> None:
     for x, (peak, total, _), backend in ((plain, statistics[0], "torch"), (fused, statistics[1], "triton")):
         row_gradient_(x, labels, peak, total, weights, backend)
     assert (plain - fused).abs().max() < 1e-6
+
+
+@device_matrix
+def test_fp64_keeps_its_precision(device: str) -> None:
+    """Kernels compute in fp32; whoever asks for fp64 gets the plain path's numbers, as the reference of a test must."""
+    gen = torch.Generator().manual_seed(0)
+    x, added, gain = (torch.randn(*shape, generator=gen).double().to(device) / 3 for shape in ((2, 5, 8), (2, 5, 8), (8,)))
+    taps, labels = torch.randn(8, 1, 4, generator=gen).double().to(device) / 3, torch.tensor([1, 7], device=device)
+    found = []
+    for backend in ("torch", "triton"):
+        window, logits = torch.full((2, 3, 8), 1 / 3, dtype=torch.float64, device=device), x[:, 0].clone()
+        statistics = row_stats(logits, labels, backend)
+        row_gradient_(logits, labels, statistics[0], statistics[1], gain[:2], backend)
+        found.append(
+            [
+                norm(x, gain, None, centred=True, eps=1e-5, backend=backend),
+                *add_norm(x, added, gain, None, centred=False, eps=1e-5, backend=backend),
+                causal_conv(x, taps, backend=backend),
+                conv_step_(x[:, 0], taps, window, backend=backend),
+                *(window, logits, *statistics),
+            ]
+        )
+    assert all(fused.dtype == torch.float64 and torch.equal(fused, plain) for plain, fused in zip(*found, strict=True))

@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from megatron.ops.conv import triton_kernels as kernels
-from megatron.ops.conv.operator import conv_reference, reach
+from megatron.ops.conv.operator import conv_reference, conv_step_torch, conv_torch, reach
 from megatron.ops.dispatch import path
 from megatron.ops.kernel_arguments import check_in_place, device_guard, token_rows, token_stride
 from megatron.ops.precision import outside_autocast
@@ -177,7 +177,9 @@ conv_forward.register_autograd(_gradient, setup_context=_setup)
 def conv_fused(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, history: Tensor | None, segment_ids: Tensor | None
 ) -> Tensor:
-    """The fused path; arguments as `causal_conv` in `ops/conv/operator.py`."""
+    """The fused path; arguments as `causal_conv` in `ops/conv/operator.py`. fp64 keeps its precision on the plain path."""
+    if x.dtype == torch.float64:
+        return conv_torch(x, weight, bias, activation, history, segment_ids)
     history = None if history is None else history.to(x.dtype).contiguous()
     segment_ids = None if segment_ids is None else segment_ids.to(torch.int32).contiguous()
     return conv_forward(x, weight, bias, None, history, segment_ids, activation == "silu")
@@ -210,6 +212,8 @@ def conv_step_in_place(
     Raises:
         ValueError: `state` or `slots` do not fit.
     """
+    if x.dtype == torch.float64:
+        return conv_step_torch(x, weight, state, bias, gate, slots, activation)
     b, d = x.shape
     check_in_place(state, (weight.shape[-1] - 1, d), x.dtype, x, slots)
     x = x if x.stride(1) == 1 else x.contiguous()

@@ -11,6 +11,7 @@ from torch import Tensor
 from megatron.ops.dispatch import path
 from megatron.ops.kernel_arguments import device_guard
 from megatron.ops.norm import triton_kernels as kernels
+from megatron.ops.norm.operator import add_norm_torch, norm_torch
 from megatron.ops.precision import outside_autocast
 from megatron.ops.tuning import norm_cut, padded
 
@@ -101,7 +102,9 @@ norm_forward.register_autograd(_gradient, setup_context=_setup)
 
 @path("norm", "triton")
 def norm_fused(x: Tensor, weight: Tensor | None, bias: Tensor | None, centred: bool, eps: float, dtype: torch.dtype) -> Tensor:
-    """Arguments and result as `norm` in `ops/norm/operator.py`."""
+    """Arguments and result as `norm` in `ops/norm/operator.py`; fp64 keeps its precision on the plain path."""
+    if x.dtype == torch.float64:
+        return norm_torch(x, weight, bias, centred, eps, dtype)
     return norm_forward(x, None, weight, bias, centred, eps, dtype)[0]
 
 
@@ -109,6 +112,8 @@ def norm_fused(x: Tensor, weight: Tensor | None, bias: Tensor | None, centred: b
 def add_norm_fused(
     x: Tensor, added: Tensor, weight: Tensor | None, bias: Tensor | None, centred: bool, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Arguments and results as `add_norm` in `ops/norm/operator.py`."""
+    """Arguments and results as `add_norm` in `ops/norm/operator.py`; fp64 keeps its precision on the plain path."""
+    if x.dtype == torch.float64:
+        return add_norm_torch(x, added, weight, bias, centred, eps, dtype)
     y, total = norm_forward(x, added, weight, bias, centred, eps, dtype)
     return total, y
