@@ -140,6 +140,15 @@ def test_rings_that_cannot_be_changed_in_place(device: str, name: str, change: A
 
 
 @device_matrix
+@pytest.mark.parametrize(("b", "h", "g", "d"), [(1, 2, 2, 16), (2, 3, 2, 16), (2, 2, 1, 16), (2, 2, 2, 8)])
+def test_tokens_that_do_not_fit_the_ring(device: str, b: int, h: int, g: int, d: int) -> None:
+    """The ring says how many rows and heads there are: what lies behind fewer would be read and written."""
+    q, k = torch.randn(b, h, d, device=device), torch.randn(b, g, d, device=device)
+    with pytest.raises(ValueError, match="does not fit"):
+        window_step_(q, k, k, **ring(2, 4, 2, 16, device), scale=1.0, backend="triton")
+
+
+@device_matrix
 @BACKENDS
 def test_a_window_of_nothing_keeps_nothing(device: str, backend: str) -> None:
     """A token sees itself alone. A ring of no entries would have no room for what a step leaves."""

@@ -30,13 +30,15 @@ def window_step_fused(
     """Arguments and result as `window_step_` in `ops/window/operator.py`; fp64 takes the plain form.
 
     Raises:
-        ValueError: a tensor of the ring does not fit.
+        ValueError: a tensor of the ring does not fit, or the token's do not fit the ring.
     """
     if q.dtype == torch.float64:
         return window_step_torch(q, k, v, keys, values, places, seen, scale)
     b, w, g, d = keys.shape
     if w == 0:
         raise ValueError("a ring has one entry or more, in which a step leaves its key and value")
+    if tuple(k.shape) != (b, g, d) or v.shape != k.shape or (len(q), q.shape[2]) != (b, d) or q.shape[1] % g:
+        raise ValueError(f"a ring {list(keys.shape)} does not fit q {list(q.shape)}, k {list(k.shape)} and v {list(v.shape)}")
     for ring in (keys, values):
         check_in_place(ring, (w, g, d), keys.dtype, q, None)
         if not ring.is_contiguous():
