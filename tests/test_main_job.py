@@ -223,23 +223,32 @@ def test_dry_run(config: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tensor_parallel", [1, 2])
-@pytest.mark.parametrize(("mixer", "operator"), [("metala", "metala"), ("mamba", "selective_scan")])
+@pytest.mark.parametrize(
+    ("mixer", "operator", "small"),
+    [
+        ("metala", "metala", ()),
+        ("mamba", "selective_scan", ("mamba_expand=1", "mamba_state_size=4", "seq_length=12")),
+        ("based", "taylor", ("based_feature_width=4", "seq_length=12")),
+        ("jrt", "taylor.prefix", ("jrt_feature_width=4", "jrt_prefix_length=5", "seq_length=12")),
+    ],
+    ids=["metala", "mamba", "based", "jrt"],
+)
 def test_fused_kernels_train_as_the_plain_path_does(
     config: Path,
     tmp_path: Path,
     mixer: str,
     operator: str,
+    small: tuple[str, ...],
     tensor_parallel: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Two steps with `kernel_backend: triton`, interpreted on the CPU: losses within 1e-5 of one process' torch path (fp32).
+    """Three steps with `kernel_backend: triton`, interpreted on the CPU: losses within 1e-5 of one process' torch path (fp32).
 
-    The second loss is that of weights which the kernels' gradients of two micro batches have moved.
+    The later losses are those of weights which the kernels' gradients have moved.
     """
     pytest.importorskip("triton", reason="the fused kernels need Triton")
-    values = ["hidden_dropout=0", "train_iters=2", "checkpoint_factor=2", "eval_iters=0", "num_layers=1"]
-    values += [f'attention_config=[[["{mixer}"], 1]]', "train_micro_batch_size_per_gpu=1"]
-    values += ["mamba_expand=1", "mamba_state_size=4", "seq_length=12"] if mixer == "mamba" else []
+    values = ["hidden_dropout=0", "train_iters=3", "checkpoint_factor=3", "eval_iters=0", "num_layers=1"]
+    values += [f'attention_config=[[["{mixer}"], 1]]', "train_micro_batch_size_per_gpu=1", *small]
     common = [word for value in values for word in ("--set", value)]
     found = {}
     for backend, size in (("torch", 1), ("triton", tensor_parallel)):
@@ -250,7 +259,7 @@ def test_fused_kernels_train_as_the_plain_path_does(
         monkeypatch.setattr("megatron.ops.dispatch._said", set())  # said once in a process
         assert f"operator {operator}: {backend} path" in run(*words, here=size == 1)
         found[backend] = losses(folder)
-    assert len(found["torch"]) == 2
+    assert len(found["torch"]) == 3
     assert all(abs(a - b) <= 1e-5 * a for a, b in zip(found["torch"], found["triton"], strict=True)), found
 
 
