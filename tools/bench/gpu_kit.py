@@ -38,11 +38,11 @@ PARTS = {
     "correctness-fp32": 90,
     "correctness-fp16": 90,
     "tests": 90,
-    "peers": 50,
+    "peers": 150,
     "operators": 40,
     "kernels": 25,
     "training": 60,
-    "cuts": 45,
+    "cuts": 60,
     "decode": 30,
     "prefill": 60,
 }

@@ -34,7 +34,7 @@ _TABLES: dict[str, tuple[str, tuple[tuple[str, str, str], ...]]] = {
         ),
     ),
     "peers": (
-        "MetaLA's operator beside flash-linear-attention 0.6.0, 8 x 2,048 tokens, heads of 64 x 128",
+        "MetaLA's operator, 8 x 2,048 tokens, heads of 64 x 128; with rows named fla: flash-linear-attention 0.6.0",
         (("forward_ms", "forward, ms", ".3f"), ("forward_backward_ms", "forward + backward, ms", ".3f")),
     ),
     "training": (
