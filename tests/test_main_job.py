@@ -229,7 +229,7 @@ def test_dry_run(config: Path) -> None:
         ("metala", "metala", ()),
         ("mamba", "selective_scan", ("mamba_expand=1", "mamba_state_size=4", "seq_length=12")),
         ("based", "taylor", ("based_feature_width=4", "seq_length=12")),
-        ("jrt", "taylor.prefix", ("jrt_feature_width=4", "jrt_prefix_length=5", "seq_length=12")),
+        ("jrt", "taylor.prefix", ("jrt_feature_width=4", "jrt_prefix_length=5", "objective=prefix", "seq_length=12")),
     ],
     ids=["metala", "mamba", "based", "jrt"],
 )
