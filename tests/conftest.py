@@ -15,7 +15,7 @@ import pytest
 _SLOW = 50  # a slow test takes about as long as so many others
 _unfreeze = gc.unfreeze
 _unfrozen: list[bool] = []
-"""Not empty when a test has called gc.unfreeze(). Asking gc.get_freeze_count() after each test would count a million objects."""
+"""Not empty when a test has called gc.unfreeze(); gc.get_freeze_count() would count a million objects, test by test."""
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
