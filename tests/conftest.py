@@ -13,6 +13,9 @@ from pathlib import Path
 import pytest
 
 _SLOW = 50  # a slow test takes about as long as so many others
+_unfreeze = gc.unfreeze
+_unfrozen: list[bool] = []
+"""Not empty when a test has called gc.unfreeze(); gc.get_freeze_count() would count a million objects, test by test."""
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -40,8 +43,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish() -> None:
     """Garbage collections of the tests pass over what the imports made, a million objects: many libraries ask for full ones."""
+
+    def unfreeze() -> None:
+        _unfreeze()
+        _unfrozen.append(True)
+
     gc.collect()
     gc.freeze()
+    gc.unfreeze = unfreeze
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -88,5 +97,6 @@ def _denormals() -> Iterator[None]:
 def _frozen() -> Iterator[None]:
     """A training in the test process ends with `gc.unfreeze()`: what was set apart after collection is set apart again."""
     yield
-    if not gc.get_freeze_count():
+    if _unfrozen:
+        _unfrozen.clear()
         gc.freeze()

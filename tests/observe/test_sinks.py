@@ -124,6 +124,7 @@ def test_the_keys_of_wandb_arrive(mode: str | None, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by", ["variable", "key"])
 def test_wandb_offline(by: str, tmp_path: Path) -> None:
     """As WANDB_MODE says, or the configuration, which needs no variable and no account."""

@@ -82,6 +82,7 @@ def test_meshes_cut_what_they_cut() -> None:
     assert first.logits == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mixer", ["mamba", "based", "jrt"])
 def test_turns_that_are_left_out_take_no_memory_of_their_own(mixer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks and tokens of a long sequence, of which a few are worked on: the same bytes as of all of them."""
