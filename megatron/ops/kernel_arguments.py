@@ -36,6 +36,16 @@ def token_rows(x: Tensor) -> Tensor:
     return x if dense and even else x.contiguous()
 
 
+def head_rows(x: Tensor) -> Tensor:
+    """x with the heads of a row side by side; copied only where they are not.
+
+    Args:
+        x: [b, h, d], one token per row; rows may lie apart.
+    """
+    dense = x.stride(2) == 1 and (x.shape[1] == 1 or x.stride(1) == x.shape[2])
+    return x if dense else x.contiguous()
+
+
 def token_stride(x: Tensor) -> int:
     """Elements from one token to the next, counted over all rows of the batch: token (i, j) is row i * t + j.
 

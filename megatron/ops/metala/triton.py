@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron.ops.dispatch import path
-from megatron.ops.kernel_arguments import check_in_place, device_guard
+from megatron.ops.kernel_arguments import check_in_place, device_guard, head_rows
 from megatron.ops.metala import triton_launch as launch
 from megatron.ops.metala import triton_step_kernels as step_kernels
 from megatron.ops.metala.inputs import MetaLAInputs, cut_packed
@@ -210,7 +210,7 @@ def metala_step_in_place(
     """
     b, h, k = q.shape
     check_in_place(state, (h, k, v.shape[2]), torch.float32, v, slots)
-    q, z, v, g = (x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous() for x in (q, z, v, g))
+    q, z, v, g = head_rows(q), head_rows(z), head_rows(v), head_rows(g)
     y = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     if y.numel():
         with device_guard(v):

@@ -26,13 +26,19 @@ from megatron.ops.dispatch import choose, path
 from megatron.ops.opaque import has_numbers, opaque
 from megatron.ops.precision import in_accumulation_dtype, outside_autocast, sum_dtype
 from megatron.ops.taylor.features import feature_count, taylor_features, taylor_features_backward
-from megatron.ops.taylor.operator import TAYLOR_CHUNK, empty_taylor_state, normalised, taylor_chunked, taylor_quadratic
+from megatron.ops.taylor.operator import (
+    TAYLOR_CHUNK,
+    empty_taylor_state,
+    normalised,
+    taylor_chunked,
+    taylor_quadratic,
+    values_and_one,
+)
 
 
 def _values_beside_one(v: Tensor, weight: Tensor) -> Tensor:
     """[v | 1] times the weight of each token: `[b, s, h, v]` and `[b, s]` -> `[b, h, s, v + 1]`."""
-    u = torch.cat([in_accumulation_dtype(v), torch.ones_like(v[..., :1], dtype=in_accumulation_dtype(v[:0]).dtype)], -1)
-    return (u * weight[..., None, None].to(u.dtype)).transpose(1, 2)
+    return values_and_one(v, weight[..., None, None]).transpose(1, 2)
 
 
 @outside_autocast

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron.ops.dispatch import path
-from megatron.ops.kernel_arguments import check_in_place, device_guard
+from megatron.ops.kernel_arguments import check_in_place, device_guard, head_rows
 from megatron.ops.precision import outside_autocast
 from megatron.ops.taylor import triton_launch as launch
 from megatron.ops.taylor import triton_step_kernels as step_kernels
@@ -160,7 +160,7 @@ def taylor_step_in_place(
     b, h, f = q.shape
     e, width = feature_count(f), v.shape[2]
     check_in_place(state, (h, e, width + 1), torch.float32, v, slots)
-    q, k, v = (x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous() for x in (q, k, v))
+    q, k, v = head_rows(q), head_rows(k), head_rows(v)
     y = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     if y.numel():
         rows, warps = taylor_step_cut(e, width)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from megatron.ops.dispatch import path
-from megatron.ops.kernel_arguments import check_in_place, device_guard
+from megatron.ops.kernel_arguments import check_in_place, device_guard, head_rows
 from megatron.ops.tuning import padded
 from megatron.ops.window import triton_kernels as kernels
 from megatron.ops.window.operator import window_step_torch
@@ -15,12 +15,6 @@ from megatron.ops.window.operator import window_step_torch
 def step_block(d: int) -> int:
     """Entries at a time: 4,096 numbers of keys and as many of values in the registers of four warps."""
     return max(16, min(64, 4096 // padded(d)))
-
-
-def _head_rows(x: Tensor) -> Tensor:
-    """x [b, n, d] with its heads side by side."""
-    dense = x.stride(2) == 1 and (x.shape[1] == 1 or x.stride(1) == x.shape[2])
-    return x if dense else x.contiguous()
 
 
 @path("window", "triton")
@@ -52,7 +46,7 @@ def window_step_fused(
             )
     y = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if y.numel():
-        q, k, v = (_head_rows(x) for x in (q, k, v))
+        q, k, v = head_rows(q), head_rows(k), head_rows(v)
         with device_guard(q):
             kernels.window_step[(b * g,)](
                 q, k, v, keys, values, places, seen, y, g, w, d, scale, q.stride(0), k.stride(0), v.stride(0),
