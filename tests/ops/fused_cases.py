@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +23,19 @@ def mostly_slow(names: str, fast: Sequence[Any], slow: Sequence[Any]) -> pytest.
     """Parametrize over both; the second only in the whole suite: the interpreter takes seconds for each."""
     marked = [pytest.param(*(x if isinstance(x, tuple) else (x,)), marks=pytest.mark.slow) for x in slow]
     return pytest.mark.parametrize(names.split(",") if "," in names else names, [*fast, *marked])
+
+
+def plant(owner: Any, name: str, right: str, wrong: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run kernels of which one line is wrong: `owner.name` becomes its own module with `wrong` in place of `right`."""
+    text = Path(str(getattr(owner, name).__file__)).read_text()
+    assert right in text
+    file = folder / f"planted_{name}.py"
+    file.write_text(text.replace(right, wrong))
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec is not None and spec.loader is not None
+    planted = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(planted)
+    monkeypatch.setattr(owner, name, planted)
 
 
 def relative(got: Tensor, exact: Tensor) -> float:

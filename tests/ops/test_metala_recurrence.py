@@ -9,7 +9,6 @@ outputs 1.5e-3, gradients 1e-2. The interpreter computes as the GPU does, but fo
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import zlib
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ pytest.importorskip("triton", reason="the fused kernels need Triton: pip install
 from megatron.ops.metala import MetaLAInputs, triton_launch
 from megatron.ops.metala.reference import metala_reference
 from megatron.ops.metala.triton import metala_fused
-from tests.ops.fused_cases import DEVICES, NO_GPU, boundaries, device_matrix, relative
+from tests.ops.fused_cases import DEVICES, NO_GPU, boundaries, device_matrix, plant, relative
 from tests.ops.metala_recurrence import recurrence
 from tests.ops.triton_bf16 import emulate_bf16
 
@@ -156,20 +155,6 @@ def test_the_plain_form_is_the_recurrence() -> None:
         assert max(relative(a, b) for a, b in zip(plain, recurrence(*leaves, ids, mask), strict=True)) < 1e-12
 
 
-def plant(fault: tuple[str, str, str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run kernels of which one line is wrong: (module in `triton_launch`, what it says, what it shall say)."""
-    module, right, wrong = fault
-    text = Path(str(getattr(triton_launch, module).__file__)).read_text()
-    assert right in text
-    file = folder / f"planted_{module}.py"
-    file.write_text(text.replace(right, wrong))
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    assert spec is not None and spec.loader is not None
-    planted = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(planted)
-    monkeypatch.setattr(triton_launch, module, planted)
-
-
 def forward_error(case: Case, monkeypatch: pytest.MonkeyPatch) -> float:
     """The larger of the errors of y and the last state, in fp32."""
     if case.parts > 1:
@@ -213,5 +198,5 @@ FAULTS = {
 )
 def test_a_planted_fault_is_seen(fault: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every case fails with a kernel that is wrong by one word."""
-    plant(FAULTS[fault][0], tmp_path, monkeypatch)
+    plant(triton_launch, *FAULTS[fault][0], tmp_path, monkeypatch)
     assert not forward_error(CASES[name], monkeypatch) <= LIMITS[torch.float32][0]

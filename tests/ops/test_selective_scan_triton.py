@@ -8,7 +8,6 @@ in half precision.
 
 from __future__ import annotations
 
-import importlib.util
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,11 +20,11 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="the fused kernels need Triton: pip install triton")
 
-from megatron.ops.selective_scan import selective_scan, triton_gate, triton_kernels
+from megatron.ops.selective_scan import selective_scan, triton_gate
 from megatron.ops.selective_scan import triton as fused
 from megatron.ops.selective_scan.operator import selective_step
 from megatron.ops.selective_scan.triton_gate import scan_gate_fused
-from tests.ops.fused_cases import NO_GPU, boundaries, device_matrix, relative
+from tests.ops.fused_cases import NO_GPU, boundaries, device_matrix, plant, relative
 from tests.ops.triton_bf16 import emulate_bf16
 
 LIMITS = {torch.float32: (2e-5, 2e-5), torch.bfloat16: (6e-3, 4e-2), torch.float16: (1.5e-3, 1e-2)}
@@ -155,19 +154,6 @@ def test_outputs_and_gradients(device: str, name: str, dtype: torch.dtype, monke
     assert max(found[:2]) <= outputs and max(found[2:]) <= gradients, found
 
 
-def plant(right: str, wrong: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run kernels of which one line is wrong."""
-    text = Path(str(triton_kernels.__file__)).read_text()
-    assert right in text
-    file = folder / "planted_kernels.py"
-    file.write_text(text.replace(right, wrong))
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    assert spec is not None and spec.loader is not None
-    planted = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(planted)
-    monkeypatch.setattr(fused, "kernels", planted)
-
-
 FAULTS = {
     "the output of a later state": ("y0 = _over_states(h * c0)", "y0 = _over_states(h * c1)", tuple(CASES)),
     "the state is not carried": ("h = h * (", "h = 0.0 * h * (", ("one token with a state", "a chunk and one", "three parts")),
@@ -196,7 +182,7 @@ FAULTS = {
 def test_a_planted_fault_is_seen(fault: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every case fails with a kernel that is wrong by one word; faults of the forward are sought without a backward."""
     right, wrong, _ = FAULTS[fault]
-    plant(right, wrong, tmp_path, monkeypatch)
+    plant(fused, "kernels", right, wrong, tmp_path, monkeypatch)
     case = CASES[name]
     if any(word in fault for word in ("gradient", "chunk")):
         found = errors(case, torch.float32, "cpu", monkeypatch)

@@ -6,7 +6,6 @@ multiplies in tf32: outputs 1.5e-3, gradients 1e-2. On the CPU by Triton's inter
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import zlib
 from dataclasses import dataclass, replace
@@ -24,7 +23,7 @@ from megatron.ops.taylor import feature_count, taylor, triton_launch
 from megatron.ops.taylor.triton import taylor_step_in_place
 from megatron.ops.tuning import taylor_cut
 from tests.engine.engine_cases import model_config, train
-from tests.ops.fused_cases import NO_GPU, boundaries, device_matrix
+from tests.ops.fused_cases import NO_GPU, boundaries, device_matrix, plant
 from tests.ops.taylor_recurrence import recurrence
 from tests.ops.triton_bf16 import emulate_bf16
 
@@ -195,20 +194,6 @@ def test_half_precision_stays_finite_where_squared_scores_leave_its_range(device
     assert all(x.isfinite().all() for x in (y, last, *gradients)) and (y - 30).abs().max() < 0.1
 
 
-def plant(fault: tuple[str, str, str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run kernels of which one line is wrong: (module in `triton_launch`, what it says, what it shall say)."""
-    module, right, wrong = fault
-    text = Path(str(getattr(triton_launch, module).__file__)).read_text()
-    assert right in text
-    file = folder / f"planted_{module}.py"
-    file.write_text(text.replace(right, wrong))
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    assert spec is not None and spec.loader is not None
-    planted = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(planted)
-    monkeypatch.setattr(triton_launch, module, planted)
-
-
 FORWARD, BACKWARD = "kernels", "backward_kernels"
 FAULTS = {
     "a token does not see itself": (FORWARD, "oc[:, None] >= oc[None, :]", "oc[:, None] > oc[None, :]"),
@@ -242,7 +227,7 @@ SEEN_BY = [
 )
 def test_a_planted_fault_is_seen(fault: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every case fails with a kernel that is wrong by one word."""
-    plant(FAULTS[fault], tmp_path, monkeypatch)
+    plant(triton_launch, *FAULTS[fault], tmp_path, monkeypatch)
     forward = FAULTS[fault][0] == FORWARD
     found = forward_error(CASES[name]) if forward else max(errors(CASES[name], torch.float32, "cpu"))
     assert not found <= LIMITS[torch.float32][0]
