@@ -17,7 +17,6 @@ from megatron.ops.metala import metala_packed
 from megatron.ops.norm import add_norm
 from megatron.ops.taylor import taylor
 from megatron.ops.tuning import metala_cuts
-from tools.bench.gpu_kit import stored
 from tools.bench.gpu_kit_parts.part import Part
 from tools.bench.kernel_times import IN_BACKWARD, works
 
@@ -41,7 +40,7 @@ def profiled(call: Callable[[], Any], calls: int, device: str) -> list[tuple[str
 def _shares(part: Part, call: Callable[[], Any], calls: int, moved: dict[str, float]) -> dict[str, Any]:
     """The kernels of a call, and for those in `moved` the share of the copy bandwidth that they reach."""
     rows = profiled(call, calls, part.device)
-    copy = next((float(str(r["tb_per_s"])) for r in stored(part.output / "facts.jsonl") if r.get("key") == "copy"), None)
+    copy = part.fact("copy", "tb_per_s")
     shares = {name: moved[name] / us / 1e6 / copy for name, us, _ in rows if name in moved and copy}
     return {"kernels": rows[:14], "of_copy_bandwidth": shares}
 

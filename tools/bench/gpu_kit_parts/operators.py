@@ -21,11 +21,7 @@ def _times(part: Part, run: Callable[[], Tensor], leaves: Sequence[Tensor]) -> d
     if part.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated() if part.device == "cuda" else 0
-    with torch.no_grad():
-        forward = part.ms(run)
-    up = torch.ones_like(run())
-    both = part.ms(lambda: torch.autograd.grad(run(), list(leaves), up), 10)
-    row = {"forward_ms": forward, "forward_backward_ms": both}
+    row = part.forward_and_backward(run, leaves)
     return row | ({"peak_mib": (torch.cuda.max_memory_allocated() - before) / 2**20} if part.device == "cuda" else {})
 
 

@@ -7,7 +7,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,19 @@ class Part:
             torch.cuda.synchronize()
             times.append(first.elapsed_time(last))
         return float(statistics.median(times))
+
+    def forward_and_backward(self, run: Callable[[], Tensor], leaves: Sequence[Tensor], calls: int = 20) -> dict[str, float]:
+        """ms of the forward without gradients, and of forward and backward, which is called half as often."""
+        with torch.no_grad():
+            forward = self.ms(run, calls)
+        up = torch.ones_like(run())
+        both = self.ms(lambda: torch.autograd.grad(run(), list(leaves), up), calls // 2)
+        return {"forward_ms": forward, "forward_backward_ms": both}
+
+    def fact(self, key: str, field: str) -> float | None:
+        """A number of the part `facts`; None where it has not run."""
+        rows = stored(self.output / "facts.jsonl")
+        return next((float(str(row[field])) for row in rows if row.get("key") == key and field in row), None)
 
     def random(self, *shape: int, seed: int = 0, dtype: torch.dtype | None = None) -> Tensor:
         """Standard normal numbers of this shape, the same ones on every device."""

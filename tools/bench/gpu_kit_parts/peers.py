@@ -30,24 +30,15 @@ def _prune(part: Part) -> None:
 
 
 def _times(part: Part, run: Callable[..., Any], packed: torch.Tensor, w: torch.Tensor) -> dict[str, Any]:
-    with torch.no_grad():
-        forward = part.ms(lambda: run(packed, w))
-    up = torch.ones_like(run(packed, w))
-    both = part.ms(lambda: torch.autograd.grad(run(packed, w), (packed, w), up), 10)
-    return {"forward_ms": forward, "forward_backward_ms": both, "configurations_tried": f"at most {_TRIED} for each kernel"}
+    row: dict[str, Any] = part.forward_and_backward(lambda: run(packed, w), (packed, w))
+    return row | {"configurations_tried": f"at most {_TRIED} for each kernel"}
 
 
 def _based(part: Part, b: int, t: int, h: int, v: int) -> dict[str, Any]:
     from fla.ops.based import parallel_based
 
     q, k, x = (part.random(b, t, h, n, seed=i).requires_grad_() for i, n in enumerate((16, 16, v)))
-    with torch.no_grad():
-        forward = part.ms(lambda: parallel_based(q, k, x), 5)
-    up = torch.ones_like(x)
-    return {
-        "forward_ms": forward,
-        "forward_backward_ms": part.ms(lambda: torch.autograd.grad(parallel_based(q, k, x), (q, k, x), up), 5),
-    }
+    return part.forward_and_backward(lambda: parallel_based(q, k, x), (q, k, x), 10)
 
 
 def run(part: Part) -> None:

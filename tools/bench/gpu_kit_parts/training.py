@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from tools.bench.gpu_kit import stored
 from tools.bench.gpu_kit_parts.kernels import profiled
 from tools.bench.gpu_kit_parts.models import Trainee, backend_of, model_config
 from tools.bench.gpu_kit_parts.part import Part
@@ -26,7 +25,7 @@ def _steps(part: Part, mixer: str, size: str, backend: str, micro_batch: int, st
     seconds = (time.perf_counter() - begin) / steps
     flops = trainee.matmul_flops_per_token()
     rate = flops * micro_batch * length / seconds
-    product = next((float(str(r["tflop_per_s"])) for r in stored(part.output / "facts.jsonl") if r.get("key") == "product"), 0)
+    product = part.fact("product", "tflop_per_s")
     row = {
         "micro_batch": micro_batch, "length": length, "step_ms": seconds * 1e3, "tokens_per_s": micro_batch * length / seconds,
         "matmul_flops_per_token": flops, "of_989_tflop_per_s": rate / 989e12, "losses": losses,
