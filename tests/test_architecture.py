@@ -104,7 +104,7 @@ def test_layers_import_torch_the_contract_and_ops_only(path: Path) -> None:
 @pytest.mark.parametrize("path", sorted((PACKAGE / "ops").rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE / "ops")))
 def test_ops_import_torch_triton_and_ops_only(path: Path) -> None:
     allowed = ("torch", "triton", "megatron.ops", "__future__", "collections", "dataclasses", "typing", "math", "logging")
-    allowed += ("functools", "importlib", "os", "json", "pathlib", "contextlib")
+    allowed += ("functools", "importlib", "os", "json", "pathlib", "contextlib", "inspect")
     for name in imported(path):
         assert name.startswith(allowed), f"{path.name} imports {name}"
 

@@ -78,6 +78,30 @@ def test_fused_steps_write_the_buffers_in_place(layers: tuple[str, ...]) -> None
     assert [t.data_ptr() for part in step.state for t in part.values()] == places
 
 
+def full_and_cached(model: Any, device: str) -> tuple[Tensor, Tensor]:
+    """Logits [3, 12, n] of one pass by torch, and of a prefill of seven tokens and five steps by the fused kernels."""
+    tokens = torch.randint(0, 32, (3, 12), generator=torch.Generator().manual_seed(0)).to(device)
+    fused = Context(backend="triton")
+    with torch.inference_mode():
+        full, _ = model(tokens, Context(backend="torch"))
+        first, state = model(tokens[:, :7], fused, model.init_state(3))
+        rest = []
+        for t in tokens[:, 7:].unbind(1):
+            logits, state = model.step(t, state, fused)
+            rest.append(logits)
+    return full, torch.cat([first, torch.stack(rest, 1)], 1)
+
+
+@pytest.mark.parametrize(
+    ("device", "limit"), [pytest.param("cpu", 2e-5, id="interpreted"), pytest.param("cuda", 1e-3, marks=needs_gpu, id="gpu")]
+)
+@pytest.mark.parametrize("mix", ["metala", "based", "jrt", "mamba"])
+def test_fused_prefill_and_steps_are_the_full_pass(mix: str, device: str, limit: float) -> None:
+    pytest.importorskip("triton", reason="the fused kernels need Triton")
+    full, cached = full_and_cached(model_of(MIXES[mix], device), device)
+    assert (full - cached).abs().max() < limit
+
+
 @pytest.mark.parametrize("mix", [pytest.param(m, marks=needs_gpu) for m in sorted(MIXES)])
 def test_recorded_on_a_gpu(mix: str) -> None:
     """From the third token on a replay; a model with growing states is never recorded. 1e-3: tf32 and fused kernels."""

@@ -74,20 +74,35 @@ def test_documents_are_counted_once_for_all_layers(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("window", [None, 50])
-def test_varlen_is_asked_for_the_formula(monkeypatch: pytest.MonkeyPatch, window: int | None, packed: bool) -> None:
+@pytest.mark.parametrize("release", ["2.11", "2.13"])
+def test_varlen_is_asked_for_the_formula(
+    monkeypatch: pytest.MonkeyPatch, window: int | None, packed: bool, release: str
+) -> None:
+    """Torch 2.11 has no `enable_gqa` and takes as many heads of keys as of queries."""
     from torch.nn.attention import varlen
 
-    def stand_in(q: Tensor, k: Tensor, v: Tensor, bq: Tensor, bk: Tensor, mq: int, mk: int, **options: Any) -> Tensor:
-        assert torch.equal(bq, bk) and mq == mk == S and options["enable_gqa"] and options["window_size"][1] == 0
-        left = options["window_size"][0]
-        rule = Rule(options["scale"], None if left < 0 else left)
+    Bounds = tuple[int, int]
+
+    def formula(
+        q: Tensor, k: Tensor, v: Tensor, bq: Tensor, bk: Tensor, mq: int, mk: int, scale: float, size: Bounds
+    ) -> Tensor:
+        assert torch.equal(bq, bk) and mq == mk == S and size[1] == 0
+        rule = Rule(scale, None if size[0] < 0 else size[0])
         parts = [
             attention_reference(q[None, a:z], k[None, a:z], v[None, a:z], rule, None, True)[0]
             for a, z in zip(bq.tolist(), bq.tolist()[1:], strict=False)
         ]
         return torch.cat(parts)
 
-    monkeypatch.setattr(varlen, "varlen_attn", stand_in)
+    def older(*tensors: Any, scale: float, window_size: Bounds) -> Tensor:
+        assert tensors[0].shape == tensors[1].shape
+        return formula(*tensors, scale, window_size)
+
+    def newer(*tensors: Any, scale: float, window_size: Bounds, enable_gqa: bool = False) -> Tensor:
+        assert enable_gqa == (tensors[0].shape != tensors[1].shape)
+        return formula(*tensors, scale, window_size)
+
+    monkeypatch.setattr(varlen, "varlen_attn", older if release == "2.11" else newer)
     q, k, v = (t.detach() for t in qkv())
     places = documents() if packed else None
     got = by_varlen(q, k, v, Rule(0.3, window), places)

@@ -86,5 +86,5 @@ def test_rehearsal_without_the_packages_that_a_gpu_machine_lacks(tmp_path: Path)
     failed = {f"{part}: {key}": row["error"] for part, found in parts.items() for key, row in found.items() if "error" in row}
     assert not failed
     assert all(row["finite"] for row in parts["smoke"].values())
-    text = page({"parts": parts, "file": "x.json"})
+    text = page([{"parts": parts, "file": "x.json"}])
     assert "## Operators" in text and "| metala triton 1 x 40 x 1 x 16 x 32 |" in text and "## MetaLA against" in text

@@ -37,7 +37,7 @@ PARTS = {
     "correctness-bf16": 90,
     "correctness-fp32": 90,
     "correctness-fp16": 90,
-    "tests": 90,
+    "tests": 240,
     "peers": 150,
     "operators": 40,
     "kernels": 25,

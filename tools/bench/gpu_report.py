@@ -1,14 +1,16 @@
 """One JSON and one page from the rows of `tools/bench/gpu_kit.py`; needs no GPU.
 
-    python tools/bench/gpu_report.py DIR [DIR ...] --output benchmarks/results/gpu-h200.json [--page docs/gpu.md]
+    python tools/bench/gpu_report.py DIR [DIR ...] --output benchmarks/results/gpu-h200.json
+    python tools/bench/gpu_report.py --page docs/gpu.md benchmarks/results/gpu-h100.json benchmarks/results/gpu-h200.json
 
 Of rows with the same key the last folder's counts; rows that only an earlier folder has are marked on the page, since they are
-those of earlier code. The page has a table per part and is written from the JSON alone.
+those of earlier code. The page is written from stored results alone, with a table per part of each.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -34,8 +36,13 @@ _TABLES: dict[str, tuple[str, tuple[tuple[str, str, str], ...]]] = {
         ),
     ),
     "peers": (
-        "MetaLA's operator, 8 x 2,048 tokens, heads of 64 x 128; with rows named fla: flash-linear-attention 0.6.0",
-        (("forward_ms", "forward, ms", ".3f"), ("forward_backward_ms", "forward + backward, ms", ".3f")),
+        "MetaLA's operator, 8 x 2,048 tokens, heads of 64 x 128, and Based's; rows named fla: flash-linear-attention 0.6.0",
+        (
+            ("forward_ms", "forward, ms", ".3f"),
+            ("forward_backward_ms", "forward + backward, ms", ".3f"),
+            ("forward_ratio", "forward, times ours", ".2f"),
+            ("forward_backward_ratio", "both, times ours", ".2f"),
+        ),
     ),
     "training": (
         "Optimizer steps, 2,048 tokens per row, bf16 with fp32 masters and Adam, one GPU",
@@ -86,7 +93,34 @@ def part_table(part: str, rows: Rows) -> list[str]:
         else [key if row["run"] == last else f"{key} *", *(_cell(row, field, form) for field, _, form in columns)]
         for key, row in rows.items()
     ]
-    return [f"## {title}", "", *table(["", *(heading for _, heading, _ in columns)], lines), ""]
+    return [f"### {title}", "", *table(["", *(heading for _, heading, _ in columns)], lines), ""]
+
+
+def compared(rows: Rows, operators: Rows) -> Rows:
+    """The peers' rows with their times as multiples of ours at the same shape."""
+    result = {}
+    for key, row in rows.items():
+        name, _, shape = key.partition("parallel_based ")
+        ours = operators.get(f"taylor triton {shape}") if shape else rows.get(f"ours {' '.join(name.split()[-2:])}")
+        times = ("forward", "forward_backward")
+        ratios = {f"{n}_ratio": row[f"{n}_ms"] / ours[f"{n}_ms"] for n in times if ours and f"{n}_ms" in row}
+        result[key] = {**row, **ratios}
+    return result
+
+
+def changes(cuts: Sequence[str]) -> dict[str, str]:
+    """Each cut's name -> the first one whole, of the others what differs from it."""
+    first = cuts[0].rstrip(")").partition("(")[2].split(", ")
+    return {cut: ", ".join(f for f in cut.rstrip(")").partition("(")[2].split(", ") if f not in first) or cut for cut in cuts}
+
+
+def test_lines(rows: Rows) -> list[str]:
+    """How many tests passed, and the names of the others."""
+    outcomes = {key: row for key, row in rows.items() if "seconds" in row}
+    failed = [f"`{key.rpartition('/')[2]}`" for key, row in outcomes.items() if "error" in row]
+    passed = sum(row.get("outcome") == "passed" for row in outcomes.values())
+    names = f"; failed, with the code of that day: {', '.join(failed)}" if failed else ""
+    return ["### Tests marked `gpu`", "", f"{passed} of {len(outcomes)} passed{names}.", ""]
 
 
 def moved_bytes(key: str, row: Mapping[str, Any]) -> dict[str, float]:
@@ -108,7 +142,7 @@ def kernel_table(rows: Rows, copy: float) -> list[str]:
             share = moved[name] / microseconds / copy / 1e6 if name in moved else row["of_copy_bandwidth"].get(name)
             if "::" not in name and not name.startswith(("Mem", "void")):
                 lines.append([key, f"`{name}`", f"{microseconds:.0f}", "" if share is None else f"{share:.0%}"])
-    return ["## Kernels", "", *table(["pass", "kernel", "microseconds", "of the copy bandwidth"], lines), ""]
+    return ["### Kernels", "", *table(["pass", "kernel", "microseconds", "of the copy bandwidth"], lines), ""]
 
 
 def accuracy_table(parts: Mapping[str, Rows]) -> list[str]:
@@ -126,55 +160,76 @@ def accuracy_table(parts: Mapping[str, Rows]) -> list[str]:
         worst = [f"{value:.1e} ({where})" for value, where in errors.values()]
         lines.append([part.partition("-")[2], str(len(good)), *worst, failed])
     head = ["dtype", "cases", "worst output", "worst gradient", "failed"]
-    return ["## MetaLA against the recurrence in fp64", "", *table(head, lines), ""]
+    return ["### MetaLA against the recurrence in fp64", "", *table(head, lines), ""]
 
 
-def page(result: Mapping[str, Any]) -> str:
-    """The Markdown page of a result."""
+def section(result: Mapping[str, Any]) -> list[str]:
+    """The Markdown lines of a result."""
     parts = result["parts"]
     facts = {name: value for row in parts.get("facts", {}).values() for name, value in row.items()}
     lines = [
-        "# On a GPU",
+        f"## {facts.get('device')}",
         "",
-        f"Written by `tools/bench/gpu_report.py` from `{result['file']}`.",
-        "",
-        f"{facts.get('device')}, torch {facts.get('torch')}, Triton {facts.get('triton')}. "
+        f"`{result['file']}`: torch {facts.get('torch')}, Triton {facts.get('triton')}. "
         f"Copy bandwidth {facts.get('tb_per_s', 0):.2f} TB/s, "
         f"bf16 product of 8,192 x 8,192 matrices {facts.get('tflop_per_s', 0):.0f} TFLOP/s.",
+        "",
+    ]
+    for part, rows in parts.items():
+        if part == "peers":
+            lines += part_table(part, compared(rows, parts.get("operators", {})))
+        elif part == "cuts":
+            lines += part_table(part, {change: rows[key] for key, change in changes(list(rows)).items()})
+        elif part in _TABLES:
+            lines += part_table(part, rows)
+        elif part == "kernels":
+            lines += kernel_table(rows, facts["tb_per_s"])
+        elif part == "tests" and any("seconds" in row for row in rows.values()):
+            lines += test_lines(rows)
+    if any(part.startswith("correctness") for part in parts):
+        lines += accuracy_table(parts)
+    return lines
+
+
+def page(results: Iterable[Mapping[str, Any]]) -> str:
+    """The Markdown page of these results."""
+    lines = [
+        "# On a GPU",
+        "",
+        "Written by `tools/bench/gpu_report.py`, a section per device.",
         "",
         "Times of operators and kernels are those of the device, without launches and with an empty L2 cache. Where the sum "
         "of an operator's kernels is less than its time, the host was late with the launches. Training steps are on the clock "
         "of the host. Rows with a star were measured with an earlier version of the kernels.",
         "",
     ]
-    for part, rows in parts.items():
-        if part in _TABLES:
-            lines += part_table(part, rows)
-        elif part == "kernels":
-            lines += kernel_table(rows, facts["tb_per_s"])
-    if any(part.startswith("correctness") for part in parts):
-        lines += accuracy_table(parts)
+    for result in results:
+        lines += section(result)
     return "\n".join(lines).rstrip() + "\n"
 
 
 def main() -> None:
-    """Collect, store, write the page."""
+    """Collect and store, or write the page."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("folders", type=Path, nargs="+", help="results of the kit; later ones replace rows of earlier ones")
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--page", type=Path)
+    parser.add_argument(
+        "inputs", type=Path, nargs="+", help="folders of the kit, later rows replacing earlier; or stored results"
+    )
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument("--output", type=Path, help="store the folders' rows in this JSON")
+    target.add_argument("--page", type=Path, help="write this page from stored results")
     args = parser.parse_args()
-    parts = collect(args.folders)
-    if not parts:
-        sys.exit(f"error: no rows of the GPU kit in {', '.join(map(str, args.folders))}")
-    result = {"benchmark": "gpu_kit", "command": "python tools/bench/gpu_kit.py", "file": str(args.output), "parts": parts}
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    write_json(args.output, result)
     if args.page:
-        args.page.write_text(page(result))
-    print(f"written: {args.output}{f' and {args.page}' if args.page else ''}")
+        args.page.write_text(page(json.loads(path.read_text()) for path in args.inputs))
+    else:
+        parts = collect(args.inputs)
+        if not parts:
+            sys.exit(f"error: no rows of the GPU kit in {', '.join(map(str, args.inputs))}")
+        result = {"benchmark": "gpu_kit", "command": "python tools/bench/gpu_kit.py", "file": str(args.output), "parts": parts}
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        write_json(args.output, result)
+    print(f"written: {args.output or args.page}")
 
 
 if __name__ == "__main__":

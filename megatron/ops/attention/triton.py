@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -102,10 +103,13 @@ def by_varlen(q: Tensor, k: Tensor, v: Tensor, rule: Rule, places: Places | None
     bounds = document_bounds(None if places is None else places.query_segment, b, s, q.device)
     q, k, v = (t.flatten(0, 1).contiguous() for t in (q, k, v))
     window = (-1 if rule.window is None else rule.window, 0)
-    if q.shape[1] != k.shape[1]:  # not every release of torch has the argument
-        y = varlen_attn(q, k, v, bounds, bounds, s, s, scale=rule.scale, window_size=window, enable_gqa=True)
-    else:
-        y = varlen_attn(q, k, v, bounds, bounds, s, s, scale=rule.scale, window_size=window)
+    grouped: dict[str, Any] = {}
+    if q.shape[1] != k.shape[1]:
+        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+            grouped["enable_gqa"] = True
+        else:  # torch before 2.12 takes as many heads of keys as of queries
+            k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
+    y = varlen_attn(q, k, v, bounds, bounds, s, s, scale=rule.scale, window_size=window, **grouped)
     assert isinstance(y, Tensor)
     return y.unflatten(0, (b, s))
 

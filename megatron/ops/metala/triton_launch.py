@@ -244,6 +244,6 @@ def _backward(
         dq, dz, dw, x.segment_ids, x.mask,
         token_stride(x.z), token_stride(x.v), token_stride(dq), token_stride(dz), k**-0.5, t, h,
         **x.constants(tiles.back, tiles.block_v), HAS_MASK=x.mask is not None,
-        num_warps=tiles.back_warps, num_stages=tiles.stages, maxnreg=tiles.input_registers or None,
+        num_warps=tiles.back_warps, num_stages=tiles.stages,
     )  # fmt: skip
     return dw.sum((0, 1)).to(x.w.dtype), dstate

@@ -1,31 +1,46 @@
-"""The tests that are marked `gpu`, in as many processes as the machine has cores for: compiling takes most of their time."""
+"""The tests that are marked `gpu`, in as many processes as the machine has cores for: compiling takes most of their time.
+
+A row per test, stored as it ends: a part that is ended in the middle has the tracebacks so far, and the next one goes on.
+"""
 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from typing import Any
 
-from tools.bench.gpu_kit import ROOT
+import pytest
+
+from tools.bench.gpu_kit import ROOT, stored
 from tools.bench.gpu_kit_parts.part import Part
 
-FILES = ("tests/ops", "tests/model/test_linear_loss.py", "tests/generation/test_decode.py")
+# whole models first: they need every kernel
+FILES = ("tests/generation/test_decode.py", "tests/model/test_linear_loss.py", "tests/ops")
+_REHEARSED = ("tests/ops/test_rotary.py", "-p", "no:xdist")
 
 
-def _pytest(part: Part) -> dict[str, Any]:
-    few = ["tests/ops/test_rotary.py"]
-    chosen = few if part.rehearse else [*FILES, "-m", "gpu", "-n", str(min(12, os.cpu_count() or 1)), "--timeout", "120"]
-    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--tb=short", "-rfE", *chosen]
-    report = part.output / "pytest.txt"
-    with report.open("w") as file:  # as it goes: a part that is ended in the middle has it too
-        status = subprocess.run(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
-    lines = report.read_text().splitlines()
-    failed = [line[:300] for line in lines if line.startswith(("FAILED", "ERROR"))]
-    summary = next((line for line in reversed(lines) if " passed" in line or " failed" in line), "")
-    return {"exit_code": status, "summary": summary, "failed": failed}
+class _Rows:
+    """A plugin of pytest that stores each outcome."""
+
+    def __init__(self, part: Part) -> None:
+        self.part = part
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """A row when a test has run, or when it failed before or after that."""
+        if report.failed:
+            self.part.row(report.nodeid, lambda: {"error": report.longreprtext[-1500:], "seconds": round(report.duration, 2)})
+        elif report.when == "call":
+            self.part.row(report.nodeid, lambda: {"outcome": report.outcome, "seconds": round(report.duration, 2)})
+
+
+def _pytest(part: Part, arguments: list[str]) -> dict[str, Any]:
+    os.chdir(ROOT)
+    status = pytest.main([*arguments, "-p", "no:cacheprovider", "--tb=short"], plugins=[_Rows(part)])
+    outcomes = [row for row in stored(part.output / f"{part.name}.jsonl") if "seconds" in row]
+    return {"exit_code": int(status), "passed": sum(row.get("outcome") == "passed" for row in outcomes)}
 
 
 def run(part: Part) -> None:
-    """One row."""
-    part.row("gpu tests", lambda: _pytest(part))
+    """A row per test that has none yet, and one of all."""
+    past = [f"--deselect={row['key']}" for row in stored(part.output / f"{part.name}.jsonl")]
+    several = [*FILES, "-m", "gpu", "-n", str(min(12, os.cpu_count() or 1))]
+    part.row("gpu tests", _pytest, part, [*(_REHEARSED if part.rehearse else several), *past])
