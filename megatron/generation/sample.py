@@ -76,7 +76,7 @@ class Sampling:
 
     @property
     def greedy(self) -> bool:
-        """Whether the likeliest token is always taken."""
+        """Whether the most likely token is always selected."""
         return not (self.temperature or self.top_k or self.top_p)
 
 
@@ -147,7 +147,7 @@ def decode(
         model: one batch of prompts.
         sampling: how a token is chosen; row i draws with the seed `sampling.seed + first_row + i`.
         first_row: number of the first row among all prompts of the run.
-        live: [b], whether a row wants tokens at all.
+        live: [b], whether a row generates tokens at all.
         accept: called with (row, token, the logits [n] it was chosen from); false ends the row.
         vocab_size: ids from this one on are never chosen; None for all that the model has.
     """
@@ -254,7 +254,7 @@ def _budget(prompt: int, sampling: Sampling, result: Generated) -> int:
 
 
 def _take(result: Generated, token: int, logits: Tensor, ends: set[int], budget: int, sampling: Sampling) -> bool:
-    """Append one chosen token to a row; False when the row has ended."""
+    """Append one sampled token to a row; False when the row has ended."""
     if token in ends:
         result.finished, result.message = True, None
         return False

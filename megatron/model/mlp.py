@@ -48,7 +48,7 @@ class MLP(nn.Module):
         self.reduce_from_tp: nn.Module = nn.Identity()
 
     def pack_weights(self) -> None:
-        """Make l1 and l2 contiguous in memory: they are then one matrix product, and their gradient is one tensor."""
+        """Make l1 and l2 adjacent in memory: they are then one matrix product, and their gradient is one tensor."""
         if self.l2 is not None and not self._has_bias():
             pack_weights([self.l1.weight, self.l2.weight])
 
