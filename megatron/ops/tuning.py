@@ -58,6 +58,12 @@ def padded(width: int) -> int:
     return max(16, 1 << (width - 1).bit_length())
 
 
+def metala_fits(key_dim: int, value_dim: int) -> bool:
+    """Whether the fused kernels take heads of these widths."""
+    width = max(padded(key_dim), padded(value_dim) // 2)
+    return width <= max(k for _, _, k in METALA)
+
+
 def metala_cuts(key_dim: int, value_dim: int, size: int) -> tuple[Tiles, ...]:
     """Tile sizes for heads of these widths in elements of `size` bytes; the first set is used.
 

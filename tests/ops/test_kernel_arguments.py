@@ -19,7 +19,7 @@ from megatron.ops.conv import causal_conv, conv_step_
 from megatron.ops.conv.triton import conv_step_in_place
 from megatron.ops.cross_entropy import row_gradient_, row_stats
 from megatron.ops.kernel_arguments import token_rows, token_stride
-from megatron.ops.metala import metala, metala_packed
+from megatron.ops.metala import cut_packed, metala, metala_packed, metala_step_
 from megatron.ops.metala.triton import metala_step_in_place
 from megatron.ops.norm import add_norm, norm
 from tests.ops.fused_cases import device_matrix, relative
@@ -110,24 +110,41 @@ def test_only_one_output_is_used(device: str, used: str) -> None:
 
 
 @device_matrix
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize(("b", "t"), [(0, 5), (2, 0)])
-def test_empty_inputs(device: str, b: int, t: int) -> None:
+def test_empty_inputs(device: str, b: int, t: int, backend: str) -> None:
     """No rows or no tokens: empty outputs, the state as it came, zero gradients of weights."""
     h, k, v = 2, 16, 32
     x = torch.randn(b, t, h * (2 * k + 2 * v), device=device, requires_grad=True)
     w = torch.randn(h, k, device=device, requires_grad=True)
     state = torch.randn(b, h, k, v, device=device, requires_grad=True)
-    y, final = metala_packed(x, w, state=state, backend="triton")
+    y, final = metala_packed(x, w, state=state, backend=backend)
     assert y.shape == (b, t, h, v) and torch.equal(final, state)
     dx, dw, dstate = torch.autograd.grad(y.sum() + (2 * final).sum(), (x, w, state), materialize_grads=True)
     assert dx.shape == x.shape and not dw.any() and torch.equal(dstate, torch.full_like(state, 2))
     weight = torch.randn(8, 1, 4, device=device, requires_grad=True)
     tokens = torch.randn(b, t, 8, device=device, requires_grad=True)
-    convolved = causal_conv(tokens, weight, backend="triton")
+    convolved = causal_conv(tokens, weight, backend=backend)
     assert convolved.shape == tokens.shape
     assert not torch.autograd.grad(convolved.sum(), weight)[0].any()
     gain = torch.ones(8, device=device, requires_grad=True)
-    assert norm(tokens, gain, None, centred=False, eps=1e-5, backend="triton").shape == tokens.shape
+    assert norm(tokens, gain, None, centred=False, eps=1e-5, backend=backend).shape == tokens.shape
+
+
+@device_matrix
+@pytest.mark.parametrize(("k", "v", "dtype"), [(16, 32, torch.float64), (136, 20, torch.float32), (16, 300, torch.float32)])
+def test_what_no_kernel_takes_runs_on_the_plain_path(device: str, k: int, v: int, dtype: torch.dtype) -> None:
+    """fp64 and wider heads, in a pass with its gradients and in a step."""
+    results = []
+    for backend in ("torch", "triton"):
+        gen = torch.Generator().manual_seed(0)
+        x = torch.randn(2, 5, 2 * (2 * k + 2 * v), generator=gen).to(device, dtype).requires_grad_()
+        w, state = (torch.randn(*s, generator=gen).to(device, dtype) for s in ((2, k), (2, 2, k, v)))
+        y, final = metala_packed(x, w, state=state, backend=backend)
+        (dx,) = torch.autograd.grad(y.sum() + final.sum(), x)
+        q, z, values, g = (t[:, 0] for t in cut_packed(x.detach(), w))
+        results.append([y, final, dx, metala_step_(q, z, values, g, w, state, backend=backend), state])
+    assert all(torch.equal(plain, fused) for plain, fused in zip(*results, strict=True))
 
 
 def step_arguments(device: str) -> dict[str, Any]:

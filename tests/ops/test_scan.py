@@ -136,6 +136,15 @@ def test_steps_continue_a_pass_of_the_operator() -> None:
     assert (torch.cat(parts, 1) - whole).abs().max() <= TOLERANCE and (state - last).abs().max() <= TOLERANCE
 
 
+@pytest.mark.parametrize(("b", "s"), [(0, 3), (2, 0)])
+def test_nothing_leaves_the_state_as_it_is(b: int, s: int) -> None:
+    q, k, v, decay = (torch.ones(b, s, 2, n, requires_grad=True) for n in (4, 4, 6, 4))
+    state = torch.ones(b, 2, 4, 6, requires_grad=True)
+    o, final = gated_scan(q, k, v, -decay, state=state)
+    (o.sum() + final.sum()).backward()
+    assert o.shape == v.shape and torch.equal(final, state) and state.grad is not None and state.grad.eq(1).all()
+
+
 def test_padding_neither_adds_nor_decays() -> None:
     leaves = operands(20, 8)
     alone, end = gated_scan(**leaves)

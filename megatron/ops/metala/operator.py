@@ -12,13 +12,16 @@ from megatron.ops.dispatch import choose, path
 from megatron.ops.metala.chunk import metala_chunked
 from megatron.ops.metala.inputs import MetaLAInputs, cut_packed
 from megatron.ops.metala.reference import decay_and_key, finish_metala
-from megatron.ops.precision import in_accumulation_dtype
+from megatron.ops.precision import in_accumulation_dtype, sum_dtype
 from megatron.ops.scan.chunk import scan_chunked
 
 
 @path("metala", "torch")
 def metala_torch(x: MetaLAInputs) -> tuple[Tensor, Tensor]:
     """The chunked form. Masks and rounding, used in scoring, go through the pieces under autograd."""
+    if not x.q.numel():  # no rows or no tokens
+        b, _, h, k = x.q.shape
+        return x.v * x.g, x.v.new_zeros(b, h, k, x.v.shape[-1], dtype=sum_dtype(x.v.dtype)) if x.state is None else x.state
     if x.mask is None and x.gate_round == "none":
         return metala_chunked(x.q, x.z, x.v, x.g, x.w, x.state, x.segment_ids)
     log_decay, key = decay_and_key(x.z, x.gate_round, x.mask)

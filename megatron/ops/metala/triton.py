@@ -21,8 +21,10 @@ from megatron.ops.kernel_arguments import check_in_place, device_guard, head_row
 from megatron.ops.metala import triton_launch as launch
 from megatron.ops.metala import triton_step_kernels as step_kernels
 from megatron.ops.metala.inputs import MetaLAInputs, cut_packed
+from megatron.ops.metala.operator import metala_torch
+from megatron.ops.metala.step import metala_step_torch
 from megatron.ops.precision import outside_autocast
-from megatron.ops.tuning import padded
+from megatron.ops.tuning import metala_fits, padded
 
 
 @torch.library.custom_op("linear_neox::metala_forward", mutates_args=())
@@ -171,7 +173,9 @@ metala_packed_forward.register_autograd(_gradient_packed, setup_context=_setup)
 
 @path("metala", "triton")
 def metala_fused(x: MetaLAInputs) -> tuple[Tensor, Tensor]:
-    """The fused path, over the packed projection where there is one."""
+    """The fused path, over the packed projection where there is one; fp64 and heads beyond 128 x 256 take the plain path."""
+    if x.q.dtype == torch.float64 or not metala_fits(x.q.shape[-1], x.v.shape[-1]):
+        return metala_torch(x)
     mask = None if x.mask is None else x.mask.to(torch.int8).contiguous()
     segment_ids = None if x.segment_ids is None else x.segment_ids.to(torch.int32).contiguous()
     leaves = (x.q, x.z, x.v, x.g) if x.packed is None else (x.packed,)
@@ -203,12 +207,14 @@ def metala_step_in_place(
         gate_round: as in `MetaLAInputs`.
 
     Returns:
-        y [b, h, v].
+        y [b, h, v]; fp64 and heads beyond 128 x 256 take the plain path.
 
     Raises:
         ValueError: the state is not an fp32 tensor of this shape on this device with dense rows, or `slots` does not fit.
     """
     b, h, k = q.shape
+    if q.dtype == torch.float64 or not metala_fits(k, v.shape[-1]):
+        return metala_step_torch(q, z, v, g, w, state, slots, gate_round)
     check_in_place(state, (h, k, v.shape[2]), torch.float32, v, slots)
     q, z, v, g = head_rows(q), head_rows(z), head_rows(v), head_rows(g)
     y = torch.empty(v.shape, dtype=v.dtype, device=v.device)

@@ -225,4 +225,7 @@ def scan_chunked(
 
     Returns `o [b, s, h, v]` and the state after the last token `[b, h, k, v]`.
     """
+    if not q.numel():  # no rows or no tokens
+        b, _, h, width = q.shape
+        return v * scale, v.new_zeros(b, h, width, v.shape[-1]) if state is None else state
     return _chunked_scan(q, k, v, log_decay, state, segment_ids, scale)
