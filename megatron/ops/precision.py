@@ -50,11 +50,12 @@ def outside_autocast(target: Target) -> Target:
 
 
 def _without(run: Callable[..., Any]) -> Callable[..., Any]:
-    """`run` with autocast off on the device of its first tensor."""
+    """`run` with autocast off on the device of its first tensor, which may be in a tuple of inputs."""
 
     @functools.wraps(run)
     def plain(*args: Any, **kwargs: Any) -> Any:
-        device = next((x.device for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
+        parts = (part if isinstance(part, tuple) else (part,) for part in (*args, *kwargs.values()))
+        device = next((x.device for part in parts for x in part if isinstance(x, Tensor)), None)
         if device is None or autocast_dtype(device) is None:
             return run(*args, **kwargs)
         with torch.autocast(device.type, enabled=False):

@@ -192,7 +192,7 @@ def test_custom_operators_are_whole(name: str) -> None:
     given: dict[str, tuple[Any, ...]] = {
         "metala": (q, q + 1, v, v + 1, draw(2, 4), state, ids),
         "chunked_scan": (q, q + 1, v, -q.abs(), state, None, 0.5),
-        "taylor_scan": (q, q + 1, v, None, torch.ones(2, 7), None, ids, True),
+        "taylor_scan": (q, q + 1, v, torch.ones(2, 7), None, ids, None, True),
         "prefix_state": (q, v, torch.ones(2, 7)),
         "selective_scan": (draw(2, 7, 6), draw(2, 7, 6).abs(), -draw(6, 3).exp(), draw(2, 7, 3), draw(2, 7, 3), None, None),
     }

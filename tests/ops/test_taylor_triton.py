@@ -320,7 +320,7 @@ def test_custom_operators_are_whole(device: str) -> None:
     leaves = [torch.randn(1, 5, 1, n, device=device, requires_grad=True) for n in (16, 16, 8)]
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     for divide in (True, False):
-        arguments = (*leaves, None, torch.ones(1, 5, device=device), None, None, divide)
+        arguments = (*leaves, torch.ones(1, 5, device=device), None, None, None, divide)
         torch.library.opcheck(torch.ops.linear_neox.taylor_forward.default, arguments, test_utils=checks)
 
 

@@ -9,9 +9,7 @@ It is at least (i+1)/2, so the 1e-12 only keeps rows without any token (left pad
 
 In chunks of c tokens: inside a chunk p is formed from q.k of width f, across chunks through phi of width e; memory is O(s).
 What is kept for the backward: q, k, v, y, the denominators, and one state per chunk. All of it is fp32 inside (fp64 for fp64).
-
-Shapes: q, k [b, s, h, f]; v [b, s, h, v]; state [b, h, e, v + 1]; keep [b, s] with 0 for tokens that are not there (padding);
-log_decay [1 or b, s, h], constants; segment_ids [b, s], the state is emptied where they change.
+`TaylorInputs` has the shapes.
 """
 
 from __future__ import annotations
@@ -31,6 +29,7 @@ from megatron.ops.taylor.features import (
     taylor_features,
     taylor_features_backward,
 )
+from megatron.ops.taylor.inputs import TaylorInputs
 
 TAYLOR_CHUNK = 128
 TAYLOR_EPS = 1e-12
@@ -55,17 +54,9 @@ def values_and_one(v: Tensor, keep: Tensor | None) -> Tensor:
 
 @path("taylor", "reference")
 @outside_autocast
-def taylor_quadratic(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    state: Tensor | None,
-    keep: Tensor | None,
-    log_decay: Tensor | None,
-    segment_ids: Tensor | None,
-    divide: bool,
-) -> tuple[Tensor, Tensor]:
+def taylor_quadratic(x: TaylorInputs) -> tuple[Tensor, Tensor]:
     """All pairs at once, by autograd; O(s^2) memory: for tests and for reading."""
+    q, k, v, keep, log_decay, segment_ids, state, divide = x
     s, f = q.shape[1], q.shape[-1]
     u = values_and_one(v, None if keep is None else keep[..., None, None])
     qs, ks = in_accumulation_dtype(q) * f**-0.25, in_accumulation_dtype(k) * f**-0.25
@@ -105,46 +96,37 @@ class _Piece(NamedTuple):
     carry: Tensor | None  # [b, h or 1, 1, v + 1 or 1]  what of the incoming state reaches the outgoing one
 
 
-class _Inputs(NamedTuple):
-    """The operator's inputs and how they are cut into pieces."""
+def _row_groups(x: TaylorInputs) -> list[slice]:
+    """Batch rows that are worked on together."""
+    b, s = x.q.shape[:2]
+    rows = b if x.q.device.type != "cpu" else max(1, _ROWS // max(1, min(s, TAYLOR_CHUNK)))
+    return [slice(r, min(r + rows, b)) for r in range(0, b, rows)]
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    keep: Tensor | None
-    log_decay: Tensor | None
-    segment_ids: Tensor | None
 
-    def row_groups(self) -> list[slice]:
-        """Batch rows that are worked on together."""
-        b, s = self.q.shape[:2]
-        rows = b if self.q.device.type != "cpu" else max(1, _ROWS // max(1, min(s, TAYLOR_CHUNK)))
-        return [slice(r, min(r + rows, b)) for r in range(0, b, rows)]
-
-    def piece(self, rows: slice, start: int) -> _Piece:
-        """The chunk of `rows` that begins at token `start`."""
-        at = (rows, slice(start, start + TAYLOR_CHUNK))
-        scale = self.q.shape[-1] ** -0.25
-        q, k = (in_accumulation_dtype(x[at]).transpose(1, 2) * scale for x in (self.q, self.k))
-        keep = None if self.keep is None else self.keep[at][:, None, :, None]
-        u = values_and_one(self.v[at].transpose(1, 2), keep)
-        pair = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril_()[None, None]
-        enter = leave = carry = None
-        if self.segment_ids is not None:
-            ids = self.segment_ids[at][:, None, :, None]
-            before = ids[:, :, :1] if start == 0 else self.segment_ids[rows, start - 1][:, None, None, None]
-            last = ids[:, :, -1:]
-            pair = pair & (ids == ids.transpose(-1, -2))
-            enter, leave, carry = ((a == b).to(q.dtype) for a, b in ((ids, before), (ids, last), (last, before)))
-        if self.log_decay is None:
-            return _Piece(q, k, u, pair.to(q.dtype), None, enter, leave, carry)
-        l_rows = rows if self.log_decay.shape[0] > 1 else slice(None)
-        running = self.log_decay[l_rows, at[1]].to(q.dtype).cumsum(1).transpose(1, 2).unsqueeze(-1)  # [b or 1, h, c, 1]
-        last = running[:, :, -1:]
-        fall = (running - running.transpose(-1, -2)).tril_().exp_()
-        width = self.v.shape[-1]
-        factors = (_columns(x.exp(), width, cut) for x, cut in ((running, enter), (last - running, leave), (last, carry)))
-        return _Piece(q, k, u, pair.to(q.dtype), fall, *factors)
+def _piece(x: TaylorInputs, rows: slice, start: int) -> _Piece:
+    """The chunk of `rows` that begins at token `start`."""
+    at = (rows, slice(start, start + TAYLOR_CHUNK))
+    scale = x.q.shape[-1] ** -0.25
+    q, k = (in_accumulation_dtype(part[at]).transpose(1, 2) * scale for part in (x.q, x.k))
+    keep = None if x.keep is None else x.keep[at][:, None, :, None]
+    u = values_and_one(x.v[at].transpose(1, 2), keep)
+    pair = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril_()[None, None]
+    enter = leave = carry = None
+    if x.segment_ids is not None:
+        ids = x.segment_ids[at][:, None, :, None]
+        before = ids[:, :, :1] if start == 0 else x.segment_ids[rows, start - 1][:, None, None, None]
+        last = ids[:, :, -1:]
+        pair = pair & (ids == ids.transpose(-1, -2))
+        enter, leave, carry = ((a == b).to(q.dtype) for a, b in ((ids, before), (ids, last), (last, before)))
+    if x.log_decay is None:
+        return _Piece(q, k, u, pair.to(q.dtype), None, enter, leave, carry)
+    l_rows = rows if x.log_decay.shape[0] > 1 else slice(None)
+    running = x.log_decay[l_rows, at[1]].to(q.dtype).cumsum(1).transpose(1, 2).unsqueeze(-1)  # [b or 1, h, c, 1]
+    last = running[:, :, -1:]
+    fall = (running - running.transpose(-1, -2)).tril_().exp_()
+    width = x.v.shape[-1]
+    factors = (_columns(decay.exp(), width, cut) for decay, cut in ((running, enter), (last - running, leave), (last, carry)))
+    return _Piece(q, k, u, pair.to(q.dtype), fall, *factors)
 
 
 def _columns(decay: Tensor, width: int, boundary: Tensor | None) -> Tensor:
@@ -209,21 +191,9 @@ def _piece_backward(piece: _Piece, state: Tensor, dsums: Tensor, dend: Tensor) -
 @outside_autocast
 class _TaylorScan(torch.autograd.Function):
     @staticmethod
-    def like(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        state: Tensor | None,
-        keep: Tensor | None,
-        log_decay: Tensor | None,
-        segment_ids: Tensor | None,
-        divide: bool,
-    ) -> tuple[Tensor, Tensor]:
+    def like(*inputs: Any) -> tuple[Tensor, Tensor]:
         """See `opaque`."""
-        b, s, h, f = q.shape
-        width = v.shape[-1]
-        y = v.new_empty(b, s, h, width) if divide else v.new_empty(b, s, h, width + 1, dtype=sum_dtype(v.dtype))
-        return y, q.new_empty(b, h, feature_count(f), width + 1, dtype=sum_dtype(q.dtype))
+        return TaylorInputs(*inputs).empty_results()
 
     @staticmethod
     def forward(
@@ -231,20 +201,18 @@ class _TaylorScan(torch.autograd.Function):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        state: Tensor | None,
         keep: Tensor | None,
         log_decay: Tensor | None,
         segment_ids: Tensor | None,
+        state: Tensor | None,
         divide: bool,
     ) -> tuple[Tensor, Tensor]:
-        given = _Inputs(q, k, v, keep, log_decay, segment_ids)
-        b, s, h, f = q.shape
-        width, wide = v.shape[-1], sum_dtype(v.dtype)
-        y = v.new_empty(b, s, h, width) if divide else v.new_empty(b, s, h, width + 1, dtype=wide)
-        below = v.new_empty(b, s, h, 1, dtype=wide) if divide else None
-        final = empty_taylor_state(b, h, f, width, q.dtype, q.device)
+        x = TaylorInputs(q, k, v, keep, log_decay, segment_ids, state, divide)
+        y, final = x.empty_results()
+        s, wide = q.shape[1], sum_dtype(v.dtype)
+        below = v.new_empty(*q.shape[:3], 1, dtype=wide) if divide else None
         begun: list[Tensor] = []
-        for rows in given.row_groups():
+        for rows in _row_groups(x):
             current = torch.zeros_like(final[rows]) if state is None else state[rows].to(wide)
             for start in range(0, s, TAYLOR_CHUNK):
                 if any(ctx.needs_input_grad):
@@ -252,7 +220,7 @@ class _TaylorScan(torch.autograd.Function):
                 if not worked(start, TAYLOR_CHUNK, s, q):
                     current = torch.empty_like(current)
                     continue
-                sums, current = _piece_forward(given.piece(rows, start), current)
+                sums, current = _piece_forward(_piece(x, rows, start), current)
                 sums = sums.transpose(1, 2)
                 at = (rows, slice(start, start + TAYLOR_CHUNK))
                 y[at] = normalised(sums) if divide else sums
@@ -267,10 +235,10 @@ class _TaylorScan(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, dfinal: Tensor | None) -> Any:
         q, k, v, keep, log_decay, segment_ids, below, y = ctx.saved_tensors
-        given = _Inputs(q, k, v, keep, log_decay, segment_ids)
+        x = TaylorInputs(q, k, v, keep, log_decay, segment_ids, divide=ctx.divide)
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         starts, dstates = range(0, q.shape[1], TAYLOR_CHUNK), []
-        for number, rows in enumerate(given.row_groups()):
+        for number, rows in enumerate(_row_groups(x)):
             current = None if dfinal is None else dfinal[rows]
             for i in reversed([i for i, start in enumerate(starts) if worked(start, TAYLOR_CHUNK, q.shape[1], q)]):
                 at = (rows, slice(starts[i], starts[i] + TAYLOR_CHUNK))
@@ -280,32 +248,23 @@ class _TaylorScan(torch.autograd.Function):
                     dsums = torch.cat([dsums, -(dsums * y[at]).sum(-1, keepdim=True)], -1)
                 begun = ctx.begun[number * len(starts) + i]
                 end = torch.zeros_like(begun) if current is None else current
-                piece = given.piece(rows, starts[i])
+                piece = _piece(x, rows, starts[i])
                 *grads, current = _piece_backward(piece, begun, dsums.transpose(1, 2), end)
                 dq[at], dk[at] = (g.transpose(1, 2) for g in grads[:2])
                 du = grads[2][..., :-1].transpose(1, 2)
                 dv[at] = du if keep is None else du * keep[at][..., None, None].to(du.dtype)
             dstates.append(current)
         dstate = torch.cat([d for d in dstates if d is not None]) if ctx.has_state and len(starts) else dfinal
-        return dq, dk, dv, dstate if ctx.has_state else None, None, None, None, None
+        return dq, dk, dv, None, None, None, dstate if ctx.has_state else None, None
 
 
 _taylor_scan = opaque("taylor_scan", _TaylorScan)
 
 
 @path("taylor", "torch")
-def taylor_chunked(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    state: Tensor | None,
-    keep: Tensor | None,
-    log_decay: Tensor | None,
-    segment_ids: Tensor | None,
-    divide: bool,
-) -> tuple[Tensor, Tensor]:
+def taylor_chunked(x: TaylorInputs) -> tuple[Tensor, Tensor]:
     """The chunked form at the head of this file, O(s) in time and memory."""
-    return _taylor_scan(q, k, v, state, keep, log_decay, segment_ids, divide)
+    return _taylor_scan(*x)
 
 
 def taylor(
@@ -321,4 +280,4 @@ def taylor(
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """`y [b, s, h, v]` in v's dtype (divide=False: the sums `[b, s, h, v + 1]`, fp32) and the state after the last token."""
-    return choose("taylor", backend, q.device)(q, k, v, state, keep, log_decay, segment_ids, divide)
+    return choose("taylor", backend, q.device)(TaylorInputs(q, k, v, keep, log_decay, segment_ids, state, divide))

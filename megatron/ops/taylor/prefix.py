@@ -9,7 +9,7 @@ the sum of both, which is all that decoding needs.
 Documents inside a prefix see their own part of it only. Then the prefix's sum is a causal scan plus a scan from the right that
 leaves the token itself out, both of them linear too.
 
-Shapes as in `ops/taylor/`; k2, v2 [b, m, h, .] are the prefix's; inside [b, m] is 1 for tokens of the prefix.
+`TaylorInputs` are those of the causal part; k2, v2 [b, m, h, .] are the prefix's; inside [b, m] is 1 for tokens of the prefix.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from megatron.ops.dispatch import choose, path
 from megatron.ops.opaque import has_numbers, opaque
 from megatron.ops.precision import in_accumulation_dtype, outside_autocast, sum_dtype
 from megatron.ops.taylor.features import feature_count, taylor_features, taylor_features_backward
+from megatron.ops.taylor.inputs import TaylorInputs
 from megatron.ops.taylor.operator import (
     TAYLOR_CHUNK,
     empty_taylor_state,
@@ -34,6 +35,8 @@ from megatron.ops.taylor.operator import (
     taylor_quadratic,
     values_and_one,
 )
+
+CausalScan = Callable[[TaylorInputs], tuple[Tensor, Tensor]]
 
 
 def _values_beside_one(v: Tensor, weight: Tensor) -> Tensor:
@@ -87,19 +90,10 @@ def _padded(x: Tensor, s: int) -> Tensor:
 
 @path("taylor.prefix", "reference")
 @outside_autocast
-def prefix_quadratic(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k2: Tensor,
-    v2: Tensor,
-    inside: Tensor,
-    state: Tensor | None,
-    keep: Tensor | None,
-    segment_ids: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def prefix_quadratic(x: TaylorInputs, k2: Tensor, v2: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
     """All pairs at once, by autograd: the causal form twice over, once from the left and once from the right."""
-    sums, end = taylor_quadratic(q, k, v, state, keep, None, segment_ids, False)
+    q, k, v, keep, _, segment_ids, state, _ = x
+    sums, end = taylor_quadratic(TaylorInputs(q, k, v, keep, None, segment_ids, state, False))
     m, scale = k2.shape[1], q.shape[-1] ** -0.5
     scores = torch.einsum("bihf,bjhf->bhij", in_accumulation_dtype(q), in_accumulation_dtype(k2)) * scale
     seen = inside[:, None, None].to(scores.dtype)
@@ -112,58 +106,46 @@ def prefix_quadratic(
 
 
 @path("taylor.prefix", "torch")
-def prefix_chunked(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+def prefix_chunked(x: TaylorInputs, k2: Tensor, v2: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
+    """The chunked form; see the head of this file."""
+    return prefix_scan(taylor_chunked, _prefix_state, x, k2, v2, inside)
+
+
+def prefix_scan(
+    scan: CausalScan,
+    prefix_state: Callable[[Tensor, Tensor, Tensor], Tensor],
+    x: TaylorInputs,
     k2: Tensor,
     v2: Tensor,
     inside: Tensor,
-    state: Tensor | None,
-    keep: Tensor | None,
-    segment_ids: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """One prefix state and one causal scan that starts from it; see the head of this file for documents."""
+    """One prefix state and one causal scan that starts from it; with documents three scans: the text, the prefix from the left
+    and the prefix from the right. `scan` is a path of `taylor`.
+    """
+    q, k, v, keep, _, segment_ids, state, _ = x
     if segment_ids is None:
-        start = _prefix_state(k2, v2, inside)
-        return taylor_chunked(q, k, v, start if state is None else start + state, keep, None, None, True)
-    return prefix_of_documents(taylor_chunked, q, k, v, k2, v2, inside, state, keep, segment_ids)
-
-
-def prefix_of_documents(
-    scan: Callable[..., tuple[Tensor, Tensor]],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k2: Tensor,
-    v2: Tensor,
-    inside: Tensor,
-    state: Tensor | None,
-    keep: Tensor | None,
-    segment_ids: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Three causal scans: the text, the prefix from the left and the prefix from the right; `scan` is a path of `taylor`."""
+        start = prefix_state(k2, v2, inside)
+        return scan(TaylorInputs(q, k, v, keep, state=start if state is None else start + state))
     s, m = q.shape[1], k2.shape[1]
-    sums, end = scan(q, k, v, state, keep, None, segment_ids, False)
-    left, left_end = scan(q, _padded(k2, s), _padded(v2, s), None, _padded(inside, s), None, segment_ids, False)
+    sums, end = scan(TaylorInputs(q, k, v, keep, None, segment_ids, state, False))
+    prefix = TaylorInputs(q, _padded(k2, s), _padded(v2, s), _padded(inside, s), None, segment_ids, divide=False)
+    left, left_end = scan(prefix)
     sums = sums + left
     if m:
         sums = sums + _padded(_from_the_right(scan, q[:, :m], k2, v2, inside, segment_ids[:, :m]), s)
     return normalised(sums).to(v.dtype), end + left_end
 
 
-def _from_the_right(
-    scan: Callable[..., tuple[Tensor, Tensor]], q: Tensor, k: Tensor, v: Tensor, inside: Tensor, ids: Tensor
-) -> Tensor:
+def _from_the_right(scan: CausalScan, q: Tensor, k: Tensor, v: Tensor, inside: Tensor, ids: Tensor) -> Tensor:
     """Sums over j > i inside the prefix and the document, `[b, m, h, v + 1]`.
 
     The causal scan runs over the reversed tokens, with every key moved one place on, so that position i sees j > i only; a key
     that would move over a boundary is dropped.
     """
     ids = ids.flip(1)
-    moved = [F.pad(x.flip(1)[:, :-1], (0, 0, 0, 0, 1, 0)) for x in (k, v)]
+    k, v = (F.pad(x.flip(1)[:, :-1], (0, 0, 0, 0, 1, 0)) for x in (k, v))
     weight = F.pad(inside.flip(1)[:, :-1] * (ids[:, 1:] == ids[:, :-1]), (1, 0))
-    sums, _ = scan(q.flip(1), *moved, None, weight, None, ids, False)
+    sums, _ = scan(TaylorInputs(q.flip(1), k, v, weight, None, ids, divide=False))
     return sums.flip(1)
 
 
@@ -181,4 +163,5 @@ def prefix_taylor(
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """`y [b, s, h, v]` in v's dtype and the state after the last token, prefix and causal part in one `[b, h, e, v + 1]`."""
-    return choose("taylor.prefix", backend, q.device)(q, k, v, k2, v2, inside, state, keep, segment_ids)
+    x = TaylorInputs(q, k, v, keep, None, segment_ids, state)
+    return choose("taylor.prefix", backend, q.device)(x, k2, v2, inside)

@@ -20,8 +20,9 @@ from megatron.ops.precision import outside_autocast
 from megatron.ops.taylor import triton_launch as launch
 from megatron.ops.taylor import triton_step_kernels as step_kernels
 from megatron.ops.taylor.features import feature_count
+from megatron.ops.taylor.inputs import TaylorInputs
 from megatron.ops.taylor.operator import TAYLOR_EPS, taylor_chunked
-from megatron.ops.taylor.prefix import prefix_chunked, prefix_of_documents
+from megatron.ops.taylor.prefix import prefix_chunked, prefix_scan
 from megatron.ops.taylor.step import taylor_step_torch
 from megatron.ops.taylor.triton_state import taylor_state
 from megatron.ops.tuning import padded, taylor_step_cut
@@ -32,25 +33,20 @@ def taylor_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    state: Tensor | None,
     keep: Tensor | None,
     log_decay: Tensor | None,
     segment_ids: Tensor | None,
+    state: Tensor | None,
     divide: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, the last state [b, h, e, v + 1] in fp32, and denominators [b, t, h] (empty without `divide`); see `taylor`."""
-    return launch.forward(launch.Inputs.of(q, k, v, keep, log_decay, segment_ids), state, divide)
+    return launch.forward(launch.Inputs.of(q, k, v, keep, log_decay, segment_ids, state, divide))
 
 
 @taylor_forward.register_fake
-def _(
-    q: Any, k: Any, v: Any, state: Any, keep: Any, log_decay: Any, segment_ids: Any, divide: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    b, t, h, f = q.shape
-    width = v.shape[-1]
-    y = v.new_empty(b, t, h, width) if divide else v.new_empty(b, t, h, width + 1, dtype=torch.float32)
-    below = v.new_empty((b, t, h) if divide else (0,), dtype=torch.float32)
-    return y, q.new_empty(b, h, feature_count(f), width + 1, dtype=torch.float32), below
+def _(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    x = TaylorInputs(*inputs)
+    return *x.empty_results(), x.v.new_empty(x.v.shape[:-1] if x.divide else (0,), dtype=torch.float32)
 
 
 @torch.library.custom_op("linear_neox::taylor_backward", mutates_args=())
@@ -60,19 +56,20 @@ def taylor_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    state: Tensor | None,
     keep: Tensor | None,
     log_decay: Tensor | None,
     segment_ids: Tensor | None,
+    state: Tensor | None,
     y: Tensor,
     below: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v (dense, in their dtypes) and of the initial state (fp32)."""
-    return launch.backward(launch.Inputs.of(q, k, v, keep, log_decay, segment_ids), dy, dfinal, state, y, below)
+    x = launch.Inputs.of(q, k, v, keep, log_decay, segment_ids, state, below.numel() > 0)
+    return launch.backward(x, dy, dfinal, y, below)
 
 
 @taylor_backward.register_fake
-def _(dy: Any, dfinal: Any, q: Any, k: Any, v: Any, state: Any, keep: Any, log_decay: Any, ids: Any, y: Any, below: Any) -> Any:
+def _(dy: Any, dfinal: Any, q: Any, k: Any, v: Any, *rest: Any) -> Any:
     b, _, h, f = q.shape
     like = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
     return (*like, q.new_empty(b, h, feature_count(f), v.shape[-1] + 1, dtype=torch.float32))
@@ -89,49 +86,27 @@ def _gradient(ctx: Any, dy: Tensor | None, dfinal: Tensor | None, _: Tensor | No
     saved = ctx.saved_tensors
     dy = torch.zeros_like(saved[7]) if dy is None else dy
     dq, dk, dv, dstate = taylor_backward(dy, dfinal, *saved)
-    return dq, dk, dv, None if saved[3] is None else dstate, None, None, None, None
+    return dq, dk, dv, None, None, None, None if saved[6] is None else dstate, None
 
 
 taylor_forward.register_autograd(_gradient, setup_context=_setup)
 
 
 @path("taylor", "triton")
-def taylor_fused(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    state: Tensor | None,
-    keep: Tensor | None,
-    log_decay: Tensor | None,
-    segment_ids: Tensor | None,
-    divide: bool,
-) -> tuple[Tensor, Tensor]:
+def taylor_fused(x: TaylorInputs) -> tuple[Tensor, Tensor]:
     """The fused path; heads that the kernels do not take, and fp64, go to the plain one."""
-    if not launch.fits(q, v):
-        return taylor_chunked(q, k, v, state, keep, log_decay, segment_ids, divide)
-    y, final, _ = taylor_forward(q, k, v, state, keep, log_decay, segment_ids, divide)
+    if not launch.fits(x.q, x.v):
+        return taylor_chunked(x)
+    y, final, _ = taylor_forward(*x)
     return y, final
 
 
 @path("taylor.prefix", "triton")
-def prefix_fused(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k2: Tensor,
-    v2: Tensor,
-    inside: Tensor,
-    state: Tensor | None,
-    keep: Tensor | None,
-    segment_ids: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def prefix_fused(x: TaylorInputs, k2: Tensor, v2: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
     """The fused path; heads that the kernels do not take, and fp64, go to the plain one."""
-    if not (launch.fits(q, v) and launch.fits(k2, v2)):
-        return prefix_chunked(q, k, v, k2, v2, inside, state, keep, segment_ids)
-    if segment_ids is not None:
-        return prefix_of_documents(taylor_fused, q, k, v, k2, v2, inside, state, keep, segment_ids)
-    start = taylor_state(k2, v2, inside)
-    return taylor_fused(q, k, v, start if state is None else start + state, keep, None, None, True)
+    if not (launch.fits(x.q, x.v) and launch.fits(k2, v2)):
+        return prefix_chunked(x, k2, v2, inside)
+    return prefix_scan(taylor_fused, taylor_state, x, k2, v2, inside)
 
 
 @path("taylor.step", "triton")

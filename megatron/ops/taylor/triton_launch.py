@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +13,7 @@ from megatron.ops.kernel_arguments import device_guard, token_rows, token_stride
 from megatron.ops.taylor import triton_backward_kernels as backward_kernels
 from megatron.ops.taylor import triton_kernels as kernels
 from megatron.ops.taylor.features import feature_count
+from megatron.ops.taylor.inputs import TaylorInputs
 from megatron.ops.taylor.operator import TAYLOR_EPS
 from megatron.ops.tuning import TaylorTiles, padded, taylor_cut
 
@@ -48,24 +48,16 @@ def fits(q: Tensor, v: Tensor) -> bool:
     return v.dtype in FORMS and v.shape[-1] <= WIDEST_VALUE and q.shape[-1] <= WIDEST_FEATURE
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """q, k [b, t, h, f]; v [b, t, h, v]; keep [b, t] or None; log_decay [1 or b, t, h] or None; segment_ids [b, t] or None."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    keep: Tensor | None
-    log_decay: Tensor | None
-    segment_ids: Tensor | None
+class Inputs(TaylorInputs):
+    """`TaylorInputs` with dense heads and evenly spaced tokens; optional inputs in fp32, document numbers in int32."""
 
     @classmethod
-    def of(
-        cls, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, log_decay: Tensor | None, segment_ids: Tensor | None
-    ) -> Inputs:
-        """Copied or converted where layout and format are not as the kernels need them."""
-        ids = None if segment_ids is None else segment_ids.to(torch.int32).contiguous()
-        return cls(token_rows(q), token_rows(k), token_rows(v), _dense(keep), _dense(log_decay), ids)
+    def of(cls, *inputs: Any) -> Inputs:
+        """From the fields of `TaylorInputs`; copied or converted where layout and format are not as the kernels need them."""
+        x = TaylorInputs(*inputs)
+        q, k, v = token_rows(x.q), token_rows(x.k), token_rows(x.v)
+        ids = None if x.segment_ids is None else x.segment_ids.to(torch.int32).contiguous()
+        return cls(q, k, v, _dense(x.keep), _dense(x.log_decay), ids, _dense(x.state), x.divide)
 
     @property
     def sizes(self) -> tuple[int, int, int, int, int, int]:
@@ -126,20 +118,20 @@ def _walk(
     return numerators, denominators
 
 
-def forward(x: Inputs, state: Tensor | None, divide: bool) -> tuple[Tensor, Tensor, Tensor]:
+def forward(x: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     """y [b, t, h, v] (without `divide` sums [b, t, h, v + 1] in fp32), the last state, and denominators [b, t, h]."""
-    b, t, h, _, e, v = x.sizes
-    y = torch.empty_like(x.v, memory_format=torch.contiguous_format) if divide else _wide(x.v, b, t, h, v + 1)
-    final, below = _wide(x.v, b, h, e, v + 1), _wide(x.v, b, t, h) if divide else _wide(x.v, 0)
+    b, t, h, _, _, _ = x.sizes
+    y, final = x.empty_results()
+    below = _wide(x.v, b, t, h) if x.divide else _wide(x.v, 0)
     if y.numel() == 0:
-        return y, final.zero_() if state is None else final.copy_(state), below
+        return y, final.zero_() if x.state is None else final.copy_(x.state), below
     tiles = x.tiles
     with device_guard(x.v):
-        numerators, denominators = _walk(x, x.k, x.v, x.keep, _dense(state), final, back=False, store=True)
+        numerators, denominators = _walk(x, x.k, x.v, x.keep, x.state, final, back=False, store=True)
         kernels.output[(numerators.shape[1] * b * h,)](
             x.q, x.k, x.v, x.keep, x.log_decay, x.segment_ids, numerators, denominators, y, below,
             token_stride(x.q), token_stride(x.k), token_stride(x.v), x.decay_stride, TAYLOR_EPS, t, h,
-            **x.constants(tiles.rows), DIVIDE=divide, num_warps=tiles.warps, num_stages=tiles.stages,
+            **x.constants(tiles.rows), DIVIDE=x.divide, num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
     return y, final, below
 
@@ -176,7 +168,7 @@ def _sums_backward(x: Inputs, dy: Tensor, y: Tensor, below: Tensor) -> tuple[Ten
     """Gradients of the numerators [b, t, h, v] (in the format of products) and of the denominators [b, t, h] from that of y."""
     b, t, h, _, _, v = x.sizes
     form = x.form.products
-    if below.numel() == 0:
+    if not x.divide:
         return dy[..., :v].to(form).contiguous(), dy[..., v].float().contiguous()
     dy = token_rows(dy)
     dn, dd = torch.empty(x.v.shape, dtype=form, device=x.v.device), _wide(x.v, b, t, h)
@@ -187,9 +179,7 @@ def _sums_backward(x: Inputs, dy: Tensor, y: Tensor, below: Tensor) -> tuple[Ten
     return dn, dd
 
 
-def backward(
-    x: Inputs, dy: Tensor, dfinal: Tensor | None, state: Tensor | None, y: Tensor, below: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def backward(x: Inputs, dy: Tensor, dfinal: Tensor | None, y: Tensor, below: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v (dense, in their formats) and of the initial state (fp32); y and `below` as `forward` gave them."""
     b, t, h, _, e, v = x.sizes
     dq, dk, dv = (torch.empty(p.shape, dtype=p.dtype, device=p.device) for p in (x.q, x.k, x.v))
@@ -199,7 +189,7 @@ def backward(
     tiles = x.tiles
     with device_guard(x.v):
         dn, dd = _sums_backward(x, dy, y, below)
-        states = _walk(x, x.k, x.v, x.keep, _dense(state), torch.empty_like(dstate), back=False, store=True)
+        states = _walk(x, x.k, x.v, x.keep, x.state, torch.empty_like(dstate), back=False, store=True)
         dstates = _walk(x, x.q, dn, dd, _dense(dfinal), dstate, back=True, store=True)
         backward_kernels.input_backward[(states[0].shape[1] * b * h,)](
             x.q, x.k, x.v, x.keep, x.log_decay, x.segment_ids, dn, dd, *states, *dstates, dq, dk, dv,
