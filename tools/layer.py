@@ -1,10 +1,12 @@
 """Creates the files of a new token mixer from a working template, and checks a mixer's contract.
 
     python tools/layer.py new NAME      # megatron/layers/NAME.py, tests/layers/test_NAME.py, configs/NAME.yml; docs regenerated
-    python tools/layer.py check NAME    # every clause of the contract on it: what is asked, how many cases, passed or why not
+    python tools/layer.py check NAME    # one line per check of the contract: cases, and passed, skipped or FAILED with reasons
 
-What `new` writes is a working mixer (gated linear attention on `ops/scan/`), so that a change can be checked from its first
-line on. `check` runs `tests/layers/test_contract.py` for the mixer, and its own tests, and exits 1 when a clause is broken.
+`new` writes a working mixer (gated linear attention on `ops/scan/`), so that every change to it can be checked. `check` runs
+`tests/layers/test_contract.py` and the mixer's own tests, and exits 1 if a check fails. The contract in
+`megatron/layers/base.py` has eleven clauses; each check is a test, and its line begins with the number of its clause (checks
+without a number are additional).
 """
 
 from __future__ import annotations
@@ -34,10 +36,10 @@ CONTRACT = "tests/layers/test_contract.py"
 
 
 def check_name(name: str, root: Path) -> None:
-    """Refuse a name that is not a valid module name, or is taken.
+    """Refuse a name that is not a valid module name, or is already in use.
 
     Raises:
-        ConfigError: which rule it breaks.
+        ConfigError: names the violated rule.
     """
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or keyword.iskeyword(name) or name in ("base", "contract"):
         raise ConfigError(f"'{name}' cannot be the name of a mixer", hint="lower case letters, digits and _, such as my_mixer")
@@ -49,7 +51,7 @@ def check_name(name: str, root: Path) -> None:
 
 
 def write_files(name: str, root: Path) -> list[Path]:
-    """Write a mixer, its test and its YAML; see `check_name` for what is refused."""
+    """Write a mixer, its test and its YAML; see `check_name` for invalid names."""
     check_name(name, root)
     words = name.split("_")
     values = {"name": name, "class_name": "".join(map(str.capitalize, words)) + "Mixer", "title": " ".join(words).capitalize()}
@@ -62,8 +64,8 @@ def write_files(name: str, root: Path) -> list[Path]:
 
 
 @dataclass
-class Clause:
-    """One test of the contract on one mixer: numbers of passed and skipped cases, and the failures."""
+class Check:
+    """One check of the contract on one mixer, a test: numbers of passed and skipped cases, and the failures."""
 
     text: str
     passed: int = 0
@@ -72,7 +74,7 @@ class Clause:
 
     @property
     def verdict(self) -> str:
-        """One word."""
+        """passed, skipped or FAILED."""
         return "FAILED" if self.failures else "passed" if self.passed else "skipped"
 
 
@@ -81,7 +83,7 @@ class Recorder:
 
     def __init__(self, names: Iterable[str], own: str) -> None:
         self.names, self.own = set(names), own
-        self.clauses: dict[str, Clause] = {}
+        self.checks: dict[str, Check] = {}
         self.broken: list[str] = []
 
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
@@ -90,7 +92,7 @@ class Recorder:
         for item in items:
             text = (item.function.__doc__ or item.originalname.removeprefix("test_").replace("_", " ")).strip().splitlines()[0]
             label = text if item.path.name == Path(CONTRACT).name else f"{self.own}: {text}"
-            self.clauses.setdefault(item.nodeid.partition("[")[0], Clause(label))
+            self.checks.setdefault(item.nodeid.partition("[")[0], Check(label))
 
     def _is_ours(self, item: Any) -> bool:
         if item.path.name != Path(CONTRACT).name:
@@ -106,20 +108,20 @@ class Recorder:
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         """Record one phase of one case."""
-        clause = self.clauses[report.nodeid.partition("[")[0]]
+        current = self.checks[report.nodeid.partition("[")[0]]
         if report.failed:
             crash = getattr(report.longrepr, "reprcrash", None)
             message = crash.message if crash is not None else report.longreprtext.strip().splitlines()[-1]
             case = report.nodeid.partition("[")[2].removesuffix("]")
-            clause.failures.append(f"[{case}] {message.splitlines()[0]}" if case else message.splitlines()[0])
+            current.failures.append(f"[{case}] {message.splitlines()[0]}" if case else message.splitlines()[0])
         elif report.skipped:
-            clause.skipped += 1
+            current.skipped += 1
         elif report.when == "call":
-            clause.passed += 1
+            current.passed += 1
 
 
 def check(name: str) -> Recorder:
-    """Run the contract and the mixer's own tests.
+    """Run the contract's checks and the mixer's own tests.
 
     Raises:
         ConfigError: there is no such mixer.
@@ -137,15 +139,16 @@ def check(name: str) -> Recorder:
 
 
 def table(recorder: Recorder) -> str:
-    """A line per clause, followed by its failures."""
+    """One line per check, followed by its failures."""
     lines = [f"cannot be tested: {message}" for message in recorder.broken]
-    width = max((len(clause.text) for clause in recorder.clauses.values()), default=0)
-    for clause in recorder.clauses.values():
-        cases = clause.passed + clause.skipped + len(clause.failures)
-        lines.append(f"{clause.text.ljust(width)}  {cases:3d}  {clause.verdict}")
-        lines += [f"    {failure}" for failure in clause.failures]
-    failed = sum(bool(clause.failures) for clause in recorder.clauses.values())
-    lines.append(f"\n{len(recorder.clauses) - failed} of {len(recorder.clauses)} clauses hold")
+    checks = list(recorder.checks.values())
+    width = max((len(one.text) for one in checks), default=0)
+    for one in checks:
+        cases = one.passed + one.skipped + len(one.failures)
+        lines.append(f"{one.text.ljust(width)}  {cases:3d}  {one.verdict}")
+        lines += [f"    {failure}" for failure in one.failures]
+    failed = sum(bool(one.failures) for one in checks)
+    lines.append(f"\n{len(checks) - failed} of {len(checks)} checks without failures")
     return "\n".join(lines)
 
 
@@ -159,10 +162,10 @@ def run_new(name: str) -> int:
 
 
 def run_check(name: str) -> int:
-    """Print the table; returns 1 if a clause is violated or nothing could be tested."""
+    """Print the table; returns 1 if a check fails or nothing could be tested."""
     recorder = check(name)
     print(table(recorder))
-    return int(bool(recorder.broken) or not recorder.clauses or any(c.failures for c in recorder.clauses.values()))
+    return int(bool(recorder.broken) or not recorder.checks or any(c.failures for c in recorder.checks.values()))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -171,7 +174,7 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    for command, text in (("new", "write a mixer, its test and its YAML"), ("check", "run the contract on a mixer")):
+    for command, text in (("new", "write a mixer, its test and its YAML"), ("check", "check the contract on a mixer")):
         commands.add_parser(command, help=text).add_argument("name")
     with exit_on_error():
         args = parser.parse_args(arguments)

@@ -34,7 +34,7 @@ _WORTH_THREADS = 1 << 22  # elements
 
 
 def batch_flow(batch: MicroBatch, inputs: Sequence[str]) -> Activations:
-    """The input of the first stage: tokens, the mixers' inputs that the run names, document numbers."""
+    """The input of the first stage: tokens, the mixers' inputs that the run declares, document numbers."""
     own = input_tensors(batch.inputs, inputs)
     segments = () if batch.segment_ids is None else (batch.segment_ids.contiguous(),)
     return (batch.tokens.contiguous(), *own, *segments)
@@ -45,7 +45,7 @@ class EngineSettings:
     """Settings of an engine besides the model and the mesh.
 
     Attributes:
-        seed: of initial weights and dropout.
+        seed: seed of initial weights and dropout.
         dtype: a key of `DTYPES`.
         micro_batch: samples per rank and micro batch.
         gradient_accumulation: micro batches per step.
@@ -59,11 +59,11 @@ class EngineSettings:
         fp16: `loss_scale` (0 = dynamic), `initial_scale_power`, `loss_scale_window`, `hysteresis`, `min_loss_scale`.
         kernel_backend: path of the operators, see `ops/dispatch.py`.
         loss_chunk_tokens: tokens whose logits exist at a time, see `model/linear_loss.py`; 0 for all of a micro batch.
-        timeout_s: of every collective.
-        partition_method: how blocks go to pipeline stages, see `model/partition.py`.
+        timeout_s: timeout of every collective.
+        partition_method: how blocks are assigned to pipeline stages, see `model/partition.py`.
         weight_decay_rule: which parameters decay, see `engine/optim.py`.
         objective: the loss, see `model/objectives.py`.
-        inputs: names of the mixers' inputs (`Layer.Inputs`) that every micro batch brings as `batch.inputs[name]`.
+        inputs: names of the mixers' inputs (`Layer.Inputs`) that every micro batch contains as `batch.inputs[name]`.
     """
 
     seed: int = 1234
@@ -103,7 +103,7 @@ class StepResult:
     """One optimizer step, the same on every rank.
 
     Attributes:
-        loss: of the global batch, see `model/objectives.py`.
+        loss: loss of the global batch, see `model/objectives.py`.
         grad_norm: global L2 norm before clipping; inf if not finite.
         skipped: weights and optimizer are unchanged, because loss or norm were not finite or above the engine's limits.
     """
@@ -127,7 +127,7 @@ class EvalResult:
 
     Attributes:
         loss: mean over the micro batches of all data-parallel ranks, as in training.
-        right_answers: right ones among `answers`.
+        right_answers: number of right answers.
         answers: positions of all micro batches where the task expects an answer; 0 unless `Objective.count_answers`.
     """
 
@@ -138,7 +138,7 @@ class EvalResult:
 
 @dataclass(frozen=True)
 class OptimizerSlice:
-    """One rank's slice of one parameter's optimizer state: [start, stop) of its flattened local part.
+    """One rank's slice of one parameter's optimizer state: [start, stop) of its flattened local shard.
 
     Attributes:
         start: first element.
@@ -181,7 +181,7 @@ class Engine(ABC):
 
     @property
     def num_local_params(self) -> int:
-        """Parameters that this rank holds (its tensor and pipeline part)."""
+        """Number of parameters on this rank (its tensor-parallel shard of its pipeline stage)."""
         return sum(p.numel() for p in self.parameters().values())
 
     def phase(self, name: str) -> None:
@@ -198,11 +198,11 @@ class Engine(ABC):
         """Take one optimizer step.
 
         Args:
-            micro_batches: this rank's, `gradient_accumulation` of them; a middle pipeline stage is given them too.
+            micro_batches: this rank's, `gradient_accumulation` of them; a middle pipeline stage gets them too.
             lr: learning rate of the step.
 
         Raises:
-            DataError: there are more or fewer.
+            DataError: their number is wrong.
         """
 
     @abstractmethod
@@ -210,7 +210,7 @@ class Engine(ABC):
         """The loss over the micro batches of every data-parallel rank, as in training, and its counts of answers.
 
         Args:
-            micro_batches: this rank's, as many on every rank.
+            micro_batches: this rank's; the same number on every rank.
         """
 
     def check_step(self, micro_batches: Sequence[MicroBatch]) -> None:
@@ -220,7 +220,7 @@ class Engine(ABC):
 
     @abstractmethod
     def optimizer_slices(self) -> dict[str, OptimizerSlice]:
-        """This data-parallel rank's slices: views of what the next step changes; zero moments and step 0 before the first."""
+        """This data-parallel rank's slices: views of its live state; moments and step are 0 before the first step."""
 
     @abstractmethod
     def load_optimizer_slices(self, slices: Mapping[str, OptimizerSlice]) -> None:
@@ -235,7 +235,7 @@ class Engine(ABC):
         """After `load_weights` without an optimizer state: fp32 masters become the weights, moments start at zero."""
 
     def first_not_finite(self) -> str | None:
-        """Name of the first parameter whose master weights or moments on this rank hold inf or NaN; None if all are finite."""
+        """Name of the first parameter whose master weights or moments on this rank are not all finite; None if all are."""
         owned = [(name, t) for name, own in self.optimizer_slices().items() for t in (own.master, *own.moments.values())]
         finite = torch.stack([torch.isfinite(t).all() for _, t in owned]).tolist() if owned else []
         return next((name for (name, _), is_finite in zip(owned, finite, strict=True) if not is_finite), None)
@@ -252,31 +252,31 @@ class Engine(ABC):
         """Restore `extra_state`; unknown keys are ignored, so that a run may resume in another precision."""
 
     def weights(self) -> dict[str, Tensor]:
-        """Logical name -> this rank's local part, detached, in the compute dtype; only names of this rank's stage."""
+        """Logical name -> this rank's local shard, detached, in the compute dtype; only names of this rank's stage."""
         return {name: param.detach() for name, param in self.parameters().items()}
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Overwrite this rank's parts; call `refresh_master_from_weights` or `load_optimizer_slices` after it.
+        """Overwrite this rank's shards; call `refresh_master_from_weights` or `load_optimizer_slices` after it.
 
         Raises:
-            CheckpointError: a name is missing or unknown, or a shape differs; nothing is changed then.
+            CheckpointError: a name is missing or unknown, or a shape differs; then nothing is changed.
         """
         own = self.parameters()
         check_weights({name: tuple(param.shape) for name, param in own.items()}, weights)
         copy_all([(param.detach(), weights[name]) for name, param in own.items()])
 
     def close(self) -> None:
-        """Release what the engine holds outside Python's memory; it is not used afterwards."""
+        """Release resources outside Python's memory; the engine must not be used afterwards."""
 
 
 def copy_all(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Copy each second tensor into the first, which needs no gradient; on a CPU with several threads.
+    """Copy each second tensor into the first, which needs no gradient; on a CPU by several threads.
 
-    Copying releases the interpreter's lock, and a gigabyte of it is a large part of a resume. Pairs that share their memory
-    are skipped.
+    Copying releases the GIL, and for large states it takes much of the time of a resume. Pairs that share their memory are
+    skipped.
     """
-    apart = [(target, source) for target, source in pairs if target.data_ptr() != source.data_ptr()]
-    work = sorted(apart, key=lambda pair: -pair[0].numel())
+    distinct = [(target, source) for target, source in pairs if target.data_ptr() != source.data_ptr()]
+    work = sorted(distinct, key=lambda pair: -pair[0].numel())
     if not work or work[0][0].device.type != "cpu" or sum(target.numel() for target, _ in work) < _WORTH_THREADS:
         for target, source in work:
             target.copy_(source)
@@ -289,9 +289,9 @@ def check_names(own: set[str], given: set[str], kind: str) -> None:
     """Raise CheckpointError unless both sets are equal; the message names the first few on either side.
 
     Args:
-        own: names that this rank has.
-        given: names of the checkpoint.
-        kind: of the tensors, for the message: "weights".
+        own: names on this rank.
+        given: names in the checkpoint.
+        kind: kind of the tensors, for the message: "weights".
     """
     if own == given:
         return
@@ -311,7 +311,7 @@ def check_weights(own: Mapping[str, tuple[int, ...]], given: Mapping[str, Tensor
         if tuple(given[name].shape) != shape:
             raise CheckpointError(
                 f"'{name}' has shape {tuple(given[name].shape)} in the checkpoint, this rank holds {shape}",
-                why="another model, or another tensor-parallel cut",
+                why="another model, or another tensor-parallel size",
             )
 
 

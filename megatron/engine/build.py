@@ -1,4 +1,4 @@
-"""Chooses and builds the engine; DeepSpeed is imported only when it is the one."""
+"""Selects and builds the engine; DeepSpeed is imported only if its engine is selected."""
 
 from __future__ import annotations
 
@@ -44,17 +44,17 @@ def local_device(local_rank: int) -> torch.device:
 
 
 def _check_memory(config: ModelConfig, mesh: Mesh, device: torch.device) -> None:
-    """Refuse a model whose matrices alone exceed this machine's memory, before the first of them is allocated."""
+    """Reject a model whose matrices alone exceed this machine's memory, before the first of them is allocated."""
     widths = config.hidden_size * (config.vocab_size + config.num_layers * (config.mlp_width + config.hidden_size))
-    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if device.type == "cuda":
-        there = torch.cuda.get_device_properties(device).total_memory
-    need = 2 * widths // (mesh.pp * mesh.tp)  # two bytes a number, one matrix of each kind
-    if need > there:
+        available = torch.cuda.get_device_properties(device).total_memory
+    need = 2 * widths // (mesh.pp * mesh.tp)  # two bytes per element, one matrix of each kind
+    if need > available:
         raise ConfigError(
             f"the model does not fit: its matrices alone take {need / 2**30:,.0f} GiB on each rank",
-            why=f"this {'device' if device.type == 'cuda' else 'machine'} has {there / 2**30:,.0f} GiB",
-            hint="lower hidden_size, num_layers or intermediate_size, or cut the model over more ranks; --dry-run plans it",
+            why=f"this {'device' if device.type == 'cuda' else 'machine'} has {available / 2**30:,.0f} GiB",
+            hint="lower hidden_size, num_layers or intermediate_size, or shard the model over more ranks; --dry-run plans it",
         )
 
 
@@ -65,7 +65,7 @@ def build_engine(kind: str, config: ModelConfig, mesh: Mesh, settings: EngineSet
         kind: auto | single | deepspeed.
         config: the model.
         mesh: with process groups if it has more than one process.
-        settings: of the engine.
+        settings: settings of the engine.
         local_rank: index of this process on its machine, which is also its accelerator's.
 
     Raises:

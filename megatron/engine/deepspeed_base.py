@@ -36,13 +36,13 @@ from megatron.parallel.mesh import Mesh
 
 @dataclass(frozen=True)
 class OwnedSlice:
-    """Where this data-parallel rank holds its slice of a flattened parameter.
+    """Location of this data-parallel rank's slice of a flattened parameter.
 
     Attributes:
-        flat: the fp32 partition that holds it.
+        flat: the fp32 partition that contains it.
         at: offset in `flat`.
         start: offset in the parameter.
-        numel: elements.
+        numel: number of elements.
     """
 
     flat: Tensor
@@ -51,12 +51,12 @@ class OwnedSlice:
     numel: int
 
     def of(self, tensor: Tensor) -> Tensor:
-        """The slice of a tensor that is laid out like `flat`: a view."""
+        """The slice, as a view, of a tensor with the layout of `flat`."""
         return tensor.narrow(0, self.at, self.numel)
 
 
 class DeepSpeedBase(Engine):
-    """An engine over a DeepSpeed ZeRO optimizer, which a subclass puts into `_zero` and its engine into `_engine`."""
+    """An engine over a DeepSpeed ZeRO optimizer, which a subclass stores in `_zero`, and DeepSpeed's engine in `_engine`."""
 
     _engine: Any
     _zero: Any
@@ -74,7 +74,7 @@ class DeepSpeedBase(Engine):
         self._loss = self._refused = torch.zeros((), device=device)
         self._decided = False
         self._parts = LossParts()
-        # The tied matrix leads its group on both stages, so that its two copies go through the same vector lanes.
+        # The tied matrix is first in its group on both stages, so that the same SIMD lanes process its two copies.
         decay = (settings.weight_decay, settings.weight_decay_rule)
         return build_optimizer(parameter_groups(self._parameters, self.specs, *decay, first=(EMBEDDING,)), settings)
 
@@ -83,7 +83,7 @@ class DeepSpeedBase(Engine):
         return self._parameters
 
     def _skip(self) -> Tensor:
-        """Called by the optimizer once per parameter group: 1.0 when this step must change nothing."""
+        """Called by the optimizer once per parameter group: 1.0 if this step must be skipped."""
         if not self._decided:
             norm = torch.as_tensor(self._zero._global_grad_norm, dtype=torch.float32, device=self._loss.device)
             self._refused, self._decided = should_skip(self._loss, norm, self.limits), True
@@ -114,7 +114,7 @@ class DeepSpeedBase(Engine):
         return list(self._zero.single_partition_of_fp32_groups)
 
     def _owned(self) -> dict[str, OwnedSlice]:
-        """Name -> this rank's slice, for the parameters of which it owns one."""
+        """Name -> this rank's slice, for the parameters of which it owns a slice."""
         flats, owned = self._flat_partitions(), {}
         for name, param in self._parameters.items():
             mapping = getattr(param, "_hp_mapping", None)
@@ -151,9 +151,9 @@ class DeepSpeedBase(Engine):
     def refresh_master_from_weights(self) -> None:
         """Masters become the weights; moments start at zero."""
         self._zero.refresh_fp32_params()
-        self._forget_moments()
+        self._zero_moments()
 
-    def _forget_moments(self) -> None:
+    def _zero_moments(self) -> None:
         for flat in self._flat_partitions():
             state = self._zero.optimizer.state.get(flat, {})
             for key in (*MOMENTS, "step"):

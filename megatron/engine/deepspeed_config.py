@@ -1,4 +1,4 @@
-"""The dictionary that DeepSpeed is configured with, as a pure function; needs no DeepSpeed to be read or tested."""
+"""The dictionary that DeepSpeed is configured with, as a pure function that does not need DeepSpeed."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def check_zero_stage(stage: int, pipeline: int) -> None:
     if stage > 1 and pipeline > 1:
         raise ConfigError(
             f"zero_optimization.stage {stage} does not go together with pipe_parallel_size {pipeline}",
-            why="a pipeline adds up gradients over its micro batches, which these stages have given away by then",
+            why="a pipeline adds up gradients over its micro batches, which these stages have already partitioned",
             hint='"zero_optimization": {"stage": 1}, or pipe_parallel_size: 1',
         )
 
 
 def zero_stage_note(settings: EngineSettings) -> str:
-    """Why the ZeRO stage that runs is not the one asked for; empty when it is."""
+    """Why the ZeRO stage differs from the configured one; empty if it does not."""
     if settings.zero_stage:
         return ""
     return "ZeRO stage 0 runs as stage 1: the same mathematics, and DeepSpeed 0.19.8 clips wrongly at stage 0 with pipelines"
@@ -36,10 +36,10 @@ def deepspeed_config(settings: EngineSettings, mesh: Mesh, on_accelerator: bool,
     """Settings -> DeepSpeed's dictionary.
 
     Args:
-        settings: of the engine.
-        mesh: of which the data and pipeline sizes matter.
+        settings: settings of the engine.
+        mesh: the mesh, whose data-parallel and pipeline-parallel sizes are used.
         on_accelerator: false on a CPU, where DeepSpeed has no fp16.
-        local_params: parameters on this rank, the largest useful bucket.
+        local_params: number of parameters on this rank, the largest useful bucket.
 
     Raises:
         ConfigError: ZeRO stage 2 or 3 with a pipeline, or fp16 on a CPU.

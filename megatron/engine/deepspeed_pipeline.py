@@ -4,8 +4,8 @@ It is the pipeline engine for any number of stages, one included; ZeRO-2 and 3, 
 DeepSpeed's defects and delays are worked around here and in `deepspeed_config.py`; each point has a test:
 
 * a shared-memory op that compiles C++ at start and is never used in training is switched off;
-* the Muon modules, which every ZeRO optimizer imports to ask "is it Muon?", are replaced by an answer: they cost torch._dynamo;
-* groups that DeepSpeed makes without a timeout get ours, not torch's 30 minutes;
+* the Muon modules, which every ZeRO optimizer imports for a type check, are replaced by stubs: they import torch._dynamo;
+* groups that DeepSpeed creates without a timeout get ours, not torch's 30 minutes;
 * stage 0 is run as ZeRO-1 (wrong clipping with pipelines); the optimizer is a torch object (no C++ build);
 * the loss is reduced before the optimizer runs instead of after it, so that a bad loss skips the step (`engine/skip_step.py`);
 * tied weights, partition and recomputation are ours (`engine/stages.py`), and tensor-parallel parameters are flagged,
@@ -50,9 +50,9 @@ def _prepare_import() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     for module, name in (("muon_optimizer", "MuonWithAuxAdam"), ("original_muon", "muon_update")):
         if f"{_MUON}.{module}" not in sys.modules:
-            stand_in = types.ModuleType(f"{_MUON}.{module}")
-            setattr(stand_in, name, type(name, (), {}))  # nothing is an instance of it, and nobody calls it
-            sys.modules[f"{_MUON}.{module}"] = stand_in
+            stub = types.ModuleType(f"{_MUON}.{module}")
+            setattr(stub, name, type(name, (), {}))  # nothing is an instance of it, and nothing calls it
+            sys.modules[f"{_MUON}.{module}"] = stub
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*an autograd kernel was not registered.*")
     warnings.filterwarnings("ignore", category=FutureWarning, module="deepspeed")
@@ -71,7 +71,7 @@ vars(deepspeed.ops)["__compatible_ops__"] = {"deepspeed_shm_comm": False}
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Hold back DeepSpeed's output to stdout; it is shown if the body fails."""
+    """Capture DeepSpeed's output to stdout; it is printed if the body fails."""
     output = io.StringIO()
     try:
         with contextlib.redirect_stdout(output):
@@ -82,9 +82,9 @@ def _quiet() -> Iterator[None]:
 
 
 def _join_world(mesh: Mesh, timeout_s: float) -> None:
-    """Make sure that DeepSpeed finds a process group; several processes have one already, a single one gets its own."""
+    """Make sure that DeepSpeed finds a process group; with a single process, create one."""
     set_default_timeout(timeout_s)
-    os.environ.setdefault("LOCAL_RANK", "0")  # PipelineModule reads it and nothing else
+    os.environ.setdefault("LOCAL_RANK", "0")  # PipelineModule reads only this variable
     if not dist.is_initialized():
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         store = dist.HashStore()  # type: ignore[attr-defined]
@@ -94,7 +94,7 @@ def _join_world(mesh: Mesh, timeout_s: float) -> None:
 
 @dataclass(frozen=True)
 class _BeforeLoss:
-    """Input of the loss on the last stage; of a type that DeepSpeed does not look into."""
+    """Input of the loss on the last stage; of a type that DeepSpeed does not inspect."""
 
     activations: Activations
 
@@ -102,14 +102,14 @@ class _BeforeLoss:
 class _Pipeline(PipelineModule):
     """This rank's stages as a `PipelineModule`, with our partition, tied weights and recomputation.
 
-    The output projection belongs to the loss: DeepSpeed keeps what the last stage returns until the same buffer is used again,
-    in the next step even, and logits are large. `begin_backward` is what DeepSpeed does when a gradient reaches the last
-    stage's output; the matrix has its gradient by then, which DeepSpeed would drop (in bf16) as a leftover. It is therefore
-    called when the gradient of the loss begins.
+    The output projection is part of the loss: DeepSpeed keeps the output of the last stage until its buffer is reused, possibly
+    in the next step, and logits are large. DeepSpeed runs `begin_backward` when a gradient reaches the output of the last
+    stage. By then the matrix already has its gradient, which DeepSpeed would drop (in bf16) as stale. Therefore it is called
+    when the backward of the loss begins.
     """
 
     begin_backward: Callable[[], None]
-    divisors: Tensor | None = None  # of the step, see `global_divisors`
+    divisors: Tensor | None = None  # divisors of the step, see `global_divisors`
 
     def __init__(self, local: LocalModel, mesh: Mesh, settings: EngineSettings, parts: LossParts) -> None:
         self._local, self._mesh, self._settings, self._parts = local, mesh, settings, parts
@@ -129,15 +129,15 @@ class _Pipeline(PipelineModule):
         return _BeforeLoss(activations) if last else activations
 
     def _loss(self, hidden: _BeforeLoss, targets: tuple[Tensor, Tensor]) -> Tensor:
-        seen = self.forward_funcs[-1](hidden.activations)
-        loss, parts = local_loss(self._settings, self._local, self._mesh, seen, *targets, self.divisors)
+        output = self.forward_funcs[-1](hidden.activations)
+        loss, parts = local_loss(self._settings, self._local, self._mesh, output, *targets, self.divisors)
         self._parts.add(parts)
         if loss.requires_grad:
             loss.register_hook(lambda _: self.begin_backward())
         return loss
 
     def _index_tied_modules(self) -> dict[str, Any]:
-        """The group of first and last stage for a tied output projection; every rank takes part in making the groups."""
+        """The group of first and last stage for a tied output projection; all ranks create the groups together."""
         mesh = self._mesh
         groups: dict[str, Any] = {}
         if mesh.pp == 1 or not self._local.config.tie_embeddings:
@@ -159,17 +159,17 @@ class _Pipeline(PipelineModule):
         return [(self._local.parameters[EMBEDDING], comm["group"]) for comm in self.tied_comms.values()]
 
     def _synchronize_tied_weights(self) -> None:
-        """Nothing to send: both copies start from the same function of (seed, name) and take the same steps."""
+        """No communication: both copies start from the same function of (seed, name) and get the same updates."""
 
 
 def start_deepspeed(module: nn.Module, engine: DeepSpeedBase, optimizer: FusedAdamW, grid: Any = None) -> tuple[Any, Any]:
     """DeepSpeed's engine and its ZeRO optimizer around a model.
 
     Args:
-        module: a `PipelineModule`, or a plain one.
-        engine: ours, whose parameters and settings are used.
-        optimizer: to be sharded.
-        grid: from `one_stage_grid` for a plain module; a pipeline brings its own.
+        module: a `PipelineModule` or a plain module.
+        engine: our engine, whose parameters and settings are used.
+        optimizer: the optimizer to be sharded.
+        grid: from `one_stage_grid` for a plain module; a pipeline has its own.
 
     Returns:
         (DeepSpeed's engine, its ZeRO optimizer).
@@ -184,7 +184,7 @@ def start_deepspeed(module: nn.Module, engine: DeepSpeedBase, optimizer: FusedAd
 
 
 def one_stage_grid(mesh: Mesh, timeout_s: float) -> Any:
-    """The process groups of a mesh without a pipeline, as DeepSpeed's plain engine reads them; joins the world first."""
+    """The process groups of a mesh without a pipeline, as DeepSpeed's plain engine reads them; sets DeepSpeed up first."""
     _join_world(mesh, timeout_s)
     return PipelineParallelGrid(topology=PipeModelDataParallelTopology(num_pp=1, num_mp=mesh.tp, num_dp=mesh.dp))
 
@@ -204,7 +204,7 @@ class DeepSpeedPipelineEngine(DeepSpeedBase):
         self._reduce_loss_before_step()
 
     def _reduce_loss_before_step(self) -> None:
-        """Reduce the loss before the optimizer's step, with DeepSpeed's own collectives and no more of them."""
+        """Reduce the loss before the optimizer's step, with DeepSpeed's own collectives and no additional ones."""
         take_step, reduce_loss = self._engine._take_model_step, self._engine._aggregate_total_loss
 
         def step(lr_kwargs: Any) -> None:

@@ -40,7 +40,7 @@ class _ModelAndLoss(nn.Module):
         super().__init__()
         self.stages = nn.ModuleList(local.stages)
         self._local, self._mesh, self._settings, self._parts = local, mesh, settings, parts
-        self.divisors: Tensor | None = None  # of the step
+        self.divisors: Tensor | None = None  # divisors of the step
 
     def forward(self, labels: Tensor, mask: Tensor, *activations: Tensor) -> Tensor:
         """Loss of a micro batch.
@@ -73,7 +73,7 @@ class DeepSpeedZeROEngine(DeepSpeedBase):
 
     @property
     def num_local_params(self) -> int:
-        """Parameters of this rank's tensor-parallel part, however they are sharded."""
+        """Parameters of this rank's tensor-parallel shard, before ZeRO shards them."""
         return sum(int(getattr(p, "ds_numel", p.numel())) for p in self._parameters.values())
 
     def _run(self, batch: MicroBatch) -> Tensor:
@@ -129,7 +129,7 @@ class DeepSpeedZeROEngine(DeepSpeedBase):
         return self.settings.zero_stage == 3
 
     def _owned(self) -> dict[str, OwnedSlice]:
-        """As in ZeRO-1, except that ZeRO-3 shards every parameter by itself, the last shard being shorter."""
+        """As in ZeRO-1, except that ZeRO-3 shards every parameter separately, with a shorter last shard."""
         if not self._three:
             return super()._owned()
         flats, owned = self._flat_partitions(), {}
@@ -166,7 +166,7 @@ class DeepSpeedZeROEngine(DeepSpeedBase):
             shard, given = param.ds_tensor.detach(), weights[name].reshape(-1)  # type: ignore[attr-defined]
             own = given[shard.numel() * self.mesh.dp_rank :][: shard.numel()]
             shard[: own.numel()].copy_(own)
-            if param.numel() == given.numel():  # DeepSpeed keeps small ones complete, besides their shard
+            if param.numel() == given.numel():  # DeepSpeed keeps small parameters complete, in addition to their shard
                 param.detach().view(-1).copy_(given)
 
     @torch.no_grad()
@@ -177,7 +177,7 @@ class DeepSpeedZeROEngine(DeepSpeedBase):
             return
         for flat, low in zip(self._zero.fp32_partitioned_groups_flat, self._zero.fp16_partitioned_groups_flat, strict=True):
             flat.copy_(low)
-        self._forget_moments()
+        self._zero_moments()
 
     def describe(self) -> str:
         """One line for the log."""

@@ -31,7 +31,7 @@ class LossScale:
         )
 
     def update(self, overflow: bool) -> None:
-        """After a step: `overflow` tells that it was skipped because gradients were not finite."""
+        """Call after each step; `overflow`: it was skipped because gradients were not finite."""
         if not self.window:
             return
         if overflow:
@@ -50,7 +50,7 @@ class LossScale:
         return {"loss_scale": {"value": self.value, "quiet": self._quiet, "left": self._left}}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Put back `state`; without one, or when the scale is fixed, nothing changes."""
+        """Restore `state`; does nothing if it is missing or the scale is fixed."""
         saved = state.get("loss_scale")
         if saved and self.window:
             self.value, self._quiet, self._left = float(saved["value"]), int(saved["quiet"]), int(saved["left"])

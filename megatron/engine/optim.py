@@ -40,8 +40,8 @@ def decays(spec: ParamSpec, rule: str) -> bool:
     """Whether weight decay applies to a parameter.
 
     `neox`: to all but biases, norms and what a layer excludes. `metala`: to MetaLA's `aug_balance` too, as in its released
-    code: GPT-NeoX's grouping sees a parameter that is neither a bias nor a norm. `based` (the recipes of Based and JRT, whose
-    code only knew torch's own norms): to gains of norms too, and not to the embedding, hence not to a tied output projection.
+    code: for GPT-NeoX's grouping it is neither a bias nor a norm. `based` (the recipes of Based and JRT, whose
+    code recognises torch's own norms only): to gains of norms too, and not to the embedding, thus not to a tied LM head.
 
     Raises:
         ConfigError: there is no such rule.
@@ -67,7 +67,7 @@ def parameter_groups(
     Args:
         tensors: logical name -> tensor that the optimizer updates.
         specs: logical name -> spec.
-        weight_decay: of the decayed group.
+        weight_decay: weight decay of the decayed group.
         rule: see `decays`.
         first: names at the front of their group.
     """
@@ -84,7 +84,7 @@ class FusedAdamW(torch.optim.AdamW):
     """torch's AdamW with its fused kernel called directly.
 
     The state is torch's (`step`, `exp_avg`, `exp_avg_sq` per tensor) and the numbers are bitwise identical. Torch's own `step`
-    imports its compiler first, a second of every process's start.
+    imports the compiler first, which takes about a second in every process.
 
     Attributes:
         skip: called at every step; where it returns 1.0 the kernel leaves parameters and state bitwise unchanged.
@@ -137,7 +137,7 @@ def build_optimizer(groups: list[dict[str, Any]], settings: EngineSettings) -> F
     """Fused AdamW over `groups`.
 
     Raises:
-        ConfigError: another optimizer is asked for.
+        ConfigError: the optimizer type is not supported.
     """
     check_optimizer_type(settings.optimizer_type)
     return FusedAdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)

@@ -1,6 +1,6 @@
 """From the last stage's output to the loss of a micro batch, for all engines.
 
-The output is logits, or, with `loss_chunk_tokens`, the hidden states in front of the LM head, whose logits then exist for a
+The output is logits, or, with `loss_chunk_tokens`, the hidden states before the LM head, whose logits then exist for one
 block of tokens at a time.
 """
 
@@ -20,7 +20,7 @@ from megatron.parallel.mesh import Mesh
 
 
 def check_output(settings: EngineSettings) -> None:
-    """Refuse `loss_chunk_tokens` where something else needs the logits, or the matrix is not there outside its own forward.
+    """Reject `loss_chunk_tokens` if something else needs the logits, or the matrix is not available outside its own forward.
 
     Raises:
         ConfigError: with the reason.
@@ -56,13 +56,13 @@ def local_loss(
     """Loss of one micro batch and its parts, see `objective_loss`.
 
     Args:
-        settings: the engine's.
+        settings: settings of the engine.
         local: this rank's part of the model.
-        mesh: the ranks.
-        logits: this tensor rank's columns [b, s, n], or with `loss_chunk_tokens` the hidden states [b, s, d] that make them.
+        mesh: the mesh.
+        logits: this tensor rank's columns [b, s, n], or with `loss_chunk_tokens` the hidden states [b, s, d].
         labels: [b, s].
         mask: weights [b, s].
-        divisors: of the step, see `global_divisors`.
+        divisors: divisors of the step, see `global_divisors`.
     """
     mean = _mean_loss(settings, local, mesh)
     return objective_loss(settings.objective, logits, labels, mask, mean, divisors, mesh.tp_group)

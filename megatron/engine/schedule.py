@@ -10,8 +10,8 @@ after it one of
     constant     lr
 
 and never below min. Two differences from NeoX, on purpose: after the horizon the rate stays at its value for n = T, where
-NeoX's cosine rises again and its exponential goes on falling; and a warm-up shorter than one step starts at lr, where NeoX's
-first step takes lr / w, many times the peak.
+NeoX's cosine rises again and its exponential continues to fall; and a warm-up shorter than one step starts at lr, where NeoX's
+first step uses lr / w, many times the peak.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ STYLES = ("constant", "linear", "cosine", "exponential")
 class ScheduleConfig:
     """A curve. `horizon` (T) is in optimizer steps; `warmup` is a fraction of it and may give a fractional step.
 
-    warmup_start: the rate of the first step, from which the warm-up climbs; None is GPT-NeoX's warm-up, which begins near 0.
+    warmup_start: the rate of the first step, from which the warm-up rises; None is GPT-NeoX's warm-up, which begins near 0.
     """
 
     lr: float
@@ -60,7 +60,7 @@ def decay_horizon(train_iters: int, decay_iters: int | None = None, decay_fracti
 
 
 def learning_rate(step: int, config: ScheduleConfig) -> float:
-    """The rate of the optimizer step that is taken when `step` steps have been taken before it (0 for the first)."""
+    """The learning rate of an optimizer step, given the number of steps before it (0 for the first)."""
     n = min(step, config.horizon)
     warmup = config.warmup_steps
     if config.warmup_start is not None and n < warmup:

@@ -38,12 +38,12 @@ from megatron.parallel.mesh import Mesh
 
 # DeepSpeed adds this to the norm before it divides; the two engines must clip alike.
 CLIP_EPS = 1e-6
-# Gradients widened in one call: a few launches instead of one each, and never a second copy of all of them.
+# Gradients cast to fp32 in one call: a few launches instead of one each, without a second copy of all gradients.
 _TOGETHER = 64
 
 
 def _gradients_of(tensors: Mapping[str, Tensor], names: Iterable[str]) -> list[Tensor]:
-    """The gradients that these tensors have."""
+    """The gradients of those of these tensors that have one."""
     return [grad for name in names if (grad := tensors[name].grad) is not None]
 
 
@@ -73,7 +73,7 @@ class SingleProcessEngine(Engine):
         return self._parameters
 
     def _loss(self, batch: MicroBatch, divisors: Tensor | None) -> Tensor:
-        """Loss of one micro batch; divisors: of the step."""
+        """Loss of one micro batch, with the divisors of the step."""
         activations = tuple(tensor.to(self.device) for tensor in batch_flow(batch, self.settings.inputs))
         labels, mask = batch.labels.to(self.device), batch.loss_mask.to(self.device)
         interval = self.settings.activation_checkpoint_interval
@@ -119,16 +119,16 @@ class SingleProcessEngine(Engine):
     def _gather_gradients(self) -> None:
         """Add the micro batch's low-precision gradients to the fp32 sums and drop them."""
         names = [name for name, param in self._parameters.items() if param.grad is not None]
-        for some in (names[at : at + _TOGETHER] for at in range(0, len(names), _TOGETHER)):
-            first = [name for name in some if self._masters[name].grad is None]
-            later = [name for name in some if self._masters[name].grad is not None]
+        for chunk in (names[at : at + _TOGETHER] for at in range(0, len(names), _TOGETHER)):
+            first = [name for name in chunk if self._masters[name].grad is None]
+            later = [name for name in chunk if self._masters[name].grad is not None]
             for name in first:
                 self._masters[name].grad = torch.empty_like(self._masters[name])
             if first:
                 torch._foreach_copy_(_gradients_of(self._masters, first), _gradients_of(self._parameters, first))
             if later:
                 torch._foreach_add_(_gradients_of(self._masters, later), _gradients_of(self._parameters, later))
-            for name in some:
+            for name in chunk:
                 self._parameters[name].grad = None
 
     def _gradients(self) -> list[Tensor]:
@@ -141,7 +141,7 @@ class SingleProcessEngine(Engine):
 
     @torch.no_grad()
     def _clip(self, norm: float) -> None:
-        """Take the loss scale out of all gradients and clip them."""
+        """Unscale and clip all gradients."""
         factor = 1.0 / self.loss_scale.value
         limit = self.settings.gradient_clipping
         if limit > 0:

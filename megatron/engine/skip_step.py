@@ -1,6 +1,6 @@
 """Whether to skip a step: decided on the device from the global loss and gradient norm, before the weights change.
 
-Both numbers are the same on every rank when the optimizer runs, so every rank decides alike without another collective, and the
+Both numbers are the same on every rank when the optimizer runs, so all ranks decide the same without a further collective. The
 decision is a tensor that the fused optimizer kernel reads (`found_inf`): under DeepSpeed no rank waits for the device.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class StepLimits:
-    """The largest loss and gradient norm (before clipping) that a step may have; infinite: anything finite."""
+    """The largest loss and gradient norm (before clipping) that a step may have; inf allows any finite value."""
 
     loss: float = math.inf
     grad_norm: float = math.inf
@@ -24,7 +24,7 @@ class StepLimits:
 def should_skip(loss: Tensor, grad_norm: Tensor, limits: StepLimits) -> Tensor:
     """1.0 where the step must not be applied, else 0.0: a scalar in fp32 on the device of `loss`.
 
-    Not finite, above a limit, or a negative norm (DeepSpeed writes -1 for a norm that is not finite).
+    A step is skipped if a number is not finite or above its limit, or if the norm is negative (-1 is DeepSpeed's inf or NaN).
     """
     norm = grad_norm.to(loss.device)
     fine = torch.isfinite(loss) & torch.isfinite(norm) & (norm >= 0) & (loss <= limits.loss) & (norm <= limits.grad_norm)

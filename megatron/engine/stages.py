@@ -1,7 +1,7 @@
-"""From a model's description to this rank's stages: sharded, partitioned over the pipeline, initialised.
+"""From a model config to this rank's stages: sharded, partitioned over the pipeline, initialised.
 
 All engines build their model here, so a parameter has the same initial value on every mesh. The complete model is built on the
-meta device; only the parameters of this rank's stages and of its tensor-parallel shard take memory.
+meta device; only this rank's tensor-parallel shard of its stages is allocated.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ EMBEDDING = "model.embed_tokens.weight"
 
 
 def _passes_parts(stage: nn.Module) -> bool:
-    """Whether a stage is a block that nothing looks into: hooks see, and may replace, one tensor."""
+    """Whether a stage is a block without hooks: hooks expect a single tensor, which they may replace."""
     return isinstance(stage, BlockStage) and not (has_hooks(stage) or has_hooks(stage.body))
 
 
@@ -48,8 +48,8 @@ def run_stages(
     """Pass `activations` through the stages; with `interval` n, segments of n blocks store their input only and recompute.
 
     The non-reentrant form is used: the reentrant one (DeepSpeed's default) loses the gradient of a segment whose inputs need
-    none. Between two blocks of a chain the residual stream is in two parts (`Block.forward`); what a segment stores and what
-    another rank gets is one tensor.
+    none. Between two blocks of a chain the residual stream is in two parts (`Block.forward`); what a segment stores and
+    what is sent to another rank is one tensor.
 
     Args:
         stages: in order.
@@ -80,11 +80,11 @@ class LocalModel:
     Attributes:
         config: the complete model.
         specs: logical name -> spec, of all parameters.
-        all_stages: the complete model's, in order, on the meta device unless they are this rank's.
+        all_stages: the complete model's, in order, on the meta device except for this rank's.
         bounds: pipeline bounds of `all_stages`.
         stages: this rank's stage modules, in order.
         parameters: logical name -> this rank's parameter.
-        tied_copy: the last stage holds a copy of the embedding that another rank owns.
+        tied_copy: the last stage has a copy of the embedding that another rank owns.
     """
 
     config: ModelConfig
@@ -122,7 +122,7 @@ def build_local(config: ModelConfig, mesh: Mesh, settings: EngineSettings, devic
     """Build, shard and initialize this rank's stages.
 
     Raises:
-        ConfigError: heads, widths or layers do not divide over the mesh.
+        ConfigError: heads, widths or layers cannot be divided over the mesh.
     """
     check_mesh(config, mesh)
     specs = param_specs(config)
@@ -158,7 +158,7 @@ def build_local(config: ModelConfig, mesh: Mesh, settings: EngineSettings, devic
 
 
 def _logical_names(local: nn.ModuleList, specs: Mapping[str, ParamSpec]) -> dict[str, str]:
-    """`<position>.<name in the stage>` -> logical name; a tied output projection goes by the embedding's name."""
+    """`<position>.<name in the stage>` -> logical name; a tied output projection has the embedding's name."""
     names: dict[str, str] = {}
     for i, stage in enumerate(local):
         assert isinstance(stage, StageModule)

@@ -1,4 +1,4 @@
-"""What a process does once before its engine is built: fast floating point, and no import it will not use."""
+"""Setup of a process before its engine is built: fast floating point, and no unnecessary imports."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron.engine.cpu import tune_cpu
 
 
 def prepare_process() -> None:
-    """Set the CPU up (`engine/cpu.py`) and leave torch._dynamo out; call before any parallel torch operation.
+    """Set the CPU up (`engine/cpu.py`) and avoid the import of torch._dynamo; call before any parallel torch operation.
 
     OpenMP's threads inherit the floating-point mode.
     """
@@ -20,11 +20,11 @@ def prepare_process() -> None:
 
 
 def skip_dynamo_import() -> None:
-    """Keep the optimizer from importing torch._dynamo (1.2 to 3 s per process); recomputation imports it all the same.
+    """Keep the optimizer from importing torch._dynamo (1.2 to 3 s per process); recomputation imports it anyway.
 
-    Torch marks a few eager functions as "not to be compiled" and imports its compiler at their first call in order to say so;
-    the mark is then cached in the attribute written here. Nothing of an engine is compiled. If torch renames the attribute,
-    only the time is lost; if somebody has imported the compiler already, torch's own marks are left alone.
+    Torch marks a few eager functions as "not to be compiled" and imports its compiler for that at their first
+    call; the mark is then cached in the attribute that is set here. Engines do not compile anything. If torch renames the
+    attribute, only the time is lost; if the compiler has already been imported, torch's own marks are not changed.
     """
     if "torch._dynamo" in sys.modules:
         return

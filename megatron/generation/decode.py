@@ -1,10 +1,12 @@
-"""The token step of a fixed batch, recorded once as a CUDA graph and replayed.
+"""One decode step of a fixed batch with in-place states, captured as a CUDA graph and replayed.
 
-A decode step is hundreds of small kernels, and on a GPU starting them takes longer than running them. Tokens, states and logits
-get buffers that stay where they are, the mixers' fused kernels write states in place, and the whole step is one launch from the
-third token on: the first runs as it is, which also compiles and warms what it needs, the second is recorded.
+The decode loop that calls it for token after token is `decode` in `generation/sample.py`.
 
-The same code runs without recording on a CPU, which is how it is tested there.
+A decode step launches hundreds of small kernels, which on a GPU takes longer than running them. Tokens, states and logits have
+fixed buffers, the mixers' fused kernels update states in place, and from the third token on the step is a single launch: the
+first token runs eagerly, which also compiles and warms up the kernels, the second is captured.
+
+On a CPU the same code runs without a graph, which is how it is tested there.
 """
 
 from __future__ import annotations
@@ -22,11 +24,11 @@ from megatron.model.lm import LanguageModel
 class TokenStep:
     """`tokens [b]` -> `logits [b, n]`, from its own state, which each call advances by one token.
 
-    A model whose states grow with the text (keys and values of softmax attention) cannot be recorded: its steps stay plain.
+    A model whose states grow with the text (keys and values of softmax attention) cannot be recorded: its steps run eagerly.
     """
 
     def __init__(self, model: LanguageModel, state: list[State], backend: str = "auto", record: bool | None = None) -> None:
-        """`state` is copied. record: None records on a GPU and nowhere else."""
+        """Copies `state`; `record` is whether to capture a graph, by default on a GPU only."""
         self.model = model
         self.state: list[State] = [{name: t.clone() for name, t in part.items()} for part in state]
         self.ctx = Context(backend=backend, in_place=True)
@@ -53,7 +55,7 @@ class TokenStep:
         return cast(Tensor, self.logits).clone()
 
     def _run(self) -> None:
-        """One step on the buffers; what a layer has not written in place is copied back."""
+        """One step on the buffers; states that a layer did not update in place are copied back."""
         assert self.tokens is not None
         logits, after = self.model.step(self.tokens, self.state, self.ctx)
         self.fixed = self.fixed and all(
@@ -71,7 +73,7 @@ class TokenStep:
                     buffer.copy_(new[name])
 
     def _on_a_side_stream(self) -> None:
-        """The first step; libraries set themselves up outside the stream that is recorded later."""
+        """The first step; libraries initialise outside the stream that is captured later."""
         if not self.record:
             self._run()
             return
@@ -82,7 +84,7 @@ class TokenStep:
         torch.cuda.current_stream().wait_stream(side)
 
     def _recorded(self) -> None:
-        """Record a step, which runs nothing, then replay it; a step that cannot be recorded runs as it is from now on."""
+        """Capture a step, which does not run it, then replay it; a step that cannot be captured runs eagerly from now on."""
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph):

@@ -1,4 +1,7 @@
-"""From prompts to new tokens: one pass over the prompts, then one step per token with the recurrent state.
+"""Generation: one pass over the prompts, then the decode loop, one step per token with the recurrent state.
+
+`decode` is the loop, `sample_tokens` samples the next token from logits; the decode step as a CUDA graph is in
+`generation/decode.py`.
 
 The state of a linear-attention model has one size however long the text is, so a step costs the same at token 10 and at
 token 10,000. Prompts of different lengths share a batch by padding on the left, which the mixers treat as an empty history:
@@ -73,7 +76,7 @@ class Sampling:
 
     @property
     def greedy(self) -> bool:
-        """Whether the likeliest token is always taken."""
+        """Whether the most likely token is always selected."""
         return not (self.temperature or self.top_k or self.top_p)
 
 
@@ -110,7 +113,7 @@ def filter_logits(logits: Tensor, sampling: Sampling) -> Tensor:
     return logits
 
 
-def choose(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Generator]) -> Tensor:
+def sample_tokens(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Generator]) -> Tensor:
     """The next token of each row: logits [b, n] -> [b] int64, greedy or drawn with the row's own generator."""
     logits = logits.float()
     if sampling.greedy:
@@ -138,13 +141,13 @@ def decode(
     accept: Callable[[int, int, Tensor], bool],
     vocab_size: int | None = None,
 ) -> None:
-    """Choose token after token until every row has ended.
+    """The decode loop: sample token after token until every row has ended.
 
     Args:
         model: one batch of prompts.
         sampling: how a token is chosen; row i draws with the seed `sampling.seed + first_row + i`.
         first_row: number of the first row among all prompts of the run.
-        live: [b], whether a row wants tokens at all.
+        live: [b], whether a row generates tokens at all.
         accept: called with (row, token, the logits [n] it was chosen from); false ends the row.
         vocab_size: ids from this one on are never chosen; None for all that the model has.
     """
@@ -153,7 +156,7 @@ def decode(
     logits = model.prefill() if any(going) else None
     while logits is not None:
         logits = logits[:, :vocab_size]
-        chosen = choose(logits, sampling, generators)
+        chosen = sample_tokens(logits, sampling, generators)
         for row, token in enumerate(chosen.tolist()):
             if going[row]:
                 going[row] = accept(row, token, logits[row])
@@ -251,7 +254,7 @@ def _budget(prompt: int, sampling: Sampling, result: Generated) -> int:
 
 
 def _take(result: Generated, token: int, logits: Tensor, ends: set[int], budget: int, sampling: Sampling) -> bool:
-    """Append one chosen token to a row; False when the row has ended."""
+    """Append one sampled token to a row; False when the row has ended."""
     if token in ends:
         result.finished, result.message = True, None
         return False

@@ -2,7 +2,7 @@
 
 A mixer maps `x [b, s, d]` (already normalised) to `y [b, s, d]`; norms, residuals and the MLP belong to the surrounding block.
 It is written for one device. `tests/layers/test_contract.py` checks these clauses on every registered mixer
-(`python tools/layer.py check NAME` prints them as a table):
+(`python tools/layer.py check NAME` prints a table, one line per check):
 
 1.  *Registration.* `names` select the mixer in `attention_config`; `Config` defines its options, each with a literal default
     and a string after it. The registry reads both from the source text. A `Config` may inherit from another in the same file.

@@ -1,4 +1,4 @@
-"""From a ModelConfig to a model, and to the table of its parameters that every other part reads."""
+"""Builds a model from a `ModelConfig`, and the table of its parameters that all other modules use."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatron.registry import layer_class, layer_info
 
 
 def mixer_config(config: ModelConfig, name: str, index: int = 0) -> LayerConfig:
-    """Options of the mixer called `name`, as the layer of block `index` gets them; an unknown one is a ConfigError."""
+    """Options of the mixer called `name` for the layer of block `index`; an unknown option is a ConfigError."""
     cls = layer_class(name)
     written = config.layer_options.get(cls.names[0], {})
     try:
@@ -27,10 +27,10 @@ def mixer_config(config: ModelConfig, name: str, index: int = 0) -> LayerConfig:
 
 
 def check_tensor_parallel(config: ModelConfig, size: int) -> None:
-    """Refuse a tensor-parallel size that a mixer of the model cannot be cut into, as it declares by `Config.tp_divisor`.
+    """Reject a tensor-parallel size that does not divide `Config.tp_divisor()` of every mixer of the model.
 
     Raises:
-        ConfigError: which layers fall into how many parts.
+        ConfigError: names the layers and their largest number of shards.
     """
     for name in dict.fromkeys(config.layer_types):
         parts = mixer_config(config, name).tp_divisor()
@@ -45,7 +45,7 @@ def check_tensor_parallel(config: ModelConfig, size: int) -> None:
 
 
 def build_mixer(config: ModelConfig, index: int) -> Layer:
-    """The token mixer of block `index`; a shape that the mixer refuses is a ConfigError."""
+    """The token mixer of block `index`; a shape that the mixer rejects is a ConfigError."""
     cls = layer_class(config.layer_types[index])
     common = {"hidden_size": config.hidden_size, "num_heads": config.num_heads, "layer_index": index}
     try:
@@ -55,14 +55,14 @@ def build_mixer(config: ModelConfig, index: int) -> Layer:
 
 
 def build_model(config: ModelConfig) -> LanguageModel:
-    """The whole model on the current default device (use `torch.device("meta")` to allocate nothing); values are not set."""
+    """The full model on the current default device, or on `torch.device("meta")`; parameters are not initialised."""
     if len(config.layer_types) != config.num_layers:
         raise ConfigError(f"{len(config.layer_types)} layer types for {config.num_layers} layers", hint="see attention_config")
     return LanguageModel(config, [build_mixer(config, i) for i in range(config.num_layers)])
 
 
 def _local_tables(module: Any) -> tuple[dict[str, str], dict[str, str], tuple[str, ...]]:
-    """(cuts, roles, no-decay names) of a module's own parameters."""
+    """(shard kinds, roles, no-decay names) of a module's own parameters."""
     if isinstance(module, Layer):
         return dict(module.plan()), dict(module.init_rules()), tuple(module.no_decay())
     return module.plan(), module.init_rules(), ()
@@ -74,13 +74,13 @@ def _block_specs(block: nn.Module, prefix: str, stage: int) -> dict[str, ParamSp
         module = getattr(block, half)
         if module is None:  # a model without MLPs
             continue
-        cuts, roles, keep = _local_tables(module)
+        kinds, roles, no_decay = _local_tables(module)
         for name, p in module.named_parameters():
-            if name not in cuts or name not in roles:
-                raise ValueError(f"{type(module).__name__} says nothing about its parameter {name} in plan() or init_rules()")
-            decay = not name.endswith("bias") and name not in keep
+            if name not in kinds or name not in roles:
+                raise ValueError(f"{type(module).__name__} does not list its parameter {name} in plan() or init_rules()")
+            decay = not name.endswith("bias") and name not in no_decay
             full = f"{prefix}.{half}.{name}"
-            specs[full] = ParamSpec(full, tuple(p.shape), _cut(cuts[name]), roles[name], decay, stage)
+            specs[full] = ParamSpec(full, tuple(p.shape), _shard_kind(kinds[name]), roles[name], decay, stage)
     for half in ("token_norm", "channel_norm"):
         if getattr(block, half) is not None:
             specs |= _norm_specs(getattr(block, half), f"{prefix}.{half}", stage)
@@ -95,9 +95,9 @@ def _norm_specs(norm: nn.Module, prefix: str, stage: int) -> dict[str, ParamSpec
     return specs
 
 
-def _cut(value: str) -> ShardKind:
+def _shard_kind(value: str) -> ShardKind:
     if value not in ("column", "row", "heads", "vocab", "replicated"):
-        raise ValueError(f"a plan says {value!r}; known: column, row, heads, vocab, replicated")
+        raise ValueError(f"unknown shard kind {value!r} in a plan; known: column, row, heads, vocab, replicated")
     return value  # type: ignore[return-value]
 
 
@@ -121,6 +121,6 @@ def param_specs(config: ModelConfig) -> dict[str, ParamSpec]:
     specs |= _norm_specs(model.model.final_norm, "model.final_norm", layers + 3)
     if not config.tie_embeddings:
         specs["lm_head.weight"] = ParamSpec("lm_head.weight", (n, d), "vocab", "input", True, layers + 4)
-    have = {name for name, _ in model.named_parameters()}
-    assert set(specs) == have, f"parameters without a spec: {sorted(have ^ set(specs))}"
+    names = {name for name, _ in model.named_parameters()}
+    assert set(specs) == names, f"parameters without a spec: {sorted(names ^ set(specs))}"
     return specs

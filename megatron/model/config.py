@@ -1,6 +1,6 @@
-"""What defines a language model's mathematics, and nothing about how it is trained or cut up.
+"""The architecture of a language model, independent of how it is trained or sharded.
 
-The same record stands in a checkpoint's manifest and, under other names, in an exported folder's config.json.
+The same fields are in a checkpoint's manifest and, under other names, in an exported folder's config.json.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-# Far above every model there is, and small enough that a list or a table of so many entries can be made.
+# Upper limits: far above every existing model, and small enough that a list or table of this size can be allocated.
 _LARGEST = {
     "num_layers": 10_000,
     "hidden_size": 1 << 20,
@@ -22,17 +22,17 @@ _LARGEST = {
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape and form of a decoder-only language model.
+    """Architecture of a decoder-only language model.
 
     Attributes:
         vocab_size: rows of the embedding, padding included.
         layer_types: the mixer of each block.
         layer_options: mixer name -> options that differ from that mixer's defaults.
         norm: layernorm, layernorm_no_bias, rmsnorm, simplermsnorm (no gain) or non_parametric_layernorm.
-        mlp: gated (l3(act(l1 x) * l2 x)), plain (l3 act(l1 x)) or none (a block is a mixer alone, as in Mamba).
+        mlp: gated (l3(act(l1 x) * l2 x)), plain (l3 act(l1 x)) or none (a block has only a mixer, as in Mamba).
         tie_embeddings: the LM head is the embedding.
         embedding_scale: multiply embeddings by sqrt(hidden_size).
-        residual_fp32: keep the stream between blocks in fp32 whatever the dtype of the weights.
+        residual_fp32: keep the residual stream in fp32, independent of the dtype of the weights.
         learned_positions: rows of the position table, 0 for none.
         embedding_norm: a norm after the embedding.
         parallel_residual: mixer and MLP read the same input, as in GPT-J.

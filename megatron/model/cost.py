@@ -1,4 +1,4 @@
-"""Parameters and floating point operations from a config alone, each layer counting its own."""
+"""Number of parameters and FLOPs of a config, without weights; each layer counts its own FLOPs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def count_parameters(config: ModelConfig) -> tuple[int, int]:
 def forward_flops(config: ModelConfig, seq_length: int) -> float:
     """Forward FLOPs per token at this sequence length; a multiply-add counts 2. Linear layers do not grow with it.
 
-    Norms, activations and lookups are left out, as is usual.
+    Norms, activations and embedding lookups are not counted, as is usual.
     """
     with torch.device("meta"):
         mixers = [build_mixer(config, i) for i in range(config.num_layers)]

@@ -1,7 +1,7 @@
-"""Token embedding and output projection, which can each hold all rows of the vocabulary or one rank's block of them.
+"""Token embedding and output projection, with all rows of the vocabulary or one tensor-parallel rank's shard of them.
 
 Learned positions (GPT-NeoX's default, GPT-2) and a norm after the embedding (Bloom) belong here too, so that a pipeline's first
-stage holds all that stands before the first block.
+stage contains everything before the first block.
 """
 
 from __future__ import annotations
@@ -16,12 +16,15 @@ from megatron.ops.places import numbered
 
 
 class Embedding(nn.Embedding):
-    """`weight [n, d]`; ids of rows that other tensor-parallel ranks hold look up zero, and `reduce_from_tp` adds the partial
-    results.
+    """`weight [n, d]`; ids of other tensor-parallel ranks' rows give zeros, and `reduce_from_tp` sums the partial results.
 
-    first_row is the first vocabulary row held here; `embed_scale` multiplies the result (sqrt(d) where the model says so; PEFT
-    reads the attribute by this name). places: rows of the learned position table, 0 for none; `norm` is applied last. Both are
-    in `finish`. It is an `nn.Embedding` whose values are not set, so that transformers and PEFT resize and adapt it as one.
+    A subclass of `nn.Embedding`, so that transformers and PEFT can resize and adapt it. Its values are not initialised here.
+
+    Attributes:
+        first_row: first vocabulary row of this rank's shard.
+        embed_scale: factor of the result, such as sqrt(d); PEFT reads the attribute by this name.
+        positions: table of `places` learned positions, added in `finish`; None for none.
+        norm: applied at the end of `finish`; None for none.
     """
 
     def __init__(self, rows: int, size: int, scale: float = 1.0, places: int = 0, norm: Norm | None = None) -> None:
@@ -33,20 +36,23 @@ class Embedding(nn.Embedding):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """`tokens [b, s]` -> `[b, s, d]`, without positions."""
-        held = self.weight.shape[0]
-        if held == self.num_embeddings:
+        local_rows = self.weight.shape[0]
+        if local_rows == self.num_embeddings:
             x = F.embedding(tokens, self.weight)
         else:
             local = tokens - self.first_row
-            outside = (local < 0) | (local >= held)
+            outside = (local < 0) | (local >= local_rows)
             x = F.embedding(local.masked_fill(outside, 0), self.weight)
             x = self.reduce_from_tp(x.masked_fill(outside.unsqueeze(-1), 0))
         return x if self.embed_scale == 1.0 else x * self.embed_scale
 
     def finish(self, x: Tensor, ctx: Context, state: State | None = None) -> tuple[Tensor, State | None]:
-        """Add the learned positions to `x [b, s, d]` and norm it; what the next call must know comes back with it.
+        """Add the learned positions to `x [b, s, d]` and apply the norm.
 
-        Padding is not counted and each document starts at 0.
+        Padding is not counted and each document starts at position 0.
+
+        Returns:
+            The result, and the state for the next call.
 
         Raises:
             ValueError: the text is longer than the position table, or the table was offloaded.
@@ -64,14 +70,14 @@ class Embedding(nn.Embedding):
         return x if self.norm is None else self.norm(x), state
 
     def init_state(self, batch: int, device: torch.device | str) -> list[State]:
-        """The empty state in a list of one, or an empty list when there is nothing to remember."""
+        """A list with the empty state, or an empty list if the model has no learned positions."""
         return [] if self.positions is None else [{"seen": torch.zeros(batch, dtype=torch.long, device=device)}]
 
 
 class Head(nn.Linear):
-    """Logits over the vocabulary rows held here: `x [..., d]` -> `[..., n]`. `weight` may be the embedding's.
+    """Logits over this rank's vocabulary rows: `x [..., d]` -> `[..., n]`. `weight` may be the embedding's.
 
-    An `nn.Linear` whose values are not set, so that transformers and PEFT resize and adapt it as one.
+    A subclass of `nn.Linear`, so that transformers and PEFT can resize and adapt it. Its values are not initialised here.
     """
 
     def __init__(self, rows: int, size: int, tied_to: Embedding | None) -> None:
@@ -79,11 +85,11 @@ class Head(nn.Linear):
         self.copy_to_tp: nn.Module = nn.Identity()
         self.weight = nn.Parameter(torch.empty(rows, size)) if tied_to is None else tied_to.weight
 
-    def seen(self, x: Tensor) -> Tensor:
-        """What the matrix multiplies: x in the weight's dtype, behind the entry of a tensor-parallel region."""
+    def projection_input(self, x: Tensor) -> Tensor:
+        """The input of the projection: x in the weight's dtype, after the entry of a tensor-parallel region."""
         dtype = self.weight.dtype
         return self.copy_to_tp(x.to(dtype) if dtype.is_floating_point else x)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits in x's dtype; the loss upcasts them."""
-        return F.linear(self.seen(x), self.weight)
+        return F.linear(self.projection_input(x), self.weight)

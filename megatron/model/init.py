@@ -1,7 +1,7 @@
-"""Initial values by role, the same for every tensor and pipeline layout.
+"""Initial values by role, the same on every mesh.
 
 Each parameter is drawn in full on the CPU from a generator seeded by (run seed, its logical name) and then sliced: a model
-starts from the same numbers on 1 or 64 processes (GPT-NeoX's GPU path depends on the layout).
+starts from the same numbers on 1 or 64 processes (GPT-NeoX's GPU path depends on the mesh).
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def _step_size(value: Tensor, _: ModelConfig, generator: torch.Generator) -> Non
 
 
 def _uniform_input(value: Tensor, config: ModelConfig, generator: torch.Generator) -> None:
-    """PyTorch's uniform rule, of Mamba's input matrices; or `init_method` where that is to hold for every mixer."""
+    """Mamba's input projections: PyTorch's uniform rule; with `mixer_init: methods` the model's `init_method`."""
     bound = 1 / math.sqrt(value.shape[-1])
     if config.mixer_init == "methods":
         _draw(config.init_method, value, config, generator)
@@ -75,8 +75,7 @@ def _uniform_input(value: Tensor, config: ModelConfig, generator: torch.Generato
 
 
 def _uniform_output(value: Tensor, config: ModelConfig, generator: torch.Generator) -> None:
-    """PyTorch's uniform rule, smaller by the root of the depth: Mamba's output projection; or `output_init_method`, as
-    above."""
+    """Mamba's output projection: the uniform rule divided by sqrt(num_layers); or `output_init_method`, as above."""
     bound = 1 / math.sqrt(value.shape[-1] * config.num_layers)
     if config.mixer_init == "methods":
         _draw(config.output_init_method, value, config, generator)
@@ -93,7 +92,7 @@ _RECURRENT: dict[str, Callable[[Tensor, ModelConfig, torch.Generator], None]] = 
 
 
 def initial_value(spec: ParamSpec, config: ModelConfig, seed: int) -> Tensor:
-    """The whole fp32 CPU tensor of one parameter; a pure function of (spec, config, seed)."""
+    """The full fp32 CPU tensor of one parameter; a pure function of (spec, config, seed)."""
     digest = hashlib.sha256(f"{seed}:{spec.name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     value = torch.zeros(spec.shape, dtype=torch.float32, device="cpu")
@@ -117,7 +116,7 @@ def initial_value(spec: ParamSpec, config: ModelConfig, seed: int) -> Tensor:
 
 
 def cut(value: Tensor, part: Slice) -> Tensor:
-    """The local part of a whole tensor, as its own memory."""
+    """The local shard of a full tensor, as a copy; the tensor itself if the shard covers it."""
     if part.dim is None or part.local_shape == part.shape:
         return value
     return value.narrow(part.dim, part.start, part.stop - part.start).clone()
@@ -134,17 +133,17 @@ def init_weights(
     device: torch.device | str,
     dtype: torch.dtype,
 ) -> None:
-    """Give every meta parameter of `module` its initial local value, in place; modules that share a parameter keep sharing it.
+    """Replace every meta parameter of `module` by its initial local shard, in place; shared parameters stay shared.
 
     Args:
         module: any part of the model.
         logical: its parameter names -> logical names (`{n: n}` for the complete model).
         specs: logical name -> spec.
-        config: the complete model.
-        seed: of the run.
+        config: config of the complete model.
+        seed: seed of the run.
         slices: this rank's slice of a parameter, such as `lambda spec: slice_of(spec.shape, spec.cut, rank, size)`.
-        device: of the new parameters.
-        dtype: of the new parameters.
+        device: device of the new parameters.
+        dtype: dtype of the new parameters.
     """
     owners: dict[int, list[tuple[nn.Module, str]]] = {}
     for owner in module.modules():

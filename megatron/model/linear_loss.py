@@ -27,7 +27,7 @@ from megatron.ops.precision import autocast_dtype, outside_autocast, sum_dtype
 from megatron.parallel.collectives import all_reduce
 
 
-def _whole(stats: tuple[Tensor, Tensor, Tensor], group: ProcessGroup | None) -> tuple[Tensor, Tensor, Tensor]:
+def _global_stats(stats: tuple[Tensor, Tensor, Tensor], group: ProcessGroup | None) -> tuple[Tensor, Tensor, Tensor]:
     """Maximum, sum of exponentials and the label's logit over the full vocabulary, from those of this rank's columns."""
     local_peak, total, picked = stats
     if group is None:
@@ -76,7 +76,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, x.shape[0], block):
             at = slice(start, start + block)
             logits = x[at] @ matrix.t()
-            peak, total, picked = _whole(row_stats(logits, local[at], backend), group)
+            peak, total, picked = _global_stats(row_stats(logits, local[at], backend), group)
             loss += (torch.where(share[at] == 0, 0.0, total.log() + (peak - picked)) * share[at]).sum()
             if dx is None:
                 continue
@@ -109,7 +109,7 @@ def linear_token_loss(
     block: int = 1024,
     backend: str = "auto",
 ) -> Tensor:
-    """Mean cross entropy over the counted tokens of the logits `x @ matrix^T`, as `token_loss` of that product.
+    """Mean cross entropy over the counted tokens for the logits `x @ matrix^T`, as `token_loss` of that product.
 
     Under autocast the product is computed in autocast's dtype, like every matrix product there.
 
@@ -119,7 +119,7 @@ def linear_token_loss(
         labels: [b, s] global ids, -100 is ignored.
         loss_mask: [b, s] weights; None is all ones.
         group: tensor-parallel group; None for one device.
-        block: tokens at a time.
+        block: tokens per block.
         backend: kernel backend.
 
     Raises:

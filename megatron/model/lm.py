@@ -2,7 +2,7 @@
 
 Module names are those of the released MetaLA models, so that a parameter has the same name in training, in a checkpoint and
 in an exported folder of our classes (transformers' own classes: `interop/hf_models.py`). `model/stages.py` lists the same
-modules one after the other for pipelines.
+modules in order, for pipelines.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from megatron.ops.modules import has_hooks
 
 
 def embed(embedding: Embedding, x: Tensor, ctx: Context, state: list[State] | None) -> tuple[Tensor, list[State]]:
-    """Looked-up tokens `x [b, s, d]` with positions and norm; and the embedding's new state, the end of the list of states."""
+    """Token embeddings `x [b, s, d]` with positions and norm, and the embedding's new state, last in the list of states."""
     if embedding.positions is None or state is None:
         return embedding.finish(x, ctx)[0], []
     x, after = embedding.finish(x, ctx, state[-1])
@@ -38,11 +38,11 @@ def empty_states(
 def run_blocks(
     blocks: Iterable[nn.Module], x: Tensor, ctx: Context, state: list[State] | None
 ) -> tuple[Tensor, list[State] | None]:
-    """All residual blocks over `x [b, s, d]`; with `state`, one per block, the pass goes on from it and returns the new one."""
+    """All residual blocks over `x [b, s, d]`; with `state`, one per block, it continues from it and returns the new one."""
     new: list[State] = []
     chain: list[nn.Module] = list(blocks)
     for i, block in enumerate(chain):
-        # hooks and modules around a block see, and may replace, one tensor
+        # hooks and wrappers of a block expect a single tensor, which they may replace
         in_parts = i + 1 < len(chain) and all(isinstance(one, Block) and not has_hooks(one) for one in chain[i : i + 2])
         before = None if state is None else state[i]
         x, after = block(x, ctx, before, True) if in_parts else block(x, ctx, before)
@@ -81,8 +81,8 @@ class LanguageModel(nn.Module):
     """`tokens [b, s]` -> `logits [b, s, n]`.
 
     Args:
-        config: the shape.
-        mixers: one token mixer per block, made by `model/build.py` (training) or by the exported folder itself.
+        config: the architecture.
+        mixers: one token mixer per block, built by `model/build.py` (training) or by the exported folder itself.
     """
 
     def __init__(self, config: ModelConfig, mixers: list[Layer]) -> None:

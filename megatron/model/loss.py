@@ -1,10 +1,10 @@
 """Cross entropy of logits: on one device, or of one tensor-parallel rank's columns of them (`model/parallel_loss.py`).
 
-Written out instead of `F.cross_entropy`, which holds three tensors of the size of the logits: this one holds none in the
-forward pass and only the gradient in the backward, and works on a block of rows at a time so that a CPU stays in its cache.
+`F.cross_entropy` allocates three tensors of the size of the logits. This implementation allocates none in the forward pass and
+only the gradient in the backward, and processes one block of rows at a time so that a CPU stays in its cache.
 
-A token counts by its weight. Label -100 means weight 0, and the label of a token of weight 0 is not read. The same holds for
-`model/linear_loss.py`, which forms its logits itself.
+Each token has a weight. Label -100 means weight 0, and the label of a token of weight 0 is not read. The same applies to
+`model/linear_loss.py`, which computes its logits itself.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from megatron.ops.precision import in_accumulation_dtype, outside_autocast, sum_
 
 _CPU_ROWS = 256
 Reduce = Callable[[Tensor, str], Tensor]
-"""Reduction of a tensor over the ranks that hold the vocabulary: (tensor, `max` or `sum`) -> a new tensor."""
+"""Reduction of a tensor over the ranks that share the vocabulary: (tensor, `max` or `sum`) -> a new tensor."""
 
 
 def _rows(logits: Tensor) -> int:
@@ -32,8 +32,8 @@ def _rows(logits: Tensor) -> int:
 class _WeightedCrossEntropy(torch.autograd.Function):
     """sum(w * -log softmax(x)[label]) over rows.
 
-    Inputs: logits [t, n]; labels [t], columns of `logits`, negative where another rank holds it; weights [t] in fp32 or fp64;
-    `reduce` over the ranks that hold the other columns, None where there are none. The backward needs no reduction.
+    Inputs: logits [t, n]; labels [t], columns of `logits`, negative for labels of other ranks' columns; weights [t] in fp32 or
+    fp64; `reduce` over the ranks with the other columns, None on one device. The backward needs no reduction.
 
     The maximum and the sum of exponentials are stored separately: one logarithm of both would round away digits of large
     logits.
@@ -70,7 +70,7 @@ class _WeightedCrossEntropy(torch.autograd.Function):
 
 
 def _traced_cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-    """The same sum for the compiler, which makes blocks by itself."""
+    """The same sum for the compiler, which splits it into blocks itself."""
     x = in_accumulation_dtype(logits)
     peak = x.amax(-1, keepdim=True).detach()
     total = (x - peak).exp().sum(-1, keepdim=True)
@@ -93,7 +93,7 @@ def token_weights(labels: Tensor, loss_mask: Tensor | None, dtype: torch.dtype) 
 def token_loss(
     logits: Tensor, labels: Tensor, loss_mask: Tensor | None = None, first_column: int = 0, reduce: Reduce | None = None
 ) -> Tensor:
-    """Mean cross entropy over the tokens that count, weighted, in fp32 (fp64 for fp64 logits); 0 where none counts.
+    """Weighted mean cross entropy over tokens, in fp32 (fp64 for fp64 logits); 0 if all weights are 0.
 
     Args:
         logits: [b, s, n], or this rank's n columns of them.

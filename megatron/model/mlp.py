@@ -1,4 +1,4 @@
-"""The channel half of a block: a gated (LLaMA) or a plain MLP, split over tensor-parallel ranks by its hidden width."""
+"""The channel half of a block: a gated (LLaMA) or a plain MLP, sharded over tensor-parallel ranks by its hidden width."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from megatron.ops.dispatch import chosen
 from megatron.ops.gated import GATES, gated, gated_packed
 from megatron.ops.modules import are_plain, row_linear
-from megatron.ops.packed_linear import lie_together, pack_weights, packed_linear
+from megatron.ops.packed_linear import are_adjacent, pack_weights, packed_linear
 from megatron.ops.precision import autocast_dtype
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
@@ -48,7 +48,7 @@ class MLP(nn.Module):
         self.reduce_from_tp: nn.Module = nn.Identity()
 
     def pack_weights(self) -> None:
-        """Put l1 and l2 one behind the other in memory: they are then one matrix product, and their gradient is one piece."""
+        """Make l1 and l2 adjacent in memory: they are then one matrix product, and their gradient is one tensor."""
         if self.l2 is not None and not self._has_bias():
             pack_weights([self.l1.weight, self.l2.weight])
 
@@ -56,9 +56,9 @@ class MLP(nn.Module):
         return any(getattr(linear, "bias", None) is not None for linear in (self.l1, self.l2))
 
     def _is_packed(self, x: Tensor, backend: str) -> bool:
-        """Whether l1 and l2 are one product: plain matrices that lie together, and not the path that is an independent check.
+        """Whether l1 and l2 are one product: plain matrices, adjacent in memory, and not on the reference path.
 
-        Under autocast, which keeps a cast copy of each weight, and in a compiled graph, which sees no places, they are two.
+        Under autocast, which caches a cast copy of each weight, and in a compiled graph, which has no addresses, they are two.
         """
         return (
             self.l2 is not None
@@ -66,7 +66,7 @@ class MLP(nn.Module):
             and not torch.compiler.is_compiling()
             and autocast_dtype(x.device) is None
             and are_plain(self.l1, self.l2)
-            and lie_together([self.l1.weight, self.l2.weight])
+            and are_adjacent([self.l1.weight, self.l2.weight])
             and chosen("gated", backend, x.device) != "reference"
         )
 
@@ -82,15 +82,15 @@ class MLP(nn.Module):
         return gated(self.l1(x), self.l2(x), self.activation, backend)
 
     def forward(self, x: Tensor, backend: str = "auto") -> Tensor:
-        """`x [b, s, d]` -> `[b, s, d]`; the output bias is added once, after the partial sums have met."""
+        """`x [b, s, d]` -> `[b, s, d]`; the output bias is added once, after the all-reduce of the partial sums."""
         x = self.copy_to_tp(x)
         return row_linear(self.l3, self._inner(x, backend), self.reduce_from_tp)
 
     def plan(self) -> dict[str, str]:
-        """Hidden width is split; see `parallel/shard_spec.py`."""
-        cuts = {"l1.weight": "column", "l2.weight": "column", "l3.weight": "row"}
-        cuts |= {"l1.bias": "column", "l2.bias": "column", "l3.bias": "replicated"}
-        return {name: cuts[name] for name, _ in self.named_parameters()}
+        """The hidden width is sharded; see `parallel/shard_spec.py`."""
+        kinds = {"l1.weight": "column", "l2.weight": "column", "l3.weight": "row"}
+        kinds |= {"l1.bias": "column", "l2.bias": "column", "l3.bias": "replicated"}
+        return {name: kinds[name] for name, _ in self.named_parameters()}
 
     def init_rules(self) -> dict[str, str]:
         """Initialiser roles; see `model/init.py`."""

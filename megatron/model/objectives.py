@@ -5,7 +5,7 @@
     jrt      mean over positions after the prefix + weight * mean over the prefix's masked positions (arXiv 2407.05483, 3.3)
 
 The two means of `jrt` are added, not averaged: the paper's formula divides by 1 + weight, the code that trained the released
-models does not. `data/masking.py` makes the batches: labels of masked positions are the hidden tokens themselves.
+models does not. `data/masking.py` builds the batches: labels of masked positions are the masked tokens themselves.
 
 Each mean is over the counted tokens of the global batch, so that loss and gradient do not depend on how masked tokens are
 distributed over micro batches and ranks: an engine counts them before a step (`global_divisors`, one all-reduce of one or two
@@ -62,7 +62,7 @@ class Objective:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """Names of the terms that are logged besides the loss."""
+        """Names of the terms that are logged in addition to the loss."""
         return ("ntp_loss", "mlm_loss") if self.name == "jrt" else ()
 
     @property
@@ -79,7 +79,7 @@ class LossParts:
         self._sums: dict[str, Tensor] = {}
 
     def reset(self) -> None:
-        """Forget what has been added."""
+        """Clear the sums."""
         self._sums = {}
 
     def add(self, parts: Mapping[str, Tensor]) -> None:
@@ -100,16 +100,16 @@ def counted(labels: Tensor, loss_mask: Tensor | None) -> Tensor:
 
 
 def global_divisors(objective: Objective, batches: Sequence[MicroBatch], mesh: Mesh, device: torch.device) -> Tensor | None:
-    """What the sum of each term is divided by in every micro batch [terms], fp64; None for `mean_over: micro_batch`.
+    """The divisor of each term's sum in every micro batch [terms], fp64; None for `mean_over: micro_batch`.
 
     Engines average over micro batches and data-parallel ranks; divided by this, that average is the mean over all counted
     tokens of the global batch. A collective of the data-parallel group.
 
     Args:
-        objective: its terms.
+        objective: the objective, whose terms are counted.
         batches: this rank's micro batches of the step.
-        mesh: whose data-parallel ranks hold the others.
-        device: where the loss is computed.
+        mesh: the mesh, whose data-parallel ranks have the other micro batches.
+        device: device of the loss.
     """
     if objective.mean_over == "micro_batch":
         return None
@@ -136,11 +136,11 @@ def objective_loss(
 
     Args:
         objective: the terms of the loss.
-        logits: [b, s, n], or one rank's columns where `mean` knows that.
+        logits: [b, s, n], or one rank's columns if `mean` expects them.
         labels: [b, s].
         loss_mask: [b, s] or None.
         mean: mean loss over the counted tokens of (logits, labels, loss_mask).
-        divisors: [terms] from `global_divisors`; None divides each term by what counts in it here.
+        divisors: [terms] from `global_divisors`; None divides each term by its own counted weight.
         group: tensor-parallel group that the columns of `logits` are split over; None for one device.
     """
     counts: dict[str, Tensor] = {}

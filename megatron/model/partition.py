@@ -1,6 +1,6 @@
 """Which stages of the model run on which pipeline rank: the one partition of training, evaluation and offline resharding.
 
-Stages are numbered as in GPT-NeoX: 0 the embedding, 2 + i block i, then (one number is left out) final norm and LM head.
+Stages are numbered as in GPT-NeoX: 0 the embedding, 2 + i block i, then (one number is skipped) final norm and LM head.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ _DEFAULT_METHOD = "type:transformer|mlp"
 
 
 def balanced_bounds(costs: Sequence[float], parts: int) -> list[int]:
-    """Cut a list into `parts` contiguous, non-empty pieces: the smallest largest piece, then the smallest sum of squares.
+    """Split a list into `parts` contiguous, non-empty parts: the least maximum cost, then the least sum of squares.
 
-    Every piece must cost something, so entries of cost 0 (an embedding, a weight-less norm) join their neighbours.
+    Every part must have a positive cost, so entries of cost 0 (an embedding, a norm without weights) join their neighbours.
 
     Returns:
         `parts + 1` bounds, from 0 to `len(costs)`.
@@ -39,7 +39,7 @@ def balanced_bounds(costs: Sequence[float], parts: int) -> list[int]:
 
 
 def _best(total: Sequence[float], parts: int, limit: float | None) -> tuple[float, list[int]]:
-    """Dynamic programme over (pieces so far, end): the least peak (limit None), or the least sum of squares under a peak."""
+    """Dynamic programme over (parts so far, end): the least peak (limit None), or the least sum of squares under a peak."""
     n = len(total) - 1
     table: list[tuple[float, list[int]] | None] = [(0.0, [0])] + [None] * n
     for _ in range(parts):
@@ -63,7 +63,7 @@ def stage_costs(method: str, stages: Sequence[Stage], config: ModelConfig) -> li
     """Weight of each stage in the partition, by NeoX's `pipe_partition_method`.
 
     `type:REGEX` counts the blocks whose class or mixer name matches (NeoX's default, `type:transformer|mlp`, counts every
-    block); `parameters` counts parameters; `uniform` counts entries of the list, embedding, norm and output included.
+    block); `parameters` counts parameters; `uniform` counts stages, including embedding, norm and output.
 
     Raises:
         ConfigError: unknown method, or a pattern that matches nothing.

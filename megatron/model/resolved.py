@@ -1,7 +1,7 @@
-"""The resolved form of a model's description, in which every option is written out: two descriptions are compared by it.
+"""The resolved form of a model config, in which every option is explicit: configs are compared in this form.
 
-A `ModelConfig` holds the options that somebody wrote. A default may be written or left out, follow from another field
-(`kv_heads`), or have no effect (a rotary base without rotation), and one mixer has several names: the text of two equal models
+A `ModelConfig` contains the options that the user set. A default may be explicit or omitted, follow from another field
+(`kv_heads`), or have no effect (a rotary base without rotation), and a mixer may have several names: configs of equal models
 may differ. Their resolved forms are equal if and only if the models compute the same from the same weights.
 """
 
@@ -22,7 +22,7 @@ _SAME_FUNCTION = {"swish": "silu"}
 
 
 def basic_name(name: str) -> str:
-    """The first name of the mixer that `name` is, or is with other defaults: `flash` and `alibi` are `global`."""
+    """The first name of a mixer, or of the mixer of which it only changes defaults: `flash` and `alibi` are `global`."""
     for cls, base in itertools.pairwise(layer_class(name).__mro__):
         own = {n for n in vars(cls) if not n.startswith("_")}
         if not own <= {"names", "Config"} or not getattr(base, "names", ()):
@@ -34,7 +34,7 @@ def layer_options(config: ModelConfig, name: str) -> dict[str, Any]:
     """All options of the layers called `name` of a model, resolved.
 
     Raises:
-        TypeError: an option that this mixer does not have.
+        TypeError: the mixer does not have one of the options.
     """
     cls = layer_class(name)
     written = config.layer_options.get(layer_info(name).names[0], {})
@@ -46,7 +46,8 @@ def resolved(config: ModelConfig) -> dict[str, Any]:
     """The model as JSON types: all fields, `layer_options` with every option of every mixer that it has.
 
     Raises:
-        ConfigError: a mixer is not known. TypeError: an option that a mixer does not have.
+        ConfigError: a mixer is unknown.
+        TypeError: a mixer does not have one of its options.
     """
     values = config.to_dict() | {"activation": _SAME_FUNCTION.get(config.activation, config.activation)}
     options = {name: layer_options(config, name) for name in dict.fromkeys(config.layer_types)}
@@ -63,7 +64,7 @@ def resolved(config: ModelConfig) -> dict[str, Any]:
 
 
 def resolved_or_as_it_is(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The resolved form of a stored description; itself where another release wrote something that this one does not know."""
+    """The resolved form of a stored config; unchanged if it contains something that this release does not know."""
     try:
         return resolved(ModelConfig.from_dict(values))
     except (UserError, TypeError, ValueError, KeyError, AttributeError):

@@ -1,9 +1,9 @@
 """The model as a flat list of stages, for pipelines: the same modules in order.
 
-Stages pass on a tuple of tensors: `(x, *inputs[, segment_ids])`; into the first go token ids in place of x, out
-of the last come logits. `inputs` are what single kinds of mixers read (`Layer.Inputs`), tensors [b, s] or numbers as tensors
-[1]; which of them the run's batches bring is fixed when the stages are made. Indices are GPT-NeoX's, which also number the
-files of a checkpoint.
+Stages pass a tuple of tensors: `(x, *inputs[, segment_ids])`. The first stage gets token ids in place of x, the last returns
+logits. `inputs` are additional inputs of some mixers (`Layer.Inputs`): tensors [b, s], or numbers as tensors [1]. Which of them
+the batches of a run contain is fixed when the stages are built. Indices are GPT-NeoX's, which also number the files of a
+checkpoint.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def input_tensors(given: Mapping[str, Tensor | int], names: Sequence[str]) -> Ac
     """The mixers' inputs of a micro batch as tensors, in the order of `names`.
 
     Raises:
-        DataError: the batch brings others than these.
+        DataError: the inputs of the batch are not those in `names`.
     """
     if set(given) != set(names):
         raise DataError(f"a batch brings the inputs {sorted(given)}, the run expects {sorted(names)}")
@@ -102,9 +102,9 @@ class NormStage(StageModule):
 
 
 class LastStage(StageModule):
-    """Output projection: `(x, ...)` -> logits `[b, s, n]` of the vocabulary rows held here.
+    """Output projection: `(x, ...)` -> logits `[b, s, n]` of this rank's vocabulary rows.
 
-    Without `logits` it returns the input of the projection `[b, s, d]`, for a loss that multiplies it itself
+    Without `logits` it returns the input of the projection `[b, s, d]`, for a loss that computes the logits itself
     (`model/linear_loss.py`).
     """
 
@@ -115,15 +115,15 @@ class LastStage(StageModule):
     def forward(self, activations: Activations) -> Tensor:
         """See the class."""
         assert isinstance(self.body, Head)
-        return self.body(activations[0]) if self.logits else self.body.seen(activations[0])
+        return self.body(activations[0]) if self.logits else self.body.projection_input(activations[0])
 
 
 @dataclass(frozen=True)
 class Stage:
-    """An entry of the list.
+    """A stage and its number.
 
     Attributes:
-        index: GPT-NeoX's number.
+        index: GPT-NeoX's index of the stage.
         module: maps activations to activations.
     """
 
@@ -137,13 +137,13 @@ def stages_of(model: LanguageModel, backend: str = "auto", logits: bool = True, 
     With a tied output projection the last stage's weight is the embedding's parameter.
 
     Args:
-        model: whose modules they are.
+        model: the model.
         backend: path of the operators, see `ops/dispatch.py`.
         logits: as in `LastStage`.
-        inputs: names of the mixers' inputs that every micro batch brings.
+        inputs: names of the mixers' inputs that every micro batch contains.
 
     Raises:
-        ConfigError: no mixer of the model declares such an input.
+        ConfigError: no mixer of the model declares one of the inputs.
     """
     layers = model.config.num_layers
     unknown = set(inputs) - set(input_names(block.token_mixer for block in model.model.blocks()))

@@ -1,6 +1,6 @@
 """Bytes of state that a model carries from token to token, counted from its layers' `init_state`.
 
-Recurrent sums are counted in fp32, windows and convolutions in bf16, as they are held when a bf16 model generates.
+Recurrent sums are counted in fp32, windows and convolutions in bf16, as in generation with a bf16 model.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ def state_bytes(config: ModelConfig, tokens: int) -> dict[str, dict[str, int]]:
             for name, tensor in state.items():
                 shape = [tokens if n == 0 else n for n in tensor.shape]  # an empty dimension grows with the text
                 memory = KINDS.get(name, "window" if 0 not in tensor.shape else "all tokens")
-                of = sizes.setdefault(kind, {})
-                of[memory] = of.get(memory, 0) + math.prod(shape) * tensor.element_size()
+                by_memory = sizes.setdefault(kind, {})
+                by_memory[memory] = by_memory.get(memory, 0) + math.prod(shape) * tensor.element_size()
     return sizes
 
 
 def total(parts: Mapping[str, Mapping[str, int]]) -> int:
-    """Bytes of everything."""
-    return sum(sum(of.values()) for of in parts.values())
+    """Bytes of all layers."""
+    return sum(sum(by_memory.values()) for by_memory in parts.values())

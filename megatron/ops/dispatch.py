@@ -2,9 +2,9 @@
 
 An operator registers its paths here under its name; `chosen` picks one from the override (`kernel_backend` in the YAML) and
 the device. Operators `x`, `x.y` and `x.z` share the folder `ops/x/`: their fused paths are in `ops/x/triton.py`, the adapter of
-`x` to flash-linear-attention in `ops/x/fla.py`. Both are imported when a GPU or the override asks for them and may be absent (a
+`x` to flash-linear-attention in `ops/x/fla.py`. Both are imported when a GPU or the override selects them and may be absent (a
 packed folder, a machine without the package).
-The choice is logged once per operator and reason, so that a run says what it computes with. A compiler takes it for a constant.
+The choice is logged once per operator, so that the log of a run names its kernels. `torch.compile` treats it as a constant.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 
 BACKENDS = ("auto", "reference", "torch", "triton", "fla")
 _paths: dict[str, dict[str, Callable[..., Any]]] = {}
-_said: set[tuple[str, str]] = set()
+_logged: set[tuple[str, str]] = set()
 _absent: dict[tuple[str, str], str] = {}
 
 
@@ -37,16 +37,16 @@ def path(op: str, backend: str) -> Callable[[Callable[..., Any]], Callable[..., 
 
 
 def _path_module(op: str, backend: str) -> str:
-    """Where the `backend` path of `op` is defined, when it is not always there."""
+    """Name of the optional module that defines the `backend` path of `op`."""
     return f"megatron.ops.{op.partition('.')[0]}.{backend}"
 
 
 def _missing(op: str, backend: str) -> str:
-    """Import the module of a path that is not always there; the reason why there is none, empty when there is."""
+    """Import the optional module of a path; returns why the path is unavailable, or an empty string."""
     if backend not in ("triton", "fla") or backend in _paths[op]:
         return ""
     if (op, backend) not in _absent:
-        # A packed folder has tables of its own, which the trainer's modules, where they are installed too, do not fill.
+        # A packed folder has its own registry, which the modules of an installed trainer do not fill.
         _absent[op, backend] = f"no {backend} path in this copy"
         try:
             importlib.import_module(_path_module(op, backend))
@@ -56,7 +56,7 @@ def _missing(op: str, backend: str) -> str:
 
 
 def _has_adapter(op: str) -> bool:
-    """Whether operator `op` was ever meant to run on flash-linear-attention."""
+    """Whether operator `op` has an adapter to flash-linear-attention."""
     try:
         return "." not in op and importlib.util.find_spec(_path_module(op, "fla")) is not None
     except ImportError:
@@ -66,24 +66,24 @@ def _has_adapter(op: str) -> bool:
 def _constant_when_compiled(function: Callable[..., str]) -> Callable[..., str]:
     """`torch.compiler.assume_constant_result` without importing the compiler, which costs every process seconds at its start.
 
-    A graph can hold no import and no log line; what they lead to is the same in every pass.
+    A graph cannot contain imports or logging; their result is the same in every pass.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
 @_constant_when_compiled
-def chosen(op: str, asked: str, device: torch.device) -> str:
+def chosen(op: str, requested: str, device: torch.device) -> str:
     """Name of the path of `op` to run on `device`.
 
-    `auto` takes the fused kernel on a GPU where there is one and the chunked torch form elsewhere. `fla` is about the operators
-    that the package has; the others are chosen as by `auto`.
+    `auto` selects the fused kernel on a GPU if there is one, else the chunked torch form. `fla` applies to the operators of the
+    package; for the others it is the same as `auto`.
 
     Raises:
-        ValueError: the path asked for does not exist for this operator, or cannot be used here.
+        ValueError: the requested path does not exist for this operator, or is unavailable here.
     """
-    automatic = asked == "auto" or (asked == "fla" and not _has_adapter(op))
-    name = ("triton" if device.type == "cuda" else "torch") if automatic else asked
+    automatic = requested == "auto" or (requested == "fla" and not _has_adapter(op))
+    name = ("triton" if device.type == "cuda" else "torch") if automatic else requested
     why = f"automatic choice on {device.type}" if automatic else "asked for by kernel_backend"
     missing = _missing(op, name)
     if automatic and missing:
@@ -93,12 +93,12 @@ def chosen(op: str, asked: str, device: torch.device) -> str:
         raise ValueError(
             f"kernel_backend '{name}' has no path for operator '{op}'; it has {known}" + (f" ({missing})" if missing else "")
         )
-    if (op, name) not in _said:
-        _said.add((op, name))
+    if (op, name) not in _logged:
+        _logged.add((op, name))
         logging.getLogger("megatron").info("operator %s: %s path (%s)", op, name, why)
     return name
 
 
-def choose(op: str, asked: str, device: torch.device) -> Callable[..., Any]:
+def choose(op: str, requested: str, device: torch.device) -> Callable[..., Any]:
     """The path of `op` to run on `device`; see `chosen`."""
-    return _paths[op][chosen(op, asked, device)]
+    return _paths[op][chosen(op, requested, device)]

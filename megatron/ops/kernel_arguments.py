@@ -1,6 +1,6 @@
 """What a Triton kernel may assume of its tensors: their device is current, tokens are evenly spaced, rows of a state are dense.
 
-Kernels get raw pointers. Whatever does not hold here would be read and written as garbage, without an error.
+Kernels get raw pointers: a violated assumption would corrupt memory or results without an error.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ def device_guard(tensor: Tensor) -> AbstractContextManager[object]:
     """A context in which kernels run on the device of `tensor`; does nothing on a CPU.
 
     Triton launches on the current CUDA device and its stream, and custom operators set no guard of their own: a model on
-    `cuda:1` while `cuda:0` is current (an exported folder with a `device_map`, a notebook) would read foreign memory.
+    `cuda:1` while `cuda:0` is current (an exported folder with a `device_map`, a notebook) would read another device's memory.
 
     Args:
         tensor: any argument of the kernel.
@@ -24,10 +24,10 @@ def device_guard(tensor: Tensor) -> AbstractContextManager[object]:
 
 
 def token_rows(x: Tensor) -> Tensor:
-    """x with a dense row per token and evenly spaced rows; copied only where it is not so.
+    """x with a dense row per token and evenly spaced rows; copied only if necessary.
 
     Args:
-        x: [b, t, ...]; columns of a packed projection are taken as they are.
+        x: [b, t, ...]; columns of a packed projection are not copied.
     """
     width, dense = 1, True
     for size, stride in zip(reversed(x.shape[2:]), reversed(x.stride()[2:]), strict=True):
@@ -37,10 +37,10 @@ def token_rows(x: Tensor) -> Tensor:
 
 
 def head_rows(x: Tensor) -> Tensor:
-    """x with the heads of a row side by side; copied only where they are not.
+    """x with contiguous heads in every row; copied only if necessary.
 
     Args:
-        x: [b, h, d], one token per row; rows may lie apart.
+        x: [b, h, d], one token per row; rows may have gaps between them.
     """
     dense = x.stride(2) == 1 and (x.shape[1] == 1 or x.stride(1) == x.shape[2])
     return x if dense else x.contiguous()
@@ -49,26 +49,26 @@ def head_rows(x: Tensor) -> Tensor:
 def token_stride(x: Tensor) -> int:
     """Elements from one token to the next, counted over all rows of the batch: token (i, j) is row i * t + j.
 
-    With one token per row the stride of the token dimension says nothing: PyTorch gives a dimension of size 1 any stride.
+    With one token per row the stride of the token dimension is arbitrary: PyTorch gives a dimension of size 1 any stride.
 
     Args:
-        x: [b, t, ...] as `token_rows` leaves it.
+        x: [b, t, ...], as returned by `token_rows`.
     """
     return x.stride(1) if x.shape[1] > 1 else x.stride(0)
 
 
 def check_in_place(state: Tensor, row: tuple[int, ...], dtype: torch.dtype, like: Tensor, slots: Tensor | None) -> None:
-    """Kernels address a row of a state by its shape alone: another layout or type would be read and written as garbage.
+    """Check the layout and dtype of a state for kernels, which address a row of it by its shape alone.
 
     Args:
-        state: [slots, *row]; rows may lie apart, as in a server's pages.
-        row: the shape of one row.
-        dtype: what the kernel stores.
-        like: a tensor [b, ...] of the same step, whose device counts.
-        slots: int [b], or None where row i belongs to i.
+        state: [slots, *row]; rows may have gaps between them, as in a server's pages.
+        row: shape of one row.
+        dtype: dtype that the kernel stores.
+        like: a tensor [b, ...] of the same step, on the required device.
+        slots: int [b]; None if batch row i uses row i of the state.
 
     Raises:
-        ValueError: names what does not fit.
+        ValueError: names the mismatch.
     """
     dense = tuple(state.shape[1:]) == row and (len(state) == 0 or state[0].is_contiguous())
     dense = dense and (len(state) < 2 or state.stride(0) >= state[0].numel())

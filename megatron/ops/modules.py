@@ -1,7 +1,7 @@
-"""Building blocks of mixers and MLPs that are called as modules, never read past.
+"""Building blocks of mixers and MLPs that are called as modules, so that adapters and hooks take effect.
 
-Users of an exported model hang things on its modules: LoRA adapters, quantised weights, offload hooks, forward hooks. These act
-only where the module is called. A fused path that reads `weight` itself may serve plain modules alone; `are_plain` decides.
+Users of an exported model attach LoRA adapters, quantised weights, offload hooks and forward hooks to its modules. These work
+only if the module is called. A fused path that reads `weight` itself is limited to plain modules; `are_plain` decides.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def are_plain(*linears: nn.Module) -> bool:
-    """Whether each module is an `nn.Linear` with nothing hung on it, whose weight is a plain tensor in memory.
+    """Whether each module is an `nn.Linear` without hooks, whose weight is a plain tensor in memory.
 
     Adapters and quantised layers are other classes; quantised or sharded weights are tensor subclasses.
     """
@@ -34,7 +34,7 @@ def are_plain(*linears: nn.Module) -> bool:
 
 
 def row_linear(linear: nn.Linear, x: Tensor, join: nn.Module) -> Tensor:
-    """`linear` on x [..., k] -> [..., d], where k is the part of the width that this tensor-parallel rank holds.
+    """`linear` on x [..., k] -> [..., d], where k is this tensor-parallel rank's shard of the width.
 
     Args:
         linear: the output projection; called as a module on one device.
@@ -60,8 +60,8 @@ class ShortConv(nn.Conv1d):
 
         Args:
             x: inputs.
-            history: the last inputs [b, width - 1, d] before x; None for zeros.
-            segment_ids: document numbers [b, s]; taps do not reach over a boundary.
+            history: the last width - 1 inputs before x, [b, width - 1, d]; None for zeros.
+            segment_ids: document numbers [b, s]; the convolution does not cross document boundaries.
             backend: path of the operator.
         """
         if x.shape[1] == 1 and history is not None and segment_ids is None and not torch.is_grad_enabled():

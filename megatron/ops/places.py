@@ -10,21 +10,21 @@ from torch import Tensor
 def numbered(
     b: int, s: int, mask: Tensor | None, segment_ids: Tensor | None, seen: Tensor | None, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Place of each token within its row's document [b, s], and the tokens [b] that its last document has by then.
+    """Position of each token within its document [b, s], and the number of tokens [b] of each row's last document so far.
 
     Args:
-        b: rows.
+        b: number of rows.
         s: tokens of this pass.
         mask: [b, s], 0 for padding; None for none.
-        segment_ids: [b, s] document numbers; None where documents are not told apart.
-        seen: [b], tokens that the first document has had before; None for none.
-        device: of the result.
+        segment_ids: [b, s] document numbers; None without document masking.
+        seen: [b], tokens of the first document before this pass; None for none.
+        device: device of the result.
     """
     tokens = torch.ones(b, s, dtype=torch.long, device=device) if mask is None else mask.to(device, torch.long)
     count = tokens.cumsum(1)
     if seen is not None:
         count = count + seen[:, None]
-    if segment_ids is not None:  # what earlier documents have counted is taken off
+    if segment_ids is not None:  # subtract the tokens of earlier documents
         boundary = F.pad(segment_ids[:, 1:] != segment_ids[:, :-1], (1, 0))
         count = count - torch.where(boundary, count - tokens, 0).cummax(1).values
     return (count - 1).clamp_min(0), count[:, -1]

@@ -1,10 +1,10 @@
-"""In which format sums, states and denominators are kept (fp32, fp64 where the input is fp64), and what autocast may change.
+"""Accumulation dtype of sums, states and denominators (fp32; fp64 for fp64 inputs), and the effect of autocast.
 
-Nothing inside an operator of this folder: it computes in the formats that its own text says, whether autocast is on or not, and
-a backward gives the same gradients inside and outside of the region. What autocast does change is what comes in: it makes the
-projections bf16 or fp16 and leaves vectors, convolutions, rates and states in fp32. So operators take inputs of mixed formats,
-and each gradient comes back in the format of its input. Two operators are to autocast what PyTorch's own are and take their
-inputs in its format: `packed_linear` (as `F.linear`) and `attention` (as `scaled_dot_product_attention`).
+Autocast changes nothing inside an operator of this folder: its dtypes are explicit, and a backward gives the same gradients
+inside and outside of the autocast region. Autocast only changes the inputs: projections become bf16 or fp16, while vectors,
+convolutions, rates and states stay in fp32. So operators accept inputs of mixed dtypes, and each gradient has the dtype of its
+input. Two operators follow autocast as PyTorch's own do and cast their inputs: `packed_linear` (as `F.linear`) and `attention`
+(as `scaled_dot_product_attention`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-Made = TypeVar("Made", bound=Callable[..., Any])
+Target = TypeVar("Target", bound=Callable[..., Any])
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -25,28 +25,28 @@ def sum_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def in_accumulation_dtype(x: Tensor) -> Tensor:
-    """`x` in the format of sums; itself where it is in it already."""
+    """`x` in the accumulation dtype; `x` itself if it already has it."""
     return x.to(sum_dtype(x.dtype))
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """The format that autocast gives matrix products on `device`; None where it is off, and for tensors without memory."""
+    """The dtype of matrix products under autocast on `device`; None if autocast is off, and on the meta device."""
     kind = device.type
     return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None
 
 
-def outside_autocast(made: Made) -> Made:
-    """Decorator of a function, or of both halves of an autograd.Function: autocast is off inside.
+def outside_autocast(target: Target) -> Target:
+    """Decorator that turns autocast off inside a function, or inside forward and backward of an autograd.Function.
 
-    A backward may be called inside the region or after it. Of an autograd.Function it is the same both times; a plain
-    function's belongs to autograd, and its matrix products follow autocast where `backward()` is called inside the region, as
-    those of PyTorch's own operators do.
+    A backward may be called inside the autocast region or after it. For an autograd.Function both are the same. The backward of
+    a plain function is that of autograd: its matrix products follow autocast if `backward()` is called inside the region, like
+    those of PyTorch's own operators.
     """
-    if not isinstance(made, type):
-        return _without(made)  # type: ignore[return-value]
+    if not isinstance(target, type):
+        return _without(target)  # type: ignore[return-value]
     for half in ("forward", "backward"):
-        setattr(made, half, staticmethod(_without(getattr(made, half))))
-    return made
+        setattr(target, half, staticmethod(_without(getattr(target, half))))
+    return target
 
 
 def _without(run: Callable[..., Any]) -> Callable[..., Any]:

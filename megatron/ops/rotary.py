@@ -18,7 +18,7 @@ from megatron.ops.precision import sum_dtype
 
 
 def rotary_width(head_dim: int, fraction: float) -> int:
-    """Dimensions asked for: the whole part of `head_dim * fraction`.
+    """Number of dimensions to rotate: `head_dim * fraction`, rounded down.
 
     Raises:
         ValueError: the fraction rotates nothing, or an odd width needs one dimension more than there are.
@@ -44,8 +44,8 @@ def _table(length: int, width: int, base: float, dtype: torch.dtype, device: tor
 
 
 def rotary_table(length: int, width: int, base: float, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin [length, ceil(width / 2)] of positions 0, 1, ...; all layers of a model share the last few tables."""
-    if torch.compiler.is_compiling():  # a table is part of the graph, which shares it by itself
+    """cos and sin [length, ceil(width / 2)] of positions 0, 1, ...; the last few tables are cached for all layers."""
+    if torch.compiler.is_compiling():  # a table is part of the graph, where the compiler shares it
         return rotary_angles(torch.arange(length, device=device), width, base, dtype)
     cos, sin = _table(64 * -(-length // 64), width, base, dtype, device)
     return cos[:length], sin[:length]

@@ -1,8 +1,8 @@
-"""How the fused kernels are cut, by architecture, precision and width: a committed table instead of minutes of tuning at start.
+"""Tile sizes of the fused kernels by architecture, precision and width: a committed table instead of minutes of autotuning.
 
-Each entry holds at most six cuts; the first is used. The order was chosen from what the kernels compile to on sm_90 (registers,
-spills, shared memory: `tools/bench/kernels_aot.py`, whose limits a test holds for every cut in this table) and from the bytes
-they move; the part `cuts` of `tools/bench/gpu_kit.py` times the neighbours of a cut on a GPU.
+Each entry has at most six sets of tile sizes; the first is used. Their order follows from the compiled kernels on sm_90
+(registers, spills, shared memory: `tools/bench/kernels_aot.py`, whose limits a test checks for every set in this table) and
+from the bytes that they move; the part `cuts` of `tools/bench/gpu_kit.py` times similar tile sizes on a GPU.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Tiles:
-    """One cut of the MetaLA kernels.
+    """Tile sizes of the MetaLA kernels.
 
-    chunk: tokens between stored states forward, and rows of an output tile. back: the same of the backward.
+    chunk: tokens between stored states forward, and rows of an output tile. back: the same for the backward.
     block_v: value columns per program of the kernels that walk over chunks, and per step of the input gradients.
     rows: rows of a chunk in one program of the output kernel; 0 for all of them.
     warps, value_warps, back_warps: of the output kernel, of the gradients of values, and of those of queries and gates.
@@ -36,13 +36,13 @@ class Tiles:
 
 
 ARCHITECTURE = "sm_90"
-"""The only one with entries; others run with these, which were chosen for it."""
+"""The only architecture with entries; others use the same tile sizes."""
 
 # (architecture, bytes per element, key width of a head rounded up to a power of two); the value width is twice the key width.
 METALA: Mapping[tuple[str, int, int], tuple[Tiles, ...]] = {
     ("sm_90", 2, 16): (Tiles(64, 64, 32, 4, 4, gate_warps=4),),
     ("sm_90", 2, 32): (Tiles(64, 64, 64, 4),),
-    # back_warps 4 spills and is faster all the same: 301 us of an H100 (16 heads), 8 warps without spills 356
+    # back_warps 4 spills but is still faster: 301 us of an H100 (16 heads), 8 warps without spills 356
     ("sm_90", 2, 64): (Tiles(64, 64, 64, 4, 4),),
     ("sm_90", 2, 128): (Tiles(32, 32, 64, 8),),
     # 32 rows: with products of 64 rows in 8 warps the input gradients read outside of their memory on a GPU (Triton 3.6.0)
@@ -54,7 +54,7 @@ METALA: Mapping[tuple[str, int, int], tuple[Tiles, ...]] = {
 
 
 def padded(width: int) -> int:
-    """The power of two that holds `width`; at least 16, the smallest side of a matrix product."""
+    """`width` rounded up to a power of two; at least 16, the smallest side of a matrix product."""
     return max(16, 1 << (width - 1).bit_length())
 
 
@@ -65,10 +65,10 @@ def metala_fits(key_dim: int, value_dim: int) -> bool:
 
 
 def metala_cuts(key_dim: int, value_dim: int, size: int) -> tuple[Tiles, ...]:
-    """The cuts for heads of these widths in elements of `size` bytes, the one to use first.
+    """Tile sizes for heads of these widths in elements of `size` bytes; the first set is used.
 
     Raises:
-        ValueError: wider heads than any entry has.
+        ValueError: the heads are wider than those of any entry.
     """
     width = max(padded(key_dim), padded(value_dim) // 2)
     entry = METALA.get((ARCHITECTURE, size, width))
@@ -80,11 +80,11 @@ def metala_cuts(key_dim: int, value_dim: int, size: int) -> tuple[Tiles, ...]:
 
 @dataclass(frozen=True)
 class TaylorTiles:
-    """One cut of the Taylor kernels.
+    """Tile sizes of the Taylor kernels.
 
     chunk: tokens between stored states, and rows of an output tile.
     walk_rows, walk_columns: features and values per program of the kernel that walks over chunks.
-    rows, back_rows: features at a time of the kernels that hold a whole chunk, forward and backward.
+    rows, back_rows: features per step of the kernels that process one chunk per program, forward and backward.
     walk_warps, warps, back_warps: of these three. stages: tiles in flight.
     """
 
@@ -99,7 +99,7 @@ class TaylorTiles:
     stages: int = 3
 
 
-# (architecture, format of the model, width of the values of a head rounded up to a power of two); fp16 and fp32 multiply in
+# (architecture, dtype of the model, width of the values of a head rounded up to a power of two); fp16 and fp32 multiply in
 # fp32, whose operands take more registers: fp32 by three products each.
 TAYLOR: Mapping[tuple[str, str, int], TaylorTiles] = {
     ("sm_90", "bf16", 16): TaylorTiles(),
@@ -112,12 +112,12 @@ TAYLOR: Mapping[tuple[str, str, int], TaylorTiles] = {
 
 
 def taylor_cut(value_dim: int, form: str) -> TaylorTiles:
-    """The cut for values of this width in a model of this format (bf16, fp16, fp32)."""
+    """Tile sizes for values of this width in a model of this dtype (bf16, fp16, fp32)."""
     return TAYLOR[ARCHITECTURE, form, padded(value_dim)]
 
 
 def taylor_step_cut(features: int, value_dim: int) -> tuple[int, int]:
-    """(features at a time, warps) of the decode step: all where registers hold them, with every load in flight at once."""
+    """(features at a time, warps) of the decode step: all if they fit into registers, with every load in flight at once."""
     rows, columns = padded(features), padded(value_dim)
     return rows if rows * columns <= 256 * 64 else 8192 // columns, 8
 

@@ -2,8 +2,8 @@
 
 A layer written for one device calls `self.copy_to_tp(x)` where work on separate heads begins and `self.reduce_from_tp(y)` to
 sum the partial results. `CopyToTP` is the identity forward and sums gradients backward (Megatron's f); `ReduceFromTP` sums
-forward and is the identity backward (Megatron's g). They are all communication of a block: two all-reduces forward and two
-backward. Every tensor-parallel all-reduce goes through `all_reduce` here, so that a test can count them.
+forward and is the identity backward (Megatron's g). They are the only communication of a block: two all-reduces forward and
+two backward. Every tensor-parallel all-reduce goes through `all_reduce` here, so that a test can count them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def all_reduce(x: Tensor, group: ProcessGroup | None, op: Any = dist.ReduceOp.SU
 
 
 def tp_sum(x: Tensor, group: ProcessGroup, wide: bool) -> Tensor:
-    """Sum over the group, formed in fp32 when `wide` and `x` is narrower; in x's dtype."""
+    """Sum over the group, in x's dtype; accumulated in fp32 if `wide` is set and `x` is narrower."""
     return all_reduce(x.float(), group).to(x.dtype) if wide and x.element_size() < 4 else all_reduce(x, group)
 
 

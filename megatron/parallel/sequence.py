@@ -5,9 +5,9 @@ residual stream and their saved activations shrink by the tensor-parallel size (
 2205.05198). A mixer, with its short convolution, needs the full sequence: it is gathered before the mixer, and the partial sums
 are scattered after it.
 
-Every replicated parameter then sees a part of the work on each rank: a norm its shard of the sequence, a convolution before the
-heads the gradient of its rank's heads. Their gradients are summed over the ranks as they are computed, which is exact because
-backpropagation is linear in the gradient.
+Every replicated parameter then has a partial gradient on each rank: a norm that of its shard of the sequence, a convolution
+before the heads that of its rank's heads. These gradients are summed over the ranks as they are computed, which is exact
+because backpropagation is linear in the gradient.
 """
 
 from __future__ import annotations
@@ -103,17 +103,18 @@ class ScatterSequence(nn.Module):
 
 
 def check_sequence_parallel(model: nn.Module, specs: Mapping[str, ParamSpec], tp: int, seq_length: int, dropout: float) -> None:
-    """Refuse what sequence parallelism cannot compute exactly; with one tensor-parallel rank everything is allowed.
+    """Reject models that sequence parallelism cannot compute exactly; with one tensor-parallel rank every model is allowed.
 
     Args:
-        model: its mixers are checked.
-        specs: of its parameters.
+        model: the model, whose mixers are checked.
+        specs: parameter name -> spec.
         tp: tensor-parallel size.
         seq_length: tokens of a sequence.
-        dropout: of the hidden states.
+        dropout: dropout probability of the hidden states.
 
     Raises:
-        ConfigError: the sequence does not divide, there is dropout or learned positions, or a mixer reduces over ranks inside.
+        ConfigError: the sequence length is not divisible, the model has dropout or learned positions, or a mixer has additional
+            reductions over ranks.
     """
     if tp == 1:
         return
@@ -133,7 +134,7 @@ def _refused(reason: str) -> ConfigError:
     return ConfigError("sequence_parallel cannot be exact here", why=reason, hint="sequence_parallel: false")
 
 
-def cut_sequence(model: nn.Module, specs: Mapping[str, ParamSpec], group: ProcessGroup, wide: bool) -> None:
+def install_sequence_parallel(model: nn.Module, specs: Mapping[str, ParamSpec], group: ProcessGroup, wide: bool) -> None:
     """Install the collectives in a model with sharded parameters: tensor-parallel regions, embedding, output projection."""
     for module in list(model.modules()):
         both = "copy_to_tp" in module._modules and "reduce_from_tp" in module._modules

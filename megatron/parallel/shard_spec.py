@@ -1,7 +1,7 @@
 """How a parameter is sharded over tensor-parallel ranks, as data.
 
-A layer declares one of these kinds per parameter; `parallel/tensor.py` shards by it, `checkpoint/` stores and reshards by it,
-`export/` gathers by it. There is no other table of names. Nothing here needs torch.
+A layer declares one of these kinds per parameter. `parallel/tensor.py` shards, `checkpoint/` stores and reshards, and `export/`
+gathers by it; there is no other table of parameter names. Nothing here needs torch.
 
     column      output rows are sharded: weight [out, in] on dim 0, bias [out] on dim 0
     row         input columns are sharded: weight [out, in] on dim 1 (one all-reduce sums the partial results)
@@ -51,7 +51,7 @@ def slice_of(shape: tuple[int, ...], cut: ShardKind, rank: int, size: int) -> Sl
     if dim is None or size == 1:
         return Slice(tuple(shape), None if dim is None else dim, 0, 0 if dim is None else shape[dim])
     if shape[dim] % size:
-        raise ValueError(f"dimension {dim} of {tuple(shape)} cannot be cut in {size} equal parts")
+        raise ValueError(f"dimension {dim} of {tuple(shape)} cannot be split into {size} equal shards")
     length = shape[dim] // size
     return Slice(tuple(shape), dim, rank * length, (rank + 1) * length)
 

@@ -1,7 +1,7 @@
 """Shards a model that was written for one device: keeps one tensor-parallel rank's shard of every parameter.
 
-`ParamSpec.cut` says how a parameter is sharded; nothing here knows a layer's name. It also works on the meta device, so that a
-rank never holds more than its own shard.
+`ParamSpec.cut` defines how a parameter is sharded; nothing here depends on the names of layers. It also works on the meta
+device, so that a rank never allocates more than its own shard.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from megatron.errors import ConfigError
 from megatron.layers.base import Layer
 from megatron.parallel.collectives import CopyToTP, ReduceFromTP
 from megatron.parallel.mesh import Mesh
-from megatron.parallel.sequence import cut_sequence
+from megatron.parallel.sequence import install_sequence_parallel
 from megatron.parallel.shard_spec import ParamSpec, Slice, slice_of
 
 
@@ -35,7 +35,7 @@ def local_slice(spec: ParamSpec, mesh: Mesh) -> Slice:
 
 
 def take(full: Tensor, local: Slice) -> Tensor:
-    """A slice of a full tensor as a contiguous copy; the tensor itself if the slice is all of it."""
+    """A slice of a full tensor as a contiguous copy; the tensor itself if the slice covers it."""
     if local.dim is None or local.stop - local.start == local.shape[local.dim]:
         return full
     return full.narrow(local.dim, local.start, local.stop - local.start).contiguous()
@@ -58,12 +58,12 @@ def shard_model(
     Args:
         model: its `named_parameters()` are named as in `specs`; on the meta device or with values.
         specs: name -> sharding.
-        mesh: with tensor size 1 the model stays as it is.
+        mesh: the mesh; with tensor-parallel size 1 the model is not changed.
         fp32_allreduce: sum 16-bit activations in fp32.
-        sequence_parallel: norm regions hold a shard of the sequence (`sequence.py`).
+        sequence_parallel: norm regions compute on a shard of the sequence (`sequence.py`).
 
     Raises:
-        ConfigError: a dimension does not divide.
+        ConfigError: a sharded dimension is not divisible by the tensor-parallel size.
         KeyError: a parameter has no spec.
     """
     if mesh.tp == 1:
@@ -76,7 +76,7 @@ def shard_model(
     set_part_sizes(model)
     _set_collectives(model, specs, mesh, fp32_allreduce)
     if sequence_parallel and mesh.tp_group is not None:
-        cut_sequence(model, specs, mesh.tp_group, fp32_allreduce)
+        install_sequence_parallel(model, specs, mesh.tp_group, fp32_allreduce)
 
 
 def set_part_sizes(model: nn.Module) -> None:
@@ -89,7 +89,7 @@ def set_part_sizes(model: nn.Module) -> None:
 
 
 def _set_collectives(model: nn.Module, specs: Mapping[str, ParamSpec], mesh: Mesh, wide: bool) -> None:
-    """Set every `copy_to_tp`, `reduce_from_tp` and `first_row`, and tell every mixer which shard it is."""
+    """Set every `copy_to_tp`, `reduce_from_tp` and `first_row`, and pass every mixer its shard's number."""
     if mesh.tp_group is None:
         return  # a mesh for planning only: shapes are sharded, nothing runs
     for name, module in list(model.named_modules()):

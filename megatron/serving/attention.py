@@ -1,7 +1,7 @@
-"""Attention layers of ours over vLLM's own attention and its paged keys and values.
+"""Attention layers on vLLM's attention and its paged KV cache.
 
-A layer that calls `mix` (`ops/attention/cache.py`) is given a state that is kept elsewhere. What it asks of its attention
-(heads, widths, window, slopes) is read off one token that it is run on when the model is built.
+A layer that calls `mix` (`ops/attention/cache.py`) gets an external cache as its state. Its requirements (heads, head widths,
+window, slopes) are recorded in a forward pass over one token when the model is built.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from megatron.ops.attention.cache import Mixing, OuterCache
 
 @dataclass(frozen=True)
 class Positions(LayerInputs):
-    """Of a flat batch: `positions [1, n]` of the tokens within their texts."""
+    """`positions [1, n]` of the tokens of a flat batch within their sequences."""
 
     positions: Tensor | None = None
 
 
 class _Probe(OuterCache):
-    """Writes down what a layer asks for."""
+    """Records the attention calls of a layer."""
 
     def __init__(self, device: torch.device) -> None:
         self.places = torch.zeros(1, 1, dtype=torch.long, device=device)
-        self.asked: list[tuple[Tensor, Tensor, Mixing]] = []
+        self.calls: list[tuple[Tensor, Tensor, Mixing]] = []
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, how: Mixing) -> Tensor:
-        self.asked.append((q, k, how))
+        self.calls.append((q, k, how))
         return torch.zeros_like(q)
 
 
 class _Pages(OuterCache):
-    """Hands tokens to vLLM's attention, heads padded to a width that it has."""
+    """Passes tokens to vLLM's attention, with heads padded to a supported width."""
 
     def __init__(self, attention: Attention, places: Tensor) -> None:
         self.attention: Any = attention
@@ -53,10 +53,10 @@ class _Pages(OuterCache):
 
 
 def served_width(width: int) -> int:
-    """The smallest head width of the platform's attention that holds `width`.
+    """The smallest head width that the platform's attention supports and that is at least `width`.
 
     Raises:
-        ConfigError: none is wide enough.
+        ConfigError: no supported width is large enough.
     """
     if not current_platform.is_cpu():
         return -(-width // 8) * 8
@@ -69,22 +69,30 @@ def served_width(width: int) -> int:
 
 
 class AttentionMixer(nn.Module):
-    """A mixer of keys and values in a served block."""
+    """An attention mixer in a served block."""
 
     def __init__(self, mixer: Layer, name: str, vllm_config: Any, hidden_size: int) -> None:
-        """`name` of the layer for vLLM, with one number in it.
+        """Wrap a mixer.
+
+        Args:
+            mixer: the attention layer.
+            name: name of the layer in vLLM, which contains exactly one number.
+            vllm_config: vLLM's configuration.
+            hidden_size: width of the model.
 
         Raises:
-            ConfigError: the layer asks for something that vLLM's attention has not.
+            ConfigError: vLLM's attention lacks a feature that the layer needs.
         """
         super().__init__()
         self.mixer = mixer
-        some = next(mixer.parameters())
-        probe = _Probe(some.device)
-        mixer(torch.zeros(1, 1, hidden_size, dtype=some.dtype, device=some.device), Context(), probe)
-        if len(probe.asked) != 1:
-            raise ConfigError(f"{type(mixer).__name__} attends {len(probe.asked)} times in a pass: served is once")
-        (q, k, how), rule = probe.asked[0], probe.asked[0][2].rule
+        weight = next(mixer.parameters())
+        probe = _Probe(weight.device)
+        mixer(torch.zeros(1, 1, hidden_size, dtype=weight.dtype, device=weight.device), Context(), probe)
+        if len(probe.calls) != 1:
+            raise ConfigError(
+                f"{type(mixer).__name__} calls attention {len(probe.calls)} times per pass; only a single call can be served"
+            )
+        (q, k, how), rule = probe.calls[0], probe.calls[0][2].rule
         if how.train_length is not None and rule.slopes is not None:
             raise ConfigError("ALiBi slopes that shrink with a text's length (train_length) are not served")
         self.attention = Attention(
@@ -94,7 +102,7 @@ class AttentionMixer(nn.Module):
             num_kv_heads=k.shape[2],
             alibi_slopes=None if rule.slopes is None else rule.slopes.tolist(),
             cache_config=vllm_config.cache_config,
-            per_layer_sliding_window=None if rule.window is None else rule.window + 1,  # theirs counts the token itself
+            per_layer_sliding_window=None if rule.window is None else rule.window + 1,  # vLLM counts the token itself
             prefix=name,
         )
 

@@ -1,9 +1,9 @@
-"""One step of a server's batch as the mixers want it: rows that go on by a token, and rows that read several tokens.
+"""Splits one step of a server's batch into decode rows (one new token and a state) and prefill rows.
 
-A server puts the new tokens of all sequences one behind the other. Rows with one new token and a state go through
-`Layer.step` together. Others (prompts, pieces of prompts, a text of one token) go through `Layer.forward`, rows of similar
-length in one pass with padding on the right, which mixers leave out of outputs and states. What a page held before does not
-count for a row that has read nothing.
+A server concatenates the new tokens of all sequences. Decode rows go through `Layer.step` together. Prefill rows (prompts,
+chunks of prompts, a prompt of one token) go through `Layer.forward`: rows of similar length form one pass, padded on the right,
+and padding affects neither outputs nor states. A row that has not read any token starts from an empty state, whatever its page
+contains.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from megatron.layers.base import Context, Layer, State
 
 @dataclass(frozen=True)
 class Pass:
-    """Rows of several tokens.
+    """Prefill rows that are processed together.
 
     Attributes:
-        tokens: [b, s], places in the flat batch; anything where `mask` is False.
-        mask: [b, s], False for padding; None where all rows are equally long.
-        slots: [b], pages of the rows.
-        fresh: [b], True for rows that have read nothing.
+        tokens: [b, s], indices into the flat batch; arbitrary where `mask` is False.
+        mask: [b, s], False for padding; None if all rows have the same length.
+        slots: [b], page of each row.
+        fresh: [b], True for rows that have not read any token.
     """
 
     tokens: Tensor
@@ -37,12 +37,12 @@ class Pass:
 
 @dataclass(frozen=True)
 class Rows:
-    """A batch.
+    """The rows of a batch.
 
     Attributes:
-        steps: [n], places in the flat batch of the tokens that are steps.
+        steps: [n], indices of the decode rows' tokens in the flat batch.
         step_slots: [n], their pages.
-        passes: all other rows.
+        passes: the prefill rows.
     """
 
     steps: Tensor
@@ -51,23 +51,23 @@ class Rows:
 
 
 def arrange(starts: Sequence[int], seen: Sequence[int], slots: Tensor) -> Rows:
-    """Sort the rows of a batch into steps and passes.
+    """Split the rows of a batch into steps and passes.
 
     Args:
-        starts: [rows + 1], where each row's new tokens begin in the flat batch; the last is its length.
-        seen: [rows], tokens that each row's state has read.
+        starts: [rows + 1], index of each row's first new token in the flat batch; the last entry is its length.
+        seen: [rows], number of tokens that each row's state has read.
         slots: [rows], the page of each row, on the device of the batch.
     """
     lengths = [end - begin for begin, end in pairwise(starts)]
     steps = [row for row, n in enumerate(lengths) if n == 1 and seen[row]]
-    several = sorted((row for row, n in enumerate(lengths) if n > 1 or (n and not seen[row])), key=lambda r: -lengths[r])
-    passes = [_as_pass(rows, starts, lengths, seen, slots) for rows in _alike(several, lengths)]
-    own = torch.tensor([starts[row] for row in steps], dtype=torch.long, device=slots.device)
-    return Rows(own, slots[torch.tensor(steps, dtype=torch.long, device=slots.device)], tuple(passes))
+    prefill = sorted((row for row, n in enumerate(lengths) if n > 1 or (n and not seen[row])), key=lambda r: -lengths[r])
+    passes = [_as_pass(rows, starts, lengths, seen, slots) for rows in _similar_lengths(prefill, lengths)]
+    step_tokens = torch.tensor([starts[row] for row in steps], dtype=torch.long, device=slots.device)
+    return Rows(step_tokens, slots[torch.tensor(steps, dtype=torch.long, device=slots.device)], tuple(passes))
 
 
-def _alike(rows: Sequence[int], lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Rows, the longest first, in groups whose shortest has at least half of the longest's tokens."""
+def _similar_lengths(rows: Sequence[int], lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Groups of rows (sorted by descending length) whose shortest row has at least half of the longest row's tokens."""
     group: list[int] = []
     for row in rows:
         if group and 2 * lengths[row] < lengths[group[0]]:
@@ -91,14 +91,14 @@ def _as_pass(rows: Sequence[int], starts: Sequence[int], lengths: Sequence[int],
 
 
 def run_batch(mixer: Layer, x: Tensor, pages: State, rows: Rows, ctx: Context) -> Tensor:
-    """All rows of a batch through one mixer; their states in the pages go on.
+    """Run all rows of a batch through one mixer and update their states in the pages.
 
     Args:
-        mixer: of a state of fixed size.
-        x: [n, d], the flat batch, which may have more tokens than the rows (their outputs are 0).
-        pages: the state by name, [pages, ...] each; overwritten in the rows' slots.
+        mixer: a mixer whose state has a fixed size.
+        x: [n, d], the flat batch; tokens that belong to no row get outputs of 0.
+        pages: name of a state tensor -> [pages, ...]; overwritten in the rows' slots.
         rows: from `arrange`.
-        ctx: of the pass; its mask is ignored.
+        ctx: context of the pass; its mask is ignored.
 
     Returns:
         y [n, d].
@@ -119,7 +119,7 @@ def run_batch(mixer: Layer, x: Tensor, pages: State, rows: Rows, ctx: Context) -
 
 
 def _steps(mixer: Layer, x: Tensor, pages: State, slots: Tensor, ctx: Context) -> Tensor:
-    """Rows x [b, d] by one token; in the pages themselves where the mixer can."""
+    """Decode one token per row x [b, d]; in place in the pages if the mixer supports it."""
     if mixer.steps_by_slot:
         return mixer.step(x, pages, replace(ctx, mask=None, in_place=True, slots=slots))[0]
     out, after = mixer.step(x, {name: page[slots] for name, page in pages.items()}, replace(ctx, mask=None))
@@ -128,7 +128,7 @@ def _steps(mixer: Layer, x: Tensor, pages: State, slots: Tensor, ctx: Context) -
 
 
 def _state(mixer: Layer, pages: State, part: Pass, x: Tensor) -> State:
-    """What the rows of a pass have read."""
+    """States of the rows of a pass: from their pages, empty for fresh rows."""
     empty = mixer.init_state(1, x.dtype, x.device)
     state = {}
     for name, page in pages.items():

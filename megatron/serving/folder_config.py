@@ -1,6 +1,6 @@
-"""The configuration classes of exported folders as vLLM reads them: the same fields, and which of three models serves them.
+"""Configuration classes of exported folders for vLLM: the same fields, and which of three model classes serves a folder.
 
-vLLM decides by the class of a model, before it builds one, whether it keeps pages of keys and values, pages of states, or both.
+The model class tells vLLM, before the model is built, whether to allocate a KV cache, a cache of states, or both.
 """
 
 from __future__ import annotations
@@ -22,38 +22,38 @@ ARCHITECTURES = {
     "attention": "LinearNeoxAttentionForCausalLM",
     "both": "LinearNeoxHybridForCausalLM",
 }
-"""What a model keeps of a text -> the name of the class that serves it."""
+"""Kind of cache (see `cache_kind`) -> name of the model class."""
 
 
 def two_way_tokens(shape: ModelConfig) -> int:
-    """Tokens at the start of a text that layers read in both directions (JRT's prefix)."""
+    """Number of tokens at the start of a text that layers read in both directions (JRT's prefix)."""
     with torch.device("meta"):
         kinds = {name: build_mixer(shape, i) for i, name in enumerate(shape.layer_types)}
     return max(mixer.two_way(Context()) for mixer in kinds.values())
 
 
 def attention_layers(shape: ModelConfig) -> list[int]:
-    """Numbers of the blocks whose mixers keep keys and values, which vLLM's own attention takes over.
+    """Indices of the blocks that run on vLLM's attention and KV cache.
 
-    Beside two-way layers a window is kept as a state: what never grows is never preempted, and a preempted text would be read
-    again with what was written as part of its prompt.
+    In a model with two-way layers, the window of windowed attention is a state instead: a state does not grow, so its sequence
+    is never preempted. A preempted sequence would be prefilled again with its generated tokens as part of the prompt.
     """
-    two_way, found = two_way_tokens(shape), {}
+    two_way, uses_kv_cache = two_way_tokens(shape), {}
     for name in dict.fromkeys(shape.layer_types):
         state = empty_state(shape, shape.layer_types.index(name))
-        found[name] = is_cache(state) and not (two_way and state["keys"].shape[1])
-    return [index for index, name in enumerate(shape.layer_types) if found[name]]
+        uses_kv_cache[name] = is_cache(state) and not (two_way and state["keys"].shape[1])
+    return [index for index, name in enumerate(shape.layer_types) if uses_kv_cache[name]]
 
 
 def empty_state(shape: ModelConfig, index: int) -> State:
-    """Of a block's mixer, one row, without memory."""
+    """The empty state of a block's mixer, batch size 1, on the meta device."""
     with torch.device("meta"):
         state: State = build_mixer(shape, index).init_state(1, torch.float32, "meta")
     return state
 
 
-def kept(shape: ModelConfig) -> str:
-    """`states`, `attention` or `both`."""
+def cache_kind(shape: ModelConfig) -> str:
+    """The caches that a model needs: `states`, `attention` or `both`."""
     count = len(attention_layers(shape))
     return "states" if not count else "attention" if count == shape.num_layers else "both"
 
@@ -64,12 +64,12 @@ def model_shape(config: Any) -> ModelConfig:
 
 
 class ServedLinearLMConfig(LinearLMConfig):
-    """`linear_lm` folders; heads as vLLM counts them: those of attention, else parts that tensor parallelism can make."""
+    """`linear_lm` folders. The head counts for vLLM are those of attention, else the largest tensor-parallel size."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         shape = model_shape(self)
-        self.architectures = [ARCHITECTURES[kept(shape)]]
+        self.architectures = [ARCHITECTURES[cache_kind(shape)]]
         layers = attention_layers(shape)
         if layers:
             state = empty_state(shape, layers[0])
@@ -81,12 +81,12 @@ class ServedLinearLMConfig(LinearLMConfig):
             self.max_position_embeddings = shape.learned_positions
 
     def model_fields(self) -> dict[str, Any]:
-        """As the folder says them."""
+        """The fields of `ModelConfig`, as in the folder's config.json."""
         return {**self.architecture, "vocab_size": self.vocab_size, "tie_embeddings": self.tie_word_embeddings}
 
 
 class ServedMetaLAConfig(MetaLAConfig):
-    """`metala` folders, and the released ones."""
+    """`metala` folders, including the released models."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)

@@ -1,7 +1,7 @@
-"""The models that vLLM runs: the trainer's own, one tensor-parallel part per process, its mixers over vLLM's pages.
+"""Model classes for vLLM: the trainer's model, one tensor-parallel shard per process, with states in vLLM's pages.
 
-There is no second implementation: blocks, norms, embedding and mixers are those of training, cut by the same `plan()`. vLLM's
-batch of all sequences' new tokens goes through them as one row.
+There is no second implementation: blocks, norms, embedding and mixers are those of training, sharded by the same `plan()`.
+vLLM's flat batch of all sequences' new tokens passes through them as a single row.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from megatron.model.mlp import MLP
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.tensor import local_slice, replace_parameters, shard_model, take
 from megatron.serving.attention import AttentionMixer, Positions
-from megatron.serving.folder_config import attention_layers, kept, model_shape
+from megatron.serving.folder_config import attention_layers, cache_kind, model_shape
 from megatron.serving.pages import Page, lay_out
 from megatron.serving.states import StateMixer, StatePages
 
 
 def padded(shape: ModelConfig, parts: int) -> ModelConfig:
-    """The same model with rows added to the vocabulary until `parts` ranks can hold equally many."""
+    """The same model with its vocabulary padded to a multiple of `parts` ranks."""
     return replace(shape, vocab_size=-(-shape.vocab_size // parts) * parts)
 
 
-def part_on_meta(shape: ModelConfig, mesh: Mesh) -> LanguageModel:
-    """One rank's part of a model, without memory."""
+def shard_on_meta(shape: ModelConfig, mesh: Mesh) -> LanguageModel:
+    """One rank's shard of a model, on the meta device."""
     with torch.device("meta"):
         model = build_model(shape)
         shard_model(model, param_specs(shape), mesh)
@@ -42,17 +42,17 @@ def part_on_meta(shape: ModelConfig, mesh: Mesh) -> LanguageModel:
 
 
 def state_pages(shape: ModelConfig, model: LanguageModel, dtype: torch.dtype) -> list[Page]:
-    """The pages of the layers whose states have a fixed size."""
+    """The page layouts of the layers whose states have a fixed size."""
     attention, blocks = set(attention_layers(shape)), model.model.blocks()
     states = {i: b.token_mixer.init_state(1, dtype, "meta") for i, b in enumerate(blocks) if i not in attention}
     try:
-        return lay_out(states, together=kept(shape) == "states")
+        return lay_out(states, together=cache_kind(shape) == "states")
     except ValueError as error:
         raise ConfigError("a layer's state cannot be kept in a page", why=str(error)) from None
 
 
 class ServedModel(nn.Module):
-    """A causal language model by vLLM's interface."""
+    """A causal language model with vLLM's interface."""
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__()
@@ -63,13 +63,13 @@ class ServedModel(nn.Module):
         self.vocab_size = model_shape(hf_config).vocab_size
         self.reachable = getattr(hf_config, "unpadded_vocab_size", None) or self.vocab_size
         self.shape = padded(model_shape(hf_config), size)
-        self.lm = part_on_meta(self.shape, self.mesh)
+        self.lm = shard_on_meta(self.shape, self.mesh)
         _allocate(self.lm, vllm_config.device_config.device)
-        self.parts = dict(self.lm.named_parameters())  # by the names of checkpoints, which wrapping would change
+        self.parts = dict(self.lm.named_parameters())  # keyed by checkpoint names, which the wrappers would change
         self._wrap(vllm_config)
 
     def _wrap(self, vllm_config: Any) -> None:
-        """Put every mixer over pages."""
+        """Replace every mixer by a wrapper that uses vLLM's pages."""
         context = vllm_config.compilation_config.static_forward_context
         count = self.shape.num_layers
         pages = state_pages(self.shape, self.lm, torch.get_default_dtype())
@@ -86,7 +86,7 @@ class ServedModel(nn.Module):
             block.token_mixer = served  # type: ignore[assignment]
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
-        """Looked-up tokens [n] -> [n, d], without positions."""
+        """Token ids [n] -> embeddings [n, d], without positions."""
         return self.lm.model.embed_tokens(input_ids)
 
     def forward(
@@ -109,7 +109,7 @@ class ServedModel(nn.Module):
         return self.lm.model.final_norm(x.squeeze(0))
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor:
-        """Logits [n, vocabulary] of hidden states [n, d]; ids that only pad the vocabulary are never chosen."""
+        """Logits [n, vocabulary] of hidden states [n, d]; ids that only pad the vocabulary get -inf."""
         logits = self.lm.lm_head(hidden_states)
         if self.mesh.tp > 1:
             logits = tensor_model_parallel_all_gather(logits)
@@ -119,7 +119,7 @@ class ServedModel(nn.Module):
         return logits
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Take this rank's part of every weight of the folder.
+        """Load this rank's shard of every weight of the folder.
 
         Raises:
             CheckpointError: a weight is missing, unknown, or of another shape.
@@ -129,7 +129,7 @@ class ServedModel(nn.Module):
             if name == "lm_head.weight" and self.shape.tie_embeddings:
                 continue
             if name not in self.parts:
-                raise CheckpointError(f"the folder has a weight '{name}' that the model has not")
+                raise CheckpointError(f"the folder has a weight '{name}' that the model does not have")
             full = self._with_rows(whole) if specs[name].cut == "vocab" else whole
             if tuple(full.shape) != specs[name].shape:
                 raise CheckpointError(f"'{name}' is {tuple(whole.shape)} in the folder, the model has {specs[name].shape}")
@@ -143,44 +143,44 @@ class ServedModel(nn.Module):
         return {name for name, _ in self.named_parameters()}
 
     def _with_rows(self, whole: Tensor) -> Tensor:
-        """A table of the vocabulary with the rows of zeros that make it as long as the ranks' parts together."""
+        """Pad a matrix over the vocabulary with rows of zeros to the padded vocabulary size."""
         if len(whole) != self.vocab_size or self.vocab_size == self.shape.vocab_size:
             return whole
         return torch.cat([whole, whole.new_zeros(self.shape.vocab_size - self.vocab_size, *whole.shape[1:])])
 
     @classmethod
     def get_mamba_state_shape_from_config(cls, vllm_config: Any) -> tuple[tuple[int, ...], ...]:
-        """Bytes of a page of states: vLLM makes attention's pages at least as large."""
+        """Size of a state page in bytes; vLLM makes attention pages at least as large."""
         shape, size = model_shape(vllm_config.model_config.hf_config), vllm_config.parallel_config.tensor_parallel_size
         shape = padded(shape, size)
-        model = part_on_meta(shape, Mesh.shape_only(1, size, size, 0))
+        model = shard_on_meta(shape, Mesh.shape_only(1, size, size, 0))
         return ((max(page.nbytes for page in state_pages(shape, model, vllm_config.model_config.dtype)),),)
 
     @classmethod
     def get_mamba_state_dtype_from_config(cls, vllm_config: Any) -> tuple[torch.dtype, ...]:
-        """Bytes."""
+        """Pages of states are bytes."""
         return (torch.int8,)
 
 
 def _allocate(model: LanguageModel, device: torch.device | str) -> None:
-    """Memory for the parameters of a model on the meta device; tied ones stay tied."""
+    """Allocate the parameters of a model on the meta device; tied parameters stay tied."""
     new = {id(p): nn.Parameter(torch.empty_like(p, device=device), requires_grad=False) for p in model.parameters()}
     replace_parameters([model], new)
 
 
 class LinearNeoxStateForCausalLM(ServedModel):
-    """A model that keeps states alone."""
+    """A model with recurrent states only."""
 
     has_inner_state: ClassVar[bool] = True
     is_attention_free: ClassVar[bool] = True
 
 
 class LinearNeoxHybridForCausalLM(ServedModel):
-    """A model that keeps states, and keys and values."""
+    """A model with recurrent states and a KV cache."""
 
     has_inner_state: ClassVar[bool] = True
     is_hybrid: ClassVar[bool] = True
 
 
 class LinearNeoxAttentionForCausalLM(ServedModel):
-    """A model that keeps keys and values alone."""
+    """A model with a KV cache only."""

@@ -1,8 +1,8 @@
-"""How the states of a model's layers lie in a server's memory: several layers' named tensors one behind the other in a page.
+"""Memory layout of recurrent states in a server: a page contains the concatenated state tensors of one or more layers.
 
-A server hands out pages of one size. Where only states are served, one page holds all of a sequence, without padding but for
-alignment. Beside attention, whose pages have their own size, layers are packed into as few pages as wide as the widest layer's
-state, so that layers with little state share one.
+A server allocates pages of one size. In a model without attention one page contains all states of a sequence, padded for
+alignment only. In a model with attention, whose pages have their own size, a page is as large as the largest layer's state, and
+several layers with small states share a page.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ class Cell:
     """One state tensor of one layer in a page.
 
     Attributes:
-        layer: number of the block.
-        name: of the tensor in the mixer's state.
-        shape: of one sequence's part.
-        dtype: as the mixer keeps it.
-        offset: bytes from the page's begin.
+        layer: index of the block.
+        name: name of the tensor in the mixer's state.
+        shape: shape for one sequence.
+        dtype: dtype of the mixer's state.
+        offset: bytes from the start of the page.
     """
 
     layer: int
@@ -40,35 +40,35 @@ class Cell:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of one sequence's part."""
+        """Bytes per sequence."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
 class Page:
-    """What lies in one page; `nbytes` is its size."""
+    """Layout of one page; `nbytes` is its size."""
 
     cells: tuple[Cell, ...]
     nbytes: int
 
     def views(self, raw: Tensor) -> dict[int, dict[str, Tensor]]:
         """Layer -> name -> tensor [pages, ...] that shares memory with the bytes `raw [pages, at least nbytes]`."""
-        found: dict[int, dict[str, Tensor]] = {}
+        states: dict[int, dict[str, Tensor]] = {}
         for cell in self.cells:
             part = raw[:, cell.offset : cell.offset + cell.nbytes].view(cell.dtype)
-            found.setdefault(cell.layer, {})[cell.name] = part.view(-1, *cell.shape)
-        return found
+            states.setdefault(cell.layer, {})[cell.name] = part.view(-1, *cell.shape)
+        return states
 
 
 def lay_out(states: Mapping[int, State], together: bool) -> list[Page]:
-    """The pages of a sequence.
+    """Assign the states of a sequence to pages.
 
     Args:
-        states: number of the block -> its empty state, batch 1 (on the meta device).
-        together: one page for all; else as many as wide as the widest layer's state as they need, the first that has room.
+        states: index of the block -> its empty state, batch size 1 (on the meta device).
+        together: one page for all layers; else pages of the largest layer's size, filled by first fit.
 
     Raises:
-        ValueError: a state tensor is empty, which a page cannot hold.
+        ValueError: a state tensor is empty and grows with the text, so that its size is not fixed.
     """
     sizes = {layer: sum(_aligned(_bytes(t)) for t in state.values()) for layer, state in states.items()}
     if not sizes:
@@ -76,12 +76,12 @@ def lay_out(states: Mapping[int, State], together: bool) -> list[Page]:
     width = sum(sizes.values()) if together else max(sizes.values())
     bins: list[list[int]] = []
     for layer in sorted(sizes, key=lambda i: (-sizes[i], i)):
-        room = (taken for taken in bins if sum(sizes[i] for i in taken) + sizes[layer] <= width)
-        taken = next(room, None)
-        if taken is None:
+        fitting = (layers for layers in bins if sum(sizes[i] for i in layers) + sizes[layer] <= width)
+        first_fit = next(fitting, None)
+        if first_fit is None:
             bins.append([layer])
         else:
-            taken.append(layer)
+            first_fit.append(layer)
     return [Page(_cells(states, sorted(layers)), width) for layers in bins]
 
 

@@ -1,6 +1,6 @@
-"""What vLLM is told when a process starts: configurations and models of exported folders, and their rules.
+"""vLLM's plugin: registers the configurations, models and serving rules of exported folders when a process starts.
 
-The families of transformers itself (Llama, GPT-NeoX, Mistral, Bloom, MPT) need none of this: vLLM has its own models of them.
+Folders of transformers' own classes (Llama, GPT-NeoX, Mistral, Bloom, MPT) do not need it: vLLM implements these models.
 """
 
 from __future__ import annotations
@@ -20,4 +20,4 @@ def register() -> None:
     for architecture in ARCHITECTURES.values():
         if architecture not in ModelRegistry.models:
             ModelRegistry.register_model(architecture, f"megatron.serving.model:{architecture}")
-        MODELS_CONFIG_MAP.setdefault(architecture, ServingRules)  # without an entry a model without attention has no page size
+        MODELS_CONFIG_MAP.setdefault(architecture, ServingRules)  # otherwise a model without attention has no page size

@@ -1,4 +1,4 @@
-"""Pages of states under vLLM: a layer of vLLM's kind for each page, and what a step of the batch means for them."""
+"""Pages of states in vLLM: one layer of vLLM's Mamba type per page, and the metadata that assigns a batch's rows to pages."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from megatron.serving.pages import Page
 
 
 class RowsBuilder(AttentionMetadataBuilder[Rows]):
-    """Sorts each step's batch once for all layers."""
+    """Splits each step's batch once for all layers."""
 
     reorder_batch_threshold = 1
     _cudagraph_support = AttentionCGSupport.NEVER
@@ -39,45 +39,45 @@ class RowsBuilder(AttentionMetadataBuilder[Rows]):
 
 
 def check_room(vllm_config: Any) -> None:
-    """Refuse a cache in which a sequence of a model with two-way layers and attention could be preempted.
+    """Reject a cache in which a sequence of a model with two-way layers and attention could be preempted.
 
-    What it wrote would be read again as if it had stood in the prompt, and so enter the prefix. States alone never grow, so
-    that a sequence that has begun always ends.
+    A preempted sequence is prefilled again with its generated tokens as part of the prompt, where they could enter the two-way
+    prefix. States have a fixed size, so a sequence of a model without a KV cache is never preempted.
 
     Raises:
-        ConfigError: keys and values of `max_num_seqs` sequences of `max_model_len` tokens do not fit.
+        ConfigError: the KV cache of `max_num_seqs` sequences of `max_model_len` tokens does not fit.
     """
     shape = model_shape(vllm_config.model_config.hf_config)
     blocks, cache, growing = vllm_config.cache_config.num_gpu_blocks, vllm_config.cache_config, len(attention_layers(shape))
     if not blocks or not growing or not two_way_tokens(shape):
         return
-    # at most, however vLLM groups the layers
+    # an upper bound, for any grouping of layers in vLLM
     each = growing * -(-vllm_config.model_config.max_model_len // cache.block_size) + shape.num_layers - growing
     if blocks - 1 < each * vllm_config.scheduler_config.max_num_seqs:
         raise ConfigError(
             f"{blocks} pages are too few for {vllm_config.scheduler_config.max_num_seqs} sequences of up to "
             f"{vllm_config.model_config.max_model_len} tokens",
-            why="a preempted sequence is read again, and a two-way layer would take what it wrote for its prompt",
+            why="a preempted sequence is prefilled again, and a two-way layer would treat its generated tokens as prompt",
             hint="lower --max-num-seqs or --max-model-len, or give the cache more memory",
         )
 
 
 class RowsBackend(LinearAttentionBackend):
-    """Names the builder."""
+    """vLLM's backend that selects `RowsBuilder`."""
 
     @staticmethod
     def get_name() -> str:
-        """As logged."""
+        """Name in vLLM's log."""
         return "LINEAR_NEOX"
 
     @staticmethod
     def get_builder_cls() -> type[Any]:
-        """Of `Rows`."""
+        """The builder of `Rows`."""
         return RowsBuilder
 
 
 class StatePages(MambaBase):
-    """One page per sequence; vLLM hands out the memory, layers look their states up by the number of their block."""
+    """One page per sequence: vLLM allocates the memory, layers look up their states by the index of their block."""
 
     def __init__(self, name: str, page: Page, context: dict[str, Any]) -> None:
         self.name, self.page = name, page
@@ -86,35 +86,35 @@ class StatePages(MambaBase):
         context[name] = self
 
     def get_state_shape(self) -> tuple[tuple[int, ...], ...]:
-        """Bytes."""
+        """One page, in bytes."""
         return ((self.page.nbytes,),)
 
     def get_state_dtype(self) -> tuple[torch.dtype, ...]:
-        """Bytes."""
+        """Pages are bytes."""
         return (torch.int8,)
 
     @property
     def mamba_type(self) -> MambaAttentionBackendEnum:
-        """vLLM's plainest kind; the builder is ours."""
+        """vLLM's generic type; the metadata builder is ours."""
         return MambaAttentionBackendEnum.LINEAR
 
     def get_attn_backend(self) -> type[Any]:
-        """Ours."""
+        """The backend with our builder."""
         return RowsBackend
 
     def bind_kv_cache(self, kv_cache: Tensor) -> None:
-        """Cut vLLM's bytes [pages, 1, 1, bytes] into the layers' states."""
+        """Create views of the layers' states in vLLM's buffer [pages, 1, 1, bytes]."""
         raw = kv_cache.squeeze((1, 2))
         self.kv_cache, self.states = (raw,), self.page.views(raw)
 
     def rows(self) -> Rows | None:
-        """Of the present step; None where vLLM only measures memory."""
+        """Rows of the current step; None while vLLM profiles memory."""
         metadata = get_forward_context().attn_metadata
         return None if metadata is None else metadata[self.name]
 
 
 class StateMixer(nn.Module):
-    """A mixer of a state of fixed size in a served block."""
+    """A mixer with a state of fixed size in a served block."""
 
     def __init__(self, mixer: Layer, layer: int, pages: StatePages) -> None:
         super().__init__()

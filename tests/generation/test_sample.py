@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron.errors import CheckpointError, ConfigError
 from megatron.generation.load import filled_model
-from megatron.generation.sample import Sampling, choose, filter_logits, generate
+from megatron.generation.sample import Sampling, filter_logits, generate, sample_tokens
 from megatron.model.build import param_specs
 from megatron.model.config import ModelConfig
 from megatron.model.lm import LanguageModel
@@ -105,7 +105,7 @@ def test_filters() -> None:
 def test_draws_follow_the_distribution() -> None:
     probabilities = torch.tensor([[0.6, 0.3, 0.1]])
     generator = torch.Generator().manual_seed(0)
-    drawn = [int(choose(probabilities.log(), Sampling(temperature=1.0), [generator])) for _ in range(3000)]
+    drawn = [int(sample_tokens(probabilities.log(), Sampling(temperature=1.0), [generator])) for _ in range(3000)]
     share = torch.tensor(drawn).bincount(minlength=3) / 3000
     assert torch.allclose(share, probabilities[0], atol=0.03)
 

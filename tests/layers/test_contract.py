@@ -1,7 +1,8 @@
-"""What every registered token mixer must answer, clause by clause of `megatron/layers/base.py`.
+"""Checks of the eleven clauses of the contract in `megatron/layers/base.py` on every registered token mixer.
 
-A new mixer is covered by its name in the registry; nothing is edited here. `tests/layers/test_<name>.py` holds what is its own.
-The first line of each test is what `python tools/layer.py check NAME` prints for it.
+A new mixer is covered by its name in the registry; nothing is edited here. `tests/layers/test_<name>.py` has its own tests.
+`python tools/layer.py check NAME` prints the first line of each test, which begins with the number of the clause; checks
+without a number are additional.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def layer(request: pytest.FixtureRequest) -> Layer:
 
 
 def test_reads_the_past_only(layer: Layer) -> None:
-    """Causal: no gradient of an output reaches a later token."""
+    """2. Causality: no gradient of an output reaches a later token."""
     x = inputs().requires_grad_()
     y, _ = layer(x, Context())
     assert layer.two_way(Context()) == 0, "by default nothing is read in both directions"
@@ -62,7 +63,7 @@ def test_reads_the_past_only(layer: Layer) -> None:
 
 
 def test_reference_path_equals_default_with_gradients(layer: Layer) -> None:
-    """Backends: the reference path and the default one agree, gradients included."""
+    """6. Backends: the reference path and the default one agree, gradients included."""
     results = []
     for backend in ("reference", "auto"):
         x = inputs().requires_grad_()
@@ -74,7 +75,7 @@ def test_reference_path_equals_default_with_gradients(layer: Layer) -> None:
 
 @pytest.mark.parametrize("cuts", [[70], [1, 70], [33, 70], [2, 5, 66, 70]])
 def test_prefill_in_pieces_then_steps_equal_the_full_pass(layer: Layer, cuts: list[int]) -> None:
-    """One function: a prefill in pieces and steps after it equal the whole pass."""
+    """3. Equivalence: a chunked prefill and subsequent steps equal the full pass."""
     x = inputs()
     whole, _ = layer(x, Context())
     state, parts, start = layer.init_state(B, x.dtype, "cpu"), [], 0
@@ -89,7 +90,7 @@ def test_prefill_in_pieces_then_steps_equal_the_full_pass(layer: Layer, cuts: li
 
 
 def test_states_that_come_in_are_not_changed(layer: Layer) -> None:
-    """States that come in are left alone, and have the batch on dim 0."""
+    """3. Equivalence: input states are not modified, and have the batch on dim 0."""
     x = inputs()
     _, state = layer(x[:, :9], Context(), layer.init_state(B, x.dtype, "cpu"))
     before = {name: t.clone() for name, t in state.items()}
@@ -109,7 +110,7 @@ def ordered(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def test_a_step_in_place_equals_one_that_is_not(layer: Layer) -> None:
-    """One function: a step that may overwrite its state gives the same output and state."""
+    """3. Equivalence: a step that may overwrite its state gives the same output and state."""
     x = inputs()
     _, state = layer(x[:, :9], Context(), layer.init_state(B, x.dtype, "cpu"))
     own = {name: t.clone() for name, t in state.items()}
@@ -130,7 +131,7 @@ def test_a_step_in_place_equals_one_that_is_not(layer: Layer) -> None:
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_on_either_side_equals_no_padding(layer: Layer, side: str) -> None:
-    """Padding on either side changes neither outputs nor the state."""
+    """4. Padding on either side changes neither outputs nor the state."""
     x = inputs(1, 20)
     alone, end = layer(x, Context(), layer.init_state(1, x.dtype, "cpu"))
     junk = torch.full((1, 7, D), 3.0, dtype=x.dtype)
@@ -145,7 +146,7 @@ def test_padding_on_either_side_equals_no_padding(layer: Layer, side: str) -> No
 
 
 def test_documents_are_kept_apart(layer: Layer) -> None:
-    """Documents: each gives the outputs that it gives alone."""
+    """5. Document masking: each document gives the same outputs as alone."""
     x = inputs(1)
     ids = torch.zeros(1, S, dtype=torch.long)
     ids[:, 13:] += 1
@@ -157,7 +158,7 @@ def test_documents_are_kept_apart(layer: Layer) -> None:
 
 @pytest.mark.parametrize("length", [1, 2, 40])
 def test_what_follows_documents_continues_the_last_one(layer: Layer, length: int) -> None:
-    """Documents: the state holds the last one only, however short it is beside a convolution or a window."""
+    """5. Document masking: the state contains only the last document, even if it is shorter than a window."""
     x = inputs()
     ids = (torch.arange(S - 1) >= S - 1 - length).long().expand(B, -1)
     _, state = layer(x[:, :-1], Context(segment_ids=ids), layer.init_state(B, x.dtype, "cpu"))
@@ -169,14 +170,14 @@ def test_what_follows_documents_continues_the_last_one(layer: Layer, length: int
 
 
 def test_plan_and_rules_name_every_parameter(layer: Layer) -> None:
-    """Tables: plan() and init_rules() name every parameter, no_decay() existing ones."""
+    """9. Parameter tables: plan() and init_rules() name every parameter, no_decay() existing ones."""
     names = {name for name, _ in layer.named_parameters()}
     assert set(layer.plan()) == names and set(layer.init_rules()) == names
     assert set(layer.no_decay()) <= names
 
 
 def test_moving_parameters_in_memory_changes_nothing(layer: Layer) -> None:
-    """Tables: pack_weights changes no value, no shape and no output."""
+    """9. Parameter tables: pack_weights changes no value, no shape and no output."""
     x = inputs()
     before, (y, _) = {name: p.detach().clone() for name, p in layer.named_parameters()}, layer(x, Context())
     layer.pack_weights()
@@ -186,7 +187,7 @@ def test_moving_parameters_in_memory_changes_nothing(layer: Layer) -> None:
 
 
 def test_cut_parameters_divide_by_the_declared_number(layer: Layer) -> None:
-    """Tensor parallelism: every parameter that is cut divides by Config.tp_divisor()."""
+    """8. Tensor parallelism: the size of every sharded dimension is divisible by Config.tp_divisor()."""
     divisor = layer.config.tp_divisor()
     assert divisor >= 1
     shapes = {name: tuple(p.shape) for name, p in layer.named_parameters()}
@@ -213,7 +214,7 @@ class Meeting(torch.nn.Module):
 
 @pytest.mark.parametrize("size", [2])
 def test_parts_by_plan_sum_to_the_whole(layer: Layer, size: int) -> None:
-    """Tensor parallelism: ranks with their own heads add up to the layer in `reduce_from_tp`, called as often as declared."""
+    """7, 8. Local sizes, tensor parallelism: shards add up to the unsharded layer, with the declared number of reductions."""
     x = inputs()
     whole, _ = layer(x, Context())
     barrier, parts = threading.Barrier(size), dict[int, Tensor]()
@@ -248,7 +249,7 @@ class Detach(torch.nn.Module):
 
 
 def test_whole_parameters_stay_outside_of_the_cut_region(layer: Layer) -> None:
-    """Tensor parallelism: a replicated parameter acts outside of `copy_to_tp` ... `reduce_from_tp`."""
+    """8. Tensor parallelism: a replicated parameter acts outside of `copy_to_tp` ... `reduce_from_tp`."""
     replicated = [name for name, how in layer.plan().items() if how == "replicated"]
 
     def reached(end: str) -> set[str]:
@@ -267,7 +268,7 @@ def test_whole_parameters_stay_outside_of_the_cut_region(layer: Layer) -> None:
 
 
 def test_inputs_of_its_own(layer: Layer) -> None:
-    """Inputs: what only this mixer reads are fields of its Inputs, with defaults that mean "not given"."""
+    """10. Own inputs: inputs of only this mixer are fields of its `Inputs`, with defaults that mean "not given"."""
     own = {"mask", "segment_ids", "backend", "in_place", "slots", "attentions", "inputs"}
     assert {f.name for f in fields(Context)} == own
     others = {name for n in NAMES for name in input_names([make(n)]) if layer_class(n).Inputs is not layer.Inputs}
@@ -282,7 +283,7 @@ def test_inputs_of_its_own(layer: Layer) -> None:
 
 
 def test_random_numbers_are_declared(layer: Layer) -> None:
-    """Dropout: a layer that draws random numbers in training says so, and by default none does."""
+    """Dropout: a layer that draws random numbers in training declares it, and by default none does."""
     assert not layer.draws_random()
     if "dropout" not in {f.name for f in fields(layer.config)}:
         return
@@ -304,7 +305,7 @@ def test_two_training_steps(layer: Layer) -> None:
 
 
 def test_its_text_can_be_packed(layer: Layer) -> None:
-    """Export: its file and the operators that it calls go into a folder without this package."""
+    """Export: its file and the operators that it calls can be packed into a folder without this package."""
     config = ModelConfig(32, D, 1, H, 48, (layer.names[0],))
     sources = packed_sources(config, LINEAR)
     trees = [ast.parse(text) for text in sources.values()]
@@ -314,7 +315,7 @@ def test_its_text_can_be_packed(layer: Layer) -> None:
 
 
 def test_costs(layer: Layer) -> None:
-    """Costs: flops grow with the length, state_size and param_count are what is there."""
+    """11. Costs: flops grow with the length, state_size and param_count equal measured counts."""
     assert layer.flops(128) > 0 and layer.flops(4096) >= layer.flops(128)
     assert layer.param_count() == sum(p.numel() for p in layer.parameters())
     made = layer.init_state(1, torch.float32, "cpu")
@@ -323,7 +324,7 @@ def test_costs(layer: Layer) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_registered_without_import_equals_the_class(name: str) -> None:
-    """Found by reading: names, options and their defaults are those of the class."""
+    """1. Registration: names, options and defaults read from the source text are those of the class."""
     cls = layer_class(name)
     assert name in cls.names and layer_info(name).class_name == cls.__name__
     options = layer_options()[cls.names[0]]
@@ -334,6 +335,6 @@ def test_registered_without_import_equals_the_class(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_mixer_has_a_test_that_names_it(name: str) -> None:
-    """A test file of its own holds what is special about it."""
+    """Tests: a mixer has its own test file."""
     stem = layer_info(name).module.rpartition(".")[2]
     assert (Path(__file__).parent / f"test_{stem}.py").exists()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron.model.mlp import ACTIVATIONS, MLP
-from megatron.ops.packed_linear import lie_together
+from megatron.ops.packed_linear import are_adjacent
 from tests.ops.fused_cases import relative
 
 
@@ -42,7 +42,7 @@ def test_every_path_is_the_same_function(activation: str, bias: bool) -> None:
         before = {name: p.clone() for name, p in mlp.state_dict().items()}
         if packed:
             mlp.pack_weights()
-            assert lie_together([mlp.l1.weight, mlp.l2.weight]) is not bias
+            assert are_adjacent([mlp.l1.weight, mlp.l2.weight]) is not bias
         assert all(torch.equal(p, before[name]) for name, p in mlp.state_dict().items())
         for backend in ("reference", "torch", "triton"):
             got = gradients(mlp, backend)

@@ -1,4 +1,4 @@
-"""tools/layer.py: what `new` writes passes as it is, `check` says which clause is broken, impossible names are refused."""
+"""tools/layer.py: the mixer that `new` writes passes, `check` names the failing check, invalid names are rejected."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron.errors import ConfigError
-from tools.layer import TARGETS, Clause, Recorder, check_name, table, write_files
+from tools.layer import TARGETS, Check, Recorder, check_name, table, write_files
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -37,10 +37,10 @@ def test_names_and_files_that_are_there_are_left_alone(tmp_path: Path) -> None:
 
 def test_the_table_says_what_failed_and_how_often() -> None:
     recorder = Recorder(["x"], "test_x.py")
-    recorder.clauses = {"a": Clause("Causal.", passed=2), "b": Clause("Padding.", passed=1, failures=["[left] assert 3 <= 1"])}
+    recorder.checks = {"a": Check("Causal.", passed=2), "b": Check("Padding.", passed=1, failures=["[left] assert 3 <= 1"])}
     lines = table(recorder).splitlines()
     assert lines[0].split() == ["Causal.", "2", "passed"] and lines[1].split() == ["Padding.", "2", "FAILED"]
-    assert lines[2].strip() == "[left] assert 3 <= 1" and lines[-1] == "1 of 2 clauses hold"
+    assert lines[2].strip() == "[left] assert 3 <= 1" and lines[-1].startswith("1 of 2 checks")
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def test_a_new_mixer_passes_as_it_is_and_a_broken_one_does_not(copy: Path) -> No
     """Contract and own tests, ruff, the YAML's dry run; then padding forgotten, and a file that cannot be imported."""
     assert run(copy, "tools/layer.py", "new", "my_gla")[0] == 0
     code, out = run(copy, "tools/layer.py", "check", "my_gla")
-    assert code == 0 and "clauses hold" in out and "FAILED" not in out and "test_my_gla.py: refusal" in out, out
+    assert code == 0 and "without failures" in out and "FAILED" not in out and "test_my_gla.py: refusal" in out, out
     files = [target.format("my_gla") for target in TARGETS.values() if target.endswith(".py")]
     assert run(copy, "-m", "ruff", "check", *files)[0] == 0 and run(copy, "-m", "ruff", "format", "--check", *files)[0] == 0
     sizes = ["--set", "padded_vocab_size=4096", "--set", "seq_length=64"]
@@ -78,7 +78,7 @@ def test_a_new_mixer_passes_as_it_is_and_a_broken_one_does_not(copy: Path) -> No
     path.write_text(text.replace("            mask=ctx.mask,\n", ""))
     code, out = run(copy, "tools/layer.py", "check", "my_gla")
     broken = [line for line in out.splitlines() if line.endswith("FAILED")]
-    assert code == 1 and len(broken) == 1 and broken[0].startswith("Padding on either side"), out
+    assert code == 1 and len(broken) == 1 and broken[0].startswith("4. Padding on either side"), out
     path.write_text(text.replace("import empty_scan_state,", "import no_such_scan,"))
     code, out = run(copy, "tools/layer.py", "check", "my_gla")
     assert code == 1 and "no_such_scan" in out and "Traceback" not in out, out

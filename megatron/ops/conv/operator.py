@@ -2,10 +2,10 @@
 
     y_t = act( bias + sum_j W[:, j] * x_{t - (w-1) + j} )      tap w-1 is the current token
 
-Zero history before the first token unless `history` is given; taps do not reach over a document boundary. The plain form is a
-sum of shifted products: on a CPU it beats a grouped `conv1d`, which wants the channels outermost. x and the weights may differ
-in format (autocast makes x bf16 and leaves them fp32): products and sums are formed in the wider one, y and the gradient of x
-come in x's.
+Zero history before the first token unless `history` is given; the convolution does not cross document boundaries. The
+plain form is a sum of shifted products: on a CPU it is faster than a grouped `conv1d`, which needs the channels outermost. x
+and the weights may have different dtypes (autocast casts x to bf16 and leaves the weights in fp32): products and sums use the
+wider one, y and the gradient of x have the dtype of x.
 Shapes: x [b, s, d], weight [d, 1, w] (the layout of `nn.Conv1d(groups=d)`), history [b, w-1, d].
 """
 
@@ -48,7 +48,7 @@ def conv_reference(
 
 @outside_autocast
 class _ShortConv(torch.autograd.Function):
-    """No bias, no boundaries: the case of training. Keeps x and the sum before the activation."""
+    """Without bias and document boundaries, as in training. Saves x and the sum before the activation."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, history: Tensor | None, silu: bool) -> Tensor:
@@ -96,8 +96,7 @@ class _ShortConv(torch.autograd.Function):
 def conv_torch(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, history: Tensor | None, segment_ids: Tensor | None
 ) -> Tensor:
-    """The case of training by a hand-written backward; bias, boundaries and the compiler, which fuses it, take the plain
-    form."""
+    """Hand-written backward without bias and boundaries; with them, and under the compiler, which fuses it, the plain form."""
     if bias is not None or segment_ids is not None or torch.compiler.is_compiling():
         return conv_reference(x, weight, bias, activation, history, segment_ids)
     return _ShortConv.apply(x, weight, None if history is None else history.to(x.dtype), activation == "silu")
@@ -113,7 +112,7 @@ def causal_conv(
     segment_ids: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """`y [b, s, d]`; see the head of this file. `activation` is "silu" or None."""
+    """`y [b, s, d]`; see the docstring of this module. `activation` is "silu" or None."""
     return choose("conv", backend, x.device)(x, weight, bias, activation, history, segment_ids)
 
 
@@ -133,11 +132,11 @@ def conv_step_torch(
     window = torch.cat([old.to(x.dtype), x.unsqueeze(1)], dim=1)
     total = (window * weight[:, 0].t()).sum(1)
     total = total if bias is None else total + bias
-    kept = window[:, 1:].to(state.dtype)
+    shifted = window[:, 1:].to(state.dtype)
     if slots is None:
-        state.copy_(kept)
+        state.copy_(shifted)
     else:
-        state[slots] = kept
+        state[slots] = shifted
     y = (F.silu(total) if activation == "silu" else total).to(x.dtype)
     return y if gate is None else y * gate
 
@@ -153,9 +152,9 @@ def conv_step_(
     activation: str | None = "silu",
     backend: str = "auto",
 ) -> Tensor:
-    """One token per row: x [b, d] -> y [b, d]; the window `state [slots, w - 1, d]` takes x in and drops its oldest, in place.
+    """One token per row: x [b, d] -> y [b, d]; `state [slots, w - 1, d]`, the window of the last inputs, is shifted in place.
 
-    gate: [b, d], a factor of y after the activation. slots: [b], the row of `state` of each batch row; None: row i of i.
+    gate: [b, d], a factor of y after the activation. slots: [b], the row of `state` for each batch row; None: row i for row i.
     """
     return choose("conv.step", backend, x.device)(x, weight, state, bias, gate, slots, activation)
 
@@ -165,7 +164,7 @@ def next_history(
 ) -> Tensor:
     """The last `width - 1` real inputs `[b, width-1, d]`, which are the history of the token that follows.
 
-    With a mask [b, s] the window ends at each row's last real token, so that padding on either side leaves it right. With
+    With a mask [b, s] the window ends at each row's last real token, so that padding on either side does not matter. With
     segment_ids [b, s] inputs of earlier documents are 0: the token that follows belongs to the document of that last token.
     """
     b, s, d = x.shape

@@ -20,7 +20,7 @@ _TOKENS, _CHANNELS, _WARPS = 32, 32, 4
 ROWS, UNROLLED = 61, 4
 """Rows of a program of the backward, which reads three more, and how many of them are one step of its loop."""
 TAPS = 4
-"""Of the backward's kernel; wider convolutions, which no released model has, take the plain form's gradient."""
+"""Largest kernel size of the fused backward; wider convolutions, which no released model has, use the plain gradient."""
 
 
 def row_channels(d: int) -> int:
@@ -43,9 +43,9 @@ def _grid(x: Tensor) -> tuple[int, int]:
 
 
 def _constants(weight: Tensor, silu: bool, bias: Any, gate: Any, history: Any, segment_ids: Any) -> dict[str, Any]:
-    have = {"HAS_BIAS": bias, "HAS_GATE": gate, "HAS_HIST": history, "HAS_SEG": segment_ids}
+    optional = {"HAS_BIAS": bias, "HAS_GATE": gate, "HAS_HIST": history, "HAS_SEG": segment_ids}
     fixed = {"W": weight.shape[-1], "BT": _TOKENS, "BD": _CHANNELS, "SILU": silu, "num_warps": _WARPS}
-    return fixed | {name: value is not None for name, value in have.items()}
+    return fixed | {name: value is not None for name, value in optional.items()}
 
 
 @torch.library.custom_op("linear_neox::conv_forward", mutates_args=())
@@ -177,7 +177,7 @@ conv_forward.register_autograd(_gradient, setup_context=_setup)
 def conv_fused(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, history: Tensor | None, segment_ids: Tensor | None
 ) -> Tensor:
-    """The fused path; arguments as `causal_conv` in `ops/conv/operator.py`. fp64 keeps its precision on the plain path."""
+    """The fused path; arguments as `causal_conv` in `ops/conv/operator.py`. fp64 takes the plain path."""
     if x.dtype == torch.float64:
         return conv_torch(x, weight, bias, activation, history, segment_ids)
     history = None if history is None else history.to(x.dtype).contiguous()
@@ -195,7 +195,7 @@ def conv_step_in_place(
     slots: Tensor | None = None,
     activation: str | None = "silu",
 ) -> Tensor:
-    """One token per row; the window takes it in and drops its oldest, in place.
+    """One token per row; the window of the last inputs is shifted in place.
 
     Args:
         x: [b, d].
@@ -203,7 +203,7 @@ def conv_step_in_place(
         state: the last w - 1 inputs, [slots, w - 1, d], each row dense, in x's dtype.
         bias: [d] or None.
         gate: [b, d] or None: a factor of y after the activation.
-        slots: int [b], the row of `state` that belongs to each batch row; None means row i of i.
+        slots: int [b], the row of `state` that belongs to each batch row; None means row i for row i.
         activation: `silu` or None.
 
     Returns:

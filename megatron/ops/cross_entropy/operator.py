@@ -1,7 +1,7 @@
-"""The two halves of a cross entropy over rows of logits that are thrown away again: statistics of a row, then its gradient.
+"""The two halves of a cross entropy over rows of temporary logits: statistics of a row, then its gradient.
 
-Between the halves a vocabulary that is split over ranks can add up its parts (`model/linear_loss.py`). The gradient
-overwrites the logits. Everything is formed in fp32 (fp64 for fp64 logits), the gradient is rounded to the logits' dtype.
+Between the halves the statistics of a sharded vocabulary can be reduced over ranks (`model/linear_loss.py`). The gradient
+overwrites the logits. Everything is computed in fp32 (fp64 for fp64 logits), the gradient is rounded to the logits' dtype.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ def row_stats_torch(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Ten
     """The plain form of `row_stats`."""
     peak = in_accumulation_dtype(logits.amax(-1))
     parts = [(in_accumulation_dtype(logits[at]) - peak[at, None]).exp_().sum(-1) for at in _blocks(logits)]
-    held = labels >= 0
+    is_local = labels >= 0
     picked = in_accumulation_dtype(logits.gather(1, labels.clamp_min(0).unsqueeze(1)).squeeze(1))
-    return peak, torch.cat(parts) if parts else peak, picked.masked_fill(~held, 0.0)
+    return peak, torch.cat(parts) if parts else peak, picked.masked_fill(~is_local, 0.0)
 
 
 @path("cross_entropy.gradient", "reference")
@@ -37,17 +37,17 @@ def row_stats_torch(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Ten
 def row_gradient_torch(logits: Tensor, labels: Tensor, peak: Tensor, total: Tensor, weights: Tensor) -> None:
     """The plain form of `row_gradient_`."""
     scale = torch.where(weights == 0, 0.0, weights / total)
-    here = torch.where(labels >= 0, weights, 0.0)
+    local_weights = torch.where(labels >= 0, weights, 0.0)
     for at in _blocks(logits):
         share = (in_accumulation_dtype(logits[at]) - peak[at, None]).exp_().mul_(scale[at, None])
-        share.scatter_add_(1, labels[at, None].clamp_min(0), -here[at, None])
+        share.scatter_add_(1, labels[at, None].clamp_min(0), -local_weights[at, None])
         logits[at] = share
 
 
 def row_stats(logits: Tensor, labels: Tensor, backend: str = "auto") -> tuple[Tensor, Tensor, Tensor]:
     """Of each row of `logits [t, n]`: its maximum, its sum of exp(logit - maximum), and its label's logit.
 
-    labels: [t], the column of each row's label, or negative where another rank holds it (its logit counts 0 then).
+    labels: [t], the column of each row's label, or negative if the column is on another rank (then the label's logit is 0).
     """
     return choose("cross_entropy", backend, logits.device)(logits, labels)
 

@@ -1,6 +1,6 @@
 """The fused path of the cross entropy over rows: statistics of a row, then its gradient.
 
-No custom operators: it runs inside the autograd function of `model/linear_loss.py`, which stands outside compiled regions.
+No custom operators: it runs inside the autograd function of `model/linear_loss.py`, which is outside compiled regions.
 """
 
 from __future__ import annotations

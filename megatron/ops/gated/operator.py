@@ -1,7 +1,7 @@
-"""The product of a gated MLP, y = act(a) * b: plain forms, choice of a path.
+"""The product of a gated MLP, y = act(a) * b: plain forms and dispatch.
 
-Autograd keeps a and b only; the backward forms the activation again, which costs less than the memory of its result. a and b
-may be the two halves of a packed projection (`ops/packed_linear/`), whose gradient then comes back in one piece.
+Autograd saves a and b only; the backward recomputes the activation, which costs less than the memory of its result. a and b
+may be the two halves of a packed projection (`ops/packed_linear/`), whose gradient is then a single tensor.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from megatron.ops.dispatch import choose, path
 from megatron.ops.precision import outside_autocast
 
 GATES: Mapping[str, str] = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_tanh": "gelu_tanh"}
-"""Name of an activation -> the form under which the operator knows it; other activations are not in this operator."""
+"""Name of an activation -> its name in the operator; other activations are not supported."""
 
 
 def _act(a: Tensor, form: str) -> Tensor:
@@ -58,7 +58,7 @@ class _Gated(torch.autograd.Function):
 
 @outside_autocast
 class _GatedPacked(torch.autograd.Function):
-    """a and b side by side [..., 2 d] -> [..., d]."""
+    """a and b concatenated [..., 2 d] -> [..., d]."""
 
     @staticmethod
     def forward(ctx: Any, packed: Tensor, form: str) -> Tensor:
@@ -80,7 +80,7 @@ class _GatedPacked(torch.autograd.Function):
 
 @path("gated", "reference")
 def gated_reference(a: Tensor, b: Tensor | None, form: str) -> Tensor:
-    """The formula, differentiated by autograd; without b, a holds both halves."""
+    """The formula, differentiated by autograd; without b, a contains both halves."""
     if b is None:
         a, b = a.chunk(2, -1)
     return _act(a, form) * b
@@ -88,7 +88,7 @@ def gated_reference(a: Tensor, b: Tensor | None, form: str) -> Tensor:
 
 @path("gated", "torch")
 def gated_torch(a: Tensor, b: Tensor | None, form: str) -> Tensor:
-    """The plain form; a compiler fuses the formula and chooses by itself what it keeps."""
+    """The plain form; a compiler fuses the formula and decides itself what to save."""
     if torch.compiler.is_compiling() or (b is not None and a.dtype != b.dtype):
         return gated_reference(a, b, form)
     return _GatedPacked.apply(a, form) if b is None else _Gated.apply(a, b, form)
@@ -107,10 +107,10 @@ def gated(a: Tensor, b: Tensor, activation: str, backend: str = "auto") -> Tenso
 
 
 def gated_packed(packed: Tensor, activation: str, backend: str = "auto") -> Tensor:
-    """As `gated`, of a and b side by side.
+    """As `gated`, of a and b in one tensor.
 
     Args:
-        packed: [..., 2 d], a in front.
+        packed: [..., 2 d], a first.
         activation: a key of `GATES`.
         backend: path of the operator.
     """

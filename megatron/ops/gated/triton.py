@@ -1,4 +1,4 @@
-"""The fused path of act(a) * b: custom operators that `torch.compile` keeps in its graph. Kept for the backward: a and b."""
+"""The fused path of act(a) * b: custom operators that `torch.compile` keeps in its graph. Saved for the backward: a and b."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _FORMS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
 
 
 def _rows(x: Tensor) -> Tensor:
-    """x [..., d] as [n, d] with dense rows; columns of a packed projection are taken as they are."""
+    """x [..., d] as [n, d] with dense rows; columns of a packed projection are not copied."""
     flat = x.reshape(-1, x.shape[-1])
     return flat if flat.stride(1) == 1 or flat.shape[1] == 1 else flat.contiguous()
 
 
 def _halves(a: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor]:
-    """a and b [..., d]; without b they lie side by side."""
+    """a and b [..., d]; without b, a contains both."""
     if b is not None:
         return a, b
     first, second = a.chunk(2, -1)
@@ -42,7 +42,7 @@ def _launch(n: int, d: int, form: str) -> tuple[tuple[int], dict[str, int]]:
 
 @torch.library.custom_op("linear_neox::gated_forward", mutates_args=())
 def gated_forward(a: Tensor, b: Tensor | None, form: str) -> Tensor:
-    """y [..., d] of a and b [..., d], or of both side by side [..., 2 d] in a."""
+    """y [..., d] of a and b [..., d], or of both in a [..., 2 d]."""
     first, second = _halves(a, b)
     y = torch.empty(first.shape, dtype=a.dtype, device=a.device)
     if y.numel():
@@ -61,7 +61,7 @@ def _(a: Any, b: Any, form: Any) -> Tensor:
 
 @torch.library.custom_op("linear_neox::gated_backward", mutates_args=())
 def gated_backward(dy: Tensor, a: Tensor, b: Tensor | None, form: str) -> tuple[Tensor, Tensor]:
-    """Gradients of a and b; in one piece [..., 2 d], and an empty tensor, where a holds both."""
+    """Gradients of a and b; if a contains both, one tensor [..., 2 d] and an empty one."""
     da = torch.empty(a.shape, dtype=a.dtype, device=a.device)
     db = a.new_empty(0) if b is None else torch.empty(b.shape, dtype=b.dtype, device=b.device)
     if dy.numel():
@@ -96,7 +96,7 @@ gated_forward.register_autograd(_gradient, setup_context=_setup)
 
 @path("gated", "triton")
 def gated_fused(a: Tensor, b: Tensor | None, form: str) -> Tensor:
-    """Arguments and result as the plain path in `ops/gated/operator.py`, which also computes in fp64 and in mixed formats."""
+    """Arguments and result as the plain path in `ops/gated/operator.py`, which also supports fp64 and mixed dtypes."""
     if a.dtype == torch.float64 or (b is not None and (a.dtype != b.dtype or a.shape != b.shape)):
         return gated_torch(a, b, form)
     return gated_forward(a, b, form)

@@ -1,4 +1,4 @@
-"""Norms of the residual stream and the addition in front of them."""
+"""Norms of the residual stream and the addition before them."""
 
 from megatron.ops.norm.operator import add_norm, norm
 

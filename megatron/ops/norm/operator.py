@@ -1,8 +1,8 @@
-"""Norms of the residual stream, and the addition in front of them, in fp32 (fp64 for fp64): plain forms, choice of a path.
+"""Norms of the residual stream, and the addition before them, in fp32 (fp64 for fp64): plain forms and dispatch.
 
     s = x + added            y = (s - mean?) / sqrt(mean square + eps) [* weight] [+ bias]
 
-LayerNorm takes the mean away, RMSNorm does not. The sum keeps the stream's dtype, y comes in the one that is asked for.
+LayerNorm subtracts the mean, RMSNorm does not. The sum has the dtype of the stream, y the requested one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from megatron.ops.precision import in_accumulation_dtype
 @path("norm", "reference")
 @path("norm", "torch")
 def norm_torch(x: Tensor, weight: Tensor | None, bias: Tensor | None, centred: bool, eps: float, dtype: torch.dtype) -> Tensor:
-    """The formula by torch's own norms; it widens x, not y."""
+    """The formula with torch's own norms; x is cast to fp32, y to `dtype`."""
     wide = in_accumulation_dtype(x)
     gain = None if weight is None else weight.to(wide.dtype)
     if centred:

@@ -1,4 +1,4 @@
-"""Norms on a GPU: custom operators that `torch.compile` keeps in its graph. Kept for the backward: the stream and the gain."""
+"""Norms on a GPU: custom operators that `torch.compile` keeps in its graph. Saved for the backward: the stream and the gain."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from megatron.ops.norm.operator import add_norm_torch, norm_torch
 from megatron.ops.precision import outside_autocast
 from megatron.ops.tuning import norm_cut, padded
 
-# Parts of the weights' gradients: some four programs per multiprocessor; a fixed number, so that sums do not depend on the GPU.
+# Partial sums of weight gradients: about four programs per multiprocessor; a constant, so that sums do not depend on the GPU.
 _PARTS = 512
 
 
-def _constants(d: int, centred: bool, **have: Any) -> dict[str, Any]:
+def _constants(d: int, centred: bool, **optional: Any) -> dict[str, Any]:
     rows, warps = norm_cut(d)
-    flags = {f"HAS_{name.upper()}": value is not None for name, value in have.items()}
+    flags = {f"HAS_{name.upper()}": value is not None for name, value in optional.items()}
     return {"BD": padded(d), "ROWS": rows, "CENTRED": centred, **flags, "num_warps": warps}
 
 
@@ -71,8 +71,8 @@ def norm_backward(
     if n:
         with device_guard(s):
             kernels.norm_backward[(parts,)](s, weight, dy, dtotal, dx, dw, db, n, d, eps, **constants)
-    found = [x.sum(0).to(p.dtype) if p is not None else x.new_empty(0) for x, p in ((dw, weight), (db, bias))]
-    return dx, found[0], found[1]
+    gradients = [x.sum(0).to(p.dtype) if p is not None else x.new_empty(0) for x, p in ((dw, weight), (db, bias))]
+    return dx, gradients[0], gradients[1]
 
 
 @norm_backward.register_fake
@@ -102,7 +102,7 @@ norm_forward.register_autograd(_gradient, setup_context=_setup)
 
 @path("norm", "triton")
 def norm_fused(x: Tensor, weight: Tensor | None, bias: Tensor | None, centred: bool, eps: float, dtype: torch.dtype) -> Tensor:
-    """Arguments and result as `norm` in `ops/norm/operator.py`; fp64 keeps its precision on the plain path."""
+    """Arguments and result as `norm` in `ops/norm/operator.py`; fp64 takes the plain path."""
     if x.dtype == torch.float64:
         return norm_torch(x, weight, bias, centred, eps, dtype)
     return norm_forward(x, None, weight, bias, centred, eps, dtype)[0]
@@ -112,7 +112,7 @@ def norm_fused(x: Tensor, weight: Tensor | None, bias: Tensor | None, centred: b
 def add_norm_fused(
     x: Tensor, added: Tensor, weight: Tensor | None, bias: Tensor | None, centred: bool, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Arguments and results as `add_norm` in `ops/norm/operator.py`; fp64 keeps its precision on the plain path."""
+    """Arguments and results as `add_norm` in `ops/norm/operator.py`; fp64 takes the plain path."""
     if x.dtype == torch.float64:
         return add_norm_torch(x, added, weight, bias, centred, eps, dtype)
     y, total = norm_forward(x, added, weight, bias, centred, eps, dtype)

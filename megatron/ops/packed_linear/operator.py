@@ -1,8 +1,8 @@
 """Several linear maps of one input as one matrix product.
 
-The maps stay separate parameters with their released names: their rows are put one below the other when they are used. Where
-they already lie so in memory (`pack_weights`, or ZeRO's flat buffer) they are read in place. Under autocast and in a compiled
-graph, where memory has no places, the rows are joined by plain operators.
+The maps stay separate parameters with their released names: their rows are concatenated when they are used. If they are
+already adjacent in memory (`pack_weights`, or ZeRO's flat buffer) they are read in place. Under autocast and in a compiled
+graph, which has no addresses, the rows are concatenated by plain operators.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from megatron.ops.precision import autocast_dtype, outside_autocast
 
 
 def packed_bias(bias: Tensor | None, rows: int) -> Tensor | None:
-    """`bias` of the last map as one of all `rows`: zeros in front."""
+    """`bias` of the last map as a bias of all `rows`, padded with zeros at the front."""
     return None if bias is None else F.pad(bias, (rows - bias.shape[0], 0))
 
 
-def lie_together(weights: Sequence[Tensor]) -> bool:
-    """Whether matrices [n_i, d] follow each other in memory."""
-    place, home = weights[0].storage_offset(), weights[0].untyped_storage()._cdata
+def are_adjacent(weights: Sequence[Tensor]) -> bool:
+    """Whether matrices [n_i, d] are adjacent in memory, in this order."""
+    offset, storage = weights[0].storage_offset(), weights[0].untyped_storage()._cdata
     for weight in weights:
-        # places in one storage, no addresses: these exist for tensors without memory too, and neighbours may be strangers
-        if weight.untyped_storage()._cdata != home or weight.storage_offset() != place or not weight.is_contiguous():
+        # offsets, which meta tensors have too; adjacent addresses may belong to different storages
+        if weight.untyped_storage()._cdata != storage or weight.storage_offset() != offset or not weight.is_contiguous():
             return False
-        place += weight.numel()
+        offset += weight.numel()
     return True
 
 
 def joined_rows(weights: Sequence[Tensor]) -> Tensor:
-    """The rows of all weights [n_i, d] as one [sum n_i, d]: a view where they follow each other in memory, else a copy."""
-    if not lie_together(weights):
+    """The rows of all weights [n_i, d] as one [sum n_i, d]: a view if they are adjacent in memory, else a copy."""
+    if not are_adjacent(weights):
         return torch.cat([w.detach() for w in weights])
     first, d = weights[0], weights[0].shape[1]
     return first.detach().as_strided((sum(w.shape[0] for w in weights), d), (d, 1))
@@ -45,7 +45,7 @@ def joined_rows(weights: Sequence[Tensor]) -> Tensor:
 
 @outside_autocast
 class _PackedLinear(torch.autograd.Function):
-    """One product forward, two backward. Joined rows are not kept: joining again costs less than a second copy of weights."""
+    """One product forward, two backward. Joined rows are not saved: joining again costs less than a copy of the weights."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, *weights: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ class _PackedLinear(torch.autograd.Function):
 
 @path("packed_linear", "reference")
 def packed_linear_reference(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None) -> Tensor:
-    """One map after the other."""
+    """Separate maps, concatenated."""
     parts = [F.linear(x, weight) for weight in weights]
     return torch.cat(parts if bias is None else [*parts[:-1], parts[-1] + bias], dim=-1)
 
@@ -81,15 +81,15 @@ def packed_linear_torch(x: Tensor, weights: Sequence[Tensor], bias: Tensor | Non
 
 
 def _joined_linear(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None) -> Tensor:
-    """`packed_linear` out of operators that autocast and the compiler know."""
+    """`packed_linear` with operators that autocast and the compiler support."""
     rows = torch.cat(list(weights))
     return F.linear(x, rows, packed_bias(bias, rows.shape[0]))
 
 
 def packed_linear(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, backend: str = "auto") -> Tensor:
-    """`x [..., d]` times the rows of all `weights` [n_i, d], side by side: [..., sum n_i]; `bias` belongs to the last map.
+    """`x [..., d]` times the rows of all `weights` [n_i, d], concatenated: [..., sum n_i]; `bias` belongs to the last map.
 
-    Under autocast it is `F.linear`: inputs and result are in autocast's format.
+    Under autocast it is `F.linear`: inputs and result have autocast's dtype.
     """
     if autocast_dtype(x.device) is not None:
         return _joined_linear(x, weights, bias)
@@ -97,13 +97,13 @@ def packed_linear(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, bac
 
 
 def pack_weights(parameters: Sequence[Tensor]) -> None:
-    """Put matrices [n_i, d] one behind the other in memory; they stay the parameters that they are.
+    """Make matrices [n_i, d] adjacent in memory; the parameters stay the same objects.
 
-    Does nothing where they differ in dtype or device or have no memory yet.
+    Does nothing if they differ in dtype or device or are on the meta device.
     """
     first = parameters[0]
     if first.is_meta or any(p.dtype != first.dtype or p.device != first.device for p in parameters):
         return
     joined = torch.cat([p.detach() for p in parameters])
-    for parameter, piece in zip(parameters, joined.split([p.shape[0] for p in parameters]), strict=True):
-        parameter.data = piece
+    for parameter, view in zip(parameters, joined.split([p.shape[0] for p in parameters]), strict=True):
+        parameter.data = view

@@ -1,6 +1,6 @@
-"""`packed_linear` beside the fused kernels: one product forward, two backward, and no copy of weights that lie together.
+"""`packed_linear` for the fused kernels: one product forward, two backward, and no copy of adjacent weights.
 
-A custom operator, because where the weights lie in memory is nothing that `torch.compile` can trace.
+A custom operator, because `torch.compile` cannot trace the location of weights in memory.
 """
 
 from __future__ import annotations

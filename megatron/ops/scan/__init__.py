@@ -1,4 +1,4 @@
-"""The gated linear scan, the operator under most linear-attention mixers."""
+"""The gated linear scan, the operator of most linear-attention mixers."""
 
 from megatron.ops.scan.operator import empty_scan_state, gated_scan, gated_scan_step, scan_quadratic, scan_recurrent
 

@@ -1,17 +1,17 @@
 """The gated linear scan in chunks: matrix products inside a chunk, a short loop over chunk states, an exact backward.
 
-Same function as `ops/scan/` (the reference), at O(s) cost. Tokens are cut into chunks of `c`; with L the running sum of
+Same function as `ops/scan/` (the reference), at O(s) cost. Tokens are split into chunks of `c`; with L the running sum of
 log decays inside a chunk and m its middle,
 
     inside   A = tril[(q exp(L - L_m)) (k exp(L_m - L))^T],  o = A v
     across   o += (q exp(L)) S,   S' = exp(L_c) S + (k exp(L_c - L))^T v
 
-Referencing to the middle keeps both factors within exp(+-c/2 * |l|). `chunk_for` halves the chunk until that is at most
-exp(+-40), so no product leaves fp32 and every decay is exact: with MetaLA's l >= -softplus(-z)/16 the full 64 hold for every
-gate logit z >= -20, far below what training reaches.
+The middle as reference keeps both factors within exp(+-c/2 * |l|). `chunk_for` halves the chunk until that is at most
+exp(+-40), so no product leaves fp32 and every decay is exact: with MetaLA's l >= -softplus(-z)/16 the full 64 are valid for
+every gate logit z >= -20, far below what training reaches.
 
-Why a hand-written backward: autograd would keep a dozen [b, s, d] tensors per layer; this keeps the inputs and one state per
-chunk. The gradient of the log decay uses L's antisymmetry: every pair (i, j) adds q.dq at i and takes k.dk at j, so
+Why a hand-written backward: autograd would keep a dozen [b, s, d] tensors per layer; this saves the inputs and one state
+per chunk. The gradient of the log decay uses L's antisymmetry: every pair (i, j) adds q.dq at i and subtracts k.dk at j, so
 dl = reverse-cumsum(q.dq - k.dk) inside the chunk plus <dS, S> at its end; no division, no long cancelling sum.
 """
 
@@ -41,7 +41,7 @@ class Boundaries(NamedTuple):
 
 
 class Scan(NamedTuple):
-    """What a forward pass leaves for its backward: factors are recomputed, states are kept."""
+    """Decay factors of a pass; the backward recomputes them and reads the saved states."""
 
     decay_in: Tensor  # exp(L)         [b, h, n, c, k]
     decay_out: Tensor  # exp(L_c - L)
@@ -73,13 +73,13 @@ def from_chunks(x: Tensor, s: int) -> Tensor:
     return x.permute(0, 2, 3, 1, 4).reshape(b, n * c, h, k)[:, :s]
 
 
-def borders_of(segment_ids: Tensor | None, c: int, like: Tensor, previous: Tensor | None = None) -> Boundaries:
-    """Border factors for `like [b, h, n, c, k]`; `previous [b, 1]`: document of the incoming state (default: the first)."""
+def boundary_factors(segment_ids: Tensor | None, c: int, like: Tensor, previous: Tensor | None = None) -> Boundaries:
+    """Boundary factors for `like [b, h, n, c, k]`; `previous [b, 1]`: document of the incoming state (default: the first)."""
     lower = torch.ones(c, c, dtype=torch.bool, device=like.device).tril()
     if segment_ids is None:
         return Boundaries(lower.to(like.dtype), None, None, None)
     s, n = segment_ids.shape[1], like.shape[2]
-    if n * c > s:  # padding continues the last document, so that it leaves the state alone
+    if n * c > s:  # padding continues the last document, so that it does not change the state
         segment_ids = torch.cat([segment_ids, segment_ids[:, -1:].expand(-1, n * c - s)], dim=1)
     ids = segment_ids.reshape(-1, 1, n, c, 1)
     last = ids[:, :, :, -1:]
@@ -103,7 +103,7 @@ def prepare(log_decay: Tensor, segment_ids: Tensor | None, c: int, previous: Ten
         toward=toward,
         against=toward.reciprocal(),
         total=last.exp().transpose(-1, -2),
-        boundaries=borders_of(segment_ids, c, log_decay, previous),
+        boundaries=boundary_factors(segment_ids, c, log_decay, previous),
     )
 
 
@@ -136,7 +136,7 @@ def backward_chunks(
     boundaries = scan.boundaries
     do = do * scale
     reach = _times(q * scan.decay_in, boundaries.enter)
-    read = reach.transpose(-1, -2) @ do  # what each chunk's queries ask of its incoming state
+    read = reach.transpose(-1, -2) @ do  # gradient of each chunk's incoming state from its queries
     carry = _times(scan.total, boundaries.carry)
     ends = torch.empty_like(starts)  # gradient of the state after each chunk
     current = torch.zeros_like(final) if dfinal is None else dfinal
@@ -147,8 +147,8 @@ def backward_chunks(
     toward, against = q * scan.toward, k * scan.against
     scores = (toward @ against.transpose(-1, -2)).mul_(boundaries.pair)
     dscores = (do @ v.transpose(-1, -2)).mul_(boundaries.pair)
-    kept = _times(k * scan.decay_out, boundaries.leave)
-    dv = (scores.transpose(-1, -2) @ do).add_(kept @ ends)
+    decayed = _times(k * scan.decay_out, boundaries.leave)
+    dv = (scores.transpose(-1, -2) @ do).add_(decayed @ ends)
     dq = (dscores @ against).mul_(scan.toward)
     dq.add_(_times((do @ starts.transpose(-1, -2)).mul_(scan.decay_in), boundaries.enter))
     dk = (dscores.transpose(-1, -2) @ toward).mul_(scan.against)

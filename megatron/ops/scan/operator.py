@@ -3,16 +3,16 @@
     S_t = diag(exp(l_t)) S_{t-1} + k_t^T v_t        o_t = scale * q_t S_t
 
 per batch row and head, with log decays l_t <= 0 per key channel; the state is updated before it is read, so a token sees
-itself (GLA, arXiv 2312.06635, equations 3 and 4; MetaLA, arXiv 2411.10741, section 4). A mixer brings q, k, v and its gate as
-log decays and gets documents, padding, states of a prefill and an exact backward; what it does to the output is its own.
+itself (GLA, arXiv 2312.06635, equations 3 and 4; MetaLA, arXiv 2411.10741, section 4). A mixer passes q, k, v and its
+gate as log decays; the operator implements document masking, padding, states and an exact backward.
 
-Paths: `torch` is the chunked form of `ops/scan/chunk.py` with a hand-written backward, `reference` goes token by token and is
-what that form and kernels are tested against, as is the quadratic form, which shows all pairs. A fused path would be
-`ops/scan/triton.py` and register itself as `@path("scan", "triton")`; until there is one, `auto` takes the chunked form on
-every device, and says so in the log.
+Paths: `torch` is the chunked form of `ops/scan/chunk.py` with a hand-written backward, `reference` is the recurrence token
+by token, against which the other forms are tested, as against the quadratic form, which computes all pairs. A fused path would
+be `ops/scan/triton.py` and register itself as `@path("scan", "triton")`; until there is one, `auto` selects the chunked form
+on every device, which is logged.
 
 Shapes: q, k [b, s, h, k]; v [b, s, h, v]; log decay [b, s, h, k], or [b, s, h, 1] for one rate per head; state [b, h, k, v];
-segment_ids, mask [b, s]. Where segment_ids changes from one token to the next, the state is emptied in between; an initial
+segment_ids, mask [b, s]. Where segment_ids changes from one token to the next, the state is reset in between; an initial
 state belongs to the segment of the first token.
 """
 
@@ -63,7 +63,7 @@ def scan_quadratic(
 ) -> tuple[Tensor, Tensor]:
     """All pairs at once: o_t = scale * sum_{j<=t} (q_t . exp(L_t - L_j) k_j) v_j with L the running sum of log decays.
 
-    Memory is O(s^2 k): for tests and for reading.
+    Memory is O(s^2 k): for tests and as documentation.
     """
     s = q.shape[1]
     running = log_decay.cumsum(dim=1)
@@ -120,11 +120,11 @@ def gated_scan(
         k: keys [b, s, h, k].
         v: values [b, s, h, v].
         log_decay: log of the factor that the state decays by before the token is added, [b, s, h, k] or [b, s, h, 1], at most
-            0; best formed in fp32 (`F.logsigmoid(gate.float())`).
+            0; best computed in fp32 (`F.logsigmoid(gate.float())`).
         scale: of the outputs; None is k ** -0.5.
         state: [b, h, k, v] before the first token, in fp32 (fp64 for an fp64 model); None is empty.
-        mask: [b, s], 0 for padding, which neither adds to the state nor lets it decay; its outputs mean nothing.
-        segment_ids: [b, s], another number for each document; None where documents are not separated.
+        mask: [b, s], 0 for padding, which neither adds to the state nor lets it decay; its outputs are undefined.
+        segment_ids: [b, s], a different number for each document; None without document masking.
         backend: auto | reference | torch, see `ops/dispatch.py`.
 
     Returns:
@@ -146,7 +146,7 @@ def gated_scan_step(
     """One token: `gated_scan` for s = 1 without its dimension, q, k [b, h, k], v [b, h, v], log_decay [b, h, k] or [b, h, 1].
 
     Returns:
-        output [b, h, v] in v's dtype, and the new state [b, h, k, v]; the old one is left alone.
+        output [b, h, v] in v's dtype, and the new state [b, h, k, v]; the old one is not modified.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     added = in_accumulation_dtype(k).unsqueeze(-1) * in_accumulation_dtype(v).unsqueeze(-2)

@@ -1,4 +1,4 @@
-"""What Mamba makes of the scan's output: a skip connection per channel, and a gate.
+"""Mamba's output of the selective scan: a skip connection per channel, and a gate.
 
     out = (y + D u) silu(z)
 
@@ -25,7 +25,7 @@ def scan_gate(y: Tensor, u: Tensor, gain: Tensor, z: Tensor, *, backend: str = "
     """The gated output [..., d] in z's dtype.
 
     Args:
-        y: of the scan, [..., d].
+        y: output of the scan, [..., d].
         u: input of the scan, [..., d].
         gain: D, [d].
         z: the gate before its activation, [..., d].

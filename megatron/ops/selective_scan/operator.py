@@ -3,11 +3,11 @@
     h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t        y_t = h_t C_t
 
 per channel with n numbers of state (Mamba, arXiv 2312.00752, algorithm 2, with its simplified discretisation of B). Every
-channel and state has its own decay, so no matrix product can replace the loop over tokens; what is gained in chunks is memory
-(the states [s, d, n] exist for one chunk at a time) and all work but one multiply-add per token as products over a whole chunk.
+channel and state has its own decay, so no matrix product can replace the loop over tokens. Chunks save memory (the
+states [s, d, n] exist for one chunk at a time), and all work except one multiply-add per token is vectorised over a chunk.
 
-Shapes: u, dt, y [b, s, d] with dt > 0 (0 at padding: such a token leaves the state alone); A [d, n], negative; B, C [b, s, n];
-state [b, d, n]; segment_ids [b, s], the state is emptied where they change. All in fp32 (fp64 for fp64).
+Shapes: u, dt, y [b, s, d] with dt > 0 (0 at padding, which does not change the state); A [d, n], negative; B, C [b, s, n];
+state [b, d, n]; segment_ids [b, s], the state is reset where they change. All in fp32 (fp64 for fp64).
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def selective_scan_recurrent(
 
 
 class _Span(NamedTuple):
-    """One chunk with tokens on dim 0, as the loop walks over them."""
+    """One chunk with tokens on dim 0, over which the loop runs."""
 
     u: Tensor  # [c, b, d]
     dt: Tensor
@@ -64,8 +64,8 @@ class _Span(NamedTuple):
 def _span(tensors: tuple[Tensor, ...], same: Tensor | None, start: int) -> _Span:
     u, dt, a, b, c = tensors
     at = (slice(None), slice(start, start + SSM_CHUNK))
-    cut = [in_accumulation_dtype(x[at]).transpose(0, 1) for x in (u, dt, b, c)]
-    return _Span(cut[0], cut[1], in_accumulation_dtype(a), cut[2], cut[3], None if same is None else same[at].transpose(0, 1))
+    u, dt, b, c = (in_accumulation_dtype(x[at]).transpose(0, 1) for x in (u, dt, b, c))
+    return _Span(u, dt, in_accumulation_dtype(a), b, c, None if same is None else same[at].transpose(0, 1))
 
 
 def _states(span: _Span, start: Tensor) -> tuple[Tensor, Tensor]:
@@ -127,14 +127,14 @@ class _SelectiveScan(torch.autograd.Function):
             span = _span((u, dt, a, b, c), same, starts[i])
             dout = in_accumulation_dtype(dy[at]).transpose(0, 1)
             decay, h = _states(span, ctx.begun[i])
-            g = dout.unsqueeze(-1) * span.c.unsqueeze(-2)  # gradient of every state, filled from the right
+            g = dout.unsqueeze(-1) * span.c.unsqueeze(-2)  # gradient of every state, computed from the last to the first
             if after is not None:
                 g[-1] += after
             for t in range(len(g) - 2 if has_numbers(g) else -1, -1, -1):
                 g[t].addcmul_(decay[t + 1], g[t + 1])
             after = decay[0] * g[0]
             dc[at] = (dout.unsqueeze(-2) @ h).squeeze(-2).transpose(0, 1)
-            through = (g @ span.b.unsqueeze(-1)).squeeze(-1)  # what dt u asks for
+            through = (g @ span.b.unsqueeze(-1)).squeeze(-1)  # gradient of dt u
             db[at] = ((span.dt * span.u).unsqueeze(-2) @ g).squeeze(-2).transpose(0, 1)
             du[at] = (through * span.dt).transpose(0, 1)
             g.mul_(decay)  # gradient of the exponent dt A
@@ -152,7 +152,7 @@ _selective_scan = opaque("selective_scan", _SelectiveScan)
 def selective_scan_chunked(
     u: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, state: Tensor | None, segment_ids: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The chunked form at the head of this file."""
+    """The chunked form; see the docstring of this module."""
     return _selective_scan(u, dt, a, b, c, state, segment_ids)
 
 
@@ -204,5 +204,5 @@ def selective_step_(
     slots: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """`selective_step` with `state [slots, d, n]` (fp32) overwritten; slots [b]: whose row each batch row's state is."""
+    """`selective_step` with `state [slots, d, n]` (fp32) overwritten; slots [b]: row of `state` for each batch row."""
     return choose("selective_scan.step", backend, u.device)(u, dt, a, b, c, state, slots)

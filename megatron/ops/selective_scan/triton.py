@@ -1,7 +1,7 @@
 """The selective scan on a GPU: custom operators that `torch.compile` keeps in its graph, and the decode step in place.
 
 The backward recomputes the states from those before every chunk, which the forward stores: a number per state, channel and 64
-tokens. Inputs may be views of a packed projection (B and C are): a token's row may lie anywhere, its numbers must be dense.
+tokens. Inputs may be views of a packed projection (B and C are): each token's row must be dense, rows may be strided.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from megatron.ops.selective_scan.operator import same_as_before, selective_scan_
 CHUNK = 64
 """Tokens between two stored states."""
 MOST_STATES = 64
-"""States per channel that a warp holds; with more the scan takes the plain path."""
+"""Largest number of states per channel in a warp; with more the scan takes the plain path."""
 _FULL, _PARTS = 1024, 32
-"""Programs, of one warp each, that fill a GPU; how many parts a sequence is split into at most."""
+"""Programs, of one warp each, that fill a GPU; largest number of parts that a sequence is split into."""
 
 
 def layout(n: int, d: int) -> dict[str, int]:
-    """How the tile of states [n, channels] lies in a warp: see `triton_kernels.py`.
+    """Layout of the tile of states [n, channels] in a warp: see `triton_kernels.py`.
 
     Args:
         n: states per channel.
@@ -43,7 +43,7 @@ def layout(n: int, d: int) -> dict[str, int]:
 
 
 def parts_for(programs: int, chunks: int) -> int:
-    """How many parts a sequence of `chunks` is split into where `programs` walk over whole sequences."""
+    """How many parts a sequence of `chunks` is split into if `programs` would process whole sequences."""
     return max(1, min(_FULL // max(programs, 1), chunks // 4, _PARTS))
 
 
@@ -52,7 +52,7 @@ class _Launch:
 
     def __init__(self, u: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, segment_ids: Tensor | None) -> None:
         self.u, self.dt = token_rows(u), token_rows(dt)
-        # one row is read by the programs of all channels: widened here, it is not widened by each of them
+        # the programs of all channels read the same rows: cast once here instead of in each program
         self.b, self.c = b.float().contiguous(), c.float().contiguous()
         self.a = a.contiguous()
         self.batch, self.length, self.d = u.shape
@@ -73,7 +73,7 @@ class _Launch:
         return torch.empty(*shape, dtype=torch.float32, device=self.u.device)
 
     def states(self, count: int) -> Tensor:
-        """Room for `count` states of all channels."""
+        """Buffer for `count` states of all channels."""
         return self.empty(count, self.batch, self.d, self.n)
 
     def strides(self, *tensors: Tensor) -> tuple[int, ...]:
@@ -88,9 +88,9 @@ def scan_forward(
     """y [b, t, d] and the last state [b, d, n] in fp32; with `keep` also the states before every chunk, [b, chunks, d, n]."""
     x = _Launch(u, dt, a, b, c, segment_ids)
     y, last = x.empty(*u.shape), x.states(1)[0]
-    borders = x.empty(x.batch, x.chunks, x.d, x.n) if keep else x.empty(0)
+    chunk_states = x.empty(x.batch, x.chunks, x.d, x.n) if keep else x.empty(0)
     if not y.numel():
-        return y, torch.zeros_like(last) if state is None else last.copy_(state), borders
+        return y, torch.zeros_like(last) if state is None else last.copy_(state), chunk_states
     ends, factors = (x.states(x.parts), x.states(x.parts)) if x.parts > 1 else (None, None)
     with device_guard(u):
         if x.parts > 1:
@@ -98,11 +98,11 @@ def scan_forward(
                 x.u, x.dt, x.a, x.b, x.same, ends, factors, x.length, x.d, *x.strides(x.u, x.dt, x.b), x.per, **x.constants
             )
         kernels.scan_forward[(x.programs, x.parts)](
-            x.u, x.dt, x.a, x.b, x.c, x.same, state, ends, factors, y, borders, last,
+            x.u, x.dt, x.a, x.b, x.c, x.same, state, ends, factors, y, chunk_states, last,
             x.length, x.d, *x.strides(x.u, x.dt, x.b, x.c), x.per, x.parts,
             HAS_H0=state is not None, KEEP=keep, SPLIT=x.parts > 1, **x.constants,
         )  # fmt: skip
-    return y, last, borders
+    return y, last, chunk_states
 
 
 @scan_forward.register_fake
@@ -110,8 +110,8 @@ def _(u: Any, dt: Any, a: Any, b: Any, c: Any, state: Any, segment_ids: Any, kee
     wide = {"dtype": torch.float32, "device": u.device}
     last = torch.empty(u.shape[0], *a.shape, **wide)
     chunks = (u.shape[1] + CHUNK - 1) // CHUNK
-    borders = torch.empty(u.shape[0], chunks, *a.shape, **wide) if keep else torch.empty(0, **wide)
-    return torch.empty(u.shape, **wide), last, borders
+    chunk_states = torch.empty(u.shape[0], chunks, *a.shape, **wide) if keep else torch.empty(0, **wide)
+    return torch.empty(u.shape, **wide), last, chunk_states
 
 
 @torch.library.custom_op("linear_neox::selective_scan_backward", mutates_args=())
@@ -124,7 +124,7 @@ def scan_backward(
     b: Tensor,
     c: Tensor,
     segment_ids: Tensor | None,
-    borders: Tensor,
+    chunk_states: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of u, dt, a, b, c (dense, in their dtypes) and of the initial state (fp32)."""
     x = _Launch(u, dt, a, b, c, segment_ids)
@@ -144,7 +144,7 @@ def scan_backward(
                 dy, x.dt, x.a, x.c, x.same, ends, factors, x.length, x.d, *x.strides(dy, x.dt, x.c), x.per, **x.constants
             )
         kernels.scan_backward[(x.programs, x.parts)](
-            dy, None if dlast is None else dlast.contiguous(), x.u, x.dt, x.a, x.b, x.c, x.same, borders, ends, factors,
+            dy, None if dlast is None else dlast.contiguous(), x.u, x.dt, x.a, x.b, x.c, x.same, chunk_states, ends, factors,
             scratch, du, ddt, da, db, dc, dstate,
             x.length, x.d, *x.strides(dy, x.u, x.dt, x.b, x.c), x.per, x.parts,
             HAS_LAST=dlast is not None, SPLIT=x.parts > 1, **x.constants,
@@ -153,7 +153,7 @@ def scan_backward(
 
 
 @scan_backward.register_fake
-def _(dy: Any, dlast: Any, u: Any, dt: Any, a: Any, b: Any, c: Any, segment_ids: Any, borders: Any) -> Any:
+def _(dy: Any, dlast: Any, u: Any, dt: Any, a: Any, b: Any, c: Any, segment_ids: Any, chunk_states: Any) -> Any:
     like = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (u, dt, a, b, c)]
     return (*like, torch.empty(u.shape[0], *a.shape, dtype=torch.float32, device=u.device))
 
@@ -166,10 +166,10 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 @outside_autocast
-def _gradient(ctx: Any, dy: Tensor | None, dlast: Tensor | None, dborders: Tensor | None) -> Any:
-    u, dt, a, b, c, segment_ids, borders = ctx.saved_tensors
+def _gradient(ctx: Any, dy: Tensor | None, dlast: Tensor | None, dchunk_states: Tensor | None) -> Any:
+    u, dt, a, b, c, segment_ids, chunk_states = ctx.saved_tensors
     dy = torch.zeros(u.shape, dtype=torch.float32, device=u.device) if dy is None else dy
-    *gradients, dstate = scan_backward(dy, dlast, u, dt, a, b, c, segment_ids, borders)
+    *gradients, dstate = scan_backward(dy, dlast, u, dt, a, b, c, segment_ids, chunk_states)
     return *gradients, dstate if ctx.has_state else None, None, None
 
 
@@ -181,7 +181,7 @@ def selective_scan_fused(
     u: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, state: Tensor | None, segment_ids: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The fused path; arguments as `selective_scan` in `ops/selective_scan/operator.py`. fp64, and more states per channel than
-    the kernels take, go to the plain one."""
+    the kernels take, take the plain path."""
     if u.dtype == torch.float64 or a.shape[1] > MOST_STATES:
         return selective_scan_chunked(u, dt, a, b, c, state, segment_ids)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (u, dt, a, b, c, state))
@@ -208,7 +208,7 @@ def selective_step_in_place(
         b: [b, n].
         c: [b, n].
         state: fp32 [slots, d, n], each row dense; fp64 for fp64, which takes the plain path.
-        slots: int [b], the row of `state` that belongs to each batch row; None means row i of i.
+        slots: int [b], the row of `state` that belongs to each batch row; None means row i for row i.
 
     Returns:
         y [b, d] in fp32 (fp64).

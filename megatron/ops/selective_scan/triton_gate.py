@@ -15,7 +15,7 @@ from megatron.ops.selective_scan import triton_gate_kernels as kernels
 from megatron.ops.selective_scan.gate import scan_gate_torch
 
 TILE = {"BT": 4, "BD": 128, "num_warps": 4}
-# Parts of the gain's gradient: a fixed number, so that sums do not depend on the GPU.
+# Partial sums of the gain's gradient: a fixed number, so that sums do not depend on the GPU.
 _PARTS = 128
 
 
@@ -79,7 +79,7 @@ gate_forward.register_autograd(_gradient, setup_context=_setup)
 
 @path("selective_scan.gate", "triton")
 def scan_gate_fused(y: Tensor, u: Tensor, gain: Tensor, z: Tensor) -> Tensor:
-    """The fused path; arguments as `scan_gate` in `ops/selective_scan/gate.py`. fp64 keeps its precision on the plain path."""
+    """The fused path; arguments as `scan_gate` in `ops/selective_scan/gate.py`. fp64 takes the plain path."""
     if y.dtype == torch.float64:
         return scan_gate_torch(y, u, gain, z)
     return gate_forward(y, u, gain, z)

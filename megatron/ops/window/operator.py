@@ -1,9 +1,9 @@
-"""Softmax attention of one new token per row over a ring of the last `w` keys and values, in place: plain form, paths.
+"""Softmax attention of one new token per row over a ring of the last `w` keys and values, in place: plain form and dispatch.
 
     y = softmax(scale q.[k_ring, k]) [v_ring, v]      over the entries of the ring with 0 <= place and seen - place <= w
 
-The new key and value then take the place of the oldest entry, whose place becomes `seen`, and `seen` grows by one. Entries lie
-in any order, since places number them: nothing is moved, and no shape or address changes, so a CUDA graph can record a step.
+The new key and value then replace the oldest entry, whose place becomes `seen`, and `seen` is incremented. Entries may be in
+any order, since `places` numbers them: nothing is moved, and no shape or address changes, so a CUDA graph can capture a step.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def window_step_(
         v: [b, g, d].
         keys: [b, w, g, d], changed in place.
         values: [b, w, g, d], changed in place.
-        places: int64 [b, w], the position of each entry in its text, -1 for none; changed in place.
-        seen: int64 [b], tokens of the text before this one; changed in place.
+        places: int64 [b, w], the position of each entry in its sequence, -1 for none; changed in place.
+        seen: int64 [b], tokens of the sequence before this one; changed in place.
         scale: of the scores.
         backend: path of the operator.
     """

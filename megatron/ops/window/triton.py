@@ -13,7 +13,7 @@ from megatron.ops.window.operator import window_step_torch
 
 
 def step_block(d: int) -> int:
-    """Entries at a time: 4,096 numbers of keys and as many of values in the registers of four warps."""
+    """Entries per step: 4,096 numbers of keys and as many of values in the registers of four warps."""
     return max(16, min(64, 4096 // padded(d)))
 
 
@@ -24,7 +24,7 @@ def window_step_fused(
     """Arguments and result as `window_step_` in `ops/window/operator.py`; fp64 takes the plain form.
 
     Raises:
-        ValueError: a tensor of the ring does not fit, or the token's do not fit the ring.
+        ValueError: a tensor of the ring is invalid, or q, k or v do not match the ring.
     """
     if q.dtype == torch.float64:
         return window_step_torch(q, k, v, keys, values, places, seen, scale)
