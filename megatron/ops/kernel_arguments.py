@@ -6,9 +6,44 @@ Kernels get raw pointers: a violated assumption would corrupt memory or results 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
+
+bf16_is_emulated = False
+"""Set by tests that make Triton's interpreter compute in bf16."""
+
+
+def fit(x: Any, *shape: int, dense: bool = False) -> Any:
+    """A tensor broadcast to `shape`, as the plain paths broadcast it: kernels address it by this shape. None stays None.
+
+    Args:
+        x: a tensor, or None.
+        shape: shape that the kernel assumes.
+        dense: whether the kernel also assumes contiguous elements.
+
+    Raises:
+        ValueError: x does not broadcast to it.
+    """
+    if x is None:
+        return None
+    if tuple(x.shape) != shape:
+        try:
+            x = x.expand(shape).contiguous()
+        except RuntimeError:
+            raise ValueError(f"a tensor of shape {list(x.shape)} where {list(shape)} is needed") from None
+    return x.contiguous() if dense else x
+
+
+def check_interpreted(x: Tensor) -> None:
+    """Refuse bf16 matrix products on a CPU.
+
+    Raises:
+        ValueError: Triton's interpreter would multiply the bits of the numbers as integers.
+    """
+    if x.dtype == torch.bfloat16 and not x.is_cuda and not bf16_is_emulated:
+        raise ValueError("Triton's interpreter cannot multiply bf16: use fp32, or kernel_backend torch, on a CPU")
 
 
 def device_guard(tensor: Tensor) -> AbstractContextManager[object]:

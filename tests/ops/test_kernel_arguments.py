@@ -15,6 +15,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="the fused kernels need Triton: pip install triton")
 
+from megatron.ops import kernel_arguments
 from megatron.ops.conv import causal_conv, conv_step_
 from megatron.ops.conv.triton import conv_step_in_place
 from megatron.ops.cross_entropy import row_gradient_, row_stats
@@ -22,6 +23,8 @@ from megatron.ops.kernel_arguments import token_rows, token_stride
 from megatron.ops.metala import cut_packed, metala, metala_packed, metala_step_
 from megatron.ops.metala.triton import metala_step_in_place
 from megatron.ops.norm import add_norm, norm
+from megatron.ops.selective_scan import selective_scan
+from megatron.ops.taylor import taylor
 from tests.ops.fused_cases import device_matrix, relative
 from tests.ops.test_metala_triton import draw, errors
 
@@ -145,6 +148,64 @@ def test_what_no_kernel_takes_runs_on_the_plain_path(device: str, k: int, v: int
         q, z, values, g = (t[:, 0] for t in cut_packed(x.detach(), w))
         results.append([y, final, dx, metala_step_(q, z, values, g, w, state, backend=backend), state])
     assert all(torch.equal(plain, fused) for plain, fused in zip(*results, strict=True))
+
+
+def _operators(backend: str, narrow: bool) -> list[Tensor]:
+    """Outputs of the operators with inputs that broadcast (`narrow`), or that are expanded before."""
+
+    def r(*shape: int, over: int = 0) -> Tensor:
+        """Random numbers, of which dimension `over` - 1 has size 1 or is expanded from it."""
+        if not over:
+            return torch.randn(shape, generator=gen)
+        one = torch.randn([1 if i == over - 1 else n for i, n in enumerate(shape)], generator=gen)
+        return one if narrow else one.expand(shape).contiguous()
+
+    gen = torch.Generator().manual_seed(0)
+    b, s, h, k, v, d = 2, 5, 2, 16, 16, 32
+    ids = (torch.arange(s) // 3).expand(1 if narrow else b, s)
+    mask = (torch.arange(s) > 0).long().expand(1 if narrow else b, s)
+    metala_inputs = r(b, s, h, k), r(b, s, h, k, over=3), r(b, s, h, v), r(b, s, h, v, over=1), r(h, k, over=1)
+    outputs = [*metala(*metala_inputs, state=r(b, h, k, v, over=1), mask=mask, segment_ids=ids, backend=backend)]
+    features = r(b, s, h, k), r(b, s, h, k, over=3), r(b, s, h, v)
+    outputs += taylor(*features, state=r(b, h, 153, v + 1, over=1).abs(), segment_ids=ids, backend=backend)
+    rates = -r(d, 8).abs()
+    steps = r(b, s, d).abs()
+    scanned = r(b, s, d), steps, rates, r(b, s, 8, over=1), r(b, s, 8)
+    outputs += selective_scan(*scanned, state=r(b, d, 8, over=1), segment_ids=ids, backend=backend)
+    history = r(b, 3, d, over=1)
+    outputs.append(causal_conv(r(b, s, d), r(d, 1, 4), r(2 * d)[::2], history=history, segment_ids=ids, backend=backend))
+    outputs.append(norm(r(b, s, d), r(2 * d)[::2], r(d), centred=True, eps=1e-5, backend=backend))
+    outputs += add_norm(r(b, s, d), r(b, s, d, over=2), r(2 * d)[::2], None, centred=False, eps=1e-5, backend=backend)
+    return outputs
+
+
+def test_inputs_are_broadcast_as_on_the_plain_path() -> None:
+    """A mask or document ids [1, s], a state for all rows, heads that share a gate, parameters with gaps."""
+    for wide, narrow in zip(_operators("torch", False), _operators("triton", True), strict=True):
+        assert relative(narrow, wide) < 2e-5
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: metala(x, x, x, x, torch.ones(2, 16), mask=torch.ones(2, 4), backend="triton"),
+        lambda x: metala(x, x, x[:, :4], x, torch.ones(2, 16), backend="triton"),
+        lambda x: taylor(x, x[:, :4], x, backend="triton"),
+        lambda x: causal_conv(x[..., 0], torch.ones(3, 1, 4), backend="triton"),
+        lambda x: norm(x, torch.ones(8), None, centred=False, eps=1e-5, backend="triton"),
+    ],
+)
+def test_shapes_that_do_not_broadcast_are_refused(call: Callable[[Tensor], Any]) -> None:
+    with pytest.raises(ValueError, match="where .* is needed"):
+        call(torch.ones(2, 5, 2, 16))
+
+
+def test_interpreted_bf16_products_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_arguments, "bf16_is_emulated", False)
+    x = torch.ones(1, 2, 1, 16, dtype=torch.bfloat16)
+    for call in (lambda: metala(x, x, x, x, x[0, 0], backend="triton"), lambda: taylor(x, x, x, backend="triton")):
+        with pytest.raises(ValueError, match="cannot multiply bf16"):
+            call()
 
 
 def step_arguments(device: str) -> dict[str, Any]:

@@ -12,6 +12,8 @@ import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter
 
+from megatron.ops import kernel_arguments
+
 _done: list[bool] = []
 
 
@@ -72,6 +74,7 @@ def emulate_bf16() -> None:
     if _done:
         return
     _done.append(True)
+    kernel_arguments.bf16_is_emulated = True
     for name in ("binary_op", "unary_op", "create_fma", "create_erf", "create_rsqrt"):
         _through_fp32(name)
     builder = interpreter.InterpreterBuilder

@@ -82,9 +82,11 @@ class Kit:
             command.append("--rehearse")
             environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
         with (self.output / f"{part}.log").open("a") as log:
-            return subprocess.Popen(
+            child = subprocess.Popen(
                 command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
+        _running.append(child)
+        return child
 
     def child(self, part: str, seconds: float) -> str:
         """Run a part in a process of its own; what came of it, in a few words."""
@@ -127,6 +129,18 @@ class Kit:
         return outcomes
 
 
+_running: list[subprocess.Popen[bytes]] = []
+
+
+def _end(number: int, _: object) -> None:
+    """End all children, which have sessions of their own, and this process."""
+    for child in _running:
+        if child.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+    os._exit(128 + number)
+
+
 def finished(child: subprocess.Popen[bytes], seconds: float) -> int | None:
     """Exit status; None where it took longer and was ended with all that it started."""
     try:
@@ -149,10 +163,12 @@ def stored(path: Path) -> list[dict[str, object]]:
 
 def chosen(only: str, skip: str) -> list[str]:
     """The parts that these two lists name, in the order of `PARTS`."""
-    for name in [*filter(None, only.split(",")), *filter(None, skip.split(","))]:
+    selected, left_out = ([name.strip() for name in names.split(",") if name.strip()] for names in (only, skip))
+    for name in [*selected, *left_out]:
         if name not in PARTS:
             sys.exit(f"error: no part '{name}'\n  try: {', '.join(PARTS)}")
-    return [name for name in PARTS if (not only or name in only.split(",")) and name not in skip.split(",")]
+    parts = [name for name in PARTS if (not selected or name in selected) and name not in left_out]
+    return parts or sys.exit("error: --skip leaves no part")
 
 
 def main() -> None:
@@ -166,7 +182,16 @@ def main() -> None:
     parser.add_argument("--skip", default="", help="not these")
     parser.add_argument("--rehearse", action="store_true", help="tiny shapes on a CPU, to see that everything works")
     args = parser.parse_args()
-    args.output.mkdir(parents=True, exist_ok=True)
+    marker, kind = args.output / "kind", "rehearsal" if args.rehearse else "measurement"
+    try:
+        args.output.mkdir(parents=True, exist_ok=True)
+        if marker.exists() and marker.read_text() != kind:
+            sys.exit(f"error: {args.output} has rows of a {marker.read_text()}\n  try: another folder")
+        marker.write_text(kind)
+    except OSError as error:
+        sys.exit(f"error: cannot write to {args.output}\n  why: {error}")
+    signal.signal(signal.SIGTERM, _end)
+    signal.signal(signal.SIGINT, _end)
     kit = Kit(args.output, chosen(args.only, args.skip), args.rehearse, time.monotonic() + args.minutes * 60)
     outcomes = kit.run()
     sys.exit(0 if all(row["outcome"] == "done" for row in outcomes.values()) else 1)

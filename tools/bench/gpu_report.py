@@ -200,12 +200,24 @@ def page(results: Iterable[Mapping[str, Any]]) -> str:
         "",
         "Times of operators and kernels are those of the device, without launches and with an empty L2 cache. Where the sum "
         "of an operator's kernels is less than its time, the host was late with the launches. Training steps are on the clock "
-        "of the host. Rows with a star were measured with an earlier version of the kernels.",
+        "of the host. Rows with a star are of an earlier run than the rest of their table; [kernels.md](kernels.md) says which "
+        "parts were measured with which kernels.",
         "",
     ]
     for result in results:
         lines += section(result)
     return "\n".join(lines).rstrip() + "\n"
+
+
+def stored_result(path: Path) -> dict[str, Any]:
+    """A result that `--output` wrote."""
+    try:
+        result = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: cannot read {path}\n  why: {error}")
+    if not isinstance(result, dict) or "facts" not in result.get("parts", {}):
+        sys.exit(f"error: {path} is no result of the GPU kit with its part 'facts'\n  try: one that --output wrote")
+    return dict(result)
 
 
 def main() -> None:
@@ -221,7 +233,7 @@ def main() -> None:
     target.add_argument("--page", type=Path, help="write this page from stored results")
     args = parser.parse_args()
     if args.page:
-        args.page.write_text(page(json.loads(path.read_text()) for path in args.inputs))
+        args.page.write_text(page([stored_result(path) for path in args.inputs]))
     else:
         parts = collect(args.inputs)
         if not parts:

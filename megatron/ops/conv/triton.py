@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron.ops.conv import triton_kernels as kernels
 from megatron.ops.conv.operator import conv_reference, conv_step_torch, conv_torch, reach
 from megatron.ops.dispatch import path
-from megatron.ops.kernel_arguments import check_in_place, device_guard, token_rows, token_stride
+from megatron.ops.kernel_arguments import check_in_place, device_guard, fit, token_rows, token_stride
 from megatron.ops.precision import outside_autocast
 from megatron.ops.tuning import padded
 
@@ -180,8 +180,10 @@ def conv_fused(
     """The fused path; arguments as `causal_conv` in `ops/conv/operator.py`. fp64 takes the plain path."""
     if x.dtype == torch.float64:
         return conv_torch(x, weight, bias, activation, history, segment_ids)
-    history = None if history is None else history.to(x.dtype).contiguous()
-    segment_ids = None if segment_ids is None else segment_ids.to(torch.int32).contiguous()
+    (b, t, d), w = x.shape, weight.shape[-1]
+    history = None if history is None else fit(history, b, w - 1, d).to(x.dtype).contiguous()
+    segment_ids = None if segment_ids is None else fit(segment_ids, b, t).to(torch.int32).contiguous()
+    weight, bias = fit(weight, d, 1, w), fit(bias, d, dense=True)
     return conv_forward(x, weight, bias, None, history, segment_ids, activation == "silu")
 
 
@@ -218,6 +220,7 @@ def conv_step_in_place(
     check_in_place(state, (weight.shape[-1] - 1, d), x.dtype, x, slots)
     x = x if x.stride(1) == 1 else x.contiguous()
     gate = gate if gate is None or gate.stride(1) == 1 else gate.contiguous()
+    weight, bias = fit(weight, d, 1, weight.shape[-1]), fit(bias, d, dense=True)
     y = torch.empty(b, d, dtype=x.dtype, device=x.device)
     if y.numel():
         with device_guard(x):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron.ops.dispatch import path
-from megatron.ops.kernel_arguments import check_in_place, device_guard, head_rows
+from megatron.ops.kernel_arguments import check_in_place, check_interpreted, device_guard, fit, head_rows
 from megatron.ops.metala import triton_launch as launch
 from megatron.ops.metala import triton_step_kernels as step_kernels
 from megatron.ops.metala.inputs import MetaLAInputs, cut_packed
@@ -176,11 +176,14 @@ def metala_fused(x: MetaLAInputs) -> tuple[Tensor, Tensor]:
     """The fused path, over the packed projection where there is one; fp64 and heads beyond 128 x 256 take the plain path."""
     if x.q.dtype == torch.float64 or not metala_fits(x.q.shape[-1], x.v.shape[-1]):
         return metala_torch(x)
-    mask = None if x.mask is None else x.mask.to(torch.int8).contiguous()
-    segment_ids = None if x.segment_ids is None else x.segment_ids.to(torch.int32).contiguous()
-    leaves = (x.q, x.z, x.v, x.g) if x.packed is None else (x.packed,)
+    check_interpreted(x.q)
+    b, s, h, k = x.q.shape
+    v = x.v.shape[-1]
+    mask = None if x.mask is None else fit(x.mask, b, s).to(torch.int8).contiguous()
+    segment_ids = None if x.segment_ids is None else fit(x.segment_ids, b, s).to(torch.int32).contiguous()
+    leaves = (x.q, fit(x.z, b, s, h, k), fit(x.v, b, s, h, v), fit(x.g, b, s, h, v)) if x.packed is None else (x.packed,)
     keep = torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (*leaves, x.w, x.state))
-    rest = x.w, x.state, mask, segment_ids, launch.ROUND[x.gate_round], keep
+    rest = fit(x.w, h, k), fit(x.state, b, h, k, v), mask, segment_ids, launch.ROUND[x.gate_round], keep
     y, final, *_ = metala_forward(*leaves, *rest) if x.packed is None else metala_packed_forward(*leaves, *rest)
     return y, final
 
@@ -203,7 +206,8 @@ def metala_step_in_place(
         g: output gate, [b, h, v].
         w: [h, k].
         state: fp32 [slots, h, k, v], each row dense.
-        slots: int [b], the row of `state` that belongs to each batch row (continuous batching); None means row i of i.
+        slots: int [b], the row of `state` that belongs to each batch row (continuous batching); None means row i of i. They
+            are distinct and within the state, which is not checked: that would wait for the device.
         gate_round: as in `MetaLAInputs`.
 
     Returns:

@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from megatron.ops.dispatch import path
-from megatron.ops.kernel_arguments import device_guard
+from megatron.ops.kernel_arguments import device_guard, fit
 from megatron.ops.norm import triton_kernels as kernels
 from megatron.ops.norm.operator import add_norm_torch, norm_torch
 from megatron.ops.precision import outside_autocast
@@ -105,7 +105,8 @@ def norm_fused(x: Tensor, weight: Tensor | None, bias: Tensor | None, centred: b
     """Arguments and result as `norm` in `ops/norm/operator.py`; fp64 takes the plain path."""
     if x.dtype == torch.float64:
         return norm_torch(x, weight, bias, centred, eps, dtype)
-    return norm_forward(x, None, weight, bias, centred, eps, dtype)[0]
+    d = x.shape[-1]
+    return norm_forward(x, None, fit(weight, d, dense=True), fit(bias, d, dense=True), centred, eps, dtype)[0]
 
 
 @path("norm.add", "triton")
@@ -115,5 +116,7 @@ def add_norm_fused(
     """Arguments and results as `add_norm` in `ops/norm/operator.py`; fp64 takes the plain path."""
     if x.dtype == torch.float64:
         return add_norm_torch(x, added, weight, bias, centred, eps, dtype)
-    y, total = norm_forward(x, added, weight, bias, centred, eps, dtype)
+    d = x.shape[-1]
+    weight, bias = fit(weight, d, dense=True), fit(bias, d, dense=True)
+    y, total = norm_forward(x, fit(added, *x.shape), weight, bias, centred, eps, dtype)
     return total, y

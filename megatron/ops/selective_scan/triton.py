@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 
 from megatron.ops.dispatch import path
-from megatron.ops.kernel_arguments import check_in_place, device_guard, token_rows, token_stride
+from megatron.ops.kernel_arguments import check_in_place, device_guard, fit, token_rows, token_stride
 from megatron.ops.precision import outside_autocast
 from megatron.ops.selective_scan import triton_gate as triton_gate  # registers its paths
 from megatron.ops.selective_scan import triton_kernels as kernels
@@ -184,6 +184,9 @@ def selective_scan_fused(
     the kernels take, take the plain path."""
     if u.dtype == torch.float64 or a.shape[1] > MOST_STATES:
         return selective_scan_chunked(u, dt, a, b, c, state, segment_ids)
+    (rows, t, d), n = u.shape, a.shape[1]
+    dt, a, b, c = fit(dt, rows, t, d), fit(a, d, n), fit(b, rows, t, n), fit(c, rows, t, n)
+    state, segment_ids = fit(state, rows, d, n), fit(segment_ids, rows, t)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (u, dt, a, b, c, state))
     state = None if state is None else state.float().contiguous()
     y, last, _ = scan_forward(u, dt, a, b, c, state, segment_ids, keep)

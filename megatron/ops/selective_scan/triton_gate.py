@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from megatron.ops.dispatch import path
-from megatron.ops.kernel_arguments import device_guard
+from megatron.ops.kernel_arguments import device_guard, fit
 from megatron.ops.precision import outside_autocast
 from megatron.ops.selective_scan import triton_gate_kernels as kernels
 from megatron.ops.selective_scan.gate import scan_gate_torch
@@ -82,4 +82,4 @@ def scan_gate_fused(y: Tensor, u: Tensor, gain: Tensor, z: Tensor) -> Tensor:
     """The fused path; arguments as `scan_gate` in `ops/selective_scan/gate.py`. fp64 takes the plain path."""
     if y.dtype == torch.float64:
         return scan_gate_torch(y, u, gain, z)
-    return gate_forward(y, u, gain, z)
+    return gate_forward(y, fit(u, *y.shape), fit(gain, y.shape[-1]), fit(z, *y.shape))

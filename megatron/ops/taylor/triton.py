@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron.ops.dispatch import path
-from megatron.ops.kernel_arguments import check_in_place, device_guard, head_rows
+from megatron.ops.kernel_arguments import check_in_place, check_interpreted, device_guard, fit, head_rows
 from megatron.ops.precision import outside_autocast
 from megatron.ops.taylor import triton_launch as launch
 from megatron.ops.taylor import triton_step_kernels as step_kernels
@@ -97,6 +97,16 @@ def taylor_fused(x: TaylorInputs) -> tuple[Tensor, Tensor]:
     """The fused path; heads that the kernels do not take, and fp64, go to the plain one."""
     if not launch.fits(x.q, x.v):
         return taylor_chunked(x)
+    check_interpreted(x.q)
+    b, s, h, f = x.q.shape
+    v = x.v.shape[-1]
+    x = x._replace(
+        k=fit(x.k, b, s, h, f),
+        v=fit(x.v, b, s, h, v),
+        keep=fit(x.keep, b, s),
+        segment_ids=fit(x.segment_ids, b, s),
+        state=fit(x.state, b, h, feature_count(f), v + 1),
+    )
     y, final, _ = taylor_forward(*x)
     return y, final
 
@@ -106,6 +116,8 @@ def prefix_fused(x: TaylorInputs, k2: Tensor, v2: Tensor, inside: Tensor) -> tup
     """The fused path; heads that the kernels do not take, and fp64, go to the plain one."""
     if not (launch.fits(x.q, x.v) and launch.fits(k2, v2)):
         return prefix_chunked(x, k2, v2, inside)
+    (b, _, h, f), m = x.q.shape, k2.shape[1]
+    k2, v2, inside = fit(k2, b, m, h, f), fit(v2, b, m, h, x.v.shape[-1]), fit(inside, b, m)
     return prefix_scan(taylor_fused, taylor_state, x, k2, v2, inside)
 
 

@@ -68,6 +68,10 @@ def _errors(part: Part, name: str, dtype: torch.dtype) -> dict[str, Any]:
 
 def run(part: Part) -> None:
     """A row per case, in the dtype that the name of the part ends with."""
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}[part.name.partition("-")[2]]
+    dtype = (
+        torch.float32
+        if part.rehearse
+        else {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}[part.name.partition("-")[2]]
+    )
     for name in _REHEARSED if part.rehearse else CASES:
         part.row(name, _errors, part, name, dtype)
