@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from tools.bench.gpu_report import collect, page
 pytest.importorskip("triton", reason="the kit is about Triton kernels")
 
 ROOT = Path(__file__).resolve().parents[2]
+KIT = str(ROOT / "tools" / "bench" / "gpu_kit.py")
 # What a GPU machine with torch, Triton, transformers and pytest lacks of our requirements.
 ABSENT = ("pydantic", "deepspeed", "datasets", "zstandard", "lm_eval", "wandb", "matplotlib", "fla", "causal_conv1d", "mpi4py")
 
@@ -54,6 +56,33 @@ def test_parts_are_chosen_by_name(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         gpu_kit.chosen("operator", "")
     assert "no part 'operator'" in str(stopped.value) and "operators" in str(stopped.value)
+
+
+def kit(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, KIT, *words], capture_output=True, text=True, check=False)
+
+
+def test_rehearsals_and_measurements_do_not_mix(tmp_path: Path) -> None:
+    """Rows are known by their names, which both have."""
+    assert kit("--output", str(tmp_path), "--minutes", "0", "--only", "facts").returncode == 1
+    refused = kit("--output", str(tmp_path), "--rehearse")
+    assert refused.returncode == 1 and "has rows of a measurement" in refused.stderr
+    (tmp_path / "file").touch()
+    refused = kit("--output", str(tmp_path / "file"))
+    assert refused.returncode == 1 and refused.stderr.startswith("error: cannot write to")
+
+
+def test_a_signal_ends_the_parts_too(tmp_path: Path) -> None:
+    """Parts have sessions of their own; one that ran on would share the GPU with the next run."""
+    driver = subprocess.Popen([sys.executable, KIT, "--output", str(tmp_path), "--rehearse", "--only", "facts"])
+    while not (tmp_path / "facts.log").exists():
+        time.sleep(0.01)
+    time.sleep(0.2)
+    driver.terminate()
+    assert driver.wait(timeout=20) == 143
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # others come and go meanwhile
+            assert str(tmp_path).encode() not in path.read_bytes()
 
 
 def test_no_part_starts_without_time(tmp_path: Path) -> None:
