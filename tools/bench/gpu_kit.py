@@ -171,6 +171,18 @@ def chosen(only: str, skip: str) -> list[str]:
     return parts or sys.exit("error: --skip leaves no part")
 
 
+def claim(output: Path, kind: str) -> None:
+    """Make the folder of the results, for one kind alone: rows are known by their names, which rehearsals have too."""
+    marker = output / "kind"
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        if marker.exists() and marker.read_text() != kind:
+            sys.exit(f"error: {output} has rows of a {marker.read_text()}\n  try: another folder")
+        marker.write_text(kind)
+    except OSError as error:
+        sys.exit(f"error: cannot write to {output}\n  why: {error}")
+
+
 def main() -> None:
     """Parse, run, and answer with 1 where a part did not end by itself."""
     parser = argparse.ArgumentParser(
@@ -182,17 +194,11 @@ def main() -> None:
     parser.add_argument("--skip", default="", help="not these")
     parser.add_argument("--rehearse", action="store_true", help="tiny shapes on a CPU, to see that everything works")
     args = parser.parse_args()
-    marker, kind = args.output / "kind", "rehearsal" if args.rehearse else "measurement"
-    try:
-        args.output.mkdir(parents=True, exist_ok=True)
-        if marker.exists() and marker.read_text() != kind:
-            sys.exit(f"error: {args.output} has rows of a {marker.read_text()}\n  try: another folder")
-        marker.write_text(kind)
-    except OSError as error:
-        sys.exit(f"error: cannot write to {args.output}\n  why: {error}")
+    parts = chosen(args.only, args.skip)
+    claim(args.output, "rehearsal" if args.rehearse else "measurement")
     signal.signal(signal.SIGTERM, _end)
     signal.signal(signal.SIGINT, _end)
-    kit = Kit(args.output, chosen(args.only, args.skip), args.rehearse, time.monotonic() + args.minutes * 60)
+    kit = Kit(args.output, parts, args.rehearse, time.monotonic() + args.minutes * 60)
     outcomes = kit.run()
     sys.exit(0 if all(row["outcome"] == "done" for row in outcomes.values()) else 1)
 
