@@ -23,7 +23,8 @@ It is written for one device. `tests/layers/test_contract.py` checks these claus
 9.  *Parameter tables:* `plan()` and `init_rules()` name all parameters, `no_decay()` some. `pack_weights` may move them in
     memory but does not change values.
 10. *Own inputs.* An input of only this mixer is a field of its `Inputs` (None if it has none), never of `Context`.
-11. *Costs:* `flops`, `state_size` and `param_count` agree with measured counts.
+11. *Costs:* `state_size` and `param_count` agree with the tensors; `flops` is positive and grows with the length, and
+    `tests/model/test_cost.py` compares it with measured counts.
 
 Shapes, everywhere in this folder: b batch, s sequence, d hidden, h heads, k key width per head, v value width per head.
 Files of this folder import only torch, this file and `megatron.ops`: `export/` packs their text into the exported folder.

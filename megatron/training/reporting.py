@@ -85,10 +85,10 @@ class Reporting(Hook):
 
     def on_rewind(self, run: Run, iteration: int) -> None:
         """Say how far back it went."""
-        self.console.say(f"rewound to the weights of step {iteration}; the data go on behind step {run.state.iteration}")
+        self.console.say(f"rewound to the weights of step {iteration}; data continues after step {run.state.iteration}")
 
     def on_save(self, run: Run, path: Path, seconds: float) -> None:
-        """Say where the checkpoint lies; the time goes into the next logged step."""
+        """Print the checkpoint's path; the time is part of the next logged step."""
         self._save_s += seconds
         self.console.say(f"saved {path} in {seconds:.1f} s")
 

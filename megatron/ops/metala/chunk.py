@@ -143,7 +143,7 @@ class _MetaLA(torch.autograd.Function):
                     tensors += saved
             assert current is not None  # every row group has at least one run
             finals.append(current)
-        # All through autograd's hands: it frees them after the backward, and recomputation keeps none of them.
+        # Saved through autograd, which frees them after the backward and saves none under recomputation.
         ctx.save_for_backward(z, w, segment_ids, *tensors)
         ctx.kept, ctx.has_state, ctx.like = kept, state is not None, (q.dtype, v.dtype, g.dtype, q.shape, v.shape)
         return y, torch.cat(finals) if len(finals) > 1 else finals[0]

@@ -26,10 +26,10 @@ class MetaLAInputs(NamedTuple):
         w: self-augmentation vector, [h, k].
         state: state before the first token, [b, h, k, v] in fp32 (fp64 for fp64 inputs); None for zeros.
         mask: [b, s], 0 at padding, where the state is neither decayed nor written; None for none.
-        segment_ids: document numbers, [b, s], which never come back once they change; None for one document per row.
+        segment_ids: document numbers, [b, s], never repeated after a change; None for one document per row.
         gate_round: none | bf16 | fp16: the format through which gate and key are rounded.
         packed: [b, s, h (2k + 2v)], of which q, z, v and g are views; None where they are tensors of their own. A fused path
-            answers with one gradient for it.
+            returns a single gradient for it.
     """
 
     q: Tensor

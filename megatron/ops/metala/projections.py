@@ -1,4 +1,4 @@
-"""The four projections in front of the MetaLA operator, by one matrix product wherever nothing speaks against it."""
+"""The four projections in front of the MetaLA operator, as one matrix product where possible."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ def metala_projected(
 ) -> tuple[Tensor, Tensor]:
     """The operator on projections of `u [b, s, d]`.
 
-    They are one product, whose gradient comes back in one piece. The paths that are to be an independent check have four, and
-    so have projections that are more than plain matrices (adapters, quantised weights, hooks).
+    They are one matrix product with a single gradient. `reference` and `fla` use four separate products, and so do projections
+    that are more than plain matrices (adapters, quantised weights, hooks).
 
     Args:
         u: input, [b, s, d].

@@ -1,7 +1,7 @@
 """The gated linear scan in chunks: matrix products inside a chunk, a short loop over chunk states, an exact backward.
 
-Same function as `ops/scan/` (the reference), at O(s) cost. Tokens are split into chunks of `c`; with L the running sum of
-log decays inside a chunk and m its middle,
+Same function as `scan_recurrent` in `operator.py`, the reference, at O(s) cost. Tokens are split into chunks of `c`; with L the
+running sum of log decays inside a chunk and m its middle,
 
     inside   A = tril[(q exp(L - L_m)) (k exp(L_m - L))^T],  o = A v
     across   o += (q exp(L)) S,   S' = exp(L_c) S + (k exp(L_c - L))^T v

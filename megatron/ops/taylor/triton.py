@@ -1,7 +1,7 @@
 """Fused Taylor linear attention on a GPU: custom operators that `torch.compile` keeps in its graph, and the step in place.
 
-Kept for the backward are the inputs, the output and the denominators; states are formed again, which costs less than keeping
-them. Numerators of states are stored in the format of products at chunk borders and carried in fp32 in between; denominators
+Saved for the backward are the inputs, the output and the denominators; states are recomputed, which costs less than storing
+them. Numerators of states are stored in the matmul dtype at chunk boundaries and carried in fp32 in between; denominators
 are fp32 everywhere. Heads wider than the kernels take (`triton_launch.fits`), and fp64, go to the plain path.
 
 With `TRITON_INTERPRET=1` set before Triton is imported the same code runs on a CPU, slowly: so it is tested without a GPU.

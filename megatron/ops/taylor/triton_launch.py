@@ -72,7 +72,7 @@ class Inputs(TaylorInputs):
 
     @property
     def tiles(self) -> TaylorTiles:
-        """The committed cut for this width and format."""
+        """Tuned tile sizes for this width and dtype."""
         return taylor_cut(self.v.shape[-1], self.form.name)
 
     @property
