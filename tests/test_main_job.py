@@ -256,7 +256,7 @@ def test_fused_kernels_train_as_the_plain_path_does(
         place = ("--set", f"run_dir={folder}", "--set", f"save={folder}/checkpoints", "--set", f"load={folder}/checkpoints")
         mesh = ("--set", f"model_parallel_size={size}")
         words = ("deepy.py", "train.py", config, *common, *place, *mesh, "--set", f"kernel_backend={backend}")
-        monkeypatch.setattr("megatron.ops.dispatch._said", set())  # said once in a process
+        monkeypatch.setattr("megatron.ops.dispatch._logged", set())  # logged once in a process
         assert f"operator {operator}: {backend} path" in run(*words, here=size == 1)
         found[backend] = losses(folder)
     assert len(found["torch"]) == 3
