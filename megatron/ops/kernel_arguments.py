@@ -15,13 +15,14 @@ bf16_is_emulated = False
 """Set by tests that make Triton's interpreter compute in bf16."""
 
 
-def fit(x: Any, *shape: int, dense: bool = False) -> Any:
+def fit(x: Any, *shape: int, dense: bool = False, dtype: torch.dtype | None = None) -> Any:
     """A tensor broadcast to `shape`, as the plain paths broadcast it: kernels address it by this shape. None stays None.
 
     Args:
         x: a tensor, or None.
         shape: shape that the kernel assumes.
         dense: whether the kernel also assumes contiguous elements.
+        dtype: dtype that the kernel reads; None for that of x.
 
     Raises:
         ValueError: x does not broadcast to it.
@@ -33,6 +34,7 @@ def fit(x: Any, *shape: int, dense: bool = False) -> Any:
             x = x.expand(shape).contiguous()
         except RuntimeError:
             raise ValueError(f"a tensor of shape {list(x.shape)} where {list(shape)} is needed") from None
+    x = x if dtype is None else x.to(dtype)
     return x.contiguous() if dense else x
 
 

@@ -58,23 +58,27 @@ def padded(width: int) -> int:
     return max(16, 1 << (width - 1).bit_length())
 
 
+_WIDEST = max(width for _, _, width in METALA)
+
+
+def _entry_width(key_dim: int, value_dim: int) -> int:
+    return max(padded(key_dim), padded(value_dim) // 2)
+
+
 def metala_fits(key_dim: int, value_dim: int) -> bool:
     """Whether the fused kernels take heads of these widths."""
-    width = max(padded(key_dim), padded(value_dim) // 2)
-    return width <= max(k for _, _, k in METALA)
+    return _entry_width(key_dim, value_dim) <= _WIDEST
 
 
 def metala_cuts(key_dim: int, value_dim: int, size: int) -> tuple[Tiles, ...]:
-    """Tile sizes for heads of these widths in elements of `size` bytes; the first set is used.
+    """The cuts for heads of these widths in elements of `size` bytes, the one to use first.
 
     Raises:
-        ValueError: the heads are wider than those of any entry.
+        ValueError: wider heads than any entry has.
     """
-    width = max(padded(key_dim), padded(value_dim) // 2)
-    entry = METALA.get((ARCHITECTURE, size, width))
+    entry = METALA.get((ARCHITECTURE, size, _entry_width(key_dim, value_dim)))
     if entry is None:
-        widest = max(k for _, _, k in METALA)
-        raise ValueError(f"the fused kernels take heads of up to {widest} x {2 * widest}, not {key_dim} x {value_dim}")
+        raise ValueError(f"the fused kernels take heads of up to {_WIDEST} x {2 * _WIDEST}, not {key_dim} x {value_dim}")
     return entry
 
 

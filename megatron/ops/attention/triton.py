@@ -95,6 +95,11 @@ def document_bounds(segments: Tensor | None, b: int, s: int, device: torch.devic
     return bounds
 
 
+@functools.cache
+def _takes_grouped_heads(attention: Callable[..., Any]) -> bool:
+    return "enable_gqa" in inspect.signature(attention).parameters
+
+
 def by_varlen(q: Tensor, k: Tensor, v: Tensor, rule: Rule, places: Places | None) -> Tensor:
     """PyTorch's packed attention: tokens of all rows side by side, documents by their bounds."""
     from torch.nn.attention.varlen import varlen_attn
@@ -105,7 +110,7 @@ def by_varlen(q: Tensor, k: Tensor, v: Tensor, rule: Rule, places: Places | None
     window = (-1 if rule.window is None else rule.window, 0)
     grouped: dict[str, Any] = {}
     if q.shape[1] != k.shape[1]:
-        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        if _takes_grouped_heads(varlen_attn):
             grouped["enable_gqa"] = True
         else:  # torch before 2.12 takes as many heads of keys as of queries
             k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))

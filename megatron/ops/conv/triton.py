@@ -181,8 +181,8 @@ def conv_fused(
     if x.dtype == torch.float64:
         return conv_torch(x, weight, bias, activation, history, segment_ids)
     (b, t, d), w = x.shape, weight.shape[-1]
-    history = None if history is None else fit(history, b, w - 1, d).to(x.dtype).contiguous()
-    segment_ids = None if segment_ids is None else fit(segment_ids, b, t).to(torch.int32).contiguous()
+    history = fit(history, b, w - 1, d, dense=True, dtype=x.dtype)
+    segment_ids = fit(segment_ids, b, t, dense=True, dtype=torch.int32)
     weight, bias = fit(weight, d, 1, w), fit(bias, d, dense=True)
     return conv_forward(x, weight, bias, None, history, segment_ids, activation == "silu")
 

@@ -179,8 +179,8 @@ def metala_fused(x: MetaLAInputs) -> tuple[Tensor, Tensor]:
     check_interpreted(x.q)
     b, s, h, k = x.q.shape
     v = x.v.shape[-1]
-    mask = None if x.mask is None else fit(x.mask, b, s).to(torch.int8).contiguous()
-    segment_ids = None if x.segment_ids is None else fit(x.segment_ids, b, s).to(torch.int32).contiguous()
+    mask = fit(x.mask, b, s, dense=True, dtype=torch.int8)
+    segment_ids = fit(x.segment_ids, b, s, dense=True, dtype=torch.int32)
     leaves = (x.q, fit(x.z, b, s, h, k), fit(x.v, b, s, h, v), fit(x.g, b, s, h, v)) if x.packed is None else (x.packed,)
     keep = torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (*leaves, x.w, x.state))
     rest = fit(x.w, h, k), fit(x.state, b, h, k, v), mask, segment_ids, launch.ROUND[x.gate_round], keep

@@ -186,9 +186,8 @@ def selective_scan_fused(
         return selective_scan_chunked(u, dt, a, b, c, state, segment_ids)
     (rows, t, d), n = u.shape, a.shape[1]
     dt, a, b, c = fit(dt, rows, t, d), fit(a, d, n), fit(b, rows, t, n), fit(c, rows, t, n)
-    state, segment_ids = fit(state, rows, d, n), fit(segment_ids, rows, t)
+    state, segment_ids = fit(state, rows, d, n, dense=True, dtype=torch.float32), fit(segment_ids, rows, t)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (u, dt, a, b, c, state))
-    state = None if state is None else state.float().contiguous()
     y, last, _ = scan_forward(u, dt, a, b, c, state, segment_ids, keep)
     return y, last
 
