@@ -1,0 +1,109 @@
+"""Pages of the Python API, whose text mkdocstrings takes from the docstrings, and the table of operators."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+from linear_neox import HOMES
+from megatron import registry
+from megatron.ops.dispatch import BACKENDS
+from tools.reference.markdown import page, table
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCE = "the public names of linear_neox and megatron"
+_LAYER_NAMES = ("Layer", "LayerConfig", "LayerInputs", "Context", "State", "inputs_of", "input_names")
+_DATACLASSES = ("megatron.model.config.ModelConfig", "megatron.config.schema.RunConfig")
+
+
+def _directive(name: str, *options: str) -> str:
+    """mkdocstrings' block for a dotted name."""
+    return "\n".join([f"::: {name}", *(["    options:"] if options else []), *(f"      {option}" for option in options)])
+
+
+def _public_page() -> str:
+    names = [_directive(f"{module}.{name}") for name, module in HOMES.items() if module.startswith("linear_neox")]
+    others = [
+        f"`{name}` is [`{module}.{name}`]({_page_of(name)})" for name, module in HOMES.items() if "linear_neox" not in module
+    ]
+    intro = "`import linear_neox as ln`; each name is loaded on first use. [Python API](../../api.md) is the guide."
+    return page("linear_neox", SOURCE, intro, "Also public: " + ", ".join(others) + ".", *names)
+
+
+def _page_of(name: str) -> str:
+    """The page of a public name that another package defines."""
+    if name in _LAYER_NAMES:
+        return "layers.md"
+    return "configuration.md" if name in ("ModelConfig", "RunConfig") else "model.md"
+
+
+def _mixers() -> Iterator[str]:
+    for mixer, home in sorted(set(_classes())):
+        yield _directive(f"{home}.{mixer}", "members: [Config, Inputs]")
+
+
+def _classes() -> Iterator[tuple[str, str]]:
+    """(class, module) of every mixer of this project."""
+    for path in sorted((ROOT / "megatron/layers").glob("*.py")):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and path.stem != "base" and any(map(_assigns_names, node.body)):
+                yield node.name, f"megatron.layers.{path.stem}"
+
+
+def _assigns_names(node: ast.stmt) -> bool:
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    return any(isinstance(target, ast.Name) and target.id == "names" for target in targets)
+
+
+def registered_paths() -> dict[str, list[str]]:
+    """Operator -> its paths, in the order of `BACKENDS`, from the decorators in the source."""
+    paths: dict[str, set[str]] = {}
+    for file in sorted((ROOT / "megatron/ops").rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            for decorator in getattr(node, "decorator_list", ()):
+                if isinstance(decorator, ast.Call) and getattr(decorator.func, "id", "") == "path":
+                    operator, backend = (ast.literal_eval(argument) for argument in decorator.args)
+                    paths.setdefault(operator, set()).add(backend)
+    return {operator: [b for b in BACKENDS if b in paths[operator]] for operator in sorted(paths)}
+
+
+def exported(package: Path) -> tuple[str, list[str]]:
+    """(docstring, dotted names) of what a package of operators exports: its functions and classes."""
+    tree = ast.parse((package / "__init__.py").read_text(encoding="utf-8"))
+    imports = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
+    names = [f"{node.module}.{alias.name}" for node in imports for alias in node.names if not alias.name.isupper()]
+    return ast.get_docstring(tree) or "", names
+
+
+def _operators_page() -> str:
+    columns = BACKENDS[1:]
+    rows = ((f"`{name}`", *("yes" if b in paths else "" for b in columns)) for name, paths in registered_paths().items())
+    intro = (
+        "An operator has up to four paths. `kernel_backend` selects one for all operators, or `auto`: the fused kernel "
+        "(`triton`) on a GPU, else `torch`. The log of a run names the path of every operator and the reason. "
+        "[Kernels](../../kernels.md) describes the paths."
+    )
+    blocks = [intro, table(("operator", *columns), rows), "## Modules"]
+    blocks.append(_directive("megatron.ops.modules", "show_root_heading: false", "heading_level: 3"))
+    for package in sorted(path.parent for path in (ROOT / "megatron/ops").glob("*/__init__.py")):
+        doc, names = exported(package)
+        blocks += [f"## {package.name}", doc, *(_directive(name, "heading_level: 3") for name in names)]
+    return page("Operators", SOURCE, *blocks)
+
+
+def pages() -> dict[str, str]:
+    """Path below docs/ -> text."""
+    base = "megatron.layers.base"
+    layers = page("Layers", SOURCE, _directive(base, "members: [" + ", ".join(_LAYER_NAMES) + "]"))
+    mixers = ", ".join(f"`{name}`" for name in sorted(registry.layer_options()))
+    return {
+        "reference/api/linear_neox.md": _public_page(),
+        "reference/api/layers.md": layers,
+        "reference/api/mixers.md": page("Token mixers", SOURCE, f"Names in an `attention_config`: {mixers}.", *_mixers()),
+        "reference/api/operators.md": _operators_page(),
+        "reference/api/model.md": page(
+            "Model and errors", SOURCE, _directive("megatron.model.lm.LanguageModel"), _directive("megatron.errors")
+        ),
+        "reference/api/configuration.md": page("Configuration classes", SOURCE, *map(_directive, _DATACLASSES)),
+    }
