@@ -94,9 +94,10 @@ format: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
 
-# configs/arguments.md and configs/schema.json from the fields; a test fails when they are stale
+# All generated pages: configs/arguments.md and schema.json, docs/reference/, docs/performance.md; a test fails when one is stale
 docs: $(VENV)/.installed
 	$(PY) -m megatron.config.explain
+	$(PY) tools/reference_pages.py
 
 # The documentation site in site/, offline, warnings are errors; `python -m http.server -d site` shows it
 docs-site: $(VENV)/.installed-dev

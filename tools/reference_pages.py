@@ -13,14 +13,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron.errors import exit_on_error
-from tools.reference import api, commands, errors, keys, observed
+from tools.reference import api, commands, errors, keys, observed, performance
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 
 
 def all_pages() -> dict[str, str]:
     """Path below docs/ -> text of every generated page."""
-    parts = (keys, commands, observed, errors, api)
+    parts = (keys, commands, observed, errors, api, performance)
     return {name: text for part in parts for name, text in part.pages().items()}
 
 

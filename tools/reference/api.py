@@ -39,21 +39,12 @@ def _page_of(name: str) -> str:
 
 
 def _mixers() -> Iterator[str]:
-    for mixer, home in sorted(set(_classes())):
-        yield _directive(f"{home}.{mixer}", "members: [Config, Inputs]")
-
-
-def _classes() -> Iterator[tuple[str, str]]:
-    """(class, module) of every mixer of this project."""
-    for path in sorted((ROOT / "megatron/layers").glob("*.py")):
-        for node in ast.parse(path.read_text(encoding="utf-8")).body:
-            if isinstance(node, ast.ClassDef) and path.stem != "base" and any(map(_assigns_names, node.body)):
-                yield node.name, f"megatron.layers.{path.stem}"
-
-
-def _assigns_names(node: ast.stmt) -> bool:
-    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
-    return any(isinstance(target, ast.Name) and target.id == "names" for target in targets)
+    """Every mixer of this project with its names."""
+    infos = {(info.module, info.class_name): info for info in map(registry.layer_info, registry.layer_names())}
+    rows = ((", ".join(f"`{n}`" for n in i.names), f"`{i.class_name}`", f"`{i.module}`") for i in infos.values())
+    yield table(("names in `attention_config`", "class", "module"), rows)
+    for module, class_name in infos:
+        yield _directive(f"{module}.{class_name}", "members: [Config, Inputs]")
 
 
 def registered_paths() -> dict[str, list[str]]:
@@ -96,11 +87,10 @@ def pages() -> dict[str, str]:
     """Path below docs/ -> text."""
     base = "megatron.layers.base"
     layers = page("Layers", SOURCE, _directive(base, "members: [" + ", ".join(_LAYER_NAMES) + "]"))
-    mixers = ", ".join(f"`{name}`" for name in sorted(registry.layer_options()))
     return {
         "reference/api/linear_neox.md": _public_page(),
         "reference/api/layers.md": layers,
-        "reference/api/mixers.md": page("Token mixers", SOURCE, f"Names in an `attention_config`: {mixers}.", *_mixers()),
+        "reference/api/mixers.md": page("Token mixers", SOURCE, *_mixers()),
         "reference/api/operators.md": _operators_page(),
         "reference/api/model.md": page(
             "Model and errors", SOURCE, _directive("megatron.model.lm.LanguageModel"), _directive("megatron.errors")
