@@ -1,27 +1,30 @@
 """Writes the generated pages of the documentation: keys, commands, metrics, files, errors, exit codes, API, performance.
 
-python tools/reference_pages.py            # `make docs` runs it
+python tools/reference_pages.py            # all pages; `make docs` runs it
+python tools/reference_pages.py keys api   # the pages of these parts
 python tools/reference_pages.py --check    # name the pages that are stale; exit code 1 if there are any
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron.errors import exit_on_error
-from tools.reference import api, commands, errors, keys, observed, performance
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
+PARTS = ("keys", "commands", "observed", "errors", "api", "performance")
 
 
-def all_pages() -> dict[str, str]:
-    """Path below docs/ -> text of every generated page."""
-    parts = (keys, commands, observed, errors, api, performance)
-    return {name: text for part in parts for name, text in part.pages().items()}
+def texts_of(parts: Sequence[str]) -> dict[str, str]:
+    """Path below docs/ -> text of every page of these parts."""
+    modules = [importlib.import_module(f"tools.reference.{part}") for part in parts]
+    return {name: text for module in modules for name, text in module.pages().items()}
 
 
 def stale(folder: Path, pages: dict[str, str]) -> list[str]:
@@ -33,9 +36,12 @@ def stale(folder: Path, pages: dict[str, str]) -> list[str]:
 def main() -> int:
     """Parse the command line and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; all of them by default")
     parser.add_argument("--check", action="store_true", help="write nothing")
     args = parser.parse_args()
-    pages = all_pages()
+    if unknown := set(args.parts) - set(PARTS):
+        parser.error(f"no such part: {', '.join(sorted(unknown))}")
+    pages = texts_of(args.parts or PARTS)
     names = stale(DOCS, pages)
     for name in names:
         if not args.check:
