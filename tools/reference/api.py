@@ -14,7 +14,17 @@ from tools.reference.markdown import page, table
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = "the public names of linear_neox and megatron"
 _LAYER_NAMES = ("Layer", "LayerConfig", "LayerInputs", "Context", "State", "inputs_of", "input_names")
-_DATACLASSES = ("megatron.model.config.ModelConfig", "megatron.config.schema.RunConfig")
+# What the sections of a configuration become: one dataclass per part of the trainer.
+_DATACLASSES = (
+    "megatron.model.config.ModelConfig",
+    "megatron.config.schema.RunConfig",
+    "megatron.engine.base.EngineSettings",
+    "megatron.engine.schedule.ScheduleConfig",
+    "megatron.model.objectives.Objective",
+    "megatron.training.options.FitOptions",
+    "megatron.reliability.guard_options.GuardOptions",
+    "megatron.generation.sample.Sampling",
+)
 
 
 def _directive(name: str, *options: str) -> str:

@@ -68,7 +68,9 @@ def _entry(info: KeyInfo) -> str:
         lines.append("Refused values: " + "; ".join(f"`{value}` ({reason})" for value, reason in refused.items()) + ".")
     inner = [i for name, i in nested_catalog().items() if name.startswith(f"{info.name}.") and i.doc != NO_EFFECT]
     if inner:
-        rows = ((f"`{i.name}`", i.type_name, f"`{json.dumps(thaw(i.default))}`", i.doc) for i in inner)
+        rows = (
+            (f"`{i.name.removeprefix(info.name)[1:]}`", i.type_name, f"`{json.dumps(thaw(i.default))}`", i.doc) for i in inner
+        )
         lines.append(table(("entry", "type", "default", "meaning"), rows).strip())
     return "\n\n".join(lines)
 

@@ -41,7 +41,7 @@ _FORMATS = (
 
 
 def _metrics_page() -> str:
-    metrics = ((f"`{name}`", metric.unit, metric.meaning) for name, metric in METRICS.items())
+    metrics = ((f"`{name}`", metric.meaning, metric.unit) for name, metric in METRICS.items())
     return page(
         "Metrics",
         "megatron/observe and megatron/training/reporting.py",
@@ -49,7 +49,7 @@ def _metrics_page() -> str:
         "(`tensorboard_dir`) and Weights & Biases (`use_wandb`), and a line on the console. A value that is not finite is "
         "`null`. After a resume the rows of steps that run again are dropped, so that each step has one row.",
         "## Keys of metrics.jsonl",
-        table(("key", "unit", "meaning"), metrics),
+        table(("key", "meaning", "unit"), metrics),
         "## The progress line",
         "Its first fields are GPT-NeoX's, in GPT-NeoX's order, since scripts parse them.",
         _SAMPLE,
