@@ -53,6 +53,14 @@ _METHODS = ("parse_args", "parse_known_args", "parse_intermixed_args", "parse_kn
 _MEASURE = "tools/bench"
 
 
+def groups() -> dict[str, tuple[str, ...]]:
+    """`GROUPS`, with the commands right under tools/ that it does not name as a last group."""
+    named = {script for scripts in GROUPS.values() for script in scripts}
+    others = [f"tools/{path.name}" for path in sorted((ROOT / "tools").glob("*.py"))]
+    others = [script for script in others if script not in named]
+    return {**GROUPS, **({"Others": tuple(others)} if others else {})}
+
+
 class _Parsed(BaseException):
     """A command has built its parser."""
 
@@ -158,7 +166,7 @@ def pages() -> dict[str, str]:
     blocks = [intro, "## The console command", table(("installed", "in a checkout"), _console_rows())]
     blocks += ["## Options of a configuration", "Of `deepy.py`, `train.py`, `generate.py` and `eval.py`."]
     blocks.append(table(("argument", "meaning"), _arguments(make_parser(""))))
-    for title, scripts in GROUPS.items():
+    for title, scripts in groups().items():
         blocks.append(f"## {title}")
         for script in scripts:
             blocks += _block(parser_of(script), f"`{script}`")
