@@ -10,7 +10,7 @@ A comment stands alone on the line before its fence:
     <!-- after: get-started.md -->               anywhere: the page starts in the folder that the other page has left
 
 All blocks of a page that run form one bash script, under `set -euo pipefail`, in a copy of the checkout with its own runs/ and
-data/. Other shell blocks are read: tests/docs/command_lines.py checks their commands without running them.
+data/. The commands of all shell blocks, indented ones too, are checked without running them (tests/docs/command_lines.py).
 
     python -m tests.docs.blocks --count          how many blocks and commands run and are checked, page by page
     python -m tests.docs.blocks docs/faq.md      run pages, and print what each block prints
@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SHELLS = ("bash", "sh", "shell", "console")
 _FENCE = re.compile(r"^( *)(```+|~~~+)\s*([\w+-]*)[^`]*$")
 _COMMENT = re.compile(r"^\s*<!--\s*(run|output|after|setup)\b(.*?)-->\s*$", re.IGNORECASE)
+_INDENTED = re.compile(r"^ {4,}(?:\w+=\S+ )*(?:python|linear-neox|torchrun|srun|make) ")
 _SETTING = re.compile(r"[\w.]+=[^,]+(?:,(?!\s*[\w.]+=)[^,]+)*")
 
 
@@ -146,6 +147,10 @@ def read_page(path: Path) -> Page:
                 raise PageError(f"{where}: no block runs before this output")
             blocks.append(block)
             marked, number = {}, end + 1
+        elif _INDENTED.match(text) and (number == 1 or not lines[number - 2].strip()):
+            end = next((i for i in range(number, len(lines)) if not lines[i].startswith("    ")), len(lines))
+            blocks.append(Block(number - 1, "bash", tuple(_dedented(lines[number - 1 : end], 4))))
+            number = end
     return Page(path, tuple(blocks), len(lines), tuple(setup), after)
 
 

@@ -30,7 +30,8 @@ _SEPARATORS = {"&&", "||", "|", ";", "&", "(", ")", "{", "}", "then", "do", "els
 _REDIRECTION = re.compile(r"^\d*(>>?|<|>&|&>)$")
 _HEREDOC = re.compile(r"<<-?\s*(['\"]?)(\w+)\1")
 _BEFORE = {"srun", "time", "nohup", "env", "exec", "timeout", "nice", "mpirun", "numactl"}
-_OTHERS = {"-m pip", "-m venv", "-m json.tool", "-m http.server"}
+_PACKAGES = ("megatron", "linear_neox", "tests", "tools", "examples")
+_READERS_OWN = re.compile(r"^(configs/)?mine\.yml$|^[A-Z]+$|^path/to/")
 _BASE_CONFIG = "configs/metala-quickstart.yml"
 
 
@@ -119,7 +120,7 @@ def script_of(words: Sequence[str]) -> list[str] | None:
         words.pop(0)
         while words and words[0] in ("-u", "-I"):
             words.pop(0)
-        if words[:1] == ["-m"] and " ".join(words[:2]) not in _OTHERS:
+        if words[:1] == ["-m"] and words[1].partition(".")[0] in _PACKAGES:
             return words
         if words and words[0].endswith(".py"):
             return words
@@ -228,7 +229,7 @@ def _problem_of_arguments(script: tuple[str, ...], created: frozenset[str]) -> s
         )
         if path.is_file():
             files.append(path)
-        elif {name, f"{name}.yml"} & created:
+        elif {name, f"{name}.yml"} & created or _READERS_OWN.match(f"{outcome.conf_dir or ''}{name}"):
             files = [ROOT / _BASE_CONFIG]  # for the keys of --set; what the page writes is read when it runs
             break
         else:

@@ -26,8 +26,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-WARM = ["torch", "megatron.assemble", "megatron.export.hf", "megatron.generation.load", "megatron.evaluation.run_lm_eval"]
-WARM += ["linear_neox", "transformers.models.auto.modeling_auto", "megatron.data.corpora"]
+WARM = ("torch", "megatron.assemble", "megatron.export.hf", "megatron.generation.load", "megatron.evaluation.run_lm_eval")
+WARM += ("linear_neox", "megatron.data.corpora", "matplotlib.pyplot", "transformers.modeling_utils")
+WARM += ("transformers.quantizers.auto", "transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto")
 
 
 class _Replaced(BaseException):
