@@ -155,9 +155,8 @@ def _created_files(page: Page) -> set[str]:
             names.update(command.written)
             if command.words[:1] in (("cp",), ("mv",), ("tee",), ("sed",)):
                 names.add(command.words[-1])
-            names.update(
-                after for word, after in zip(command.words, command.words[1:], strict=False) if word.startswith("--out")
-            )
+            outputs = [after for word, after in zip(command.words, command.words[1:], strict=False) if word.startswith("--out")]
+            names.update(file for output in outputs for file in (output, f"{output}/continue.yml"))
             if script_of(command.words) == ["tools/layer.py", "new", command.words[-1]]:
                 names.add(f"configs/{command.words[-1]}.yml")
         if not block.is_shell and block.lines and block.lines[0].startswith("# "):
