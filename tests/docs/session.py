@@ -25,7 +25,7 @@ from tests.docs.blocks import ROOT, Block, Page, read_page
 _PAGE_SECONDS, _START_SECONDS = 300, 120
 _END_OF_PYTHON = "END_OF_THE_PYTHON_BLOCK"
 _PASSED_ON = ("LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "PYTHONDONTWRITEBYTECODE")
-_NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?")
+_NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?(?:[eE][+-]?\d+)?[KMGT]?")
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,8 @@ class Session:
     def run(self, page: Page) -> Result:
         """Run a page, after the page that it continues; once for each path."""
         if page.path not in self._results:
-            folder = self._root / f"page{len(self._results)}" / "linear-neox"
             before = self.run(read_page(page.after)) if page.after else None
+            folder = self._root / f"page{len(self._results)}" / "linear-neox"
             if before and before.failure:
                 self._results[page.path] = Result(f"{page.name} continues a page that fails: {before.failure}", {}, folder)
             else:
