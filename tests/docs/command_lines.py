@@ -142,9 +142,15 @@ def problems_of(page: Page) -> list[str]:
         return [f"{page.name}: {error}"]
     created = _created_files(page)
     for command, script in commands:
-        if problem := _problem([word.strip("[]") for word in script if word.strip("[]")], created):
+        if problem := _problem([plain for word in script if (plain := _without_option_brackets(word))], created):
             problems.append(f"{page.name}:{command.line}: {problem}\n    {' '.join(command.words)}")
     return problems
+
+
+def _without_option_brackets(word: str) -> str:
+    """`[--private]` and `[--data FILE]` mean options that may be left out; a list such as `[a, b]` stays."""
+    word = word.removeprefix("[") if word.startswith("[-") else word
+    return word.removesuffix("]") if word.count("]") > word.count("[") else word
 
 
 def _created_files(page: Page) -> set[str]:
