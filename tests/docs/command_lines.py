@@ -142,7 +142,8 @@ def problems_of(page: Page) -> list[str]:
         return [f"{page.name}: {error}"]
     created = _created_files(page)
     for command, script in commands:
-        if problem := _problem([word.strip("[]") for word in script if word.strip("[]")], created):
+        bare = [word if "=[" in word else word.strip("[]") for word in script]  # `[--option]` is optional, `key=[...]` a list
+        if problem := _problem([word for word in bare if word], created):
             problems.append(f"{page.name}:{command.line}: {problem}\n    {' '.join(command.words)}")
     return problems
 
