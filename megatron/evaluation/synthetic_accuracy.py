@@ -59,17 +59,17 @@ def evaluated_slices(
 
 
 def _right(model: LanguageModel, examples: Examples, backend: str) -> tuple[Mask, Mask]:
-    """(right, asked), both [n, s]."""
+    """Where the model is right, and where an answer is expected, both [n, s]."""
     device = next(model.parameters()).device
-    asked = examples.labels >= 0
-    places = torch.from_numpy(asked).to(device)
+    answer_mask = examples.labels >= 0
+    places = torch.from_numpy(answer_mask).to(device)
     ctx, inner = Context(backend=backend), model.model
     x, _ = embed(inner.embed_tokens, inner.embed_tokens(torch.from_numpy(examples.inputs).to(device)), ctx, None)
     x, _ = run_blocks(inner.layers, x, ctx, None)
     logits = model.lm_head(inner.final_norm(x[places]))
-    right = np.zeros(asked.shape, dtype=bool)
-    right[asked] = logits.argmax(-1).cpu().numpy() == examples.labels[asked]
-    return right, asked
+    right = np.zeros(answer_mask.shape, dtype=bool)
+    right[answer_mask] = logits.argmax(-1).cpu().numpy() == examples.labels[answer_mask]
+    return right, answer_mask
 
 
 def _measure(model: LanguageModel, store: ExampleStore, backend: str) -> dict[str, Any]:
@@ -79,11 +79,11 @@ def _measure(model: LanguageModel, store: ExampleStore, backend: str) -> dict[st
     counts = np.zeros(store.task.rows, dtype=np.int64)
     for start in range(0, len(store), size):
         examples = store.rows(np.arange(start, min(start + size, len(store))))
-        correct, asked = _right(model, examples, backend)
-        right, answers = right + int(correct.sum()), answers + int(asked.sum())
-        ends = asked.shape[1] - 1 - asked[:, ::-1].argmax(1)
+        correct, answer_mask = _right(model, examples, backend)
+        right, answers = right + int(correct.sum()), answers + int(answer_mask.sum())
+        ends = answer_mask.shape[1] - 1 - answer_mask[:, ::-1].argmax(1)
         last += int(correct[np.arange(len(ends)), ends].sum())
-        counts += np.bincount(examples.labels[asked], minlength=len(counts))
+        counts += np.bincount(examples.labels[answer_mask], minlength=len(counts))
     return {
         "examples": len(store),
         "answers": answers,

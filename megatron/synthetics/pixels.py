@@ -81,7 +81,9 @@ def _digits() -> Images:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise DataError(
-            "the digits need scikit-learn", why=str(error), hint="pip install -r requirements/requirements-eval.txt"
+            "the digits need scikit-learn",
+            why=str(error),
+            hint="pip install 'linear-neox[digits]', or pip install scikit-learn",
         ) from None
     data = load_digits()
     labels = [str(label) for label in data.target.tolist()]

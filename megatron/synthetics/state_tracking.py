@@ -107,7 +107,7 @@ class ModularArithmetic(Task):
     Attributes:
         length: tokens of an example with its mark: an even number, with brackets 4 j + 2.
         modulus: numbers are below it.
-        brackets: every operation of two expressions stands in brackets, as `( ( 3 + 2 ) * 4 ) =`, nested at random.
+        brackets: every operation is enclosed in brackets, as `( ( 3 + 2 ) * 4 ) =`, nested at random.
         answer: `all` asks for the value so far at every number too; without brackets only.
     """
 

@@ -132,7 +132,7 @@ def _digest(content: bytes) -> bytes:
 
 
 @functools.lru_cache(maxsize=4)
-def _all_records(task: StoredTask) -> Records:
+def all_records(task: StoredTask) -> Records:
     """The records of a source; the task is that of the train split, whichever split is asked for."""
     return task.read()
 
@@ -144,14 +144,14 @@ def stored_split(task: StoredTask) -> Stored:
     Raises:
         DataError: as `read`, or a class of `labels` has no example, or there are fewer than two or too many classes.
     """
-    records = _all_records(replace(task, split="train"))
+    records = all_records(replace(task, split="train"))
     present = sorted(set(records.labels))
     classes = [name.strip() for name in task.labels.split(",") if name.strip()] or present
     problem: dict[str, Any] = {"where": task.source}
     if missing := [name for name in classes if name not in present]:
         raise DataError(f"no example has the label '{missing[0]}'", hint=f"its labels: {', '.join(present[:20])}", **problem)
     if not 2 <= len(classes) <= task.mark:
-        raise DataError(f"{task.name} has {len(classes)} classes", why=f"2 to {task.mark} can be told apart", **problem)
+        raise DataError(f"{task.name} has {len(classes)} classes", why=f"2 to {task.mark} are possible", **problem)
     number = {name: i for i, name in enumerate(classes)}
     chosen = []
     for content, label, split in zip(records.contents, records.labels, records.splits, strict=True):

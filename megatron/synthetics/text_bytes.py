@@ -1,7 +1,7 @@
 """Text classification from bytes, as Long Range Arena's Text (arXiv 2011.04006), whose texts are IMDb's reviews.
 
 Sources: a folder, a .jsonl file, or `stdlib`, a data set without a download: pieces of the source files of the running Python's
-standard library, to be told apart by package. Files are divided among the splits as wholes, so that a test piece comes from a
+standard library, labelled by package. Files are divided among the splits as wholes, so that a test piece comes from a
 file of which nothing was seen. Which files there are depends on the version of Python.
 """
 
