@@ -2,7 +2,7 @@
 
     [MAX 4 3 [MIN 2 3 ] 1 0 [MED 1 5 8 9 2 ] ] = 5
 
-All trees of a block are drawn together, level by level: the nodes of a level lie behind one another in the order of their
+All trees of a block are drawn together, level by level: the nodes of a level lie one after the other in the order of their
 parents, so that a level is evaluated and laid out by segment-wise reductions, without a loop over examples.
 """
 
@@ -48,7 +48,7 @@ class ListOps(Task):
     """Expressions of MAX, MIN, MED (median, rounded down) and SM (sum modulo 10) over digits and lists.
 
     Attributes:
-        length: tokens of an example: at most length - 1 of the expression, then the mark. Shorter ones are padded behind it.
+        length: tokens of an example: at most length - 1 of the expression, then the mark. Shorter ones are padded after it.
         min_length: tokens of the shortest expression; others are drawn again.
         max_depth: operators around the innermost digit.
         max_args: an operator has 2 to max_args arguments.

@@ -45,7 +45,7 @@ class Pixels(StoredTask):
 
     @property
     def mark(self) -> int:
-        """Behind the levels."""
+        """After the levels."""
         return self.levels or (DIGITS_LEVELS if self.source == DIGITS else 256)
 
     @property

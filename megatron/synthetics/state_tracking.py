@@ -97,7 +97,7 @@ class StateTracking(Task):
 
 
 PLUS, MINUS, TIMES, OPEN, CLOSE, EQUALS = range(6)
-"""Ids behind those of the numbers 0 to modulus - 1."""
+"""Ids after those of the numbers 0 to modulus - 1."""
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ class _Combine:
         if end - first == 1:
             self.tokens.append(self.values[first])
             return self.values[first]
-        at = first + int(next(self.cuts) * (end - first - 1))  # the operation behind number `at` is the outermost one
+        at = first + int(next(self.cuts) * (end - first - 1))  # the operation after number `at` is the outermost one
         self.tokens.append(self.modulus + OPEN)
         left = self(first, at + 1)
         self.tokens.append(self.modulus + self.operators[at])

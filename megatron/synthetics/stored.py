@@ -74,7 +74,7 @@ class StoredTask(Task):
     @property
     @abstractmethod
     def mark(self) -> int:
-        """Id behind the last byte, at which the class is asked for; the largest id."""
+        """Id after the last byte, at which the class is asked for; the largest id."""
 
     @abstractmethod
     def read(self) -> Records:

@@ -45,7 +45,7 @@ class TextBytes(StoredTask):
 
     @property
     def mark(self) -> int:
-        """Behind the 256 bytes."""
+        """After the 256 bytes."""
         return 256
 
     @property

@@ -57,7 +57,7 @@ def test_listops_answers(task: ListOps) -> None:
         words = [WORDS[i] for i in read[:end]]
         value, depth = listops_value(words)
         assert labels == [X] * end + [value + DIGIT] + [X] * (task.length - end - 1) and WORDS[labels[end]] == str(value)
-        assert task.min_length <= end < task.length and not any(read[end + 1 :]), "padded behind the mark"
+        assert task.min_length <= end < task.length and not any(read[end + 1 :]), "padded after the mark"
         assert words.count("]") == sum(word[0] == "[" for word in words), "one bracket closes each operator"
         depths.add(depth)
         operators |= {word for word in words if word[0] == "["}
