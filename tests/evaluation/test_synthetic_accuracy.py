@@ -83,11 +83,12 @@ def test_mistakes() -> None:
         measure_slices(tiny(2), evaluated_slices({**PARITY, "group": "s5"}, TOKENIZER), 1)
 
 
-NAMES = ("listops-cpu", "text-cpu", "pixels-cpu", "state-tracking-cpu")
+NAMES = ("listops-cpu", "text-cpu", "pixels-cpu", "pixels-two-way-cpu", "state-tracking-cpu")
 FEWER = {
     "listops-cpu": {"train": [{"examples": 32}], "valid": [{"examples": 16}]},
     "text-cpu": {"length": 65, "train": [{}], "valid": [{"examples": 16}], "test": [{"examples": 24}]},
     "pixels-cpu": {"train": [{}], "valid": [{"examples": 16}], "test": [{"examples": 24}]},
+    "pixels-two-way-cpu": {"train": [{}], "valid": [{"examples": 16}], "test": [{"examples": 24}]},
     "state-tracking-cpu": {"train": [{"examples": 32}], "valid": [{"examples": 16}]},
 }
 
