@@ -99,7 +99,7 @@ def distributions(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("dist")
     source = folder / "source"
     source.mkdir()
-    for name in ("linear_neox", "megatron", "tools", "configs", "requirements", "tests/linear_neox"):
+    for name in ("linear_neox", "megatron", "tools", "configs", "requirements", "benchmarks/published", "tests/linear_neox"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for file in (
         *ROOT.glob("*.py"),
@@ -139,7 +139,7 @@ def test_the_wheel_carries_all_that_a_user_needs(distributions: dict[str, Path])
     shipped = {name.removeprefix("megatron/shipped/") for name in names if name.startswith("megatron/shipped/")}
     for config in (ROOT / "configs").rglob("*.yml"):
         assert str(config.relative_to(ROOT)) in shipped
-    assert {file for file, *_ in cli.COMMANDS.values()} | {"train.py"} <= shipped
+    assert {file for file, *_ in cli.COMMANDS.values()} | {"train.py", "benchmarks/published/scores.csv"} <= shipped
     data = {"megatron/config/neox_keys.tsv", "megatron/evaluation/tasks/based_fda.yaml"}
     assert {"linear_neox/py.typed", "megatron/py.typed", *data} <= names
     for path in (ROOT / "megatron").rglob("*.py"):
