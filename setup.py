@@ -1,7 +1,7 @@
 """What pyproject.toml cannot say: a wheel carries commands, `tools/`, `configs/` and published scores.
 
-They go into `megatron/shipped/`, laid out as in the checkout, where `megatron/shipped.py` looks for them. An editable install uses
-the checkout's own.
+They go into `megatron/shipped/`, laid out as in the checkout, where `megatron/shipped.py` looks for them. An editable install
+uses the checkout's own.
 """
 
 from pathlib import Path
