@@ -149,13 +149,13 @@ def _class_folders(path: Path, split: str, size: int) -> Images:
 
 def _grey_levels(path: Path, size: int) -> GreyLevels:
     try:
-        from PIL import Image, UnidentifiedImageError
+        from PIL import Image
     except ImportError as error:
         raise DataError("image files need Pillow", why=str(error), hint="pip install pillow") from None
     try:
         with Image.open(path) as image:
             grey = image.convert("L")
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow's for damaged files
         raise DataError("an image cannot be read", where=str(path), why=str(error)) from None
     if size and grey.size != (size, size):
         grey = grey.resize((size, size), Image.Resampling.BOX)
