@@ -1,4 +1,5 @@
 """Evaluate a trained model: `python eval.py CONFIG... --eval_tasks perplexity [--eval_lengths 512 1024] [--eval_stride 64]`, or
+`--eval_tasks synthetic [--eval_lengths 64 128]` for the configuration's synthetic task, or
 `--eval_tasks piqa,hellaswag based_fda_twice recall ... [--data-dir DIR] [--limit N]` for tasks of lm-eval (docs/evaluation.md).
 
 The checkpoint is that of the config's `load` (else `save`), of any mesh. A single process loads the complete model; on
@@ -20,7 +21,7 @@ from megatron.launch.environment import RankEnvironment, close_process_group, in
 from megatron.launch.process_exit import leaving
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
@@ -117,6 +118,27 @@ def perplexity(run: RunConfig) -> None:
             print(error.what)
 
 
+def synthetic(run: RunConfig) -> None:
+    """Accuracy on the test slices of the configuration's synthetic task, as a table, JSON and, over lengths, PNG."""
+    from megatron.evaluation.synthetic_accuracy import accuracy_table, evaluated_slices, measure_slices, plot_accuracy
+    from megatron.files import write_json
+
+    options, trained = run.evaluation, run.model.seq_length
+    model, tokenizer, checkpoint = _opened(run)
+    slices = evaluated_slices(run.data.synthetic, tokenizer, options.eval_lengths, options.eval_limit)
+    rows = measure_slices(model, slices, run.training.seed, run.training.kernel_backend)
+    print(f"checkpoint {checkpoint}\n{accuracy_table(rows)}", flush=True)
+    stem = _stem(run, "synthetic")
+    facts = {"task": slices[0].task.name, "model": run.name, "checkpoint": str(checkpoint), "trained_length": trained}
+    write_json(f"{stem}.json", {**facts, "rows": rows})
+    print(f"wrote {stem}.json")
+    if len({row["tokens"] for row in rows if "error" not in row}) > 1:
+        try:
+            print(f"wrote {plot_accuracy(rows, f'{stem}.png', run.name, trained)}")
+        except DataError as error:
+            print(error.what)
+
+
 def _stem(run: RunConfig, kind: str) -> str:
     """Path of the results without suffix; creates the folder."""
     stem = run.evaluation.eval_results_prefix or str(Path(run.logging.run_dir) / "eval")
@@ -202,12 +224,17 @@ def _evaluate(run: RunConfig, names: Sequence[str], forward: Forward, tokenizer:
     print(f"wrote {stem}.json")
 
 
+def _own_words() -> dict[str, Callable[[RunConfig, Sequence[str]], None]]:
+    """Evaluation words that are not tasks of lm-eval -> what measures all words of its kind at once."""
+    return {"perplexity": lambda run, _: perplexity(run), "synthetic": lambda run, _: synthetic(run)}
+
+
 def _task_names(run: RunConfig) -> list[str]:
     """Task names of the configuration, possibly comma-separated; refuses likely typos at once."""
     from megatron.evaluation.options import GROUPS
 
     names = [name for word in run.evaluation.eval_tasks or () for name in word.split(",") if name]
-    known = ["perplexity", *GROUPS]
+    known = [*_own_words(), *GROUPS]
     if not names:
         raise ConfigError("there is no evaluation task", hint=f"--eval_tasks {' '.join(known)}, or tasks of lm-eval")
     for name in names:
@@ -232,9 +259,11 @@ def main(argv: list[str]) -> None:
     env = read_rank_environment()
     run = config_from_args(arguments, check=False)
     names = _task_names(run)
-    if "perplexity" in names and env.is_main:
-        perplexity(run)
-    if others := [name for name in names if name != "perplexity"]:
+    words = _own_words()
+    if env.is_main:
+        for measure in dict.fromkeys(words[name] for name in names if name in words):
+            measure(run, [name for name in names if words.get(name) is measure])
+    if others := [name for name in names if name not in words]:
         try:
             harness(run, others, env)
         finally:

@@ -146,7 +146,7 @@ def copy_checkout(folder: Path) -> None:
     names = listing.stdout.decode().split("\0") if listing.returncode == 0 else _files_without_git()
     folder.mkdir(parents=True)
     for name in names:
-        if name and (ROOT / name).is_file() and not name.startswith(("tests/golden/", "benchmarks/")):
+        if name and (ROOT / name).is_file() and not name.startswith("tests/golden/"):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, folder / name)
 
