@@ -162,6 +162,7 @@ def test_mnist(tmp_path: Path) -> None:
         Pixels(source=str(tmp_path), size=1).available()
 
 
+@pytest.mark.slow  # scikit-learn takes seconds to import
 def test_digits_of_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
     from sklearn.datasets import load_digits
 
@@ -187,6 +188,7 @@ def test_digits_of_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "pip install scikit-learn" in str(caught.value)
 
 
+@pytest.mark.slow
 def test_all_examples_or_some() -> None:
     spec = {"task": "pixels", "source": "digits", "train": [{}], "valid": [{"examples": 50}]}
     train, valid = (SyntheticDataset(read_slices(spec, s), 3, s, 25) for s in ("train", "valid"))
