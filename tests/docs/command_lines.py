@@ -133,6 +133,11 @@ def our_commands(page: Page) -> list[tuple[Command, list[str]]]:
     return [(command, script) for command in commands if (script := script_of(command.words)) is not None]
 
 
+def _without_usage(word: str) -> str:
+    """A word without the brackets of an optional argument (`[--tensors]`); a value that is a list stays whole."""
+    return word if "[" in word.partition("=")[2] else word.strip("[]")
+
+
 def problems_of(page: Page) -> list[str]:
     """What is wrong with the commands of a page, one text each."""
     problems = []
@@ -142,7 +147,7 @@ def problems_of(page: Page) -> list[str]:
         return [f"{page.name}: {error}"]
     created = _created_files(page)
     for command, script in commands:
-        if problem := _problem([word.strip("[]") for word in script if word.strip("[]")], created):
+        if problem := _problem([plain for word in script if (plain := _without_usage(word))], created):
             problems.append(f"{page.name}:{command.line}: {problem}\n    {' '.join(command.words)}")
     return problems
 
