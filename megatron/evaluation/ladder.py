@@ -139,7 +139,7 @@ def answer(batch: Sequence[Case], reader: PromptReader, tokenizer: Tokenizer, ce
     cell.nll += [-float(row[:size].sum()) / size for row, size in zip(scores, sizes, strict=True)]
     cell.exact += [float(row[:size].all()) for row, size in zip(likeliest, sizes, strict=True)]
     totals = []
-    for number in range(max(len(case.choices) for case in batch)):
+    for number in range(min(len(case.choices) for case in batch)):
         scores, _, sizes = _scored(reader, [case.choices[number] for case in batch])
         totals.append([float(row[:size].sum()) for row, size in zip(scores, sizes, strict=True)])
     cell.choice += [float(all(row[0] > other for other in row[1:])) for row in zip(*totals, strict=True)]

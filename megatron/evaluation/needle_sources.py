@@ -60,7 +60,7 @@ class SyntheticSource(CaseSource):
         answer_places = np.flatnonzero(examples.labels[0] >= 0)
         answer = tuple(examples.labels[0, answer_places].tolist())
         if isinstance(task, NeedleNumbers):
-            wrong = [tuple(ids) for ids in rng.integers(task.first_value, task.rows, (CHOICES, len(answer))).tolist()]
+            wrong = [tuple(ids) for ids in rng.integers(task.first_value, task.rows, (8 * CHOICES, len(answer))).tolist()]
         else:
             numbers = draw_distinct(rng, "numbers", CHOICES, lambda _: False)
             wrong = [tuple(self._tokenizer.tokenize_piece(f" {number}"))[: len(answer)] for number in numbers]
@@ -68,7 +68,7 @@ class SyntheticSource(CaseSource):
             prompt=examples.inputs[0, : answer_places[0] + 1],
             answer=answer,
             values=(),
-            choices=(answer, *[ids for ids in wrong if ids != answer][: CHOICES - 1]),
+            choices=tuple(dict.fromkeys((answer, *wrong)))[:CHOICES],
             depths=(depth,),
             places=(),
             room=len(answer),

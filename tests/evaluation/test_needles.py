@@ -159,7 +159,8 @@ def test_the_training_tasks_are_asked_in_their_own_form() -> None:
         key = int(case.prompt[-1])
         start = int(np.flatnonzero(case.prompt == key)[0])
         assert case.prompt[start - 1] == 1 and tuple(case.prompt[start + 1 : start + 3]) == case.answer
-        assert len(case.prompt) == 300 - 1 and 145 <= start <= 155 and case.choices[0] == case.answer
+        assert len(case.prompt) == 300 - 1 and 145 <= start <= 155
+        assert case.choices[0] == case.answer and len(set(case.choices)) == CHOICES
     text = SyntheticSource("needle_text", {"task": "needle_text", "train": [{"length": 200, "examples": 4}]}, BYTES)
     case = next(iter(cases(text, Plan((200,), (0.0,), 1), 200, 0.0)))
     assert BYTES.detokenize(case.answer) in BYTES.detokenize(case.prompt.tolist()) and len(set(case.choices)) == CHOICES
