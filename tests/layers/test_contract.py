@@ -1,4 +1,4 @@
-"""Checks of the eleven clauses of the contract in `megatron/layers/base.py` on every registered token mixer.
+"""Checks of the twelve clauses of the contract in `megatron/layers/base.py` on every registered token mixer.
 
 A new mixer is covered by its name in the registry; nothing is edited here. `tests/layers/test_<name>.py` has its own tests.
 `python tools/layer.py check NAME` prints the first line of each test, which begins with the number of the clause; checks
@@ -269,7 +269,7 @@ def test_whole_parameters_stay_outside_of_the_cut_region(layer: Layer) -> None:
 
 def test_inputs_of_its_own(layer: Layer) -> None:
     """10. Own inputs: inputs of only this mixer are fields of its `Inputs`, with defaults that mean "not given"."""
-    own = {"mask", "segment_ids", "backend", "in_place", "slots", "attentions", "inputs"}
+    own = {"mask", "segment_ids", "backend", "in_place", "slots", "attentions", "inputs", "cp"}
     assert {f.name for f in fields(Context)} == own
     others = {name for n in NAMES for name in input_names([make(n)]) if layer_class(n).Inputs is not layer.Inputs}
     assert not others & set(input_names([layer]))
