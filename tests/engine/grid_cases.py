@@ -39,7 +39,8 @@ class Form:
 
     layers: of the model, all with the cell's mixer.
     batch: even masks; `masked`, rows with none to all of their tokens counted; `packed`, that and two documents in a row;
-    `jrt`, uneven masks under the compound objective.
+    `jrt`, uneven masks under the compound objective; `documents`, uneven masks and documents of all lengths.
+    cp: context-parallel ranks of the data-parallel ones.
     """
 
     zero_stage: int = 1
@@ -51,6 +52,11 @@ class Form:
     seed: int = 1234
     batch: str = "even"
     layers: int = 4
+    cp: int = 1
+    mean_over: str = "global_batch"
+    chunk: int = 0
+    backend: str = "auto"
+    exchange: str = "all_gather"
 
 
 BATCHES = ("even", "masked", "packed", "jrt")
@@ -92,15 +98,21 @@ def _pairs(mixer: str, mesh: Mesh3, form: Form) -> set[tuple[Any, Any]]:
 
 
 def model(mixer: str, form: Form) -> ModelConfig:
-    """The tiny model with that mixer in all blocks."""
-    return model_config(form.tied, num_layers=form.layers, layer_types=(mixer,) * form.layers, hidden_dropout=form.dropout)
+    """The tiny model with that mixer in all blocks; several joined by + take turns, in at least as many blocks."""
+    names = mixer.split("+")
+    types = tuple(names[i % len(names)] for i in range(max(form.layers, len(names))))
+    options = {"sliding": {"window": 5}} if "sliding" in names and form.cp > 1 else {}
+    changes = {"layer_options": options} if options else {}
+    return model_config(form.tied, num_layers=len(types), layer_types=types, hidden_dropout=form.dropout, **changes)
 
 
 def settings(form: Form) -> EngineSettings:
     """Two micro batches a step, clipping at work."""
     more: dict[str, Any] = {"sequence_parallel": True} if form.sequence else {}
     if form.batch == "jrt":
-        more["objective"] = Objective("jrt", prefix_length=SEQ // 3)
+        more["objective"] = Objective("jrt", prefix_length=SEQ // 3, mean_over=form.mean_over)
+    elif form.mean_over != "global_batch":
+        more["objective"] = Objective(mean_over=form.mean_over)
     return EngineSettings(
         seed=form.seed,
         dtype=form.dtype,
@@ -109,12 +121,16 @@ def settings(form: Form) -> EngineSettings:
         zero_stage=form.zero_stage,
         activation_checkpoint_interval=int(form.recompute),
         seq_length=SEQ,
+        loss_chunk_tokens=form.chunk,
+        kernel_backend=form.backend,
+        context_parallel_exchange=form.exchange,
         **more,
     )
 
 
 def _train(engine: Engine, form: Form) -> dict[str, Any]:
     how: dict[str, Any] = {"segments": form.batch == "packed", "masks": "even" if form.batch == "even" else "uneven"}
+    how["ids"] = "documents" if form.batch == "documents" else ""
     batches = micro_batches(engine.mesh, **how)
     results, parts = [], []
     for step in range(STEPS):
@@ -134,11 +150,12 @@ def _train(engine: Engine, form: Form) -> dict[str, Any]:
 def cells(kind: str, pp: int, tp: int, work: list[Cell]) -> list[dict[str, Any] | str]:
     """On every rank: train each cell on one mesh; a refusal is given back as its text."""
     env = read_rank_environment()
-    mesh = Mesh.create(pp, tp, env.world_size, env.rank)
+    grids = {cp: Mesh.create(pp, tp, env.world_size, env.rank, cp=cp) for cp in sorted({form.cp for _, form in work})}
     found: list[dict[str, Any] | str] = []
     for mixer, form in work:
+        mesh = grids[form.cp]
         try:
-            made = replace(settings(form), micro_batch=GLOBAL // mesh.dp)
+            made = replace(settings(form), micro_batch=GLOBAL // mesh.data_size)
             engine = build_engine(kind, model(mixer, form), mesh, made, env.local_rank)
         except ConfigError as error:
             found.append(str(error))
@@ -153,7 +170,7 @@ _ALONE: dict[Cell, Any] = {}
 
 def alone(work: list[Cell]) -> list[Any]:
     """The reference's results: plain PyTorch in one process, each cell once."""
-    plain = [(mixer, replace(form, zero_stage=0, sequence=False)) for mixer, form in work]
+    plain = [(mixer, replace(form, zero_stage=0, sequence=False, cp=1, exchange="all_gather")) for mixer, form in work]
     missing = [cell for cell in dict.fromkeys(plain) if cell not in _ALONE]
     if missing:
         _ALONE.update(zip(missing, run_ranks(cells, 1, "single", 1, 1, missing, connect=False, timeout=300)[0], strict=True))
