@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from megatron.layers.base import Context, Layer, LayerConfig, LayerInputs, State
 from megatron.ops.opaque import values_visible
-from megatron.ops.places import numbered, tokens_before
+from megatron.ops.places import document_offset, numbered
 from megatron.ops.summary.taylor import taylor_summary
 from megatron.ops.taylor import TAYLOR_CHUNK, empty_taylor_state, taylor_step, taylor_step_
 from megatron.ops.taylor.features import feature_count
@@ -120,7 +120,7 @@ class PrefixBased(Layer):
             m = min(s, max(length - offset, min(length, 1)))
             inside = torch.full((b, m), float(offset < length), device=x.device)
         else:
-            seen = None if ctx.cp is None else tokens_before(ctx.cp, b, x.device)
+            seen = None if ctx.cp is None else document_offset(ctx.cp, b, x.device)
             positions, _ = numbered(b, s, ctx.mask, document_ids, seen, x.device)
             inside = (positions < length).float()
             if ctx.mask is not None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from megatron.layers.base import Context, State
 from megatron.model.norm import Norm
-from megatron.ops.places import numbered, tokens_before
+from megatron.ops.places import document_offset, numbered
 
 
 class Embedding(nn.Embedding):
@@ -66,7 +66,7 @@ class Embedding(nn.Embedding):
                 raise ValueError(f"{length} tokens, but the model has learned {rows} positions (max_position_embeddings)")
             seen = None if state is None else state["seen"]
             if ctx.cp is not None:
-                seen = tokens_before(ctx.cp, x.shape[0], x.device)
+                seen = document_offset(ctx.cp, x.shape[0], x.device)
             places, after = numbered(x.shape[0], s, ctx.mask, ctx.segment_ids, seen, x.device)
             x = x + F.embedding(places, self.positions)
             state = None if state is None else {"seen": after}

@@ -32,7 +32,7 @@ def numbered(
     return (count - 1).clamp_min(0), count[:, -1]
 
 
-def tokens_before(shard: ContextShard, b: int, device: torch.device) -> Tensor:
+def document_offset(shard: ContextShard, b: int, device: torch.device) -> Tensor:
     """[b]: tokens before a context-parallel shard, of the document of its first token; `seen` of `numbered`."""
     if shard.segment_ids is None:
         return torch.full((b,), shard.offset, dtype=torch.long, device=device)

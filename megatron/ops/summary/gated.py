@@ -27,15 +27,15 @@ from megatron.ops.precision import in_accumulation_dtype, outside_autocast, sum_
 from megatron.ops.scan.operator import scan_recurrent
 from megatron.ops.summary.suffix import exclusive_sums, last_document, runs_from_the_right
 
-_CPU_TOKENS, _GPU_TOKENS = 256, 16384
+_BLOCK_TOKENS = {"cpu": 256}
 """Tokens of a block: intermediates that fit a CPU's cache, or a bounded share of a GPU's memory."""
 
 KeysOf = Callable[[slice], tuple[Tensor, Tensor]]
 """Tokens of a block -> its keys and log decays [b, c, h, k] in the accumulation dtype."""
 
 
-def _runs(x: Tensor) -> list[slice]:
-    return runs_from_the_right(x.shape[1], _CPU_TOKENS if x.device.type == "cpu" else _GPU_TOKENS)
+def _block_runs(x: Tensor) -> list[slice]:
+    return runs_from_the_right(x.shape[1], _BLOCK_TOKENS.get(x.device.type, 16384))
 
 
 def _decay_behind(log_decay: Tensor, behind: Tensor, last: Tensor | None, at: slice) -> tuple[Tensor, Tensor]:
@@ -61,7 +61,7 @@ def gated_forward(v: Tensor, shape: torch.Size, keys_of: KeysOf, segment_ids: Te
     state = torch.zeros(b, h, k, v.shape[-1], dtype=wide, device=v.device)
     behind, right_sums = torch.zeros(b, h, k, dtype=wide, device=v.device), []
     last = last_document(segment_ids, wide)
-    for at in _runs(v):
+    for at in _block_runs(v):
         key, log_decay = keys_of(at)
         right_sums.append(behind)
         factor, total = _decay_behind(log_decay, behind, last, at)
@@ -85,7 +85,7 @@ def gated_backward(
         dv: buffer for the gradient of v.
     """
     last, before = last_document(segment_ids, dstate.dtype), dtotal
-    for at, behind in reversed(list(zip(_runs(v), right_sums, strict=True))):
+    for at, behind in reversed(list(zip(_block_runs(v), right_sums, strict=True))):
         key, log_decay = keys_of(at)
         factor, _ = _decay_behind(log_decay, behind, last, at)
         dv[:, at] = ((factor * key).transpose(1, 2) @ dstate).transpose(1, 2)

@@ -21,7 +21,7 @@ from megatron.ops.precision import in_accumulation_dtype, outside_autocast, sum_
 from megatron.ops.selective_scan.operator import selective_scan, selective_scan_recurrent
 from megatron.ops.summary.suffix import exclusive_sums, last_document, runs_from_the_right
 
-_TOKENS = 32
+_BLOCK_STATES = 32
 """Tokens of a block, whose states [b, tokens, d, n] exist at the same time."""
 
 
@@ -40,7 +40,7 @@ class _SelectiveSummary(torch.autograd.Function):
         a, last = in_accumulation_dtype(rates), last_document(segment_ids, wide)
         state = torch.zeros(u.shape[0], *rates.shape, dtype=wide, device=u.device)
         behind, right_sums = torch.zeros(u.shape[0], u.shape[2], dtype=wide, device=u.device), []
-        for at in runs_from_the_right(u.shape[1], _TOKENS):
+        for at in runs_from_the_right(u.shape[1], _BLOCK_STATES):
             right_sums.append(behind)
             steps, _, written = _SelectiveSummary.block(at, u, dt, last)
             sums, total = exclusive_sums(steps, behind=True)
@@ -60,7 +60,7 @@ class _SelectiveSummary(torch.autograd.Function):
         dstate, dexponent = grads[0], grads[1] * decay
         da = (dexponent * total_dt.unsqueeze(-1)).sum(0)
         before = (dexponent * a).sum(-1)  # gradient of every step size through D, then of those behind through A
-        for at, behind in reversed(list(zip(runs_from_the_right(u.shape[1], _TOKENS), right_sums, strict=True))):
+        for at, behind in reversed(list(zip(runs_from_the_right(u.shape[1], _BLOCK_STATES), right_sums, strict=True))):
             steps, values, written = _SelectiveSummary.block(at, u, dt, last)
             sums = exclusive_sums(steps, behind=True)[0].add_(behind.unsqueeze(1))
             factor = (sums.unsqueeze(-1) * a).exp_().mul_(dstate.unsqueeze(1))

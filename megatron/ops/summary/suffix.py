@@ -12,15 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_CHUNK = 64
+_SUM_CHUNK = 64
 """Tokens whose sums are one product with a triangular matrix."""
 
 
 def exclusive_sums(x: Tensor, behind: bool) -> tuple[Tensor, Tensor]:
     """Sums of `x [b, s, m]` over the tokens behind (or before) each token, [b, s, m], and over all tokens, [b, m]."""
     s = x.shape[1]
-    fill = -s % _CHUNK if s > _CHUNK else 0
-    chunks = (F.pad(x, (0, 0, fill, 0)) if fill else x).unflatten(1, (-1, min(s, _CHUNK)))
+    fill = -s % _SUM_CHUNK if s > _SUM_CHUNK else 0
+    chunks = (F.pad(x, (0, 0, fill, 0)) if fill else x).unflatten(1, (-1, min(s, _SUM_CHUNK)))
     ones = torch.ones(chunks.shape[2], chunks.shape[2], dtype=x.dtype, device=x.device)
     sums = (ones.triu_(1) if behind else ones.tril_(-1)) @ chunks
     totals = chunks.sum(2)
