@@ -259,6 +259,7 @@ def checkpoint_facts(run: RunConfig, tokenizer: Tokenizer) -> dict[str, Any]:
         },
         "seq_length": run.model.seq_length,
         "max_position_embeddings": run.model.max_position_embeddings,
+        "context_parallel_size": run.parallel.context_parallel_size,  # for the reader: a checkpoint loads on any
         "data": run.data.data_path or list(run.data.train_data_paths or run.data.train_stream or ()),
         "run": {
             "name": run.name,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
@@ -39,8 +40,11 @@ class Form:
 
     layers: of the model, all with the cell's mixer.
     batch: even masks; `masked`, rows with none to all of their tokens counted; `packed`, that and two documents in a row;
-    `jrt`, uneven masks under the compound objective; `documents`, uneven masks and documents of all lengths.
+    `jrt`, uneven masks under the compound objective, after a third of the row; `documents`, uneven masks and documents of all
+    lengths.
     cp: context-parallel ranks of the data-parallel ones.
+    short: windows of 5 tokens, and jrt layers with a prefix where the objective has one.
+    learned: learned positions.
     """
 
     zero_stage: int = 1
@@ -57,6 +61,8 @@ class Form:
     chunk: int = 0
     backend: str = "auto"
     exchange: str = "all_gather"
+    short: bool = False
+    learned: bool = False
 
 
 BATCHES = ("even", "masked", "packed", "jrt")
@@ -66,43 +72,58 @@ Cell = tuple[str, Form]  # on a mesh
 
 
 def possible(mixer: str, mesh: Mesh3, form: Form) -> bool:
-    """ZeRO-2 and 3 need a single stage; a cut sequence needs tensor ranks, and no mixer that sums over them inside."""
-    return (form.zero_stage < 2 or mesh[0] == 1) and (not form.sequence or (mesh[1] > 1 and mixer != "mamba"))
+    """ZeRO-2 and 3 need a single stage, ZeRO-3 all logits at once; a cut sequence needs tensor ranks, and no mixer that sums
+    over them inside; context-parallel ranks are data-parallel ranks."""
+    staged = form.zero_stage < 2 or mesh[0] == 1
+    gathered = form.zero_stage < 3 or not form.chunk
+    return staged and gathered and mesh[2] % form.cp == 0 and (not form.sequence or (mesh[1] > 1 and "mamba" not in mixer))
 
 
-def covering() -> dict[Mesh3, list[Cell]]:
-    """One form for each mixer on each mesh, so that every possible pair of choices (also ZeRO-2, 3, sequence) is in a cell."""
-    every = [
+def every_form() -> list[Form]:
+    """All choices of the grid, ZeRO-2, 3 and cut sequences among them."""
+    return [
         replace(form, zero_stage=form.zero_stage + more, sequence=cut, batch=batch)
         for form in FORMS
         for more in (0, 2)
         for cut in (False, True)
         for batch in BATCHES
     ]
-    left = {pair for mesh in MESHES for mixer in mixers() for form in every for pair in _pairs(mixer, mesh, form)}
+
+
+def covering(meshes: list[Mesh3], names: list[str], every: list[Form], choices: Sequence[str]) -> dict[Mesh3, list[Cell]]:
+    """One form for each mixer on each mesh, or more, so that every possible pair of choices (fields of a form) is in a cell."""
+    pairs = {
+        (mixer, mesh): {form: _pairs(mixer, mesh, form, choices) for form in every if possible(mixer, mesh, form)}
+        for mesh in meshes
+        for mixer in names
+    }
+    left = set().union(*(own for cell in pairs.values() for own in cell.values()))
     chosen: dict[Mesh3, list[Cell]] = {}
-    for mesh in MESHES:
-        for mixer in mixers():
-            fit = [form for form in every if possible(mixer, mesh, form)]
-            best = max(fit, key=lambda form: len(left & _pairs(mixer, mesh, form)))
-            left -= _pairs(mixer, mesh, best)
-            chosen.setdefault(mesh, []).append((mixer, best))
-    assert not left, left
+    for (mixer, mesh), forms in pairs.items():
+        best = max(forms, key=lambda form: len(left & forms[form]))
+        left -= forms[best]
+        chosen.setdefault(mesh, []).append((mixer, best))
+    while left:
+        (mixer, mesh), best = max(
+            ((cell, form) for cell, forms in pairs.items() for form in forms), key=lambda one: len(left & pairs[one[0]][one[1]])
+        )
+        left -= pairs[mixer, mesh][best]
+        chosen[mesh].append((mixer, best))
     return chosen
 
 
-def _pairs(mixer: str, mesh: Mesh3, form: Form) -> set[tuple[Any, Any]]:
-    """Every two choices that meet in a cell; none if it is impossible."""
-    own = (mixer, mesh, *((name, getattr(form, name)) for name in ("zero_stage", "recompute", "tied", "sequence", "batch")))
-    return set(combinations(own, 2)) if possible(mixer, mesh, form) else set()
+def _pairs(mixer: str, mesh: Mesh3, form: Form, choices: Sequence[str]) -> set[tuple[Any, Any]]:
+    """Every two choices that meet in a cell."""
+    return set(combinations((mixer, mesh, *((name, getattr(form, name)) for name in choices)), 2))
 
 
 def model(mixer: str, form: Form) -> ModelConfig:
     """The tiny model with that mixer in all blocks; several joined by + take turns, in at least as many blocks."""
     names = mixer.split("+")
     types = tuple(names[i % len(names)] for i in range(max(form.layers, len(names))))
-    options = {"sliding": {"window": 5}} if "sliding" in names and form.cp > 1 else {}
-    changes = {"layer_options": options} if options else {}
+    options = {"sliding": {"window": 5}, "jrt": {"prefix_length": SEQ // 3 if form.batch == "jrt" else 0}}
+    changes: dict[str, Any] = {"learned_positions": SEQ} if form.learned else {}
+    changes |= {"layer_options": {name: options[name] for name in names if name in options}} if form.short else {}
     return model_config(form.tied, num_layers=len(types), layer_types=types, hidden_dropout=form.dropout, **changes)
 
 
