@@ -97,12 +97,19 @@ def _faulty(fault: str, work: list[Cell]) -> list[dict[str, Any] | str]:
         """Documents numbered in each shard by itself, as if all began there."""
         return ContextParallel(self.mesh.cp_group, self.mesh.cp_rank, self.mesh.cp, rows, self.length, None, device=device)
 
+    whole_build = ContextShards.build
+
+    def from_zero(self: ContextShards, rows: int, ids: Any, device: Any) -> Any:
+        shard = whole_build(self, rows, ids, device)
+        shard.offset = 0
+        return shard
+
     patches = {
         "local count": mock.patch.object(objectives, "all_reduce", lambda x, group: x * 2),
         "labels of a shard": mock.patch.object(MicroBatch, "shard", labels_made_per_shard),
         "swapped shards": mock.patch.object(MicroBatch, "shard", other_rank),
         "local ids": mock.patch.object(ContextShards, "build", own_ids),
-        "local positions": mock.patch.object(Mesh, "cp_rank", 0),
+        "local positions": mock.patch.object(ContextShards, "build", from_zero),
     }
     with patches[fault]:
         return cells("deepspeed", 1, 1, work)
@@ -111,7 +118,7 @@ def _faulty(fault: str, work: list[Cell]) -> list[dict[str, Any] | str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ["local count", "labels of a shard", "swapped shards", "local ids", "local positions"])
 def test_a_fault_of_the_engine_is_visible(fault: str) -> None:
-    work: list[Cell] = [("metala", CP2)]
+    work: list[Cell] = [("metala", replace(CP2, batch="masked", learned=True) if fault == "local positions" else CP2)]
     results = run_ranks(_faulty, 2, fault, work)
     difference = compare([rank[0] for rank in results], alone(work)[0])
     assert difference.loss > 5 * LOSS and difference.weight > 5 * WEIGHT, f"{fault}: {difference}"
