@@ -45,6 +45,7 @@ class Form:
     cp: context-parallel ranks of the data-parallel ones.
     short: windows of 5 tokens, and jrt layers with a prefix where the objective has one.
     learned: learned positions.
+    steps: of training, and micro batches of the evaluation after them.
     """
 
     zero_stage: int = 1
@@ -63,6 +64,7 @@ class Form:
     exchange: str = "all_gather"
     short: bool = False
     learned: bool = False
+    steps: int = STEPS
 
 
 BATCHES = ("even", "masked", "packed", "jrt")
@@ -154,10 +156,10 @@ def _train(engine: Engine, form: Form) -> dict[str, Any]:
     how["ids"] = "documents" if form.batch == "documents" else ""
     batches = micro_batches(engine.mesh, **how)
     results, parts = [], []
-    for step in range(STEPS):
+    for step in range(form.steps):
         results.append(engine.train_step(for_step(engine, batches), learning_rate(step, CURVE)))
         parts += list(engine.loss_parts.values())
-    held_out = engine.eval_loss(take_micro_batches(micro_batches(engine.mesh, start=1000, **how), 3)).loss
+    held_out = engine.eval_loss(take_micro_batches(micro_batches(engine.mesh, start=1000, **how), form.steps)).loss
     return {
         "losses": [*(float(r.loss) for r in results), *parts, held_out],
         "norms": [float(r.grad_norm) for r in results],
@@ -191,7 +193,10 @@ _ALONE: dict[Cell, Any] = {}
 
 def alone(work: list[Cell]) -> list[Any]:
     """The reference's results: plain PyTorch in one process, each cell once."""
-    plain = [(mixer, replace(form, zero_stage=0, sequence=False, cp=1, exchange="all_gather")) for mixer, form in work]
+    plain = [
+        (mixer, replace(form, zero_stage=0, sequence=False, cp=1, exchange="all_gather", backend="auto"))
+        for mixer, form in work
+    ]
     missing = [cell for cell in dict.fromkeys(plain) if cell not in _ALONE]
     if missing:
         _ALONE.update(zip(missing, run_ranks(cells, 1, "single", 1, 1, missing, connect=False, timeout=300)[0], strict=True))
