@@ -177,8 +177,8 @@ class DataPipeline:
         return MicroBatchLoader(
             dataset,
             self.run.batch.train_micro_batch_size_per_gpu,
-            mesh.dp_rank,
-            mesh.dp,
+            mesh.data_rank,
+            mesh.data_size,
             self.run.batch.gradient_accumulation_steps,
             start_sample=start,
             eod_token=self.tokenizer.eod if needs_eod else None,

@@ -5,7 +5,7 @@
 
 `new` writes a working mixer (gated linear attention on `ops/scan/`), so that every change to it can be checked. `check` runs
 `tests/layers/test_contract.py` and the mixer's own tests, and exits 1 if a check fails. The contract in
-`megatron/layers/base.py` has eleven clauses; each check is a test, and its line begins with the number of its clause (checks
+`megatron/layers/base.py` has twelve clauses; each check is a test, and its line begins with the number of its clause (checks
 without a number are additional).
 """
 
