@@ -80,8 +80,8 @@ def measured(name: str, folder: Path, settings: list[str], sweep: Mapping[str, A
         plan = Plan(tuple(lengths), depths, part.get("examples", EXAMPLES), run.training.seed)
         result["needles"] = measure_needles(model, tokenizer, part["tasks"], plan, documents, spec=data.synthetic)
     if part := sweep.get("by_length"):
-        lengths = part.get("lengths") or default_lengths(run.model.seq_length)
-        result["by_length"] = measure_by_length(model, tokenizer, lengths, documents, limit=part.get("documents"))
+        ends = part.get("lengths") or default_lengths(run.model.seq_length)
+        result["by_length"] = measure_by_length(model, tokenizer, ends, documents, limit=part.get("documents"))
     return result
 
 

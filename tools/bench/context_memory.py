@@ -78,7 +78,7 @@ def main() -> None:
         shared = manager.list()
         for size in SIZES:
             with tempfile.TemporaryDirectory() as folder:
-                mp.spawn(_rank, args=(size, f"{folder}/store", args.tokens, shared), nprocs=size)
+                mp.spawn(_rank, args=(size, f"{folder}/store", args.tokens, shared), nprocs=size)  # type: ignore[attr-defined]
         rows = list(shared)
     alone = {(row["mixer"], row["tokens"]): row["MiB"] for row in rows if row["context_parallel_size"] == 1}
     print("| mixer | tokens | context_parallel_size | MiB saved on the fullest rank | of one process |\n|---|---|---|---|---|")

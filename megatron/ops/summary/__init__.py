@@ -3,3 +3,13 @@
 One module per family of operators. A summary (A, D) obeys `final(S) = D S + A` for the state S before the shard, where `final`
 is the operator's last state; document boundaries inside the shard act on A only (`parallel/context.py` drops D for them).
 """
+
+from megatron.ops.summary.gated import gated_summary
+from megatron.ops.summary.selective import selective_summary
+from megatron.ops.summary.taylor import taylor_summary
+
+__all__ = [
+    "gated_summary",
+    "selective_summary",
+    "taylor_summary",
+]
