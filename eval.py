@@ -1,4 +1,6 @@
 """Evaluate a trained model: `python eval.py CONFIG... --eval_tasks perplexity [--eval_lengths 512 1024] [--eval_stride 64]`, or
+`--eval_tasks synthetic [--eval_lengths 64 128]` for the configuration's synthetic task, or
+`--eval_tasks perplexity_by_length niah_single_1 niah ... [--lengths 1024,4096] [--depths 0,0.5,1]` for long contexts, or
 `--eval_tasks piqa,hellaswag based_fda_twice recall ... [--data-dir DIR] [--limit N]` for tasks of lm-eval (docs/evaluation.md).
 
 The checkpoint is that of the config's `load` (else `save`), of any mesh. A single process loads the complete model; on
@@ -11,6 +13,7 @@ from __future__ import annotations
 import difflib
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +23,7 @@ from megatron.launch.environment import RankEnvironment, close_process_group, in
 from megatron.launch.process_exit import leaving
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
     from megatron.config.schema import RunConfig
     from megatron.data.tokenizers import Tokenizer
     from megatron.evaluation.forward import Forward
+    from megatron.evaluation.long_context import Documents
     from megatron.evaluation.options import HarnessOptions, Request
     from megatron.model.config import ModelConfig
     from megatron.model.lm import LanguageModel
@@ -111,10 +115,83 @@ def perplexity(run: RunConfig) -> None:
     )
     print(f"wrote {stem}.json")
     if len(rows) > 1:
-        try:
-            print(f"wrote {plot_lengths({run.name: rows}, f'{stem}.png', run.name, run.model.seq_length)}")
-        except DataError as error:
-            print(error.what)
+        _drawn(lambda: plot_lengths({run.name: rows}, f"{stem}.png", run.name, run.model.seq_length))
+
+
+def perplexity_by_length(run: RunConfig) -> None:
+    """Loss over the position in long documents, as a table, JSON and PNG."""
+    from megatron.evaluation.long_context import measure_by_length
+    from megatron.evaluation.long_documents import default_lengths
+    from megatron.evaluation.report import plot_positions
+
+    options, trained = run.evaluation, run.model.seq_length
+    model, tokenizer, checkpoint = _opened(run)
+    lengths = options.eval_lengths or default_lengths(trained)
+    settings: dict[str, Any] = {"limit": options.eval_limit, "backend": run.training.kernel_backend}
+    result = measure_by_length(model, tokenizer, lengths, _documents(run, tokenizer), **settings)
+    draw = partial(plot_positions, {run.name: result["rows"]}, title=run.name, trained=trained)
+    _store(run, "perplexity_by_length", checkpoint, result, draw)
+
+
+def needles(run: RunConfig, names: Sequence[str]) -> None:
+    """Needle prompts over length and depth, as tables, JSON and PNG."""
+    from megatron.evaluation.ladder import DEPTHS, EXAMPLES, LENGTHS, Plan
+    from megatron.evaluation.long_context import measure_needles
+    from megatron.evaluation.report import plot_ladder
+
+    options = run.evaluation
+    lengths, depths = tuple(sorted(options.eval_lengths or LENGTHS)), options.eval_depths or DEPTHS
+    plan = Plan(lengths, depths, options.eval_limit or EXAMPLES, run.training.seed)
+    model, tokenizer, checkpoint = _opened(run)
+    settings: dict[str, Any] = {"spec": run.data.synthetic, "backend": run.training.kernel_backend}
+    result = measure_needles(model, tokenizer, names, plan, _documents(run, tokenizer), **settings)
+    _store(run, "needles", checkpoint, result, partial(plot_ladder, {run.name: result["rows"]}, title=run.name))
+
+
+def _documents(run: RunConfig, tokenizer: Tokenizer) -> Documents:
+    """Opens eval_text, else the split of the corpus."""
+    from megatron.evaluation.documents import run_documents
+
+    data, name = run.data, run.evaluation.eval_split
+    paths = getattr(data, f"{name}_data_paths")
+    return partial(run_documents, run.evaluation.eval_text, data.data_path, data.split, name, paths, tokenizer)
+
+
+def _store(run: RunConfig, task: str, checkpoint: Path, result: dict[str, Any], draw: Callable[..., Path]) -> None:
+    """Write the JSON and the PNG of a long-context measure."""
+    from megatron.files import write_json
+
+    stem = _stem(run, task)
+    facts = {"task": task, "model": run.name, "checkpoint": str(checkpoint), "trained_length": run.model.seq_length}
+    write_json(f"{stem}.json", {**facts, **result})
+    print(f"wrote {stem}.json")
+    _drawn(lambda: draw(image=f"{stem}.png"))
+
+
+def _drawn(draw: Callable[[], Path]) -> None:
+    """Draw a figure if matplotlib is installed."""
+    try:
+        print(f"wrote {draw()}")
+    except DataError as error:
+        print(error.what)
+
+
+def synthetic(run: RunConfig) -> None:
+    """Accuracy on the test slices of the configuration's synthetic task, as a table, JSON and, over lengths, PNG."""
+    from megatron.evaluation.synthetic_accuracy import accuracy_table, evaluated_slices, measure_slices, plot_accuracy
+    from megatron.files import write_json
+
+    options, trained = run.evaluation, run.model.seq_length
+    model, tokenizer, checkpoint = _opened(run)
+    slices = evaluated_slices(run.data.synthetic, tokenizer, options.eval_lengths, options.eval_limit)
+    rows = measure_slices(model, slices, run.training.seed, run.training.kernel_backend)
+    print(f"checkpoint {checkpoint}\n{accuracy_table(rows)}", flush=True)
+    stem = _stem(run, "synthetic")
+    facts = {"task": slices[0].task.name, "model": run.name, "checkpoint": str(checkpoint), "trained_length": trained}
+    write_json(f"{stem}.json", {**facts, "rows": rows})
+    print(f"wrote {stem}.json")
+    if len({row["tokens"] for row in rows if "error" not in row}) > 1:
+        _drawn(lambda: plot_accuracy(rows, f"{stem}.png", run.name, trained))
 
 
 def _stem(run: RunConfig, kind: str) -> str:
@@ -202,12 +279,24 @@ def _evaluate(run: RunConfig, names: Sequence[str], forward: Forward, tokenizer:
     print(f"wrote {stem}.json")
 
 
+def _own_words() -> dict[str, Callable[[RunConfig, Sequence[str]], None]]:
+    """Evaluation words that are not tasks of lm-eval -> what measures all words of its kind at once."""
+    from megatron.evaluation.options import NEEDLES
+
+    return {
+        "perplexity": lambda run, _: perplexity(run),
+        "synthetic": lambda run, _: synthetic(run),
+        "perplexity_by_length": lambda run, _: perplexity_by_length(run),
+        **dict.fromkeys(NEEDLES, needles),
+    }
+
+
 def _task_names(run: RunConfig) -> list[str]:
     """Task names of the configuration, possibly comma-separated; refuses likely typos at once."""
     from megatron.evaluation.options import GROUPS
 
     names = [name for word in run.evaluation.eval_tasks or () for name in word.split(",") if name]
-    known = ["perplexity", *GROUPS]
+    known = [*_own_words(), *GROUPS]
     if not names:
         raise ConfigError("there is no evaluation task", hint=f"--eval_tasks {' '.join(known)}, or tasks of lm-eval")
     for name in names:
@@ -219,22 +308,32 @@ def _task_names(run: RunConfig) -> list[str]:
 def main(argv: list[str]) -> None:
     """The command."""
     parser = make_parser("Evaluate a trained model.")
-    parser.add_argument("--eval_lengths", "--eval-lengths", nargs="+", metavar="N", help="maximum number of tokens per pass")
+    parser.add_argument(
+        "--eval_lengths", "--eval-lengths", "--lengths", nargs="+", metavar="N", help="tokens per pass, document or prompt"
+    )
+    parser.add_argument("--eval_depths", "--eval-depths", "--depths", nargs="+", metavar="D", help="of the needle, 0 to 1")
+    parser.add_argument("--eval_text", "--eval-text", metavar="FILE", help="text instead of the data split, for long contexts")
     parser.add_argument("--eval_stride", "--eval-stride", metavar="N", help="tokens scored per pass (sliding window)")
     parser.add_argument("--data-dir", "--eval_data_dir", metavar="DIR", help="local datasets under their Hub names (lm-eval)")
     parser.add_argument("--limit", "--eval_limit", metavar="N", help="examples per task (lm-eval), tokens (perplexity)")
     arguments = parser.parse_intermixed_args(argv)
-    if arguments.eval_lengths:
-        arguments.overrides.append(f"eval_lengths=[{', '.join(arguments.eval_lengths)}]")
-    for key, value in (("stride", arguments.eval_stride), ("data_dir", arguments.data_dir), ("limit", arguments.limit)):
+    for key, words in (("lengths", arguments.eval_lengths), ("depths", arguments.eval_depths)):
+        if words:
+            arguments.overrides.append(f"eval_{key}=[{', '.join(','.join(words).split(','))}]")
+    for key, value in (
+        ("stride", arguments.eval_stride), ("data_dir", arguments.data_dir), ("limit", arguments.limit),
+        ("text", arguments.eval_text),
+    ):  # fmt: skip
         if value:
             arguments.overrides.append(f"eval_{key}={value}")
     env = read_rank_environment()
     run = config_from_args(arguments, check=False)
     names = _task_names(run)
-    if "perplexity" in names and env.is_main:
-        perplexity(run)
-    if others := [name for name in names if name != "perplexity"]:
+    words = _own_words()
+    if env.is_main:
+        for measure in dict.fromkeys(words[name] for name in names if name in words):
+            measure(run, [name for name in names if words.get(name) is measure])
+    if others := [name for name in names if name not in words]:
         try:
             harness(run, others, env)
         finally:

@@ -33,12 +33,12 @@ MODELS: dict[str, tuple[str, ...]] = {
 
 
 def trained(name: str, config: str, folder: Path, extra: Sequence[str]) -> dict[str, float]:
-    """Train one model into `folder / name` unless it exists; returns wall-clock and CPU seconds."""
+    """Train one model into `folder / name` with the settings `extra` unless it exists; returns wall-clock and CPU seconds."""
     run_dir, record_path = folder / name, folder / name / "trained.json"
     if record_path.is_file():
         durations: dict[str, float] = read_json(record_path)
         return durations
-    settings = [*MODELS[name], f"run_dir={run_dir}", f"save={run_dir}/checkpoints", *extra]
+    settings = [f"run_dir={run_dir}", f"save={run_dir}/checkpoints", *extra]
     started, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
     words = [word for setting in settings for word in ("--set", setting)]
     process = subprocess.run([sys.executable, "train.py", config, *words], cwd=ROOT, check=False)
@@ -103,7 +103,7 @@ def main() -> None:
         models: dict[str, Any] = {}
         for name in a.models:
             before = time.monotonic()
-            models[name] = trained(name, a.config, a.runs, a.extra)
+            models[name] = trained(name, a.config, a.runs, [*MODELS[name], *a.extra])
             trained_now += time.monotonic() - before
             models[name] |= evaluated(a.runs / name, a.config, a)
         facts: dict[str, Any] = {

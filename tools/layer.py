@@ -156,7 +156,8 @@ def run_new(name: str) -> int:
     """Write the files and update the generated documentation."""
     for path in write_files(name, ROOT):
         print(f"wrote {path.relative_to(ROOT)}")
-    subprocess.run([sys.executable, "-m", "megatron.config.explain"], cwd=ROOT, check=True)
+    for words in (["-m", "megatron.config.explain"], ["tools/reference_pages.py", "keys", "api"]):
+        subprocess.run([sys.executable, *words], cwd=ROOT, check=True)
     print(f"\nnext: python tools/layer.py check {name}")
     return 0
 

@@ -94,13 +94,28 @@ class EvaluationSection(Section):
     eval_tasks: Names | None = None
     eval_results_prefix: str = ""
     eval_lengths: tuple[Annotated[int, Field(gt=0)], ...] | None = own(
-        None, "Lengths at which `eval.py --eval_tasks perplexity` scores the text; unset: seq_length alone."
+        None,
+        "Lengths in tokens. perplexity: of a pass (unset: seq_length); perplexity_by_length: ends of the position buckets "
+        "(unset: seq_length / 4 to seq_length x 16); needle tasks: of prompt and answer (unset: 1,024 to 65,536).",
     )
     eval_stride: int | None = own(
         None, "Tokens scored per pass of a sliding evaluation; unset: the length (non-overlapping).", gt=0
     )
     eval_split: Literal["train", "valid", "test"] = own("valid", "The data split to score: train, valid or test.")
-    eval_limit: int | None = own(None, "perplexity: score only the first N tokens; lm-eval tasks: N examples of each.", gt=0)
+    eval_limit: int | None = own(
+        None,
+        "perplexity: score only the first N tokens; perplexity_by_length: N documents; lm-eval tasks: N examples of each; "
+        "needle tasks: N examples of each length and depth (unset: 4).",
+        gt=0,
+    )
+    eval_depths: tuple[Annotated[float, Field(ge=0, le=1)], ...] | None = own(
+        None, "Needle tasks: depths of the needle, from 0 (start) to 1 (end); unset: 0, 0.25, 0.5, 0.75 and 1."
+    )
+    eval_text: str | None = own(
+        None,
+        "A text file, or a .jsonl file with a document per row, instead of the data split: the documents of "
+        "perplexity_by_length, and the haystack of needle tasks.",
+    )
     eval_batch_size: int = own(8, "Rows per pass of lm-eval tasks; scores do not depend on it.", gt=0)
     eval_max_length: int | None = own(None, "Longest context that the model reads in lm-eval tasks; unset: seq_length.", gt=1)
     eval_num_fewshot: int | None = own(None, "Few-shot examples of lm-eval tasks; unset: the task's own number.", ge=0)

@@ -18,7 +18,19 @@ GROUPS = {
     "recall": RECALL,
     "recall_twice": tuple(f"{name}_twice" for name in RECALL),
 }
-
+NIAH = (
+    "niah_single_1",
+    "niah_single_2",
+    "niah_single_3",
+    "niah_multikey_1",
+    "niah_multikey_2",
+    "niah_multikey_3",
+    "niah_multivalue",
+    "niah_multiquery",
+)
+NEEDLE_GROUPS = {"niah": NIAH}
+NEEDLES = (*NIAH, *NEEDLE_GROUPS, "needle", "needle_text")
+"""Words of the needle ladder: RULER's kinds, all of them, and the synthetic training tasks."""
 
 SCOPES = ("context", "whole")
 

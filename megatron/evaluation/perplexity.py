@@ -124,6 +124,20 @@ def _nll(model: LanguageModel, inputs: Tensor, targets: Tensor, backend: str, vo
     return total
 
 
+def check_ids(tokens: NDArray[Any], vocab_size: int | None) -> None:
+    """Refuse tokens of another tokenizer.
+
+    Raises:
+        DataError: an id is not below `vocab_size`.
+    """
+    if vocab_size is not None and int(tokens.max()) >= vocab_size:
+        raise DataError(
+            f"token id {int(tokens.max())} is outside the tokenizer's {vocab_size} ids",
+            why="the data were made with another tokenizer",
+            hint="check tokenizer_type and vocab_file against the ones used for data_path",
+        )
+
+
 @torch.inference_mode()
 def score(
     model: LanguageModel,
@@ -156,12 +170,7 @@ def score(
     tokens = np.asarray(stream)
     if not len(tokens):
         raise ConfigError("there is no token to score")
-    if vocab_size is not None and int(tokens.max()) >= vocab_size:
-        raise DataError(
-            f"token id {int(tokens.max())} is outside the tokenizer's {vocab_size} ids",
-            why="the data were made with another tokenizer",
-            hint="check tokenizer_type and vocab_file against the ones used for data_path",
-        )
+    check_ids(tokens, vocab_size)
     stride = stride or length
     device = next(model.parameters()).device
     started, total, passes = time.monotonic(), 0.0, 0

@@ -1,4 +1,4 @@
-"""Reports of an evaluation: a table for the console, and a plot (PNG) over the evaluation length."""
+"""Reports of an evaluation: a table for the console, plots (PNG) over the evaluation length, and the needle heat map."""
 
 from __future__ import annotations
 
@@ -35,14 +35,9 @@ def plot_lengths(
     Raises:
         DataError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import LogLocator
-    except ImportError as error:
-        raise DataError("no plot: matplotlib is not installed", why=str(error), hint="pip install matplotlib") from error
-    figure = Figure(figsize=(7.5, 5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure(7.5, 5)
+    from matplotlib.ticker import LogLocator
+
     axes = figure.subplots()
     lengths: set[int] = set()
     for number, (name, rows) in enumerate(curves.items()):
@@ -63,6 +58,102 @@ def plot_lengths(
     axes.yaxis.minorticks_off()
     axes.grid(True, which="both", color="#e6e6e6", linewidth=0.7)
     axes.legend()
+    return _saved(figure, image)
+
+
+def plot_positions(
+    curves: Mapping[str, Sequence[Mapping[str, Any]]], image: str | Path, title: str = "", trained: int | None = None
+) -> Path:
+    """Plot the loss of each position bucket over its end, one line per name; marks the length `trained`.
+
+    Raises:
+        DataError: matplotlib is not installed.
+    """
+    figure = _figure(7.5, 5)
+    axes = figure.subplots()
+    for number, (name, rows) in enumerate(curves.items()):
+        colour, mark = _COLOURS[number % len(_COLOURS)], _MARKS[number % len(_MARKS)]
+        axes.plot([row["length"] for row in rows], [row["loss"] for row in rows], color=colour, marker=mark, label=name)
+    lengths = sorted({row["length"] for rows in curves.values() for row in rows})
+    if trained:
+        axes.axvline(trained, color="#969696", linewidth=1, linestyle=":")
+    axes.set(xscale="log", xlabel="end of the position bucket (tokens)", ylabel="loss (nats per token)", title=title)
+    axes.set_xticks(lengths, [str(n) for n in lengths])
+    axes.xaxis.minorticks_off()
+    axes.grid(True, color="#e6e6e6", linewidth=0.7)
+    axes.legend()
+    return _saved(figure, image)
+
+
+def plot_ladder(
+    models: Mapping[str, Sequence[Mapping[str, Any]]],
+    image: str | Path,
+    title: str = "",
+    published: Mapping[str, Mapping[int, float]] | None = None,
+    metric: str = "accuracy",
+) -> Path:
+    """Heat maps of needle accuracy, length by depth, one per model and kind; below, published scores over the length.
+
+    Args:
+        models: name -> rows of a ladder.
+        image: the PNG.
+        title: of the figure.
+        published: `model, task` -> length -> percent, scores of other people; drawn apart and labelled as published.
+        metric: accuracy | exact | choice.
+
+    Raises:
+        DataError: matplotlib is not installed.
+    """
+    panels = [(name, task) for name, rows in models.items() for task in dict.fromkeys(row["task"] for row in rows)]
+    across = min(3, max(1, len(panels)))
+    down = -(-len(panels) // across)
+    figure = _figure(4.2 * across, 2.6 * down + (3.0 if published else 0.4))
+    figure.suptitle(title, fontsize=11)
+    grid = figure.add_gridspec(down + bool(published), across, height_ratios=[1.0] * down + [1.1] * bool(published))
+    for number, (name, task) in enumerate(panels):
+        rows = [row for row in models[name] if row["task"] == task and metric in row]
+        _heat_map(figure.add_subplot(grid[number // across, number % across]), rows, f"ours: {name}, {task}", metric)
+    if published:
+        axes = figure.add_subplot(grid[down, :])
+        for number, (name, scores) in enumerate(published.items()):
+            colour, mark = _COLOURS[number % len(_COLOURS)], _MARKS[number // len(_COLOURS) % len(_MARKS)]
+            axes.plot(list(scores), list(scores.values()), "--", color=colour, marker=mark, markersize=4, label=name)
+        axes.set(xscale="log", ylim=(-3, 103), ylabel="percent", title="published, not measured here, and not the same needles")
+        lengths = sorted({length for scores in published.values() for length in scores})
+        axes.set_xticks(lengths, [str(n) for n in lengths])
+        axes.xaxis.minorticks_off()
+        axes.legend(fontsize=6, ncols=3)
+    return _saved(figure, image)
+
+
+def _heat_map(axes: Any, rows: Sequence[Mapping[str, Any]], title: str, metric: str) -> None:
+    """One panel: depths down, lengths across, percent in the cells."""
+    lengths, depths = (sorted({row[key] for row in rows}) for key in ("length", "depth"))
+    cells = {(row["depth"], row["length"]): 100 * row[metric] for row in rows}
+    values = [[cells.get((depth, length), float("nan")) for length in lengths] for depth in depths]
+    if rows:
+        axes.imshow(values, cmap="RdYlGn", vmin=0, vmax=100, aspect="auto")
+    for (depth, length), value in cells.items():
+        axes.text(lengths.index(length), depths.index(depth), f"{value:.0f}", ha="center", va="center", fontsize=7)
+    axes.set_xticks(range(len(lengths)), [str(n) for n in lengths], fontsize=6)
+    axes.set_yticks(range(len(depths)), [f"{d:g}" for d in depths], fontsize=7)
+    axes.set_title(title, fontsize=8)
+
+
+def _figure(width: float, height: float) -> Any:
+    """An empty figure; a DataError without matplotlib."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise DataError("no plot: matplotlib is not installed", why=str(error), hint="pip install matplotlib") from error
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _saved(figure: Any, image: str | Path) -> Path:
+    """The path of the written PNG."""
     image = Path(image)
     with atomic_open(image) as handle:
         figure.savefig(handle, format="png", dpi=130)

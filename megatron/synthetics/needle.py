@@ -32,7 +32,7 @@ class NeedleNumbers(Task):
     def __post_init__(self) -> None:
         need(self.digits >= 1 and self.needles >= 1, self, "needles and digits must be at least 1")
         need(self._slots >= self.needles, self, "needles and question must fit into length")
-        need(self._half - FIRST >= self.needles and self.vocab_size > self._half, self, "vocab_size is too small")
+        need(self.first_value - FIRST >= self.needles and self.vocab_size > self.first_value, self, "vocab_size is too small")
         need(self.depth <= 1, self, "depth is at most 1")
 
     @property
@@ -40,7 +40,8 @@ class NeedleNumbers(Task):
         return (self.length - self.digits - 1) // (self.digits + 2)
 
     @property
-    def _half(self) -> int:
+    def first_value(self) -> int:
+        """The first id of values and haystack; keys are below."""
         return FIRST + (self.vocab_size - FIRST) // 2
 
     @property
@@ -55,9 +56,9 @@ class NeedleNumbers(Task):
 
     def draw(self, rng: np.random.Generator, count: int) -> Examples:
         """See the class."""
-        keys = distinct(rng, count, self.needles, FIRST, self._half)
-        values = rng.integers(self._half, self.vocab_size, size=(count, self.needles, self.digits))
-        hay = rng.integers(self._half, self.vocab_size, size=(count, self.length))
+        keys = distinct(rng, count, self.needles, FIRST, self.first_value)
+        values = rng.integers(self.first_value, self.vocab_size, size=(count, self.needles, self.digits))
+        hay = rng.integers(self.first_value, self.vocab_size, size=(count, self.length))
         slots = distinct(rng, count, self.needles, 0, self._slots)
         if self.depth >= 0:
             target = round(self.depth * (self._slots - 1))

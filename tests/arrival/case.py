@@ -309,6 +309,23 @@ class Case:
             eval_command.perplexity(self._lenient())
         return results
 
+    @functools.cached_property
+    def needles(self) -> dict[str, Any]:
+        """What `eval.py` measures with needles: the plan, and the file that the haystack is read from."""
+        results: dict[str, Any] = {}
+
+        def measure(*values: Any, **options: Any) -> dict[str, Any]:
+            results.update(plan=values[3], text=values[4].args[0])
+            return {"rows": []}
+
+        with (
+            mock.patch.object(eval_command, "_opened", return_value=(None, settings.tokenizer_of(self.run), Path("x"))),
+            mock.patch.object(eval_command, "_store"),
+            mock.patch("megatron.evaluation.long_context.measure_needles", measure),
+        ):
+            eval_command.needles(self._lenient(), ["niah"])
+        return results
+
     def _lenient(self) -> RunConfig:
         """As the commands read it that only need a checkpoint."""
         return load_config([self.path], check=False)

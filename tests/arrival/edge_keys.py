@@ -179,6 +179,8 @@ EVALUATION: dict[str, Arrival] = {
         "test", lambda c: c.perplexity["output"].partition("_")[2][:15], "perplexity_test", PERPLEXITY | {"split": "80, 10, 10"}
     ),
     "eval_limit": Arrival(11, lambda c: [c.perplexity["tokens"], c.measured[1].limit], [11, 11], PERPLEXITY),
+    "eval_depths": Arrival([0.25, 1], lambda c: c.needles["plan"].depths, (0.25, 1.0), {"eval_tasks": ["niah"]}),
+    "eval_text": Arrival("essays.txt", lambda c: c.needles["text"], beside={"eval_tasks": ["niah"]}),
     "eval_batch_size": Arrival(3, _options("batch_size"), beside={"eval_tasks": ["piqa"]}),
     "eval_max_length": Arrival(77, _options("max_length"), beside={"eval_tasks": ["piqa"]}),
     "eval_num_fewshot": Arrival(2, _request("num_fewshot"), beside={"eval_tasks": ["piqa"]}),
