@@ -70,7 +70,7 @@ def test_bf16_with_fp32_sums() -> None:
 
 @pytest.mark.slow
 def test_triton_kernels_in_the_interpreter() -> None:
-    """One step of one layer against the torch path; Adam's first step follows the sign of gradients that are rounding alone."""
+    """One step of one layer against the torch path; not the weights, as the first step of Adam follows signs of rounding."""
     check(PAIR, [("metala", replace(CP2, backend="triton", layers=1, steps=1))], weight=torch.inf)
 
 
