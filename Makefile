@@ -12,7 +12,7 @@ INSTALL := $(VENV)/bin/pip install --quiet --disable-pip-version-check -c $(CONS
 JOBS ?= 2
 PYTEST := -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: gpu-wheels train test test-fast mutation test-oldest test-newest test-serving lock lint format docs install install-dev clean
+.PHONY: gpu-wheels train test test-fast mutation test-oldest test-newest test-serving lock lint format docs docs-site install install-dev clean
 
 # The packages, then this checkout itself (editable): `linear-neox` and `import linear_neox` from any folder.
 $(VENV)/.installed: requirements/requirements.txt $(CONSTRAINTS)
@@ -94,9 +94,14 @@ format: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
 
-# configs/arguments.md and configs/schema.json from the fields; a test fails when they are stale
+# All generated pages: configs/arguments.md and schema.json, docs/reference/, docs/performance.md; a test fails when one is stale
 docs: $(VENV)/.installed
 	$(PY) -m megatron.config.explain
+	$(PY) tools/reference_pages.py
+
+# The documentation site in site/, offline, warnings are errors; `python -m http.server -d site` shows it
+docs-site: $(VENV)/.installed-dev
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
 
 clean:
 	rm -rf .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info

@@ -1,4 +1,5 @@
 """Evaluate a trained model: `python eval.py CONFIG... --eval_tasks perplexity [--eval_lengths 512 1024] [--eval_stride 64]`, or
+`--eval_tasks synthetic [--eval_lengths 64 128]` for the configuration's synthetic task, or
 `--eval_tasks perplexity_by_length niah_single_1 niah ... [--lengths 1024,4096] [--depths 0,0.5,1]` for long contexts, or
 `--eval_tasks piqa,hellaswag based_fda_twice recall ... [--data-dir DIR] [--limit N]` for tasks of lm-eval (docs/evaluation.md).
 
@@ -175,6 +176,24 @@ def _drawn(draw: Callable[[], Path]) -> None:
         print(error.what)
 
 
+def synthetic(run: RunConfig) -> None:
+    """Accuracy on the test slices of the configuration's synthetic task, as a table, JSON and, over lengths, PNG."""
+    from megatron.evaluation.synthetic_accuracy import accuracy_table, evaluated_slices, measure_slices, plot_accuracy
+    from megatron.files import write_json
+
+    options, trained = run.evaluation, run.model.seq_length
+    model, tokenizer, checkpoint = _opened(run)
+    slices = evaluated_slices(run.data.synthetic, tokenizer, options.eval_lengths, options.eval_limit)
+    rows = measure_slices(model, slices, run.training.seed, run.training.kernel_backend)
+    print(f"checkpoint {checkpoint}\n{accuracy_table(rows)}", flush=True)
+    stem = _stem(run, "synthetic")
+    facts = {"task": slices[0].task.name, "model": run.name, "checkpoint": str(checkpoint), "trained_length": trained}
+    write_json(f"{stem}.json", {**facts, "rows": rows})
+    print(f"wrote {stem}.json")
+    if len({row["tokens"] for row in rows if "error" not in row}) > 1:
+        _drawn(lambda: plot_accuracy(rows, f"{stem}.png", run.name, trained))
+
+
 def _stem(run: RunConfig, kind: str) -> str:
     """Path of the results without suffix; creates the folder."""
     stem = run.evaluation.eval_results_prefix or str(Path(run.logging.run_dir) / "eval")
@@ -266,6 +285,7 @@ def _own_words() -> dict[str, Callable[[RunConfig, Sequence[str]], None]]:
 
     return {
         "perplexity": lambda run, _: perplexity(run),
+        "synthetic": lambda run, _: synthetic(run),
         "perplexity_by_length": lambda run, _: perplexity_by_length(run),
         **dict.fromkeys(NEEDLES, needles),
     }

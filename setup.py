@@ -1,6 +1,7 @@
-"""What pyproject.toml cannot say: a wheel carries the commands, `tools/` and `configs/`, laid out as in the checkout.
+"""What pyproject.toml cannot say: a wheel carries commands, `tools/`, `configs/` and published scores.
 
-They go into `megatron/shipped/`, where `megatron/shipped.py` looks for them. An editable install uses the checkout's own.
+They go into `megatron/shipped/`, laid out as in the checkout, where `megatron/shipped.py` looks for them. An editable install
+uses the checkout's own.
 """
 
 from pathlib import Path
@@ -10,7 +11,7 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 COMMANDS = ("deepy.py", "train.py", "generate.py", "eval.py", "prepare_data.py")
-FOLDERS = {"configs": (".yml", ".md", ".json"), "tools": (".py",)}
+FOLDERS = {"configs": (".yml", ".md", ".json"), "tools": (".py",), "benchmarks/published": (".csv",)}
 LEFT_OUT = {"bench", "compat", "compatibility.py", "__pycache__"}  # of developing, not of using
 
 

@@ -69,11 +69,12 @@ class Trainer:
     def __init__(self, config: ConfigLike, *, hooks: Sequence[Hook] = (), **overrides: Any) -> None:
         run = as_run(config, **overrides)
         require_data(run)
-        ranks = run.parallel.pipe_stages * run.parallel.tensor_ranks
+        ranks = run.parallel.model_processes
         if ranks > 1:
             raise ConfigError(
                 f"the configuration needs {ranks} processes, a Trainer has one",
-                hint="model_parallel_size=1, pipe_parallel_size=0, or the command: linear-neox train CONFIG",
+                hint="model_parallel_size=1, pipe_parallel_size=0, context_parallel_size=1, or the command:"
+                " linear-neox train CONFIG",
             )
         self._components = assemble.build(run, RankEnvironment(), lambda: None)
         resumed = assemble.restore(run, self.engine, self.config)

@@ -4,4 +4,4 @@ Importing this package needs nothing but Python; `torch` is imported by the part
 `megatron/engine/deepspeed_pipeline.py` alone.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -172,7 +172,8 @@ def build(run: RunConfig, env: RankEnvironment, connected: Callable[[], object])
     settings = engine_settings(run)
     init_process_group(env, run.parallel.distributed_backend, settings.timeout_s)
     connected()
-    mesh = Mesh.create(run.parallel.pipe_stages, run.parallel.tensor_ranks, env.world_size, env.rank)
+    p = run.parallel
+    mesh = Mesh.create(p.pipe_stages, p.tensor_ranks, env.world_size, env.rank, cp=p.context_parallel_size)
     return Parts(
         tokenizer, config, data_pipeline, mesh, build_engine(run.parallel.engine, config, mesh, settings, env.local_rank)
     )

@@ -27,6 +27,7 @@ from megatron.errors import ConfigError, DataError
 from megatron.parallel.mesh import Mesh
 from megatron.settings import masking
 from megatron.synthetics.dataset import SPLITS, SyntheticDataset, read_slices
+from megatron.synthetics.stored import StoredTask
 
 
 class DataPipeline:
@@ -71,7 +72,8 @@ class DataPipeline:
         if others:
             raise ConfigError(f"synthetic and {others[0]} are both given", where=self.run.provenance.get("synthetic"))
         parts = [part for split in SPLITS for part in read_slices(spec, split, self.tokenizer)]
-        digest = hashlib.sha256(json.dumps(thaw(spec), sort_keys=True).encode()).hexdigest()
+        contents = "".join(part.task.fingerprint() for part in parts if isinstance(part.task, StoredTask))
+        digest = hashlib.sha256((json.dumps(thaw(spec), sort_keys=True) + contents).encode()).hexdigest()
         tokens = sum(part.examples * part.task.seq_length for part in parts)
         corpus = {"sequences": sum(part.examples for part in parts), "tokens": tokens, "sizes_sha256": digest}
         self._identity = {**data_identity([], self.tokenizer), "corpora": [corpus]}
@@ -175,8 +177,8 @@ class DataPipeline:
         return MicroBatchLoader(
             dataset,
             self.run.batch.train_micro_batch_size_per_gpu,
-            mesh.dp_rank,
-            mesh.dp,
+            mesh.data_rank,
+            mesh.data_size,
             self.run.batch.gradient_accumulation_steps,
             start_sample=start,
             eod_token=self.tokenizer.eod if needs_eod else None,

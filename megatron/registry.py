@@ -51,6 +51,7 @@ class LayerInfo:
         options: its options by field name.
         neox_keys: field -> GPT-NeoX key that sets it.
         uses_heads: the mixer depends on the number of heads.
+        context_parallel: the mixer can read a shard of a row.
     """
 
     module: str
@@ -59,6 +60,7 @@ class LayerInfo:
     options: dict[str, OptionInfo]
     neox_keys: dict[str, str]
     uses_heads: bool = True
+    context_parallel: bool = False
 
 
 def nearest(name: str, known: list[str], count: int = 3) -> str:
@@ -138,8 +140,8 @@ def _read_class(node: ast.ClassDef, classes: dict[str, ast.ClassDef], module: st
     configs = [] if config is None else [config, *owners]
     neox_keys = _inherited(configs, "neox_keys") or {}
     uses_heads = _inherited(lineage, "uses_heads") is not False
-    names = tuple(_class_attribute(node, "names"))
-    return LayerInfo(module, node.name, names, _all_options(configs), neox_keys, uses_heads)
+    names, context = tuple(_class_attribute(node, "names")), _inherited(lineage, "context_parallel") is True
+    return LayerInfo(module, node.name, names, _all_options(configs), neox_keys, uses_heads, context)
 
 
 _registered: dict[str, Any] = {}  # name -> class, in this process only
@@ -183,7 +185,8 @@ def _describe(cls: Any) -> LayerInfo:
         for f in fields(cls.Config)
         if f.name not in (*_COMMON, *cls.Config.no_options)
     }
-    return LayerInfo(cls.__module__, cls.__name__, tuple(cls.names), options, dict(cls.Config.neox_keys), cls.uses_heads)
+    flags = cls.uses_heads, cls.context_parallel
+    return LayerInfo(cls.__module__, cls.__name__, tuple(cls.names), options, dict(cls.Config.neox_keys), *flags)
 
 
 def _class_node(cls: Any) -> ast.ClassDef:

@@ -184,11 +184,13 @@ def run_shape(run: RunConfig, vocabulary: str) -> RunShape:
         vocabulary: source of the number of vocabulary rows, in words.
     """
     parallel, c, iters = run.parallel, run.checkpoint, run.training.train_iters
-    world = parallel.pipe_stages * parallel.tensor_ranks * max(1, parallel.data_parallel_size)
+    replicas = max(parallel.context_parallel_size, parallel.data_parallel_size)
+    world = parallel.pipe_stages * parallel.tensor_ranks * replicas
     return RunShape(
         pp=parallel.pipe_stages,
         tp=parallel.tensor_ranks,
-        dp=max(1, parallel.data_parallel_size),
+        dp=replicas,
+        cp=parallel.context_parallel_size,
         settings=engine_settings(run),
         deepspeed=parallel.engine == "deepspeed" or (parallel.engine == "auto" and world > 1),
         global_batch=run.batch.train_batch_size,
@@ -257,6 +259,7 @@ def checkpoint_facts(run: RunConfig, tokenizer: Tokenizer) -> dict[str, Any]:
         },
         "seq_length": run.model.seq_length,
         "max_position_embeddings": run.model.max_position_embeddings,
+        "context_parallel_size": run.parallel.context_parallel_size,  # for the reader: a checkpoint loads on any
         "data": run.data.data_path or list(run.data.train_data_paths or run.data.train_stream or ()),
         "run": {
             "name": run.name,

@@ -18,9 +18,10 @@ from megatron.planning import segment_memory
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 SITE = "local_setup.yml"
+SITES = {"local_setup", "pile-gpt2", "pile-neox"}
 # Runs from data to folders in one file. Everything else is a model file, which local_setup.yml completes.
 COMPLETE = {"alibi-wt103", "based-quickstart", "extrapolation", "jrt-quickstart", "metala-quickstart"}
-MODELS = sorted({path.stem for path in CONFIGS.glob("*.yml")} - COMPLETE - {"local_setup"})
+MODELS = sorted({path.stem for path in CONFIGS.glob("*.yml")} - COMPLETE - SITES)
 QUICK = ("metala", "based-360m", "jrt-360m")
 SITE_KEYS = {"data_path", "data_impl", "tokenizer_type", "vocab_file", "merge_file", "save", "load", "run_dir", "log_dir"}
 SITE_KEYS |= {"tensorboard_dir", "use_wandb", "hostfile", "split"}
@@ -62,6 +63,18 @@ def test_a_complete_run_starts_alone_and_says_so_beside_a_site_file(name: str) -
     with pytest.raises(ConfigError, match=r"save is given twice|problems") as caught:
         load_config([f"{name}.yml", SITE], conf_dir=CONFIGS, world_size=1)
     assert "needs no site file" in str(caught.value)
+
+
+@pytest.mark.parametrize("site", sorted(SITES))
+def test_a_site_file_has_the_keys_of_a_site_and_no_others(site: str) -> None:
+    assert _keys(site) <= SITE_KEYS and {"data_path", "tokenizer_type", "vocab_file", "save", "load"} <= _keys(site)
+
+
+@pytest.mark.parametrize("name", ["based-360m", "jrt-360m", "metala-360m-15b"])
+def test_the_papers_runs_start_beside_the_site_files_of_the_pile(name: str) -> None:
+    site = "pile-neox.yml" if name.startswith("metala") else "pile-gpt2.yml"
+    run = load_config([f"{name}.yml", site], conf_dir=CONFIGS, world_size=8)
+    assert run.warnings == () and str(run.data.data_path).startswith("data/pile-")
 
 
 def test_a_model_file_alone_says_that_it_needs_a_site_file() -> None:

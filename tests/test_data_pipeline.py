@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron.data_pipeline import DataPipeline
+from megatron.errors import DataError
 from megatron.parallel.mesh import Mesh
 from megatron.settings import tokenizer_of
+from megatron.synthetics.stored import all_records, stored_split
 from tests.arrival.case import BASE, Case, make_ground
 
 
@@ -34,6 +37,32 @@ def test_an_evaluation_of_a_synthetic_task_has_all_its_samples(data_pipeline: An
     data.build({})
     assert [len(data.sets[name]) for name in ("valid", "test")] == [12, 12]
     assert len(list(data.evaluation("valid", Mesh.single()))) == 6
+
+
+def test_a_resumed_run_refuses_a_changed_data_set(data_pipeline: Any) -> None:
+    """Texts are read from a file of which the configuration knows the path alone."""
+    path = Path("texts.jsonl")
+    lines = [json.dumps({"text": f"text {i}", "label": i % 2}) for i in range(90)]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    changes = {
+        "synthetic": {"task": "text_bytes", "source": str(path), "length": 24, "train": [{}], "test": [{}]},
+        "eval_iters": 0,
+    }
+    changes |= {"padded_vocab_size": None, "train_micro_batch_size_per_gpu": 4}
+    first = data_pipeline(changes)
+    first.build({})
+    data_pipeline(changes).build(first.state())
+    stored_split.cache_clear()
+    all_records.cache_clear()
+    path.write_text("\n".join([*lines, json.dumps({"text": "one more", "label": 1})]), encoding="utf-8")
+    changed = data_pipeline(changes)
+    with pytest.raises(DataError, match="data"):
+        changed.build(first.state())
+    path.unlink()
+    stored_split.cache_clear()
+    all_records.cache_clear()
+    with pytest.raises(DataError, match="does not exist"):
+        data_pipeline(changes)
 
 
 def test_a_stream_goes_on_at_its_place_and_does_not_read_again_what_was_read(data_pipeline: Any) -> None:

@@ -14,7 +14,7 @@ from megatron.errors import exit_on_error
 if TYPE_CHECKING:
     from megatron.export.hub import Destination
 
-_CARD = ("license", "license_name", "license_link", "language", "dataset", "eval_results")
+_CARD = ("license", "license_name", "license_link", "language", "dataset", "eval_results", "metrics")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -33,6 +33,7 @@ def _parser() -> argparse.ArgumentParser:
     card.add_argument("--language", nargs="+", default=[], metavar="CODE", help="languages of the training text: en de, code")
     card.add_argument("--dataset", nargs="+", default=[], metavar="OWNER/NAME", help="training data on the Hub")
     card.add_argument("--eval-results", nargs="+", type=Path, default=[], metavar="JSON", help="files that eval.py wrote")
+    card.add_argument("--metrics", type=Path, metavar="JSONL", help="metrics.jsonl of the run (beside the checkpoints' folder)")
     hub = parser.add_argument_group("Hub", "token: `hf auth login` or HF_TOKEN, never on the command line")
     hub.add_argument("--push-to-hub", metavar="REPO", help="OWNER/NAME, or NAME in your own namespace; created if needed")
     hub.add_argument("--folder", type=Path, help="push this folder, exported earlier, instead of exporting")
@@ -78,6 +79,7 @@ def _export(arguments: argparse.Namespace) -> Path:
         languages=tuple(arguments.language),
         datasets=tuple(arguments.dataset),
         scores=read_scores(arguments.eval_results, checkpoint),
+        metrics=arguments.metrics,
     )
     result = export_checkpoint(
         checkpoint,

@@ -5,7 +5,7 @@
 
 `new` writes a working mixer (gated linear attention on `ops/scan/`), so that every change to it can be checked. `check` runs
 `tests/layers/test_contract.py` and the mixer's own tests, and exits 1 if a check fails. The contract in
-`megatron/layers/base.py` has eleven clauses; each check is a test, and its line begins with the number of its clause (checks
+`megatron/layers/base.py` has twelve clauses; each check is a test, and its line begins with the number of its clause (checks
 without a number are additional).
 """
 
@@ -156,7 +156,8 @@ def run_new(name: str) -> int:
     """Write the files and update the generated documentation."""
     for path in write_files(name, ROOT):
         print(f"wrote {path.relative_to(ROOT)}")
-    subprocess.run([sys.executable, "-m", "megatron.config.explain"], cwd=ROOT, check=True)
+    for words in (["-m", "megatron.config.explain"], ["tools/reference_pages.py", "keys", "api"]):
+        subprocess.run([sys.executable, *words], cwd=ROOT, check=True)
     print(f"\nnext: python tools/layer.py check {name}")
     return 0
 

@@ -47,7 +47,7 @@ def inspect(path: str | Path, tensors: bool = False) -> str:
     dtypes = sorted({entry.dtype for entry in manifest.weights.values()})
     lines = [
         f"{path}: step {manifest.iteration}, save {manifest.save_id}, format {manifest.format} {manifest.version}",
-        "mesh       " + " x ".join(f"{axis} {size}" for axis, size in manifest.mesh.items()),
+        "mesh       " + " x ".join(f"{axis} {size}" for axis, size in manifest.mesh.items()) + _context(manifest),
         f"weights    {len(manifest.weights)} tensors, {_parameter_count(manifest):,} parameters, {', '.join(dtypes)}",
         f"optimizer  {'fp32 master, ' + ', '.join(moments) if manifest.optimizer else 'none'}",
         "files      " + ", ".join(f"{kind} {len(sizes)} ({_size(sum(sizes))})" for kind, sizes in sorted(kinds.items())),
@@ -64,6 +64,12 @@ def inspect(path: str | Path, tensors: bool = False) -> str:
                 f"  {name:<{width}}  {weight.dtype}  {shape}  {weight.cut}  stage {weight.stage}  {len(weight.parts)} parts"
             )
     return "\n".join(lines)
+
+
+def _context(manifest: Manifest) -> str:
+    """The part of the data-parallel ranks that held shards of the same samples; empty where each held its own."""
+    size = manifest.facts.get("context_parallel_size")
+    return f" (dp of {size} context-parallel ranks each)" if isinstance(size, int) and size > 1 else ""
 
 
 def _difference(a: Tensor, b: Tensor) -> str:

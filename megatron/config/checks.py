@@ -5,7 +5,7 @@ Reading a configuration for anything else skips them. Warnings about ignored key
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from megatron import registry
@@ -53,6 +53,27 @@ def ignored_keys(values: Mapping[str, Any], provenance: Mapping[str, str]) -> tu
             continue
         lines.append(f"{key} is ignored ({provenance.get(key, 'default')}): {info.reason}")
     return tuple(lines)
+
+
+_SHORTEST_SHARD, _SHORTEST_WIDE_SHARD, _WIDE = 16_384, 8_192, 2_048
+
+
+def short_shards(get: Callable[[str], Any]) -> tuple[str, ...]:
+    """A line for context-parallel shards so short that the exchange of states takes more than about 4 % of a layer's time.
+
+    Estimated for one H100 per rank, 300 GB/s inside a node and 40 GB/s between nodes.
+
+    Args:
+        get: key -> value.
+    """
+    size, tokens, width = get("context_parallel_size"), get("seq_length") or 0, get("hidden_size") or 0
+    shortest = _SHORTEST_WIDE_SHARD if width >= _WIDE else _SHORTEST_SHARD
+    if size == 1 or tokens // size >= shortest:
+        return ()
+    return (
+        f"context_parallel_size {size} leaves {tokens // size:,} tokens per rank: below {shortest:,} (hidden_size {width:,})"
+        " the exchange of states is estimated to take more than 4 % of a layer on H100s; docs/guides/long-sequences.md",
+    )
 
 
 def place_of(run: RunConfig, *keys: str) -> str:

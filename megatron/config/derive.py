@@ -155,6 +155,8 @@ _BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_a
 def _batch(draft: Draft) -> None:
     """Solve for the batch sizes that are unset, once the world size is known."""
     cells = max(1, draft.get("pipe_parallel_size")) * max(1, draft.get("model_parallel_size"))
+    context = draft.get("context_parallel_size")
+    cells *= context
     world = draft.get("world_size")
     given = [draft.get(key) for key in _BATCH_KEYS]
     if not world or world % cells or not (given[0] or given[1]):
@@ -162,7 +164,8 @@ def _batch(draft: Draft) -> None:
     try:
         solved = solve_batch(world // cells, *given)
     except BatchError as error:
-        hint = f"world size {world} = {cells} model-parallel x {world // cells} data-parallel; leave one size unset"
+        kind = "model-parallel" if context == 1 else f"model-parallel and context-parallel ({context})"
+        hint = f"world size {world} = {cells} {kind} x {world // cells} data-parallel; leave one size unset"
         draft.reject(str(error), *_BATCH_KEYS, hint=hint)
         return
     why = f"global batch = micro batch x accumulation steps x {world // cells} data-parallel ranks"

@@ -111,5 +111,5 @@ def _build(draft: Draft, parts: tuple[dict[str, Any], dict[str, dict[str, Any]],
         unused=unused,
         provenance=provenance,
         config_texts=source.texts,
-        warnings=(*source.warnings, *checks.ignored_keys(draft.values | unused, provenance)),
+        warnings=(*source.warnings, *checks.ignored_keys(draft.values | unused, provenance), *checks.short_shards(draft.get)),
     )

@@ -22,14 +22,16 @@ _OPTIMIZER_HINT = "write optimizer: {type: Adam, params: {lr: 3.0e-4, betas: [0.
 def mesh(run: RunConfig) -> Iterator[Violation]:
     """Processes, engine and ZeRO."""
     p = run.parallel
-    cells = p.pipe_stages * p.tensor_ranks
+    cells, context = p.model_processes, p.context_parallel_size
     if run.world_size % cells:
         message = (
             f"{run.world_size} processes cannot be divided into pipe_parallel_size {p.pipe_stages}"
-            f" x model_parallel_size {p.tensor_ranks}"
+            + (f" x context_parallel_size {context}" if context > 1 else "")
+            + f" x model_parallel_size {p.tensor_ranks}"
         )
         hint = "the number of processes must be a multiple of their product"
-        yield Violation(("pipe_parallel_size", "model_parallel_size", "global_num_gpus"), message, hint)
+        keys = ("pipe_parallel_size", "context_parallel_size", "model_parallel_size", "global_num_gpus")
+        yield Violation(keys if context > 1 else (keys[0], *keys[2:]), message, hint)
     if p.engine == "single" and (count := max(run.world_size, cells)) > 1:
         message = f"engine: single runs one process, not {count}"
         yield Violation(("engine", "pipe_parallel_size", "model_parallel_size"), message, "use engine: auto")

@@ -27,7 +27,7 @@ _ADAM = ("adam", "adamw", "fusedadam", "torch_adam")
 
 
 class ParallelSection(Section):
-    """The mesh: pipeline x tensor x data, and what ZeRO shards. `world_size` 0 means not known yet."""
+    """The mesh: pipeline x data x context x tensor, and what ZeRO shards. `world_size` 0 means not known yet."""
 
     pipe_parallel_size: int = Field(default=0, ge=0)
     model_parallel_size: int = Field(default=1, ge=0)
@@ -37,6 +37,17 @@ class ParallelSection(Section):
     distributed_backend: Literal["nccl", "gloo"] = "nccl"
     engine: Literal["auto", "deepspeed", "single"] = own(
         "auto", "`deepspeed`, `single` (plain PyTorch, one process), or `auto`."
+    )
+    context_parallel_size: int = own(
+        1,
+        "Ranks among which every sequence is split into contiguous shards; they exchange recurrent states instead of tokens. "
+        "For sequences that do not fit on one device, or fewer sequences than devices; docs/guides/long-sequences.md.",
+        ge=1,
+    )
+    context_parallel_exchange: Literal["all_gather", "scan"] = own(
+        "all_gather",
+        "How context-parallel ranks exchange states: `all_gather`, one collective; `scan`, log2(ranks) rounds between "
+        "neighbours, which send less from 8 ranks on and wait longer.",
     )
     world_size: int = Field(default=0, ge=0)
 
@@ -58,8 +69,13 @@ class ParallelSection(Section):
 
     @property
     def data_parallel_size(self) -> int:
-        """Data-parallel ranks; 0 while the world size is not known."""
+        """Replicas of the model, context-parallel ranks included; 0 while the world size is not known."""
         return self.world_size // (self.pipe_stages * self.tensor_ranks)
+
+    @property
+    def model_processes(self) -> int:
+        """Processes that a sequence needs: the stages, tensor-parallel and context-parallel ranks of one batch."""
+        return self.pipe_stages * self.tensor_ranks * self.context_parallel_size
 
 
 class OptimizerSection(Section):

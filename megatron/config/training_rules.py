@@ -27,6 +27,7 @@ def sharding(run: RunConfig) -> Iterator[Violation]:
         yield Violation(("pipe_partition_method",), problem, hint)
     if problem := _chunked_loss_problem(run):
         yield Violation(("loss_chunk_tokens",), f"loss_chunk_tokens cannot be used here: {problem}", "loss_chunk_tokens: 0")
+    yield from _context(run)
     if problem := _sequence_problem(run):
         yield Violation(
             ("sequence_parallel",), f"sequence_parallel cannot be exact here: {problem}", "sequence_parallel: false"
@@ -98,12 +99,32 @@ def _chunked_loss_problem(run: RunConfig) -> str:
     return "a synthetic task counts right answers in the logits" if run.data.synthetic is not None else ""
 
 
+def _context(run: RunConfig) -> Iterator[Violation]:
+    """Context parallelism, as far as it is known without a model; `check_context_parallel` has the rest."""
+    size, length = run.parallel.context_parallel_size, run.model.seq_length
+    if size == 1:
+        return
+    tensor = run.parallel.tensor_ranks if run.parallel.sequence_parallel else 1
+    unit, keys = size * tensor, ("seq_length", "context_parallel_size")
+    if length % unit:
+        below = length - length % unit
+        name = f"context_parallel_size {size}" + (f" x model_parallel_size {tensor} (sequence_parallel)" if tensor > 1 else "")
+        hint = f"seq_length: {below + unit}" + (f" or {below}" if below else "")
+        yield Violation(keys, f"seq_length {length} is not a multiple of {name}", hint)
+    able = sorted(name for name in registry.layer_names() if registry.layer_info(name).context_parallel)
+    for name, info in _mixers(run).items():
+        if not info.context_parallel:
+            message = f"context_parallel_size {size}: layers '{name}' cannot read shards of a sequence"
+            hint = "context_parallel_size: 1, or mixers of " + ", ".join(able)
+            yield Violation(("context_parallel_size", "attention_config"), message, hint)
+
+
 def _sequence_problem(run: RunConfig) -> str:
     """Why `sequence_parallel` cannot be used, as far as this is known without a model; empty if it can."""
     ranks = run.parallel.tensor_ranks
     if not run.parallel.sequence_parallel or ranks == 1:
         return ""
-    if run.model.seq_length % ranks:
+    if run.model.seq_length % ranks and run.parallel.context_parallel_size == 1:
         return f"seq_length {run.model.seq_length} is not a multiple of model_parallel_size {ranks}"
     if run.model.hidden_dropout > 0:
         return "hidden_dropout would not drop the same activations as without it"

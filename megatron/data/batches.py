@@ -1,7 +1,7 @@
 """Maps global sample numbers to the tensors of one rank; the next sample number is the only state of the data loader.
 
-Global micro batch k holds samples `[k * micro * dp, (k + 1) * micro * dp)` and data-parallel rank r takes its contiguous slice,
-as in NeoX. The samples of a step depend on the global batch only, not on the number of ranks, so a run can resume with another
+Global micro batch k holds samples `[k * micro * n, (k + 1) * micro * n)` for n data-parallel ranks, and rank r takes its contiguous
+slice, as in NeoX. Context-parallel ranks of one data-parallel rank read the same rows; the engine takes their shards. The samples of a step depend on the global batch only, not on the number of ranks, so a run can resume with another
 number of ranks, micro batch or batch size without repeating or skipping a sample.
 """
 
@@ -30,8 +30,8 @@ class MicroBatchLoader:
     Args:
         dataset: source of the samples.
         micro_batch: samples per rank and micro batch (b).
-        data_rank: rank in the data-parallel group.
-        data_size: size of the data-parallel group.
+        data_rank: which of the ranks that read different samples this is (`Mesh.data_rank`).
+        data_size: their number.
         gradient_accumulation: micro batches per step; iteration ends with a complete step.
         start_sample: first global sample number, from a checkpoint.
         eod_token: id that ends documents; required by `eod_mask_loss` and `reset_*_at_eod`.

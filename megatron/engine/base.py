@@ -58,6 +58,7 @@ class EngineSettings:
         sequence_parallel: shard the sequence between tensor-parallel regions, see `parallel/sequence.py`.
         fp16: `loss_scale` (0 = dynamic), `initial_scale_power`, `loss_scale_window`, `hysteresis`, `min_loss_scale`.
         kernel_backend: path of the operators, see `ops/dispatch.py`.
+        context_parallel_exchange: how context-parallel ranks exchange states, see `parallel/context.py`.
         loss_chunk_tokens: tokens whose logits exist at a time, see `model/linear_loss.py`; 0 for all of a micro batch.
         timeout_s: timeout of every collective.
         partition_method: how blocks are assigned to pipeline stages, see `model/partition.py`.
@@ -82,6 +83,7 @@ class EngineSettings:
     fp32_grad_accum: bool = True
     fp32_allreduce: bool = False
     sequence_parallel: bool = False
+    context_parallel_exchange: str = "all_gather"
     fp16: Mapping[str, Any] = field(default_factory=dict)
     kernel_backend: str = "auto"
     loss_chunk_tokens: int = 0
@@ -198,7 +200,8 @@ class Engine(ABC):
         """Take one optimizer step.
 
         Args:
-            micro_batches: this rank's, `gradient_accumulation` of them; a middle pipeline stage gets them too.
+            micro_batches: this data-parallel rank's, `gradient_accumulation` of them, in whole rows; a middle pipeline stage
+                gets them too.
             lr: learning rate of the step.
 
         Raises:
@@ -210,8 +213,14 @@ class Engine(ABC):
         """The loss over the micro batches of every data-parallel rank, as in training, and its counts of answers.
 
         Args:
-            micro_batches: this rank's; the same number on every rank.
+            micro_batches: this data-parallel rank's, in whole rows; the same number on every rank.
         """
+
+    def shards(self, micro_batches: Sequence[MicroBatch]) -> Sequence[MicroBatch]:
+        """This context-parallel rank's shards of micro batches; the micro batches themselves without context parallelism."""
+        if self.mesh.cp == 1:
+            return micro_batches
+        return [batch.shard(self.mesh.cp_rank, self.mesh.cp) for batch in micro_batches]
 
     def check_step(self, micro_batches: Sequence[MicroBatch]) -> None:
         """Raise DataError unless these are the micro batches of one step."""

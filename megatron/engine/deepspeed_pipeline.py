@@ -219,6 +219,7 @@ class DeepSpeedPipelineEngine(DeepSpeedBase):
 
     def _inputs_and_targets(self, micro_batches: Sequence[MicroBatch]) -> Iterator[tuple[Activations, tuple[Tensor, Tensor]]]:
         """(inputs of the first stage, targets of the last) per micro batch, as DeepSpeed reads them."""
+        micro_batches = self.shards(micro_batches)
         self._pipeline.divisors = global_divisors(self.settings.objective, micro_batches, self.mesh, self.device)
         names = self.settings.inputs
         return iter([(batch_flow(b, names), (b.labels.contiguous(), b.loss_mask.contiguous())) for b in micro_batches])

@@ -90,7 +90,7 @@ class DeepSpeedZeROEngine(DeepSpeedBase):
     def train_step(self, micro_batches: Sequence[MicroBatch], lr: float) -> StepResult:
         """One optimizer step; see `Engine.train_step`."""
         self.check_step(micro_batches)
-        count = len(micro_batches)
+        count, micro_batches = len(micro_batches), self.shards(micro_batches)
         self._model.divisors = global_divisors(self.settings.objective, micro_batches, self.mesh, self.device)
         set_learning_rate(self._zero, lr)
         self.phase("forward/backward")
@@ -114,6 +114,7 @@ class DeepSpeedZeROEngine(DeepSpeedBase):
         """Loss over the micro batches of every data-parallel rank; see `Engine.eval_loss`."""
         self._engine.eval()
         self._parts.reset()
+        micro_batches = self.shards(micro_batches)
         self._model.divisors = global_divisors(self.settings.objective, micro_batches, self.mesh, self.device)
         total = torch.zeros((), device=self.device)
         for batch in micro_batches:

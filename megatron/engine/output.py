@@ -14,8 +14,9 @@ from megatron.engine.base import EngineSettings
 from megatron.engine.stages import LocalModel
 from megatron.errors import ConfigError
 from megatron.model.linear_loss import linear_token_loss
-from megatron.model.objectives import MeanLoss, objective_loss
+from megatron.model.objectives import MeanLoss, counted_terms, objective_loss
 from megatron.model.parallel_loss import vocab_parallel_token_loss
+from megatron.parallel.collectives import all_reduce
 from megatron.parallel.mesh import Mesh
 
 
@@ -55,6 +56,9 @@ def local_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss of one micro batch and its parts, see `objective_loss`.
 
+    On a context-parallel rank it is the shard's part, times the number of ranks: the average over all replicas, which the
+    engine takes, is the loss of the whole rows.
+
     Args:
         settings: settings of the engine.
         local: this rank's part of the model.
@@ -64,5 +68,8 @@ def local_loss(
         mask: weights [b, s].
         divisors: divisors of the step, see `global_divisors`.
     """
-    mean = _mean_loss(settings, local, mesh)
-    return objective_loss(settings.objective, logits, labels, mask, mean, divisors, mesh.tp_group)
+    mean, objective = _mean_loss(settings, local, mesh), settings.objective
+    offset = mesh.cp_rank * labels.shape[1]
+    if divisors is None and mesh.cp > 1:  # the mean is over the whole micro batch, of which every rank has a shard
+        divisors = all_reduce(counted_terms(objective, labels, mask, offset), mesh.cp_group) / mesh.cp
+    return objective_loss(objective, logits, labels, mask, mean, divisors, mesh.tp_group, offset)

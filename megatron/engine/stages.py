@@ -16,12 +16,13 @@ from torch.utils.checkpoint import checkpoint
 from megatron.engine.base import DTYPES, EngineSettings
 from megatron.errors import ConfigError
 from megatron.model.block import Block
-from megatron.model.build import build_model, check_tensor_parallel, param_specs
+from megatron.model.build import build_model, check_context_parallel, check_tensor_parallel, param_specs
 from megatron.model.config import ModelConfig
 from megatron.model.init import init_weights
 from megatron.model.partition import balanced_bounds, stage_costs
 from megatron.model.stages import Activations, BlockStage, LastStage, Stage, StageModule, stages_of
 from megatron.ops.modules import has_hooks
+from megatron.parallel.context_shards import ContextShards
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.sequence import check_sequence_parallel, sum_replicated_gradients
 from megatron.parallel.shard_spec import ParamSpec
@@ -108,9 +109,10 @@ class LocalModel:
         return last.body.weight
 
 
-def check_mesh(config: ModelConfig, mesh: Mesh) -> None:
-    """Raise ConfigError when the model cannot be sharded over the mesh, before anything is built."""
+def check_mesh(config: ModelConfig, mesh: Mesh, seq_length: int = 0) -> None:
+    """Raise ConfigError when the model, or rows of `seq_length` tokens, cannot be sharded over the mesh; builds nothing."""
     check_tensor_parallel(config, mesh.tp)
+    check_context_parallel(config, mesh.cp, mesh.tp, seq_length)
     if config.num_layers < mesh.pp:
         raise ConfigError(
             f"{config.num_layers} layers cannot fill {mesh.pp} pipeline stages",
@@ -124,15 +126,16 @@ def build_local(config: ModelConfig, mesh: Mesh, settings: EngineSettings, devic
     Raises:
         ConfigError: heads, widths or layers cannot be divided over the mesh.
     """
-    check_mesh(config, mesh)
+    check_mesh(config, mesh, settings.seq_length)
     specs = param_specs(config)
     with torch.device("meta"):
         model = build_model(config)
-    all_stages = stages_of(model, settings.kernel_backend, not settings.loss_chunk_tokens, settings.inputs)
+    shards = None if mesh.cp == 1 else ContextShards(mesh, settings.seq_length, settings.context_parallel_exchange)
+    all_stages = stages_of(model, settings.kernel_backend, not settings.loss_chunk_tokens, settings.inputs, shards)
     costs = stage_costs(settings.partition_method, all_stages, config)
     bounds = balanced_bounds(costs, mesh.pp)
     if settings.sequence_parallel:
-        check_sequence_parallel(model, specs, mesh.tp, settings.seq_length, config.hidden_dropout)
+        check_sequence_parallel(model, specs, mesh.tp, settings.seq_length // mesh.cp, config.hidden_dropout)
     shard_model(model, specs, mesh, settings.fp32_allreduce, settings.sequence_parallel)
     start, stop = bounds[mesh.pp_rank], bounds[mesh.pp_rank + 1]
     local = nn.ModuleList(stage.module for stage in all_stages[start:stop])

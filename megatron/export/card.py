@@ -20,6 +20,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from megatron.checkpoint.manifest import Manifest
 from megatron.data.hub import PREFIX, parse
 from megatron.errors import DataError, ExportError
+from megatron.export.card_facts import LossRow, citation, limits, loss_table, run_rows
 from megatron.export.card_use import how_to_use
 from megatron.export.scores import Score
 from megatron.interop.tested_versions import PROVED_TRANSFORMERS
@@ -43,6 +44,7 @@ class CardInfo:
         languages: codes such as `en`.
         datasets: names on the Hub, in addition to those in the checkpoint.
         scores: evaluation results.
+        metrics: `metrics.jsonl` of the run; None: the file next to the folder of checkpoints, if there is one.
     """
 
     license: str | None = None
@@ -51,6 +53,7 @@ class CardInfo:
     languages: tuple[str, ...] = ()
     datasets: tuple[str, ...] = ()
     scores: tuple[Score, ...] = ()
+    metrics: Path | None = None
 
     def check(self) -> None:
         """Check the values.
@@ -88,6 +91,7 @@ class ExportedModel:
         notes: notes of the export.
         tokenizer: the folder holds a tokenizer.
         native: transformers' own classes load the folder, which holds no code.
+        course: losses of the run, from its metrics.
     """
 
     title: str
@@ -98,6 +102,7 @@ class ExportedModel:
     notes: Sequence[str]
     tokenizer: bool
     native: bool
+    course: tuple[LossRow, ...] = ()
 
 
 def _hub_name(name: str) -> bool:
@@ -153,14 +158,19 @@ def _training(manifest: Manifest) -> dict[str, Any]:
         "data": _listed(facts.get("data")),
         "imported from": facts.get("imported_from"),
     }
-    return rows | dict(facts.get("run") or {})
+    return rows | dict(facts.get("run") or {}) | run_rows(manifest)
+
+
+def _has_fixed_state(config: ModelConfig) -> bool:
+    """Whether no layer keeps keys and values of all tokens."""
+    return all(_file_of(kind) in _FIXED for kind in config.layer_types)
 
 
 def _kind_of_model(config: ModelConfig) -> str:
     """The first sentence: the kind of state that generation keeps, for our own mixers."""
     files = [_file_of(kind) for kind in config.layer_types]
     growing = sum(file == _GROWING for file in files)
-    if all(file in _FIXED for file in files):
+    if _has_fixed_state(config):
         return "A language model with a recurrent state of fixed size"
     if growing == len(files):
         return "A language model with softmax attention"
@@ -261,13 +271,25 @@ Folders of this kind were tested with `transformers` {lowest} to {newest}; this 
 |---|---|
 {_rows(_training(subject.manifest))}
 
+### Loss
+
+{loss_table(subject.course)}
+
 ## Evaluation
 
 {_evaluation(stated.scores)}
 
+## Limits
+
+{limits(subject.manifest, _has_fixed_state(subject.config), stated.languages)}
+
 ## License
 
 {_license(stated)}
+
+## Citation
+
+{citation(subject.config)}
 
 ## Export
 

@@ -24,6 +24,7 @@ from megatron.checkpoint.manifest import Manifest, read_manifest
 from megatron.checkpoint.safetensors_writer import nbytes, write_tensors
 from megatron.errors import ExportError
 from megatron.export.card import CardInfo, ExportedModel, model_card
+from megatron.export.card_facts import loss_course
 from megatron.export.pack import PackPlan, pack
 from megatron.export.tokenizer import export_tokenizer
 from megatron.export.verify import make_probe, verify_folder
@@ -204,7 +205,8 @@ def _write(folder: Path, content: _Content, max_shard_bytes: int) -> float:
     total = sum(t.numel() for t in weights.values())
     has_tokenizer = (folder / "tokenizer.json").is_file() or (folder / "tokenizer_config.json").is_file()
     native = family.native is not None
-    subject = ExportedModel(content.title, config, total, content.manifest, content.dtype, notes, has_tokenizer, native)
+    course = loss_course(content.checkpoint, content.stated.metrics, content.manifest.iteration)
+    subject = ExportedModel(content.title, config, total, content.manifest, content.dtype, notes, has_tokenizer, native, course)
     write_text(folder / "README.md", model_card(subject, content.stated))
     return difference
 

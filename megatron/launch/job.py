@@ -74,8 +74,7 @@ def local_processes(options: LaunchOptions, machine: Machine) -> int:
 def _check_mesh(count: int, options: LaunchOptions) -> None:
     if count % options.model_processes:
         raise ConfigError(
-            f"{count} processes cannot hold pipe_parallel_size {options.pipe_parallel_size} x "
-            f"model_parallel_size {options.model_parallel_size}",
+            f"{count} processes cannot hold {options.mesh_text}",
             why="the number of processes must be a multiple of their product",
             hint=f"set num_gpus, num_nodes or the hosts to a multiple of {options.model_processes}",
         )

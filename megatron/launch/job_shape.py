@@ -90,8 +90,7 @@ def shape_of(options: LaunchOptions, name: str, run_dir: str, command: tuple[str
     slots = options.num_gpus or -(-options.model_processes // nodes)
     if nodes * slots % options.model_processes:
         raise ConfigError(
-            f"{nodes} nodes x {slots} slots cannot hold pipe_parallel_size {options.pipe_parallel_size} x "
-            f"model_parallel_size {options.model_parallel_size}",
+            f"{nodes} nodes x {slots} slots cannot hold {options.mesh_text}",
             hint="set num_nodes and num_gpus",
         )
     return Shape(slug(name), nodes, slots, gpus, run_dir, command, options.master_port, **more)  # type: ignore[arg-type]

@@ -37,6 +37,7 @@ class LaunchOptions:
     account: str | None = None
     pipe_parallel_size: int = 1
     model_parallel_size: int = 1
+    context_parallel_size: int = 1
 
     @classmethod
     def from_sections(cls, *sections: Any) -> LaunchOptions:
@@ -53,8 +54,14 @@ class LaunchOptions:
 
     @property
     def model_processes(self) -> int:
-        """Processes of one model replica."""
-        return self.pipe_parallel_size * self.model_parallel_size
+        """Processes that a batch needs: one replica of the model for each shard of its sequences."""
+        return self.pipe_parallel_size * self.context_parallel_size * self.model_parallel_size
+
+    @property
+    def mesh_text(self) -> str:
+        """`pipe_parallel_size 2 x model_parallel_size 4`; with context parallelism its key too."""
+        context = f"context_parallel_size {self.context_parallel_size} x " if self.context_parallel_size > 1 else ""
+        return f"pipe_parallel_size {self.pipe_parallel_size} x {context}model_parallel_size {self.model_parallel_size}"
 
     @property
     def runner(self) -> str:

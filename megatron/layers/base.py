@@ -25,6 +25,10 @@ It is written for one device. `tests/layers/test_contract.py` checks these claus
 10. *Own inputs.* An input of only this mixer is a field of its `Inputs` (None if it has none), never of `Context`.
 11. *Costs:* `state_size` and `param_count` agree with the tensors; `flops` is positive and grows with the length, and
     `tests/model/test_cost.py` compares it with measured counts.
+12. *Context parallelism.* With `ctx.cp` a pass sees one shard of every row and asks the other ranks only through that object,
+    usually in one line per memory: `ctx.history` for a convolution, `ctx.start` for a state (`ops/summary/` has what a shard
+    leaves behind). All ranks call its methods in the same order, and every result enters the output. The shards' outputs and
+    the sums of their gradients are those of the whole row. A mixer that does so sets `context_parallel`.
 
 Shapes, everywhere in this folder: b batch, s sequence, d hidden, h heads, k key width per head, v value width per head.
 Files of this folder import only torch, this file and `megatron.ops`: `export/` packs their text into the exported folder.
@@ -38,6 +42,8 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+from megatron.ops.context_shard import ContextShard as ContextShard
 
 State = dict[str, Tensor]
 
@@ -74,6 +80,14 @@ class LayerConfig:
         By default the model's number of heads; a layer with its own heads or channels overrides it.
         """
         return self.num_heads
+
+    def cp_divisor(self) -> int:
+        """Heads that context-parallel ranks share among them: tensor x context parallel size must divide it; 0: none."""
+        return 0
+
+    def cp_halo(self) -> int:
+        """Tokens that a context-parallel shard reads from its left neighbour, the shortest length of a shard."""
+        return 0
 
 
 @dataclass(frozen=True)
@@ -131,6 +145,7 @@ class Context:
         slots: [b], with `in_place` and a mixer of `steps_by_slot`: the row of the states for each batch row; None: row i.
         attentions: if a list, layers with attention weights append them, [b, h, s, keys].
         inputs: inputs of individual mixers, see `Layer.Inputs`; a mixer reads its own with `ctx.read(kind)`.
+        cp: the shard of every row that this pass sees; None without context parallelism.
     """
 
     mask: Tensor | None = None
@@ -140,6 +155,33 @@ class Context:
     slots: Tensor | None = None
     attentions: list[Tensor] | None = None
     inputs: tuple[LayerInputs, ...] = ()
+    cp: ContextShard | None = None
+
+    def __post_init__(self) -> None:
+        if self.cp is not None and self.mask is not None:
+            raise ValueError("context parallelism takes rows without padding: pack them, or run with context_parallel_size 1")
+
+    def history(self, x: Tensor, n: int, state: State | None, name: str) -> Tensor | None:
+        """The n inputs before x [b, s, ...]: the state's entry, else the halo of the shard, else None (none)."""
+        if state is not None or self.cp is None or n == 0:
+            return None if state is None else state[name]
+        return self.cp.halo(x, n)
+
+    def start(
+        self, state: State | None, name: str, summary: Callable[[], tuple[Tensor, Tensor | None]], *, matrix: bool = False
+    ) -> Tensor | None:
+        """The state before the first token: the state's entry, else what earlier shards leave behind, else None (empty).
+
+        Args:
+            state: state of the pass.
+            name: its entry.
+            summary: called under context parallelism; returns `state` and `decay` of `ContextShard.carry`.
+            matrix: see `ContextShard.carry`.
+        """
+        if state is not None or self.cp is None:
+            return None if state is None else state[name]
+        left, decay = summary()
+        return self.cp.carry(left, decay, matrix=matrix)
 
     def read(self, kind: type[InputsOf]) -> InputsOf:
         """The inputs of one kind, or their defaults if the pass has none."""
@@ -164,6 +206,7 @@ class Layer(nn.Module):
         tp_reductions: reductions over the tensor-parallel ranks per pass; with more than the one in `reduce_from_tp`, sequence
             parallelism is refused.
         steps_by_slot: `step` honours `ctx.slots`, so that a server's states stay in place.
+        context_parallel: `forward` honours `ctx.cp`, clause 12.
         Config: its options.
         Inputs: inputs of this mixer only, None if it has none.
     """
@@ -172,6 +215,7 @@ class Layer(nn.Module):
     uses_heads: ClassVar[bool] = True
     tp_reductions: ClassVar[int] = 1
     steps_by_slot: ClassVar[bool] = False
+    context_parallel: ClassVar[bool] = False
     Config: ClassVar[type[LayerConfig]] = LayerConfig
     Inputs: ClassVar[type[LayerInputs] | None] = None
 

@@ -26,6 +26,7 @@ class BaseConv(Layer):
     names: ClassVar[tuple[str, ...]] = ("base_conv",)
     uses_heads: ClassVar[bool] = False
     steps_by_slot: ClassVar[bool] = True
+    context_parallel: ClassVar[bool] = True
 
     @dataclass(frozen=True)
     class Config(LayerConfig):
@@ -42,6 +43,10 @@ class BaseConv(Layer):
             """The channels of the convolution."""
             return self.expand * self.hidden_size
 
+        def cp_halo(self) -> int:
+            """The convolution's history."""
+            return self.conv_width - 1
+
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         d, inner = config.hidden_size, config.expand * config.hidden_size
@@ -57,7 +62,7 @@ class BaseConv(Layer):
         a = self.conv_proj(x)
         if ctx.mask is not None:
             a = a * ctx.mask[..., None].to(a.dtype)
-        history = None if state is None else state["conv"]
+        history = ctx.history(a, self.width - 1, state, "conv")
         c = self.conv1d(a, history, ctx.segment_ids, ctx.backend)
         y = row_linear(self.out_proj, c * self.gate_proj(x), self.reduce_from_tp)
         return y, None if state is None else {"conv": next_history(a, history, self.width, ctx.mask, ctx.segment_ids)}

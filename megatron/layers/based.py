@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron.layers.base import Context, Layer, LayerConfig, State
+from megatron.ops.summary.taylor import taylor_summary
 from megatron.ops.taylor import TAYLOR_CHUNK, empty_taylor_state, taylor, taylor_step, taylor_step_
 from megatron.ops.taylor.features import feature_count
 
@@ -29,6 +30,7 @@ class Based(Layer):
 
     names: ClassVar[tuple[str, ...]] = ("based",)
     steps_by_slot: ClassVar[bool] = True
+    context_parallel: ClassVar[bool] = True
 
     @dataclass(frozen=True)
     class Config(LayerConfig):
@@ -95,9 +97,12 @@ class Based(Layer):
         if log_decay is not None:  # a padded token neither writes nor decays
             present = torch.ones(1, x.shape[1], device=x.device) if ctx.mask is None else ctx.mask
             log_decay = present[..., None] * log_decay
+        q, k, v = self._heads(x)
         y, recurrent = taylor(
-            *self._heads(x),
-            state=None if state is None else state["recurrent"],
+            q,
+            k,
+            v,
+            state=ctx.start(state, "recurrent", lambda: taylor_summary(k, v, ctx.segment_ids, log_decay, backend=ctx.backend)),
             keep=ctx.mask,
             log_decay=log_decay,
             segment_ids=ctx.segment_ids,

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from megatron.layers.base import Context, Layer, LayerConfig, LayerInputs, State
 from megatron.ops.opaque import values_visible
-from megatron.ops.places import numbered
+from megatron.ops.places import document_offset, numbered
+from megatron.ops.summary.taylor import taylor_summary
 from megatron.ops.taylor import TAYLOR_CHUNK, empty_taylor_state, taylor_step, taylor_step_
 from megatron.ops.taylor.features import feature_count
 from megatron.ops.taylor.prefix import prefix_taylor
@@ -65,6 +66,7 @@ class PrefixBased(Layer):
 
     names: ClassVar[tuple[str, ...]] = ("jrt",)
     steps_by_slot: ClassVar[bool] = True
+    context_parallel: ClassVar[bool] = True
     Inputs: ClassVar[type[LayerInputs] | None] = PrefixInputs
 
     @dataclass(frozen=True)
@@ -107,19 +109,47 @@ class PrefixBased(Layer):
     def _inside(self, ctx: Context, x: Tensor, state: State | None) -> Tensor:
         """[b, m]: 1 where a token of x [b, s, d] belongs to the prefix, counting tokens without padding.
 
-        m is the prefix length, or s if padding or documents allow a prefix at any position.
+        m is the prefix length, or s if padding or documents allow a prefix at any position. A context-parallel shard behind the
+        prefix has m = 1, so that all ranks take part in the exchange.
         """
         b, s = x.shape[:2]
         length = self.two_way(ctx)
         document_ids = ctx.segment_ids if ctx.read(PrefixInputs).prefix_per_document else None
         if (ctx.mask is None and document_ids is None) or length == 0:
-            inside = torch.ones(b, min(length, s), device=x.device)
+            offset = 0 if ctx.cp is None else ctx.cp.offset
+            m = min(s, max(length - offset, min(length, 1)))
+            inside = torch.full((b, m), float(offset < length), device=x.device)
         else:
-            positions, _ = numbered(b, s, ctx.mask, document_ids, None, x.device)
+            seen = None if ctx.cp is None else document_offset(ctx.cp, b, x.device)
+            positions, _ = numbered(b, s, ctx.mask, document_ids, seen, x.device)
             inside = (positions < length).float()
             if ctx.mask is not None:
                 inside = inside * ctx.mask.to(inside)
         return inside if state is None else inside * (state["tokens"][:, None] == 0)
+
+    def _start(
+        self, ctx: Context, causal: tuple[Tensor, Tensor], prefix: tuple[Tensor, Tensor], inside: Tensor
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """What other context-parallel shards hold: causal and prefix state to the left, prefix state to the right.
+
+        Args:
+            ctx: the context of the pass.
+            causal: keys and values, [b, s, h, .].
+            prefix: those of the prefix, [b, m, h, .].
+            inside: [b, m], see `_inside`.
+        """
+        if ctx.cp is None:
+            return None, None
+        left, _ = taylor_summary(*causal, ctx.segment_ids, backend=ctx.backend)
+        if not inside.shape[1]:
+            return ctx.cp.carry(left), None
+        last = first = inside
+        if ctx.segment_ids is not None:
+            ids = ctx.segment_ids[:, : inside.shape[1]]
+            last, first = (inside * (ids == ctx.segment_ids[:, at]) for at in (slice(-1, None), slice(0, 1)))
+        in_last, _ = taylor_summary(*prefix, keep=last, backend=ctx.backend)
+        in_first = in_last if ctx.segment_ids is None else taylor_summary(*prefix, keep=first, backend=ctx.backend)[0]
+        return ctx.cp.carry(left + in_last), ctx.cp.carry(in_first, reverse=True)
 
     def two_way(self, ctx: Context) -> int:
         """The prefix length of the pass, else of the option."""
@@ -138,6 +168,7 @@ class PrefixBased(Layer):
         if prefix_mask is not None:
             visible = prefix_mask[..., None, None].to(k.dtype)
             k, k2 = k * visible, k2 * visible[:, :m]
+        start, behind = self._start(ctx, (k, v), (k2, v2), inside)
         y, recurrent = prefix_taylor(
             q,
             k,
@@ -145,7 +176,8 @@ class PrefixBased(Layer):
             k2,
             v2,
             inside,
-            state=None if state is None else state["recurrent"],
+            state=start if state is None else state["recurrent"],
+            behind=behind,
             keep=ctx.mask,
             segment_ids=ctx.segment_ids,
             backend=ctx.backend,

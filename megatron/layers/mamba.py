@@ -24,6 +24,7 @@ from megatron.ops.conv import conv_step_, next_history
 from megatron.ops.modules import ShortConv, row_linear
 from megatron.ops.precision import in_accumulation_dtype, sum_dtype
 from megatron.ops.selective_scan import scan_gate, selective_scan, selective_step, selective_step_
+from megatron.ops.summary.selective import selective_summary
 
 
 class ChannelSum(nn.Module):
@@ -46,6 +47,7 @@ class Mamba(Layer):
     uses_heads: ClassVar[bool] = False
     tp_reductions: ClassVar[int] = 2
     steps_by_slot: ClassVar[bool] = True
+    context_parallel: ClassVar[bool] = True
 
     @dataclass(frozen=True)
     class Config(LayerConfig):
@@ -71,6 +73,10 @@ class Mamba(Layer):
         def tp_divisor(self) -> int:
             """The number of channels of the layer."""
             return self.expand * self.hidden_size
+
+        def cp_halo(self) -> int:
+            """The convolution's history."""
+            return self.conv_width - 1
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
@@ -106,18 +112,19 @@ class Mamba(Layer):
         a, z = self.in_proj(x), self.gate_proj(x)
         if ctx.mask is not None:
             a = a * ctx.mask[..., None].to(a.dtype)
-        history = None if state is None else state["conv"]
+        history = ctx.history(a, self.width - 1, state, "conv")
         u = self.conv1d(a, history, ctx.segment_ids, ctx.backend)
         dt, b, c = self._selection(u)
         if ctx.mask is not None:
             dt = dt * ctx.mask[..., None].to(dt.dtype)
+        rates = self._rates()
         y, after = selective_scan(
             u,
             dt,
-            self._rates(),
+            rates,
             b,
             c,
-            state=None if state is None else state["ssm"],
+            state=ctx.start(state, "ssm", lambda: selective_summary(u, dt, rates, b, ctx.segment_ids, ctx.backend)),
             segment_ids=ctx.segment_ids,
             backend=ctx.backend,
         )

@@ -31,6 +31,7 @@ class MetaLA(Layer):
 
     names: ClassVar[tuple[str, ...]] = ("metala",)
     steps_by_slot: ClassVar[bool] = True
+    context_parallel: ClassVar[bool] = True
 
     @dataclass(frozen=True)
     class Config(LayerConfig):
@@ -40,6 +41,10 @@ class MetaLA(Layer):
         """Kernel size of the short causal convolution before the projections."""
         gate_round: str = "none"
         """none | bf16 | fp16: round gate and key as the released half-precision code does, to score its checkpoints."""
+
+        def cp_halo(self) -> int:
+            """The convolution's history."""
+            return self.conv_width - 1
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
@@ -73,13 +78,13 @@ class MetaLA(Layer):
         """`x [b, s, d]` -> `y [b, s, d]`; see `Layer.forward`."""
         if ctx.mask is not None:
             x = x * ctx.mask[..., None].to(x.dtype)
-        history = None if state is None else state["conv"]
+        history = ctx.history(x, self.width - 1, state, "conv")
         u = self.conv1d(x, history, ctx.segment_ids, ctx.backend)
         y, recurrent = metala_projected(
             self.copy_to_tp(u),
             self._projections(),
             self._balance(),
-            state=None if state is None else state["recurrent"],
+            start=lambda summary: ctx.start(state, "recurrent", summary),
             mask=ctx.mask,
             segment_ids=ctx.segment_ids,
             gate_round=self.gate_round,

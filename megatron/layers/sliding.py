@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from megatron.layers.base import Context, Layer, LayerConfig, State
 from megatron.ops.attention import Rule
-from megatron.ops.attention.cache import Mixing, empty_cache, mix, mix_step_, steps_in_place
+from megatron.ops.attention.cache import Mixing, empty_cache, mix, mix_shard, mix_step_, steps_in_place
 from megatron.ops.rotary import rotary_width
 
 
@@ -26,6 +26,7 @@ class SlidingAttention(Layer):
     """Causal attention with a window, rotary positions and no biases."""
 
     names: ClassVar[tuple[str, ...]] = ("sliding",)
+    context_parallel: ClassVar[bool] = True
 
     @dataclass(frozen=True)
     class Config(LayerConfig):
@@ -49,6 +50,10 @@ class SlidingAttention(Layer):
         def resolved(self) -> LayerConfig:
             """Without rotation, resets its base."""
             return self if self.rotary_fraction else replace(self, rotary_base=10000.0)
+
+        def cp_halo(self) -> int:
+            """Keys and values of the window."""
+            return self.window
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
@@ -77,7 +82,10 @@ class SlidingAttention(Layer):
     def forward(self, x: Tensor, ctx: Context, state: State | None = None) -> tuple[Tensor, State | None]:
         """`x [b, s, d]` -> `y [b, s, d]`; see `Layer.forward`."""
         q, k, v = self._heads(x)
-        y, state = mix(q, k, v, self._mixing(), state, ctx.mask, ctx.segment_ids, ctx.backend, ctx.attentions)
+        if ctx.cp is not None:
+            y = mix_shard(ctx.cp, q, k, v, self._mixing(), ctx.segment_ids, ctx.backend)
+        else:
+            y, state = mix(q, k, v, self._mixing(), state, ctx.mask, ctx.segment_ids, ctx.backend, ctx.attentions)
         return self.reduce_from_tp(self.out_proj(y.flatten(-2))), state
 
     def step(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:

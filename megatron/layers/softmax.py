@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from megatron.layers.base import Context, Layer, LayerConfig, State
 from megatron.ops.attention import Rule, alibi_slopes
-from megatron.ops.attention.cache import Mixing, empty_cache, mix, mix_step_, steps_in_place
+from megatron.ops.attention.cache import Mixing, empty_cache, mix, mix_shard, mix_step_, steps_in_place
 from megatron.ops.modules import row_linear
 from megatron.ops.rotary import rotary_width
 
@@ -30,6 +30,7 @@ class SoftmaxAttention(Layer):
     """
 
     names: ClassVar[tuple[str, ...]] = ("global", "flash")
+    context_parallel: ClassVar[bool] = True
 
     @dataclass(frozen=True)
     class Config(LayerConfig):
@@ -84,6 +85,17 @@ class SoftmaxAttention(Layer):
             """Heads, and with grouped queries groups of heads."""
             return math.gcd(self.num_heads, self.kv_heads or self.num_heads)
 
+        def _reads_halo(self) -> bool:
+            return self.window is not None and (self.positions != "alibi" or self.train_length is None)
+
+        def cp_divisor(self) -> int:
+            """Heads of keys and values, which all-to-all distributes; none with a window."""
+            return 0 if self._reads_halo() else self.tp_divisor()
+
+        def cp_halo(self) -> int:
+            """Keys and values of the window."""
+            return self.window or 0 if self._reads_halo() else 0
+
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         d, h = config.hidden_size, config.num_heads
@@ -133,7 +145,10 @@ class SoftmaxAttention(Layer):
     def forward(self, x: Tensor, ctx: Context, state: State | None = None) -> tuple[Tensor, State | None]:
         """`x [b, s, d]` -> `y [b, s, d]`; see `Layer.forward`."""
         q, k, v = self._heads(self.copy_to_tp(x))
-        y, state = mix(q, k, v, self._mixing(x), state, ctx.mask, ctx.segment_ids, ctx.backend, ctx.attentions)
+        if ctx.cp is not None:
+            y = mix_shard(ctx.cp, q, k, v, self._mixing(x), ctx.segment_ids, ctx.backend)
+        else:
+            y, state = mix(q, k, v, self._mixing(x), state, ctx.mask, ctx.segment_ids, ctx.backend, ctx.attentions)
         return row_linear(self.out_proj, y.flatten(-2), self.reduce_from_tp), state
 
     def step(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:

@@ -12,7 +12,7 @@ from megatron.layers.base import Layer, LayerConfig
 from megatron.model.config import ModelConfig
 from megatron.model.lm import LanguageModel
 from megatron.parallel.shard_spec import ParamSpec, ShardKind
-from megatron.registry import layer_class, layer_info
+from megatron.registry import layer_class, layer_info, layer_names
 
 
 def mixer_config(config: ModelConfig, name: str, index: int = 0) -> LayerConfig:
@@ -42,6 +42,57 @@ def check_tensor_parallel(config: ModelConfig, size: int) -> None:
                 why=f"tensor parallelism gives every rank the same number of whole {unit}",
                 hint=f"choose a model_parallel_size that divides {parts}",
             )
+
+
+def check_context_parallel(config: ModelConfig, size: int, tensor: int, seq_length: int) -> None:
+    """Reject a context-parallel size with which a mixer of the model cannot read shards of a row.
+
+    Args:
+        config: the model.
+        size: context-parallel size.
+        tensor: tensor-parallel size.
+        seq_length: tokens of a row.
+
+    Raises:
+        ConfigError: names the layers, the reason and the largest possible size.
+    """
+    if size == 1:
+        return
+    if seq_length % size:
+        raise ConfigError(
+            f"seq_length {seq_length} is not a multiple of context_parallel_size {size}",
+            hint=f"{seq_length - seq_length % size} or {seq_length - seq_length % size + size} tokens can be split",
+        )
+    for name in dict.fromkeys(config.layer_types):
+        layer, options = layer_class(name), mixer_config(config, name)
+        if not layer.context_parallel:
+            able = sorted(other for other in layer_names() if layer_info(other).context_parallel)
+            raise ConfigError(
+                f"layers '{name}' cannot read shards of a sequence",
+                why=f"context_parallel_size {size} needs mixers that declare `context_parallel`",
+                hint="context_parallel_size: 1, or mixers of " + ", ".join(able),
+            )
+        heads, halo = options.cp_divisor(), options.cp_halo()
+        if heads % (tensor * size):
+            largest = max(n for n in range(1, size) if heads % (tensor * n) == 0)
+            raise ConfigError(
+                f"{heads} key/value heads cannot be divided among context_parallel_size {size} x model_parallel_size {tensor}",
+                where=f"layers '{name}'",
+                why="each context-parallel rank computes full attention for its share of the heads, over the whole sequence",
+                hint=f"context_parallel_size: {largest}, or sliding-window layers",
+            )
+        if seq_length // size < halo:
+            raise ConfigError(
+                f"a shard of {seq_length // size} tokens is shorter than the {halo} that its neighbour reads of it",
+                where=f"layers '{name}'",
+                why="windows and short convolutions read the last tokens of the shard before theirs",
+                hint=f"context_parallel_size: {_largest_size(seq_length, halo)} at most, or a longer seq_length",
+            )
+
+
+def _largest_size(seq_length: int, halo: int) -> int:
+    """The largest divisor of the length with shards of at least `halo` tokens."""
+    return next(n for n in range(seq_length // halo, 0, -1) if seq_length % n == 0) if seq_length >= halo else 1
 
 
 def build_mixer(config: ModelConfig, index: int) -> Layer:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from megatron.layers.base import Context, State
 from megatron.model.norm import Norm
-from megatron.ops.places import numbered
+from megatron.ops.places import document_offset, numbered
 
 
 class Embedding(nn.Embedding):
@@ -61,9 +61,12 @@ class Embedding(nn.Embedding):
             s, rows = x.shape[1], self.positions.shape[0]
             if self.positions.is_meta and not x.is_meta:
                 raise ValueError("learned positions are not in memory: a device map must not offload embed_tokens")
-            if s > rows:
-                raise ValueError(f"{s} tokens, but the model has learned {rows} positions (max_position_embeddings)")
+            length = s if ctx.cp is None else ctx.cp.size * s
+            if length > rows:
+                raise ValueError(f"{length} tokens, but the model has learned {rows} positions (max_position_embeddings)")
             seen = None if state is None else state["seen"]
+            if ctx.cp is not None:
+                seen = document_offset(ctx.cp, x.shape[0], x.device)
             places, after = numbered(x.shape[0], s, ctx.mask, ctx.segment_ids, seen, x.device)
             x = x + F.embedding(places, self.positions)
             state = None if state is None else {"seen": after}

@@ -10,6 +10,9 @@ models does not. `data/masking.py` builds the batches: labels of masked position
 Each mean is over the counted tokens of the global batch, so that loss and gradient do not depend on how masked tokens are
 distributed over micro batches and ranks: an engine counts them before a step (`global_divisors`, one all-reduce of one or two
 numbers). With `mean_over: micro_batch` it is GPT-NeoX's mean of the micro batches' own means.
+
+A context-parallel rank has a shard of every row and may have none of a term's tokens. It then computes the term over one token
+of weight 0, so that all ranks run the same collectives and have a gradient for the same parameters.
 """
 
 from __future__ import annotations
@@ -71,6 +74,12 @@ class Objective:
         after = slice(self.prefix_length, None)
         return {"causal": (slice(None),), "prefix": (after,), "jrt": (after, slice(0, self.prefix_length))}[self.name]
 
+    def places_in(self, offset: int, length: int) -> list[slice]:
+        """`places` among the tokens offset .. offset + length - 1 of a row, counted from the first of them; may be empty."""
+        return [
+            slice(*(min(max(end - offset, 0), length) for end in place.indices(offset + length)[:2])) for place in self.places
+        ]
+
 
 class LossParts:
     """Sums over micro batches of the parts that `objective_loss` returns, on the device."""
@@ -99,23 +108,29 @@ def counted(labels: Tensor, loss_mask: Tensor | None) -> Tensor:
     return (weights if loss_mask is None else weights * loss_mask).sum()
 
 
+def counted_terms(objective: Objective, labels: Tensor, loss_mask: Tensor | None, offset: int = 0) -> Tensor:
+    """`counted` of each term [terms]; `offset` is the place of the first token in its row."""
+    places = objective.places_in(offset, labels.shape[1])
+    return torch.stack([counted(labels[:, at], None if loss_mask is None else loss_mask[:, at]) for at in places])
+
+
 def global_divisors(objective: Objective, batches: Sequence[MicroBatch], mesh: Mesh, device: torch.device) -> Tensor | None:
     """The divisor of each term's sum in every micro batch [terms], fp64; None for `mean_over: micro_batch`.
 
     Engines average over micro batches and data-parallel ranks; divided by this, that average is the mean over all counted
-    tokens of the global batch. A collective of the data-parallel group.
+    tokens of the global batch. A collective of the data-parallel group, to which context-parallel ranks belong.
 
     Args:
         objective: the objective, whose terms are counted.
-        batches: this rank's micro batches of the step.
-        mesh: the mesh, whose data-parallel ranks have the other micro batches.
+        batches: this rank's micro batches of the step, or its shards of them.
+        mesh: the mesh, whose data-parallel ranks have the other micro batches and shards.
         device: device of the loss.
     """
     if objective.mean_over == "micro_batch":
         return None
     counts = torch.zeros(len(objective.places), dtype=torch.float64)
     for batch in batches:
-        counts += torch.stack([counted(batch.labels[:, at], batch.loss_mask[:, at]) for at in objective.places]).cpu()
+        counts += counted_terms(objective, batch.labels, batch.loss_mask, batch.offset).cpu()
     total = all_reduce(counts.to(device), mesh.dp_group)
     return total / (len(batches) * mesh.dp)
 
@@ -128,6 +143,7 @@ def objective_loss(
     mean: MeanLoss,
     divisors: Tensor | None = None,
     group: ProcessGroup | None = None,
+    offset: int = 0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of a micro batch and its parts, which are detached and unweighted.
 
@@ -142,20 +158,24 @@ def objective_loss(
         mean: mean loss over the counted tokens of (logits, labels, loss_mask).
         divisors: [terms] from `global_divisors`; None divides each term by its own counted weight.
         group: tensor-parallel group that the columns of `logits` are split over; None for one device.
+        offset: tokens of the row before these s, on a context-parallel rank.
     """
     counts: dict[str, Tensor] = {}
     if objective.count_answers and not torch.is_grad_enabled():
-        at = slice(objective.prefix_length, None)
+        at = slice(max(0, objective.prefix_length - offset), None)
         counts = count_answers(logits[:, at], labels[:, at], None if loss_mask is None else loss_mask[:, at], group)
 
     def term(number: int, at: slice) -> Tensor:
         y, w = labels[:, at], None if loss_mask is None else loss_mask[:, at]
+        if not y.shape[1]:  # none of the term's tokens are in this shard
+            at = slice(0, 1)
+            y, w = labels[:, at], torch.zeros(labels[:, at].shape, device=labels.device)
         value = mean(logits[:, at], y, w)
         if divisors is None:
             return value
         return value * (counted(y, w) / divisors[number].clamp_min(1e-9)).to(value.dtype)
 
-    terms = [term(number, at) for number, at in enumerate(objective.places)]
+    terms = [term(number, at) for number, at in enumerate(objective.places_in(offset, labels.shape[1]))]
     if objective.name != "jrt":
         return terms[0], counts
     after, masked = terms

@@ -4,12 +4,16 @@ Stages pass a tuple of tensors: `(x, *inputs[, segment_ids])`. The first stage g
 logits. `inputs` are additional inputs of some mixers (`Layer.Inputs`): tensors [b, s], or numbers as tensors [1]. Which of them
 the batches of a run contain is fixed when the stages are built. Indices are GPT-NeoX's, which also number the files of a
 checkpoint.
+
+Under context parallelism x and the inputs are those of this rank's shard, and `segment_ids` those of the whole row: mixers need
+the document boundaries of the other shards. A stage takes its own part of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +24,7 @@ from megatron.model.block import Block
 from megatron.model.embed import Embedding, Head
 from megatron.model.lm import LanguageModel
 from megatron.model.norm import Norm
+from megatron.parallel.context_shards import ContextShards
 
 Activations = tuple[Tensor, ...]
 
@@ -52,32 +57,45 @@ class StageModule(nn.Module):
         return {name: f"{self.prefix}.{name.removeprefix('body.')}" for name, _ in self.named_parameters()}
 
 
+def _context(activations: Activations, ids_at: int, shards: ContextShards | None, backend: str = "auto") -> Context:
+    """The context of a pass over `activations`, without inputs of single mixers."""
+    ids = activations[ids_at] if len(activations) > ids_at else None
+    if shards is None:
+        return Context(segment_ids=ids, backend=backend)
+    first: Any = activations[0]
+    x: Tensor = first[0] if isinstance(first, tuple) else first  # in parts between two blocks, see `Block.forward`
+    shard, local_ids = shards.of(x.shape[0], ids, x.device)
+    return Context(segment_ids=local_ids, backend=backend, cp=shard)
+
+
 class FirstStage(StageModule):
     """Embedding: `(tokens, ...)` -> `(x, ...)`."""
 
-    def __init__(self, body: Embedding, prefix: str, inputs: Sequence[str] = ()) -> None:
+    def __init__(self, body: Embedding, prefix: str, inputs: Sequence[str] = (), shards: ContextShards | None = None) -> None:
         super().__init__(body, prefix)
-        self.ids_at = 1 + len(inputs)
+        self.ids_at, self.shards = 1 + len(inputs), shards
 
     def forward(self, activations: Activations) -> Activations:
         """See the class."""
         assert isinstance(self.body, Embedding)
-        ctx = Context(segment_ids=activations[self.ids_at] if len(activations) > self.ids_at else None)
+        ctx = _context(activations, self.ids_at, self.shards)
         return (self.body.finish(self.body(activations[0]), ctx)[0], *activations[1:])
 
 
 class BlockStage(StageModule):
     """One residual block."""
 
-    def __init__(self, body: Block, prefix: str, backend: str = "auto", inputs: Sequence[str] = ()) -> None:
+    def __init__(
+        self, body: Block, prefix: str, backend: str = "auto", inputs: Sequence[str] = (), shards: ContextShards | None = None
+    ) -> None:
         super().__init__(body, prefix)
-        self.backend, self.inputs, self.ids_at = backend, tuple(inputs), 1 + len(inputs)
+        self.backend, self.inputs, self.ids_at, self.shards = backend, tuple(inputs), 1 + len(inputs), shards
 
     def forward(self, activations: Activations, in_parts: bool = False) -> Activations:
         """`(x, ...)` -> the same; x as in `Block.forward`, a pair only between two blocks of a stage."""
         assert isinstance(self.body, Block)
-        ids = activations[self.ids_at] if len(activations) > self.ids_at else None
-        ctx = Context(segment_ids=ids, backend=self.backend, inputs=self._inputs(activations, self.body.token_mixer))
+        ctx = _context(activations, self.ids_at, self.shards, self.backend)
+        ctx = replace(ctx, inputs=self._inputs(activations, self.body.token_mixer))
         x, _ = self.body(activations[0], ctx, None, in_parts)
         return (x, *activations[1:])
 
@@ -131,7 +149,13 @@ class Stage:
     module: StageModule
 
 
-def stages_of(model: LanguageModel, backend: str = "auto", logits: bool = True, inputs: Sequence[str] = ()) -> list[Stage]:
+def stages_of(
+    model: LanguageModel,
+    backend: str = "auto",
+    logits: bool = True,
+    inputs: Sequence[str] = (),
+    shards: ContextShards | None = None,
+) -> list[Stage]:
     """All stages of a model, in order.
 
     With a tied output projection the last stage's weight is the embedding's parameter.
@@ -141,6 +165,7 @@ def stages_of(model: LanguageModel, backend: str = "auto", logits: bool = True, 
         backend: path of the operators, see `ops/dispatch.py`.
         logits: as in `LastStage`.
         inputs: names of the mixers' inputs that every micro batch contains.
+        shards: builds the context-parallel shards; None without context parallelism.
 
     Raises:
         ConfigError: no mixer of the model declares one of the inputs.
@@ -151,10 +176,10 @@ def stages_of(model: LanguageModel, backend: str = "auto", logits: bool = True, 
         raise ConfigError(
             f"no mixer of this model reads '{min(unknown)}'", hint="a mixer declares what it reads as its `Inputs`"
         )
-    stages = [Stage(0, FirstStage(model.model.embed_tokens, "model.embed_tokens", inputs))]
+    stages = [Stage(0, FirstStage(model.model.embed_tokens, "model.embed_tokens", inputs, shards))]
     for i, block in enumerate(model.model.layers):
         assert isinstance(block, Block)
-        stages.append(Stage(i + 2, BlockStage(block, f"model.layers.{i}", backend, inputs)))
+        stages.append(Stage(i + 2, BlockStage(block, f"model.layers.{i}", backend, inputs, shards)))
     stages.append(Stage(layers + 3, NormStage(model.model.final_norm, "model.final_norm", backend)))
     stages.append(Stage(layers + 4, LastStage(model.lm_head, "lm_head", logits)))
     return stages

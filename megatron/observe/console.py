@@ -17,6 +17,28 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TextIO
 
+# Label -> meaning, in the order of the progress line; tests/observe/test_metric_names.py compares them with it.
+FIELDS: Mapping[str, str] = {
+    "samples/sec": "Samples of all ranks per second since the previous line.",
+    "iteration": "This step and `train_iters`.",
+    "elapsed time per iteration (ms)": "Mean time of a step since the previous line, in milliseconds.",
+    "learning rate": "Of this step.",
+    "approx flops per GPU": "FLOP/s of one rank: forward and backward FLOPs of the actual model, recomputation not counted.",
+    "MFU": "These FLOP/s over `peak_theoretical_tflops`; absent if that key is not set.",
+    "lm_loss": "Mean loss since the previous line, in nats per token, without skipped and non-finite steps.",
+    "loss scale": "With fp16 and a dynamic loss scale.",
+    "number of skipped iterations": (
+        "Steps since the previous line that left weights and optimizer state as they were; a line `step N skipped: ...` has "
+        "the reason and samples of each. `train/skipped_iterations` of metrics.jsonl counts them all."
+    ),
+    "number of nan iterations": "Steps since the previous line whose loss was NaN or infinite.",
+    "grad norm": "L2 norm of the gradients of this step before clipping.",
+    "tokens/s": "Tokens of all ranks per second since the previous line.",
+    "data wait (ms)": "Mean time per step in which rank 0 waited for batches, in milliseconds.",
+    "progress": "Share of `train_iters`.",
+    "ETA": "Estimated time to the last step, from a moving average of step times.",
+}
+
 
 def human(value: float, unit: str = "") -> str:
     """`1.23M`, `380.1M`, `2.7B`: three or four digits and a power of a thousand."""

@@ -8,9 +8,79 @@ from __future__ import annotations
 
 import math
 import resource
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+
+
+class Metric(NamedTuple):
+    """What a key of `metrics.jsonl` holds.
+
+    Attributes:
+        unit: of the value; empty for a count or a ratio.
+        meaning: one sentence, with the condition under which the key is present.
+    """
+
+    unit: str
+    meaning: str
+
+
+# Every key of `metrics.jsonl`, TensorBoard and W&B. tests/observe/test_metric_names.py fails for a key without an entry.
+METRICS: Mapping[str, Metric] = {
+    "iteration": Metric("", "The optimizer step, from 1; skipped steps count. Row 0 is a validation before the first step."),
+    "train/lm_loss": Metric(
+        "nats per token", "Loss of this step itself over the global batch, not rounded; `null` if it is not finite."
+    ),
+    "train/lm_loss_mean": Metric(
+        "nats per token",
+        "Mean of the losses since the previous row, without skipped steps and non-finite losses; absent if none is left.",
+    ),
+    "train/ntp_loss": Metric("nats per token", "With JRT's objective: the loss of the tokens after the prefix (next token)."),
+    "train/mlm_loss": Metric(
+        "nats per token", "With JRT's objective: the loss of the masked tokens of the prefix, not weighted."
+    ),
+    "train/learning_rate": Metric("", "Learning rate of this step."),
+    "train/grad_norm": Metric("", "L2 norm of all gradients before clipping; `null` if it is not finite."),
+    "train/loss_scale": Metric("", "With fp16 and a dynamic loss scale: the factor of the loss, for the next step."),
+    "train/tokens": Metric("tokens", "Tokens read since the start of training, resumed runs included."),
+    "train/samples": Metric("samples", "Samples read since the start of training; the data cursor of a resume."),
+    "train/skipped_iterations": Metric(
+        "steps",
+        "Steps since the start of training that left weights, optimizer state and schedule as they were: a loss or gradient "
+        "norm that was not finite, a spike (`spike_sigma`), an overflow of fp16, and steps that a rewind took back.",
+    ),
+    "wall_time": Metric("s", "Unix time at which the row was written."),
+    "runtime/samples_per_sec": Metric("samples/s", "Samples of all ranks per second, since the previous row."),
+    "runtime/iteration_time": Metric("s", "Mean time of a step since the previous row; saves and evaluations are not in it."),
+    "runtime/steps_per_sec": Metric(
+        "steps/s", "Steps per second since the previous row, the inverse of `runtime/iteration_time`."
+    ),
+    "runtime/tokens_per_sec": Metric("tokens/s", "Tokens of all ranks per second, since the previous row."),
+    "runtime/flops_per_sec_per_gpu": Metric(
+        "FLOP/s", "Rate of one rank from the forward and backward FLOPs of the actual model, recomputation not counted."
+    ),
+    "runtime/data_wait": Metric("s", "Mean time per step in which rank 0 waited for batches, since the previous row."),
+    "runtime/max_memory_gib": Metric(
+        "GiB", "Peak memory of rank 0: allocated by PyTorch on its GPU, without one resident on the host."
+    ),
+    "runtime/model_flops_utilization": Metric(
+        "", "MFU: `runtime/flops_per_sec_per_gpu` over `peak_theoretical_tflops`; present if that key is set."
+    ),
+    "runtime/hardware_flops_utilization": Metric(
+        "", "HFU: as MFU, times 4/3 if activations are recomputed; present if `peak_theoretical_tflops` is set."
+    ),
+    "runtime/save_time": Metric("s", "Time that checkpoints blocked training since the previous row; absent without a save."),
+    "validation/lm_loss": Metric(
+        "nats per token", "Loss on `eval_iters` batches of the validation split, every `eval_interval` steps."
+    ),
+    "validation/lm_loss_ppl": Metric("", "Perplexity, exp of `validation/lm_loss`."),
+    "validation/accuracy": Metric("", "Share of right answers; present for synthetic tasks."),
+    "test/lm_loss": Metric("nats per token", "Loss on the test split, once at the end of training."),
+    "test/lm_loss_ppl": Metric("", "Perplexity, exp of `test/lm_loss`."),
+    "test/accuracy": Metric("", "Share of right answers; present for synthetic tasks."),
+}
 
 
 @dataclass(frozen=True)

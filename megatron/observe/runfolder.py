@@ -1,12 +1,4 @@
-"""The layout of a run folder.
-
-<run>/config.yml      the merged configuration; an earlier, different one is renamed to config.<n>.yml
-<run>/command.txt     every command that started or resumed the run, one per line with its time
-<run>/metrics.jsonl   (in log_dir if that is set)
-<run>/loss.png
-<run>/logs/           copy of the console output
-<run>/checkpoints/    created by the first save, unless `save` names another folder
-"""
+"""The layout of a run folder (`FILES`), and the copies of the console in it."""
 
 from __future__ import annotations
 
@@ -16,13 +8,29 @@ import shlex
 import socket
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 from megatron.errors import ConfigError
 from megatron.files import write_text
+
+# Path below `run_dir` -> contents. Files that only some runs have say when.
+FILES: Mapping[str, str] = {
+    "config.yml": "The merged configuration with the origin of each value; it can be started again.",
+    "config.<n>.yml": "An earlier, different configuration of the same folder.",
+    "command.txt": "Every command that started or resumed the run, one per line with its time.",
+    "metrics.jsonl": "One JSON object per logged step; in `log_dir` if that is set.",
+    "metrics.<n>.jsonl": "Metrics of an earlier training in the same folder.",
+    "loss.png": "Curves of loss, validation loss, learning rate and gradient norm; written at the end of a run.",
+    "logs/<host>_stdout.txt": "Copy of the console; in `log_dir` if that is set. `_stderr.txt` is that of stderr.",
+    "checkpoints/": "Checkpoints, if `save` names this folder, as the shipped configurations do.",
+    "checkpoints/run.lock": "The run that holds the save folder: host, process and heartbeat.",
+    "launch/": "Host file and settings of a launcher, if one was used.",
+    "wandb/": "Files of Weights & Biases and the id of its run, with `use_wandb`.",
+    "eval_<task>_<time>.json": "Results of eval.py, unless `eval_results_prefix` names another place.",
+}
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron.ops.context_shard import ContextShard
+
 
 def numbered(
     b: int, s: int, mask: Tensor | None, segment_ids: Tensor | None, seen: Tensor | None, device: torch.device
@@ -28,3 +30,11 @@ def numbered(
         boundary = F.pad(segment_ids[:, 1:] != segment_ids[:, :-1], (1, 0))
         count = count - torch.where(boundary, count - tokens, 0).cummax(1).values
     return (count - 1).clamp_min(0), count[:, -1]
+
+
+def document_offset(shard: ContextShard, b: int, device: torch.device) -> Tensor:
+    """[b]: tokens before a context-parallel shard, of the document of its first token; `seen` of `numbered`."""
+    if shard.segment_ids is None:
+        return torch.full((b,), shard.offset, dtype=torch.long, device=device)
+    ids = shard.segment_ids
+    return (ids[:, : shard.offset] == ids[:, shard.offset : shard.offset + 1]).sum(1)

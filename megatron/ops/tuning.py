@@ -30,7 +30,7 @@ class Tiles:
     back_warps: int = 8
     value_warps: int = 4
     walk_warps: int = 4
-    gate_warps: int = 8
+    gate_warps: int = 4
     stages: int = 3
     rows: int = 0
 
@@ -40,15 +40,15 @@ ARCHITECTURE = "sm_90"
 
 # (architecture, bytes per element, key width of a head rounded up to a power of two); the value width is twice the key width.
 METALA: Mapping[tuple[str, int, int], tuple[Tiles, ...]] = {
-    ("sm_90", 2, 16): (Tiles(64, 64, 32, 4, 4, gate_warps=4),),
-    ("sm_90", 2, 32): (Tiles(64, 64, 64, 4),),
+    ("sm_90", 2, 16): (Tiles(64, 64, 32, 4, 4, gate_warps=2),),
+    ("sm_90", 2, 32): (Tiles(64, 64, 64, 4, gate_warps=2),),
     # back_warps 4 spills but is still faster: 301 us of an H100 (16 heads), 8 warps without spills 356
     ("sm_90", 2, 64): (Tiles(64, 64, 64, 4, 4),),
     ("sm_90", 2, 128): (Tiles(32, 32, 64, 8),),
     # 32 rows: with products of 64 rows in 8 warps the input gradients read outside of their memory on a GPU (Triton 3.6.0)
-    ("sm_90", 4, 16): (Tiles(32, 32, 32, 8, stages=2),),
-    ("sm_90", 4, 32): (Tiles(32, 16, 32, 8, stages=2),),
-    ("sm_90", 4, 64): (Tiles(16, 16, 32, 8, stages=2),),
+    ("sm_90", 4, 16): (Tiles(32, 32, 32, 8, gate_warps=2, stages=2),),
+    ("sm_90", 4, 32): (Tiles(32, 16, 32, 8, gate_warps=2, stages=2),),
+    ("sm_90", 4, 64): (Tiles(16, 16, 32, 8, gate_warps=2, stages=2),),
     ("sm_90", 4, 128): (Tiles(16, 16, 32, 8, walk_warps=8, stages=2),),
 }
 
@@ -136,6 +136,21 @@ def gated_cut(d: int) -> tuple[int, int, int]:
     """(rows, columns, warps) of a program of the gated MLP's kernels: 4,096 numbers, 16 bytes of a row at a time per thread."""
     columns = min(1024, padded(d))
     return 4096 // columns, columns, 8
+
+
+def metala_run(chunk: int, key_dim: int, size: int, warps: int) -> int:
+    """Consecutive tokens of a chunk in one thread of the gates' kernel: a power of two.
+
+    A thread reads 16 bytes of a row and the warps read distinct rows at once; the others of its chunk are the rows next to its
+    first, so that most of the cumulative sum stays within its registers.
+
+    Args:
+        chunk: tokens of a chunk.
+        key_dim: key width of a head.
+        size: bytes of an element.
+        warps: warps of a program.
+    """
+    return max(1, chunk * padded(key_dim) * size // (warps * 32 * 16))
 
 
 def metala_rows(v: int) -> int:

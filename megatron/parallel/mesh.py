@@ -2,6 +2,10 @@
 
 Only this file and DeepSpeed create mesh groups. Ranks are ordered as in GPT-NeoX, tensor fastest:
 `rank = (pp_rank * dp + dp_rank) * tp + tp_rank`. The group of an axis of size 1 is None, so one process needs no process group.
+
+Context parallelism is the fastest part of the data axis: `cp` neighbouring replicas hold shards of the same samples. So `dp`
+counts the model's replicas, over which gradients are averaged and ZeRO shards its state, and `data_size = dp / cp` of them read
+different samples.
 """
 
 from __future__ import annotations
@@ -21,14 +25,20 @@ def rank_of(pp_rank: int, dp_rank: int, tp_rank: int, *, dp: int, tp: int) -> in
     return (pp_rank * dp + dp_rank) * tp + tp_rank
 
 
-def data_parallel_size(world_size: int, pp: int, tp: int) -> int:
-    """Number of model replicas in `world_size` processes.
+def data_parallel_size(world_size: int, pp: int, tp: int, cp: int = 1) -> int:
+    """Number of model replicas in `world_size` processes, a multiple of the context-parallel size `cp`.
 
     Raises:
-        ConfigError: `world_size` is not a multiple of `pp * tp`, or a size is below 1.
+        ConfigError: `world_size` is not a multiple of `pp * tp * cp`, or a size is below 1.
     """
-    if pp < 1 or tp < 1:
-        raise ConfigError(f"parallel sizes must be at least 1, got pipeline {pp} and tensor {tp}")
+    if min(pp, tp, cp) < 1:
+        raise ConfigError(f"parallel sizes must be at least 1, got pipeline {pp}, context {cp} and tensor {tp}")
+    if cp > 1 and world_size % (pp * tp * cp):
+        raise ConfigError(
+            f"{world_size} processes cannot hold pipeline {pp} x context {cp} x tensor {tp}",
+            why="they must be a multiple of pipe_parallel_size x context_parallel_size x model_parallel_size",
+            hint=f"start {pp * tp * cp} processes or a multiple of it, or lower context_parallel_size",
+        )
     if world_size % (pp * tp):
         raise ConfigError(
             f"{world_size} processes cannot hold pipeline {pp} x tensor {tp}",
@@ -44,12 +54,14 @@ class Mesh:
 
     Attributes:
         pp: pipeline-parallel size.
-        dp: data-parallel size.
+        dp: data-parallel size: replicas of the model, context-parallel ones included.
         tp: tensor-parallel size.
         rank: global rank.
         pp_group: this rank's pipeline group; None if `pp` is 1.
         dp_group: this rank's data-parallel group; None if `dp` is 1.
         tp_group: this rank's tensor-parallel group; None if `tp` is 1.
+        cp: context-parallel size, a divisor of `dp`.
+        cp_group: this rank's context-parallel group; None if `cp` is 1.
     """
 
     pp: int
@@ -59,6 +71,8 @@ class Mesh:
     pp_group: ProcessGroup | None = None
     dp_group: ProcessGroup | None = None
     tp_group: ProcessGroup | None = None
+    cp: int = 1
+    cp_group: ProcessGroup | None = None
 
     @property
     def world_size(self) -> int:
@@ -76,6 +90,21 @@ class Mesh:
         return self.rank // self.tp % self.dp
 
     @property
+    def cp_rank(self) -> int:
+        """Place of this rank's shard in the rows of its samples."""
+        return self.dp_rank % self.cp
+
+    @property
+    def data_rank(self) -> int:
+        """Which samples this rank reads, of `data_size`."""
+        return self.dp_rank // self.cp
+
+    @property
+    def data_size(self) -> int:
+        """Ranks along the data axis that read different samples."""
+        return self.dp // self.cp
+
+    @property
     def pp_rank(self) -> int:
         """Pipeline stage."""
         return self.rank // (self.tp * self.dp)
@@ -86,12 +115,12 @@ class Mesh:
         return cls(1, 1, 1, 0)
 
     @classmethod
-    def shape_only(cls, pp: int, tp: int, world_size: int, rank: int) -> Mesh:
+    def shape_only(cls, pp: int, tp: int, world_size: int, rank: int, cp: int = 1) -> Mesh:
         """A position in a mesh without process groups, for planning (dry run, resharding, estimates)."""
-        return cls(pp, data_parallel_size(world_size, pp, tp), tp, rank)
+        return cls(pp, data_parallel_size(world_size, pp, tp, cp), tp, rank, cp=cp)
 
     @classmethod
-    def create(cls, pp: int, tp: int, world_size: int, rank: int, timeout_s: float | None = None) -> Mesh:
+    def create(cls, pp: int, tp: int, world_size: int, rank: int, timeout_s: float | None = None, cp: int = 1) -> Mesh:
         """Create the groups of all axes; every process of the default group must call this with the same sizes.
 
         Args:
@@ -101,20 +130,21 @@ class Mesh:
             rank: in the default process group.
             timeout_s: seconds after which a collective of these groups fails; None is torch's default, which
                 `launch.environment.init_process_group` sets.
+            cp: context-parallel size.
 
         Raises:
             ConfigError: the sizes do not divide the number of processes.
         """
-        mesh = cls.shape_only(pp, tp, world_size, rank)
+        mesh = cls.shape_only(pp, tp, world_size, rank, cp)
         if world_size == 1:
             return mesh
         timeout = None if timeout_s is None else timedelta(seconds=timeout_s)
         groups = {axis: _own_group(lists, rank, timeout) for axis, lists in mesh.axis_ranks().items()}
-        return cls(pp, mesh.dp, tp, rank, groups["pp"], groups["dp"], groups["tp"])
+        return cls(pp, mesh.dp, tp, rank, groups["pp"], groups["dp"], groups["tp"], cp, groups["cp"])
 
     def axis_ranks(self) -> dict[str, list[list[int]]]:
         """Axis name -> the rank lists of all its groups, in the same order on every process."""
-        pps, dps, tps = range(self.pp), range(self.dp), range(self.tp)
+        pps, dps, tps, cps = range(self.pp), range(self.dp), range(self.tp), range(self.cp)
 
         def at(p: int, d: int, t: int) -> int:
             return rank_of(p, d, t, dp=self.dp, tp=self.tp)
@@ -123,12 +153,14 @@ class Mesh:
             "pp": [[at(p, d, t) for p in pps] for d in dps for t in tps],
             "dp": [[at(p, d, t) for d in dps] for p in pps for t in tps],
             "tp": [[at(p, d, t) for t in tps] for p in pps for d in dps],
+            "cp": [[at(p, d + c, t) for c in cps] for p in pps for d in dps[:: self.cp] for t in tps],
         }
 
     def describe(self) -> str:
-        """`4 processes = 2 pipeline x 1 data x 2 tensor`."""
+        """`4 processes = 2 pipeline x 1 data x 2 tensor`; with context parallelism `8 processes = ... x 2 context x ...`."""
         word = "process" if self.world_size == 1 else "processes"
-        return f"{self.world_size} {word} = {self.pp} pipeline x {self.dp} data x {self.tp} tensor"
+        data = f"{self.dp} data" if self.cp == 1 else f"{self.data_size} data x {self.cp} context"
+        return f"{self.world_size} {word} = {self.pp} pipeline x {data} x {self.tp} tensor"
 
 
 def _own_group(rank_lists: list[list[int]], rank: int, timeout: timedelta | None) -> ProcessGroup | None:

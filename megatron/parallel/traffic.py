@@ -34,7 +34,9 @@ _OPS = (
     "recv",
     "isend",
     "irecv",
+    "batch_isend_irecv",
 )
+_SENDS, _RECEIVES = ("send", "isend"), ("recv", "irecv")
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Message:
     """One collective.
 
     Attributes:
-        op: its function in torch.distributed.
+        op: its function in torch.distributed; a batch of point-to-point messages is recorded as those messages.
         numel: elements of the full tensor (for a gather, the gathered one).
         bytes: size of the full tensor.
         ranks: size of its group.
@@ -57,7 +59,9 @@ class Message:
 
     @property
     def sent(self) -> float:
-        """Bytes that each rank sends with a ring algorithm: 2 (t - 1) / t of the tensor for an all-reduce, half for others."""
+        """Bytes that this rank sends: with a ring algorithm 2 (t - 1) / t of the tensor for an all-reduce, half for others."""
+        if self.op in _SENDS + _RECEIVES:
+            return self.bytes if self.op in _SENDS else 0
         share = (self.ranks - 1) / self.ranks
         return self.bytes * share * (2 if self.op == "all_reduce" else 1)
 
@@ -81,12 +85,15 @@ def count_traffic() -> Iterator[list[Message]]:
     def counted(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(real)
         def wrapper(*arguments: Any, **keywords: Any) -> Any:
+            batch = arguments[0] if name == "batch_isend_irecv" else []
             groups = [a for a in (*arguments, *keywords.values()) if isinstance(a, dist.ProcessGroup)]
+            groups += [message.group for message in batch[:1]]
             ranks = dist.get_world_size(groups[0] if groups else None)
             if ranks > 1 and not depth[0]:
-                numel, size = _tensor_of(name, arguments, keywords)
                 backward = torch._C._current_graph_task_id() != -1
-                messages.append(Message(name, numel, size, ranks, backward))
+                sent = [(m.op.__name__, _tensor_of(m.op.__name__, (m.tensor,), {})) for m in batch]
+                for op, (numel, size) in sent or [(name, _tensor_of(name, arguments, keywords))]:
+                    messages.append(Message(op, numel, size, ranks, backward))
             depth[0] += 1  # a collective may call another one, which is not counted again
             try:
                 return real(*arguments, **keywords)

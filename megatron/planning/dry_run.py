@@ -25,6 +25,7 @@ _GIB, _MIB = 2**30, 2**20
 # GiB for what our tensors do not take: the CUDA context and NCCL, or the interpreter and its libraries.
 _RESERVE = 1.0
 _STATE_TOKENS = 4096
+_LONG_SHARD = 16_384  # tokens; with shorter ones context parallelism is not proposed
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class RunShape:
     Attributes:
         pp: pipeline-parallel size.
         tp: tensor-parallel size.
-        dp: data-parallel size.
+        dp: data-parallel size: replicas of the model, context-parallel ones included.
         settings: of the engine.
         deepspeed: a DeepSpeed engine runs it.
         global_batch: sequences per step.
@@ -42,6 +43,7 @@ class RunShape:
         vocabulary: where the vocabulary size comes from, for the report.
         keep: checkpoints that are retained; None is all.
         saves: checkpoints that are written.
+        cp: context-parallel size.
     """
 
     pp: int
@@ -54,6 +56,7 @@ class RunShape:
     vocabulary: str
     keep: int | None = None
     saves: int = 0
+    cp: int = 1
 
     @property
     def world(self) -> int:
@@ -108,7 +111,7 @@ def peak(run: RunShape, config: ModelConfig, cache: Cache, within: float | None 
         ConfigError: the model cannot be sharded over the mesh.
     """
     stages = sorted({0, run.pp // 2, run.pp - 1})
-    meshes = [Mesh.shape_only(run.pp, run.tp, run.world, stage * run.dp * run.tp) for stage in stages]
+    meshes = [Mesh.shape_only(run.pp, run.tp, run.world, stage * run.dp * run.tp, run.cp) for stage in stages]
     estimates = [rank_memory(config, mesh, run.settings, run.deepspeed, cache=cache, within=within) for mesh in meshes]
     return max(estimates, key=lambda e: e.total)
 
@@ -128,6 +131,10 @@ def _changes(run: RunShape, config: ModelConfig) -> Iterator[tuple[str, RunShape
     for stage in (1, 2, 3):
         if run.dp > 1 and run.pp == 1 and stage > max(s.zero_stage, 1):
             yield f'zero_optimization: {{"stage": {stage}}}', replace(run, settings=replace(s, zero_stage=stage))
+    for size in (2, 4, 8):
+        longer = replace(run, dp=run.dp * size, cp=run.cp * size, deepspeed=True)
+        if s.seq_length // longer.cp >= _LONG_SHARD:
+            yield f"context_parallel_size: {longer.cp} ({longer.world} processes)", longer
     for size in (2, 4, 8):  # whether heads or widths divide is for `check_mesh` to say: Mamba has no heads
         wider = replace(run, tp=run.tp * size, deepspeed=True)
         yield f"model_parallel_size: {wider.tp} ({wider.world} processes)", wider
@@ -181,6 +188,19 @@ def _time(run: RunShape, flops: float, limits: DeviceLimits) -> str:
     return f"{_duration(seconds)} at {limits.mfu:.0%} of {limits.tflops:g} TFLOP/s on each of {run.world} devices"
 
 
+def _mesh_row(run: RunShape) -> str:
+    data = f"data {run.dp}" if run.cp == 1 else f"data {run.dp // run.cp} x context {run.cp}"
+    return f"pipeline {run.pp} x {data} x tensor {run.tp}, ZeRO stage {run.settings.zero_stage}, {run.settings.dtype}"
+
+
+def _context_rows(estimate: MemoryEstimate, run: RunShape) -> dict[str, str]:
+    if run.cp == 1:
+        return {}
+    text = f"{run.settings.seq_length // run.cp:,} tokens of a sequence per rank; states and halos: "
+    text += f"{estimate.context_sent / _MIB:,.1f} MiB sent per rank and step, forward and backward"
+    return {"context": f"{text} ({run.settings.context_parallel_exchange})"}
+
+
 def _memory_rows(estimate: MemoryEstimate, run: RunShape) -> dict[str, str]:
     note = f"{estimate.recomputed / _MIB:,.0f} if every block is recomputed"
     if run.settings.activation_checkpoint_interval:
@@ -214,7 +234,8 @@ def report(run: RunShape, config: ModelConfig, limits: DeviceLimits) -> Report:
         f"vocabulary {config.vocab_size} ({run.vocabulary})",
         "parameters": f"{total:,} in all, {inner:,} without embeddings; {estimate.parameters:,} on the largest rank",
         "FLOPs per token": f"{forward} forward, {human(training)} with backward, at {s.seq_length} tokens",
-        "mesh": f"pipeline {run.pp} x data {run.dp} x tensor {run.tp}, ZeRO stage {s.zero_stage}, {s.dtype}",
+        "mesh": _mesh_row(run),
+        **_context_rows(estimate, run),
         "batch": f"{run.global_batch} sequences = {human(step)} tokens per step, micro batch {s.micro_batch}",
         "training": f"{human(run.train_iters * step)} tokens in {run.train_iters} steps, {flops:.3g} FLOPs",
         "time": _time(run, flops, limits),

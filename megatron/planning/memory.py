@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from megatron.model.stages import BlockStage, stages_of
 from megatron.ops.rotary import _table as table
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.tensor import shard_model
+from megatron.planning.context_traffic import PlannedShards
 from megatron.planning.fixed_memory import Buffers, deepspeed_buffers, plain_buffers, share
 from megatron.planning.segment_memory import Cache, Segment, measure
 
@@ -45,6 +46,7 @@ class MemoryEstimate:
         total: peak memory of a step.
         parameters: number of parameters, not bytes.
         recomputed: activations if every block were recomputed.
+        context_sent: bytes, not memory, that context parallelism sends in a step.
     """
 
     weights: int
@@ -56,6 +58,7 @@ class MemoryEstimate:
     total: int
     parameters: int
     recomputed: int
+    context_sent: int = 0
 
 
 @dataclass(frozen=True)
@@ -66,14 +69,16 @@ class _Local:
     first: bool
     last: bool
     parameters: list[nn.Parameter]
+    shards: PlannedShards | None
 
 
 def _local(config: ModelConfig, mesh: Mesh, settings: EngineSettings) -> _Local:
     """Like `stages.build_local`, without values; fake tensors are made of what is measured (`measure`)."""
-    check_mesh(config, mesh)
+    check_mesh(config, mesh, settings.seq_length)
     with torch.device("meta"):
         model = build_model(config)
-    stages = stages_of(model, settings.kernel_backend, logits=not settings.loss_chunk_tokens)
+    shards = None if mesh.cp == 1 else PlannedShards(mesh, settings.seq_length, settings.context_parallel_exchange)
+    stages = stages_of(model, settings.kernel_backend, logits=not settings.loss_chunk_tokens, shards=shards)
     bounds = balanced_bounds(stage_costs(settings.partition_method, stages, config), mesh.pp)
     if mesh.tp > 1:
         shard_model(model, param_specs(config), mesh)
@@ -81,7 +86,7 @@ def _local(config: ModelConfig, mesh: Mesh, settings: EngineSettings) -> _Local:
     parameters = {id(p): p for stage in local for p in stage.parameters()}
     for param in parameters.values():
         param.data = param.data.to(DTYPES[settings.dtype])
-    return _Local(list(local), mesh.pp_rank == 0, mesh.pp_rank == mesh.pp - 1, list(parameters.values()))
+    return _Local(list(local), mesh.pp_rank == 0, mesh.pp_rank == mesh.pp - 1, list(parameters.values()), shards)
 
 
 def _head(settings: EngineSettings, mesh: Mesh, tail: Sequence[nn.Module], x: Tensor) -> Tensor:
@@ -117,7 +122,7 @@ class _Chain:
 
 def _chain(config: ModelConfig, mesh: Mesh, settings: EngineSettings, local: _Local, cache: Cache) -> _Chain:
     """Measure each kind of block once, the embedding and the head."""
-    b, s = settings.micro_batch, settings.seq_length
+    b, s = settings.micro_batch, settings.seq_length // mesh.cp
     dtype, interval = DTYPES[settings.dtype], settings.activation_checkpoint_interval
     blocks = [stage for stage in local.stages if isinstance(stage, BlockStage)]
     segments: list[Segment] = []
@@ -125,7 +130,7 @@ def _chain(config: ModelConfig, mesh: Mesh, settings: EngineSettings, local: _Lo
         size = b * s * config.hidden_size * dtype.itemsize
         table = sum(p.numel() * dtype.itemsize for p in local.stages[0].parameters())
         segments.append(Segment(size, size, size * 2 + table, table))
-    segments += _block_segments(config, settings, blocks, interval, cache)
+    segments += _block_segments(config, settings, blocks, interval, cache, local.shards)
     if local.last:
         tail = [stage for stage in local.stages[len(local.stages) - 2 :] if not isinstance(stage, BlockStage)]
         x = torch.empty(b, s, config.hidden_size, dtype=dtype, requires_grad=True)
@@ -134,17 +139,33 @@ def _chain(config: ModelConfig, mesh: Mesh, settings: EngineSettings, local: _Lo
 
 
 def _block_segments(
-    config: ModelConfig, settings: EngineSettings, blocks: Sequence[BlockStage], interval: int, cache: Cache
+    config: ModelConfig,
+    settings: EngineSettings,
+    blocks: Sequence[BlockStage],
+    interval: int,
+    cache: Cache,
+    shards: PlannedShards | None,
 ) -> list[Segment]:
     """Runs of `interval` blocks (1 without recomputation); equal ones are measured once."""
-    shape = (settings.micro_batch, settings.seq_length, config.hidden_size)
+    size = 1 if shards is None else shards.mesh.cp
+    shape = (settings.micro_batch, settings.seq_length // size, config.hidden_size)
     segments = []
     for at in range(0, len(blocks), interval or 1):
         run = blocks[at : at + (interval or 1)]
-        key = (*shape, settings.dtype, interval, settings.kernel_backend, *(_kind(block) for block in run))
+        key = (
+            *shape,
+            size,
+            settings.context_parallel_exchange,
+            settings.dtype,
+            interval,
+            settings.kernel_backend,
+            *(_kind(block) for block in run),
+        )
         if key not in cache:
             x = torch.empty(*shape, dtype=DTYPES[settings.dtype], requires_grad=True)
-            cache[key] = measure(lambda x, run=run: _forward(run, x, interval), run, x)  # type: ignore[misc]
+            before = 0.0 if shards is None else shards.traffic.sent
+            segment = measure(lambda x, run=run: _forward(run, x, interval), run, x)  # type: ignore[misc]
+            cache[key] = segment if shards is None else replace(segment, sent=int(shards.traffic.sent - before))
         segments.append(cache[key])
     return segments
 
@@ -204,7 +225,7 @@ def rank_memory(
         recomputed = 0
         if within is None:
             blocks = [stage for stage in local.stages if isinstance(stage, BlockStage)]
-            recomputed = sum(segment.saved for segment in _block_segments(config, settings, blocks, 1, cache))
+            recomputed = sum(segment.saved for segment in _block_segments(config, settings, blocks, 1, cache, local.shards))
             recomputed += chain.segments[0].saved if local.first else 0
     table.cache_clear()
     return _assemble(chain, weights, buffers, recomputed, count, mesh, settings)
@@ -244,6 +265,7 @@ def _assemble(
     peak = resident + max(peak_dynamic, buffers.step)
     logits = segments[-1].backward - segments[-1].gradients if chain.has_head else 0
     workspace = max(0, peak - resident - saved_at_peak - total_gradients) + buffers.standing
+    sent = settings.gradient_accumulation * sum(segment.sent for segment in segments)
     return MemoryEstimate(
-        weights, buffers.gradients, buffers.optimizer, activations, logits, workspace, peak, count, recomputed
+        weights, buffers.gradients, buffers.optimizer, activations, logits, workspace, peak, count, recomputed, sent
     )

@@ -61,12 +61,14 @@ class Segment:
         forward: peak during its forward.
         backward: peak during its backward, including `saved` and its gradients.
         gradients: gradients of its parameters.
+        sent: what context parallelism sends in one pass, forward and backward.
     """
 
     saved: int
     forward: int
     backward: int
     gradients: int
+    sent: int = 0
 
 
 Cache = dict[tuple[object, ...], Segment]

@@ -1,9 +1,10 @@
 """Slices of synthetic examples behind the face of all datasets: example i of a slice is a function of (seed, slice, i) alone.
 
 A slice is a task with its parameters and a number of examples; a split (train, valid, test) is a list of slices. Nothing is
-stored: examples are drawn in blocks when they are first asked for, and the last blocks are kept. A batch never mixes slices, as
-in Zoology, so that lengths may differ between slices. In training the order is drawn again for every epoch: the blocks of a
-slice and the examples inside a block are shuffled, and slices take turns at random by their number of batches.
+stored: examples are drawn in blocks when they are first asked for, and the last blocks are kept. (A stored task reads a data
+set instead, whose splits share no example, `stored.py`.) A batch never mixes slices, as in Zoology, so that lengths may differ
+between slices. In training the order is drawn again for every epoch: the blocks of a slice and the examples inside a block are
+shuffled, and slices take turns at random by their number of batches.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from megatron.data.datasets import Sample, TokenDataset
 from megatron.data.labels import IGNORED
 from megatron.data.tokenizer_base import Tokenizer
 from megatron.errors import ConfigError, DataError
+from megatron.synthetics.listops import ListOps
 from megatron.synthetics.mad import (
     Compression,
     FuzzyRecall,
@@ -29,8 +31,12 @@ from megatron.synthetics.mad import (
     SelectiveCopy,
 )
 from megatron.synthetics.needle import NeedleNumbers, NeedleText
+from megatron.synthetics.pixels import Pixels
 from megatron.synthetics.recall import MultiQueryRecall, SetDisjointness
+from megatron.synthetics.state_tracking import ModularArithmetic, StateTracking
+from megatron.synthetics.stored import StoredTask
 from megatron.synthetics.task import Examples, Ids, Task, checked
+from megatron.synthetics.text_bytes import TextBytes
 
 BLOCK = 1024
 CACHE_BYTES = 1 << 28
@@ -48,16 +54,33 @@ TASKS: dict[str, type[Task]] = {
         Memorization,
         SelectiveCopy,
         Compression,
+        ListOps,
+        TextBytes,
+        Pixels,
+        StateTracking,
+        ModularArithmetic,
     )
 }
 
 
 @dataclass(frozen=True)
 class Slice:
-    """A task with its parameters, and how many examples of it there are."""
+    """A task with its parameters, and how many examples of it there are.
+
+    Attributes:
+        requested: number of examples; None: all that a stored task has.
+    """
 
     task: Task
-    examples: int
+    requested: int | None
+
+    @property
+    def examples(self) -> int:
+        """Number of examples; a stored task reads its data set, a DataError says if it cannot or has fewer than requested."""
+        if isinstance(self.task, StoredTask):
+            return self.task.available(self.requested)
+        assert self.requested is not None  # `read_slices`
+        return self.requested
 
 
 def task_kind(name: Any) -> type[Task]:
@@ -72,7 +95,8 @@ def read_slices(spec: Mapping[str, Any], split: str, tokenizer: Tokenizer | None
 
     Args:
         spec: `task`, parameters that all slices share, and per split a list of mappings with `examples` and more parameters.
-            `valid` is `test` where it is not given, and the other way round.
+            `valid` is `test` where it is not given, and the other way round. A stored task has all examples of the split
+            unless `examples` says fewer; its data set is not read here.
 
     Raises:
         ConfigError: something is unknown, missing, or of the wrong kind.
@@ -88,9 +112,11 @@ def read_slices(spec: Mapping[str, Any], split: str, tokenizer: Tokenizer | None
             raise ConfigError(f"{kind.name}: a slice of '{split}' is {entry!r}", why="a mapping of parameters is expected")
         values = {**shared, **entry}
         examples = values.pop("examples", None)
-        if type(examples) is not int or examples < 1:
+        if not (kind.stored and examples is None) and (type(examples) is not int or examples < 1):
             raise ConfigError(f"{kind.name}: a slice of '{split}' has examples {examples!r}", why="a positive number is needed")
-        bound = {"tokenizer": tokenizer} if kind.reads_text else {}
+        bound: dict[str, Any] = {"tokenizer": tokenizer} if kind.reads_text else {}
+        if kind.stored:
+            bound["split"] = split
         slices.append(Slice(checked(kind, values, **bound), examples))
     return slices
 
@@ -126,6 +152,8 @@ class ExampleStore:
 
     def rows(self, ids: Ids) -> Examples:
         """The examples of these numbers, in this order: [n, s] each."""
+        if isinstance(self.task, StoredTask):
+            return self.task.take(ids)
         shape = (len(ids), self.task.seq_length)
         inputs, labels = np.empty(shape, dtype=np.int64), np.empty(shape, dtype=np.int64)
         of = ids // BLOCK

@@ -36,11 +36,13 @@ class Examples:
 class Task(ABC):
     """The parameters of a task; each field is a key of its slices in YAML.
 
-    Class attributes: `name`, the word that selects it; `reads_text`: it is made of words and needs a tokenizer.
+    Class attributes: `name`, the word that selects it; `reads_text`: it is made of words and needs a tokenizer; `stored`: its
+    examples are those of a data set (`stored.py`), else they are drawn without end.
     """
 
     name: ClassVar[str] = ""
     reads_text: ClassVar[bool] = False
+    stored: ClassVar[bool] = False
 
     @property
     @abstractmethod

@@ -207,9 +207,10 @@ class _Loop:
             return
         run, mesh = self.run, self.run.engine.mesh
         every_rank = self.control.consensus.gather(self.step_ids)
+        step = mesh.cp * mesh.tp  # context- and tensor-parallel ranks read the same samples
         if len(every_rank) < mesh.world_size:  # nobody to ask: this rank's own
             every_rank = [self.step_ids]
-        own = tuple(tuple(every_rank[rank]) for rank in range(0, min(len(every_rank), mesh.dp * mesh.tp), mesh.tp))
+        own = tuple(tuple(every_rank[rank]) for rank in range(0, min(len(every_rank), mesh.dp * mesh.tp), step))
         self.hooks.tell("on_skip", run, Skip(run.state.iteration, decision.reason, own))
         if not decision.budget_exhausted:
             return

@@ -7,7 +7,7 @@ the bit; the console shows the mean over the interval, as GPT-NeoX does.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron.observe.console import Console, progress_line
@@ -16,6 +16,22 @@ from megatron.observe.sinks import Sinks
 from megatron.training.evaluate import Evaluation
 from megatron.training.hooks import Hook, Run, Skip, Step
 from megatron.training.intervals import every
+
+# Other lines of the console -> meaning; words in capitals stand for a value.
+LINES: Mapping[str, str] = {
+    "step N skipped: REASON; samples of IDS": (
+        "All ranks left weights and optimizer state as they were, for this reason; the samples of each data-parallel rank. "
+        "Training continues with the next samples."
+    ),
+    "rewound to the weights of step N; data continues after step M": (
+        "The budget of skipped steps was exhausted with `on_skip_budget: rewind`; the steps in between count as skipped."
+    ),
+    "saved PATH in X s": "A checkpoint was published; the time blocked training (with `async_save` the time of the copy).",
+    "SPLIT at iteration N | lm_loss: X | lm_loss_ppl: X | accuracy: X | X s (best so far)": (
+        "A validation, or the final test: loss in nats per token, perplexity, accuracy of synthetic tasks, duration."
+    ),
+    "OUTCOME at iteration N of M": "The end: `finished`, `stopped: REASON` or `failed: ERROR`.",
+}
 
 
 class Reporting(Hook):

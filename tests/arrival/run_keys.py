@@ -89,6 +89,8 @@ PARALLEL: dict[str, Arrival] = {
     "pipe_parallel_size": Arrival(2, lambda c: c.mesh["pp"]),
     "model_parallel_size": Arrival(2, lambda c: c.mesh["tp"]),
     "sequence_parallel": Arrival(True, _setting("sequence_parallel")),
+    "context_parallel_size": Arrival(2, lambda c: c.mesh["cp"]),
+    "context_parallel_exchange": Arrival("scan", _setting("context_parallel_exchange")),
     "zero_optimization": Arrival({"stage": 2}, _zero, [2, 2]),
     "pipe_partition_method": Arrival("uniform", _setting("partition_method")),
     "distributed_backend": Arrival("gloo", call("connect", "backend")),

@@ -38,12 +38,25 @@ def model_config(tied: bool = True, **changes: Any) -> ModelConfig:
     return replace(config, **changes)
 
 
-def micro_batches(mesh: Mesh, segments: bool = False, start: int = 0, masks: str = "even") -> Iterator[MicroBatch]:
+def documents() -> Tensor:
+    """Segment ids [GLOBAL, SEQ] of rows that differ: one document; some across shards of a quarter row; borders between shards,
+    with documents of one token on either side; and documents of two or three tokens."""
+    starts = ([], [3, 17], [5, 6, 7, 12, 18], [*range(2, SEQ, 5), *range(5, SEQ, 5)])
+    ids = torch.zeros(GLOBAL, SEQ, dtype=torch.int32)
+    for row, places in enumerate(starts):
+        ids[row, places] = 1
+    return ids.cumsum(1).int()
+
+
+def micro_batches(
+    mesh: Mesh, segments: bool = False, start: int = 0, masks: str = "even", ids: str = ""
+) -> Iterator[MicroBatch]:
     """Endless micro batches: GLOBAL samples each over all data ranks, learnable (every second token repeats).
 
     masks: even, as many counted tokens in every row; uneven, from none to all, prefix and rest alike.
+    ids: documents, those of `documents` instead of two halves of a row.
     """
-    size = GLOBAL // mesh.dp
+    size = GLOBAL // mesh.data_size
     number = start
     while True:
         g = torch.Generator().manual_seed(number)
@@ -56,7 +69,9 @@ def micro_batches(mesh: Mesh, segments: bool = False, start: int = 0, masks: str
             share = torch.tensor([0.0, 0.1, 0.5, 1.0]).roll(number)[:, None]
             mask = (torch.rand(GLOBAL, SEQ, generator=g) < share).float()
         seg = (torch.arange(SEQ) >= SEQ // 2).int().expand(GLOBAL, SEQ) if segments else None
-        rows = slice(mesh.dp_rank * size, (mesh.dp_rank + 1) * size)
+        if ids:
+            seg = documents().roll(number, 0)
+        rows = slice(mesh.data_rank * size, (mesh.data_rank + 1) * size)
         yield MicroBatch(x[rows, :-1], x[rows, 1:], mask[rows], None if seg is None else seg[rows])
         number += 1
 

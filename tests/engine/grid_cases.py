@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
@@ -39,7 +40,12 @@ class Form:
 
     layers: of the model, all with the cell's mixer.
     batch: even masks; `masked`, rows with none to all of their tokens counted; `packed`, that and two documents in a row;
-    `jrt`, uneven masks under the compound objective.
+    `jrt`, uneven masks under the compound objective, after a third of the row; `documents`, uneven masks and documents of all
+    lengths.
+    cp: context-parallel ranks of the data-parallel ones.
+    short: windows of 5 tokens, and jrt layers with a prefix where the objective has one.
+    learned: learned positions.
+    steps: of training, and micro batches of the evaluation after them.
     """
 
     zero_stage: int = 1
@@ -51,6 +57,14 @@ class Form:
     seed: int = 1234
     batch: str = "even"
     layers: int = 4
+    cp: int = 1
+    mean_over: str = "global_batch"
+    chunk: int = 0
+    backend: str = "auto"
+    exchange: str = "all_gather"
+    short: bool = False
+    learned: bool = False
+    steps: int = STEPS
 
 
 BATCHES = ("even", "masked", "packed", "jrt")
@@ -60,47 +74,68 @@ Cell = tuple[str, Form]  # on a mesh
 
 
 def possible(mixer: str, mesh: Mesh3, form: Form) -> bool:
-    """ZeRO-2 and 3 need a single stage; a cut sequence needs tensor ranks, and no mixer that sums over them inside."""
-    return (form.zero_stage < 2 or mesh[0] == 1) and (not form.sequence or (mesh[1] > 1 and mixer != "mamba"))
+    """ZeRO-2 and 3 need a single stage, ZeRO-3 all logits at once; a cut sequence needs tensor ranks, and no mixer that sums
+    over them inside; context-parallel ranks are data-parallel ranks."""
+    staged = form.zero_stage < 2 or mesh[0] == 1
+    gathered = form.zero_stage < 3 or not form.chunk
+    return staged and gathered and mesh[2] % form.cp == 0 and (not form.sequence or (mesh[1] > 1 and "mamba" not in mixer))
 
 
-def covering() -> dict[Mesh3, list[Cell]]:
-    """One form for each mixer on each mesh, so that every possible pair of choices (also ZeRO-2, 3, sequence) is in a cell."""
-    every = [
+def every_form() -> list[Form]:
+    """All choices of the grid, ZeRO-2, 3 and cut sequences among them."""
+    return [
         replace(form, zero_stage=form.zero_stage + more, sequence=cut, batch=batch)
         for form in FORMS
         for more in (0, 2)
         for cut in (False, True)
         for batch in BATCHES
     ]
-    left = {pair for mesh in MESHES for mixer in mixers() for form in every for pair in _pairs(mixer, mesh, form)}
+
+
+def covering(meshes: list[Mesh3], names: list[str], every: list[Form], choices: Sequence[str]) -> dict[Mesh3, list[Cell]]:
+    """One form for each mixer on each mesh, or more, so that every possible pair of choices (fields of a form) is in a cell."""
+    pairs = {
+        (mixer, mesh): {form: _pairs(mixer, mesh, form, choices) for form in every if possible(mixer, mesh, form)}
+        for mesh in meshes
+        for mixer in names
+    }
+    left = set().union(*(own for cell in pairs.values() for own in cell.values()))
     chosen: dict[Mesh3, list[Cell]] = {}
-    for mesh in MESHES:
-        for mixer in mixers():
-            fit = [form for form in every if possible(mixer, mesh, form)]
-            best = max(fit, key=lambda form: len(left & _pairs(mixer, mesh, form)))
-            left -= _pairs(mixer, mesh, best)
-            chosen.setdefault(mesh, []).append((mixer, best))
-    assert not left, left
+    for (mixer, mesh), forms in pairs.items():
+        best = max(forms, key=lambda form: len(left & forms[form]))
+        left -= forms[best]
+        chosen.setdefault(mesh, []).append((mixer, best))
+    while left:
+        (mixer, mesh), best = max(
+            ((cell, form) for cell, forms in pairs.items() for form in forms), key=lambda one: len(left & pairs[one[0]][one[1]])
+        )
+        left -= pairs[mixer, mesh][best]
+        chosen[mesh].append((mixer, best))
     return chosen
 
 
-def _pairs(mixer: str, mesh: Mesh3, form: Form) -> set[tuple[Any, Any]]:
-    """Every two choices that meet in a cell; none if it is impossible."""
-    own = (mixer, mesh, *((name, getattr(form, name)) for name in ("zero_stage", "recompute", "tied", "sequence", "batch")))
-    return set(combinations(own, 2)) if possible(mixer, mesh, form) else set()
+def _pairs(mixer: str, mesh: Mesh3, form: Form, choices: Sequence[str]) -> set[tuple[Any, Any]]:
+    """Every two choices that meet in a cell."""
+    return set(combinations((mixer, mesh, *((name, getattr(form, name)) for name in choices)), 2))
 
 
 def model(mixer: str, form: Form) -> ModelConfig:
-    """The tiny model with that mixer in all blocks."""
-    return model_config(form.tied, num_layers=form.layers, layer_types=(mixer,) * form.layers, hidden_dropout=form.dropout)
+    """The tiny model with that mixer in all blocks; several joined by + take turns, in at least as many blocks."""
+    names = mixer.split("+")
+    types = tuple(names[i % len(names)] for i in range(max(form.layers, len(names))))
+    options = {"sliding": {"window": 5}, "jrt": {"prefix_length": SEQ // 3 if form.batch == "jrt" else 0}}
+    changes: dict[str, Any] = {"learned_positions": SEQ} if form.learned else {}
+    changes |= {"layer_options": {name: options[name] for name in names if name in options}} if form.short else {}
+    return model_config(form.tied, num_layers=len(types), layer_types=types, hidden_dropout=form.dropout, **changes)
 
 
 def settings(form: Form) -> EngineSettings:
     """Two micro batches a step, clipping at work."""
     more: dict[str, Any] = {"sequence_parallel": True} if form.sequence else {}
     if form.batch == "jrt":
-        more["objective"] = Objective("jrt", prefix_length=SEQ // 3)
+        more["objective"] = Objective("jrt", prefix_length=SEQ // 3, mean_over=form.mean_over)
+    elif form.mean_over != "global_batch":
+        more["objective"] = Objective(mean_over=form.mean_over)
     return EngineSettings(
         seed=form.seed,
         dtype=form.dtype,
@@ -109,18 +144,22 @@ def settings(form: Form) -> EngineSettings:
         zero_stage=form.zero_stage,
         activation_checkpoint_interval=int(form.recompute),
         seq_length=SEQ,
+        loss_chunk_tokens=form.chunk,
+        kernel_backend=form.backend,
+        context_parallel_exchange=form.exchange,
         **more,
     )
 
 
 def _train(engine: Engine, form: Form) -> dict[str, Any]:
     how: dict[str, Any] = {"segments": form.batch == "packed", "masks": "even" if form.batch == "even" else "uneven"}
+    how["ids"] = "documents" if form.batch == "documents" else ""
     batches = micro_batches(engine.mesh, **how)
     results, parts = [], []
-    for step in range(STEPS):
+    for step in range(form.steps):
         results.append(engine.train_step(for_step(engine, batches), learning_rate(step, CURVE)))
         parts += list(engine.loss_parts.values())
-    held_out = engine.eval_loss(take_micro_batches(micro_batches(engine.mesh, start=1000, **how), 3)).loss
+    held_out = engine.eval_loss(take_micro_batches(micro_batches(engine.mesh, start=1000, **how), form.steps)).loss
     return {
         "losses": [*(float(r.loss) for r in results), *parts, held_out],
         "norms": [float(r.grad_norm) for r in results],
@@ -134,11 +173,12 @@ def _train(engine: Engine, form: Form) -> dict[str, Any]:
 def cells(kind: str, pp: int, tp: int, work: list[Cell]) -> list[dict[str, Any] | str]:
     """On every rank: train each cell on one mesh; a refusal is given back as its text."""
     env = read_rank_environment()
-    mesh = Mesh.create(pp, tp, env.world_size, env.rank)
+    grids = {cp: Mesh.create(pp, tp, env.world_size, env.rank, cp=cp) for cp in sorted({form.cp for _, form in work})}
     found: list[dict[str, Any] | str] = []
     for mixer, form in work:
+        mesh = grids[form.cp]
         try:
-            made = replace(settings(form), micro_batch=GLOBAL // mesh.dp)
+            made = replace(settings(form), micro_batch=GLOBAL // mesh.data_size)
             engine = build_engine(kind, model(mixer, form), mesh, made, env.local_rank)
         except ConfigError as error:
             found.append(str(error))
@@ -153,7 +193,10 @@ _ALONE: dict[Cell, Any] = {}
 
 def alone(work: list[Cell]) -> list[Any]:
     """The reference's results: plain PyTorch in one process, each cell once."""
-    plain = [(mixer, replace(form, zero_stage=0, sequence=False)) for mixer, form in work]
+    plain = [
+        (mixer, replace(form, zero_stage=0, sequence=False, cp=1, exchange="all_gather", backend="auto"))
+        for mixer, form in work
+    ]
     missing = [cell for cell in dict.fromkeys(plain) if cell not in _ALONE]
     if missing:
         _ALONE.update(zip(missing, run_ranks(cells, 1, "single", 1, 1, missing, connect=False, timeout=300)[0], strict=True))

@@ -4,7 +4,8 @@
 
 Parts: grid (every mixer x mesh x ZeRO 0, 1 x recomputation x tied), sharded (ZeRO 2, 3 on the meshes without a pipeline),
 sequence (sequence parallelism on the meshes with tensor ranks), bf16; masked, packed and jrt are the grid again with uneven
-masks, documents in a row, and the compound objective. A part takes some minutes; the JSON keeps the others.
+masks, documents in a row, and the compound objective; context is the grid of context parallelism (`context_cases.py`). A part
+takes some minutes; the JSON keeps the others.
 Exit code 1 when a cell is outside the tolerances of `grid_cases.py`.
 """
 
@@ -18,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from tests.engine import context_cases
 from tests.engine.grid_cases import (
     BATCHES,
     FORMS,
@@ -51,13 +53,15 @@ def forms_of(part: str) -> list[Form]:
 def main() -> int:
     """Run a part, print and store its count."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--part", choices=("grid", "sharded", "sequence", "bf16", *BATCHES[1:]), required=True)
+    parser.add_argument("--part", choices=("grid", "sharded", "sequence", "bf16", *BATCHES[1:], "context"), required=True)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     limits = (LOSS_BF16, None, None) if args.part == "bf16" else (LOSS, NORM, WEIGHT)
     begin, all_found, outside = time.monotonic(), list[Difference](), list[str]()
-    for mesh in MESHES:
-        for mixer in mixers():
+    context = args.part == "context"
+    meshes, names = (context_cases.MESHES, context_cases.names()) if context else (MESHES, mixers())
+    for mesh in meshes:
+        for mixer in names:
             found = _cells(args.part, mesh, mixer)
             all_found += [f for f in found.values() if isinstance(f, Difference)]
             outside += [f"{mixer} {mesh} {form}: {f}" for form, f in found.items() if not _fits(f, limits)]
@@ -68,8 +72,8 @@ def main() -> int:
         "outside the tolerances": len(outside),
         "tolerances (loss, norm relative; weight absolute)": limits,
         "largest differences": {k: max(getattr(f, k) for f in all_found) for k in ("loss", "norm", "weight")},
-        "mixers": mixers(),
-        "meshes": len({m for m in MESHES for x in mixers() for f in forms_of(args.part) if possible(x, m, f)}),
+        "mixers": names,
+        "meshes": len({m for m in meshes for x in names if _forms(args.part, m, x)}),
         "minutes": round((time.monotonic() - begin) / 60, 1),
         "details": outside[:5],
     }
@@ -80,8 +84,14 @@ def main() -> int:
     return int(bool(outside))
 
 
+def _forms(part: str, mesh: Mesh3, mixer: str) -> list[Form]:
+    if part == "context":
+        return [form for name, form in context_cases.whole_grid(mesh) if name == mixer]
+    return [form for form in forms_of(part) if possible(mixer, mesh, form)]
+
+
 def _cells(part: str, mesh: Mesh3, mixer: str) -> dict[Form, Difference | str]:
-    forms = [form for form in forms_of(part) if possible(mixer, mesh, form)]
+    forms = _forms(part, mesh, mixer)
     return dict(zip(forms, run_cells(mesh, [(mixer, form) for form in forms], 600), strict=True)) if forms else {}
 
 

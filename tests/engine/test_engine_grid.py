@@ -24,12 +24,13 @@ from tests.engine.grid_cases import (
     Form,
     Mesh3,
     covering,
+    every_form,
     mixers,
     run_cells,
 )
 from tests.parallel.ranks import run_ranks
 
-COVERING = covering()
+COVERING = covering(MESHES, mixers(), every_form(), ("zero_stage", "recompute", "tied", "sequence", "batch"))
 WIDE = [mesh for mesh in MESHES if mesh[0] * mesh[1] * mesh[2] == 4]
 
 

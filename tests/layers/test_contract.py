@@ -1,4 +1,4 @@
-"""Checks of the eleven clauses of the contract in `megatron/layers/base.py` on every registered token mixer.
+"""Checks of the twelve clauses of the contract in `megatron/layers/base.py` on every registered token mixer.
 
 A new mixer is covered by its name in the registry; nothing is edited here. `tests/layers/test_<name>.py` has its own tests.
 `python tools/layer.py check NAME` prints the first line of each test, which begins with the number of the clause; checks
@@ -28,6 +28,8 @@ from megatron.model.init import cut
 from megatron.parallel.shard_spec import cut_dim, slice_of
 from megatron.parallel.tensor import set_part_sizes
 from megatron.registry import layer_class, layer_info, layer_names, layer_options
+from tests.parallel.context_cases import GATHER, LAYOUTS, RECOMPUTED, compare_layers, worst
+from tests.parallel.ranks import run_ranks
 
 NAMES = layer_names()
 B, S, D, H = 2, 70, 32, 2
@@ -269,7 +271,7 @@ def test_whole_parameters_stay_outside_of_the_cut_region(layer: Layer) -> None:
 
 def test_inputs_of_its_own(layer: Layer) -> None:
     """10. Own inputs: inputs of only this mixer are fields of its `Inputs`, with defaults that mean "not given"."""
-    own = {"mask", "segment_ids", "backend", "in_place", "slots", "attentions", "inputs"}
+    own = {"mask", "segment_ids", "backend", "in_place", "slots", "attentions", "inputs", "cp"}
     assert {f.name for f in fields(Context)} == own
     others = {name for n in NAMES for name in input_names([make(n)]) if layer_class(n).Inputs is not layer.Inputs}
     assert not others & set(input_names([layer]))
@@ -338,3 +340,13 @@ def test_every_mixer_has_a_test_that_names_it(name: str) -> None:
     """Tests: a mixer has its own test file."""
     stem = layer_info(name).module.rpartition(".")[2]
     assert (Path(__file__).parent / f"test_{stem}.py").exists()
+
+
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_shards_of_the_sequence_equal_the_whole(layer: Layer, size: int) -> None:
+    """12. Context parallelism: on 2 and 4 ranks outputs and gradients are those of the whole row, recomputed too."""
+    if not layer.context_parallel:
+        pytest.skip("the mixer does not declare context_parallel")
+    ways = {"layouts": LAYOUTS if size == 4 else ("crossing",), "ways": (GATHER, RECOMPUTED)}
+    errors = worst(run_ranks(compare_layers, size, {"own": (layer.names[0], {})}, timeout=120, **ways))
+    assert errors["own"] <= TOLERANCE

@@ -1,15 +1,19 @@
-"""What a wheel holds, and the console command from another folder; another package called `megatron` in the way."""
+"""What wheel and sdist hold, and their commands in a new environment; another package called `megatron` in the way."""
 
 from __future__ import annotations
 
 import shutil
 import subprocess
 import sys
+import sysconfig
+import tarfile
+import venv
 import zipfile
 from pathlib import Path
 
 import pytest
 
+import megatron
 from linear_neox import cli
 from megatron.config.load import load_config
 from megatron.shipped import shipped_root
@@ -90,33 +94,52 @@ def test_another_megatron_in_the_way_is_named(layout: str, tmp_path: Path) -> No
 
 
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that a wheel of this tree was installed into. Built from a copy: setuptools leaves its `build/` behind."""
-    folder = tmp_path_factory.mktemp("wheel")
-    source, target = folder / "source", folder / "target"
+def distributions(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """An sdist of this tree, and a wheel built from it: what the sdist lacks, the wheel lacks. Built in a copy of the tree."""
+    folder = tmp_path_factory.mktemp("dist")
+    source = folder / "source"
     source.mkdir()
-    for name in ("linear_neox", "megatron", "tools", "configs", "requirements"):
+    for name in ("linear_neox", "megatron", "tools", "configs", "requirements", "benchmarks/published", "tests/linear_neox"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for file in (*ROOT.glob("*.py"), *(ROOT / name for name in ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"))):
+    for file in (
+        *ROOT.glob("*.py"),
+        *ROOT.glob("*.md"),
+        *(ROOT / n for n in ("pyproject.toml", "MANIFEST.in", "LICENSE", "CITATION.cff")),
+    ):
         shutil.copy(file, source)
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
-    common = ["--no-deps", "--no-build-isolation"]
-    subprocess.run([*pip, "wheel", *common, "-w", str(folder), str(source)], check=True, capture_output=True, timeout=300)
+    build = f"import setuptools.build_meta as backend; backend.build_sdist({str(folder)!r})"
+    subprocess.run([sys.executable, "-c", build], cwd=source, check=True, capture_output=True, timeout=300)
+    (sdist,) = folder.glob("linear_neox-*.tar.gz")
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", "wheel", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*pip, "--no-index", "-w", str(folder), str(sdist)], check=True, capture_output=True, timeout=300)
     (wheel,) = folder.glob("linear_neox-*.whl")
-    subprocess.run(
-        [*pip, "install", "--no-deps", "--target", str(target), str(wheel)], check=True, capture_output=True, timeout=300
-    )
-    return target
+    return {"sdist": sdist, "wheel": wheel}
+
+
+def installed(distribution: Path, folder: Path) -> Path:
+    """The `bin` of a new environment with the distribution and nothing else of this tree, without network.
+
+    A `.pth` file lends it the packages of the environment that runs the tests (torch, ...; setuptools, which builds an sdist);
+    `.pth` files in there are not read, so an editable install of the checkout does not come along.
+    """
+    venv.create(folder, with_pip=False)
+    python = folder / "bin" / "python"
+    packages = Path(sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)}))
+    (packages / "lent.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
+    pip = [sys.executable, "-m", "pip", "--python", str(python), "--disable-pip-version-check", "install", "--no-index"]
+    options = ["--no-deps", "--no-build-isolation", "--force-reinstall", "--ignore-installed"]
+    done = subprocess.run([*pip, *options, str(distribution)], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return python.parent
 
 
 @pytest.mark.slow
-def test_the_wheel_carries_all_that_a_user_needs(installed: Path) -> None:
-    (wheel,) = installed.parent.glob("*.whl")
-    names = set(zipfile.ZipFile(wheel).namelist())
+def test_the_wheel_carries_all_that_a_user_needs(distributions: dict[str, Path]) -> None:
+    names = set(zipfile.ZipFile(distributions["wheel"]).namelist())
     shipped = {name.removeprefix("megatron/shipped/") for name in names if name.startswith("megatron/shipped/")}
     for config in (ROOT / "configs").rglob("*.yml"):
         assert str(config.relative_to(ROOT)) in shipped
-    assert {file for file, *_ in cli.COMMANDS.values()} | {"train.py"} <= shipped
+    assert {file for file, *_ in cli.COMMANDS.values()} | {"train.py", "benchmarks/published/scores.csv"} <= shipped
     data = {"megatron/config/neox_keys.tsv", "megatron/evaluation/tasks/based_fda.yaml"}
     assert {"linear_neox/py.typed", "megatron/py.typed", *data} <= names
     for path in (ROOT / "megatron").rglob("*.py"):
@@ -126,20 +149,44 @@ def test_the_wheel_carries_all_that_a_user_needs(installed: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_console_command_works_from_another_folder(installed: Path, tmp_path: Path) -> None:
+def test_the_sdist_carries_what_belongs_to_a_release(distributions: dict[str, Path]) -> None:
+    with tarfile.open(distributions["sdist"]) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"README.md", "CHANGELOG.md", "CITATION.cff", "SECURITY.md", "CONTRIBUTING.md", "LICENSE", "setup.py"} <= names
+    assert {str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglob("*.yml")} <= names
+    assert {str(path.relative_to(ROOT)) for path in (ROOT / "requirements").glob("*.txt")} <= names
+    assert not [name for name in names if name.startswith("tests/") or name.endswith(".pyc")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["wheel", "sdist"])
+def test_an_installed_distribution_trains(kind: str, distributions: dict[str, Path], tmp_path: Path) -> None:
+    programs = installed(distributions[kind], tmp_path / "env")
     config = write_run(tmp_path / "run", train_iters=2, run_dir="out", save="out/checkpoints")
 
-    def call(*words: str) -> subprocess.CompletedProcess[str]:
-        env = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(installed), "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
-        command = [str(installed / "bin" / "linear-neox"), *words]
+    def call(program: str, *words: str) -> subprocess.CompletedProcess[str]:
+        env = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+        command = [str(programs / program), *words]
         return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300, check=False)
 
-    done = call("train", str(config))
+    done = call(
+        "python", "-c", "import linear_neox as ln, megatron; print(ln.__version__, megatron.__file__, ln.Trainer.__name__)"
+    )
+    assert done.returncode == 0, done.stderr
+    version, place, name = done.stdout.split()
+    assert version == megatron.__version__ and Path(place).is_relative_to(tmp_path / "env") and name == "Trainer"
+    done = call("linear-neox", "--help")
+    assert done.returncode == 0 and "linear-neox convert to-hf" in done.stdout
+    done = call("linear-neox", "train", str(config))
     assert done.returncode == 0, done.stdout + done.stderr
     assert set(losses(tmp_path / "out")) == {1, 2}
-    done = call("checkpoint", "inspect", "out")
+    if kind == "sdist":
+        return
+    done = call("linear-neox", "checkpoint", "inspect", "out")
     assert done.returncode == 0 and "global_step2" in done.stdout
-    done = call("train", "configs/metala.yml", "--dry-run", "--set", "padded_vocab_size=50304")  # shipped; 8: does not fit
+    done = call(
+        "linear-neox", "train", "configs/metala.yml", "--dry-run", "--set", "padded_vocab_size=50304"
+    )  # 8: does not fit
     assert done.returncode in (0, 8) and "metala" in done.stdout, done.stdout + done.stderr
-    done = call("convert", "to-hf", "--checkpoint", "out/checkpoints")
+    done = call("linear-neox", "convert", "to-hf", "--checkpoint", "out/checkpoints")
     assert done.returncode == 2 and "usage: convert_to_hf.py" in done.stderr

@@ -176,9 +176,10 @@ FAULTS = {
         ("one token with a state", "documents"),
     ),
     "the key is rounded": (
-        ("kernels", "key = tl.where(live, key, 0.0)", "key = tl.where(live, key.to(tl.float16).to(tl.float32), 0.0)"),
+        ("kernels", "tl.where(log2 > -0.04328, slow,", "tl.where(log2 > -0.04328, slow.to(tl.float16).to(tl.float32),"),
         ("20 by 36",),
     ),
+    "a run of tokens counts twice": (("kernels", "tl.cumsum(total, 0) - total -", "tl.cumsum(total, 0) -"), ("20 by 36",)),
     "rows are too close": (("kernels", "at = row[:, None] * (H * K)", "at = row[:, None] * K"), ("20 by 36",)),
     "padding is written": (
         ("kernels", "    if HAS_MASK:\n        live = live &", "    if HAS_MASK:\n        live = live |"),

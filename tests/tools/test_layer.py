@@ -47,7 +47,8 @@ def test_the_table_says_what_failed_and_how_often() -> None:
 def copy(tmp_path: Path) -> Path:
     """The part of the repository that a new mixer needs."""
     leave = shutil.ignore_patterns("__pycache__", "golden", "faults", "engine", "data", "launch", "export", "checkpoint")
-    shutil.copytree(ROOT / "megatron", tmp_path / "megatron", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("megatron", "linear_neox"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("tests", "tools"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=leave)
     for name in ("configs", "docs"):
@@ -66,6 +67,7 @@ def run(folder: Path, *arguments: str) -> tuple[int, str]:
 def test_a_new_mixer_passes_as_it_is_and_a_broken_one_does_not(copy: Path) -> None:
     """Contract and own tests, ruff, the YAML's dry run; then padding forgotten, and a file that cannot be imported."""
     assert run(copy, "tools/layer.py", "new", "my_gla")[0] == 0
+    assert "| `my_gla` |" in (copy / "docs/reference/api/mixers.md").read_text()
     code, out = run(copy, "tools/layer.py", "check", "my_gla")
     assert code == 0 and "without failures" in out and "FAILED" not in out and "test_my_gla.py: refusal" in out, out
     files = [target.format("my_gla") for target in TARGETS.values() if target.endswith(".py")]

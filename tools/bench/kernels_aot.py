@@ -61,6 +61,7 @@ from megatron.ops.tuning import (
     gated_cut,
     metala_cuts,
     metala_rows,
+    metala_run,
     norm_cut,
     padded,
     taylor_cut,
@@ -272,6 +273,8 @@ def metala_cases(k: int, v: int, dtype: str, tiles: Tiles | None = None, form: s
     join = {"K": k, "V": v, "BK": padded(k), "BV": tiles.block_v, "HAS_FIRST": True, "REVERSE": False}
     n, walks, forward, back = metala_kernels, metala_walk_kernels, {"C": tiles.chunk}, {"C": tiles.back}
     kept = {"R": tiles.rows or tiles.chunk, "KEEP": True}
+    forward |= {"RUN": metala_run(tiles.chunk, k, _SIZES[dtype], tiles.gate_warps)}
+    back |= {"RUN": metala_run(tiles.back, k, _SIZES[dtype], tiles.gate_warps)}
     walking, warps = (tiles.walk_warps, tiles.stages), tiles.warps
     cases: list[tuple[Any, ...]] = [
         ("gate_forward", n.gate_forward, gate | forward | {"KEEP": False, "running": None}, tiles.gate_warps, 3),

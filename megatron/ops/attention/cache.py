@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from megatron.ops.attention.operator import Places, Rule, attention, attention_weights
+from megatron.ops.context_shard import ContextShard
 from megatron.ops.rotary import rotary_angles, rotary_table, rotate
 from megatron.ops.window import window_step_
 
@@ -115,6 +116,44 @@ def mix(
     rule, where = _rule(how, places, s), None if first else places
     y = _attend(q, keys, values, rule, where, mask is None, backend, attentions)
     return y, _remember(keys, values, places, how.rule.window, state["seen"], mask, s)
+
+
+def reads_halo(how: Mixing) -> bool:
+    """Whether a context-parallel shard needs the keys and values of its window only, and not the whole row."""
+    return how.rule.window is not None and how.train_length is None
+
+
+def mix_shard(
+    shard: ContextShard, q: Tensor, k: Tensor, v: Tensor, how: Mixing, segment_ids: Tensor | None, backend: str = "auto"
+) -> Tensor:
+    """Attention of one context-parallel shard: q [b, s, h, k], k and v [b, s, g, k] -> y [b, s, h, k].
+
+    With a window the `window` keys and values before the shard become its cache; the receiver rotates them. Otherwise an
+    all-to-all gives every rank all tokens of its own heads, and a second one returns the result: work is balanced although
+    shards are contiguous, and attention itself is that of one device.
+    """
+    if reads_halo(how):
+        y, _ = mix(q, k, v, how, _halo_cache(shard, k, v, how), None, segment_ids, backend)
+        return y
+    heads = [x.shape[2] // shard.size for x in (q, k, v)]
+    blocks = torch.cat([x.unflatten(2, (shard.size, -1)) for x in (q, k, v)], 3)  # each rank's heads next to each other
+    q, k, v = shard.to_heads(blocks.flatten(2, 3)).split(heads, dim=2)
+    slopes = how.rule.slopes
+    if slopes is not None:
+        how = replace(how, rule=replace(how.rule, slopes=slopes[shard.rank * heads[0] : (shard.rank + 1) * heads[0]]))
+    y, _ = mix(q, k, v, how, None, None, shard.segment_ids, backend)
+    return shard.to_tokens(y)
+
+
+def _halo_cache(shard: ContextShard, k: Tensor, v: Tensor, how: Mixing) -> dict[str, Tensor]:
+    """The state before the first token of a shard whose layer has a window."""
+    b, window = k.shape[0], how.rule.window or 0
+    keys, values = shard.halo(torch.cat([k, v], -1), window).chunk(2, -1)
+    places = shard.halo_places(window, b).to(k.device)
+    if how.rotary:
+        keys = rotate(keys, *rotary_angles(places.clamp_min(0), how.rotary, how.base, k.dtype))
+    seen = torch.full((b,), shard.offset, dtype=torch.long, device=k.device)
+    return {"keys": keys, "values": values, "places": places, "seen": seen}
 
 
 def steps_in_place(how: Mixing, state: Mapping[str, Tensor]) -> bool:

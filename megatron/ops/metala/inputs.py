@@ -18,7 +18,7 @@ def cut_packed(packed: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor, Tenso
 class MetaLAInputs(NamedTuple):
     """Inputs of a pass over `s` tokens.
 
-    Args:
+    Attributes:
         q: queries, [b, s, h, k].
         z: gate logits, [b, s, h, k].
         v: values, [b, s, h, v].

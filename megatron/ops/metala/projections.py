@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from megatron.ops.dispatch import chosen
 from megatron.ops.metala.inputs import cut_packed
 from megatron.ops.metala.operator import metala, metala_packed
+from megatron.ops.metala.summary import metala_summary
 from megatron.ops.modules import are_plain
 from megatron.ops.packed_linear.operator import packed_linear
 
@@ -56,7 +57,7 @@ def metala_projected(
     projections: MetaLAProjections,
     w: Tensor,
     *,
-    state: Tensor | None = None,
+    start: Callable[[Callable[[], tuple[Tensor, Tensor]]], Tensor | None] = lambda summary: None,
     mask: Tensor | None = None,
     segment_ids: Tensor | None = None,
     gate_round: str = "none",
@@ -71,7 +72,8 @@ def metala_projected(
         u: input, [b, s, d].
         projections: maps to q, z, v and g.
         w: self-augmentation vector, [h, k].
-        state: as in `MetaLAInputs`.
+        start: the state before the first token, [b, h, k, v], from a function that returns the summary of these tokens
+            (context parallelism); None for zeros.
         mask: as in `MetaLAInputs`.
         segment_ids: as in `MetaLAInputs`.
         gate_round: as in `MetaLAInputs`.
@@ -82,6 +84,8 @@ def metala_projected(
     """
     if are_plain(*projections) and chosen("metala", backend, u.device) in ("triton", "torch"):
         packed = packed_linear(u, projections.weights, projections.g.bias, backend)
+        state = start(lambda: metala_summary(*cut_packed(packed, w)[1:3], segment_ids, gate_round, backend))
         return metala_packed(packed, w, state=state, mask=mask, segment_ids=segment_ids, gate_round=gate_round, backend=backend)
     parts = projections.by_head(u, w, mask)
+    state = start(lambda: metala_summary(*parts[1:3], segment_ids, gate_round, backend))
     return metala(*parts, w, state=state, mask=mask, segment_ids=segment_ids, gate_round=gate_round, backend=backend)

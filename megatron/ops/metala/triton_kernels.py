@@ -51,29 +51,28 @@ def _sigmoid(x):
 
 
 @triton.jit
-def _log2_of_one_and(x):
-    """log2(1 + x) for x in [0, 1], to 1.5e-7 of itself, small x included: x times a Chebyshev fit of degree 8."""
-    p = -0.042687193 + x * 0.0075791376
-    p = 0.11305199 + x * p
-    p = -0.19728522 + x * p
-    p = 0.27571967 + x * p
-    p = -0.35842848 + x * p
-    p = 0.48069549 + x * p
-    p = -0.72134036 + x * p
-    return x * (1.4426950216293335 + x * p)
-
-
-@triton.jit
 def _gate(z, ROUND: tl.constexpr):
-    """log2 of the decay, and the key 1 - decay, from gate logits; fp32, without cancellation for slow channels."""
+    """log2 of the decay sigmoid(z)^(1/16), and the key 1 - decay, from gate logits; fp32, without cancellation for slow channels.
+
+    log2(1 + x) for x in [0, 1], to 1.5e-7 of itself, small x included, is x times a Chebyshev fit of degree 8. Its coefficients
+    below are those divided by -16, and 1 - 2^log2 of slow channels is a series in log2: powers of ln 2 are part of its factors.
+    """
     z = tl.maximum(z.to(tl.float32), LOWEST)
-    log2 = -(tl.maximum(-z, 0.0) * LOG2E + _log2_of_one_and(tl.math.exp2(-tl.abs(z) * LOG2E)))
+    x = tl.math.exp2(-tl.abs(z) * LOG2E)
+    p = 0.0026679495625 - x * 0.0004736961
+    p = -0.007065749375 + x * p
+    p = 0.01233032625 + x * p
+    p = -0.017232479375 + x * p
+    p = 0.02240178 + x * p
+    p = -0.030043468125 + x * p
+    p = 0.0450837725 + x * p
+    p = -0.09016843885183334 + x * p
+    log2 = tl.minimum(z, 0.0) * (LOG2E * 0.0625) + x * p
     if ROUND == 0:
-        log2 = log2 * 0.0625
-        x = log2 * LN2
-        key = tl.where(x > -0.03, -x * (1.0 + x * (0.5 + x * 0.16666667)), 1.0 - tl.math.exp2(log2))
+        slow = log2 * (-0.6931471805599453 + log2 * (-0.2402265069591007 + log2 * -0.05550410866482158))
+        key = tl.where(log2 > -0.04328, slow, 1.0 - tl.math.exp2(log2))
     else:
-        natural = _round(_round(log2 * LN2, ROUND) * 0.0625, ROUND)
+        natural = _round(_round(log2 * (16.0 * LN2), ROUND) * 0.0625, ROUND)
         log2 = natural * LOG2E
         key = _round(1.0 - _round(tl.math.exp2(log2), ROUND), ROUND)
     return log2, key
@@ -132,35 +131,43 @@ def _scaled(x, factor, DT: tl.constexpr):
 @triton.jit
 def gate_forward(
     q, z, w, qs, ks, running, GL, GM, amount, mask, sq, sz, T, H,
-    K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, ROUND: tl.constexpr, HAS_MASK: tl.constexpr, KEEP: tl.constexpr,
+    K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, RUN: tl.constexpr, ROUND: tl.constexpr,
+    HAS_MASK: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """Grid (B * H * chunks). qs, ks [B, T, H, K]; GL, GM [B, chunks, H, K]; amount = sum of q key w [B, T, H].
 
-    KEEP writes running = G - Gm [B, T, H, K] in fp32 too, for the backward. Outside the sequence, padding: decay 1, key 0.
+    KEEP writes running = G - Gm [B, T, H, K] in fp32 too, for the backward. Outside the sequence, padding: decay 1, key 0, which
+    is what an infinite logit gives.
+
+    A chunk is read as [RUN, C / RUN, BK], RUN consecutive tokens along the first axis, which one thread holds (`metala_run`): sums
+    along it are additions of registers, and only its totals are summed across threads. With tokens in their order each thread
+    would read the partial sums of all warps for every row, a third of the kernel's instructions.
     """
     NT = tl.cdiv(T, C)
     i, b, h = _place(NT, H)
-    ok, oc = tl.arange(0, BK), tl.arange(0, C)
-    t = i * C + oc
+    ok, group, within = tl.arange(0, BK), tl.arange(0, C // RUN), tl.arange(0, RUN)
+    t = i * C + group[None, :] * RUN + within[:, None]
     row = b * T + t
-    inside = (t < T)[:, None] & (ok < K)[None, :]
-    live = _live(mask, b, t, T, HAS_MASK)[:, None] & (ok < K)[None, :]
-    log2, key = _gate(tl.load(z + row[:, None] * sz + h * K + ok[None, :], mask=live, other=40.0), ROUND)
-    log2 = tl.where(live, log2, 0.0)
-    key = tl.where(live, key, 0.0)
-    qq = tl.load(q + row[:, None] * sq + h * K + ok[None, :], mask=inside, other=0.0).to(tl.float32)
-    Gm = tl.sum(tl.where(oc[:, None] < C // 2, log2, 0.0), 0)
-    from_middle = tl.cumsum(log2, 0) - Gm[None, :]
-    at = row[:, None] * (H * K) + h * K + ok[None, :]
+    k_inside = (ok < K)[None, None, :]
+    inside = (t < T)[:, :, None] & k_inside
+    live = _live(mask, b, t, T, HAS_MASK)[:, :, None] & k_inside
+    column = h * K + ok[None, None, :]
+    log2, key = _gate(tl.load(z + row[:, :, None] * sz + column, mask=live, other=float("inf")), ROUND)
+    qq = tl.load(q + row[:, :, None] * sq + column, mask=inside, other=0.0).to(tl.float32)
+    total = tl.sum(log2, 0)
+    Gm = tl.sum(tl.where((group < C // RUN // 2)[:, None], total, 0.0), 0)
+    before = tl.cumsum(total, 0) - total - Gm[None, :]
+    from_middle = tl.cumsum(log2, 0) + before[None, :, :]
+    at = row[:, :, None] * (H * K) + column
     tl.store(qs + at, (qq * tl.math.exp2(from_middle)).to(qs.dtype.element_ty), mask=inside)
     tl.store(ks + at, (key * tl.math.exp2(-from_middle)).to(ks.dtype.element_ty), mask=inside)
     if KEEP:
         tl.store(running + at, from_middle, mask=inside)
     place = ((b * NT + i) * H + h) * K + ok
-    tl.store(GL + place, tl.sum(log2, 0), mask=ok < K)
+    tl.store(GL + place, tl.sum(total, 0), mask=ok < K)
     tl.store(GM + place, Gm, mask=ok < K)
     ww = tl.load(w + h * K + ok, mask=ok < K, other=0.0).to(tl.float32)
-    tl.store(amount + row * H + h, tl.sum(qq * key * ww[None, :], 1), mask=t < T)
+    tl.store(amount + row * H + h, tl.sum(qq * key * ww[None, None, :], 2), mask=t < T)
 
 
 @triton.jit

@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron.ops.kernel_arguments import device_guard, token_rows, token_stride
 from megatron.ops.metala import triton_kernels as kernels
 from megatron.ops.metala import triton_walk_kernels as walks
-from megatron.ops.tuning import Tiles, metala_cuts, metala_rows, padded
+from megatron.ops.tuning import Tiles, metala_cuts, metala_rows, metala_run, padded
 
 EPS = 1e-5
 ROUND = {"none": 0, "bf16": 1, "fp16": 2}
@@ -109,9 +109,11 @@ def operands(x: Inputs, chunk: int, keep: bool) -> Operands:
     qs, ks = (torch.empty(b, t, h, k, dtype=form, device=x.v.device) for _ in range(2))
     last, middle = _wide(x.v, b, chunks, h, k), _wide(x.v, b, chunks, h, k)
     made = Operands(qs, ks, last, middle, _wide(x.v, b, t, h), _wide(x.v, b, t, h, k) if keep else None)
+    warps = x.tiles().gate_warps
     kernels.gate_forward[(chunks * b * h,)](
         x.q, x.z, x.w, qs, ks, made.running, last, middle, made.amount, x.mask, token_stride(x.q), token_stride(x.z), t, h,
-        K=k, BK=padded(k), C=chunk, ROUND=x.gate_round, HAS_MASK=x.mask is not None, KEEP=keep, num_warps=x.tiles().gate_warps,
+        K=k, BK=padded(k), C=chunk, RUN=metala_run(chunk, k, x.q.element_size(), warps), ROUND=x.gate_round,
+        HAS_MASK=x.mask is not None, KEEP=keep, num_warps=warps,
     )  # fmt: skip
     return made
 

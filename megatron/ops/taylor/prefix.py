@@ -25,7 +25,12 @@ from torch.autograd.function import once_differentiable
 from megatron.ops.dispatch import choose, path
 from megatron.ops.opaque import has_numbers, opaque
 from megatron.ops.precision import in_accumulation_dtype, outside_autocast, sum_dtype
-from megatron.ops.taylor.features import feature_count, taylor_features, taylor_features_backward
+from megatron.ops.taylor.features import (
+    feature_count,
+    features_by_definition,
+    taylor_features,
+    taylor_features_backward,
+)
 from megatron.ops.taylor.inputs import TaylorInputs
 from megatron.ops.taylor.operator import (
     TAYLOR_CHUNK,
@@ -80,7 +85,8 @@ class _PrefixState(torch.autograd.Function):
         return dk, dv, None
 
 
-_prefix_state = opaque("prefix_state", _PrefixState)
+prefix_state = opaque("prefix_state", _PrefixState)
+"""(k, v, weight) -> the state of a text alone; also what a context-parallel shard leaves behind."""
 
 
 def _padded(x: Tensor, s: int) -> Tensor:
@@ -90,7 +96,9 @@ def _padded(x: Tensor, s: int) -> Tensor:
 
 @path("taylor.prefix", "reference")
 @outside_autocast
-def prefix_quadratic(x: TaylorInputs, k2: Tensor, v2: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
+def prefix_quadratic(
+    x: TaylorInputs, k2: Tensor, v2: Tensor, inside: Tensor, behind: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """All pairs at once, by autograd: the causal form twice over, once from the left and once from the right."""
     q, k, v, keep, _, segment_ids, state, _ = x
     sums, end = taylor_quadratic(TaylorInputs(q, k, v, keep, None, segment_ids, state, False))
@@ -101,30 +109,38 @@ def prefix_quadratic(x: TaylorInputs, k2: Tensor, v2: Tensor, inside: Tensor) ->
         seen = seen * (segment_ids[:, None, :, None] == segment_ids[:, None, None, :m]).to(scores.dtype)
     u = _values_beside_one(v2, torch.ones_like(inside))
     sums = sums + ((1 + scores + scores * scores / 2) * seen @ u).transpose(1, 2)
+    if behind is not None:
+        last = torch.ones(q.shape[:2], device=q.device) if segment_ids is None else segment_ids == segment_ids[:, -1:]
+        phi = features_by_definition(in_accumulation_dtype(q) * q.shape[-1] ** -0.25)
+        sums = sums + torch.einsum("bshe,bhev->bshv", phi, behind) * last[..., None, None].to(sums)
     last = inside if segment_ids is None else inside * (segment_ids[:, :m] == segment_ids[:, -1:]).to(inside.dtype)
-    return normalised(sums).to(v.dtype), end + _prefix_state(k2, v2, last)
+    return normalised(sums).to(v.dtype), end + prefix_state(k2, v2, last)
 
 
 @path("taylor.prefix", "torch")
-def prefix_chunked(x: TaylorInputs, k2: Tensor, v2: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
+def prefix_chunked(
+    x: TaylorInputs, k2: Tensor, v2: Tensor, inside: Tensor, behind: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The chunked form; see the head of this file."""
-    return prefix_scan(taylor_chunked, _prefix_state, x, k2, v2, inside)
+    return prefix_scan(taylor_chunked, prefix_state, x, k2, v2, inside, behind)
 
 
 def prefix_scan(
     scan: CausalScan,
-    prefix_state: Callable[[Tensor, Tensor, Tensor], Tensor],
+    state_of: Callable[[Tensor, Tensor, Tensor], Tensor],
     x: TaylorInputs,
     k2: Tensor,
     v2: Tensor,
     inside: Tensor,
+    behind: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One prefix state and one causal scan that starts from it; with documents three scans: the text, the prefix from the left
-    and the prefix from the right. `scan` is a path of `taylor`.
+    and the prefix from the right. `scan` is a path of `taylor`, `behind` see `prefix_taylor`.
     """
     q, k, v, keep, _, segment_ids, state, _ = x
     if segment_ids is None:
-        start = prefix_state(k2, v2, inside)
+        start = state_of(k2, v2, inside)
+        start = start if behind is None else start + behind
         return scan(TaylorInputs(q, k, v, keep, state=start if state is None else start + state))
     s, m = q.shape[1], k2.shape[1]
     sums, end = scan(TaylorInputs(q, k, v, keep, None, segment_ids, state, False))
@@ -132,12 +148,14 @@ def prefix_scan(
     left, left_end = scan(prefix)
     sums = sums + left
     if m:
-        sums = sums + _padded(_from_the_right(scan, q[:, :m], k2, v2, inside, segment_ids[:, :m]), s)
+        sums = sums + _padded(_from_the_right(scan, q[:, :m], k2, v2, inside, segment_ids[:, :m], behind), s)
     return normalised(sums).to(v.dtype), end + left_end
 
 
-def _from_the_right(scan: CausalScan, q: Tensor, k: Tensor, v: Tensor, inside: Tensor, ids: Tensor) -> Tensor:
-    """Sums over j > i inside the prefix and the document, `[b, m, h, v + 1]`.
+def _from_the_right(
+    scan: CausalScan, q: Tensor, k: Tensor, v: Tensor, inside: Tensor, ids: Tensor, behind: Tensor | None
+) -> Tensor:
+    """Sums over j > i inside the prefix and the document, `[b, m, h, v + 1]`; `behind` belongs to the last token's document.
 
     The causal scan runs over the reversed tokens, with every key moved one place on, so that position i sees j > i only; a key
     that would move over a boundary is dropped.
@@ -145,7 +163,7 @@ def _from_the_right(scan: CausalScan, q: Tensor, k: Tensor, v: Tensor, inside: T
     ids = ids.flip(1)
     k, v = (F.pad(x.flip(1)[:, :-1], (0, 0, 0, 0, 1, 0)) for x in (k, v))
     weight = F.pad(inside.flip(1)[:, :-1] * (ids[:, 1:] == ids[:, :-1]), (1, 0))
-    sums, _ = scan(TaylorInputs(q.flip(1), k, v, weight, None, ids, divide=False))
+    sums, _ = scan(TaylorInputs(q.flip(1), k, v, weight, None, ids, behind, False))
     return sums.flip(1)
 
 
@@ -158,10 +176,15 @@ def prefix_taylor(
     inside: Tensor,
     *,
     state: Tensor | None = None,
+    behind: Tensor | None = None,
     keep: Tensor | None = None,
     segment_ids: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """`y [b, s, h, v]` in v's dtype and the state after the last token, prefix and causal part in one `[b, h, e, v + 1]`."""
+    """`y [b, s, h, v]` in v's dtype and the state after the last token, prefix and causal part in one `[b, h, e, v + 1]`.
+
+    Under context parallelism `behind` is the state of the prefix tokens to the right of this pass, of the last token's
+    document; the state that comes out then contains it only without documents, and has no reader.
+    """
     x = TaylorInputs(q, k, v, keep, None, segment_ids, state)
-    return choose("taylor.prefix", backend, q.device)(x, k2, v2, inside)
+    return choose("taylor.prefix", backend, q.device)(x, k2, v2, inside, behind)

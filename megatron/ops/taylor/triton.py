@@ -17,6 +17,7 @@ from torch import Tensor
 from megatron.ops.dispatch import path
 from megatron.ops.kernel_arguments import check_in_place, check_interpreted, device_guard, fit, head_rows
 from megatron.ops.precision import outside_autocast
+from megatron.ops.summary.taylor import decayed, taylor_summary_torch
 from megatron.ops.taylor import triton_launch as launch
 from megatron.ops.taylor import triton_step_kernels as step_kernels
 from megatron.ops.taylor.features import feature_count
@@ -112,13 +113,24 @@ def taylor_fused(x: TaylorInputs) -> tuple[Tensor, Tensor]:
 
 
 @path("taylor.prefix", "triton")
-def prefix_fused(x: TaylorInputs, k2: Tensor, v2: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
+def prefix_fused(
+    x: TaylorInputs, k2: Tensor, v2: Tensor, inside: Tensor, behind: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The fused path; heads that the kernels do not take, and fp64, go to the plain one."""
     if not (launch.fits(x.q, x.v) and launch.fits(k2, v2)):
-        return prefix_chunked(x, k2, v2, inside)
+        return prefix_chunked(x, k2, v2, inside, behind)
     (b, _, h, f), m = x.q.shape, k2.shape[1]
     k2, v2, inside = fit(k2, b, m, h, f), fit(v2, b, m, h, x.v.shape[-1]), fit(inside, b, m)
-    return prefix_scan(taylor_fused, taylor_state, x, k2, v2, inside)
+    return prefix_scan(taylor_fused, taylor_state, x, k2, v2, inside, behind)
+
+
+@path("taylor.summary", "triton")
+def summary_fused(k: Tensor, v: Tensor, segment_ids: Tensor | None, log_decay: Tensor | None, keep: Tensor | None) -> Tensor:
+    """The fused path; heads that the kernels do not take, and fp64, go to the plain one."""
+    if not launch.fits(k, v):
+        return taylor_summary_torch(k, v, segment_ids, log_decay, keep)
+    check_interpreted(k)
+    return taylor_state(k, *decayed(v, segment_ids, log_decay, keep))
 
 
 @path("taylor.step", "triton")

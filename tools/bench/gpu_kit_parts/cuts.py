@@ -17,7 +17,7 @@ def _variants(first: Tiles) -> list[Tiles]:
     """The cut of the table and its neighbours, mostly one change at a time."""
     changes: list[dict[str, int]] = [
         {}, {"back_warps": 8}, {"warps": 8}, {"rows": 32}, {"rows": 16},
-        {"walk_warps": 8}, {"walk_warps": 2}, {"gate_warps": 4}, {"gate_warps": 2}, {"block_v": 32},
+        {"walk_warps": 8}, {"walk_warps": 2}, {"gate_warps": 8}, {"gate_warps": 2}, {"block_v": 32},
         {"block_v": 128, "stages": 1}, {"stages": 2}, {"stages": 1}, {"value_warps": 8}, {"value_warps": 8, "block_v": 128},
         {"chunk": 32}, {"chunk": 128, "rows": 64}, {"chunk": 128, "rows": 32}, {"back": 32},
         {"back": 32, "back_warps": 8}, {"chunk": 32, "warps": 8},

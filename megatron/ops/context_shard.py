@@ -1,0 +1,55 @@
+"""What a mixer may ask of the other shards of its rows under context parallelism.
+
+The interface only: `parallel/context.py` communicates. Exported folders contain this file and none that needs a process group.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+
+class ContextShard(Protocol):
+    """This rank's shard of every row and the exchange with the other shards; `parallel/context.py` implements it.
+
+    Every method involves all ranks. Document boundaries are its business: nothing of another document comes in.
+
+    Attributes:
+        rank: the place of the shard in the row, from 0.
+        size: shards of a row, P.
+        length: tokens of a shard, s.
+        offset: tokens of the row before the shard.
+        segment_ids: document numbers of the whole row, [b, S]; `Context.segment_ids` are those of the shard.
+    """
+
+    rank: int
+    size: int
+    length: int
+    offset: int
+    segment_ids: Tensor | None
+
+    def carry(self, state: Tensor, decay: Tensor | None = None, *, matrix: bool = False, reverse: bool = False) -> Tensor:
+        """The state before the first token of this shard, [b, ...] in the accumulation dtype.
+
+        Args:
+            state: what the shard leaves behind if it starts from an empty state.
+            decay: what the whole shard multiplies an incoming state by; broadcasts against `state`. None: 1.
+            matrix: `decay` is a matrix [b, h, k, k] that multiplies the state from the left (delta rules).
+            reverse: from right to left: the state behind the last token.
+        """
+
+    def halo(self, x: Tensor, n: int) -> Tensor:
+        """The last n tokens before the shard, of `x [b, s, ...]` -> [b, n, ...]; zeros where nothing is visible."""
+
+    def halo_places(self, n: int, rows: int) -> Tensor:
+        """Positions [rows, n] of those tokens in the row, -1 where nothing is visible."""
+
+    def to_heads(self, x: Tensor) -> Tensor:
+        """[b, s, h, k] -> [b, S, h / P, k]: all tokens of the row for this rank's share of the heads."""
+
+    def to_tokens(self, x: Tensor) -> Tensor:
+        """[b, S, h / P, k] -> [b, s, h, k]."""
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum over the shards."""
