@@ -25,7 +25,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron.errors import ConfigError, DataError, exit_on_error
-from megatron.files import write_json
+from megatron.files import read_json, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 PUBLISHED = ROOT / "benchmarks" / "published" / "scores.csv"
@@ -94,7 +94,7 @@ def published_scores() -> dict[str, dict[int, float]]:
         for column, value in row.cells.items():
             task, _, length = column.partition("@")
             if task.startswith("niah_"):
-                scores.setdefault(f"{row.name}, {task}: {row.source}", {})[int(length)] = value
+                scores.setdefault(f"{row.name}, {task} ({row.source})", {})[int(length)] = value
     return scores
 
 
@@ -122,9 +122,13 @@ def main() -> None:
     parser.add_argument("sweep", help="YAML file")
     parser.add_argument("--models", nargs="+", metavar="NAME[=CHECKPOINTS]", help="only these, trained or in these folders")
     parser.add_argument("--no-published", action="store_true", help="draw no published scores")
+    parser.add_argument("--redraw", action="store_true", help="only draw the figures of OUTPUT.json")
     parser.add_argument("--output", type=Path, default=Path("runs/long-context/results"), help="prefix of the files")
     with exit_on_error():
         a = parser.parse_args()
+        if a.redraw:
+            report_figures(read_json(a.output.with_suffix(".json"))["models"], a)
+            return
         import torch
 
         from megatron.evaluation.published_tables import read_published
@@ -154,11 +158,16 @@ def main() -> None:
         seconds = {"seconds": round(time.monotonic() - started, 1), "processor_seconds": round(time.process_time(), 1)}
         write_json(a.output.with_suffix(".json"), {**facts, **seconds, "models": models, "published": published})
         print(f"wrote {a.output.with_suffix('.json')}")
-        try:
-            for path in draw(models, a.output, not a.no_published):
-                print(f"wrote {path}")
-        except DataError as error:
-            print(error.what)
+        report_figures(models, a)
+
+
+def report_figures(models: Mapping[str, Any], a: argparse.Namespace) -> None:
+    """Draw the figures if matplotlib is installed."""
+    try:
+        for path in draw(models, a.output, not a.no_published):
+            print(f"wrote {path}")
+    except DataError as error:
+        print(error.what)
 
 
 def _has_needles(columns: Mapping[str, float]) -> bool:

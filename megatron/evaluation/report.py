@@ -107,7 +107,7 @@ def plot_ladder(
     panels = [(name, task) for name, rows in models.items() for task in dict.fromkeys(row["task"] for row in rows)]
     across = min(3, max(1, len(panels)))
     down = -(-len(panels) // across)
-    figure = _figure(4.2 * across, 2.6 * down + (3.0 if published else 0.4))
+    figure = _figure(4.2 * across, 2.6 * down + (3.8 if published else 0.4))
     figure.suptitle(title, fontsize=11)
     grid = figure.add_gridspec(down + bool(published), across, height_ratios=[1.0] * down + [1.1] * bool(published))
     for number, (name, task) in enumerate(panels):
@@ -122,7 +122,7 @@ def plot_ladder(
         lengths = sorted({length for scores in published.values() for length in scores})
         axes.set_xticks(lengths, [str(n) for n in lengths])
         axes.xaxis.minorticks_off()
-        axes.legend(fontsize=6, ncols=3)
+        axes.legend(fontsize=6, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.12))
     return _saved(figure, image)
 
 

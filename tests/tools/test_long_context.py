@@ -32,12 +32,14 @@ def test_a_checkpoint_is_measured_and_published_scores_stand_apart(tmp_path: Pat
     result = json.loads((tmp_path / "out.json").read_text())
     assert list(result["models"]["a"]["needles"]["scores"]) == ["niah_single_1@400"]  # 500 is beyond `longest`
     assert result["published"]["note"] == "not measured here" and all("arXiv" in s for s in result["published"]["sources"])
+    (tmp_path / "out-needles.png").unlink()
+    assert run_here("tools/long_context.py", tmp_path / "sweep.yml", "--redraw", *words[-2:]).returncode == 0
     assert (tmp_path / "out-needles.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_published_scores_name_their_source() -> None:
     scores = published_scores()
-    assert len(scores) == 9 and all(name.endswith("Gated DeltaNet (arXiv 2412.06464) Table 2") for name in scores)
+    assert len(scores) == 9 and all(name.endswith("(Gated DeltaNet (arXiv 2412.06464) Table 2)") for name in scores)
     mamba = next(values for name, values in scores.items() if name.startswith("Mamba2") and "niah_single_1" in name)
     assert mamba == {1024: 99.2, 2048: 98.8, 4096: 65.4, 8192: 30.4}
 
