@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from megatron import registry
+from megatron.config.cli import planned_world
 from megatron.config.load import load_config
 from megatron.config.schema import RunConfig
 from megatron.errors import ConfigError
@@ -108,6 +109,11 @@ def test_sizes_follow_the_context_parallel_size(load: Callable[..., RunConfig]) 
     assert (run.batch.train_batch_size, run.batch.train_micro_batch_size_per_gpu) == (4, 1)
     micro = load(8, context_parallel_size=4, train_batch_size=0, train_micro_batch_size_per_gpu=3)
     assert micro.batch.train_batch_size == 3 * 2 * 2
+
+
+def test_a_plan_without_processes_counts_the_ranks_of_one_sequence(tmp_path: Path) -> None:
+    run = load_config([config_of(tmp_path, context_parallel_size=2, model_parallel_size=2)], check=False)
+    assert planned_world(run) == 4
 
 
 @pytest.mark.parametrize(

@@ -77,13 +77,19 @@ def check_model(path: Path, manifest: Manifest, model_config: Mapping[str, Any])
     fatal = [text for name, text in differing.items() if name not in _FREE_FIELDS and not name.endswith(_FREE_OPTION)]
     if fatal:
         recipe = path.parent / RECIPE
+        hint = (
+            f"take the model section of {recipe}"
+            if recipe.is_file()
+            else "take the model section of the config that the checkpoint was trained with (in its folder configs/)"
+        )
+        if len(fatal) == 1 and "vocab_size" in differing:  # the same tokenizer, padded for another tensor-parallel size
+            size = manifest.model_config["vocab_size"]
+            hint = f"padded_vocab_size: {size}, if only model_parallel_size has changed; else {hint}"
         raise CheckpointError(
             "the checkpoint is of another model",
             where=str(path),
             why="; ".join(fatal[:6]) + (f"; and {len(fatal) - 6} more" if len(fatal) > 6 else ""),
-            hint=f"take the model section of {recipe}"
-            if recipe.is_file()
-            else "take the model section of the config that the checkpoint was trained with (in its folder configs/)",
+            hint=hint,
         )
     return list(differing.values())
 

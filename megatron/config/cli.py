@@ -106,6 +106,6 @@ def config_from_args(ns: argparse.Namespace, world_size: int | None = None, *, c
 
 
 def planned_world(run: RunConfig) -> int:
-    """Processes of a plan: `global_num_gpus`, else num_nodes x num_gpus, else what one copy of the model needs."""
+    """Processes of a plan: `global_num_gpus`, else num_nodes x num_gpus, else what one sequence needs."""
     requested = (run.launch.num_gpus or 0) * max(1, run.launch.num_nodes)
-    return run.world_size or requested or run.parallel.pipe_stages * run.parallel.tensor_ranks
+    return run.world_size or requested or run.parallel.model_processes

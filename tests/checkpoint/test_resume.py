@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch.distributed as dist
 
+from megatron.checkpoint.compare import check_model
 from megatron.checkpoint.find import candidates
 from megatron.checkpoint.layout import MANIFEST
 from megatron.checkpoint.load import LoadOptions
@@ -85,6 +88,16 @@ def test_none_is_whole(three: Path) -> None:
 def test_another_model_is_no_damage(three: Path) -> None:
     with pytest.raises(CheckpointError, match="of another model"):
         resume(three, FakeEngine(), LoadOptions(model_config={**MODEL, "hidden_size": 16}))
+
+
+def test_another_padding_of_the_vocabulary_names_its_key(tmp_path: Path) -> None:
+    """The same configuration with another tensor parallel size, where nothing else differs."""
+    manifest: Any = SimpleNamespace(model_config={**MODEL, "vocab_size": 640})
+    with pytest.raises(CheckpointError, match="padded_vocab_size: 640, if only model_parallel_size has changed"):
+        check_model(tmp_path, manifest, {**MODEL, "vocab_size": 768})
+    with pytest.raises(CheckpointError) as caught:
+        check_model(tmp_path, manifest, {**MODEL, "vocab_size": 768, "hidden_size": 16})
+    assert "padded_vocab_size" not in str(caught.value)
 
 
 @pytest.mark.parametrize(("content", "step"), [("nonsense", 8), ("global_step7", 5), ("global_step5", 5), (None, 8)])
