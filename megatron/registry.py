@@ -238,6 +238,11 @@ def layer_names() -> list[str]:
     return sorted(_table())
 
 
+def context_parallel_names() -> list[str]:
+    """Names of the mixers that can read shards of a sequence, sorted."""
+    return [name for name in layer_names() if layer_info(name).context_parallel]
+
+
 def layer_options() -> dict[str, dict[str, OptionInfo]]:
     """Mixer name -> its options. The YAML key of an option is `<first name of the mixer>_<field>`."""
     return {info.names[0]: info.options for info in _table().values()}

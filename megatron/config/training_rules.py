@@ -111,11 +111,10 @@ def _context(run: RunConfig) -> Iterator[Violation]:
         name = f"context_parallel_size {size}" + (f" x model_parallel_size {tensor} (sequence_parallel)" if tensor > 1 else "")
         hint = f"seq_length: {below + unit}" + (f" or {below}" if below else "")
         yield Violation(keys, f"seq_length {length} is not a multiple of {name}", hint)
-    able = sorted(name for name in registry.layer_names() if registry.layer_info(name).context_parallel)
     for name, info in _mixers(run).items():
         if not info.context_parallel:
             message = f"context_parallel_size {size}: layers '{name}' cannot read shards of a sequence"
-            hint = "context_parallel_size: 1, or mixers of " + ", ".join(able)
+            hint = "context_parallel_size: 1, or mixers of " + ", ".join(registry.context_parallel_names())
             yield Violation(("context_parallel_size", "attention_config"), message, hint)
 
 

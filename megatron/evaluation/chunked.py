@@ -64,14 +64,8 @@ class ChunkedPrompts:
     def prefill(self) -> Tensor:
         """Logits [b, n] after the prompts; reads them at the first call only."""
         if self._logits is None:
-            model, tokens = self._model, self._prompts
-            state: list[State] | None = model.init_state(len(tokens))
-            for part, ctx in _passes(model, tokens, self._chunk, self._backend, prefix=True):
-                x, tail = embed(model.model.embed_tokens, model.model.embed_tokens(part), ctx, state)
-                x, state = run_blocks(model.model.layers, x, ctx, state)
-                assert state is not None
-                state = state + tail
-            assert state is not None
+            for x, state in _hidden_states(self._model, self._prompts, self._chunk, self._backend, prefix=True):
+                pass
             self._state, self._logits = state, self._head(x[:, -1])
         return self._logits
 
@@ -113,19 +107,27 @@ def token_losses(
     Layers of prefix (JRT) models read causally: a prefix would see the targets.
     """
     device, inner = next(model.parameters()).device, model.model
-    state: list[State] | None = model.init_state(len(inputs))
     losses, start = [], 0
-    for part, ctx in _passes(model, inputs.to(device), chunk or chunk_length(*inputs.shape), backend, prefix=False):
-        x, tail = embed(inner.embed_tokens, inner.embed_tokens(part), ctx, state)
-        x, state = run_blocks(inner.layers, x, ctx, state)
-        assert state is not None
-        state = state + tail
-        labels = targets[:, start : start + part.shape[1]].to(device)
-        start += part.shape[1]
+    for x, _ in _hidden_states(model, inputs.to(device), chunk or chunk_length(*inputs.shape), backend, prefix=False):
+        labels = targets[:, start : start + x.shape[1]].to(device)
+        start += x.shape[1]
         for rows, row_labels in zip(x.split(512, 1), labels.split(512, 1), strict=True):
             logits = in_accumulation_dtype(model.lm_head(inner.final_norm(rows))[..., :vocab_size])
             losses.append(F.cross_entropy(logits.transpose(1, 2), row_labels, reduction="none").double().cpu())
     return torch.cat(losses, 1)
+
+
+def _hidden_states(
+    model: LanguageModel, tokens: Tensor, chunk: int, backend: str, *, prefix: bool
+) -> Iterator[tuple[Tensor, list[State]]]:
+    """Of each chunk of `tokens [b, s]` the last block's output [b, c, d], and the state after it."""
+    inner, state = model.model, model.init_state(len(tokens))
+    for part, ctx in _passes(model, tokens, chunk, backend, prefix=prefix):
+        x, tail = embed(inner.embed_tokens, inner.embed_tokens(part), ctx, state)
+        x, after = run_blocks(inner.layers, x, ctx, state)
+        assert after is not None  # a state was given
+        state = after + tail
+        yield x, state
 
 
 def _passes(

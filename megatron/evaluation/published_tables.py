@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron.errors import DataError
-from megatron.files import atomic_open, read_json, write_text
+from megatron.files import read_json, write_text
+from megatron.observe.figure import new_figure, save_figure
 
 # MetaLA's paper: acc_norm for HellaSwag, ARC-c and OBQA, F1 for CB, accuracy elsewhere; recall tasks: contains
 _METRICS = ("contains", "acc", "exact_match", "f1", "word_perplexity", "perplexity")
@@ -192,15 +193,9 @@ def write_tables(rows: Sequence[Row], columns: Sequence[str], stem: Path, title:
 
 def draw(lines: Sequence[Sequence[str]], ours: int, image: Path, title: str, notes: Sequence[str] = ()) -> None:
     """Draw the table as PNG: columns shaded from the lowest to the highest value, our rows (the first) in bold."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise DataError("no picture: matplotlib is not installed", why=str(error), hint="pip install matplotlib") from error
     body = [line[:-1] for line in lines[1:]]
     heads = [word.replace("based_", "").replace("_twice", "\ntwice").replace("@", "\n@") for word in lines[0][:-1]]
-    figure = Figure(figsize=(2.6 + 0.95 * len(heads), 0.8 + 0.2 * len(lines)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(2.6 + 0.95 * len(heads), 0.8 + 0.2 * len(lines), missing="no picture")
     axes = figure.subplots()
     axes.axis("off")
     axes.set_title(title, fontsize=10)
@@ -219,8 +214,7 @@ def draw(lines: Sequence[Sequence[str]], ours: int, image: Path, title: str, not
             cell.get_text().set_fontweight("bold")
     if notes:
         figure.supxlabel("\n".join(notes), fontsize=7, x=0.01, ha="left")
-    with atomic_open(image) as handle:
-        figure.savefig(handle, format="png", dpi=140, bbox_inches="tight")
+    save_figure(figure, image, dpi=140, bbox_inches="tight")
 
 
 def _shade(body: Sequence[Sequence[str]], i: int, j: int) -> tuple[float, float, float]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron.errors import DataError
-from megatron.files import atomic_open
+from megatron.observe.figure import new_figure, save_figure
 
 _COLOURS = ("#08519c", "#d94801", "#31a354", "#756bb1", "#636363", "#c51b8a")
 _MARKS = ("o", "s", "^", "D", "v", "P")
@@ -27,6 +26,14 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def token_ticks(axes: Any, lengths: Iterable[int]) -> None:
+    """A logarithmic x axis of tokens with a label for each length and no others."""
+    ticks = sorted(set(lengths))
+    axes.set_xscale("log")
+    axes.set_xticks(ticks, [str(n) for n in ticks])
+    axes.xaxis.minorticks_off()
+
+
 def plot_lengths(
     curves: Mapping[str, Sequence[Mapping[str, Any]]], image: str | Path, title: str = "", trained: int | None = None
 ) -> Path:
@@ -35,7 +42,7 @@ def plot_lengths(
     Raises:
         DataError: matplotlib is not installed.
     """
-    figure = _figure(7.5, 5)
+    figure = new_figure(7.5, 5)
     from matplotlib.ticker import LogLocator
 
     axes = figure.subplots()
@@ -50,15 +57,14 @@ def plot_lengths(
         axes.axvline(trained, color="#969696", linewidth=1, linestyle=":")
         axes.annotate("trained length", (trained, 1), (4, -4), xycoords=("data", "axes fraction"), textcoords="offset points",
                       va="top", fontsize=8, color="#636363")  # fmt: skip
-    axes.set(xscale="log", yscale="log", xlabel="evaluation length (tokens)", ylabel="perplexity", title=title)
-    axes.set_xticks(sorted(lengths), [str(n) for n in sorted(lengths)])
-    axes.xaxis.minorticks_off()
+    axes.set(yscale="log", xlabel="evaluation length (tokens)", ylabel="perplexity", title=title)
+    token_ticks(axes, lengths)
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.minorticks_off()
     axes.grid(True, which="both", color="#e6e6e6", linewidth=0.7)
     axes.legend()
-    return _saved(figure, image)
+    return save_figure(figure, image)
 
 
 def plot_positions(
@@ -69,20 +75,18 @@ def plot_positions(
     Raises:
         DataError: matplotlib is not installed.
     """
-    figure = _figure(7.5, 5)
+    figure = new_figure(7.5, 5)
     axes = figure.subplots()
     for number, (name, rows) in enumerate(curves.items()):
         colour, mark = _COLOURS[number % len(_COLOURS)], _MARKS[number % len(_MARKS)]
         axes.plot([row["length"] for row in rows], [row["loss"] for row in rows], color=colour, marker=mark, label=name)
-    lengths = sorted({row["length"] for rows in curves.values() for row in rows})
     if trained:
         axes.axvline(trained, color="#969696", linewidth=1, linestyle=":")
-    axes.set(xscale="log", xlabel="end of the position bucket (tokens)", ylabel="loss (nats per token)", title=title)
-    axes.set_xticks(lengths, [str(n) for n in lengths])
-    axes.xaxis.minorticks_off()
+    axes.set(xlabel="end of the position bucket (tokens)", ylabel="loss (nats per token)", title=title)
+    token_ticks(axes, {row["length"] for rows in curves.values() for row in rows})
     axes.grid(True, color="#e6e6e6", linewidth=0.7)
     axes.legend()
-    return _saved(figure, image)
+    return save_figure(figure, image)
 
 
 def plot_ladder(
@@ -107,7 +111,7 @@ def plot_ladder(
     panels = [(name, task) for name, rows in models.items() for task in dict.fromkeys(row["task"] for row in rows)]
     across = min(3, max(1, len(panels)))
     down = -(-len(panels) // across)
-    figure = _figure(4.2 * across, 2.6 * down + (3.8 if published else 0.4))
+    figure = new_figure(4.2 * across, 2.6 * down + (3.8 if published else 0.4))
     figure.suptitle(title, fontsize=11)
     grid = figure.add_gridspec(down + bool(published), across, height_ratios=[1.0] * down + [1.1] * bool(published))
     for number, (name, task) in enumerate(panels):
@@ -118,12 +122,10 @@ def plot_ladder(
         for number, (name, scores) in enumerate(published.items()):
             colour, mark = _COLOURS[number % len(_COLOURS)], _MARKS[number // len(_COLOURS) % len(_MARKS)]
             axes.plot(list(scores), list(scores.values()), "--", color=colour, marker=mark, markersize=4, label=name)
-        axes.set(xscale="log", ylim=(-3, 103), ylabel="percent", title="published, not measured here, and not the same needles")
-        lengths = sorted({length for scores in published.values() for length in scores})
-        axes.set_xticks(lengths, [str(n) for n in lengths])
-        axes.xaxis.minorticks_off()
+        axes.set(ylim=(-3, 103), ylabel="percent", title="published, not measured here, and not the same needles")
+        token_ticks(axes, {length for scores in published.values() for length in scores})
         axes.legend(fontsize=6, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.12))
-    return _saved(figure, image)
+    return save_figure(figure, image)
 
 
 def _heat_map(axes: Any, rows: Sequence[Mapping[str, Any]], title: str, metric: str) -> None:
@@ -138,23 +140,3 @@ def _heat_map(axes: Any, rows: Sequence[Mapping[str, Any]], title: str, metric: 
     axes.set_xticks(range(len(lengths)), [str(n) for n in lengths], fontsize=6)
     axes.set_yticks(range(len(depths)), [f"{d:g}" for d in depths], fontsize=7)
     axes.set_title(title, fontsize=8)
-
-
-def _figure(width: float, height: float) -> Any:
-    """An empty figure; a DataError without matplotlib."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise DataError("no plot: matplotlib is not installed", why=str(error), hint="pip install matplotlib") from error
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _saved(figure: Any, image: str | Path) -> Path:
-    """The path of the written PNG."""
-    image = Path(image)
-    with atomic_open(image) as handle:
-        figure.savefig(handle, format="png", dpi=130)
-    return image

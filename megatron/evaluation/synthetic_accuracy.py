@@ -18,9 +18,10 @@ import torch
 
 from megatron.data.tokenizer_base import Tokenizer
 from megatron.errors import ConfigError, DataError
-from megatron.files import atomic_open
+from megatron.evaluation.report import token_ticks
 from megatron.layers.base import Context
 from megatron.model.lm import LanguageModel, embed, run_blocks
+from megatron.observe.figure import new_figure, save_figure
 from megatron.synthetics.dataset import ExampleStore, Slice, SyntheticDataset, read_slices, task_kind
 from megatron.synthetics.task import Examples, Mask
 
@@ -146,13 +147,7 @@ def plot_accuracy(rows: Sequence[Mapping[str, Any]], image: str | Path, title: s
     Raises:
         DataError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise DataError("no plot: matplotlib is not installed", why=str(error), hint="pip install matplotlib") from error
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(7, 4.5)
     axes = figure.subplots()
     good = sorted((row for row in rows if "error" not in row), key=lambda row: int(row["tokens"]))
     tokens = [row["tokens"] for row in good]
@@ -160,12 +155,8 @@ def plot_accuracy(rows: Sequence[Mapping[str, Any]], image: str | Path, title: s
     for key, (label, style) in curves.items():
         axes.plot(tokens, [row[key] for row in good], style, label=label)
     axes.axvline(trained, color="#969696", linewidth=1, linestyle="--", label="trained length")
-    axes.set(xscale="log", ylim=(-0.03, 1.03), xlabel="tokens of an example", ylabel="accuracy", title=title)
-    axes.set_xticks(sorted(set(tokens)), [str(n) for n in sorted(set(tokens))])
-    axes.xaxis.minorticks_off()
+    axes.set(ylim=(-0.03, 1.03), xlabel="tokens of an example", ylabel="accuracy", title=title)
+    token_ticks(axes, tokens)
     axes.grid(True, color="#e6e6e6", linewidth=0.7)
     axes.legend(fontsize=8)
-    image = Path(image)
-    with atomic_open(image) as handle:
-        figure.savefig(handle, format="png", dpi=130)
-    return image
+    return save_figure(figure, image)

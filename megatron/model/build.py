@@ -12,7 +12,7 @@ from megatron.layers.base import Layer, LayerConfig
 from megatron.model.config import ModelConfig
 from megatron.model.lm import LanguageModel
 from megatron.parallel.shard_spec import ParamSpec, ShardKind
-from megatron.registry import layer_class, layer_info, layer_names
+from megatron.registry import context_parallel_names, layer_class, layer_info
 
 
 def mixer_config(config: ModelConfig, name: str, index: int = 0) -> LayerConfig:
@@ -66,11 +66,10 @@ def check_context_parallel(config: ModelConfig, size: int, tensor: int, seq_leng
     for name in dict.fromkeys(config.layer_types):
         layer, options = layer_class(name), mixer_config(config, name)
         if not layer.context_parallel:
-            able = sorted(other for other in layer_names() if layer_info(other).context_parallel)
             raise ConfigError(
                 f"layers '{name}' cannot read shards of a sequence",
                 why=f"context_parallel_size {size} needs mixers that declare `context_parallel`",
-                hint="context_parallel_size: 1, or mixers of " + ", ".join(able),
+                hint="context_parallel_size: 1, or mixers of " + ", ".join(context_parallel_names()),
             )
         heads, halo = options.cp_divisor(), options.cp_halo()
         if heads % (tensor * size):

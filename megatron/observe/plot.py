@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.errors import DataError
-from megatron.files import atomic_open
+from megatron.observe.figure import new_figure, save_figure
 from megatron.observe.jsonl import read_rows
 
 _STEP, _MEAN, _SMOOTH, _VALID, _TEST, _RATE, _NORM = "#c6dbef", "#6baed6", "#08519c", "#d94801", "#7f2704", "#31a354", "#756bb1"
@@ -37,17 +37,11 @@ def plot_metrics(metrics_file: str | Path, image: str | Path, title: str = "") -
     rows = read_rows(metrics_file)
     if not series(rows, "train/lm_loss")[0]:
         raise DataError("no plot: no training loss was logged", where=str(metrics_file))
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise DataError("no plot: matplotlib is not installed", why=str(error), hint="pip install matplotlib") from error
     accuracy = any(series(rows, f"{split}/accuracy")[0] for split in ("validation", "test"))
     lines = [("train/learning_rate", _RATE, "learning rate"), ("train/grad_norm", _NORM, "gradient norm")]
     lines = [line for line in lines if series(rows, line[0])[0]]
     heights = [3.0, *([1.5] if accuracy else []), *(1.0 for _ in lines)]
-    figure = Figure(figsize=(9, 1.2 + 1.25 * sum(heights)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(9, 1.2 + 1.25 * sum(heights))
     panels = list(figure.subplots(len(heights), 1, sharex=True, height_ratios=heights, squeeze=False)[:, 0])
     _draw_loss(panels[0], rows)
     if accuracy:
@@ -58,13 +52,10 @@ def plot_metrics(metrics_file: str | Path, image: str | Path, title: str = "") -
     panels[-1].xaxis.get_major_locator().set_params(integer=True)
     if title:
         figure.suptitle(title, fontsize=12)
-    image = Path(image)
     try:
-        with atomic_open(image) as handle:
-            figure.savefig(handle, format="png", dpi=130)
+        return save_figure(figure, image)
     except OSError as error:
         raise DataError("no plot: it cannot be written", where=str(image), why=error.strerror) from error
-    return image
 
 
 def _style(axes: Any, label: str) -> None:

@@ -127,7 +127,8 @@ class StoredTask(Task):
         return digest.hexdigest()
 
 
-def _digest(content: bytes) -> bytes:
+def content_digest(content: bytes) -> bytes:
+    """The hash that orders examples and chooses their split."""
     return hashlib.blake2b(content, digest_size=8).digest()
 
 
@@ -155,7 +156,7 @@ def stored_split(task: StoredTask) -> Stored:
     number = {name: i for i, name in enumerate(classes)}
     chosen = []
     for content, label, split in zip(records.contents, records.labels, records.splits, strict=True):
-        digest = _digest(content)
+        digest = content_digest(content)
         if label in number and (split or _split_of(digest, task.valid_share, task.test_share)) == task.split:
             chosen.append((digest, number[label], content))
     chosen.sort()
@@ -174,7 +175,7 @@ def share_train(records: Records, valid_share: float) -> Records:
     if "valid" in records.splits:
         return records
     splits = [
-        "valid" if split == "train" and _split_of(_digest(content), valid_share, 0.0) == "valid" else split
+        "valid" if split == "train" and _split_of(content_digest(content), valid_share, 0.0) == "valid" else split
         for content, split in zip(records.contents, records.splits, strict=True)
     ]
     return Records(records.contents, records.labels, splits)

@@ -7,7 +7,6 @@ file of which nothing was seen. Which files there are depends on the version of 
 
 from __future__ import annotations
 
-import hashlib
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from typing import Any, ClassVar
 
 from megatron.errors import DataError
 from megatron.files import parse_json, read_bytes, read_text
-from megatron.synthetics.stored import Records, StoredTask, share_train
+from megatron.synthetics.stored import Records, StoredTask, content_digest, share_train
 from megatron.synthetics.task import need
 
 STDLIB = "stdlib"
@@ -133,7 +132,7 @@ def _stdlib(size: int, valid_share: float, test_share: float) -> Records:
                     pieces.setdefault((split, package), []).append(piece)
     rows = []
     for split in _SPLITS:
-        groups = [sorted(pieces.get((split, package), []), key=_order) for package in PACKAGES]
+        groups = [sorted(pieces.get((split, package), []), key=content_digest) for package in PACKAGES]
         smallest = min(len(group) for group in groups)
         rows += [(piece, package, split) for package, group in zip(PACKAGES, groups, strict=True) for piece in group[:smallest]]
     if not rows:
@@ -143,8 +142,4 @@ def _stdlib(size: int, valid_share: float, test_share: float) -> Records:
 
 
 def _order_of_name(path: Path) -> bytes:
-    return _order(path.as_posix().encode())
-
-
-def _order(piece: bytes) -> bytes:
-    return hashlib.blake2b(piece, digest_size=8).digest()
+    return content_digest(path.as_posix().encode())
