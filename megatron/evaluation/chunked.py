@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -64,9 +65,9 @@ class ChunkedPrompts:
     def prefill(self) -> Tensor:
         """Logits [b, n] after the prompts; reads them at the first call only."""
         if self._logits is None:
-            for x, state in _hidden_states(self._model, self._prompts, self._chunk, self._backend, prefix=True):
-                pass
-            self._state, self._logits = state, self._head(x[:, -1])
+            passes = _hidden_states(self._model, self._prompts, self._chunk, self._backend, prefix=True)
+            x, self._state = deque(passes, maxlen=1).pop()
+            self._logits = self._head(x[:, -1])
         return self._logits
 
     @torch.inference_mode()
