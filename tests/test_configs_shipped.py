@@ -21,7 +21,9 @@ SITE = "local_setup.yml"
 SITES = {"local_setup", "pile-gpt2", "pile-neox"}
 # Runs from data to folders in one file. Everything else is a model file, which local_setup.yml completes.
 COMPLETE = {"alibi-wt103", "based-quickstart", "extrapolation", "jrt-quickstart", "metala-quickstart"}
-MODELS = sorted({path.stem for path in CONFIGS.glob("*.yml")} - COMPLETE - SITES)
+# Of tools/long_context.py; tests/tools/test_long_context.py reads it.
+SWEEPS = {"long-context-cpu"}
+MODELS = sorted({path.stem for path in CONFIGS.glob("*.yml")} - COMPLETE - SITES - SWEEPS)
 QUICK = ("metala", "based-360m", "jrt-360m")
 SITE_KEYS = {"data_path", "data_impl", "tokenizer_type", "vocab_file", "merge_file", "save", "load", "run_dir", "log_dir"}
 SITE_KEYS |= {"tensorboard_dir", "use_wandb", "hostfile", "split"}

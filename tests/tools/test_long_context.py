@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron.config.cli import config_from_args, make_parser
 from tests.commands import run_here
 from tests.evaluation.tiny import tiny_config, trained_checkpoint
-from tools.long_context import published_scores
+from tools.long_context import published_scores, read_sweep
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -42,6 +43,16 @@ def test_published_scores_name_their_source() -> None:
     assert len(scores) == 9 and all(name.endswith("(Gated DeltaNet (arXiv 2412.06464) Table 2)") for name in scores)
     mamba = next(values for name, values in scores.items() if name.startswith("Mamba2") and "niah_single_1" in name)
     assert mamba == {1024: 99.2, 2048: 98.8, 4096: 65.4, 8192: 30.4}
+
+
+@pytest.mark.parametrize("name", ["configs/long-context-cpu.yml", "configs/synthetics/needles-sweep.yml"])
+def test_the_models_of_shipped_sweeps_are_configurations(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)  # the sweeps name their configuration from the root
+    shipped = read_sweep(name)
+    assert "needles" in shipped
+    for settings in shipped["models"].values():
+        words = [shipped["config"], *(word for setting in settings for word in ("--set", setting))]
+        assert config_from_args(make_parser("").parse_args(words), check=False).training.train_iters in (300, 1500)
 
 
 @pytest.mark.parametrize(
