@@ -270,6 +270,7 @@ def _scan(shard: ContextParallel, value: Tensor, factor: Tensor | None, matrix: 
     return shard.shift(value.contiguous(), way)
 
 
+@outside_autocast
 class _Halo(torch.autograd.Function):
     """The left neighbour's last tokens; their gradient travels back and is added to those tokens'."""
 
@@ -293,6 +294,7 @@ def _visible(shard: ContextParallel, x: Tensor) -> Tensor:
     return x if hidden is None else x.masked_fill(hidden.to(x.device).reshape(*hidden.shape, *[1] * (x.dim() - 2)), 0)
 
 
+@outside_autocast
 class _AllToAll(torch.autograd.Function):
     """Between "all heads of my tokens" and "all tokens of my heads"; the backward is the opposite exchange."""
 
@@ -316,6 +318,7 @@ class _AllToAll(torch.autograd.Function):
         return _AllToAll.exchange(grads[0], ctx.shard, not ctx.to_heads), None, None
 
 
+@outside_autocast
 class _Sum(torch.autograd.Function):
     """All-reduce in both directions: every rank's result depends on every rank's input."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megatron.ops.precision import outside_autocast
 from megatron.parallel.context import ContextParallel
 from megatron.parallel.context_shards import ContextShards
 from megatron.parallel.mesh import Mesh
@@ -53,6 +54,7 @@ class PlannedShard(ContextParallel):
         return _Counted.apply(_Counted.apply(x, self), self)
 
 
+@outside_autocast
 class _Counted(torch.autograd.Function):
     """The identity in a new tensor; both directions send all but one of `size` equal parts."""
 

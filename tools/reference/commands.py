@@ -103,7 +103,7 @@ def _arguments(parser: argparse.ArgumentParser) -> Iterator[tuple[str, str]]:
         if action.required and action.option_strings:
             text = f"{text} (required)".strip()
         if action.option_strings and action.default not in (None, False, [], argparse.SUPPRESS) and "default" not in text:
-            text = f"{text} (default `{action.default}`)".strip()
+            text = f"{text} (default `{str(action.default).removeprefix(f'{ROOT}/')}`)".strip()
         yield f"`{name}`", prose(text)
 
 
