@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.ops.quick_interpreter import quicken
+
 _SLOW = 50  # a slow test takes about as long as so many others
 _unfreeze = gc.unfreeze
 _unfrozen: list[bool] = []
@@ -82,6 +84,13 @@ def _broken_device(request: pytest.FixtureRequest) -> Iterator[None]:
             sys.modules["torch"].cuda.synchronize()
         except RuntimeError:
             os._exit(1)
+
+
+@pytest.fixture(autouse=True)
+def _quick_interpreter() -> None:
+    """Kernels that run on the CPU: what the interpreter does again at each call of a kernel it does once."""
+    if "triton.runtime.interpreter" in sys.modules:
+        quicken()
 
 
 @pytest.fixture(autouse=True)

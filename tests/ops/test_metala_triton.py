@@ -112,7 +112,7 @@ def test_decode_step_in_place_with_slots(device: str) -> None:
 
 
 @device_matrix
-@mostly_slow("t", [1, 2, 3], [65])
+@mostly_slow("t", [1, 2, 3], [14, 65])
 @pytest.mark.parametrize("width", [2, 4, 5])
 @pytest.mark.parametrize("extras", [False, True])
 def test_convolution(device: str, t: int, width: int, extras: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,6 +133,12 @@ def test_convolution(device: str, t: int, width: int, extras: bool, monkeypatch:
         results.append([y, *torch.autograd.grad((y * up).sum(), leaves)])
     for a, b in zip(*results, strict=True):
         assert (a - b).abs().max() <= 1e-5 * a.abs().max() + 1e-7
+
+
+def test_the_rows_of_a_convolution_backward_follow_the_length() -> None:
+    """Its loop steps over `UNROLLED` rows and reads three more."""
+    assert [conv_triton.tile_rows(t) for t in (1, 13, 14, 29, 30, 4096)] == [13, 13, 29, 29, 61, 61]
+    assert all((conv_triton.tile_rows(t) + 3) % conv_triton.UNROLLED == 0 for t in range(1, 99))
 
 
 @device_matrix

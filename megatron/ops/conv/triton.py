@@ -18,9 +18,14 @@ from megatron.ops.tuning import padded
 
 _TOKENS, _CHANNELS, _WARPS = 32, 32, 4
 ROWS, UNROLLED = 61, 4
-"""Rows of a program of the backward, which reads three more, and how many of them are one step of its loop."""
+"""Largest number of rows of a program of the backward, which reads three more; how many of them are one step of its loop."""
 TAPS = 4
 """Largest kernel size of the fused backward; wider convolutions, which no released model has, use the plain gradient."""
+
+
+def tile_rows(t: int) -> int:
+    """Rows per program of the backward for `t` tokens: 61, 29 or 13, as a program walks over all its rows."""
+    return min(ROWS, padded(t + 3) - 3)
 
 
 def row_channels(d: int) -> int:
@@ -93,14 +98,15 @@ def conv_backward(
         return _plain_gradients(dy, x, weight, bias, gate, history, segment_ids, silu)
     x, dy, gate = token_rows(x), token_rows(dy), None if gate is None else token_rows(gate)
     b, t, d = x.shape
-    tiles, block = triton.cdiv(t, ROWS), row_channels(d)
+    rows, block = tile_rows(t), row_channels(d)
+    tiles = triton.cdiv(t, rows)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dw = torch.empty(b, tiles, TAPS, d, dtype=torch.float32, device=x.device)
     db = torch.empty(b, tiles, d, dtype=torch.float32, device=x.device) if bias is not None else dw.new_empty(0)
     dgate = torch.empty(gate.shape, dtype=gate.dtype, device=x.device) if gate is not None else dw.new_empty(0)
     if x.numel():
         constants = _constants(weight, silu, bias, gate, history, segment_ids)
-        constants |= {"BT": ROWS, "BD": block, "U": UNROLLED, "num_warps": 1}
+        constants |= {"BT": rows, "BD": block, "U": UNROLLED, "num_warps": 1}
         with device_guard(x):
             kernels.conv_backward[(b * tiles, triton.cdiv(d, block))](
                 x, taps_of(weight, TAPS), bias, gate, history, segment_ids, dy, dx, dw, db, dgate,
