@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.commands import run_here
+from tests.ops.quick_interpreter import quicken
+from tests.parallel.ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = "the cat sat on the mat and the dog ate the log. " * 3
@@ -116,7 +118,7 @@ def test_stop_and_resume_is_bit_equal_and_the_run_folder_is_whole(config: Path, 
 
 @pytest.mark.slow
 def test_two_processes_of_torchrun_give_the_losses_of_one(config: Path, tmp_path: Path) -> None:
-    """Data-parallel, fp32 losses within 1e-5; deepy.py starts two tensor-parallel ones below, with the fused kernels."""
+    """Data-parallel, fp32 losses within 1e-5."""
     plain = ("--set", "hidden_dropout=0", "--set", "train_iters=6", "--set", "checkpoint_factor=6")
 
     def place(name: str) -> tuple[str, ...]:
@@ -221,6 +223,14 @@ def test_dry_run(config: Path) -> None:
     assert "360,058,880" in text and "memory per rank" in text and "FLOPs per token" in text
 
 
+def train_on_a_rank(words: list[str]) -> str:
+    """The job of one rank: train.py as a launcher starts it; its output."""
+    quicken()
+    done = run_here("train.py", *words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("tensor_parallel", [1, 2])
 @pytest.mark.parametrize(
@@ -247,6 +257,7 @@ def test_fused_kernels_train_as_the_plain_path_does(
     The later losses are those of weights which the kernels' gradients have moved.
     """
     pytest.importorskip("triton", reason="the fused kernels need Triton")
+    quicken()
     values = ["hidden_dropout=0", "train_iters=3", "checkpoint_factor=3", "eval_iters=0", "num_layers=1"]
     values += [f'attention_config=[[["{mixer}"], 1]]', "train_micro_batch_size_per_gpu=1", *small]
     common = [word for value in values for word in ("--set", value)]
@@ -255,9 +266,13 @@ def test_fused_kernels_train_as_the_plain_path_does(
         folder = tmp_path / backend
         place = ("--set", f"run_dir={folder}", "--set", f"save={folder}/checkpoints", "--set", f"load={folder}/checkpoints")
         mesh = ("--set", f"model_parallel_size={size}")
-        words = ("deepy.py", "train.py", config, *common, *place, *mesh, "--set", f"kernel_backend={backend}")
+        words = [*map(str, (config, *common, *place, *mesh)), "--set", f"kernel_backend={backend}"]
         monkeypatch.setattr("megatron.ops.dispatch._logged", set())  # logged once in a process
-        assert f"operator {operator}: {backend} path" in run(*words, here=size == 1)
+        if size == 1:
+            output = run("deepy.py", "train.py", *words, here=True)
+        else:
+            output = run_ranks(train_on_a_rank, size, words, connect=False, timeout=120)[0]
+        assert f"operator {operator}: {backend} path" in output
         found[backend] = losses(folder)
     assert len(found["torch"]) == 3
     assert all(abs(a - b) <= 1e-5 * a for a, b in zip(found["torch"], found["triton"], strict=True)), found

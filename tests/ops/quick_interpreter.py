@@ -28,7 +28,7 @@ class _Nothing:
 
 
 def quicken() -> None:
-    """Patch the interpreter once for this process, if kernels are interpreted and its release restores what it patches (3.7)."""
+    """Patch the interpreter once for this process, if kernels are interpreted and it restores what it patches (Triton 3.7)."""
     if _done or os.environ.get("TRITON_INTERPRET") != "1":
         return
     interpreter = importlib.import_module("triton.runtime.interpreter")
