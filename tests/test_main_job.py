@@ -225,7 +225,6 @@ def test_dry_run(config: Path) -> None:
 
 def train_on_a_rank(words: list[str]) -> str:
     """The job of one rank: train.py as a launcher starts it; its output."""
-    quicken()
     done = run_here("train.py", *words)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr

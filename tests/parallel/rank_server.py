@@ -155,7 +155,9 @@ def main() -> None:
     import megatron.engine.deepspeed_pipeline
     import megatron.engine.deepspeed_zero  # noqa: F401
     from megatron.registry import layer_class, layer_names
+    from tests.ops.quick_interpreter import quicken
 
+    quicken()
     for layer in layer_names():
         layer_class(layer)
     link = socket.socket(fileno=int(sys.argv[1]))

@@ -95,12 +95,15 @@ def test_rehearsal_without_the_packages_that_a_gpu_machine_lacks(tmp_path: Path)
     blocker = tmp_path / "blocker"
     blocker.mkdir()
     (blocker / "sitecustomize.py").write_text(
-        "import sys\n"
+        "import os, sys\n"
         "class Absent:\n"
         "    def find_spec(self, name, path=None, target=None):\n"
         f"        if name.partition('.')[0] in {ABSENT!r}:\n"
         "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
         "sys.meta_path.insert(0, Absent())\n"
+        "if os.environ.get('TRITON_INTERPRET') == '1':\n"
+        "    from tests.ops.quick_interpreter import quicken\n"
+        "    quicken()\n"
     )
     output = tmp_path / "kit"
     # `peers` and `tests` have rehearsals of their own; `training` and `prefill` share their models with `smoke` and `decode`
