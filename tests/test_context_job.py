@@ -21,6 +21,7 @@ from megatron.model.build import check_context_parallel
 from megatron.model.config import ModelConfig
 from tests.commands import run_here
 from tests.parallel.rank_server import free_port
+from tests.parallel.ranks import run_ranks
 from tests.tiny_run import losses, write_run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -62,6 +63,13 @@ def train(config: Path, **values: Any) -> str:
     return done.stdout
 
 
+def train_on_a_rank(words: list[str]) -> str:
+    """The job of a forked rank: train.py as a launcher starts it; its output."""
+    done = run_here("train.py", *words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
 def metric(run_dir: Path, key: str) -> dict[int, float]:
     """Step -> the last value of a metric."""
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
@@ -70,7 +78,10 @@ def metric(run_dir: Path, key: str) -> dict[int, float]:
 
 @pytest.mark.slow
 def test_a_run_moves_from_four_shards_to_two_to_one(tmp_path: Path) -> None:
-    """Steps 1 to 7 with context parallel size 4, to 14 with 2 x data 2, to 20 in one process: the losses of one process."""
+    """Steps 1 to 7 with context parallel size 4, to 14 with 2 x data 2, to 20 in one process: the losses of one process.
+
+    deepy.py starts the first four ranks; the next four are forked.
+    """
     alone = config_of(tmp_path / "alone")
     done = run_here("train.py", alone, env={"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
@@ -81,7 +92,8 @@ def test_a_run_moves_from_four_shards_to_two_to_one(tmp_path: Path) -> None:
     assert "4 processes = 1 pipeline x 1 data x 4 context x 1 tensor" in first
     manifest = json.loads((tmp_path / "moved/run/checkpoints/global_step7/manifest.json").read_text())
     assert manifest["facts"]["context_parallel_size"] == 4 and manifest["mesh"] == {"pp": 1, "dp": 4, "tp": 1}
-    second = train(config, num_gpus=4, context_parallel_size=2, exit_interval=7, context_parallel_exchange="scan")
+    sizes = {"num_gpus": 4, "context_parallel_size": 2, "exit_interval": 7, "context_parallel_exchange": "scan"}
+    second = run_ranks(train_on_a_rank, 4, [str(config), *words_of(sizes)], connect=False, timeout=200)[0]
     assert "1 pipeline x 2 data x 2 context x 1 tensor" in second and "resumed from iteration 7" in second
     last = run_here("train.py", config, env={"OMP_NUM_THREADS": "1"})
     assert last.returncode == 0 and "resumed from iteration 14" in last.stdout, last.stdout + last.stderr

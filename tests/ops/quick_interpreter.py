@@ -95,7 +95,7 @@ def _remember_types(interpreter: ModuleType) -> None:
     """Block types, shapes and dtypes from the first operation that needs them; nothing changes them later."""
     core, numpy_dtype = interpreter.tl.core, interpreter._get_np_dtype
     block_init, scalar_shape, scalar_numel = core.block_type.__init__, core.tuple([]), core.constexpr(1)
-    constexpr, blocks, dtypes = core.constexpr, dict[Any, Any](), dict[str, Any]()
+    constexpr, dtype_eq, blocks, dtypes = core.constexpr, core.dtype.__eq__, dict[Any, Any](), dict[str, Any]()
 
     def init_block_type(self: Any, element_ty: Any, shape: Any) -> None:
         key = (id(element_ty), *[s.value if isinstance(s, constexpr) else s for s in shape])
@@ -109,11 +109,14 @@ def _remember_types(interpreter: ModuleType) -> None:
         self.handle, self.type, self.dtype = handle, type, type.scalar
         self.numel, self.shape = type.of_tensors if type.is_block() else (scalar_numel, scalar_shape)
 
+    def same_dtype(self: Any, other: Any) -> Any:
+        return self is other or dtype_eq(self, other)
+
     def get_numpy_dtype(dtype: Any) -> Any:
         name = dtype.scalar.name
         if name not in dtypes:
             dtypes[name] = numpy_dtype(dtype)
         return dtypes[name]
 
-    core.block_type.__init__, core.tensor.__init__ = init_block_type, init_tensor
+    core.block_type.__init__, core.tensor.__init__, core.dtype.__eq__ = init_block_type, init_tensor, same_dtype
     interpreter._get_np_dtype = get_numpy_dtype  # type: ignore[attr-defined]

@@ -64,23 +64,23 @@ def run(folder: Path, *arguments: str) -> tuple[int, str]:
 
 
 @pytest.mark.slow
-def test_a_new_mixer_passes_as_it_is_and_a_broken_one_does_not(copy: Path) -> None:
-    """Contract and own tests, ruff, the YAML's dry run; then padding forgotten, and a file that cannot be imported."""
+def test_a_new_mixer_passes_ruff_and_a_broken_one_not_its_checks(copy: Path) -> None:
+    """Padding forgotten, then a file that cannot be imported.
+
+    That the template passes all checks, trains, and plans a dry run is for the blocks of README.md and
+    docs/guides/add-a-mixer.md, which `tests/docs/test_blocks.py` runs.
+    """
     assert run(copy, "tools/layer.py", "new", "my_gla")[0] == 0
     assert "| `my_gla` |" in (copy / "docs/reference/api/mixers.md").read_text()
-    code, out = run(copy, "tools/layer.py", "check", "my_gla")
-    assert code == 0 and "without failures" in out and "FAILED" not in out and "test_my_gla.py: refusal" in out, out
     files = [target.format("my_gla") for target in TARGETS.values() if target.endswith(".py")]
     assert run(copy, "-m", "ruff", "check", *files)[0] == 0 and run(copy, "-m", "ruff", "format", "--check", *files)[0] == 0
-    sizes = ["--set", "padded_vocab_size=4096", "--set", "seq_length=64"]
-    code, out = run(copy, "train.py", "configs/my_gla.yml", "configs/local_setup.yml", "--dry-run", *sizes)
-    assert code == 0 and "parameters" in out, out
     path = copy / files[0]
     text = path.read_text()
     path.write_text(text.replace("            mask=ctx.mask,\n", ""))
     code, out = run(copy, "tools/layer.py", "check", "my_gla")
     broken = [line for line in out.splitlines() if line.endswith("FAILED")]
     assert code == 1 and len(broken) == 1 and broken[0].startswith("4. Padding on either side"), out
+    assert "test_my_gla.py: refusal" in out
     path.write_text(text.replace("import empty_scan_state,", "import no_such_scan,"))
     code, out = run(copy, "tools/layer.py", "check", "my_gla")
     assert code == 1 and "no_such_scan" in out and "Traceback" not in out, out
