@@ -112,10 +112,8 @@ class ContextParallel(ContextMessages):
 
     def halo_places(self, n: int, rows: int) -> Tensor:
         """Position in the row of each token of the halo, [b, n]; -1 where it is not visible."""
-        places, hidden = (
-            torch.arange(self.offset - n, self.offset, device=self.device).expand(rows, n),
-            self.halo_hidden(n, rows),
-        )
+        places = torch.arange(self.offset - n, self.offset, device=self.device).expand(rows, n)
+        hidden = self.halo_hidden(n, rows)
         return places if hidden is None else places.masked_fill(hidden, -1)
 
     def halo_hidden(self, n: int, rows: int) -> Tensor | None:
