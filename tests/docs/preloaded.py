@@ -28,6 +28,7 @@ from typing import NoReturn
 
 WARM = ("torch", "megatron.assemble", "megatron.export.hf", "megatron.generation.load", "megatron.evaluation.run_lm_eval")
 WARM += ("linear_neox", "megatron.data.corpora", "matplotlib.pyplot", "transformers.modeling_utils")
+WARM += ("torch._dynamo", "megatron.engine.deepspeed_pipeline", "megatron.engine.deepspeed_zero", "deepspeed.launcher.launch")
 WARM += ("transformers.quantizers.auto", "transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto")
 
 
@@ -80,7 +81,8 @@ def _life(words: list[str], folder: str, environment: Mapping[str, str], streams
     path = list(sys.path)
     while words:
         os.environ.clear()
-        os.environ.update(environment)
+        os.environ.update({**environment, "DOCS_SETTINGS": "[]"})  # the command line has them
+        sys.executable = environment["DOCS_PYTHON"]  # what a launcher starts is a copy too
         sys.path[:] = path
         try:
             current, words = words, []

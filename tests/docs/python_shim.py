@@ -2,13 +2,15 @@
 
 tests/docs/session.py copies this file into a folder under these names, below a line that names the interpreter. It starts in
 some 30 ms. A new interpreter takes its place where the folder's sources differ from those that are preloaded (a page has
-added a mixer), where an option of the interpreter asks for one, and for torchrun. Training commands get the block's settings.
+added a mixer), where an option of the interpreter asks for one, and for torchrun. A launcher's ranks are copies too, each below
+its supervisor. Training commands get the block's settings.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import runpy
 import signal
 import socket
 import sys
@@ -53,6 +55,10 @@ def forward(words: list[str]) -> int:
 def main() -> int:
     """Forward, or become a new interpreter."""
     words, settings = sys.argv[1:], json.loads(os.environ.get("DOCS_SETTINGS") or "[]")
+    if words[:1] == ["-SE"] and words[1].endswith("megatron/launch/supervisor.py"):  # its rank is a copy
+        sys.executable, sys.argv = sys.argv[0], words[1:]
+        runpy.run_path(words[1], run_name="__main__")
+    words = words[words[:1] == ["-u"] :]
     name = Path(sys.argv[0]).name
     words = {"linear-neox": ["-m", "linear_neox"], "torchrun": ["-m", "torch.distributed.run"]}.get(name, []) + words
     words = with_settings(words, settings)

@@ -78,7 +78,8 @@ class Session:
         inherited = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
         search = [str(self._commands), str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
         own = {"PATH": os.pathsep.join(search), "HOME": str(home), "DOCS_SOCKET": str(self._root / "socket")}
-        own |= {"DOCS_ROOT": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        own |= {"DOCS_PYTHON": str(self._commands / "python"), "DOCS_ROOT": str(ROOT)}
+        own |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         return inherited | own | {"CUDA_VISIBLE_DEVICES": "", "COLUMNS": "120", "MPLBACKEND": "Agg"}
 
     def run(self, page: Page) -> Result:
