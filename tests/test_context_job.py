@@ -16,6 +16,7 @@ from megatron import registry
 from megatron.config.cli import planned_world
 from megatron.config.load import load_config
 from megatron.config.schema import RunConfig
+from megatron.data.packing import PACK_IMPLS
 from megatron.errors import ConfigError
 from megatron.model.build import check_context_parallel
 from megatron.model.config import ModelConfig
@@ -109,6 +110,12 @@ def test_sizes_follow_the_context_parallel_size(load: Callable[..., RunConfig]) 
     assert (run.batch.train_batch_size, run.batch.train_micro_batch_size_per_gpu) == (4, 1)
     micro = load(8, context_parallel_size=4, train_batch_size=0, train_micro_batch_size_per_gpu=3)
     assert micro.batch.train_batch_size == 3 * 2 * 2
+
+
+@pytest.mark.parametrize("pack_impl", PACK_IMPLS)
+def test_rows_of_whole_documents_are_accepted(load: Callable[..., RunConfig], pack_impl: str) -> None:
+    """The guide says so: their fill is masked in the loss, and no padding mask reaches a mixer."""
+    assert load(2, context_parallel_size=2, pack_impl=pack_impl).data.pack_impl == pack_impl
 
 
 def test_a_plan_without_processes_counts_the_ranks_of_one_sequence(tmp_path: Path) -> None:
