@@ -1,6 +1,6 @@
 """Train: `python train.py configs/x.yml` for one process; `deepy.py` or `torchrun` start this file on many.
 
-`--dry-run` prints what the run needs and whether it fits, and starts nothing.
+`--dry-run` prints the warnings of a start, what the run needs and whether it fits, and starts nothing.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ def main(argv: list[str]) -> int:
     from megatron.planning.dry_run import DOES_NOT_FIT
 
     if arguments.dry_run:
+        for line in run.warnings:
+            print(f"warning: {line}")
         report = dry_run(run, arguments.device_memory, arguments.mfu)
         print(report.text)
         return 0 if report.fits or not report.binding else DOES_NOT_FIT

@@ -185,7 +185,7 @@ def model(*types: str, **options: dict[str, Any]) -> ModelConfig:
         (("global",), {}, 8, 1, 64, ("4 key/value heads", "context_parallel_size 8", "context_parallel_size: 4", "sliding")),
         (("global",), {}, 4, 2, 64, ("4 key/value heads", "model_parallel_size 2", "context_parallel_size: 2")),
         (("sliding",), {"sliding": {"window": 20}}, 4, 1, 64, ("16 tokens", "the 20 that", "context_parallel_size: 2 at most")),
-        (("metala",), {}, 5, 1, 64, ("64 is not a multiple of context_parallel_size 5", "60 or 65")),
+        (("metala",), {}, 5, 1, 64, ("64 is not a multiple of context_parallel_size 5", "seq_length: 65 or 60")),
     ],
 )
 def test_models_that_cannot_be_split_are_refused(

@@ -218,7 +218,17 @@ def test_dry_run(config: Path) -> None:
     """Of a shipped model on short sequences: `tests/test_configs_shipped.py` plans them all at their full length."""
     words = ("--dry-run", "--device-memory", "80", "--set", "seq_length=128")
     text = run("deepy.py", "train.py", "configs/metala.yml", *words, here=True)
-    assert "360,058,880" in text and "memory per rank" in text and "FLOPs per token" in text
+    assert "360,058,880" in text and "memory per rank" in text and "FLOPs per token" in text and "warning" not in text
+
+
+@pytest.mark.slow
+def test_a_dry_run_prints_the_warnings_of_a_start(config: Path) -> None:
+    """First, and in the words of the start."""
+    ignored = ("--set", "dump_state=true")
+    planned = run("train.py", config, "--dry-run", *ignored, here=True)
+    line = "warning: dump_state is ignored (--set): use --print-config"
+    assert planned.startswith(f"{line}\nmodel "), planned
+    assert f"] {line}\n" in run("train.py", config, *ignored, "--set", "train_iters=1", here=True)
 
 
 @pytest.mark.slow

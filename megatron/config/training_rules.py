@@ -13,7 +13,8 @@ from megatron.config.pattern import PatternError
 from megatron.config.problems import Violation
 from megatron.config.schema import RunConfig
 from megatron.data.shares import split_shares
-from megatron.errors import DataError
+from megatron.errors import ConfigError, DataError
+from megatron.parallel.context_lengths import check_context_length
 
 
 def sharding(run: RunConfig) -> Iterator[Violation]:
@@ -105,12 +106,10 @@ def _context(run: RunConfig) -> Iterator[Violation]:
     if size == 1:
         return
     tensor = run.parallel.tensor_ranks if run.parallel.sequence_parallel else 1
-    unit, keys = size * tensor, ("seq_length", "context_parallel_size")
-    if length % unit:
-        below = length - length % unit
-        name = f"context_parallel_size {size}" + (f" x model_parallel_size {tensor} (sequence_parallel)" if tensor > 1 else "")
-        hint = f"seq_length: {below + unit}" + (f" or {below}" if below else "")
-        yield Violation(keys, f"seq_length {length} is not a multiple of {name}", hint)
+    try:
+        check_context_length(length, size, tensor)
+    except ConfigError as error:
+        yield Violation(("seq_length", "context_parallel_size"), error.what, error.hint or "")
     for name, info in _mixers(run).items():
         if not info.context_parallel:
             message = f"context_parallel_size {size}: layers '{name}' cannot read shards of a sequence"

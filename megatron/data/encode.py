@@ -19,6 +19,7 @@ from typing import Any, Protocol
 from megatron.data.checksums import write_checksums
 from megatron.data.encoder import BadRow, Encoded, EncodeJob, Encoder, encode_here, encode_in_pool, in_batches
 from megatron.data.fingerprint import describe, write_meta
+from megatron.data.labels import is_unmarked
 from megatron.data.partial_files import PartialPair, PartialFile, publish_pair, remove_partial_files
 from megatron.data.progress import Progress
 from megatron.data.readers import RowReader, expand_inputs
@@ -78,6 +79,8 @@ class EncodeSummary:
         tokens: tokens per output.
         seconds: time of this process.
         resumed_at: documents that an interrupted run had finished.
+        unmarked: documents without the marker of `mask_before`; all their tokens count in the loss.
+        first_unmarked: file and line of the first of them.
     """
 
     documents: int = 0
@@ -87,6 +90,8 @@ class EncodeSummary:
     tokens: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
     resumed_at: int = 0
+    unmarked: int = 0
+    first_unmarked: str = ""
 
 
 def encode_corpus(
@@ -207,6 +212,13 @@ class _Run:
             if tokens == 0:
                 why = f"{self.summary.documents} documents were read, none has text for {name}"
                 raise DataError("the corpus is empty", where=self.prefix, why=why)
+        if self.job.mask_before and self.summary.unmarked == self.summary.documents - self.summary.empty - self.summary.bad:
+            raise DataError(
+                f"no document contains the marker {','.join(map(str, self.job.mask_before))}",
+                where=self.prefix,
+                why="without it nothing of a document is masked, and the labels would be the tokens themselves",
+                hint="the ids must be those that this tokenizer gives the marker inside a text; without masks use preprocess_data.py",
+            )
         self._commit(position, complete=True)
 
     def _add(self, rows: Sequence[Row], encoded: Encoded) -> None:
@@ -219,6 +231,9 @@ class _Run:
             self.summary.empty += all(tokens is None or len(tokens) == 0 for tokens in documents)
             for writer, tokens in zip(self.writers, documents, strict=True):
                 writer.add(tokens)
+            if self.job.mask_before and is_unmarked(documents[-1]):
+                self.summary.unmarked += 1
+                self.summary.first_unmarked = self.summary.first_unmarked or row.where
 
     def _set_aside(self, row: Row, bad: BadRow) -> None:
         self.summary.bad += 1

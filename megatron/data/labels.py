@@ -15,6 +15,11 @@ from megatron.errors import DataError
 IGNORED = -100
 
 
+def is_unmarked(labels: NDArray[np.integer] | None) -> bool:
+    """Whether a document has labels and none of them is masked: the marker before which it is masked does not occur in it."""
+    return labels is not None and len(labels) > 0 and not (labels == IGNORED).any()
+
+
 class Labels:
     """The labels of a corpus.
 

@@ -11,6 +11,7 @@ from megatron.errors import ConfigError
 from megatron.layers.base import Layer, LayerConfig
 from megatron.model.config import ModelConfig
 from megatron.model.lm import LanguageModel
+from megatron.parallel.context_lengths import check_context_length
 from megatron.parallel.shard_spec import ParamSpec, ShardKind
 from megatron.registry import context_parallel_names, layer_class, layer_info
 
@@ -58,11 +59,7 @@ def check_context_parallel(config: ModelConfig, size: int, tensor: int, seq_leng
     """
     if size == 1:
         return
-    if seq_length % size:
-        raise ConfigError(
-            f"seq_length {seq_length} is not a multiple of context_parallel_size {size}",
-            hint=f"{seq_length - seq_length % size} or {seq_length - seq_length % size + size} tokens can be split",
-        )
+    check_context_length(seq_length, size)
     for name in dict.fromkeys(config.layer_types):
         layer, options = layer_class(name), mixer_config(config, name)
         if not layer.context_parallel:

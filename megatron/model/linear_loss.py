@@ -23,6 +23,7 @@ from torch.distributed import ProcessGroup
 from megatron.model.loss import token_weights
 from megatron.model.parallel_loss import check_labels
 from megatron.ops.cross_entropy import row_gradient_, row_stats
+from megatron.ops.opaque import visited
 from megatron.ops.precision import autocast_dtype, outside_autocast, sum_dtype
 from megatron.parallel.collectives import all_reduce
 
@@ -73,7 +74,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             torch.zeros(matrix.shape, dtype=sum_dtype(matrix.dtype), device=matrix.device) if ctx.needs_input_grad[1] else None
         )
         loss = weights.new_zeros(())
-        for start in range(0, x.shape[0], block):
+        for start in visited(range(0, x.shape[0], block), x):
             at = slice(start, start + block)
             logits = x[at] @ matrix.t()
             peak, total, picked = _global_stats(row_stats(logits, local[at], backend), group)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron.ops.opaque import visited
 from megatron.ops.precision import in_accumulation_dtype, outside_autocast, sum_dtype
 
 _CPU_ROWS = 256
@@ -45,8 +46,10 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         peak = in_accumulation_dtype(logits.amax(-1, keepdim=True))
         if reduce is not None:
             peak = reduce(peak, "max")
-        parts = zip(logits.split(size), peak.split(size), strict=True)
-        total = torch.cat([(in_accumulation_dtype(block) - top).exp_().sum(-1, keepdim=True) for block, top in parts])
+        total = torch.empty_like(peak)
+        for start in visited(range(0, logits.shape[0], size), logits):
+            at = slice(start, start + size)
+            total[at] = (in_accumulation_dtype(logits[at]) - peak[at]).exp_().sum(-1, keepdim=True)
         picked = in_accumulation_dtype(logits.gather(1, labels.clamp_min(0).unsqueeze(1)))
         if reduce is not None:
             total, picked = reduce(torch.stack((total, picked.masked_fill(labels.unsqueeze(1) < 0, 0.0))), "sum")
@@ -60,7 +63,7 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         scale = (weights * upstream).unsqueeze(1)
         gradient = torch.empty_like(logits)
         size = _rows(logits)
-        for start in range(0, logits.shape[0], size):
+        for start in visited(range(0, logits.shape[0], size), logits):
             at = slice(start, start + size)
             share = (in_accumulation_dtype(logits[at]) - peak[at]).exp_().mul_(scale[at] / total[at])
             label = labels[at].unsqueeze(1)

@@ -12,13 +12,14 @@ loaded next to the trainer or to another folder, gets the next free name.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 NAMESPACE = "linear_neox"
+T = TypeVar("T")
 _KINDS = {"Tensor": "Tensor", "Tensor | None": "Tensor?", "float": "float", "int": "SymInt", "bool": "bool", "str": "str"}
 _RESULTS = {"Tensor": "Tensor", "tuple[Tensor, Tensor]": "(Tensor, Tensor)"}
 
@@ -33,14 +34,29 @@ def has_numbers(x: Tensor) -> bool:
 
     Loop iterations that allocate nothing new can then be skipped: there may be thousands.
     """
-    return not isinstance(x, FakeTensor)
+    return not isinstance(x, FakeTensor) or torch.compiler.is_compiling()
 
 
-def worked(start: int, chunk: int, s: int, x: Tensor) -> bool:
-    """Whether to compute the chunk at `start` of `s` tokens: always, but in a memory estimate (`has_numbers`) only the first
-    and the last two chunks, which alone may differ from their neighbours.
+def visited(turns: Sequence[T], x: Tensor) -> Sequence[T]:
+    """The iterations of a loop over equal blocks of a long tensor that are run: all of them, but in a memory estimate
+    (`has_numbers`) the first two and the last two, which alone may differ from their neighbours.
+
+    Args:
+        turns: one item per iteration.
+        x: what the loop reads.
     """
-    return has_numbers(x) or start == 0 or start + 2 * chunk >= s
+    return turns if has_numbers(x) or len(turns) < 5 else [*turns[:2], *turns[-2:]]
+
+
+def unvisited_like(turns: Sequence[T], saved: Sequence[Tensor]) -> list[Tensor]:
+    """The memory of what the iterations that `visited` omits would save, one allocation per tensor; empty if none is omitted.
+
+    Args:
+        turns: as for `visited`.
+        saved: what one full iteration saves. A view of a larger tensor needs no memory of its own.
+    """
+    count = len(turns) - len(visited(turns, saved[0]))
+    return [x.new_empty(count, *x.shape) for x in saved if count and x.untyped_storage().nbytes() == x.nbytes]
 
 
 class _ManualContext:

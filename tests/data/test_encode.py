@@ -202,3 +202,31 @@ def test_command(tmp_path: Path) -> None:
     assert _documents(tmp_path / "o_text_document") == [b"one\x00", b"two\x00"]
     refused = _command(*common, "--workers", "0")
     assert refused.returncode == 3 and "--workers" in refused.stderr and "Traceback" not in refused.stderr
+
+
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_documents_without_the_marker_are_counted(workers: int, tmp_path: Path) -> None:
+    """Empty rows and set-aside rows are not among them; the label of such a document is the document."""
+    source = tmp_path / "a.jsonl"
+    source.write_text('{"text": "ab#cd"}\n{"text": ""}\n{"text": "abcd"}\n{"text": "#"}\n{"text": \n{"text": "x"}\n')
+    words = ("--input", source, "--tokenizer-type", "CharLevelTokenizer", "--output-prefix", tmp_path / "x")
+    words += ("--workers", str(workers), "--bad-row-limit", "1")
+    script = "tools/datasets/preprocess_data_with_mask.py"
+    done = run_here(script, *words, "--mask-before-token", str(ord("#")))
+    assert done.returncode == 0, done.stderr
+    line = f"warning: 2 of 6 documents do not contain the marker, the first is {source}:3: all their tokens count in the loss\n"
+    assert line in done.stdout
+    labels = [label.tolist() for label in map(IndexedDataset(tmp_path / "x_label_document").get, range(4))]
+    assert labels == [[-100] * 3 + [*b"cd"], [*b"abcd"], [-100], [*b"x"]]
+    every = run_here(
+        script, *words, "--mask-before-token", str(ord("x")), "--input", _write(tmp_path / "b.jsonl", [{"text": "x"}])
+    )
+    assert every.returncode == 0 and "warning" not in every.stdout
+
+
+def test_a_marker_that_occurs_nowhere_is_refused(tmp_path: Path) -> None:
+    source = _write(tmp_path / "a.jsonl", [{"text": "ab"}, {"text": ""}, {"text": "cd"}])
+    words = ("--input", source, "--tokenizer-type", "CharLevelTokenizer", "--output-prefix", tmp_path / "out" / "x")
+    done = run_here("tools/datasets/preprocess_data_with_mask.py", *words, "--mask-before-token", "99,97")
+    assert done.returncode == 3 and "no document contains the marker 99,97" in done.stderr, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr and not list(tmp_path.glob("out/x*"))

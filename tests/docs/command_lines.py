@@ -6,25 +6,22 @@ configuration files are then read with its `--set` keys, which refuses unknown k
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import functools
 import io
 import re
 import runpy
 import shlex
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
-from unittest import mock
 
 from megatron.config.cli import overrides_from_args
 from megatron.config.load import load_config
 from megatron.config.yaml_reader import find_config
 from megatron.errors import ConfigError
 from tests.docs.blocks import ROOT, Block, Page
+from tools.reference.command_parsers import stopped
 
 _SEPARATORS = {"&&", "||", "|", ";", "&", "(", ")", "{", "}", "then", "do", "else", "if", "while", "!", "|&", "$("}
 _REDIRECTION = re.compile(r"^\d*(>>?|<|>&|&>)$")
@@ -42,10 +39,6 @@ class Command:
     line: int
     words: tuple[str, ...]
     written: tuple[str, ...] = ()
-
-
-class _Parsed(BaseException):
-    """A script has parsed its command line and must not start to work."""
 
 
 def commands_of(block: Block) -> list[Command]:
@@ -222,9 +215,10 @@ def _problem_of_deepy(words: list[str], created: set[str]) -> str:
 @functools.cache
 def _problem_of_arguments(script: tuple[str, ...], created: frozenset[str]) -> str:
     """Whether the script's parser takes the arguments, and its configuration the keys."""
-    outcome = _parse(script)
-    if not isinstance(outcome, argparse.Namespace):
-        return outcome
+    command = stopped(script, parse=True)
+    outcome = command.arguments
+    if outcome is None:
+        return command.refusal
     if not hasattr(outcome, "overrides"):
         return ""
     files: list[str | Path] = []
@@ -245,52 +239,3 @@ def _problem_of_arguments(script: tuple[str, ...], created: frozenset[str]) -> s
     except ConfigError as error:
         return str(error)
     return ""
-
-
-def _leave(code: int) -> NoReturn:
-    """For `process_exit.leave`, which ends a process."""
-    raise SystemExit(code)
-
-
-def _parse(script: tuple[str, ...]) -> argparse.Namespace | str:
-    """The parsed arguments of a script, or why its parser refuses them; the script does nothing after parsing."""
-    parsed: list[argparse.Namespace] = []
-    depth, output, errors, path = 0, io.StringIO(), io.StringIO(), list(sys.path)
-
-    def stopping(parse: Callable[..., Any]) -> Callable[..., Any]:
-        def parse_and_stop(parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> Any:
-            nonlocal depth
-            depth += 1
-            try:
-                result = parse(parser, *args, **kwargs)
-            finally:
-                depth -= 1
-            if depth:
-                return result
-            parsed.append(result[0] if isinstance(result, tuple) else result)
-            raise _Parsed
-
-        return parse_and_stop
-
-    with contextlib.ExitStack() as stack:
-        for method in ("parse_args", "parse_known_args", "parse_intermixed_args", "parse_known_intermixed_args"):
-            original = getattr(argparse.ArgumentParser, method)
-            stack.enter_context(mock.patch.object(argparse.ArgumentParser, method, stopping(original)))
-        stack.enter_context(mock.patch("megatron.launch.process_exit.leave", _leave))
-        stack.enter_context(contextlib.redirect_stdout(output))
-        stack.enter_context(contextlib.redirect_stderr(errors))
-        words = script[1:] if script[0] != "-m" else script[2:]
-        stack.enter_context(mock.patch.object(sys, "argv", [str(ROOT / script[0]), *words]))
-        try:
-            if script[0] == "-m":
-                runpy.run_module(script[1], run_name="__main__", alter_sys=False)
-            else:
-                runpy.run_path(str(ROOT / script[0]), run_name="__main__")
-        except (_Parsed, SystemExit) as end:
-            refusal = str(end.code or "") if isinstance(end, SystemExit) else ""
-        else:
-            refusal = "the script parses no arguments"
-        sys.path[:] = path
-    if parsed:
-        return parsed[0]
-    return (errors.getvalue().strip().splitlines() or [refusal])[-1] if refusal else ""

@@ -82,19 +82,6 @@ def test_meshes_cut_what_they_cut() -> None:
     assert first.logits == 0
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("mixer", ["mamba", "based", "jrt"])
-def test_turns_that_are_left_out_take_no_memory_of_their_own(mixer: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunks and tokens of a long sequence, of which a few are worked on: the same bytes as of all of them."""
-    options = {"jrt": {"prefix_length": 500}} if mixer == "jrt" else {}
-    model = replace(MODEL, layer_types=(mixer,), num_layers=1, layer_options=options)
-    settings = replace(SETTINGS, seq_length=1000, micro_batch=5, dtype="bf16")
-    few = rank_memory(model, Mesh.single(), settings, deepspeed=False)
-    for module in ("opaque", "selective_scan.operator", "taylor.prefix"):
-        monkeypatch.setattr(f"megatron.ops.{module}.has_numbers", lambda x: True)
-    assert rank_memory(model, Mesh.single(), settings, deepspeed=False) == few
-
-
 def test_a_mesh_that_the_model_does_not_fit_is_refused() -> None:
     with pytest.raises(ConfigError, match="heads"):
         of(deepspeed=True, tp=3, world=3)

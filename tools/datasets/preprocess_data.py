@@ -70,6 +70,11 @@ def run(args: argparse.Namespace, mask_before: tuple[int, ...] = ()) -> EncodeSu
         print(f"the first {summary.resumed_at} documents are from an interrupted run")
     if summary.bad:
         print(f"{summary.bad} bad rows were set aside: {args.output_prefix}_bad_rows.jsonl")
+    if summary.unmarked:
+        print(
+            f"warning: {summary.unmarked} of {summary.documents} documents do not contain the marker, the first is "
+            f"{summary.first_unmarked}: all their tokens count in the loss"
+        )
     for name, tokens in summary.tokens.items():
         print(f"{args.output_prefix}_{name}: {tokens} tokens")
     return summary

@@ -6,21 +6,15 @@ A command runs up to the point where it parses its command line, and no further.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
-import runpy
-import sys
 from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any, NoReturn
-from unittest import mock
+from typing import Any
 
 from linear_neox.cli import COMMANDS
 from megatron.config.cli import make_parser
 from tools.ckpts.pointers import LEADS, POINTERS
+from tools.reference.command_parsers import ROOT, stopped
 from tools.reference.markdown import page, prose, table
 
-ROOT = Path(__file__).resolve().parents[2]
 # Sections of the page -> its commands, as paths from the root.
 GROUPS: Mapping[str, tuple[str, ...]] = {
     "Training and models": ("deepy.py", "train.py", "generate.py", "eval.py"),
@@ -49,7 +43,6 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     "Development": ("tools/layer.py", "tools/summary.py", "tools/compatibility.py", "tools/reference_pages.py"),
 }
 _WORDS = {"deepy.py": ["train.py", "x.yml"]}  # a script that must be named before anything is parsed
-_METHODS = ("parse_args", "parse_known_args", "parse_intermixed_args", "parse_known_intermixed_args")
 _MEASURE = "tools/bench"
 
 
@@ -61,34 +54,12 @@ def groups() -> dict[str, tuple[str, ...]]:
     return {**GROUPS, **({"Others": tuple(others)} if others else {})}
 
 
-class _Parsed(BaseException):
-    """A command has built its parser."""
-
-
 def parser_of(script: str) -> argparse.ArgumentParser:
     """The parser that a command builds."""
-    parsers: list[argparse.ArgumentParser] = []
-
-    def stop(self: argparse.ArgumentParser, *_: Any, **__: Any) -> NoReturn:
-        parsers.append(self)
-        raise _Parsed
-
-    def leave(code: int) -> NoReturn:
-        raise SystemExit(code)
-
-    with contextlib.ExitStack() as stack:
-        for method in _METHODS:
-            stack.enter_context(mock.patch.object(argparse.ArgumentParser, method, stop))
-        stack.enter_context(mock.patch("megatron.launch.process_exit.leave", leave))
-        stack.enter_context(mock.patch.object(sys, "argv", [str(ROOT / script), *_WORDS.get(script, [])]))
-        stack.enter_context(mock.patch.object(sys, "path", [str((ROOT / script).parent), *sys.path]))
-        stack.enter_context(contextlib.chdir(ROOT) if hasattr(contextlib, "chdir") else contextlib.nullcontext())
-        stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
-        with contextlib.suppress(_Parsed, SystemExit):
-            runpy.run_path(str(ROOT / script), run_name="__main__")
-    if not parsers:
+    parser = stopped([script, *_WORDS.get(script, [])], parse=False).parser
+    if parser is None:
         raise RuntimeError(f"{script} parses no command line")
-    return parsers[0]
+    return parser
 
 
 def _arguments(parser: argparse.ArgumentParser) -> Iterator[tuple[str, str]]:

@@ -6,19 +6,22 @@ overwrites the logits. Everything is computed in fp32 (fp64 for fp64 logits), th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from megatron.ops.dispatch import choose, path
+from megatron.ops.opaque import visited
 from megatron.ops.precision import in_accumulation_dtype
 
 _CPU_ROWS = 128  # rows at a time whose fp32 copies stay in a CPU's cache
 
 
-def _blocks(logits: Tensor) -> list[slice]:
+def _blocks(logits: Tensor) -> Sequence[slice]:
     """Row ranges: some at a time on a CPU, all at once on a GPU."""
     size = _CPU_ROWS if logits.device.type == "cpu" else max(1, logits.shape[0])
-    return [slice(at, at + size) for at in range(0, logits.shape[0], size)]
+    return visited([slice(at, at + size) for at in range(0, logits.shape[0], size)], logits)
 
 
 @path("cross_entropy", "reference")
@@ -26,10 +29,12 @@ def _blocks(logits: Tensor) -> list[slice]:
 def row_stats_torch(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The plain form of `row_stats`."""
     peak = in_accumulation_dtype(logits.amax(-1))
-    parts = [(in_accumulation_dtype(logits[at]) - peak[at, None]).exp_().sum(-1) for at in _blocks(logits)]
+    total = torch.empty_like(peak)
+    for at in _blocks(logits):
+        total[at] = (in_accumulation_dtype(logits[at]) - peak[at, None]).exp_().sum(-1)
     is_local = labels >= 0
     picked = in_accumulation_dtype(logits.gather(1, labels.clamp_min(0).unsqueeze(1)).squeeze(1))
-    return peak, torch.cat(parts) if parts else peak, picked.masked_fill(~is_local, 0.0)
+    return peak, total, picked.masked_fill(~is_local, 0.0)
 
 
 @path("cross_entropy.gradient", "reference")

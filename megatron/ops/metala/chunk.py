@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron.ops.metala.reference import EPS, TAU
-from megatron.ops.opaque import opaque
+from megatron.ops.opaque import opaque, unvisited_like, visited
 from megatron.ops.precision import in_accumulation_dtype, outside_autocast, sum_dtype
 from megatron.ops.scan.chunk import backward_chunks, chunk_for, forward_chunks, from_chunks, prepare, to_chunks
 
@@ -129,10 +129,10 @@ class _MetaLA(torch.autograd.Function):
         b, s = q.shape[:2]
         c = chunk_for(float(F.logsigmoid(in_accumulation_dtype(z.amin()))) / TAU, s)
         y, kept, tensors = torch.empty_like(v), [], list[Tensor]()
-        finals: list[Tensor] = []
+        finals, unvisited = list[Tensor](), list[Tensor]()
         for runs in _blocks(b, s, q.device):
             current = None if state is None else state[runs[0].rows]
-            for block in runs:
+            for place, block in enumerate(visited(runs, q)):
                 ids = None if segment_ids is None else block.of(segment_ids)
                 q_part, z_part, v_part, g_part = (block.of(x) for x in (q, z, v, g))
                 out, saved = _block_forward(q_part, z_part, v_part, g_part, w, current, ids, block.previous(segment_ids), c)
@@ -141,10 +141,11 @@ class _MetaLA(torch.autograd.Function):
                 if any(ctx.needs_input_grad):
                     kept.append(block)
                     tensors += saved
+                    unvisited += unvisited_like(runs, saved) if place == 1 else []
             assert current is not None  # every row group has at least one run
             finals.append(current)
         # Saved through autograd, which frees them after the backward and saves none under recomputation.
-        ctx.save_for_backward(z, w, segment_ids, *tensors)
+        ctx.save_for_backward(z, w, segment_ids, *tensors, *unvisited)
         ctx.kept, ctx.has_state, ctx.like = kept, state is not None, (q.dtype, v.dtype, g.dtype, q.shape, v.shape)
         return y, torch.cat(finals) if len(finals) > 1 else finals[0]
 

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron.ops.opaque import opaque
+from megatron.ops.opaque import opaque, visited
 from megatron.ops.precision import outside_autocast
 
 CHUNK = 64
@@ -121,7 +121,7 @@ def forward_chunks(
     b, h, n, dk, dv = added.shape
     starts = torch.empty_like(added)
     current = added.new_zeros(b, h, dk, dv) if state is None else state
-    for i in range(n):
+    for i in visited(range(n), starts):
         starts[:, :, i] = current
         current = torch.addcmul(added[:, :, i], carry[:, :, i], current)
     scores = ((q * scan.toward) @ (k * scan.against).transpose(-1, -2)).mul_(boundaries.pair)
@@ -140,7 +140,7 @@ def backward_chunks(
     carry = _times(scan.total, boundaries.carry)
     ends = torch.empty_like(starts)  # gradient of the state after each chunk
     current = torch.zeros_like(final) if dfinal is None else dfinal
-    for i in range(starts.shape[2] - 1, -1, -1):
+    for i in reversed(visited(range(starts.shape[2]), starts)):
         ends[:, :, i] = current
         current = torch.addcmul(read[:, :, i], carry[:, :, i], current)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron.ops.dispatch import choose, path
-from megatron.ops.opaque import has_numbers, opaque, worked
+from megatron.ops.opaque import has_numbers, opaque, unvisited_like, visited
 from megatron.ops.precision import in_accumulation_dtype, outside_autocast, sum_dtype
 
 SSM_CHUNK = 32
@@ -98,18 +98,16 @@ class _SelectiveScan(torch.autograd.Function):
         y = torch.empty(u.shape, dtype=wide, device=u.device)
         current = torch.zeros(u.shape[0], *a.shape, dtype=wide, device=u.device) if state is None else state.to(wide)
         same = None if segment_ids is None else same_as_before(segment_ids)
-        begun = []
-        for start in range(0, u.shape[1], SSM_CHUNK):
-            begun.append(current)
-            if not worked(start, SSM_CHUNK, u.shape[1], u):
-                current = torch.empty_like(current)
-                continue
+        begun, starts, unvisited = dict[int, Tensor](), range(0, u.shape[1], SSM_CHUNK), list[Tensor]()
+        for place, start in enumerate(visited(starts, u)):
+            begun[start] = current
             span = _span((u, dt, a, b, c), same, start)
             _, h = _states(span, current)
             y[:, start : start + SSM_CHUNK] = (h @ span.c.unsqueeze(-1)).squeeze(-1).transpose(0, 1)
             current = h[-1].clone()
+            unvisited += unvisited_like(starts, [current]) if place == 1 else []
         ctx.save_for_backward(u, dt, a, b, c, same)
-        ctx.begun, ctx.has_state = begun, state is not None
+        ctx.begun, ctx.unvisited, ctx.has_state = begun, unvisited, state is not None
         return y, current
 
     @staticmethod
@@ -119,14 +117,11 @@ class _SelectiveScan(torch.autograd.Function):
         du, ddt, db, dc = (torch.empty_like(x) for x in (u, dt, b, c))
         da = torch.zeros_like(a, dtype=sum_dtype(a.dtype))
         after = dfinal
-        starts = range(0, u.shape[1], SSM_CHUNK)
-        for i in range(len(starts) - 1, -1, -1):
-            if not worked(starts[i], SSM_CHUNK, u.shape[1], u):
-                continue
-            at = (slice(None), slice(starts[i], starts[i] + SSM_CHUNK))
-            span = _span((u, dt, a, b, c), same, starts[i])
+        for start in reversed(visited(range(0, u.shape[1], SSM_CHUNK), u)):
+            at = (slice(None), slice(start, start + SSM_CHUNK))
+            span = _span((u, dt, a, b, c), same, start)
             dout = in_accumulation_dtype(dy[at]).transpose(0, 1)
-            decay, h = _states(span, ctx.begun[i])
+            decay, h = _states(span, ctx.begun[start])
             g = dout.unsqueeze(-1) * span.c.unsqueeze(-2)  # gradient of every state, computed from the last to the first
             if after is not None:
                 g[-1] += after
@@ -138,7 +133,7 @@ class _SelectiveScan(torch.autograd.Function):
             db[at] = ((span.dt * span.u).unsqueeze(-2) @ g).squeeze(-2).transpose(0, 1)
             du[at] = (through * span.dt).transpose(0, 1)
             g.mul_(decay)  # gradient of the exponent dt A
-            g[0] *= ctx.begun[i]
+            g[0] *= ctx.begun[start]
             g[1:] *= h[:-1]
             da += (g * span.dt.unsqueeze(-1)).sum((0, 1))
             ddt[at] = torch.addcmul((g * span.a).sum(-1), through, span.u).transpose(0, 1)

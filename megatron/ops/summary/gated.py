@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron.ops.dispatch import choose, path
+from megatron.ops.opaque import unvisited_like, visited
 from megatron.ops.precision import in_accumulation_dtype, outside_autocast, sum_dtype
 from megatron.ops.scan.operator import scan_recurrent
 from megatron.ops.summary.suffix import exclusive_sums, last_document, runs_from_the_right
@@ -60,14 +61,16 @@ def gated_forward(v: Tensor, shape: torch.Size, keys_of: KeysOf, segment_ids: Te
     wide = sum_dtype(v.dtype)
     state = torch.zeros(b, h, k, v.shape[-1], dtype=wide, device=v.device)
     behind, right_sums = torch.zeros(b, h, k, dtype=wide, device=v.device), []
-    last = last_document(segment_ids, wide)
-    for at in _block_runs(v):
+    last, runs = last_document(segment_ids, wide), _block_runs(v)
+    for place, at in enumerate(visited(runs, v)):
         key, log_decay = keys_of(at)
-        right_sums.append(behind)
+        right_sums.append(behind.unsqueeze(0))
         factor, total = _decay_behind(log_decay, behind, last, at)
         state += (factor.mul_(key)).permute(0, 2, 3, 1) @ in_accumulation_dtype(v[:, at]).transpose(1, 2)
         behind = behind + total
-    return state, behind.exp().unsqueeze(-1), torch.stack(right_sums)
+        if place == 1:
+            right_sums += unvisited_like(runs, [behind])
+    return state, behind.exp().unsqueeze(-1), torch.cat(right_sums)
 
 
 def gated_backward(
@@ -85,9 +88,11 @@ def gated_backward(
         dv: buffer for the gradient of v.
     """
     last, before = last_document(segment_ids, dstate.dtype), dtotal
-    for at, behind in reversed(list(zip(_block_runs(v), right_sums, strict=True))):
+    runs = _block_runs(v)
+    for number in reversed(visited(range(len(runs)), v)):
+        at = runs[number]
         key, log_decay = keys_of(at)
-        factor, _ = _decay_behind(log_decay, behind, last, at)
+        factor, _ = _decay_behind(log_decay, right_sums[number], last, at)
         dv[:, at] = ((factor * key).transpose(1, 2) @ dstate).transpose(1, 2)
         dkey = (in_accumulation_dtype(v[:, at]).transpose(1, 2) @ dstate.transpose(-1, -2)).transpose(1, 2).mul(factor)
         sums, total = exclusive_sums((dkey * key).flatten(2), behind=False)

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron.ops.dispatch import choose, path
-from megatron.ops.opaque import opaque, worked
+from megatron.ops.opaque import opaque, unvisited_like, visited
 from megatron.ops.precision import in_accumulation_dtype, outside_autocast, sum_dtype
 from megatron.ops.taylor.features import (
     feature_count,
@@ -209,26 +209,24 @@ class _TaylorScan(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         x = TaylorInputs(q, k, v, keep, log_decay, segment_ids, state, divide)
         y, final = x.empty_results()
-        s, wide = q.shape[1], sum_dtype(v.dtype)
+        s, wide, saves = q.shape[1], sum_dtype(v.dtype), any(ctx.needs_input_grad)
         below = v.new_empty(*q.shape[:3], 1, dtype=wide) if divide else None
-        begun: list[Tensor] = []
+        begun, starts, unvisited = dict[tuple[int, int], Tensor](), range(0, s, TAYLOR_CHUNK), list[Tensor]()
         for rows in _row_groups(x):
             current = torch.zeros_like(final[rows]) if state is None else state[rows].to(wide)
-            for start in range(0, s, TAYLOR_CHUNK):
-                if any(ctx.needs_input_grad):
-                    begun.append(current)
-                if not worked(start, TAYLOR_CHUNK, s, q):
-                    current = torch.empty_like(current)
-                    continue
+            for place, start in enumerate(visited(starts, q)):
+                if saves:
+                    begun[rows.start, start] = current
                 sums, current = _piece_forward(_piece(x, rows, start), current)
                 sums = sums.transpose(1, 2)
                 at = (rows, slice(start, start + TAYLOR_CHUNK))
                 y[at] = normalised(sums) if divide else sums
                 if below is not None:
                     below[at] = sums[..., -1:] + TAYLOR_EPS
+                unvisited += unvisited_like(starts, [current]) if saves and place == 1 else []
             final[rows] = current
         ctx.save_for_backward(q, k, v, keep, log_decay, segment_ids, below, y if divide else None)
-        ctx.begun, ctx.has_state, ctx.divide = begun, state is not None, divide
+        ctx.begun, ctx.unvisited, ctx.has_state, ctx.divide = begun, unvisited, state is not None, divide
         return y, final
 
     @staticmethod
@@ -238,17 +236,17 @@ class _TaylorScan(torch.autograd.Function):
         x = TaylorInputs(q, k, v, keep, log_decay, segment_ids, divide=ctx.divide)
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         starts, dstates = range(0, q.shape[1], TAYLOR_CHUNK), []
-        for number, rows in enumerate(_row_groups(x)):
+        for rows in _row_groups(x):
             current = None if dfinal is None else dfinal[rows]
-            for i in reversed([i for i, start in enumerate(starts) if worked(start, TAYLOR_CHUNK, q.shape[1], q)]):
-                at = (rows, slice(starts[i], starts[i] + TAYLOR_CHUNK))
+            for start in reversed(visited(starts, q)):
+                at = (rows, slice(start, start + TAYLOR_CHUNK))
                 dsums = in_accumulation_dtype(dy[at])
                 if ctx.divide:
                     dsums = dsums / below[at]
                     dsums = torch.cat([dsums, -(dsums * y[at]).sum(-1, keepdim=True)], -1)
-                begun = ctx.begun[number * len(starts) + i]
+                begun = ctx.begun[rows.start, start]
                 end = torch.zeros_like(begun) if current is None else current
-                piece = _piece(x, rows, starts[i])
+                piece = _piece(x, rows, start)
                 *grads, current = _piece_backward(piece, begun, dsums.transpose(1, 2), end)
                 dq[at], dk[at] = (g.transpose(1, 2) for g in grads[:2])
                 du = grads[2][..., :-1].transpose(1, 2)
