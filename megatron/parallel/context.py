@@ -7,7 +7,7 @@ by D, so the state before shard r is S_r = D_(r-1) S_(r-1) + A_(r-1), an exclusi
 scan from the other end. Two exchanges compute it:
 
     all_gather  one collective, folded locally: (P - 1)(|A| + |D|) elements sent forward, (P - 1)|A| backward
-    scan        log2 P rounds of point-to-point messages: (1 + ceil(log2 P))(|A| + |D|) in either direction
+    scan        log2 P rounds of point-to-point messages and a last one: ceil(log2 P)(|A| + |D|) + |A| in either direction
 
 Documents need no message: every rank holds the segment ids of the whole row, from which two factors per rank follow. `enters`
 is 1 if the token before the shard belongs to the document of its first token, `through` if in addition the shard is a single
