@@ -27,8 +27,10 @@ It is written for one device. `tests/layers/test_contract.py` checks these claus
     `tests/model/test_cost.py` compares it with measured counts.
 12. *Context parallelism.* With `ctx.cp` a pass sees one shard of every row and asks the other ranks only through that object,
     usually in one line per memory: `ctx.history` for a convolution, `ctx.start` for a state (`ops/summary/` has what a shard
-    leaves behind). All ranks call its methods in the same order, and every result enters the output. The shards' outputs and
-    the sums of their gradients are those of the whole row. A mixer that does so sets `context_parallel`.
+    leaves behind). `history_async` and `start_async` return a function that waits: projections that are computed before it is
+    called overlap with the exchange, and so do their gradients. All ranks call these methods in the same order, and every
+    result enters the output. The shards' outputs and the sums of their gradients are those of the whole row. A mixer that does
+    so sets `context_parallel`.
 
 Shapes, everywhere in this folder: b batch, s sequence, d hidden, h heads, k key width per head, v value width per head.
 Files of this folder import only torch, this file and `megatron.ops`: `export/` packs their text into the exported folder.
@@ -46,6 +48,7 @@ from torch import Tensor, nn
 from megatron.ops.context_shard import ContextShard as ContextShard
 
 State = dict[str, Tensor]
+Summary = Callable[[], tuple[Tensor, Tensor | None]]  # of a shard: `state` and `decay` of `ContextShard.carry`
 
 
 @dataclass(frozen=True)
@@ -163,25 +166,32 @@ class Context:
 
     def history(self, x: Tensor, n: int, state: State | None, name: str) -> Tensor | None:
         """The n inputs before x [b, s, ...]: the state's entry, else the halo of the shard, else None (none)."""
-        if state is not None or self.cp is None or n == 0:
-            return None if state is None else state[name]
-        return self.cp.halo(x, n)
+        return self.history_async(x, n, state, name)()
 
-    def start(
-        self, state: State | None, name: str, summary: Callable[[], tuple[Tensor, Tensor | None]], *, matrix: bool = False
-    ) -> Tensor | None:
-        """The state before the first token: the state's entry, else what earlier shards leave behind, else None (empty).
+    def history_async(self, x: Tensor, n: int, state: State | None, name: str) -> Callable[[], Tensor | None]:
+        """`history`, as a function that waits: what is computed before the call overlaps with the exchange."""
+        if self.cp is not None and state is None and n > 0:
+            return self.cp.halo_async(x, n)
+        return lambda: None if state is None else state[name]
+
+    def start(self, state: State | None, name: str, summary: Summary, *, matrix: bool = False) -> Tensor | None:
+        """`start_async`, waited for at once."""
+        return self.start_async(state, name, summary, matrix=matrix)()
+
+    def start_async(
+        self, state: State | None, name: str, summary: Summary, *, matrix: bool = False
+    ) -> Callable[[], Tensor | None]:
+        """Waits for the state before the first token: its entry, else what earlier shards leave behind, else None (empty).
 
         Args:
             state: state of the pass.
             name: its entry.
-            summary: called under context parallelism; returns `state` and `decay` of `ContextShard.carry`.
+            summary: called under context parallelism only.
             matrix: see `ContextShard.carry`.
         """
-        if state is not None or self.cp is None:
-            return None if state is None else state[name]
-        left, decay = summary()
-        return self.cp.carry(left, decay, matrix=matrix)
+        if self.cp is not None and state is None:
+            return self.cp.carry_async(*summary(), matrix=matrix)
+        return lambda: None if state is None else state[name]
 
     def read(self, kind: type[InputsOf]) -> InputsOf:
         """The inputs of one kind, or their defaults if the pass has none."""

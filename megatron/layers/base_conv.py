@@ -62,9 +62,11 @@ class BaseConv(Layer):
         a = self.conv_proj(x)
         if ctx.mask is not None:
             a = a * ctx.mask[..., None].to(a.dtype)
-        history = ctx.history(a, self.width - 1, state, "conv")
+        wait = ctx.history_async(a, self.width - 1, state, "conv")
+        gate = self.gate_proj(x)
+        history = wait()
         c = self.conv1d(a, history, ctx.segment_ids, ctx.backend)
-        y = row_linear(self.out_proj, c * self.gate_proj(x), self.reduce_from_tp)
+        y = row_linear(self.out_proj, c * gate, self.reduce_from_tp)
         return y, None if state is None else {"conv": next_history(a, history, self.width, ctx.mask, ctx.segment_ids)}
 
     def step(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:

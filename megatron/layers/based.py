@@ -67,11 +67,14 @@ class Based(Layer):
         self.decay_proj = nn.Linear(d, heads, bias=False) if config.decay else None
         self.out_proj = nn.Linear(d, d, bias=False)
 
-    def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Projections of x [..., d]: q, k [..., h, f] and v [..., h, v]."""
-        head_shape = (-1, self.feature_width)
+    def _query(self, x: Tensor) -> Tensor:
+        """q [..., h, f] of x [..., d]."""
+        return self.proj_q(x).unflatten(-1, (-1, self.feature_width))
+
+    def _key_value(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """k [..., h, f] and v [..., h, v] of x [..., d]."""
         v = self.proj_v(x).unflatten(-1, (-1, self.value_dim))
-        return self.proj_q(x).unflatten(-1, head_shape), self.proj_k(x).unflatten(-1, head_shape), v
+        return self.proj_k(x).unflatten(-1, (-1, self.feature_width)), v
 
     def set_shard(self, rank: int, size: int) -> None:
         """Decay rates depend on the global head index."""
@@ -97,12 +100,15 @@ class Based(Layer):
         if log_decay is not None:  # a padded token neither writes nor decays
             present = torch.ones(1, x.shape[1], device=x.device) if ctx.mask is None else ctx.mask
             log_decay = present[..., None] * log_decay
-        q, k, v = self._heads(x)
+        k, v = self._key_value(x)
+        start = ctx.start_async(
+            state, "recurrent", lambda: taylor_summary(k, v, ctx.segment_ids, log_decay, backend=ctx.backend)
+        )
         y, recurrent = taylor(
-            q,
+            self._query(x),
             k,
             v,
-            state=ctx.start(state, "recurrent", lambda: taylor_summary(k, v, ctx.segment_ids, log_decay, backend=ctx.backend)),
+            state=start(),
             keep=ctx.mask,
             log_decay=log_decay,
             segment_ids=ctx.segment_ids,
@@ -114,10 +120,11 @@ class Based(Layer):
         """`x [b, d]` -> `y [b, d]` with one state update; see `Layer.step`."""
         x = self.copy_to_tp(x)
         log_decay = self.log_decay(x.device)
+        q, (k, v) = self._query(x), self._key_value(x)
         if ctx.in_place:
-            y = taylor_step_(*self._heads(x), state["recurrent"], log_decay, slots=ctx.slots, backend=ctx.backend)
+            y = taylor_step_(q, k, v, state["recurrent"], log_decay, slots=ctx.slots, backend=ctx.backend)
             return self._finish(y, x), state
-        y, recurrent = taylor_step(*self._heads(x), state["recurrent"], log_decay)
+        y, recurrent = taylor_step(q, k, v, state["recurrent"], log_decay)
         return self._finish(y, x), {"recurrent": recurrent}
 
     def init_state(self, batch: int, dtype: torch.dtype, device: torch.device | str) -> State:

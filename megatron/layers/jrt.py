@@ -7,7 +7,7 @@ causal. `PrefixInputs` set the prefix length of a pass, by default the option `p
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -102,6 +102,10 @@ class PrefixBased(Layer):
         self.proj_v_enc = nn.Linear(d, d, bias=False)
         self.out_proj = nn.Linear(d, d, bias=False)
 
+    def _query(self, x: Tensor) -> Tensor:
+        """Queries [..., h, f] of x [..., d]."""
+        return self.proj_q(x).unflatten(-1, (-1, self.feature_width))
+
     def _pair(self, x: Tensor, key: nn.Linear, value: nn.Linear) -> tuple[Tensor, Tensor]:
         """Keys [..., h, f] and values [..., h, v] of x [..., d]."""
         return key(x).unflatten(-1, (-1, self.feature_width)), value(x).unflatten(-1, (-1, self.value_dim))
@@ -127,10 +131,10 @@ class PrefixBased(Layer):
                 inside = inside * ctx.mask.to(inside)
         return inside if state is None else inside * (state["tokens"][:, None] == 0)
 
-    def _start(
+    def _start_async(
         self, ctx: Context, causal: tuple[Tensor, Tensor], prefix: tuple[Tensor, Tensor], inside: Tensor
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """What other context-parallel shards hold: causal and prefix state to the left, prefix state to the right.
+    ) -> Callable[[], tuple[Tensor | None, Tensor | None]]:
+        """Waits for what other context-parallel shards hold: causal and prefix state to the left, prefix state to the right.
 
         Args:
             ctx: the context of the pass.
@@ -138,18 +142,22 @@ class PrefixBased(Layer):
             prefix: those of the prefix, [b, m, h, .].
             inside: [b, m], see `_inside`.
         """
-        if ctx.cp is None:
-            return None, None
-        left, _ = taylor_summary(*causal, ctx.segment_ids, backend=ctx.backend)
+        cp = ctx.cp
+        if cp is None:
+            return lambda: (None, None)
         if not inside.shape[1]:
-            return ctx.cp.carry(left), None
+            start = cp.carry_async(taylor_summary(*causal, ctx.segment_ids, backend=ctx.backend)[0])
+            return lambda: (start(), None)
         last = first = inside
         if ctx.segment_ids is not None:
             ids = ctx.segment_ids[:, : inside.shape[1]]
             last, first = (inside * (ids == ctx.segment_ids[:, at]) for at in (slice(-1, None), slice(0, 1)))
         in_last, _ = taylor_summary(*prefix, keep=last, backend=ctx.backend)
         in_first = in_last if ctx.segment_ids is None else taylor_summary(*prefix, keep=first, backend=ctx.backend)[0]
-        return ctx.cp.carry(left + in_last), ctx.cp.carry(in_first, reverse=True)
+        behind = cp.carry_async(in_first, reverse=True)  # the shorter summary first: the other is computed meanwhile
+        left, _ = taylor_summary(*causal, ctx.segment_ids, backend=ctx.backend)
+        before = cp.carry_async(left + in_last)
+        return lambda: (before(), behind())
 
     def two_way(self, ctx: Context) -> int:
         """The prefix length of the pass, else of the option."""
@@ -161,14 +169,16 @@ class PrefixBased(Layer):
         x = self.copy_to_tp(x)
         inside = self._inside(ctx, x, state)
         m = inside.shape[1]
-        q = self.proj_q(x).unflatten(-1, (-1, self.feature_width))
+        q = None if ctx.cp is not None else self._query(x)
         k, v = self._pair(x, self.proj_k, self.proj_v)
         k2, v2 = self._pair(x[:, :m], self.proj_k_enc, self.proj_v_enc)
         prefix_mask = ctx.read(PrefixInputs).prefix_mask
         if prefix_mask is not None:
             visible = prefix_mask[..., None, None].to(k.dtype)
             k, k2 = k * visible, k2 * visible[:, :m]
-        start, behind = self._start(ctx, (k, v), (k2, v2), inside)
+        wait = self._start_async(ctx, (k, v), (k2, v2), inside)
+        q = self._query(x) if q is None else q  # overlaps with the exchange
+        start, behind = wait()
         y, recurrent = prefix_taylor(
             q,
             k,
@@ -191,7 +201,7 @@ class PrefixBased(Layer):
     def step(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
         """`x [b, d]` -> `y [b, d]`; causal, as the state already contains the prefix. See `Layer.step`."""
         x = self.copy_to_tp(x)
-        q = self.proj_q(x).unflatten(-1, (-1, self.feature_width))
+        q = self._query(x)
         k, v = self._pair(x, self.proj_k, self.proj_v)
         if ctx.in_place:
             y = taylor_step_(q, k, v, state["recurrent"], slots=ctx.slots, backend=ctx.backend)

@@ -109,7 +109,7 @@ class Mamba(Layer):
     def forward(self, x: Tensor, ctx: Context, state: State | None = None) -> tuple[Tensor, State | None]:
         """`x [b, s, d]` -> `y [b, s, d]`; see `Layer.forward`."""
         x = self.copy_to_tp(x)
-        a, z = self.in_proj(x), self.gate_proj(x)
+        a = self.in_proj(x)
         if ctx.mask is not None:
             a = a * ctx.mask[..., None].to(a.dtype)
         history = ctx.history(a, self.width - 1, state, "conv")
@@ -118,16 +118,9 @@ class Mamba(Layer):
         if ctx.mask is not None:
             dt = dt * ctx.mask[..., None].to(dt.dtype)
         rates = self._rates()
-        y, after = selective_scan(
-            u,
-            dt,
-            rates,
-            b,
-            c,
-            state=ctx.start(state, "ssm", lambda: selective_summary(u, dt, rates, b, ctx.segment_ids, ctx.backend)),
-            segment_ids=ctx.segment_ids,
-            backend=ctx.backend,
-        )
+        start = ctx.start_async(state, "ssm", lambda: selective_summary(u, dt, rates, b, ctx.segment_ids, ctx.backend))
+        z = self.gate_proj(x)
+        y, after = selective_scan(u, dt, rates, b, c, state=start(), segment_ids=ctx.segment_ids, backend=ctx.backend)
         y = self._out(y, u, z, ctx.backend)
         return y, None if state is None else {
             "ssm": after,

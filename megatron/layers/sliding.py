@@ -68,11 +68,12 @@ class SlidingAttention(Layer):
         self.v_proj = nn.Linear(d, d, bias=False)
         self.out_proj = nn.Linear(d, d, bias=False)
 
-    def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v [..., h, k] of x [..., d]."""
-        u = self.copy_to_tp(x)
-        q, k, v = (p(u).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
-        return q, k, v
+    def _heads(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v [..., h, k] of u [..., d]."""
+        return self._by_head(self.q_proj, u), self._by_head(self.k_proj, u), self._by_head(self.v_proj, u)
+
+    def _by_head(self, projection: nn.Linear, u: Tensor) -> Tensor:
+        return projection(u).unflatten(-1, (-1, self.head_dim))
 
     def _mixing(self) -> Mixing:
         dropout = self.options.dropout if self.training else 0.0
@@ -81,18 +82,19 @@ class SlidingAttention(Layer):
 
     def forward(self, x: Tensor, ctx: Context, state: State | None = None) -> tuple[Tensor, State | None]:
         """`x [b, s, d]` -> `y [b, s, d]`; see `Layer.forward`."""
-        q, k, v = self._heads(x)
+        u = self.copy_to_tp(x)
         if ctx.cp is not None:
-            y = mix_shard(ctx.cp, q, k, v, self._mixing(), ctx.segment_ids, ctx.backend)
+            k, v = self._by_head(self.k_proj, u), self._by_head(self.v_proj, u)
+            y = mix_shard(ctx.cp, lambda: self._by_head(self.q_proj, u), k, v, self._mixing(), ctx.segment_ids, ctx.backend)
         else:
-            y, state = mix(q, k, v, self._mixing(), state, ctx.mask, ctx.segment_ids, ctx.backend, ctx.attentions)
+            y, state = mix(*self._heads(u), self._mixing(), state, ctx.mask, ctx.segment_ids, ctx.backend, ctx.attentions)
         return self.reduce_from_tp(self.out_proj(y.flatten(-2))), state
 
     def step(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:
         """`x [b, d]` -> `y [b, d]`: one query over the window; see `Layer.step`. In place the window is a ring."""
         mixing = self._mixing()
         if ctx.in_place and ctx.attentions is None and not mixing.rule.dropout and steps_in_place(mixing, state):
-            y = mix_step_(*self._heads(x), mixing, state, ctx.backend)
+            y = mix_step_(*self._heads(self.copy_to_tp(x)), mixing, state, ctx.backend)
             return self.reduce_from_tp(self.out_proj(y.flatten(-2))), state
         y, after = self.forward(x.unsqueeze(1), Context(backend=ctx.backend, attentions=ctx.attentions), state)
         assert after is not None

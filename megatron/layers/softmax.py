@@ -136,19 +136,27 @@ class SoftmaxAttention(Layer):
 
     def _heads(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q [b, s, h, k], k and v [b, s, g, k] of u [b, s, d]."""
-        q, k, v = (p(u).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
-        if self.q_norm is not None and self.k_norm is not None:
-            q = F.layer_norm(q, (self.head_dim,)) * self.q_norm
-            k = F.layer_norm(k, (self.head_dim,)) * self.k_norm
-        return q, k, v
+        return self._query(u), *self._key_value(u)
+
+    def _query(self, u: Tensor) -> Tensor:
+        return self._by_head(self.q_proj, u, self.q_norm)
+
+    def _key_value(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        return self._by_head(self.k_proj, u, self.k_norm), self._by_head(self.v_proj, u)
+
+    def _by_head(self, projection: nn.Linear, u: Tensor, gain: Tensor | None = None) -> Tensor:
+        """A projection by head, normalised where there is a gain."""
+        x = projection(u).unflatten(-1, (-1, self.head_dim))
+        return x if gain is None else F.layer_norm(x, (self.head_dim,)) * gain
 
     def forward(self, x: Tensor, ctx: Context, state: State | None = None) -> tuple[Tensor, State | None]:
         """`x [b, s, d]` -> `y [b, s, d]`; see `Layer.forward`."""
-        q, k, v = self._heads(self.copy_to_tp(x))
+        u = self.copy_to_tp(x)
         if ctx.cp is not None:
-            y = mix_shard(ctx.cp, q, k, v, self._mixing(x), ctx.segment_ids, ctx.backend)
+            k, v = self._key_value(u)
+            y = mix_shard(ctx.cp, lambda: self._query(u), k, v, self._mixing(x), ctx.segment_ids, ctx.backend)
         else:
-            y, state = mix(q, k, v, self._mixing(x), state, ctx.mask, ctx.segment_ids, ctx.backend, ctx.attentions)
+            y, state = mix(*self._heads(u), self._mixing(x), state, ctx.mask, ctx.segment_ids, ctx.backend, ctx.attentions)
         return row_linear(self.out_proj, y.flatten(-2), self.reduce_from_tp), state
 
     def step(self, x: Tensor, state: State, ctx: Context) -> tuple[Tensor, State]:

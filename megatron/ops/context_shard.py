@@ -5,6 +5,7 @@ The interface only: `parallel/context.py` communicates. Exported folders contain
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from torch import Tensor
@@ -39,8 +40,19 @@ class ContextShard(Protocol):
             reverse: from right to left: the state behind the last token.
         """
 
+    def carry_async(
+        self, state: Tensor, decay: Tensor | None = None, *, matrix: bool = False, reverse: bool = False
+    ) -> Callable[[], Tensor]:
+        """`carry`, as a function that waits for the result: what is computed before it is called overlaps with the exchange.
+
+        It must be called, once.
+        """
+
     def halo(self, x: Tensor, n: int) -> Tensor:
         """The last n tokens before the shard, of `x [b, s, ...]` -> [b, n, ...]; zeros where nothing is visible."""
+
+    def halo_async(self, x: Tensor, n: int) -> Callable[[], Tensor]:
+        """`halo`, as a function that waits for the result; see `carry_async`."""
 
     def halo_places(self, n: int, rows: int) -> Tensor:
         """Positions [rows, n] of those tokens in the row, -1 where nothing is visible."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron.ops.precision import outside_autocast
 from megatron.parallel.context import ContextParallel
+from megatron.parallel.context_messages import Wait
 from megatron.parallel.context_shards import ContextShards
 from megatron.parallel.mesh import Mesh
 
@@ -31,15 +32,17 @@ class PlannedShard(ContextParallel):
 
     traffic: Traffic
 
-    def all_gather(self, x: Tensor) -> Tensor:
+    def start_all_gather(self, x: Tensor) -> Wait:
         """`size - 1` ranks get this rank's `x`."""
         self.traffic.sent += (self.size - 1) * x.nbytes
-        return x.new_empty(self.size, *x.shape)
+        gathered = x.new_empty(self.size, *x.shape)
+        return lambda: gathered
 
-    def shift(self, x: Tensor, by: int) -> Tensor:
+    def start_shift(self, x: Tensor, by: int) -> Wait:
         """One neighbour gets it."""
         self.traffic.sent += x.nbytes
-        return torch.zeros_like(x)
+        received = torch.zeros_like(x)
+        return lambda: received
 
     def to_heads(self, x: Tensor) -> Tensor:
         """All but this rank's part of the heads is sent."""

@@ -46,6 +46,7 @@ class Form:
     short: windows of 5 tokens, and jrt layers with a prefix where the objective has one.
     learned: learned positions.
     steps: of training, and micro batches of the evaluation after them.
+    lr: the largest learning rate of the schedule.
     """
 
     zero_stage: int = 1
@@ -65,6 +66,7 @@ class Form:
     short: bool = False
     learned: bool = False
     steps: int = STEPS
+    lr: float = CURVE.lr
 
 
 BATCHES = ("even", "masked", "packed", "jrt")
@@ -156,8 +158,9 @@ def _train(engine: Engine, form: Form) -> dict[str, Any]:
     how["ids"] = "documents" if form.batch == "documents" else ""
     batches = micro_batches(engine.mesh, **how)
     results, parts = [], []
+    curve = replace(CURVE, lr=form.lr, min_lr=form.lr / 10)
     for step in range(form.steps):
-        results.append(engine.train_step(for_step(engine, batches), learning_rate(step, CURVE)))
+        results.append(engine.train_step(for_step(engine, batches), learning_rate(step, curve)))
         parts += list(engine.loss_parts.values())
     held_out = engine.eval_loss(take_micro_batches(micro_batches(engine.mesh, start=1000, **how), form.steps)).loss
     return {

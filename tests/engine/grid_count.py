@@ -4,8 +4,8 @@
 
 Parts: grid (every mixer x mesh x ZeRO 0, 1 x recomputation x tied), sharded (ZeRO 2, 3 on the meshes without a pipeline),
 sequence (sequence parallelism on the meshes with tensor ranks), bf16; masked, packed and jrt are the grid again with uneven
-masks, documents in a row, and the compound objective; context is the grid of context parallelism (`context_cases.py`). A part
-takes some minutes; the JSON keeps the others.
+masks, documents in a row, and the compound objective; context is the grid of context parallelism (`context_cases.py`),
+context-bf16 the same mixers and meshes in bf16. A part takes some minutes; the JSON keeps the others.
 Exit code 1 when a cell is outside the tolerances of `grid_cases.py`.
 """
 
@@ -36,6 +36,13 @@ from tests.engine.grid_cases import (
     run_cells,
 )
 
+CONTEXT = {"context": context_cases.whole_grid, "context-bf16": context_cases.bf16_cells}
+LIMITS: dict[str, tuple[float, float | None, float | None]] = {
+    "bf16": (LOSS_BF16, None, None),
+    "context": (context_cases.LIMIT,) * 3,
+    "context-bf16": (LOSS_BF16, None, None),
+}
+
 
 def forms_of(part: str) -> list[Form]:
     """What a part varies for each mixer and mesh."""
@@ -53,13 +60,12 @@ def forms_of(part: str) -> list[Form]:
 def main() -> int:
     """Run a part, print and store its count."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--part", choices=("grid", "sharded", "sequence", "bf16", *BATCHES[1:], "context"), required=True)
+    parser.add_argument("--part", choices=("grid", "sharded", "sequence", "bf16", *BATCHES[1:], *CONTEXT), required=True)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
-    limits = (LOSS_BF16, None, None) if args.part == "bf16" else (LOSS, NORM, WEIGHT)
+    limits = LIMITS.get(args.part, (LOSS, NORM, WEIGHT))
     begin, all_found, outside = time.monotonic(), list[Difference](), list[str]()
-    context = args.part == "context"
-    meshes, names = (context_cases.MESHES, context_cases.names()) if context else (MESHES, mixers())
+    meshes, names = (context_cases.MESHES, context_cases.names()) if args.part in CONTEXT else (MESHES, mixers())
     for mesh in meshes:
         for mixer in names:
             found = _cells(args.part, mesh, mixer)
@@ -85,8 +91,8 @@ def main() -> int:
 
 
 def _forms(part: str, mesh: Mesh3, mixer: str) -> list[Form]:
-    if part == "context":
-        return [form for name, form in context_cases.whole_grid(mesh) if name == mixer]
+    if part in CONTEXT:
+        return [form for name, form in CONTEXT[part](mesh) if name == mixer]
     return [form for form in forms_of(part) if possible(mixer, mesh, form)]
 
 

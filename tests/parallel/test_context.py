@@ -17,6 +17,8 @@ from megatron.model.embed import Embedding
 from megatron.ops import places
 from megatron.parallel import context
 from megatron.parallel.context import ContextParallel
+from megatron.parallel.context_exchange import Carry
+from megatron.parallel.context_messages import ContextMessages
 from tests.parallel.context_cases import (
     GATHER,
     LAYOUTS,
@@ -185,27 +187,34 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
         setattr(owner, name, real)
 
 
-_carry, _halo, _gather, _factors = (getattr(ContextParallel, n) for n in ("carry", "halo", "all_gather", "_factors"))
+_carry, _halo, _gather, _factors = (
+    getattr(ContextParallel, n) for n in ("carry_async", "halo_async", "start_all_gather", "_factors")
+)
+
+
+def _then(wait: Callable[[], Tensor], change: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:
+    """Waits and changes the result."""
+    return lambda: change(wait())
 
 
 def _gradients(*passed: bool) -> Callable[..., Any]:
-    """A backward of `_Carry` that drops gradients."""
-    real = context._Carry.backward
+    """A carry that drops gradients."""
+    real = Carry.receive_gradient
 
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        state, decay, *rest = real(ctx, *grads)
-        return torch.zeros_like(state) if not passed[0] else state, decay if passed[1] else None, *rest
+    def receive_gradient(self: Carry) -> Any:
+        state, decay = real(self)
+        return torch.zeros_like(state) if not passed[0] else state, decay if passed[1] else None
 
-    return staticmethod(backward)
+    return receive_gradient
 
 
 FAULTS: dict[str, tuple[Any, str, Callable[[], Any], tuple[str, ...]]] = {
     "the decay is dropped": (
-        ContextParallel, "carry", lambda: lambda self, state, decay=None, **k: _carry(self, state, None, **k),
+        ContextParallel, "carry_async", lambda: lambda self, state, decay=None, **k: _carry(self, state, None, **k),
         ("metala", "mamba", "based, fixed decay"),
     ),
     "two ranks are swapped": (
-        ContextParallel, "all_gather", lambda: lambda self, x: _gather(self, x)[[1, 0, 2, 3]],
+        ContextMessages, "start_all_gather", lambda: lambda self, x: _then(_gather(self, x), lambda y: y[[1, 0, 2, 3]]),
         ("metala", "mamba", "based, fixed decay"),
     ),
     "boundaries between shards are ignored": (
@@ -218,23 +227,24 @@ FAULTS: dict[str, tuple[Any, str, Callable[[], Any], tuple[str, ...]]] = {
         ("metala", "mamba", "based, fixed decay", "jrt, prefix over 1.6 shards"),
     ),
     "the gradient of the state is dropped": (
-        context._Carry, "backward", lambda: _gradients(False, True), ("metala", "mamba", "based, fixed decay"),
+        Carry, "receive_gradient", lambda: _gradients(False, True), ("metala", "mamba", "based, fixed decay"),
     ),
-    "the gradient of the decay is dropped": (context._Carry, "backward", lambda: _gradients(True, False), ("metala", "mamba")),
+    "the gradient of the decay is dropped": (Carry, "receive_gradient", lambda: _gradients(True, False), ("metala", "mamba")),
     "the halo shows another document": (
         ContextParallel, "halo_hidden",
         lambda: lambda self, n, rows: torch.ones(rows, n, dtype=torch.bool) if self.rank == 0 else None,
         ("metala", "mamba", "base_conv", "sliding"),
     ),
     "the halo returns no gradient": (
-        ContextParallel, "halo", lambda: lambda self, x, n: _halo(self, x, n).detach(),
+        ContextParallel, "halo_async", lambda: lambda self, x, n: _then(_halo(self, x, n), Tensor.detach),
         ("metala", "mamba", "base_conv", "sliding"),
     ),
     "positions are local": (
         ContextParallel, "halo_places", lambda: lambda self, n, rows: torch.arange(-n, 0).expand(rows, n) + n, ("sliding",),
     ),
     "the state from the right is lost": (
-        ContextParallel, "carry", lambda: lambda self, s, d=None, **k: _carry(self, s, d, **k) * (0 if k.get("reverse") else 1),
+        ContextParallel, "carry_async",
+        lambda: lambda self, s, d=None, **k: _then(_carry(self, s, d, **k), lambda y: y * (0 if k.get("reverse") else 1)),
         ("jrt, prefix over 1.6 shards",),
     ),
 }  # fmt: skip
@@ -274,7 +284,7 @@ def test_a_planted_fault_exceeds_the_limit(fault: str) -> None:
         assert max(rank[fault][label] for rank in _with_faults()) > 1e6 * LIMIT, label
 
 
-COMMUNICATING = {f"{name}Backward" for name in ("_Carry", "_Halo", "_AllToAll", "_Sum")}
+COMMUNICATING = {f"{name}Backward" for name in ("_Send", "_Receive", "_AllToAll", "_Sum")}
 
 
 def _graphs() -> list[dict[str, list[str]]]:
@@ -304,16 +314,16 @@ def _graphs() -> list[dict[str, list[str]]]:
         at = slice(shard.offset, shard.offset + length)
         for ids, own in ((None, graphs[0]), (shard.segment_ids, graphs[0]), (None, graphs[1])):
             shard = ContextParallel(None, rank, size, B, length, ids)
-            with replaced(ContextParallel, "carry", _carry if own is graphs[0] else _nothing_for_the_first):
+            with replaced(ContextParallel, "carry_async", _carry if own is graphs[0] else _nothing_for_the_first):
                 x = torch.randn(B, length, D, dtype=torch.float64, requires_grad=True)
                 y, _ = layer(x, Context(segment_ids=None if ids is None else ids[:, at], cp=shard))
             own[f"{mixer} {ids is None}"] = nodes(y)
     return graphs
 
 
-def _nothing_for_the_first(self: ContextParallel, *arguments: Any, **options: Any) -> Tensor | None:
-    state = _carry(self, *arguments, **options)
-    return None if self.rank == 0 else state
+def _nothing_for_the_first(self: ContextParallel, *arguments: Any, **options: Any) -> Callable[[], Tensor | None]:
+    wait = _carry(self, *arguments, **options)
+    return lambda: None if self.rank == 0 else wait()
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ attends. So every layer that calls `mix` is served from pages without knowing of
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -124,17 +124,35 @@ def reads_halo(how: Mixing) -> bool:
 
 
 def mix_shard(
-    shard: ContextShard, q: Tensor, k: Tensor, v: Tensor, how: Mixing, segment_ids: Tensor | None, backend: str = "auto"
+    shard: ContextShard,
+    query: Callable[[], Tensor],
+    k: Tensor,
+    v: Tensor,
+    how: Mixing,
+    segment_ids: Tensor | None,
+    backend: str = "auto",
 ) -> Tensor:
     """Attention of one context-parallel shard: q [b, s, h, k], k and v [b, s, g, k] -> y [b, s, h, k].
 
     With a window the `window` keys and values before the shard become its cache; the receiver rotates them. Otherwise an
     all-to-all gives every rank all tokens of its own heads, and a second one returns the result: work is balanced although
     shards are contiguous, and attention itself is that of one device.
+
+    Args:
+        shard: of the row.
+        query: computes q; called while keys and values of the window are on their way.
+        k: keys.
+        v: values.
+        how: see `Mixing`.
+        segment_ids: document numbers of the shard, [b, s].
+        backend: path of the operator.
     """
     if reads_halo(how):
-        y, _ = mix(q, k, v, how, _halo_cache(shard, k, v, how), None, segment_ids, backend)
+        halo = shard.halo_async(torch.cat([k, v], -1), how.rule.window or 0)
+        q = query()
+        y, _ = mix(q, k, v, how, _halo_cache(shard, halo(), how), None, segment_ids, backend)
         return y
+    q = query()
     heads = [x.shape[2] // shard.size for x in (q, k, v)]
     blocks = torch.cat([x.unflatten(2, (shard.size, -1)) for x in (q, k, v)], 3)  # each rank's heads next to each other
     q, k, v = shard.to_heads(blocks.flatten(2, 3)).split(heads, dim=2)
@@ -145,14 +163,14 @@ def mix_shard(
     return shard.to_tokens(y)
 
 
-def _halo_cache(shard: ContextShard, k: Tensor, v: Tensor, how: Mixing) -> dict[str, Tensor]:
-    """The state before the first token of a shard whose layer has a window."""
-    b, window = k.shape[0], how.rule.window or 0
-    keys, values = shard.halo(torch.cat([k, v], -1), window).chunk(2, -1)
-    places = shard.halo_places(window, b).to(k.device)
+def _halo_cache(shard: ContextShard, halo: Tensor, how: Mixing) -> dict[str, Tensor]:
+    """The state before the first token of a shard from its window's keys and values, `halo [b, window, g, 2k]`."""
+    b, window = halo.shape[:2]
+    keys, values = halo.chunk(2, -1)
+    places = shard.halo_places(window, b).to(halo.device)
     if how.rotary:
-        keys = rotate(keys, *rotary_angles(places.clamp_min(0), how.rotary, how.base, k.dtype))
-    seen = torch.full((b,), shard.offset, dtype=torch.long, device=k.device)
+        keys = rotate(keys, *rotary_angles(places.clamp_min(0), how.rotary, how.base, halo.dtype))
+    seen = torch.full((b,), shard.offset, dtype=torch.long, device=halo.device)
     return {"keys": keys, "values": values, "places": places, "seen": seen}
 
 

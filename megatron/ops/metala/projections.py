@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -57,7 +57,8 @@ def metala_projected(
     projections: MetaLAProjections,
     w: Tensor,
     *,
-    start: Callable[[Callable[[], tuple[Tensor, Tensor]]], Tensor | None] = lambda summary: None,
+    start: Callable[[Callable[[], tuple[Tensor, Tensor]]], Callable[[], Tensor | None]] = lambda summary: lambda: None,
+    sharded: bool = False,
     mask: Tensor | None = None,
     segment_ids: Tensor | None = None,
     gate_round: str = "none",
@@ -72,8 +73,9 @@ def metala_projected(
         u: input, [b, s, d].
         projections: maps to q, z, v and g.
         w: self-augmentation vector, [h, k].
-        start: the state before the first token, [b, h, k, v], from a function that returns the summary of these tokens
-            (context parallelism); None for zeros.
+        start: waits for the state before the first token, [b, h, k, v]; called with a function that returns the summary of
+            these tokens (context parallelism). None for zeros.
+        sharded: `start` exchanges states: z and v, which it needs, are one product, and q and g, computed meanwhile, another.
         mask: as in `MetaLAInputs`.
         segment_ids: as in `MetaLAInputs`.
         gate_round: as in `MetaLAInputs`.
@@ -82,10 +84,24 @@ def metala_projected(
     Returns:
         y [b, s, h, v] in v's dtype, and the state after the last token [b, h, k, v].
     """
-    if are_plain(*projections) and chosen("metala", backend, u.device) in ("triton", "torch"):
+    options: dict[str, Any] = {"mask": mask, "segment_ids": segment_ids, "gate_round": gate_round, "backend": backend}
+    fused = are_plain(*projections) and chosen("metala", backend, u.device) in ("triton", "torch")
+    if fused and not sharded:
         packed = packed_linear(u, projections.weights, projections.g.bias, backend)
-        state = start(lambda: metala_summary(*cut_packed(packed, w)[1:3], segment_ids, gate_round, backend))
-        return metala_packed(packed, w, state=state, mask=mask, segment_ids=segment_ids, gate_round=gate_round, backend=backend)
-    parts = projections.by_head(u, w, mask)
-    state = start(lambda: metala_summary(*parts[1:3], segment_ids, gate_round, backend))
-    return metala(*parts, w, state=state, mask=mask, segment_ids=segment_ids, gate_round=gate_round, backend=backend)
+        wait = start(lambda: metala_summary(*cut_packed(packed, w)[1:3], segment_ids, gate_round, backend))
+        return metala_packed(packed, w, state=wait(), **options)
+    if fused:
+        z, v = _two_by_head(u, projections.z, projections.v, w.shape[0], backend)
+        wait = start(lambda: metala_summary(z, v, segment_ids, gate_round, backend))
+        q, g = _two_by_head(u, projections.q, projections.g, w.shape[0], backend)
+    else:
+        q, z, v, g = projections.by_head(u, w, mask)
+        wait = start(lambda: metala_summary(z, v, segment_ids, gate_round, backend))
+    return metala(q, z, v, g, w, state=wait(), **options)
+
+
+def _two_by_head(u: Tensor, first: nn.Linear, second: nn.Linear, heads: int, backend: str) -> tuple[Tensor, Tensor]:
+    """Two maps of u [b, s, d] as one matrix product, [b, s, h, k] and [b, s, h, v]; only the second may have a bias."""
+    packed = packed_linear(u, (first.weight, second.weight), second.bias, backend)
+    a, b = packed.split([first.weight.shape[0], second.weight.shape[0]], -1)
+    return a.unflatten(-1, (heads, -1)), b.unflatten(-1, (heads, -1))
