@@ -134,7 +134,7 @@ def test_a_plan_without_processes_counts_the_ranks_of_one_sequence(tmp_path: Pat
         (
             3,
             {"context_parallel_size": 3},
-            ("seq_length 32 is not a multiple of context_parallel_size 3", "seq_length: 33 or 30"),
+            ("seq_length 32 is not a multiple of context_parallel_size 3", "seq_length: 33 or 30; or context_parallel_size: 2"),
         ),
         (
             6,
@@ -185,7 +185,14 @@ def model(*types: str, **options: dict[str, Any]) -> ModelConfig:
         (("global",), {}, 8, 1, 64, ("4 key/value heads", "context_parallel_size 8", "context_parallel_size: 4", "sliding")),
         (("global",), {}, 4, 2, 64, ("4 key/value heads", "model_parallel_size 2", "context_parallel_size: 2")),
         (("sliding",), {"sliding": {"window": 20}}, 4, 1, 64, ("16 tokens", "the 20 that", "context_parallel_size: 2 at most")),
-        (("metala",), {}, 5, 1, 64, ("64 is not a multiple of context_parallel_size 5", "seq_length: 65 or 60")),
+        (
+            ("metala",),
+            {},
+            5,
+            1,
+            64,
+            ("64 is not a multiple of context_parallel_size 5", "seq_length: 65 or 60; or context_parallel_size: 4"),
+        ),
     ],
 )
 def test_models_that_cannot_be_split_are_refused(
