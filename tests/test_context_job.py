@@ -16,6 +16,7 @@ from megatron import registry
 from megatron.config.cli import planned_world
 from megatron.config.load import load_config
 from megatron.config.schema import RunConfig
+from megatron.data.packing import PACK_IMPLS
 from megatron.errors import ConfigError
 from megatron.model.build import check_context_parallel
 from megatron.model.config import ModelConfig
@@ -123,6 +124,12 @@ def test_sizes_follow_the_context_parallel_size(load: Callable[..., RunConfig]) 
     assert micro.batch.train_batch_size == 3 * 2 * 2
 
 
+@pytest.mark.parametrize("pack_impl", PACK_IMPLS)
+def test_rows_of_whole_documents_are_accepted(load: Callable[..., RunConfig], pack_impl: str) -> None:
+    """The guide says so: their fill is masked in the loss, and no padding mask reaches a mixer."""
+    assert load(2, context_parallel_size=2, pack_impl=pack_impl).data.pack_impl == pack_impl
+
+
 def test_a_plan_without_processes_counts_the_ranks_of_one_sequence(tmp_path: Path) -> None:
     run = load_config([config_of(tmp_path, context_parallel_size=2, model_parallel_size=2)], check=False)
     assert planned_world(run) == 4
@@ -139,7 +146,7 @@ def test_a_plan_without_processes_counts_the_ranks_of_one_sequence(tmp_path: Pat
         (
             3,
             {"context_parallel_size": 3},
-            ("seq_length 32 is not a multiple of context_parallel_size 3", "seq_length: 33 or 30"),
+            ("seq_length 32 is not a multiple of context_parallel_size 3", "seq_length: 33 or 30; or context_parallel_size: 2"),
         ),
         (
             6,
@@ -190,7 +197,14 @@ def model(*types: str, **options: dict[str, Any]) -> ModelConfig:
         (("global",), {}, 8, 1, 64, ("4 key/value heads", "context_parallel_size 8", "context_parallel_size: 4", "sliding")),
         (("global",), {}, 4, 2, 64, ("4 key/value heads", "model_parallel_size 2", "context_parallel_size: 2")),
         (("sliding",), {"sliding": {"window": 20}}, 4, 1, 64, ("16 tokens", "the 20 that", "context_parallel_size: 2 at most")),
-        (("metala",), {}, 5, 1, 64, ("64 is not a multiple of context_parallel_size 5", "seq_length: 65 or 60")),
+        (
+            ("metala",),
+            {},
+            5,
+            1,
+            64,
+            ("64 is not a multiple of context_parallel_size 5", "seq_length: 65 or 60; or context_parallel_size: 4"),
+        ),
     ],
 )
 def test_models_that_cannot_be_split_are_refused(

@@ -64,6 +64,9 @@ def _checked(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> 
 
 def _export(arguments: argparse.Namespace) -> Path:
     """Export, say what was made."""
+    from megatron.interop.hf_imports import import_model_classes
+
+    import_model_classes()
     from megatron.checkpoint.find import newest_checkpoint
     from megatron.export.card import CardInfo
     from megatron.export.hf import export_checkpoint

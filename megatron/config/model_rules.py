@@ -86,6 +86,19 @@ def contradictions(run: RunConfig) -> Iterator[Violation]:
         message = "reset_attention_at_eod is true and reset_state_at_eod is false"
         hint = "document masking is the same for all mixers: set one of them and leave the other unset"
         yield Violation(("reset_attention_at_eod", "reset_state_at_eod"), message, hint)
+    if t.reset_state_at_eod and (shrinking := _slopes_of_whole_rows(run)):
+        message = f"{', '.join(shrinking)}: slopes that shrink with a row's length cannot be combined with document masking"
+        hint = "reset_state_at_eod: false, or a fixed interpolation: alibi_slope_factor"
+        yield Violation((*shrinking, "reset_state_at_eod"), message, hint)
+
+
+def _slopes_of_whole_rows(run: RunConfig) -> list[str]:
+    """Keys by which ALiBi's slopes depend on the length of a row, in which documents could not be told apart."""
+    return [
+        f"{name}_train_length"
+        for name, options in run.layers.items()
+        if options.get("train_length") and (name == "alibi" or options.get("positions", run.model.pos_emb) == "alibi")
+    ]
 
 
 def _layer_types(run: RunConfig) -> list[str] | None:

@@ -85,7 +85,7 @@ class SlidingAttention(Layer):
         u = self.copy_to_tp(x)
         if ctx.cp is not None:
             k, v = self._by_head(self.k_proj, u), self._by_head(self.v_proj, u)
-            y = mix_shard(ctx.cp, lambda: self._by_head(self.q_proj, u), k, v, self._mixing(), ctx.segment_ids, ctx.backend)
+            y = mix_shard(ctx.cp, lambda: self._by_head(self.q_proj, u), k, v, self._mixing(), ctx.backend)
         else:
             y, state = mix(*self._heads(u), self._mixing(), state, ctx.mask, ctx.segment_ids, ctx.backend, ctx.attentions)
         return self.reduce_from_tp(self.out_proj(y.flatten(-2))), state

@@ -154,7 +154,7 @@ class SoftmaxAttention(Layer):
         u = self.copy_to_tp(x)
         if ctx.cp is not None:
             k, v = self._key_value(u)
-            y = mix_shard(ctx.cp, lambda: self._query(u), k, v, self._mixing(x), ctx.segment_ids, ctx.backend)
+            y = mix_shard(ctx.cp, lambda: self._query(u), k, v, self._mixing(x), ctx.backend)
         else:
             y, state = mix(*self._heads(u), self._mixing(x), state, ctx.mask, ctx.segment_ids, ctx.backend, ctx.attentions)
         return row_linear(self.out_proj, y.flatten(-2), self.reduce_from_tp), state

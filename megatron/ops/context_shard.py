@@ -54,8 +54,8 @@ class ContextShard(Protocol):
     def halo_async(self, x: Tensor, n: int) -> Callable[[], Tensor]:
         """`halo`, as a function that waits for the result; see `carry_async`."""
 
-    def halo_places(self, n: int, rows: int) -> Tensor:
-        """Positions [rows, n] of those tokens in the row, -1 where nothing is visible."""
+    def ids_with_halo(self, n: int, rows: int) -> Tensor:
+        """Document numbers of those n tokens and the shard's, [rows, n + s]; hidden tokens have another than the first one."""
 
     def to_heads(self, x: Tensor) -> Tensor:
         """[b, s, h, k] -> [b, S, h / P, k]: all tokens of the row for this rank's share of the heads."""

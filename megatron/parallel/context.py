@@ -7,7 +7,7 @@ by D, so the state before shard r is S_r = D_(r-1) S_(r-1) + A_(r-1), an exclusi
 scan from the other end. Two exchanges compute it:
 
     all_gather  one collective, folded locally: (P - 1)(|A| + |D|) elements sent forward, (P - 1)|A| backward
-    scan        log2 P rounds of point-to-point messages: (1 + ceil(log2 P))(|A| + |D|) in either direction
+    scan        log2 P rounds of point-to-point messages and a last one: ceil(log2 P)(|A| + |D|) + |A| in either direction
 
 Documents need no message: every rank holds the segment ids of the whole row, from which two factors per rank follow. `enters`
 is 1 if the token before the shard belongs to the document of its first token, `through` if in addition the shard is a single
@@ -74,6 +74,7 @@ class ContextParallel(ContextMessages):
         self.offset = rank * length
         self.device = device if device is not None or segment_ids is None else segment_ids.device
         self.segment_ids = None if segment_ids is None else segment_ids.to(self.device, non_blocking=True)
+        self._ids: dict[int, Tensor] = {}
         self.enters, self.through = self._factors(reverse=False)
         self.enters_reversed, self.through_reversed = self._factors(reverse=True)
 
@@ -110,11 +111,20 @@ class ContextParallel(ContextMessages):
         """The last `n` tokens before this shard, [b, n, ...]; zeros where they are of another document or do not exist."""
         return self.halo_async(x, n)()
 
-    def halo_places(self, n: int, rows: int) -> Tensor:
-        """Position in the row of each token of the halo, [b, n]; -1 where it is not visible."""
-        places = torch.arange(self.offset - n, self.offset, device=self.device).expand(rows, n)
-        hidden = self.halo_hidden(n, rows)
-        return places if hidden is None else places.masked_fill(hidden, -1)
+    def ids_with_halo(self, n: int, rows: int) -> Tensor:
+        """Document numbers of the halo and the shard, [b, n + s], formed once; the first rank's halo is another document."""
+        if n not in self._ids:
+            if self.segment_ids is None:
+                own = torch.zeros(rows, self.length, dtype=torch.int32, device=self.device)
+            else:
+                own = self.segment_ids[:, self.offset : self.offset + self.length]
+            halo = own[:, :1].expand(-1, n)
+            if self.rank == 0:
+                halo = halo - 1
+            elif self.segment_ids is not None:
+                halo = self.segment_ids[:, self.offset - n : self.offset]
+            self._ids[n] = torch.cat([halo, own], 1)
+        return self._ids[n]
 
     def halo_hidden(self, n: int, rows: int) -> Tensor | None:
         """[b, n], True where a token of the halo is not visible; None if all are."""

@@ -46,6 +46,14 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ({"gpt_j_tied": True}, "gpt_j_tied has no meaning"),
     ({"bias_gelu_fusion": True, "activation": "relu"}, "bias_gelu_fusion goes with"),
     ({"reset_attention_at_eod": True, "reset_state_at_eod": False}, "reset_attention_at_eod is true and"),
+    (
+        {"alibi_train_length": 64, "attention_config": [[["alibi"], 4]], "reset_state_at_eod": True},
+        "alibi_train_length: slopes that shrink",
+    ),
+    (
+        {"global_train_length": 64, "attention_config": None, "pos_emb": "alibi", "reset_state_at_eod": True},
+        "global_train_length: slopes that shrink",
+    ),
     ({"padded_vocab_size": 255, "model_parallel_size": 2, "world": 2}, "padded_vocab_size 255 is not a multiple"),
     ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage is 4"),
     ({"zero_optimization": {"stage": 2}, "pipe_parallel_size": 2}, "zero_optimization.stage 2 does not go together"),

@@ -66,6 +66,7 @@ def test_push_dry_and_for_real(checkpoint: Path, tmp_path: Path) -> None:
     assert dry.returncode == 0, dry.stderr
     assert "logits compared" in dry.stdout and "repository: ada/tiny\nvisibility: private\n" in dry.stdout
     assert "model.safetensors" in dry.stdout and "dry run: nothing was sent" in dry.stdout
+    assert dry.stderr == "", "of a fresh process, whose libraries have been imported by the command"
     readme = (tmp_path / "hf" / "README.md").read_text()
     for fact in ("license: mit", "language:\n- en", "datasets:\n- ada/books", "model-index:", "| piqa | acc | 0.6250 |"):
         assert fact in readme

@@ -14,11 +14,14 @@ from torch import Tensor
 
 from megatron.layers.base import Context
 from megatron.model.embed import Embedding
-from megatron.ops import places
+from megatron.ops import places as token_places
+from megatron.ops.attention.operator import Places, Rule
+from megatron.ops.attention.triton import route
 from megatron.parallel import context
 from megatron.parallel.context import ContextParallel
 from megatron.parallel.context_exchange import Carry
 from megatron.parallel.context_messages import ContextMessages
+from megatron.planning.context_traffic import PlannedShard, Traffic
 from tests.parallel.context_cases import (
     GATHER,
     LAYOUTS,
@@ -233,14 +236,15 @@ FAULTS: dict[str, tuple[Any, str, Callable[[], Any], tuple[str, ...]]] = {
     "the halo shows another document": (
         ContextParallel, "halo_hidden",
         lambda: lambda self, n, rows: torch.ones(rows, n, dtype=torch.bool) if self.rank == 0 else None,
-        ("metala", "mamba", "base_conv", "sliding"),
+        ("metala", "mamba", "base_conv"),
     ),
     "the halo returns no gradient": (
         ContextParallel, "halo_async", lambda: lambda self, x, n: _then(_halo(self, x, n), Tensor.detach),
         ("metala", "mamba", "base_conv", "sliding"),
     ),
-    "positions are local": (
-        ContextParallel, "halo_places", lambda: lambda self, n, rows: torch.arange(-n, 0).expand(rows, n) + n, ("sliding",),
+    "a window sees another document": (
+        ContextParallel, "ids_with_halo", lambda: lambda self, n, rows: torch.zeros(rows, n + self.length, dtype=torch.int32),
+        ("sliding",),
     ),
     "the state from the right is lost": (
         ContextParallel, "carry_async",
@@ -377,7 +381,34 @@ def test_learned_positions_start_at_the_offset(layout: str, monkeypatch: pytest.
     zero = torch.zeros(B, dtype=torch.long)
     monkeypatch.setattr("megatron.model.embed.document_offset", lambda *_: zero)  # positions of the shard
     assert not torch.equal(shards(), whole)
-    assert torch.equal(places.document_offset(ContextParallel(None, 0, size, B, length, ids), B, torch.device("cpu")), zero)
+    assert torch.equal(
+        token_places.document_offset(ContextParallel(None, 0, size, B, length, ids), B, torch.device("cpu")), zero
+    )
+
+
+@pytest.mark.parametrize("layout", ["none", "crossing"])
+def test_a_window_over_shards_takes_the_fused_kernel_of_packed_rows(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many queries as keys, places without a cache, and the halo as a document or part of one."""
+    layer = make_layer("sliding", window=20)
+    asked: list[tuple[int, int, Places]] = []
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, rule: Rule, where: Places, **_: Any) -> Tensor:
+        asked.append((q.shape[1], k.shape[1], where))
+        return q
+
+    monkeypatch.setattr("megatron.ops.attention.cache.attention", attend)
+    shard = PlannedShard(None, 1, 2, B, 40, documents(layout, 2, 40))
+    shard.traffic = Traffic()
+    for _ in range(2):
+        layer(torch.randn(B, 40, D, dtype=torch.float64), Context(cp=shard))
+    (queries, keys, places), (_, _, again) = asked
+    assert places.key is places.query and places.query_segment is not None
+    assert route(True, queries, keys, Rule(0.3, 20), True, True, False, D // 4) == "varlen"
+    assert again.query_segment is places.query_segment  # the bounds of documents are counted once for all layers
+    row = torch.zeros(B, 80) if shard.segment_ids is None else shard.segment_ids
+    assert torch.equal(places.query_segment, row[:, 20:].to(places.query_segment))
+    first = PlannedShard(None, 0, 2, B, 40, documents(layout, 2, 40)).ids_with_halo(20, B)
+    assert (first[:, :20] != first[:, 20:21]).all()
 
 
 def test_a_row_longer_than_the_position_table_is_refused() -> None:

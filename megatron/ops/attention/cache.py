@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megatron.ops.attention.operator import Places, Rule, attention, attention_weights
@@ -129,14 +130,15 @@ def mix_shard(
     k: Tensor,
     v: Tensor,
     how: Mixing,
-    segment_ids: Tensor | None,
     backend: str = "auto",
 ) -> Tensor:
     """Attention of one context-parallel shard: q [b, s, h, k], k and v [b, s, g, k] -> y [b, s, h, k].
 
-    With a window the `window` keys and values before the shard become its cache; the receiver rotates them. Otherwise an
-    all-to-all gives every rank all tokens of its own heads, and a second one returns the result: work is balanced although
-    shards are contiguous, and attention itself is that of one device.
+    With a window the `window` keys and values before the shard stand in front of its own, and tokens that it does not see are
+    another document: a pass over a packed row, which the fused kernels take, whose first `window` queries are zeros and whose
+    outputs are dropped. Rotary angles and linear biases depend on distances alone, so positions start at the halo. Without a
+    window an all-to-all gives every rank all tokens of its own heads, and a second one returns the result: work is balanced
+    although shards are contiguous, and attention itself is that of one device.
 
     Args:
         shard: of the row.
@@ -144,14 +146,16 @@ def mix_shard(
         k: keys.
         v: values.
         how: see `Mixing`.
-        segment_ids: document numbers of the shard, [b, s].
         backend: path of the operator.
     """
     if reads_halo(how):
-        halo = shard.halo_async(torch.cat([k, v], -1), how.rule.window or 0)
-        q = query()
-        y, _ = mix(q, k, v, how, _halo_cache(shard, halo(), how), None, segment_ids, backend)
-        return y
+        window = how.rule.window or 0
+        own = torch.cat([k, v], -1)
+        wait = shard.halo_async(own, window)
+        q = F.pad(query(), (0, 0, 0, 0, window, 0))
+        k, v = torch.cat([wait(), own], 1).chunk(2, -1)
+        y, _ = mix(q, k, v, how, None, None, shard.ids_with_halo(window, k.shape[0]), backend)
+        return y[:, window:]
     q = query()
     heads = [x.shape[2] // shard.size for x in (q, k, v)]
     blocks = torch.cat([x.unflatten(2, (shard.size, -1)) for x in (q, k, v)], 3)  # each rank's heads next to each other
@@ -161,17 +165,6 @@ def mix_shard(
         how = replace(how, rule=replace(how.rule, slopes=slopes[shard.rank * heads[0] : (shard.rank + 1) * heads[0]]))
     y, _ = mix(q, k, v, how, None, None, shard.segment_ids, backend)
     return shard.to_tokens(y)
-
-
-def _halo_cache(shard: ContextShard, halo: Tensor, how: Mixing) -> dict[str, Tensor]:
-    """The state before the first token of a shard from its window's keys and values, `halo [b, window, g, 2k]`."""
-    b, window = halo.shape[:2]
-    keys, values = halo.chunk(2, -1)
-    places = shard.halo_places(window, b).to(halo.device)
-    if how.rotary:
-        keys = rotate(keys, *rotary_angles(places.clamp_min(0), how.rotary, how.base, halo.dtype))
-    seen = torch.full((b,), shard.offset, dtype=torch.long, device=halo.device)
-    return {"keys": keys, "values": values, "places": places, "seen": seen}
 
 
 def steps_in_place(how: Mixing, state: Mapping[str, Tensor]) -> bool:
