@@ -59,7 +59,7 @@ BY_HEADS = ("global", "alibi")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [2, 4, 5])
+@pytest.mark.parametrize("size", [2, 5])
 def test_shards_equal_the_whole_row(size: int) -> None:
     """Every mixer, three layouts of documents, gathered, scanned and recomputed; 4 heads do not divide by 5."""
     mixers = {label: mixer for label, mixer in MIXERS.items() if label not in BY_HEADS or 4 % size == 0}
@@ -77,6 +77,13 @@ def test_slopes_that_shrink_see_the_length_of_the_row() -> None:
 @functools.cache
 def _traffic() -> list[dict[str, Any]]:
     return run_ranks(compare_layers, 4, MIXERS, width=64, layouts=("none", "crossing"), ways=(GATHER, RECOMPUTED), timeout=240)
+
+
+@pytest.mark.slow
+def test_four_shards_equal_the_whole_row() -> None:
+    """The results of which the next test reads the bytes; every mixer, those whose heads are exchanged too."""
+    errors = worst(_traffic())
+    assert max(errors.values()) <= LIMIT, errors
 
 
 @pytest.mark.slow
