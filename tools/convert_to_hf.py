@@ -64,13 +64,11 @@ def _checked(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> 
 
 def _export(arguments: argparse.Namespace) -> Path:
     """Export, say what was made."""
-    from megatron.interop.hf_imports import import_model_classes
-
-    import_model_classes()
     from megatron.checkpoint.find import newest_checkpoint
     from megatron.export.card import CardInfo
     from megatron.export.hf import export_checkpoint
     from megatron.export.scores import read_scores
+    from megatron.interop.hf_imports import import_model_classes
 
     checkpoint = newest_checkpoint(arguments.checkpoint)
     if checkpoint != arguments.checkpoint:
@@ -84,6 +82,7 @@ def _export(arguments: argparse.Namespace) -> Path:
         scores=read_scores(arguments.eval_results, checkpoint),
         metrics=arguments.metrics,
     )
+    import_model_classes()
     result = export_checkpoint(
         checkpoint,
         arguments.output,

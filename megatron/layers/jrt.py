@@ -169,7 +169,7 @@ class PrefixBased(Layer):
         x = self.copy_to_tp(x)
         inside = self._inside(ctx, x, state)
         m = inside.shape[1]
-        q = None if ctx.cp is not None else self._query(x)
+        q = None if ctx.cp is not None else self._query(x)  # without shards first, as gradients are summed in this order
         k, v = self._pair(x, self.proj_k, self.proj_v)
         k2, v2 = self._pair(x[:, :m], self.proj_k_enc, self.proj_v_enc)
         prefix_mask = ctx.read(PrefixInputs).prefix_mask

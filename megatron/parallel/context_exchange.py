@@ -31,7 +31,7 @@ class Exchange(Protocol):
         """Wait for it: the result, and what `send_gradient` reads."""
 
     def send_gradient(self, grad: Tensor, *saved: Tensor | None) -> None:
-        """Start the message back: the gradient of the result."""
+        """Start the message back: the contiguous gradient of the result."""
 
     def receive_gradient(self) -> tuple[Tensor | None, ...]:
         """Wait for it: the gradients of what was sent."""
@@ -260,7 +260,7 @@ class Halo:
 
     def send_gradient(self, grad: Tensor, *saved: Tensor | None) -> None:
         """The visible part of the halo's gradient."""
-        self._sent = self.messages.start_shift(self._visible(grad).contiguous(), -1)
+        self._sent = self.messages.start_shift(self._visible(grad), -1)
 
     def receive_gradient(self) -> tuple[Tensor | None, ...]:
         """The gradient of x: zeros but for its last tokens."""

@@ -150,10 +150,9 @@ def mix_shard(
     """
     if reads_halo(how):
         window = how.rule.window or 0
-        own = torch.cat([k, v], -1)
-        wait = shard.halo_async(own, window)
+        wait = shard.halo_async(torch.cat([k[:, -window:], v[:, -window:]], -1), window)
         q = F.pad(query(), (0, 0, 0, 0, window, 0))
-        k, v = torch.cat([wait(), own], 1).chunk(2, -1)
+        k, v = (torch.cat([before, own], 1) for before, own in zip(wait().chunk(2, -1), (k, v), strict=True))
         y, _ = mix(q, k, v, how, None, None, shard.ids_with_halo(window, k.shape[0]), backend)
         return y[:, window:]
     q = query()
