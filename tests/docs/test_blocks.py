@@ -38,6 +38,7 @@ def problems() -> dict[Path, list[str]]:
         return dict(zip(PAGES, pool.submit(_problems, PAGES).result(), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", PAGES, ids=_name)
 def test_commands_exist(path: Path, problems: dict[Path, list[str]]) -> None:
     assert not problems[path], "\n".join(problems[path])

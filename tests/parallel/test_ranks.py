@@ -33,6 +33,7 @@ def test_results_in_rank_order() -> None:
     assert run_ranks(_sum, 3, 10) == [(0, 33.0), (1, 33.0), (2, 33.0)]
 
 
+@pytest.mark.slow
 def test_a_failure_shows_its_log_and_ends_the_others() -> None:
     start = time.monotonic()
     with pytest.raises(RankError, match="rank one says no"):
